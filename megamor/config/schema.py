@@ -1,0 +1,206 @@
+"""Every setting of a run, as frozen dataclasses. Defaults follow the paper's recipe (arXiv 2507.10524) where it has one.
+
+A section whose type is a union (`router`) is told apart by its `kind`. Loading and overlays are in `load.py`, what must
+hold between fields in `validate.py`, what follows from them in `derive.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
+RouterHead = Literal["linear", "mlp", "wide_mlp"]
+Gating = Literal["weighted", "additive"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Llama backbone (paper section 3; no biases, no dropout, head tied to the embedding).
+
+    `num_layers` is the effective depth: the number of blocks a token of full depth passes through.
+    """
+
+    vocab_size: int = 49152
+    dim: int = 576
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    ffn_dim: int = 1536
+    max_seq_len: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class RecursionConfig:
+    """How layers are shared (paper section 2.2.1, table 1). `num_recursions: 1` with `sharing: none` is vanilla."""
+
+    num_recursions: int = 1
+    sharing: Sharing = "none"
+    kv_policy: Literal["recursion_wise"] = "recursion_wise"
+
+
+@dataclass(frozen=True)
+class FixedDepthConfig:
+    """Every token takes the same number of recursions (all of them unless `depth` says fewer)."""
+
+    kind: Literal["fixed"] = "fixed"
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig:
+    """Each recursion picks its top-k tokens among those of the recursion before (paper section 2.2.1).
+
+    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    head: RouterHead = "linear"
+    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    alpha: float = 0.1
+    temperature: float = 1.0
+    gating: Gating = "weighted"
+    capacity: tuple[float, ...] | None = None
+    capacity_warmup_steps: int = 0
+    sampling: Literal["aux_loss", "aux_router"] = "aux_loss"
+    aux_coeff: float = 0.001
+    z_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenChoiceConfig:
+    """Each token picks its depth once, before the first recursion (paper section 2.2.1)."""
+
+    kind: Literal["token_choice"] = "token_choice"
+    head: RouterHead = "linear"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    alpha: float = 1.0
+    temperature: float = 1.0
+    gating: Gating = "weighted"
+    balancing: Literal["loss", "loss_free", "none"] = "loss"
+    balance_coeff: float = 0.1
+    bias_update_rate: float = 0.001
+    balance_warmup_steps: int = 0
+    z_coeff: float = 0.0
+
+
+RouterConfig = FixedDepthConfig | ExpertChoiceConfig | TokenChoiceConfig
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One training data set: the `<prefix>.bin`/`<prefix>.idx` pair and its share of the samples."""
+
+    prefix: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Token shards. `tokenizer` is copied into every checkpoint and must be the one that wrote the shards."""
+
+    train: tuple[SourceConfig, ...] = ()
+    validation: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
+    seq_len: int = 2048
+    prefetch_steps: int = 2
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with the paper's trapezoid (WSD) schedule (appendix B)."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = 57
+    decay_fraction: float = 0.2
+    min_lr_ratio: float = 0.0
+    aux_router_lr_multiplier: float = 10.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of the run. Batches are counted in sequences of `data.seq_len` tokens.
+
+    Give exactly one of `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without
+    changing the schedule; a later launch goes on.
+    """
+
+    global_batch_size: int = 1024
+    micro_batch_size: int = 16
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    stop_at_step: int | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "recursion", "block"] = "none"
+    compile: bool = False
+    eval_every: int = 500
+    eval_sequences: int = 512
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Who holds what. `auto` is `fsdp2` with more than one process, else `single`."""
+
+    backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    reshard_after_forward: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how many complete checkpoints to keep."""
+
+    every_steps: int = 500
+    keep_last: int = 3
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """`metrics.jsonl` is always written; the rest is on request."""
+
+    log_every: int = 1
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "megamor"
+    wandb_mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
+    router: RouterConfig = field(default_factory=FixedDepthConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,53 @@
+"""Errors that are the user's to mend. Each says what is wrong, the value found, and the fix.
+
+Entry points print such an error as one line and exit with status 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class MegamorError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(MegamorError):
+    """A configuration that can't be run: unknown key, wrong type, or fields that contradict each other."""
+
+
+class DataError(MegamorError):
+    """A data set, raw text or tokenizer that is damaged or doesn't fit the run."""
+
+
+class CheckpointError(MegamorError):
+    """A checkpoint that is damaged, incomplete or belongs to another model."""
+
+
+class TrainingError(MegamorError):
+    """A run that can't go on, such as a non-finite gradient."""
+
+
+def report_and_exit(error: MegamorError) -> NoReturn:
+    """Print `error` as one message on stderr and leave with status 2."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def user_errors(main: Callable[P, T]) -> Callable[P, T]:
+    """Decorate an entry point so that a `MegamorError` ends it with one message instead of a traceback."""
+
+    @wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return main(*args, **kwargs)
+        except MegamorError as error:
+            report_and_exit(error)
+
+    return wrapped
