@@ -54,7 +54,7 @@ class RecursionConfig:
 
     num_recursions: int = 1
     sharing: Sharing = "none"
-    kv_policy: Literal["recursion_wise"] = "recursion_wise"
+    kv_policy: Literal["recursion_wise", "share_first", "hybrid"] = "recursion_wise"
 
 
 @dataclass(frozen=True)

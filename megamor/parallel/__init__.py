@@ -1,0 +1,15 @@
+"""How a run is spread over processes: the `Backend` protocol and who fulfils it."""
+
+from megamor.parallel.backend import Backend, ParallelPlan, build_backend
+from megamor.parallel.mesh import World, close_world, init_world, launched_world_size, resolve_backend
+
+__all__ = [
+    "Backend",
+    "ParallelPlan",
+    "World",
+    "build_backend",
+    "close_world",
+    "init_world",
+    "launched_world_size",
+    "resolve_backend",
+]

@@ -1,0 +1,76 @@
+"""Names and places of checkpoints: the one module that knows them.
+
+checkpoints/
+  latest -> step_00000200          relative symlink, moved atomically
+  step_00000100/
+  step_00000200/
+    state/                         torch.distributed.checkpoint: `model.*` and the optimizer
+    engine/                        only DeepSpeed: the engine's own format
+    rng/rank_00000.pt              random states, one file a rank
+    config.yaml  tokenizer.json  trainer.json
+    manifest.json                  every other file with its size and SHA-256; without it nothing is a checkpoint
+  .writing_step_00000300/          not yet published; removed at the next start
+  .replaced_step_00000200/         stepping aside for a new one of the same step; put back at the next start if needed
+  .deleting_step_00000100/         expired; removed at the next start
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+STATE_DIR = "state"
+ENGINE_DIR = "engine"
+RNG_DIR = "rng"
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+TRAINER_FILE = "trainer.json"
+MANIFEST_FILE = "manifest.json"
+LATEST = "latest"
+CHECKPOINTS_DIR = "checkpoints"
+
+WRITING_PREFIX = ".writing_"
+REPLACED_PREFIX = ".replaced_"
+DELETING_PREFIX = ".deleting_"
+LATEST_DRAFT = ".latest_draft"
+
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """Directory name of the checkpoint taken after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """Step of a published checkpoint's directory name, or None for any other name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def rng_path(checkpoint: Path, rank: int) -> Path:
+    """Where `rank` keeps its random states."""
+    return checkpoint / RNG_DIR / f"rank_{rank:05d}.pt"
+
+
+def published_steps(root: Path) -> list[int]:
+    """Steps of the published checkpoints in `root`, ascending; complete or damaged is not looked at."""
+    if not root.is_dir():
+        return []
+    steps = (parse_step(entry.name) for entry in root.iterdir() if entry.is_dir() and not entry.is_symlink())
+    return sorted(step for step in steps if step is not None)
+
+
+def latest_step(root: Path) -> int | None:
+    """Step that `latest` names, whether or not that checkpoint exists; None without a usable `latest`."""
+    link = root / LATEST
+    return parse_step(link.readlink().name) if link.is_symlink() else None
+
+
+def by_preference(root: Path) -> list[int]:
+    """Published steps, best first: the one of `latest`, then older ones, newest first.
+
+    Steps above `latest` come last: `latest` may have been moved back on purpose, to leave them behind.
+    """
+    latest = latest_step(root)
+    return sorted(published_steps(root), key=lambda step: (latest is not None and step > latest, -step))

@@ -1,0 +1,161 @@
+"""The manifest: every file of a checkpoint with its size and SHA-256, and the check against it.
+
+Format of `manifest.json`: `{"format": 1, "step": 100, "files": {"state/__0_0.distcp": {"size": 1234, "sha256": "…"}}}`,
+paths relative to the checkpoint with forward slashes. The manifest itself is not listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megamor.checkpoint.layout import MANIFEST_FILE
+from megamor.checkpoint.ranks import Ranks
+from megamor.errors import CheckpointError
+
+FORMAT = 1
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All files of one checkpoint."""
+
+    step: int
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> str:
+        """Text of `manifest.json`."""
+        files = {name: asdict(record) for name, record in sorted(self.files.items())}
+        return json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Manifest:
+        """Read `manifest.json` of `checkpoint`.
+
+        Raises:
+            CheckpointError: there is none, it can't be parsed, or it is of a newer format.
+        """
+        path = checkpoint / MANIFEST_FILE
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+            files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in content["files"].items()}
+            step, found = int(content["step"]), content["format"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}: it is not a complete checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        if found != FORMAT:
+            raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+        return cls(step, files)
+
+
+def create_manifest(step: int, directory: Path, ranks: Ranks) -> Manifest:
+    """Flush every file below `directory` to disk and record it. Collective; the ranks share the reading.
+
+    On a network file system a rank may not see another's newest file yet, or see it short, so the list is the union
+    of what all ranks see, and a file is read only by ranks that see its full size.
+    """
+    seen = ranks.together(f"listing {directory}", lambda: list_sizes(directory))
+    sizes = {name: max(view.get(name, -1) for view in seen) for view in seen for name in view}
+    readers = {name: [r for r, view in enumerate(seen) if view.get(name) == size] for name, size in sizes.items()}
+    mine = share_files(sizes, readers)[ranks.rank] if sizes else []
+    parts = ranks.together(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
+    return Manifest(step, {name: record for part in parts for name, record in part.items()})
+
+
+def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> list[str]:
+    """What is wrong with `checkpoint`, a line each; empty when it is whole. Collective over `ranks`, if given.
+
+    Without `hashes` only presence and sizes are looked at, which takes no time.
+    """
+    ranks = ranks or Ranks()
+    try:
+        manifest = Manifest.read(checkpoint)
+    except CheckpointError as error:
+        own: list[str] = [str(error)]
+    else:
+        sizes = {name: record.size for name, record in manifest.files.items()}
+        everyone = range(ranks.world_size)
+        mine = share_files(sizes, dict.fromkeys(sizes, everyone))[ranks.rank]
+        faults = (_fault(checkpoint / name, manifest.files[name], hashes=hashes) for name in sorted(mine))
+        own = [fault for fault in faults if fault]
+    return list(dict.fromkeys(line for lines in ranks.gather(own) for line in lines))
+
+
+def verify(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> None:
+    """Check `checkpoint` against its manifest. Collective over `ranks`, if given.
+
+    Raises:
+        CheckpointError: naming the files that are missing, short or changed.
+    """
+    damage = find_damage(checkpoint, ranks, hashes=hashes)
+    if damage:
+        raise CheckpointError(f"{checkpoint} is damaged: {summary(damage)}")
+
+
+def summary(lines: Sequence[str], limit: int = 5) -> str:
+    """The first lines joined, and how many more there are."""
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def list_sizes(directory: Path) -> dict[str, int]:
+    """Size of every regular file below `directory`, by relative path."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def share_files(sizes: Mapping[str, int], readers: Mapping[str, Sequence[int]]) -> list[list[str]]:
+    """Deal files to ranks, largest first, each to the least loaded of its `readers`; the same answer on every rank."""
+    num_ranks = 1 + max((rank for ranks in readers.values() for rank in ranks), default=0)
+    load = [0] * num_ranks
+    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = min(readers[name], key=lambda rank: load[rank])
+        load[rank] += sizes[name]
+        shares[rank].append(name)
+    return shares
+
+
+def _record(path: Path) -> FileRecord:
+    """Flush `path` to disk, then read it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileRecord(path.stat().st_size, sha256(path))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fault(path: Path, record: FileRecord, *, hashes: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{path} has {size} bytes instead of {record.size}"
+        if hashes and sha256(path) != record.sha256:
+            return f"{path} has changed since it was written (SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} can't be read ({error})"
+    return None

@@ -1,0 +1,90 @@
+"""Weights out of `state/`, in one process and without a process group, whatever number of ranks wrote them.
+
+`state/` is in the format of torch.distributed.checkpoint; weights are its tensors named `model.<parameter>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megamor.checkpoint.layout import STATE_DIR
+from megamor.checkpoint.manifest import summary
+from megamor.checkpoint.ranks import describe
+from megamor.errors import CheckpointError
+
+MODEL_PREFIX = "model."
+
+
+def weight_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Name and full shape of every weight in `checkpoint`; reads no tensor.
+
+    Raises:
+        CheckpointError: there is no readable `state/`.
+    """
+    return {name: entry.size for name, entry in _weight_entries(checkpoint).items()}
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Every weight of `checkpoint` as a full CPU tensor in the stored type, by parameter name without `model.`.
+
+    Raises:
+        CheckpointError: there is no readable `state/`, or no weight in it.
+    """
+    entries = _weight_entries(checkpoint)
+    weights: dict[str, Tensor] = {
+        MODEL_PREFIX + name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()
+    }
+    try:
+        dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint / STATE_DIR), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"can't read the weights in {checkpoint / STATE_DIR}: {describe(error)}") from error
+    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
+
+
+def check_same_model(checkpoint: Path, expected: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a checkpoint whose weights are not those of the model at hand.
+
+    Args:
+        expected: full (unsharded) shape of each of the model's weights, by name.
+
+    Raises:
+        CheckpointError: naming the first few weights that are missing, left over or of another shape.
+    """
+    stored = weight_shapes(checkpoint)
+    missing = [f"{name} {tuple(expected[name])} is not in it" for name in expected if name not in stored]
+    extra = [f"{name} {tuple(stored[name])} is not in the model" for name in stored if name not in expected]
+    other = [
+        f"{name} is {tuple(stored[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in stored and tuple(stored[name]) != tuple(shape)
+    ]
+    differences = other + missing + extra
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another model: {summary(differences)}. Use the configuration in that checkpoint, "
+            "or another run directory"
+        )
+
+
+def _weight_entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """Metadata of the weights, by name without `model.`."""
+    state = checkpoint / STATE_DIR
+    try:
+        metadata: Metadata = dcp.FileSystemReader(state).read_metadata()
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise CheckpointError(f"{state} has no readable state: {describe(error)}") from error
+    entries = {
+        name.removeprefix(MODEL_PREFIX): entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(MODEL_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+    if not entries:
+        raise CheckpointError(f"{state} holds no weights (no tensor is named {MODEL_PREFIX}…)")
+    return entries

@@ -1,0 +1,95 @@
+"""`trainer.json`: what a run must remember beside tensors and random states. Plain JSON, readable by eye."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megamor.checkpoint.layout import TRAINER_FILE
+from megamor.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """State of the training loop after `step` optimizer steps.
+
+    Attributes:
+        data: position of the loader, as its `state_dict()` gives it.
+        components: `state_dict()` of every other object that changes during training, by name (guard window, …).
+        run_ids: of the experiment trackers, by tracker, so that a restart continues the same run there.
+        data_fingerprints: of the data sets and the tokenizer, by name.
+        code_revision, world_size, backend, versions: where the checkpoint comes from; for people, not for resuming.
+    """
+
+    step: int
+    tokens_seen: int
+    data: dict[str, Any]
+    world_size: int
+    backend: str
+    components: dict[str, Any] = field(default_factory=dict)
+    run_ids: dict[str, str] = field(default_factory=dict)
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
+    code_revision: str = "unknown"
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Text of `trainer.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> TrainerState:
+        """Read `trainer.json` of `checkpoint`.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or written by a version with other fields.
+        """
+        path = checkpoint / TRAINER_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"can't read {path}: {error}") from error
+        return cls._from_content(content, path)
+
+    @classmethod
+    def _from_content(cls, content: Any, path: Path) -> TrainerState:
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__} instead of an object")
+        fields = dataclasses.fields(cls)
+        required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+        missing, unknown = required - content.keys(), content.keys() - {f.name for f in fields}
+        if missing or unknown:
+            raise CheckpointError(
+                f"{path} is of another version of megamor: missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        return cls(**content)
+
+
+def code_revision() -> str:
+    """`git describe` of the checkout that this package runs from, or `"unknown"` outside of one."""
+    package = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--tags"]
+    tracked = ["git", "-C", str(package.parent), "ls-files", "--error-unmatch", f"{package.name}/__init__.py"]
+    try:
+        # An installed package may lie inside somebody else's repository (a virtual environment usually does).
+        subprocess.run(tracked, capture_output=True, check=True, timeout=10)
+        return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that numerical results depend on; libraries that are not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for library in ("megamor", "torch", "numpy", "deepspeed", "tokenizers"):
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

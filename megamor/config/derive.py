@@ -1,0 +1,175 @@
+"""What follows from a configuration: steps, batches, schedule, layer counts and parameter counts.
+
+Everything is arithmetic on numbers that `validate` accepts. Which effective layer uses which unique block is for the
+model to say; only how many there are of each is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamor.config.schema import (
+    Config,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    ModelConfig,
+    OptimConfig,
+    RecursionConfig,
+    RouterHead,
+    TokenChoiceConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Quantities printed at the start of a run. Tokens are training positions; parameters are counted once each.
+
+    `unique_parameters` and `effective_parameters` leave the embedding (which is also the head) out, as the paper's
+    tables do; the effective count unrolls the recursions. `core_layers` are the unique blocks that each recursion runs.
+    """
+
+    world_size: int
+    total_steps: int
+    tokens_per_step: int
+    total_tokens: int
+    micro_batches: int
+    """Micro-batches that each rank accumulates in one optimizer step."""
+    warmup_steps: int
+    decay_start: int
+    """Steps done when the learning rate starts to fall; equal to `total_steps` where it never does."""
+    decay_steps: int
+    num_recursions: int
+    prelude_layers: int
+    core_layers: int
+    coda_layers: int
+    num_layers: int
+    """Effective depth."""
+    embedding_parameters: int
+    router_parameters: int
+    unique_parameters: int
+    effective_parameters: int
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Blocks that own parameters."""
+        return self.prelude_layers + self.core_layers + self.coda_layers
+
+    @property
+    def unique_parameters_with_embedding(self) -> int:
+        """Every parameter of the model, the tied head counted once."""
+        return self.unique_parameters + self.embedding_parameters
+
+    @property
+    def effective_parameters_with_embedding(self) -> int:
+        """Parameters of the unrolled model, the tied head counted once."""
+        return self.effective_parameters + self.embedding_parameters
+
+    def describe(self) -> str:
+        """The quantities as aligned lines, one subject a line."""
+        lines = {
+            "steps": f"{self.total_steps:,} of {self.tokens_per_step:,} tokens = {self.total_tokens:,} tokens",
+            "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
+            "learning rate": f"{self.warmup_steps:,} warm-up steps, {self._describe_decay()}",
+            "layers": self._describe_layers(),
+            "parameters": f"{self.unique_parameters:,} unique, {self.effective_parameters:,} effective (no embedding), "
+            f"{self.unique_parameters_with_embedding:,} unique with embedding",
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
+
+    def _describe_layers(self) -> str:
+        if self.num_recursions == 1:
+            return f"{self.num_layers}, none shared"
+        parts = [f"{self.core_layers} core x {self.num_recursions} recursions"]
+        if self.prelude_layers:
+            parts.insert(0, f"{self.prelude_layers} prelude")
+        if self.coda_layers:
+            parts.append(f"{self.coda_layers} coda")
+        return f"{' + '.join(parts)} = {self.num_layers} effective, {self.num_unique_layers} unique"
+
+    def _describe_decay(self) -> str:
+        if self.decay_steps == 0:
+            return "no decay"
+        return f"decay over {self.decay_steps:,} steps from step {self.decay_start:,}"
+
+
+def derive(config: Config, world_size: int) -> Derived:
+    """Everything that follows from a configuration which `validate(config, world_size)` accepted."""
+    steps = total_steps(config)
+    tokens_per_step = config.train.global_batch_size * config.data.seq_len
+    warmup_steps, decay = schedule_steps(config.optim, steps)
+    prelude, core, coda = layer_counts(config.model, config.recursion)
+    per_layer = layer_parameters(config.model)
+    routers = router_parameters(config)
+    beside_the_layers = config.model.dim + routers  # the final norm
+    return Derived(
+        world_size=world_size,
+        total_steps=steps,
+        tokens_per_step=tokens_per_step,
+        total_tokens=steps * tokens_per_step,
+        micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
+        warmup_steps=warmup_steps,
+        decay_start=steps - decay,
+        decay_steps=decay,
+        num_recursions=config.recursion.num_recursions,
+        prelude_layers=prelude,
+        core_layers=core,
+        coda_layers=coda,
+        num_layers=config.model.num_layers,
+        embedding_parameters=config.model.vocab_size * config.model.dim,
+        router_parameters=routers,
+        unique_parameters=(prelude + core + coda) * per_layer + beside_the_layers,
+        effective_parameters=config.model.num_layers * per_layer + beside_the_layers,
+    )
+
+
+def total_steps(config: Config) -> int:
+    """Optimizer steps of the whole run; the last one that `max_tokens` asks for is taken in full."""
+    train: TrainConfig = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.max_tokens is not None, "validate() accepts exactly one of max_steps and max_tokens"
+    return -(-train.max_tokens // (train.global_batch_size * config.data.seq_len))
+
+
+def schedule_steps(optim: OptimConfig, steps: int) -> tuple[int, int]:
+    """(warm-up steps, decay steps) of a run of `steps`; the decay ends with the run.
+
+    Trapezoid (WSD): the last int(decay_fraction * steps). Cosine: everything after the warm-up. Constant: none.
+    """
+    decay = {"wsd": int(optim.decay_fraction * steps), "cosine": steps - optim.warmup_steps, "constant": 0}
+    return optim.warmup_steps, decay[optim.schedule]
+
+
+def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, int, int]:
+    """(prelude, core, coda): how many unique blocks stand before, in and after the recursion (paper, table 1)."""
+    outside = 1 if recursion.sharing.startswith("middle") else 0
+    return outside, (model.num_layers - 2 * outside) // recursion.num_recursions, outside
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one block: query and output, key and value, SwiGLU, two norms."""
+    kv_dim = model.num_kv_heads * model.head_dim
+    return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
+
+
+def router_parameters(config: Config) -> int:
+    """Parameters of the routers: expert-choice has one per recursion (two with auxiliary routers), token-choice one."""
+    router, recursions = config.router, config.recursion.num_recursions
+    if isinstance(router, FixedDepthConfig):
+        return 0
+    if isinstance(router, ExpertChoiceConfig):
+        routers = recursions * (2 if router.sampling == "aux_router" else 1)
+        return routers * head_parameters(router.head, config.model.dim, outputs=1)
+    if isinstance(router, TokenChoiceConfig):
+        return head_parameters(router.head, config.model.dim, outputs=recursions)
+    raise AssertionError(f"no parameter count for router {type(router).__name__}")
+
+
+def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:
+    """Parameters of one router, which has no biases: dim -> outputs, or with one hidden layer of 2 or 4 times dim."""
+    if head == "linear":
+        return dim * outputs
+    hidden = {"mlp": 2, "wide_mlp": 4}[head] * dim
+    return hidden * (dim + outputs)

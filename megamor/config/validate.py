@@ -1,0 +1,210 @@
+"""What must hold within and between fields. All violations are reported at once, each with the value and the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+
+from megamor.config.derive import schedule_steps, total_steps
+from megamor.config.schema import Config, ExpertChoiceConfig, FixedDepthConfig, TokenChoiceConfig
+from megamor.errors import ConfigError
+
+# A numeric field must be positive unless it is listed here; `router.` keys apply to the kinds that have them.
+NON_NEGATIVE = frozenset(
+    {
+        "run.seed",
+        "router.capacity_warmup_steps",
+        "router.balance_warmup_steps",
+        "router.aux_coeff",
+        "router.balance_coeff",
+        "router.bias_update_rate",
+        "router.z_coeff",
+        "data.prefetch_steps",
+        "optim.weight_decay",
+        "optim.warmup_steps",
+    }
+)
+FRACTIONS = frozenset({"optim.decay_fraction", "optim.min_lr_ratio"})
+BELOW_ONE = frozenset({"optim.beta1", "optim.beta2"})
+
+
+def validate(config: Config, world_size: int | None = None) -> None:
+    """Check a configuration; with `world_size` (processes) also that the global batch can be divided among them.
+
+    Raises `ConfigError` naming every rule that doesn't hold.
+    """
+    bounds = dict(_bounds(config))
+    problems = [*bounds.values(), *_names(config), *_sources(config)]
+    rules: list[tuple[tuple[str, ...], Iterator[str]]] = [  # what a rule computes with, and the rule
+        (("model", "data"), _model(config)),
+        (("model", "recursion"), _sharing(config)),
+        (("router", "recursion"), _router(config)),
+        (("train",), _batch(config, world_size)),
+        (("train", "data", "router", "optim.warmup_steps", "optim.decay_fraction"), _length(config)),
+    ]
+    for inputs, violations in rules:
+        if not any(key.startswith(inputs) for key in bounds):  # arithmetic with such values would mislead or fail
+            problems += violations
+    if problems:
+        raise ConfigError("\n  ".join(["the configuration contradicts itself:", *problems]))
+
+
+def _bounds(config: Config) -> Iterator[tuple[str, str]]:
+    """(dotted key, what is wrong) of each number out of bounds."""
+    for section in fields(config):
+        settings = getattr(config, section.name)
+        for setting in fields(settings):
+            key, value = f"{section.name}.{setting.name}", getattr(settings, setting.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                holds, wanted = _bound(key, value)
+                if not (holds and math.isfinite(value)):
+                    yield key, f"{key} = {value}: give {wanted}"
+
+
+def _bound(key: str, value: float) -> tuple[bool, str]:
+    if key in NON_NEGATIVE:
+        return value >= 0, "zero or a positive number"
+    if key in FRACTIONS:
+        return 0 <= value <= 1, "a number from 0 to 1"
+    if key in BELOW_ONE:
+        return 0 <= value < 1, "a number from 0 to just below 1"
+    return value > 0, "a positive number"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    for index, source in enumerate(config.data.train):
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            where = f"data.train[{index}].weight = {source.weight} ({source.prefix})"
+            yield f"{where}: give a positive number, or drop the source"
+
+
+def _names(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if name in ("", ".", "..") or name != name.strip() or any(character in name for character in "/\\\0"):
+        yield f"run.name = {name!r}: it becomes a directory under run.dir; give a name without slashes or outer spaces"
+    for label in config.data.validation:
+        if not label or "/" in label:
+            yield f"data.validation has a set named {label!r}: it becomes part of a metric's name; drop the slash"
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.dim % (2 * model.num_heads):
+        yield (
+            f"model.dim = {model.dim} can't be split into model.num_heads = {model.num_heads} heads of even width "
+            f"(rotary embeddings need pairs): take dim {_multiples_around(model.dim, 2 * model.num_heads)}"
+        )
+    if model.num_heads % model.num_kv_heads:
+        divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        yield (
+            f"model.num_heads = {model.num_heads} isn't divisible by model.num_kv_heads = {model.num_kv_heads}: "
+            f"take num_kv_heads {_either(divisors)}"
+        )
+    if config.data.seq_len > model.max_seq_len:
+        yield (
+            f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: "
+            "shorten the samples or raise max_seq_len"
+        )
+
+
+def _sharing(config: Config) -> Iterator[str]:
+    recursions, sharing = config.recursion.num_recursions, config.recursion.sharing
+    if (recursions == 1) != (sharing == "none"):
+        fix = "choose a sharing such as middle_cycle" if sharing == "none" else "set sharing: none for a vanilla model"
+        pair = f"recursion.num_recursions = {recursions} with recursion.sharing = {sharing}"
+        yield f"{pair}: {fix}, or change num_recursions"
+        return
+    outside = 2 if sharing.startswith("middle") else 0
+    shared = config.model.num_layers - outside
+    if shared < recursions or shared % recursions:
+        what = "model.num_layers - 2 (the first and last layer are unique)" if outside else "model.num_layers"
+        yield (
+            f"model.num_layers = {config.model.num_layers} doesn't fit recursion.sharing = {sharing}: "
+            f"{what} = {shared} isn't a multiple of recursion.num_recursions = {recursions}; "
+            f"take num_layers {_multiples_around(shared, recursions, add=outside)}"
+        )
+
+
+def _router(config: Config) -> Iterator[str]:
+    router, recursions = config.router, config.recursion.num_recursions
+    if isinstance(router, FixedDepthConfig):
+        if router.depth is not None and router.depth > recursions:
+            yield (
+                f"router.depth = {router.depth} is more than recursion.num_recursions = {recursions}: "
+                f"give 1 to {recursions}, or null for all"
+            )
+        return
+    if recursions == 1:
+        yield (
+            f"router.kind = {router.kind} with recursion.num_recursions = 1 has nothing to choose: "
+            "use kind: fixed, or more recursions"
+        )
+    elif isinstance(router, ExpertChoiceConfig) and router.capacity is not None:
+        yield from _capacity(router.capacity, recursions)
+
+
+def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
+    shown, default = list(capacity), [round((recursions - r) / recursions, 4) for r in range(recursions)]
+    if len(capacity) != recursions:
+        yield (
+            f"router.capacity = {shown} has {len(capacity)} entries for recursion.num_recursions = {recursions}: "
+            f"give one for each recursion, or null for {default}"
+        )
+    if not all(0 < share <= 1 for share in capacity):
+        yield f"router.capacity = {shown}: each entry is a share of the sequence, above 0 and at most 1"
+    elif any(later > earlier for earlier, later in pairwise(capacity)):
+        yield (
+            f"router.capacity = {shown} rises, but a recursion picks among the tokens of the one before: "
+            f"give shares that never rise, for example {default}"
+        )
+
+
+def _batch(config: Config, world_size: int | None) -> Iterator[str]:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    unit = micro * (world_size or 1)
+    if batch % unit:
+        divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
+        yield (
+            f"train.global_batch_size = {batch} isn't divisible by {divisor}: "
+            f"take global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+        )
+    if config.parallel.backend == "single" and (world_size or 1) > 1:
+        yield f"parallel.backend = single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+
+
+def _length(config: Config) -> Iterator[str]:
+    train = config.train
+    if (train.max_steps is None) == (train.max_tokens is None):
+        found = "neither" if train.max_steps is None else f"both ({train.max_steps} and {train.max_tokens})"
+        yield f"train.max_steps and train.max_tokens: found {found}; give exactly one"
+        return
+    steps = total_steps(config)
+    warmup, decay = schedule_steps(config.optim, steps)
+    if warmup > steps:
+        yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"
+    elif warmup + decay > steps:
+        yield (
+            f"optim.warmup_steps = {warmup} and a decay of {decay} steps "
+            f"(optim.decay_fraction = {config.optim.decay_fraction}) don't fit into the run's {steps} steps: "
+            "shorten one of them or train longer"
+        )
+    if train.stop_at_step is not None and train.stop_at_step > steps:
+        where = f"train.stop_at_step = {train.stop_at_step} is after the run's last step {steps}"
+        yield f"{where}: give 1 to {steps}, or null"
+    if isinstance(config.router, ExpertChoiceConfig | TokenChoiceConfig):
+        name = "capacity_warmup_steps" if isinstance(config.router, ExpertChoiceConfig) else "balance_warmup_steps"
+        warmup = getattr(config.router, name)
+        if warmup > steps:
+            yield f"router.{name} = {warmup} is more than the run's {steps} steps: it would never end; shorten it"
+
+
+def _multiples_around(value: int, unit: int, add: int = 0) -> str:
+    """The nearest multiples of `unit` below and above `value`, each plus `add`, in words."""
+    below = max(value, 0) // unit * unit
+    return _either([multiple + add for multiple in (below, below + unit) if multiple > 0])
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

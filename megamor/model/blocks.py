@@ -1,0 +1,162 @@
+"""The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3, model of section B).
+
+A block is told from outside which keys and values to use (`KeysValues`), so that one piece of code serves every sharing of
+keys and values, activation checkpointing and cached decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamor.config import ModelConfig
+from megamor.model.attention import AttentionLayout
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RotaryAngles:
+    """cos and sin of the rows' positions, fp32 [N, 1, head_dim]. Wrapped, so that no precision policy casts them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Apply RoPE (half-split layout, arXiv 2104.09864) to x [N, heads, head_dim]."""
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat((-second, first), dim=-1)
+        return (x * self.cos + rotated * self.sin).to(x.dtype)
+
+    def select(self, rows: Tensor | None) -> RotaryAngles:
+        """The angles of some of the rows; None means all."""
+        return self if rows is None else RotaryAngles(self.cos[rows], self.sin[rows])
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
+    """Angles of `positions` [N]; computed in fp64 for fp64 models, fp32 otherwise."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = torch.outer(positions.to(dtype), 1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return RotaryAngles(angles.cos(), angles.sin())
+
+
+class KeysValues:
+    """Which keys and values one application of a layer attends to. The default: those of the rows themselves."""
+
+    needs_fresh = True
+
+    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+        """The keys and values to attend to, given the freshly projected ones (None unless `needs_fresh`)."""
+        assert fresh is not None
+        return fresh
+
+
+class StoredKeysValues(KeysValues):
+    """Those of an earlier application; the rows' own are not even projected."""
+
+    needs_fresh = False
+
+    def __init__(self, stored: KeyValue) -> None:
+        self.stored = stored
+
+    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+        """The stored ones."""
+        return self.stored
+
+
+class RefreshedKeysValues(KeysValues):
+    """Those of an earlier application, with the current rows replaced by fresh ones; not written back."""
+
+    def __init__(self, stored: KeyValue, rows: Tensor | None) -> None:
+        self.stored = stored
+        self.rows = rows
+
+    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+        """Stored keys and values with `rows` overwritten."""
+        assert fresh is not None
+        if self.rows is None:
+            return fresh
+        return self.stored[0].index_copy(0, self.rows, fresh[0]), self.stored[1].index_copy(0, self.rows, fresh[1])
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] to the same shape and type."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues
+    ) -> tuple[Tensor, KeyValue | None]:
+        """x [N, dim] to [N, dim], and the freshly projected keys and values [N, kv_heads, head_dim] if any."""
+        q = angles.rotate(self.heads(self.q_proj(x)))
+        fresh = None
+        if keys_values.needs_fresh:
+            fresh = angles.rotate(self.heads(self.k_proj(x))), self.heads(self.v_proj(x))
+        k, v = keys_values.resolve(fresh)
+        return self.o_proj(layout.attend(q, k, v)), fresh
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[N, heads · head_dim] to [N, heads, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, dim] to [N, dim]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues
+    ) -> tuple[Tensor, KeyValue | None]:
+        """x [N, dim] to [N, dim], and the keys and values that were projected for the rows of x."""
+        attended, fresh = self.attention(self.attention_norm(x), angles, layout, keys_values)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), fresh
+
+
+BlockCall = Callable[..., tuple[Tensor, KeyValue | None]]

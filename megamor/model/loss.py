@@ -1,0 +1,64 @@
+"""Linear projection and cross-entropy in one, chunk by chunk.
+
+Logits of a 49k vocabulary are the largest tensor of a training step. Here they exist for one chunk of tokens at a time:
+the forward pass computes the chunk's loss and, when gradients are wanted, at once its gradients, so that nothing is
+recomputed and no logits are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+CHUNK_ELEMENTS = 1 << 25
+"""Logits that may stand in memory at once (128 MiB in fp32)."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, want_gradients: bool) -> Tensor:
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if want_gradients else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight).to(loss.dtype)
+            valid = labels[rows] != IGNORE
+            target = labels[rows].clamp_min(0).unsqueeze(1)
+            log_z = logits.logsumexp(1)
+            loss += ((log_z - logits.gather(1, target).squeeze(1)) * valid).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad = logits.sub_(log_z.unsqueeze(1)).exp_()
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                grad = grad.mul_(valid.unsqueeze(1)).to(hidden.dtype)
+                grad_hidden[rows] = grad @ weight
+                grad_weight += grad.t() @ hidden[rows]
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy of the logits hidden · weightᵀ.
+
+    hidden [N, dim], weight [vocab, dim], labels [N] with -100 where a position doesn't count; returns a scalar in fp32
+    (fp64 for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, want_gradients)

@@ -1,0 +1,158 @@
+"""The model: embedding, prelude, recursion stage, coda, final norm, tied head. Vanilla is a prelude without a stage.
+
+The model knows one device and no parallelism; it exports a `ParallelPlan` that says what may be sharded as one unit, and
+`megamor/parallel` applies it from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamor.config import Config
+from megamor.model.blocks import Block, KeysValues, RMSNorm
+from megamor.model.geometry import Geometry
+from megamor.model.loss import IGNORE, linear_cross_entropy
+from megamor.model.recursion import RecursionStage, run_block
+from megamor.model.sharing import layer_plan
+from megamor.routing import Mode, Ratio, RoutingContext, TokenSet
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns. `logits` [B, S, vocab] only without labels, `loss_sum` and `num_tokens` only with.
+
+    `router_losses` have their coefficients applied and are means over the micro-batch. `depth` [B, S] counts recursions;
+    `work` [Nr, 2] is explained at `StageOutput`; `ratios` and `totals` are the router's statistics.
+    """
+
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    num_tokens: Tensor | None
+    router_losses: dict[str, Tensor]
+    ratios: dict[str, Ratio]
+    totals: dict[str, Tensor]
+    depth: Tensor | None
+    work: Tensor | None
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How the model may be taken apart.
+
+    `units`: modules to shard as one group each, in forward order; the shared core is one of them, so that its weights are
+    gathered once per pass. Embedding and final norm stay with the root. `shared_core`: the module that holds the loop whose
+    depth may differ between ranks. `compile_targets`: modules worth compiling one by one.
+    """
+
+    units: list[nn.Module]
+    shared_core: nn.Module | None = None
+    compile_targets: list[nn.Module] = field(default_factory=list)
+
+
+class Transformer(nn.Module):
+    """Mixture-of-Recursions language model; see the module docstring."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        plan = layer_plan(config)
+        self.embed = nn.Embedding(config.model.vocab_size, config.model.dim)
+        self.prelude = nn.ModuleList(Block(config.model) for _ in range(plan.num_prelude))
+        self.stage = RecursionStage(config, plan) if plan.schedule else None
+        self.coda = nn.ModuleList(Block(config.model) for _ in range(plan.num_coda))
+        self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
+        self.activation_checkpointing = "none"
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        mode: Mode = "train",
+        step: int = 0,
+        documents: Tensor | None = None,
+    ) -> ModelOutput:
+        """inputs [B, S] token ids; labels [B, S] are the ids to predict at each position, -100 where none is.
+
+        `mode` chooses training-time routing with losses ("train"), the same routing for evaluation ("topk"), or the
+        router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
+        [B, S] are ids that attention must not cross.
+        """
+        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents)
+        everything = TokenSet.all(*inputs.shape)
+        x = self.embed(inputs.flatten())
+        layout = geometry.layout(everything, everything)
+        for block in self.prelude:
+            x, _ = run_block(self, block, x, geometry.angles, layout, KeysValues())
+        routed = None
+        if self.stage is not None:
+            context = RoutingContext(*inputs.shape, mode=mode, step=step)
+            routed = self.stage(x, geometry, context)
+            x = routed.stream
+        for block in self.coda:
+            x, _ = run_block(self, block, x, geometry.angles, layout, KeysValues())
+        x = self.norm(x)
+
+        logits = loss_sum = num_tokens = None
+        if labels is None:
+            logits = F.linear(x, self.embed.weight).unflatten(0, inputs.shape)
+        else:
+            loss_sum = linear_cross_entropy(x, self.embed.weight, labels.flatten())
+            num_tokens = (labels != IGNORE).sum()
+        return ModelOutput(
+            logits,
+            loss_sum,
+            num_tokens,
+            routed.losses if routed else {},
+            routed.ratios if routed else {},
+            routed.totals if routed else {},
+            routed.depth.view(inputs.shape) if routed else None,
+            routed.work if routed else None,
+        )
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for buffers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.model.init_std, generator=generator)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """none; "recursion": recompute each recursion (and prelude and coda blocks); "block": recompute each block."""
+        self.activation_checkpointing = "none" if mode == "none" else "block"
+        if self.stage is not None:
+            self.stage.activation_checkpointing = mode
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Units for sharding and compilation; see `ParallelPlan`."""
+        stage = [] if self.stage is None else [self.stage]
+        core_blocks = [] if self.stage is None else list(self.stage.blocks)
+        blocks = [*self.prelude, *core_blocks, *self.coda]
+        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks)
+
+    def num_parameters(self) -> int:
+        """Unique parameters, embedding (tied with the head) included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def build_model(config: Config, *, device: str | torch.device = "cpu", seed: int | None = None) -> Transformer:
+    """The model of a validated config.
+
+    On the meta device it has shapes only. Elsewhere its weights are drawn from `seed` (default: `run.seed`), always on the
+    CPU, so that they are the same whatever the device.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(config.run.seed if seed is None else seed)
+    model.init_weights(generator)
+    return model.to(device)

@@ -1,0 +1,41 @@
+"""Which parameters decay and which learn faster."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from megamor.config import OptimConfig
+
+
+class ParamGroup(TypedDict):
+    """One parameter group of a torch optimizer. `lr_multiplier` is read by `set_lr` of the backends."""
+
+    name: str
+    params: list[torch.nn.Parameter]
+    weight_decay: float
+    lr_multiplier: float
+
+
+def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
+    """Split the trainable parameters of `model` into groups; each unique parameter is in exactly one.
+
+    Matrices (embedding and routers included) decay; vectors (norms, biases) don't. Auxiliary routers, told by
+    `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1). Empty
+    groups are left out. Call it on the wrapped model: FSDP2 replaces the parameters.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, "aux_router" in name), []).append(parameter)
+    return [
+        ParamGroup(
+            name=f"{'aux_router' if auxiliary else 'model'}_{'decay' if decays else 'no_decay'}",
+            params=parameters,
+            weight_decay=config.weight_decay if decays else 0.0,
+            lr_multiplier=config.aux_router_lr_multiplier if auxiliary else 1.0,
+        )
+        for (decays, auxiliary), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]

@@ -1,0 +1,106 @@
+"""The processes of a run: who they are, on which device, and the group they talk through.
+
+torchrun and the deepspeed launcher both describe the world in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Without them the world is this process alone, and nothing has to be started.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megamor.config import ParallelConfig
+from megamor.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process among all of them. `local_rank` counts within the machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes what only one may write."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return _env_int("WORLD_SIZE", default=1)
+
+
+def resolve_backend(config: ParallelConfig, world_size: int) -> str:
+    """Name of the backend that runs: `auto` becomes `fsdp2` for several processes and `single` for one.
+
+    Raises:
+        ConfigError: `single` was asked for in a launch of several processes, which would each train on their own.
+    """
+    if config.backend == "auto":
+        return "fsdp2" if world_size > 1 else "single"
+    if config.backend == "single" and world_size > 1:
+        raise ConfigError(
+            f"parallel.backend is single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto, "
+            "or start one process"
+        )
+    return config.backend
+
+
+def init_world(config: ParallelConfig) -> World:
+    """Find this process's place and, unless the backend is `single`, join the process group (gloo, and NCCL on GPUs).
+
+    A group that already exists is used as it is. Collective over all processes of the launch.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete, or there are more processes than GPUs on this machine.
+    """
+    size = launched_world_size()
+    rank = _env_int("RANK", default=None if size > 1 else 0)
+    local_rank = _env_int("LOCAL_RANK", default=None if size > 1 else 0)
+    device = _select_device(local_rank)
+    if resolve_backend(config, size) != "single" and not dist.is_initialized():
+        alone = size == 1 and "MASTER_ADDR" not in os.environ
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            store=dist.HashStore() if alone else None,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(rank, size, local_rank, device)
+
+
+def close_world() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _select_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; "
+            "start at most one process for each GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _env_int(name: str, default: int | None) -> int:
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdecimal():
+        raise ConfigError(
+            f"the environment variable {name} is {value!r} in a launch of several processes: "
+            "start them with torchrun or deepspeed, which set it"
+        )
+    return int(value)

@@ -1,0 +1,92 @@
+"""One process, plain PyTorch; also what DDP and FSDP2 have in common with it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megamor.config import Config
+from megamor.parallel.backend import BuildOptimizer
+from megamor.parallel.mesh import World
+from megamor.parallel.precision import autocast
+from megamor.parallel.state import load_state, save_state
+
+
+class SingleBackend:
+    """Fulfils `Backend` for one process. Weights are fp32, bf16 comes by autocast."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> None:
+        self.rank, self.world_size, self.device = world.rank, world.size, world.device
+        self.precision = config.train.precision
+        self.module = model
+        self.model = self.wrap(model)
+        self.optimizer = build_optimizer(model)
+        allocate_optimizer_state(self.optimizer)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device; subclasses also distribute it."""
+        return model.to(self.device)
+
+    def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
+        return autocast(self.device, self.precision)
+
+    def set_lr(self, lr: float) -> None:
+        set_group_lr(self.optimizer, lr)
+
+    def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
+        loss.backward()
+
+    def step(self, max_grad_norm: float) -> Tensor:
+        norm = clip_gradients(self.optimizer, max_grad_norm)
+        if norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, directory: Path) -> None:
+        save_state(directory / "state", self.module, self.optimizer)
+
+    def load(self, directory: Path) -> None:
+        load_state(directory / "state", self.module, self.optimizer)
+
+
+def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group `lr` times its `lr_multiplier` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scale all gradients of `optimizer` so that their global norm is at most `max_norm`; return the norm before.
+
+    Parameters without a gradient get zeros first, which is what their gradient is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the moments (zero) and step counts (zero) now, so that memory runs out at the start or not at all, and a
+    checkpoint of step 0 is like any other.
+
+    Left to itself, torch.distributed.checkpoint creates missing state by a step of its own and counts it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"], lr = 0.0, group["lr"]
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        group["initial_lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr")
+    for state in optimizer.state.values():
+        state["step"].zero_()

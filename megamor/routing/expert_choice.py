@@ -1,0 +1,129 @@
+"""Expert-choice routing: each recursion is an expert that picks its top-k tokens (paper section 2.2.1).
+
+Top-k over a sequence looks at the future, so it is a training-time rule only. The auxiliary loss (or router) trains each
+score to say on its own whether its token is selected; the inference rule is that prediction, token by token: recursion 0
+always, a later one iff the token passed the one before and sigmoid(score) >= 0.5.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamor.config import ExpertChoiceConfig
+from megamor.routing.heads import build_head
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
+
+
+def default_capacity(num_recursions: int) -> tuple[float, ...]:
+    """Share of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1)."""
+    return tuple((num_recursions - r) / num_recursions for r in range(num_recursions))
+
+
+def warmed_up_capacity(capacity: float, step: int, warmup_steps: int) -> float:
+    """Capacity at `step` of a cosine warm-up that starts at 1 (paper appendix, capacity warm-up)."""
+    if step >= warmup_steps:
+        return capacity
+    return capacity + (1 - capacity) * 0.5 * (1 + math.cos(math.pi * step / warmup_steps))
+
+
+class ExpertChoiceRouter(Router):
+    """One scoring head per recursion; `aux_heads` only with `sampling: aux_router`."""
+
+    def __init__(self, config: ExpertChoiceConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.capacity = config.capacity or default_capacity(num_recursions)
+        self.heads = nn.ModuleList(build_head(config.head, dim, 1) for _ in range(num_recursions))
+        self.aux_router: nn.ModuleList | None = None
+        if config.sampling == "aux_router":
+            self.aux_router = nn.ModuleList(build_head(config.head, dim, 1) for _ in range(num_recursions))
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """sigmoid(score) >= 0.5 from the second recursion on."""
+        score = "aux_router" if self.config.sampling == "aux_router" else "router"
+        return InferenceRule("threshold", score=score, threshold=0.5)
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
+        """Nothing is decided before the first recursion."""
+        return ExpertChoiceSession(self, context)
+
+    def num_selected(self, recursion: int, context: RoutingContext) -> int:
+        """k of the top-k: max(1, int(capacity · S)) with the capacity of this step."""
+        capacity = self.capacity[recursion]
+        if context.mode == "train":
+            capacity = warmed_up_capacity(capacity, context.step, self.config.capacity_warmup_steps)
+        return max(1, int(capacity * context.seq_len))
+
+
+class ExpertChoiceSession(RoutingSession):
+    """Expert-choice on one batch."""
+
+    def __init__(self, router: ExpertChoiceRouter, context: RoutingContext) -> None:
+        super().__init__(context)
+        self.router = router
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """Top-k among the candidates in training, the threshold rule at inference."""
+        config = self.router.config
+        z = self.router.heads[recursion](rows / config.temperature).squeeze(-1)
+        predictor = z
+        if self.router.aux_router is not None:
+            predictor = self.router.aux_router[recursion](rows.detach() / config.temperature).squeeze(-1)
+
+        if self.context.mode == "causal":
+            tokens, places = self.select_causal(recursion, predictor, candidates)
+        else:
+            tokens, places = self.select_top_k(recursion, z, candidates)
+        if self.context.mode == "train":
+            self.add_losses(z, predictor, places)
+        self.add_agreement(recursion, predictor, places)
+
+        if config.gating == "additive":
+            return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=1.0))
+        gate = config.alpha * ACTIVATIONS[config.activation](z if places is None else z[places])
+        return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=gate))
+
+    def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
+        """The k highest scores of each sequence, positions ascending."""
+        num_candidates = candidates.max_length
+        k = min(self.router.num_selected(recursion, self.context), num_candidates)
+        if k == num_candidates:
+            return candidates, None
+        top = z.detach().view(candidates.batch, num_candidates).topk(k, dim=-1, sorted=False).indices
+        chosen = top.sort(dim=-1).values
+        offsets = torch.arange(candidates.batch, device=z.device).unsqueeze(1) * num_candidates
+        return candidates.pick(chosen), (chosen + offsets).flatten()
+
+    def select_causal(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
+        """Recursion 0 takes all; later ones those whose predictor says that they would be selected."""
+        if recursion == 0:
+            return candidates, None
+        return candidates.where(predictor.detach() >= 0)
+
+    def add_losses(self, z: Tensor, predictor: Tensor, places: Tensor | None) -> None:
+        """BCE of the predictor against the selection, and the optional z-loss, each a mean over the candidates."""
+        target = torch.ones_like(z) if places is None else torch.zeros_like(z).index_fill(0, places, 1.0)
+        bce = F.binary_cross_entropy_with_logits(predictor, target)
+        if self.router.aux_router is None:
+            self.add_loss("aux_loss", self.router.config.aux_coeff * bce)
+        else:
+            # Its gradient reaches the auxiliary router alone (detached input), whose learning rate sets the scale.
+            self.add_loss("aux_router_loss", bce)
+        if self.router.config.z_coeff:
+            self.add_loss("z_loss", self.router.config.z_coeff * z.square().mean())
+
+    def add_agreement(self, recursion: int, predictor: Tensor, places: Tensor | None) -> None:
+        """Share of candidates for which the selection made here and the causal rule agree."""
+        if recursion == 0 or self.context.mode == "causal":
+            return
+        causal = predictor.detach() >= 0
+        selected = torch.ones_like(causal) if places is None else torch.zeros_like(causal).index_fill(0, places, True)
+        self.add_ratio("topk_causal_agreement", (causal == selected).sum(), causal.numel())

@@ -1,0 +1,35 @@
+"""Fixed depth: the recursive baseline (paper section 2.1) and, with a smaller depth, a control for comparisons."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megamor.config import FixedDepthConfig
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+
+
+class FixedDepthSession(RoutingSession):
+    """All tokens, every time; the core's output replaces the stream."""
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """Select every candidate."""
+        return RoutingPlan(candidates, None, Mix(from_core=1.0))
+
+
+class FixedDepthRouter(Router):
+    """Sends every token through the same number of recursions. Has no parameters."""
+
+    causal_in_training = True
+
+    def __init__(self, config: FixedDepthConfig, num_recursions: int) -> None:
+        super().__init__(config.depth or num_recursions)
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The same as in training."""
+        return InferenceRule("fixed_depth")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> FixedDepthSession:
+        """Nothing to prepare."""
+        return FixedDepthSession(context)

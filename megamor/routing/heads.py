@@ -1,0 +1,51 @@
+"""Scoring networks of the routers: hidden states to logits, always computed in fp32 (paper section 2.2.1, table 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamor.config.schema import RouterHead
+
+HIDDEN_MULTIPLIER: dict[str, int] = {"mlp": 2, "wide_mlp": 4}
+
+
+class RouterLinear(nn.Linear):
+    """Linear layer without bias whose product is computed in fp32 whatever the precision around it.
+
+    Routing decides by comparing scores, and near ties flip in bf16.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] of any float type to fp32 (or fp64) [..., out]."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class LinearHead(RouterLinear):
+    """One projection."""
+
+
+class MLPHead(nn.Module):
+    """Two projections with exact GELU between them."""
+
+    def __init__(self, in_features: int, out_features: int, multiplier: int) -> None:
+        super().__init__()
+        self.fc1 = RouterLinear(in_features, multiplier * in_features)
+        self.fc2 = RouterLinear(multiplier * in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to fp32 [..., out]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def build_head(kind: RouterHead, in_features: int, out_features: int) -> nn.Module:
+    """The head named by the config: linear, mlp (hidden 2d) or wide_mlp (hidden 4d)."""
+    if kind == "linear":
+        return LinearHead(in_features, out_features)
+    return MLPHead(in_features, out_features, HIDDEN_MULTIPLIER[kind])

@@ -1,0 +1,109 @@
+"""What a router tells the recursion engine: which tokens go through the core, and how the result is combined.
+
+The engine (`megamor/model/recursion.py`) executes any plan the same way: gather, core, combine. Tokens live in a stream
+of B sequences of S tokens each, flattened to N = B·S rows; token t of sequence b is row b·S + t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A subset of the rows of a [B, S] stream, in ascending order.
+
+    `index` [N] holds the rows; None means all of them. `max_length` is the largest number of tokens that one sequence
+    contributes. `lengths` [B] says how many each contributes where they differ (ragged); None means that every sequence
+    contributes exactly `max_length` (rectangular), which keeps shapes static.
+    """
+
+    batch: int
+    seq_len: int
+    max_length: int
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @staticmethod
+    def all(batch: int, seq_len: int) -> TokenSet:
+        """Every token of the stream."""
+        return TokenSet(batch, seq_len, seq_len)
+
+    def pick(self, chosen: Tensor) -> TokenSet:
+        """The rows of this set at `chosen` [B, k]: per sequence, ascending places among its own rows (0-based).
+
+        Needs a rectangular set; the result is rectangular.
+        """
+        assert self.lengths is None
+        offsets = torch.arange(self.batch, device=chosen.device).unsqueeze(1) * self.max_length
+        places = (chosen + offsets).flatten()
+        index = places if self.index is None else self.index[places]
+        return replace(self, max_length=chosen.shape[1], index=index)
+
+    def where(self, keep: Tensor) -> tuple[TokenSet, Tensor]:
+        """The rows of this set for which `keep` [N] is true, and their places [n] in this set. The result is ragged."""
+        places = keep.nonzero().squeeze(1)
+        index = places if self.index is None else self.index[places]
+        lengths = torch.bincount(index // self.seq_len, minlength=self.batch)
+        longest = int(lengths.max()) if self.batch else 0
+        return TokenSet(self.batch, self.seq_len, longest, index, lengths), places
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether this is the whole stream."""
+        return self.index is None
+
+    def __len__(self) -> int:
+        return self.batch * self.seq_len if self.index is None else self.index.shape[0]
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The rows as a tensor [N], also where the set is everything."""
+        return torch.arange(len(self), device=device) if self.index is None else self.index
+
+    def gather(self, stream: Tensor) -> Tensor:
+        """The rows [N, ...] of `stream` [B·S, ...]."""
+        return stream if self.index is None else stream.index_select(0, self.index)
+
+    def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
+        """`stream` [B·S, ...] with the rows of this set replaced by `values` [N, ...]."""
+        values = values.to(stream.dtype)
+        return values if self.index is None else stream.index_copy(0, self.index, values)
+
+    def scatter_add(self, stream: Tensor, values: Tensor) -> Tensor:
+        """`stream` [B·S, ...] with `values` [N, ...] added to the rows of this set."""
+        values = values.to(stream.dtype)
+        return stream + values if self.index is None else stream.index_add(0, self.index, values)
+
+
+Weight = Tensor | float | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the engine combines a recursion: next stream = from_input·x_in + from_stream·x + from_core·y.
+
+    Each weight is None (leave the term out), a number, or a tensor [N] over the tokens that the core has seen; x_in is the
+    input of the whole recursion stage, x the stream before this recursion, y the core's output (its residuals included).
+    `emit` adds emit·y to the stage's result; once any recursion emits, the result is the sum of what was emitted
+    instead of the final stream.
+    """
+
+    from_core: Weight = 1.0
+    from_stream: Weight = None
+    from_input: Weight = None
+    emit: Weight = None
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """One recursion: the tokens that the core sees, and where they stand among the candidates.
+
+    `places` [N] are positions in the candidates' rows; None means that all candidates are selected.
+    """
+
+    tokens: TokenSet
+    places: Tensor | None
+    mix: Mix

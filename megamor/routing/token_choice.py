@@ -1,0 +1,85 @@
+"""Token-choice routing: each token picks its depth once, before the first recursion (paper section 2.2.1).
+
+Causal as it stands. Load is balanced by a loss (Switch Transformer's f·P) or by a bias that is adjusted without gradient
+(loss-free balancing, arXiv 2408.15664).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamor.config import TokenChoiceConfig
+from megamor.routing.heads import build_head
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+
+
+class TokenChoiceRouter(Router):
+    """One head with a logit per depth. `bias` [Nr] shifts the choice (not the gate) under loss-free balancing."""
+
+    causal_in_training = True
+    bias: Tensor
+
+    def __init__(self, config: TokenChoiceConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.head = build_head(config.head, dim, num_recursions)
+        self.register_buffer("bias", torch.zeros(num_recursions))
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The same as in training: the depth of the highest (biased) score."""
+        return InferenceRule("argmax_depth", score="router")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> TokenChoiceSession:
+        """Choose every token's depth."""
+        return TokenChoiceSession(self, rows, context)
+
+    @torch.no_grad()
+    def update(self, totals: dict[str, Tensor]) -> None:
+        """Loss-free balancing: raise the bias of depths below the mean load, lower the others."""
+        if self.config.balancing == "loss_free":
+            load = totals["depth_choices"]
+            self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
+
+
+class TokenChoiceSession(RoutingSession):
+    """Token-choice on one batch: `depth` [N] is the last recursion (0-based) of each token, `gate` [N] its weight."""
+
+    def __init__(self, router: TokenChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
+        super().__init__(context)
+        config = router.config
+        self.z = router.head(rows / config.temperature)
+        scores = self.z.softmax(-1) if config.activation == "softmax" else self.z.sigmoid()
+        scores = config.alpha * scores
+        biased = scores + router.bias if config.balancing == "loss_free" else scores
+        self.depth = biased.detach().argmax(-1)
+        if context.mode == "train" and context.step < config.balance_warmup_steps:
+            self.depth = torch.full_like(self.depth, router.num_recursions - 1)
+        self.gate = scores.gather(-1, self.depth.unsqueeze(-1)).squeeze(-1)
+        if config.gating == "additive":
+            self.gate = torch.ones_like(self.gate)
+        self.add_balance(router, scores)
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """Tokens of depth >= recursion. Those that leave get x_in + gate·y, the others carry y on."""
+        depth = candidates.gather(self.depth)
+        tokens, places = (candidates, None) if recursion == 0 else candidates.where(depth >= recursion)
+        leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
+        gate = tokens.gather(self.gate)
+        return RoutingPlan(tokens, places, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
+
+    def add_balance(self, router: TokenChoiceRouter, scores: Tensor) -> None:
+        """Balance loss, z-loss and load statistics."""
+        config, num_depths = router.config, router.num_recursions
+        load = torch.bincount(self.depth, minlength=num_depths).to(scores.dtype)
+        self.totals["depth_choices"] = load
+        if self.context.mode != "train":
+            return
+        if config.balancing == "loss":
+            share = num_depths * load / self.depth.numel()
+            self.add_loss("balance_loss", config.balance_coeff * (share * scores.mean(0)).sum())
+        if config.z_coeff:
+            self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())
