@@ -133,7 +133,7 @@ class CheckpointManager:
 
     def _commit(self, draft: Path, step: int) -> Path:
         final = self.directory / layout.step_name(step)
-        manifest = create_manifest(step, draft, self.ranks)
+        manifest = create_manifest(draft, self.ranks)
 
         def publish() -> None:
             commit.write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())

@@ -1,6 +1,6 @@
 """The manifest: every file of a checkpoint with its size and SHA-256, and the check against it.
 
-Format of `manifest.json`: `{"format": 1, "step": 100, "files": {"state/__0_0.distcp": {"size": 1234, "sha256": "…"}}}`,
+Format of `manifest.json`: `{"format": 1, "files": {"state/__0_0.distcp": {"size": 1234, "sha256": "…"}}}`,
 paths relative to the checkpoint with forward slashes. The manifest itself is not listed.
 """
 
@@ -34,13 +34,12 @@ class FileRecord:
 class Manifest:
     """All files of one checkpoint."""
 
-    step: int
     files: Mapping[str, FileRecord]
 
     def to_json(self) -> str:
         """Text of `manifest.json`."""
         files = {name: asdict(record) for name, record in sorted(self.files.items())}
-        return json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1) + "\n"
+        return json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
 
     @classmethod
     def read(cls, checkpoint: Path) -> Manifest:
@@ -53,17 +52,17 @@ class Manifest:
         try:
             content: dict[str, Any] = json.loads(path.read_bytes())
             files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in content["files"].items()}
-            step, found = int(content["step"]), content["format"]
+            found = content["format"]
         except FileNotFoundError:
             raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}: it is not a complete checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
         if found != FORMAT:
             raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
-        return cls(step, files)
+        return cls(files)
 
 
-def create_manifest(step: int, directory: Path, ranks: Ranks) -> Manifest:
+def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
     """Flush every file below `directory` to disk and record it. Collective; the ranks share the reading.
 
     On a network file system a rank may not see another's newest file yet, or see it short, so the list is the union
@@ -74,7 +73,7 @@ def create_manifest(step: int, directory: Path, ranks: Ranks) -> Manifest:
     readers = {name: [r for r, view in enumerate(seen) if view.get(name) == size] for name, size in sizes.items()}
     mine = share_files(sizes, readers)[ranks.rank] if sizes else []
     parts = ranks.together(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
-    return Manifest(step, {name: record for part in parts for name, record in part.items()})
+    return Manifest({name: record for part in parts for name, record in part.items()})
 
 
 def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megamor.checkpoint import layout
-from megamor.checkpoint.manifest import Manifest, find_damage, summary, verify
+from megamor.checkpoint.manifest import find_damage, summary, verify
 from megamor.checkpoint.state import load_weights, weight_shapes
 from megamor.checkpoint.trainer_state import TrainerState
 from megamor.errors import CheckpointError
@@ -22,7 +22,12 @@ class Checkpoint:
     """A checkpoint that has passed its check. It needs nothing outside of `directory`."""
 
     directory: Path
-    step: int
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; a copy under another name than `step_…` knows it from `trainer.json`."""
+        step = layout.parse_step(self.directory.name)
+        return self.trainer_state.step if step is None else step
 
     @property
     def config_yaml(self) -> str:
@@ -79,12 +84,9 @@ def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}{link}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a checkpoint's directory, such as runs/x/checkpoints/latest")
-    return _open_directory(path.resolve(), full=full)
-
-
-def _open_directory(directory: Path, *, full: bool) -> Checkpoint:
+    directory = path.resolve()
     verify(directory, hashes=full)
-    return Checkpoint(directory, Manifest.read(directory).step)
+    return Checkpoint(directory)
 
 
 def _directory_of_checkpoints(path: Path) -> Path | None:
@@ -99,6 +101,6 @@ def _newest(root: Path, *, full: bool) -> Checkpoint:
         directory = root / layout.step_name(step)
         damage = find_damage(directory, hashes=full)
         if not damage:
-            return _open_directory(directory.resolve(), full=False)
+            return Checkpoint(directory.resolve())
         log.error("%s is damaged and not used: %s", directory, summary(damage))
     raise CheckpointError(f"{root} holds no whole checkpoint")

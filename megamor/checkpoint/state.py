@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
         MODEL_PREFIX + name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()
     }
     try:
-        dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint / STATE_DIR), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
+            dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint / STATE_DIR), no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"can't read the weights in {checkpoint / STATE_DIR}: {describe(error)}") from error
     return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}

@@ -20,6 +20,9 @@ from megamor.config.schema import (
     TrainConfig,
 )
 
+HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
+"""Width of a router's hidden layer as a multiple of the model's."""
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -143,7 +146,9 @@ def schedule_steps(optim: OptimConfig, steps: int) -> tuple[int, int]:
 
 
 def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, int, int]:
-    """(prelude, core, coda): how many unique blocks stand before, in and after the recursion (paper, table 1)."""
+    """(prelude, core, coda): unique blocks around and in the recursion (paper, table 1). Vanilla is all prelude."""
+    if recursion.sharing == "none":
+        return model.num_layers, 0, 0
     outside = 1 if recursion.sharing.startswith("middle") else 0
     return outside, (model.num_layers - 2 * outside) // recursion.num_recursions, outside
 
@@ -168,8 +173,8 @@ def router_parameters(config: Config) -> int:
 
 
 def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:
-    """Parameters of one router, which has no biases: dim -> outputs, or with one hidden layer of 2 or 4 times dim."""
+    """Parameters of one router, which has no biases: dim -> outputs, or with one hidden layer."""
     if head == "linear":
         return dim * outputs
-    hidden = {"mlp": 2, "wide_mlp": 4}[head] * dim
+    hidden = HIDDEN_MULTIPLIER[head] * dim
     return hidden * (dim + outputs)

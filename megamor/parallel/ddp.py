@@ -32,6 +32,7 @@ class DdpBackend(SingleBackend):
     @contextmanager
     def forward_context(self, *, last_micro_batch: bool = True) -> Iterator[None]:
         # DDP decides in the forward pass whether the backward pass will communicate.
+        assert isinstance(self.model, DistributedDataParallel)
         silence = nullcontext() if last_micro_batch else self.model.no_sync()
         with silence, autocast(self.device, self.precision):
             yield

@@ -16,7 +16,7 @@ from megamor.parallel.precision import fsdp_policy
 from megamor.parallel.single import SingleBackend
 
 
-def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, precision: str, reshard: bool) -> FSDPModule:
+def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
     """Shard `model` in place over `mesh`: each unit of the plan as one group, the rest as the root's.
 
     The shared core is gathered once in each direction, however many recursions run, and ranks may stop at different
@@ -26,7 +26,7 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, precision: str
     policy = fsdp_policy(precision)
     for unit in plan.units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 class Fsdp2Backend(SingleBackend):
@@ -36,8 +36,6 @@ class Fsdp2Backend(SingleBackend):
     gradient (fp32), which saves the reductions and costs 4 bytes a parameter.
     """
 
-    model: FSDPModule
-
     def __init__(
         self, model: nn.Module, plan: ParallelPlan, config: Config, world: World, build_optimizer: BuildOptimizer
     ) -> None:
@@ -45,18 +43,17 @@ class Fsdp2Backend(SingleBackend):
         self.reshard = config.parallel.reshard_after_forward
         super().__init__(model, config, world, build_optimizer)
 
-    def wrap(self, model: nn.Module) -> FSDPModule:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """Shard over all ranks, then move buffers and slices to the device."""
         mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
-        sharded = shard(model, self.plan, mesh, self.precision, self.reshard)
-        model.to(self.device)
-        return sharded
+        shard(model, self.plan, mesh, self.precision, self.reshard)
+        return model.to(self.device)
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        self.model.set_requires_gradient_sync(last_micro_batch)
+        self._sharded.set_requires_gradient_sync(last_micro_batch)
         loss.backward()
 
     def save(self, directory: Path) -> None:
@@ -69,4 +66,9 @@ class Fsdp2Backend(SingleBackend):
 
     def _return_to_slices(self) -> None:
         # After an evaluation the root is still gathered, and its parameters aren't the ones the optimizer knows.
-        self.model.reshard()
+        self._sharded.reshard()
+
+    @property
+    def _sharded(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)  # fully_shard changes the class in place
+        return self.model

@@ -1,0 +1,115 @@
+"""FLOPs of a model: the paper's accounting, and an honest one of what was executed.
+
+One multiply-add counts two. Attention counts only the pairs of a query and a key that is not after it (causal half).
+Training costs three forward passes; recomputation under activation checkpointing is reported apart (MFU against HFU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, ModelConfig, TokenChoiceConfig
+from megamor.model.sharing import layer_plan
+from megamor.routing.expert_choice import default_capacity
+from megamor.routing.heads import HIDDEN_MULTIPLIER
+
+Work = Sequence[tuple[float, float]]
+"""Per recursion: tokens that the core has seen, and their causal query-key pairs (`StageOutput.work`)."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs by part."""
+
+    blocks: float
+    routers: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        """One forward pass."""
+        return self.blocks + self.routers + self.head
+
+    @property
+    def training(self) -> float:
+        """Forward and backward (which costs twice the forward)."""
+        return 3 * self.forward
+
+    def recomputed(self, activation_checkpointing: str) -> float:
+        """What activation checkpointing computes again in backward."""
+        return 0.0 if activation_checkpointing == "none" else self.blocks
+
+
+def executed_flops(config: Config, num_sequences: float, work: Work) -> Flops:
+    """FLOPs of `num_sequences` sequences of `data.seq_len` tokens, given what the routing really let through."""
+    model, plan = config.model, layer_plan(config)
+    seq_len = config.data.seq_len
+    tokens = num_sequences * seq_len
+    pairs = num_sequences * seq_len * (seq_len + 1) / 2
+    blocks = (plan.num_prelude + plan.num_coda) * block_flops(model, tokens, pairs)
+    routers = 0.0
+    candidates = tokens
+    for recursion, (selected, selected_pairs) in enumerate(work):
+        fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
+        blocks += plan.num_core * block_flops(model, selected, selected_pairs, projects_kv=fresh)
+        routers += router_flops(config, recursion, candidates)
+        candidates = selected
+    return Flops(blocks, routers, 2 * tokens * model.dim * model.vocab_size)
+
+
+def block_flops(model: ModelConfig, tokens: float, pairs: float, projects_kv: bool = True) -> float:
+    """One block on `tokens` queries with `pairs` query-key pairs."""
+    kv_dim = model.num_kv_heads * model.head_dim
+    weights = 2 * model.dim**2 + 3 * model.dim * model.ffn_dim
+    if projects_kv:
+        weights += 2 * model.dim * kv_dim
+    return 2 * tokens * weights + 4 * model.dim * pairs
+
+
+def router_flops(config: Config, recursion: int, candidates: float) -> float:
+    """Scoring of the candidates before `recursion`."""
+    router, dim = config.router, config.model.dim
+    if isinstance(router, FixedDepthConfig) or (isinstance(router, TokenChoiceConfig) and recursion > 0):
+        return 0.0
+    outputs = config.recursion.num_recursions if isinstance(router, TokenChoiceConfig) else 1
+    hidden = HIDDEN_MULTIPLIER.get(router.head, 0) * dim
+    scoring = 2 * candidates * (hidden * (dim + outputs) if hidden else dim * outputs)
+    return 2 * scoring if isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router" else scoring
+
+
+def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
+    """Work at the configured capacities; token-choice is taken as balanced."""
+    num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
+    if num_recursions == 1:
+        return []
+    shares = default_capacity(num_recursions)
+    if isinstance(config.router, FixedDepthConfig):
+        shares = (1.0,) * (config.router.depth or num_recursions)
+    elif isinstance(config.router, ExpertChoiceConfig) and config.router.capacity:
+        shares = config.router.capacity
+    work = []
+    for recursion, share in enumerate(shares):
+        length = max(1, int(share * seq_len))
+        keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
+        work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2))
+    return work
+
+
+def nominal_flops(config: Config, num_sequences: float = 1.0) -> Flops:
+    """FLOPs at the configured capacities."""
+    return executed_flops(config, num_sequences, nominal_work(config, num_sequences))
+
+
+def paper_flops(config: Config) -> float:
+    """Forward FLOPs of one sequence as the paper counts them (appendix on FLOPs): no embedding, head or router, and keys
+    and values at full width. Reproduces its tables; `executed_flops` is the honest count.
+    """
+    model, plan, seq_len = config.model, layer_plan(config), config.data.seq_len
+    dim, ffn = model.dim, 3 * model.dim * model.ffn_dim
+    total = (plan.num_prelude + plan.num_coda) * (2.0 * seq_len * (4 * dim**2 + ffn) + 2 * dim * seq_len**2)
+    for recursion, (length, _) in enumerate(nominal_work(config, 1)):
+        shared = recursion > 0 and config.recursion.kv_policy == "share_first"
+        projections, keys = (2, seq_len) if shared else (4, length)
+        total += plan.num_core * (2 * length * (projections * dim**2 + ffn) + 2 * dim * length * keys)
+    return total

@@ -1,0 +1,90 @@
+"""Every setting does something: each field of the schema is read by code other than its loading and validation.
+
+The check goes by name. A field counts as read in a file that reads an attribute of its name and also names its section
+(`optim`) or its class (`OptimConfig`). Two fields of one name in such a file can therefore vouch for each other; what a
+field *does* is for the tests of the room that reads it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from megamor.config import Config, SourceConfig
+
+ROOT = Path(__file__).parents[2]
+NOT_READERS = {"schema.py", "load.py", "convert.py", "validate.py", "__init__.py"}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Identifiers of one file."""
+
+    attributes: frozenset[str]
+    """Attributes that are read, `getattr(x, "name")` included."""
+    mentioned: frozenset[str]
+
+
+def names_in(source: str) -> Names:
+    """The identifiers of a module's source."""
+    attributes, mentioned = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            mentioned.add(node.attr)
+            if isinstance(node.ctx, ast.Load):
+                attributes.add(node.attr)
+        elif isinstance(node, ast.Name):
+            mentioned.add(node.id)
+        elif isinstance(node, ast.arg):
+            mentioned.add(node.arg)
+        elif isinstance(node, ast.alias):
+            mentioned.add(node.name)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            attributes |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
+    return Names(frozenset(attributes), frozenset(mentioned))
+
+
+def settings() -> Iterator[tuple[str, type, str]]:
+    """(section, class, field) of every setting. `kind` is left out: choosing the class is what reads it."""
+    for section, hint in get_type_hints(Config).items():
+        classes = [hint] if is_dataclass(hint) else list(get_args(hint))
+        for owner in [*classes, *([SourceConfig] if section == "data" else [])]:
+            yield from ((section, owner, item.name) for item in fields(owner) if item.name != "kind")
+
+
+def is_read(section: str, owner: type, name: str, readers: list[Names]) -> bool:
+    """Whether one of the files reads `name` and knows its section or class."""
+    return any(name in file.attributes and file.mentioned & {section, owner.__name__} for file in readers)
+
+
+@pytest.fixture(scope="module")
+def readers() -> list[Names]:
+    """The identifiers of every file that may give a setting its meaning."""
+    found = [*ROOT.glob("megamor/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("pretrain.py")]
+    config = ROOT / "megamor" / "config"
+    return [names_in(path.read_text()) for path in found if not (path.parent == config and path.name in NOT_READERS)]
+
+
+def test_every_setting_is_read(readers: list[Names]) -> None:
+    unread = [f"{s}.{name} ({owner.__name__})" for s, owner, name in settings() if not is_read(s, owner, name, readers)]
+    assert not unread, "these settings change nothing: " + ", ".join(unread)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(config):\n    return config.optim.lr", True),
+        ("def f(c: OptimConfig):\n    return getattr(c, 'lr')", True),
+        ("def f(config):\n    return config.lr", False),
+        ("def f(config):\n    config.optim.lr = 3", False),
+        ("lr = 'optim.lr'", False),
+    ],
+)
+def test_what_counts_as_reading(source: str, expected: bool) -> None:
+    (owner,) = {owner for section, owner, _ in settings() if section == "optim"}
+    assert is_read("optim", owner, "lr", [names_in(source)]) is expected

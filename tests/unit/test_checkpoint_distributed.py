@@ -1,0 +1,210 @@
+"""Saving with two gloo processes: weights are the same whoever wrote them, a failure of one rank is everybody's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # imported before the fork, which is what makes it quick
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from megamor.checkpoint import CheckpointManager, load_weights, open_checkpoint, save_rng, verify
+from megamor.checkpoint.layout import LATEST, step_name
+from megamor.checkpoint.manifest import Manifest
+from megamor.errors import CheckpointError
+
+DEADLINE_SECONDS = 60
+
+
+def run_ranks(num_ranks: int, body: Callable[[int], None]) -> list[int]:
+    """Run `body(rank)` in forked gloo processes; their wait statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+                body(rank)
+                dist.destroy_process_group()
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                os._exit(status)
+        children.append(pid)
+    return [wait(pid) for pid in children]
+
+
+def wait(pid: int) -> int:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"process {pid} hung")
+
+
+def full_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "embed.weight": torch.randn(10, 4, generator=generator),
+        "block.weight": torch.randn(5, 3, generator=generator).bfloat16(),
+    }
+
+
+def write_sharded(directory: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = {f"model.{name}": distribute_tensor(t, mesh, [Shard(0)]) for name, t in full_weights().items()}
+    dcp.save(sharded, checkpoint_id=directory / "state")
+
+
+def write_rng(directory: Path) -> None:
+    save_rng(directory, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_sharded_save_reads_back_bitwise_in_one_process(tmp_path: Path, num_ranks: int) -> None:
+    def body(rank: int) -> None:
+        manager = CheckpointManager(tmp_path, keep_last=1)
+        path = manager.save(7, [write_sharded, write_rng], {"config.yaml": "a: 1\n"})
+        assert manager.latest_valid() == path
+
+    assert run_ranks(num_ranks, body) == [0] * num_ranks
+    checkpoint = open_checkpoint(tmp_path, full=True)
+    assert len(list((checkpoint.directory / "rng").iterdir())) == num_ranks
+    loaded = checkpoint.weights()
+    for name, tensor in full_weights().items():
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+    listed = set(Manifest.read(checkpoint.directory).files)
+    on_disk = {str(p.relative_to(checkpoint.directory)) for p in checkpoint.directory.rglob("*") if p.is_file()}
+    assert listed == on_disk - {"manifest.json"}
+    assert "state/.metadata" in listed
+
+
+def fail_on_second_rank(directory: Path) -> None:
+    if dist.get_rank() == 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (directory / "part").write_text("x")
+
+
+def fail_inside_collective_save(directory: Path) -> None:
+    """The second rank can't write its shard: its directory entry is taken."""
+    if dist.get_rank() == 1:
+        (directory / "state" / "__1_0.distcp").mkdir(parents=True)
+    dist.barrier()
+    write_sharded(directory)
+
+
+@pytest.mark.parametrize("failing", [fail_on_second_rank, fail_inside_collective_save])
+def test_failure_of_one_rank_is_everybodys(tmp_path: Path, failing: Callable[[Path], None]) -> None:
+    def body(rank: int) -> None:
+        manager = CheckpointManager(tmp_path, keep_last=2)
+        good = manager.save(1, [write_sharded], {})
+        with pytest.raises(CheckpointError, match=r"failed on .*rank (0|1)") as caught:
+            manager.save(2, [write_sharded, failing] if failing is fail_on_second_rank else [failing], {})
+        if failing is fail_on_second_rank:
+            assert "rank 1: OSError: [Errno 28] No space left on device" in str(caught.value)
+        else:
+            assert "(in rank 1's part)" in str(caught.value)
+        assert manager.latest_valid() == good
+        manager.save(3, [write_sharded], {})
+
+    assert run_ranks(2, body) == [0, 0]
+    assert {entry.name for entry in tmp_path.iterdir()} == {LATEST, step_name(1), step_name(3)}
+    verify(tmp_path / LATEST)
+
+
+def test_a_bug_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
+    def buggy(directory: Path) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("typo")
+
+    def body(rank: int) -> None:
+        manager = CheckpointManager(tmp_path, keep_last=1)
+        with pytest.raises(KeyError if rank == 1 else CheckpointError, match="typo"):
+            manager.save(1, [buggy], {})
+
+    assert run_ranks(2, body) == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_found_by_whichever_rank_reads_the_file(tmp_path: Path) -> None:
+    def body(rank: int) -> None:
+        manager = CheckpointManager(tmp_path, keep_last=3)
+        steps = [manager.save(step, [write_sharded, write_rng], {}) for step in (1, 2, 3)]
+        if rank == 0:
+            for name, step in (("rng/rank_00001.pt", 3), ("state/__0_0.distcp", 2)):
+                path = tmp_path / step_name(step) / name
+                whole = path.read_bytes()
+                path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        dist.barrier()
+        assert manager.latest_valid() == steps[0]
+
+    assert run_ranks(2, body) == [0, 0]
+
+
+def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    def body(rank: int) -> None:
+        manager = CheckpointManager(tmp_path, keep_last=1)
+        manager.save(1, [write_sharded], {})
+
+        def die(directory: Path) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        manager.save(2, [write_sharded, die], {})
+
+    assert all(os.WIFSIGNALED(status) for status in run_ranks(2, body))
+    assert CheckpointManager(tmp_path, keep_last=1).latest_valid() == tmp_path / step_name(1)
+    assert load_weights(tmp_path / LATEST).keys() == full_weights().keys()
+    assert {entry.name for entry in tmp_path.iterdir()} == {LATEST, step_name(1)}
+
+
+def test_own_files_are_recorded_even_when_others_can_not_see_them_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system: rank 0 sees rank 1's file short, and one of them not at all."""
+    from megamor.checkpoint import manifest
+
+    real = manifest.list_sizes
+
+    def delayed(directory: Path) -> dict[str, int]:
+        sizes = real(directory)
+        if dist.get_rank() == 0:
+            sizes.pop("late_1")
+            sizes["short_1"] = 1
+        else:
+            sizes.pop("late_0")
+        return sizes
+
+    def write(directory: Path) -> None:
+        for kind in ("late", "short"):
+            (directory / f"{kind}_{dist.get_rank()}").write_bytes(b"x" * 100)
+
+    def body(rank: int) -> None:
+        monkeypatch.setattr(manifest, "list_sizes", delayed)
+        CheckpointManager(tmp_path, keep_last=1).save(1, [write], {})
+
+    assert run_ranks(2, body) == [0, 0]
+    verify(tmp_path / LATEST)
+    sizes = {name: record.size for name, record in Manifest.read(tmp_path / LATEST).files.items()}
+    assert sizes == {"late_0": 100, "late_1": 100, "short_0": 100, "short_1": 100}
