@@ -128,7 +128,7 @@ class CheckpointManager:
         self.ranks.together("looking for the checkpoint directory", lambda: _wait_until_visible(draft))
         self._reached("started")
         for writer in writers:
-            self.ranks.together(f"writing {draft}", partial(writer, draft))
+            self.ranks.together(f"writing {draft}", partial(_call, writer, draft))
         self._on_first_rank(f"writing {draft}", lambda: _add_files(draft, files))
 
     def _commit(self, draft: Path, step: int) -> Path:
@@ -167,6 +167,10 @@ class CheckpointManager:
         """Result of `action` on rank 0, on every rank; a failure there is a failure everywhere."""
         result: T = self.ranks.together(what, action if self.ranks.rank == 0 else None)[0]
         return result
+
+
+def _call(writer: Writer, draft: Path) -> None:
+    writer(draft)  # whatever it returns is not for the other ranks
 
 
 def _wait_until_visible(directory: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -135,6 +135,7 @@ class _Converter:
             return None
         if union_kinds(hint):
             return self.kind_union(value, hint, key)
+        wanted = describe_type(hint)
         if _is_optional(hint):
             (hint,) = _union_members(hint)
         if is_dataclass(hint):
@@ -142,23 +143,12 @@ class _Converter:
         if get_origin(hint) is tuple and isinstance(value, list | tuple):
             item_hint = get_args(hint)[0]
             return tuple(self.value(item, item_hint, f"{key}[{i}]") for i, item in enumerate(value))
-        if get_origin(hint) not in (tuple, Literal, None) and isinstance(value, Mapping):
+        if get_origin(hint) is Mapping and isinstance(value, Mapping):
             item_hint = get_args(hint)[1]
             return {str(name): self.value(item, item_hint, join_key(key, name)) for name, item in value.items()}
-        return self.scalar(value, hint, key)
-
-    def scalar(self, value: Any, hint: Any, key: str) -> Any:
-        """A bool, int, float, str or one of a `Literal`'s choices. An int may stand for a float, a bool for nothing."""
-        if get_origin(hint) is Literal:
-            if any(value == choice and type(value) is type(choice) for choice in get_args(hint)):
-                return value
-        elif hint is float and type(value) is int:
-            return float(value)
-        elif type(value) is hint:
-            return value
-        advice = _advice(value, hint)
-        self.problem(key, f"found {value!r}, expected {describe_type(hint)}{advice}")
-        return value
+        if not _is_scalar(value, hint):
+            self.problem(key, f"found {value!r}, expected {wanted}{_advice(value, hint)}")
+        return float(value) if hint is float and type(value) is int else value
 
     def kind_union(self, value: Any, hint: Any, key: str) -> Any:
         """The member of a union of dataclasses that `value["kind"]` names."""
@@ -198,6 +188,13 @@ class _Converter:
         self.problems.append(f"{self.origins.of(key)}: {key or 'the whole configuration'}: {message}")
 
 
+def _is_scalar(value: Any, hint: Any) -> bool:
+    """Whether `value` is the bool, int, float, str or `Literal` choice that `hint` asks for; an int may be a float."""
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 def _advice(value: Any, hint: Any) -> str:
     if hint is str and isinstance(value, bool | int | float):
         return "; quote it to make it a string"
@@ -208,9 +205,13 @@ def _advice(value: Any, hint: Any) -> str:
     return ""
 
 
-def _nearest(word: Any, choices: Any) -> str:
-    close = difflib.get_close_matches(str(word), list(choices), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _nearest(word: Any, choices: Iterable[str]) -> str:
+    close = _close_match(word, choices)
+    return f"; did you mean {close}?" if close else ""
+
+
+def _close_match(word: Any, choices: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)), None)
 
 
 def _suggest(name: Any, section: type, key: str, siblings: Mapping[str, type]) -> str:
@@ -220,13 +221,11 @@ def _suggest(name: Any, section: type, key: str, siblings: Mapping[str, type]) -
     if owners:
         kind = next(kind for kind, member in siblings.items() if member is section)
         return f"it belongs to {key}.kind {' and '.join(owners)}, and this run's {key}.kind is {kind}"
-    close = difflib.get_close_matches(str(name), list(here), n=1)
-    if close:
-        return f"did you mean {join_key(key, close[0])}?"
+    if close := _close_match(name, here):
+        return f"did you mean {join_key(key, close)}?"
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config)}
-    close = difflib.get_close_matches(str(name), list(elsewhere), n=1)
-    if close:
-        return f"did you mean {elsewhere[close[0]]}?"
+    if close := _close_match(name, elsewhere):
+        return f"did you mean {elsewhere[close]}?"
     return f"the keys here are {', '.join(here)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -21,13 +22,16 @@ class DdpBackend(SingleBackend):
         `find_unused_parameters` lets a step leave parameters out. It also keeps the buckets as they are from the first
         step on, so that sums over three ranks and more are in the same order after a resume.
         """
-        return DistributedDataParallel(
-            model.to(self.device),
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=True,
-        )
+        with warnings.catch_warnings():
+            # The new name of `broadcast_buffers` isn't known to every supported release.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return DistributedDataParallel(
+                model.to(self.device),
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,
+            )
 
     @contextmanager
     def forward_context(self, *, last_micro_batch: bool = True) -> Iterator[None]:

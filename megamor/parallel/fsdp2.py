@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class Fsdp2Backend(SingleBackend):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard over all ranks, then move buffers and slices to the device."""
+        # Units return keys and values as views, and nobody writes into them.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
         shard(model, self.plan, mesh, self.precision, self.reshard)
         return model.to(self.device)

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -45,11 +45,11 @@ def names_in(source: str) -> Names:
         elif isinstance(node, ast.alias):
             mentioned.add(node.name)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
-            attributes |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
+            attributes |= {str(argument.value) for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
     return Names(frozenset(attributes), frozenset(mentioned))
 
 
-def settings() -> Iterator[tuple[str, type, str]]:
+def settings() -> Iterator[tuple[str, Any, str]]:
     """(section, class, field) of every setting. `kind` is left out: choosing the class is what reads it."""
     for section, hint in get_type_hints(Config).items():
         classes = [hint] if is_dataclass(hint) else list(get_args(hint))
@@ -57,9 +57,12 @@ def settings() -> Iterator[tuple[str, type, str]]:
             yield from ((section, owner, item.name) for item in fields(owner) if item.name != "kind")
 
 
-def is_read(section: str, owner: type, name: str, readers: list[Names]) -> bool:
-    """Whether one of the files reads `name` and knows its section or class."""
-    return any(name in file.attributes and file.mentioned & {section, owner.__name__} for file in readers)
+def is_read(section: str, owner: Any, name: str, readers: list[Names]) -> bool:
+    """Whether one of the files reads `name`, or a property made of it, and knows its section or class."""
+    getters = {key: value.fget for key, value in vars(owner).items() if isinstance(value, property)}
+    names = {name} | {key for key, getter in getters.items() if getter and name in getter.__code__.co_names}
+    knows = {section, owner.__name__}
+    return any(names & file.attributes and knows & file.mentioned for file in readers)
 
 
 @pytest.fixture(scope="module")

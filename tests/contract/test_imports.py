@@ -48,7 +48,7 @@ class Import:
 
 
 def imports_of(source: str, package: str = "") -> Iterator[Import]:
-    """Every import of a module that lives in `package`; `import_module("x")` and `torch.distributed.x` count as imports."""
+    """Every import of a module that lives in `package`; `import_module("x")` and `torch.distributed.x` count too."""
     yield from _walk(ast.parse(source), package, nested=False)
 
 

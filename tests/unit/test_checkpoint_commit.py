@@ -224,6 +224,38 @@ def test_a_bug_keeps_its_own_exception_and_leaves_nothing(manager: CheckpointMan
     assert names(manager.directory) == set()
 
 
+def test_everything_is_flushed_before_it_gets_its_name(
+    manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def record_flush(descriptor: int) -> None:
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).relative_to(manager.directory)}")
+        fsync(descriptor)
+
+    def record_rename(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    def record_replace(self: Path, target: Path) -> Path:
+        events.append(f"move {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_flush)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    save(manager, 10)
+    draft = ".writing_step_00000010"
+    renamed = events.index(f"rename {draft}")
+    flushed = {
+        f"flush {draft}/{name}" for name in ("state/a.bin", "state/b.bin", "config.yaml", "manifest.json", "state")
+    }
+    assert flushed | {f"flush {draft}"} == set(events[:renamed])
+    assert events.index(f"flush {draft}/manifest.json") > events.index(f"flush {draft}/state/a.bin")
+    assert events[renamed + 1 :] == ["flush .", "move latest", "flush ."]
+
+
 def in_child(action: Callable[[], None]) -> int:
     """Run `action` in a forked child; its wait status."""
     pid = os.fork()
@@ -280,6 +312,8 @@ def test_sigkill_anywhere_leaves_a_whole_checkpoint(
     assert survivor is not None
     published = point in ("latest", "expiring", "rmtree", "done")
     assert survivor.name == step_name(step if published else 10)
+    for whole in published_steps(tmp_path):
+        verify(tmp_path / step_name(whole))
     assert not [name for name in names(tmp_path) if name.startswith(".")]
     save(restarted, 30)
     assert restarted.latest_valid() == tmp_path / step_name(30)

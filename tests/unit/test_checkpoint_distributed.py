@@ -77,8 +77,9 @@ def write_sharded(directory: Path) -> None:
     dcp.save(sharded, checkpoint_id=directory / "state")
 
 
-def write_rng(directory: Path) -> None:
+def write_rng(directory: Path) -> object:
     save_rng(directory, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return lambda: "what a writer returns need not be picklable"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

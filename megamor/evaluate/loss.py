@@ -1,0 +1,54 @@
+"""Loss of a model over a validation set, under the routing of training and under the inference rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megamor.model import ModelOutput, Transformer
+from megamor.routing import Mode
+
+
+class Batch(Protocol):
+    """Token ids [B, S] and the ids to predict [B, S], -100 where none is."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def modes_of(model: Transformer) -> tuple[Mode, ...]:
+    """The ways of routing worth measuring: only routers that look ahead in training have two."""
+    looks_ahead = model.stage is not None and not model.stage.router.causal_in_training
+    return ("topk", "causal") if looks_ahead else ("causal",)
+
+
+@torch.no_grad()
+def summed_loss(
+    model: Callable[..., ModelOutput],
+    batches: Iterable[Batch],
+    mode: Mode,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
+    """[3] in fp64 on `device`: summed negative log-likelihood (nats), tokens counted, recursions taken by all tokens.
+
+    Sums rather than means, so that ranks and batches can be added up.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        with context():
+            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode)
+        assert out.loss_sum is not None
+        assert out.num_tokens is not None
+        total[0] += out.loss_sum
+        total[1] += out.num_tokens
+        if out.depth is not None:
+            total[2] += (out.depth * (batch.labels.to(device) != -100)).sum()
+    return total

@@ -1,0 +1,63 @@
+"""Continuing a text token by token under the inference rule, and at what depth each token was read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamor.model import Transformer
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids [T] of prompt and continuation, and the recursions that each took (0 for models without recursion).
+
+    The last token has been sampled but not read, so its depth isn't known; `depths` has one entry fewer than `ids`.
+    """
+
+    ids: list[int]
+    depths: list[int]
+    prompt_length: int
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> Continuation:
+    """Continue `prompt` by up to `max_tokens` tokens; ends early at `stop_id`. Temperature 0 takes the likeliest token.
+
+    The context slides once it is longer than the model's `max_seq_len`.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    context_length = model.config.model.max_seq_len
+    ids, depths = list(prompt), []
+    for _ in range(max_tokens):
+        window = torch.tensor([ids[-context_length:]], device=device)
+        out = model(window, mode="causal")
+        assert out.logits is not None
+        depth = [0] * window.shape[1] if out.depth is None else out.depth[0].tolist()
+        depths += depth[len(depths) - max(0, len(ids) - context_length) :]
+        ids.append(sample(out.logits[0, -1].float().cpu(), temperature, top_p, generator))
+        if ids[-1] == stop_id:
+            break
+    return Continuation(ids, depths, len(prompt))
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token id from logits [vocab], with nucleus sampling (arXiv 1904.09751)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits / temperature).softmax(-1)
+    ordered, ids = probabilities.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered > top_p] = 0
+    return int(ids[torch.multinomial(ordered, 1, generator=generator)])

@@ -1,0 +1,50 @@
+"""Peak memory of this process: of its GPU, or resident memory on a CPU. In GiB."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_GIB = 2**30
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def peak_memory(device: torch.device) -> dict[str, float | None]:
+    """Peak since the start or the last reset.
+
+    `memory/peak_gib` is what tensors took at most (GPU) or the resident set (CPU); `memory/peak_reserved_gib` adds what
+    the allocator held on to (GPU only).
+    """
+    if device.type == "cuda":
+        return {
+            "memory/peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
+            "memory/peak_reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB,
+        }
+    return {"memory/peak_gib": _peak_resident_bytes() / _GIB, "memory/peak_reserved_gib": None}
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new peak; False where the system can't (a CPU without Linux's `clear_refs`): peaks then never fall."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident_bytes() -> int:
+    # getrusage's peak is inherited from the process that launched this one and can't be reset, hence Linux's own first.
+    if _STATUS.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,144 @@
+"""Where metrics go. `metrics.jsonl` is always written; TensorBoard here and wandb in `wandb_sink` are on request.
+
+A metric is a number under a flat name such as `train/loss`; None means that there is no value ("n/a").
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megamor.errors import ConfigError
+
+log = logging.getLogger("megamor.metrics")
+
+Metrics = Mapping[str, float | int | None]
+
+
+class MetricSink(Protocol):
+    """Something that keeps metrics. Used by one process only."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Keep `metrics` of `step`."""
+
+    def close(self) -> None:
+        """Write out what is buffered; nothing may be logged afterwards."""
+
+
+class MultiSink:
+    """Passes everything on to several sinks."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Keep `metrics` of `step` in every sink."""
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonlSink:
+    """One JSON object a line: `{"step": 3, "time": 1700000000.0, "train/loss": 5.2, …}`, flushed line by line.
+
+    None is `null`; values that JSON lacks are the strings `"nan"`, `"inf"`, `"-inf"`, which `float()` reads.
+
+    Args:
+        path: the file; appended to.
+        resume_step: step of the checkpoint that the run goes on from. Lines of later steps are of the interrupted run
+            and will be written again, so they are removed first. None: a run from the beginning, which replaces all.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append a line."""
+        record = {"step": step, "time": round(time.time(), 3), **{name: _to_json(v) for name, v in metrics.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard. `resume_step` as in `JsonlSink`: TensorBoard hides the points after it."""
+
+    def __init__(self, directory: Path, *, resume_step: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "metrics.tensorboard is on, but tensorboard is not installed: pip install tensorboard"
+            ) from error
+        purge = 0 if resume_step is None else resume_step + 1
+        self._writer: Any = SummaryWriter(str(directory), purge_step=purge, flush_secs=30)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Add one point to each curve that has a value."""
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out and close the event file."""
+        self._writer.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file, with `"nan"` and the like as numbers again. A torn last line is left out."""
+    return [
+        {name: float(v) if isinstance(v, str) else v for name, v in record.items()}
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if (record := _parse(line)) is not None
+    ]
+
+
+def _to_json(value: float | int | None) -> float | int | str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _drop_after(path: Path, resume_step: int | None) -> None:
+    """Rewrite the file without lines after `resume_step` and without torn ones; all or nothing."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        record = _parse(line) if line.endswith("\n") else None
+        if record is not None and resume_step is not None and record["step"] <= resume_step:
+            kept.append(line)
+    if len(kept) == len(lines):
+        return
+    log.warning(
+        "%s: %d of %d lines removed, they are of steps to be done again", path, len(lines) - len(kept), len(lines)
+    )
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -1,0 +1,110 @@
+"""Tokens per second, executed FLOPs, MFU and HFU.
+
+The clock runs between optimizer steps and stands still in `excluded()`, which wraps evaluation and saving. Rates are
+over the last few steps, those ending in `_mean` over this launch so far.
+
+MFU counts the FLOPs that the model needed for what it really computed (forward and backward, executed routing), HFU
+adds recomputation by activation checkpointing; both relative to the peak of all devices (PaLM, arXiv 2204.02311,
+appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Sums over all ranks in one optimizer step."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    model_flops: float = 0.0
+    hardware_flops: float = 0.0
+
+    def __add__(self, other: _Step) -> _Step:
+        return _Step(
+            self.seconds + other.seconds,
+            self.tokens + other.tokens,
+            self.model_flops + other.model_flops,
+            self.hardware_flops + other.hardware_flops,
+        )
+
+
+class Throughput:
+    """Rates of a training run.
+
+    Args:
+        peak_flops: FLOP/s of one device (`gpu_peaks.peak_flops`), None if unknown.
+        world_size: number of devices.
+        window: number of steps in the windowed rates.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        peak_flops: float | None,
+        world_size: int,
+        window: int = 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._total_peak = None if peak_flops is None else peak_flops * world_size
+        self._clock = clock
+        self._recent: deque[_Step] = deque(maxlen=window)
+        self._total = _Step()
+        self._mark = clock()
+
+    def start(self) -> None:
+        """Start the clock of the next step now: call it right before the loop."""
+        self._mark = self._clock()
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time inside counts for no step."""
+        entered = self._clock()
+        try:
+            yield
+        finally:
+            self._mark += self._clock() - entered
+
+    def step(self, *, tokens: int, model_flops: float, hardware_flops: float) -> None:
+        """End a step.
+
+        Args:
+            tokens: of all ranks.
+            model_flops: executed by all ranks, forward and backward, without recomputation.
+            hardware_flops: the same with recomputation.
+        """
+        now = self._clock()
+        step = _Step(now - self._mark, tokens, model_flops, hardware_flops)
+        self._mark = now
+        self._recent.append(step)
+        self._total += step
+
+    def metrics(self) -> dict[str, float | None]:
+        """Flat metrics; None where hardware's peak is unknown or no time has passed.
+
+        Units: tokens/s of all devices together, seconds, FLOPs since launch, FLOP/s, fractions of peak.
+        """
+        recent = sum(self._recent, start=_Step())
+        return {
+            "throughput/tokens_per_second": _ratio(recent.tokens, recent.seconds),
+            "throughput/tokens_per_second_mean": _ratio(self._total.tokens, self._total.seconds),
+            "throughput/step_seconds": _ratio(recent.seconds, len(self._recent)),
+            "throughput/executed_flops": self._total.model_flops,
+            "throughput/flops_per_second": _ratio(recent.model_flops, recent.seconds),
+            "throughput/mfu": self._utilisation(recent.model_flops, recent.seconds),
+            "throughput/hfu": self._utilisation(recent.hardware_flops, recent.seconds),
+        }
+
+    def _utilisation(self, flops: float, seconds: float) -> float | None:
+        return None if self._total_peak is None else _ratio(flops, seconds * self._total_peak)
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator > 0 else None

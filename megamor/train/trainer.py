@@ -1,0 +1,190 @@
+"""The training loop.
+
+While steps remain: fetch the batch of this step, run the step, log; if it is time or a signal was agreed on, save; if it is
+time, evaluate.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamor.config import Config
+from megamor.config.derive import Derived
+from megamor.data import MicroBatch, TrainingLoader, ValidationSet
+from megamor.evaluate.loss import modes_of, summed_loss
+from megamor.metrics import MetricSink, Throughput, TrainingProgress, peak_memory
+from megamor.model import ModelOutput, Transformer
+from megamor.model.flops import executed_flops
+from megamor.optim import check_finite, lr_multiplier
+from megamor.parallel import Backend
+from megamor.train.checkpointing import Progress, RunCheckpoints
+from megamor.train.statistics import StepStatistics, StepSummary
+from megamor.train.stop import StopRequest
+
+log = logging.getLogger("megamor.train")
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, put together by `build_trainer`."""
+
+    config: Config
+    derived: Derived
+    model: Transformer
+    backend: Backend
+    loader: TrainingLoader
+    validation: Mapping[str, ValidationSet]
+    checkpoints: RunCheckpoints
+    progress: Progress
+    sink: MetricSink
+    throughput: Throughput
+    display: TrainingProgress
+    stop: StopRequest
+
+    def fit(self) -> bool:
+        """Train to the last step of this launch. Returns False if a signal ended it early (after saving)."""
+        last_step = min(self.derived.total_steps, self.config.train.stop_at_step or self.derived.total_steps)
+        saved_step = self.progress.step
+        stopping = False
+        try:
+            with self.stop, self.display:
+                self.throughput.start()
+                while self.progress.step < last_step and not stopping:
+                    batches = self.loader.next_step()
+                    summary, lr, grad_norm = self.train_step(batches)
+                    self.progress.step += 1
+                    self.progress.tokens_seen += self.derived.tokens_per_step
+                    self.log_step(summary, lr, grad_norm)
+                    stopping = self.stop.agreed()
+                    if stopping or self.progress.step == last_step or self.is_time(self.config.checkpoint.every_steps):
+                        self.save()
+                        saved_step = self.progress.step
+                    if not stopping and (
+                        self.progress.step == self.derived.total_steps or self.is_time(self.config.train.eval_every)
+                    ):
+                        self.evaluate()
+        finally:
+            self.loader.close()
+            self.sink.close()
+        assert saved_step == self.progress.step
+        return not stopping
+
+    def is_time(self, every_steps: int) -> bool:
+        """Whether something that happens every so many steps is due."""
+        return self.progress.step % every_steps == 0
+
+    def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float]:
+        """One optimizer step over this rank's micro-batches. Returns global figures, learning rate and gradient norm."""
+        step = self.progress.step
+        statistics = StepStatistics(self.config.recursion.num_recursions)
+        valid_tokens = self.count_valid_tokens(batches)
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            inputs, labels = self.to_device(batch.inputs), self.to_device(batch.labels)
+            with self.backend.forward_context(last_micro_batch=is_last):
+                out = self.backend.model(inputs, labels, mode="train", step=step)
+                loss = self.total_loss(out, valid_tokens, len(batches))
+            self.backend.backward(loss, last_micro_batch=is_last)
+            statistics.add(out)
+        lr = self.config.optim.lr * lr_multiplier(step, self.config.optim, self.derived.total_steps)
+        self.backend.set_lr(lr)
+        grad_norm = self.backend.step(self.config.optim.grad_clip).item()
+        summary = statistics.reduce()
+        check_finite(step, summary.loss, grad_norm)
+        if self.model.stage is not None:
+            self.model.stage.router.update(summary.totals)
+        return summary, lr, grad_norm
+
+    def total_loss(self, out: ModelOutput, valid_tokens: Tensor, num_micro_batches: int) -> Tensor:
+        """This micro-batch's share of the step's loss.
+
+        Backends average gradients over ranks and sum them over micro-batches. The language-model loss is divided by the
+        tokens of the whole step, so that every token counts the same wherever it is; router losses are means over a
+        micro-batch and are averaged over micro-batches and ranks.
+        """
+        assert out.loss_sum is not None
+        loss = out.loss_sum * (self.backend.world_size / valid_tokens)
+        for router_loss in out.router_losses.values():
+            loss = loss + router_loss / num_micro_batches
+        return loss
+
+    def count_valid_tokens(self, batches: list[MicroBatch]) -> Tensor:
+        """Labels that count in the whole step, over all ranks."""
+        count = torch.stack([(batch.labels != -100).sum() for batch in batches]).sum().float().to(self.backend.device)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+        return count
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to this rank's device without waiting."""
+        return tensor.to(self.backend.device, non_blocking=True)
+
+    def log_step(self, summary: StepSummary, lr: float, grad_norm: float) -> None:
+        """Metrics of the step that has just been done."""
+        flops = executed_flops(self.config, self.config.train.global_batch_size, summary.work)
+        recomputed = flops.recomputed(self.config.train.activation_checkpointing)
+        self.throughput.step(
+            tokens=self.derived.tokens_per_step,
+            model_flops=flops.training,
+            hardware_flops=flops.training + recomputed,
+        )
+        if not self.is_time(self.config.metrics.log_every) and self.progress.step != self.derived.total_steps:
+            return
+        metrics: dict[str, float | int | None] = {
+            "train/loss": summary.loss,
+            "train/lr": lr,
+            "train/grad_norm": grad_norm,
+            "train/tokens_seen": self.progress.tokens_seen,
+            **{f"train/{name}": value for name, value in summary.router_losses.items()},
+            **summary.routing_metrics(),
+            **self.throughput.metrics(),
+            **peak_memory(self.backend.device),
+        }
+        self.sink.log(self.progress.step, metrics)
+        self.display.update(self.progress.step, metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        with self.throughput.excluded():
+            path = self.checkpoints.save(self.progress)
+        self.display.message(f"step {self.progress.step}: saved {path}")
+
+    def evaluate(self) -> None:
+        """Loss on every validation set, under each way of routing."""
+        metrics: dict[str, float | int | None] = {}
+        with self.throughput.excluded():
+            self.backend.model.eval()
+            for name, data in self.validation.items():
+                losses = {mode: self.validation_loss(data, mode) for mode in modes_of(self.model)}
+                metrics |= {f"validation/{name}/loss_{mode}": loss for mode, loss in losses.items()}
+                if "topk" in losses:
+                    metrics[f"validation/{name}/gap"] = losses["causal"] - losses["topk"]
+                shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+                self.display.message(
+                    f"step {self.progress.step}: validation loss on {name}: {shown} nats/token "
+                    f"(perplexity {math.exp(losses['causal']):.1f})"
+                )
+            self.backend.model.train()
+        if metrics:
+            self.sink.log(self.progress.step, metrics)
+
+    def validation_loss(self, data: ValidationSet, mode: str) -> float:
+        """Mean over at most `train.eval_sequences` windows. Collective."""
+        batches = data.batches(
+            self.backend.rank,
+            self.backend.world_size,
+            self.config.train.micro_batch_size,
+            self.config.train.eval_sequences,
+        )
+        context = self.backend.forward_context
+        total = summed_loss(self.backend.model, batches, mode, self.backend.device, context)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return float(total[0] / total[1])

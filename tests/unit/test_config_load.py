@@ -1,0 +1,263 @@
+"""Reading configurations: overlays, overrides, types, and what the errors say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from megamor.config import (
+    Config,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    ModelConfig,
+    OptimConfig,
+    RecursionConfig,
+    SourceConfig,
+    TokenChoiceConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    convert,
+    load_config,
+)
+from megamor.errors import ConfigError
+
+LENGTH = "train: {max_steps: 1000}\n"
+MOR = "recursion: {num_recursions: 3, sharing: middle_cycle}\nmodel: {num_layers: 32}\n"
+
+
+def write(directory: Path, **files: str) -> Path:
+    """Write NAME.yaml for each keyword; returns the last one."""
+    for name, text in files.items():
+        path = directory / f"{name}.yaml"
+        path.write_text(text)
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The message with which loading fails."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_nested_values(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, a=LENGTH + "optim: {lr: 1e-4}\n"))
+    assert config == Config(optim=OptimConfig(lr=1e-4), train=config.train)
+    assert config.train.max_steps == 1000
+
+
+def test_extends_in_order_then_the_file_then_overrides(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(
+        tmp_path / "parts",
+        one="optim: {lr: 1, eps: 1, beta1: 0.1, weight_decay: 1}\n",
+        two="optim: {eps: 2, beta1: 0.2, weight_decay: 2}\n",
+    )
+    path = write(
+        tmp_path, a=LENGTH + "extends: [parts/one.yaml, parts/two.yaml]\noptim: {beta1: 0.3, weight_decay: 3}\n"
+    )
+    optim = load_config(path, ["optim.weight_decay=4"]).optim
+    assert (optim.lr, optim.eps, optim.beta1, optim.weight_decay) == (1, 2, 0.3, 4)
+
+
+def test_extends_goes_through_several_files_and_lists_replace(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        a="data: {train: [one, two], validation: {x: one}}\n" + LENGTH,
+        b="extends: a.yaml\ndata: {train: [three]}\n",
+        c="extends: b.yaml\ndata: {validation: {y: two}}\n",
+    )
+    data = load_config(path).data
+    assert data.train == (SourceConfig("three"),)
+    assert data.validation == {"x": "one", "y": "two"}
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, a=LENGTH + MOR)
+    config = load_config(
+        path,
+        [
+            "router={kind: expert_choice}",
+            "router.capacity=[1, 0.5, 0.25]",
+            "data.train=[a, {prefix: b, weight: 3}]",
+            "data.validation.pile=p",
+            "optim.lr=1",
+            "optim.lr=2e-3",
+            "data.tokenizer=null",
+            "run.name='123'",
+        ],
+    )
+    assert config.router == ExpertChoiceConfig(capacity=(1.0, 0.5, 0.25))
+    assert config.data.train == (SourceConfig("a"), SourceConfig("b", 3.0))
+    assert config.data.validation == {"pile": "p"}
+    assert (config.optim.lr, config.data.tokenizer, config.run.name) == (2e-3, None, "123")
+
+
+def test_another_kind_starts_the_router_afresh(tmp_path: Path) -> None:
+    write(tmp_path, base=LENGTH + MOR + "router: {kind: expert_choice, alpha: 0.5, z_coeff: 0.5}\n")
+    same = write(tmp_path, same="extends: base.yaml\nrouter: {z_coeff: 0.25}\n")
+    assert load_config(same).router == ExpertChoiceConfig(alpha=0.5, z_coeff=0.25)
+    other = write(tmp_path, other="extends: base.yaml\nrouter: {kind: token_choice, balance_coeff: 0.2}\n")
+    assert load_config(other).router == TokenChoiceConfig(balance_coeff=0.2)
+    overridden = load_config(same, ["router.z_coeff=0.125", "router.kind=token_choice"])
+    assert overridden.router == TokenChoiceConfig(z_coeff=0.125)
+
+
+def test_kind_fixed_is_meant_where_absent(tmp_path: Path) -> None:
+    path = write(tmp_path, a=LENGTH + MOR + "router: {depth: 2}\n", b="extends: a.yaml\nrouter: {kind: token_choice}\n")
+    assert load_config(tmp_path / "a.yaml").router == FixedDepthConfig(depth=2)
+    assert load_config(path).router == TokenChoiceConfig()
+
+
+def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
+    write(tmp_path, base="optim: {learning_rate: 1, lr: on, beta1: []}\ntrain: {compile: 1, max_steps: true}\n")
+    path = write(tmp_path, run="extends: base.yaml\nmodle: {dim: 3}\nlr: 3\n")
+    lines = refused(path, "train.precision=fp16", "data.train=[{weight: 2}]", "run.seed=1.0", "run.name=7").splitlines()
+    expected = [
+        ("base.yaml: optim.learning_rate", "unknown key"),
+        ("base.yaml: optim.lr", "found 'on', expected a number"),
+        ("base.yaml: optim.beta1", "found [], expected a number"),
+        ("base.yaml: train.compile", "found 1, expected true or false"),
+        ("base.yaml: train.max_steps", "found True, expected an integer or null"),
+        ("run.yaml: modle", "unknown key; did you mean model?"),
+        ("run.yaml: lr", "unknown key; did you mean optim.lr?"),
+        ("override: train.precision", "found 'fp16', expected one of bf16, fp32"),
+        ("override: data.train[0].prefix", "missing; give a string"),
+        ("override: run.seed", "found 1.0, expected an integer; write 1"),
+        ("override: run.name", "found 7, expected a string; quote it"),
+    ]
+    for place, message in expected:
+        assert any(f"{place}: " in line and message in line for line in lines), f"{place}: {message}"
+    assert len(lines) == 1 + len(expected)
+
+
+def test_a_key_of_another_kind_is_told_so(tmp_path: Path) -> None:
+    path = write(tmp_path, a=LENGTH + MOR + "router: {kind: token_choice, capacity: [1, 1, 1]}\n")
+    message = refused(path)
+    assert "router.capacity: unknown key; it belongs to router.kind expert_choice" in message
+    assert (
+        "router.kind: found 'token', expected one of fixed, expert_choice, token_choice; did you mean token_choice?"
+        in (refused(write(tmp_path, b=LENGTH), "router.kind=token"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("3", 3.0),
+        ("1.0e-05", 1e-5),
+        ("+2.", 2.0),
+        ("010", 10.0),
+        ("1_000", 1e3),
+    ],
+)
+def test_numbers_are_what_they_look_like(tmp_path: Path, text: str, value: float) -> None:
+    theta = load_config(write(tmp_path, a=LENGTH), [f"model.rope_theta={text}"]).model.rope_theta
+    assert theta == value
+    assert type(theta) is float
+
+
+@pytest.mark.parametrize("text", ["on", "1:30", "2001-01-01", "0x10", "1e", "'3'", "true", "null", "{a: 1}"])
+def test_what_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
+    assert "optim.lr: found" in refused(write(tmp_path, a=LENGTH), f"optim.lr={text}")
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "on", "null", "true", "12", "010", "1_0", "~", "a: b", "naïve", "0x1", ".inf", "<<"]
+)
+def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
+    config = Config(
+        model=ModelConfig(num_layers=32),
+        recursion=RecursionConfig(3, "middle_cycle"),
+        router=ExpertChoiceConfig(capacity=(1.0, 2 / 3, 1e-17), alpha=0.1),
+        train=TrainConfig(max_tokens=10**13),
+        optim=OptimConfig(lr=1 / 3, eps=1e-300),
+    )
+    values = config_to_dict(config) | {"data": {"train": [name], "validation": {name: name}, "tokenizer": name}}
+    config = config_from_dict(values)
+    text = config_to_yaml(config)
+    again = load_config(write(tmp_path, document=text))
+    assert again == config
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config_to_yaml(again) == text
+
+
+def test_plain_yaml_reads_what_is_written(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, a=LENGTH + "optim: {lr: 1e-5}\n"))
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: a.yaml", "extends itself (a.yaml -> a.yaml)"),
+        ("extends: missing.yaml", "missing.yaml: no such configuration file"),
+        ("extends: {a: b}", "expected a file name or a list of file names"),
+        ("- 1\n- 2", "found list, expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("run: {name: a}\nrun: {seed: 1}", "key 'run' is given twice"),
+        ("run:\n", "run: found None, expected a mapping; remove the section to take its defaults"),
+        ("router: 3\n", "router: found 3, expected a mapping with kind: fixed | expert_choice | token_choice"),
+        ("1: 2\n", "1: unknown key"),
+        ("? [1, 2]\n: 3\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refused(write(tmp_path, a=text))
+
+
+def test_a_circle_of_files_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, a="extends: b.yaml", b="extends: c.yaml", c="extends: b.yaml")
+    assert "c.yaml -> b.yaml -> c.yaml" in refused(path)
+    diamond = write(
+        tmp_path,
+        top=LENGTH,
+        left="extends: top.yaml",
+        right="extends: top.yaml",
+        low="extends: [left.yaml, right.yaml]",
+    )
+    assert load_config(diamond).train.max_steps == 1000
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "optim..lr=3", "optim.lr=[1"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    assert repr(override) in refused(write(tmp_path, a=LENGTH), override)
+
+
+def test_a_section_below_a_value_is_a_type_error(tmp_path: Path) -> None:
+    assert "optim.lr: found {'x': 3}, expected a number" in refused(write(tmp_path, a=LENGTH), "optim.lr.x=3")
+
+
+@dataclass(frozen=True)
+class _Square:
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Circle:
+    kind: Literal["circle"] = "circle"
+    radius: float | None = None
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    shape: _Square | _Circle = field(default_factory=_Square)
+    layers: tuple[int, ...] = ()
+
+
+def test_conversion_follows_any_dataclass() -> None:
+    converter = convert._Converter(convert.Origins("here"))
+    drawing = converter.dataclass({"shape": {"kind": "circle", "radius": 2}, "layers": [1, 2]}, _Drawing, key="")
+    assert drawing == _Drawing(_Circle(radius=2.0), (1, 2))
+    converter.dataclass({"shape": {"radius": 2}, "layers": [1, "x"]}, _Drawing, key="")
+    assert len(converter.problems) == 2

@@ -1,0 +1,160 @@
+"""Rules between fields: each violation is found, with the value and the fix, and all of them at once."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from megamor.config import Config, config_from_dict
+from megamor.config import validate as rules
+from megamor.config.validate import validate
+from megamor.errors import ConfigError
+
+VALID: dict[str, Any] = {
+    "model": {"num_layers": 32},
+    "recursion": {"num_recursions": 3, "sharing": "middle_cycle"},
+    "router": {"kind": "expert_choice"},
+    "train": {"max_steps": 1000},
+}
+
+
+def changed(**sections: Any) -> Config:
+    """`VALID` with other values in some sections; a router replaces the whole section."""
+    values = {name: dict(section) for name, section in VALID.items()}
+    for name, section in sections.items():
+        values[name] = section if name == "router" else values.get(name, {}) | section
+    return config_from_dict(values)
+
+
+def violations(config: Config, world_size: int | None = None) -> list[str]:
+    """The lines of the error, without its first."""
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"router": {"kind": "fixed", "depth": 3}},
+        {"router": {"kind": "expert_choice", "capacity": [1, 1, 0.01]}},
+        {"router": {"kind": "expert_choice", "capacity_warmup_steps": 1000, "aux_coeff": 0}},
+        {"router": {"kind": "token_choice", "balance_warmup_steps": 1000}},
+        {"recursion": {"sharing": "sequence"}, "model": {"num_layers": 30}},
+        {"recursion": {"sharing": "none", "num_recursions": 1}, "router": {}, "model": {"num_layers": 1}},
+        {"train": {"max_steps": None, "max_tokens": 10**10}},
+        {"train": {"stop_at_step": 1000}},
+        {"optim": {"warmup_steps": 800, "decay_fraction": 0.2}},
+        {"optim": {"warmup_steps": 0, "decay_fraction": 1.0, "min_lr_ratio": 1, "beta1": 0}},
+        {"optim": {"warmup_steps": 1000, "schedule": "cosine"}},
+        {"optim": {"warmup_steps": 1000, "schedule": "constant"}},
+        {"data": {"train": ["a"], "seq_len": 1}},
+    ],
+)
+def test_the_edge_of_what_is_allowed(sections: dict[str, Any]) -> None:
+    validate(changed(**sections), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"dim": 575}}, "model.dim = 575 can't be split into model.num_heads = 9 heads of even width"),
+        ({"model": {"dim": 576 + 9}}, "take dim 576 or 594"),
+        ({"model": {"num_kv_heads": 2}}, "by model.num_kv_heads = 2: take num_kv_heads 1 or 3 or 9"),
+        ({"data": {"seq_len": 2049}}, "data.seq_len = 2049 is longer than model.max_seq_len = 2048"),
+        ({"recursion": {"sharing": "none"}}, "num_recursions = 3 with recursion.sharing = none: choose a sharing"),
+        ({"recursion": {"num_recursions": 1}, "router": {}}, "set sharing: none"),
+        ({"model": {"num_layers": 33}}, "isn't a multiple of recursion.num_recursions = 3; take num_layers 32 or 35"),
+        ({"model": {"num_layers": 4}}, "= 2 isn't a multiple of recursion.num_recursions = 3; take num_layers 5"),
+        ({"model": {"num_layers": 2}}, "take num_layers 5"),
+        ({"model": {"num_layers": 1}}, "take num_layers 5"),
+        ({"recursion": {"sharing": "cycle"}}, "model.num_layers = 32 isn't a multiple"),
+        ({"recursion": {"sharing": "sequence"}}, "take num_layers 30 or 33"),
+        ({"router": {"kind": "fixed", "depth": 4}}, "router.depth = 4 is more than recursion.num_recursions = 3"),
+        ({"router": {"kind": "fixed", "depth": 0}}, "router.depth = 0: give a positive number"),
+        ({"router": {"kind": "expert_choice", "capacity": [1, 0.5]}}, "has 2 entries for recursion.num_recursions = 3"),
+        ({"router": {"kind": "expert_choice", "capacity": [1, 0.5, 0]}}, "above 0 and at most 1"),
+        ({"router": {"kind": "expert_choice", "capacity": [1.5, 1, 1]}}, "above 0 and at most 1"),
+        ({"router": {"kind": "expert_choice", "capacity": [0.5, 0.6, 0.1]}}, "give shares that never rise"),
+        ({"router": {"kind": "expert_choice", "capacity_warmup_steps": 1001}}, "capacity_warmup_steps = 1001"),
+        ({"router": {"kind": "token_choice", "balance_warmup_steps": 1001}}, "balance_warmup_steps = 1001"),
+        ({"train": {"max_tokens": 5}}, "found both (1000 and 5); give exactly one"),
+        ({"train": {"max_steps": None}}, "found neither; give exactly one"),
+        ({"train": {"stop_at_step": 1001}}, "train.stop_at_step = 1001 is after the run's last step 1000"),
+        ({"train": {"micro_batch_size": 3}}, "by train.micro_batch_size = 3: take global_batch_size 1023 or 1026"),
+        ({"optim": {"warmup_steps": 801}}, "optim.warmup_steps = 801 and a decay of 200 steps"),
+        ({"optim": {"warmup_steps": 1001, "schedule": "cosine"}}, "optim.warmup_steps = 1001 is more than the run's"),
+        ({"optim": {"beta2": 1.0}}, "optim.beta2 = 1.0: give a number from 0 to just below 1"),
+        ({"optim": {"decay_fraction": 1.1}}, "optim.decay_fraction = 1.1: give a number from 0 to 1"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr = nan: give a positive number"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr = inf: give a positive number"),
+        ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay = -0.1: give zero or a positive number"),
+        ({"data": {"train": [{"prefix": "a", "weight": 0}]}}, "data.train[0].weight = 0.0 (a)"),
+        ({"data": {"validation": {"a/b": "c"}}}, "'a/b'"),
+        ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
+        ({"run": {"name": ".."}}, "run.name = '..'"),
+        ({"run": {"name": ""}}, "run.name = ''"),
+    ],
+)  # fmt: skip
+def test_one_violation_gives_one_line(sections: dict[str, Any], message: str) -> None:
+    (line,) = violations(changed(**sections))
+    assert message in line
+
+
+def test_a_router_without_recursions_has_nothing_to_choose() -> None:
+    config = changed(recursion={"num_recursions": 1, "sharing": "none"})
+    assert violations(config) == [
+        "router.kind = expert_choice with recursion.num_recursions = 1 has nothing to choose: "
+        "use kind: fixed, or more recursions"
+    ]
+
+
+def test_the_world_divides_the_batch() -> None:
+    config = changed(train={"global_batch_size": 32, "micro_batch_size": 4})
+    validate(config)
+    validate(config, world_size=8)
+    (line,) = violations(config, world_size=3)
+    assert "= 32 isn't divisible by train.micro_batch_size = 4 x 3 processes: take global_batch_size 24 or 36" in line
+
+
+def test_one_process_for_the_single_backend() -> None:
+    config = changed(parallel={"backend": "single"})
+    validate(config, world_size=1)
+    (line,) = violations(config, world_size=2)
+    assert "parallel.backend = single in a launch of 2 processes" in line
+
+
+def test_all_violations_are_reported_at_once() -> None:
+    config = changed(
+        model={"num_layers": 33, "num_kv_heads": 2},
+        router={"kind": "expert_choice", "capacity": [1]},
+        optim={"lr": -1, "beta1": 2},
+        train={"max_tokens": 1, "micro_batch_size": 3},
+        run={"name": "/"},
+    )
+    assert len(violations(config)) == 8
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"num_heads": 0}},
+        {"model": {"num_kv_heads": 0}},
+        {"recursion": {"num_recursions": 0}},
+        {"train": {"micro_batch_size": 0}},
+        {"train": {"max_steps": None, "max_tokens": 5, "global_batch_size": 0}},
+        {"data": {"seq_len": 0}, "train": {"max_steps": None, "max_tokens": 5}},
+    ],
+)
+def test_a_zero_is_reported_and_not_divided_by(sections: dict[str, Any]) -> None:
+    assert all(": give a positive number" in line for line in violations(changed(**sections), world_size=2))
+
+
+def test_bounds_name_fields_that_exist() -> None:
+    hints = get_type_hints(Config)
+    owners = {name: [hint] if is_dataclass(hint) else get_args(hint) for name, hint in hints.items()}
+    known = {f"{name}.{item.name}" for name, members in owners.items() for member in members for item in fields(member)}
+    assert known >= rules.NON_NEGATIVE | rules.FRACTIONS | rules.BELOW_ONE

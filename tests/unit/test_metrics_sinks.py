@@ -1,0 +1,138 @@
+"""Sinks keep every metric once, over kills and restarts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamor.errors import ConfigError
+from megamor.metrics import JsonlSink, MultiSink, TensorBoardSink, WandbSink, read_jsonl
+
+
+def write_steps(path: Path, steps: range, resume_step: int | None, loss: float = 1.0) -> None:
+    sink = JsonlSink(path, resume_step=resume_step)
+    for step in steps:
+        sink.log(step, {"train/loss": loss})
+    sink.close()
+
+
+def steps_and_losses(path: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["train/loss"]) for record in read_jsonl(path)]
+
+
+def test_lines_are_standard_json_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "metrics.jsonl"
+    sink = JsonlSink(path, resume_step=None)
+    sink.log(1, {"a": 1.5, "mfu": None, "count": 3, "bad": math.nan, "worse": -math.inf})
+    (line,) = path.read_text().splitlines()  # readable before close: every line is flushed
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert {**record, "time": 0} == {
+        "step": 1,
+        "time": 0,
+        "a": 1.5,
+        "mfu": None,
+        "count": 3,
+        "bad": "nan",
+        "worse": "-inf",
+    }
+    (back,) = read_jsonl(path)
+    assert math.isnan(back["bad"])
+    assert back["worse"] == -math.inf
+    sink.close()
+
+
+def test_resuming_removes_what_will_be_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 9), None)
+    with path.open("a") as file:
+        file.write('{"step": 9, "train/lo')  # killed in the middle of a line
+    with caplog.at_level(logging.WARNING):
+        write_steps(path, range(6, 8), 5, loss=2.0)
+    assert "4 of 9 lines removed" in caplog.text
+    assert steps_and_losses(path) == [(step, 1.0) for step in range(1, 6)] + [(6, 2.0), (7, 2.0)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_torn_line_of_a_kept_step_goes_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 3), None)
+    path.write_text(path.read_text().rstrip("\n"))
+    write_steps(path, range(3, 4), 2)
+    assert [step for step, _ in steps_and_losses(path)] == [1, 3]
+
+
+def test_a_run_from_the_beginning_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(4), None)
+    write_steps(path, range(2), None, loss=2.0)
+    assert steps_and_losses(path) == [(0, 2.0), (1, 2.0)]
+
+
+def test_failing_to_shorten_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 5), None)
+    before = path.read_bytes()
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        JsonlSink(path, resume_step=2)
+    assert path.read_bytes() == before
+
+
+def scalars(directory: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory))
+    accumulator.Reload()
+    assert accumulator.Tags()["scalars"] == ["train/loss"], "metrics without a value make no curve"
+    return [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+
+
+def test_tensorboard_hides_what_was_done_again(tmp_path: Path) -> None:
+    for resume_step, steps, loss in ((None, range(1, 6), 1.0), (3, range(4, 6), 2.0)):
+        sink = MultiSink([TensorBoardSink(tmp_path, resume_step=resume_step)])
+        for step in steps:
+            sink.log(step, {"train/loss": loss, "throughput/mfu": None})
+        sink.close()
+    assert scalars(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+
+
+def test_wandb_offline_keeps_the_run_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_id = None
+    for launch in range(2):
+        sink = WandbSink(project="p", name="n", directory=tmp_path, mode="offline", run_id=run_id, config={"a": 1})
+        assert run_id in (None, sink.run_id)
+        run_id = sink.run_id
+        sink.log(launch, {"train/loss": 1.0, "throughput/mfu": None})
+        sink.close()
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert files
+    assert {path.name for path in files} == {f"run-{run_id}.wandb"}
+    assert any(b"train/loss" in path.read_bytes() for path in files)
+    assert not any(b"throughput/mfu" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(("module", "make"), [("wandb", WandbSink), ("torch.utils.tensorboard", TensorBoardSink)])
+def test_missing_library_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, make: type
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = {"project": "p", "name": "n"} if make is WandbSink else {"resume_step": None}
+    with pytest.raises(ConfigError, match=r"is not installed: pip install (wandb|tensorboard)"):
+        make(directory=tmp_path, **arguments)
+
+
+def test_importing_metrics_imports_no_tracker() -> None:
+    code = "import sys, megamor.metrics; print([m for m in ('wandb', 'tensorboard') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
