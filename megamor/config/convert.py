@@ -210,8 +210,8 @@ def _nearest(word: Any, choices: Iterable[str]) -> str:
     return f"; did you mean {close}?" if close else ""
 
 
-def _close_match(word: Any, choices: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)), None)
+def _close_match(word: Any, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
+    return next(iter(difflib.get_close_matches(str(word), list(choices), n=1, cutoff=cutoff)), None)
 
 
 def _suggest(name: Any, section: type, key: str, siblings: Mapping[str, type]) -> str:
@@ -224,7 +224,7 @@ def _suggest(name: Any, section: type, key: str, siblings: Mapping[str, type]) -
     if close := _close_match(name, here):
         return f"did you mean {join_key(key, close)}?"
     elsewhere = {dotted.rpartition(".")[2]: dotted for dotted in _dotted_keys(Config)}
-    if close := _close_match(name, elsewhere):
+    if close := _close_match(name, elsewhere, cutoff=0.8):  # many keys: a loose match would be chance
         return f"did you mean {elsewhere[close]}?"
     return f"the keys here are {', '.join(here)}"
 

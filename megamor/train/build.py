@@ -51,7 +51,6 @@ def build_trainer(config: Config, world: World) -> Trainer:
         world_size=world.size,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        prefetch_steps=config.data.prefetch_steps,
     )
     directory = run_directory(config)
     manager = CheckpointManager(directory / CHECKPOINTS_DIR, keep_last=config.checkpoint.keep_last)

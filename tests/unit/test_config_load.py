@@ -116,11 +116,15 @@ def test_kind_fixed_is_meant_where_absent(tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
-    write(tmp_path, base="optim: {learning_rate: 1, lr: on, beta1: []}\ntrain: {compile: 1, max_steps: true}\n")
+    write(
+        tmp_path,
+        base="optim: {learning_rate: 1, weightdecay: 0, lr: on, beta1: []}\ntrain: {compile: 1, max_steps: true}\n",
+    )
     path = write(tmp_path, run="extends: base.yaml\nmodle: {dim: 3}\nlr: 3\n")
     lines = refused(path, "train.precision=fp16", "data.train=[{weight: 2}]", "run.seed=1.0", "run.name=7").splitlines()
     expected = [
-        ("base.yaml: optim.learning_rate", "unknown key"),
+        ("base.yaml: optim.learning_rate", "unknown key; the keys here are lr, beta1,"),
+        ("base.yaml: optim.weightdecay", "unknown key; did you mean optim.weight_decay?"),
         ("base.yaml: optim.lr", "found 'on', expected a number"),
         ("base.yaml: optim.beta1", "found [], expected a number"),
         ("base.yaml: train.compile", "found 1, expected true or false"),

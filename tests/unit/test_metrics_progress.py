@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megamor.metrics import make_progress
-from megamor.metrics.progress import PlainProgress, Smoothed, ProgressState, format_count, format_duration
+from megamor.metrics.progress import PlainProgress, ProgressState, Smoothed, format_count, format_duration
 
 METRICS = {
     "train/loss": 5.4321,
