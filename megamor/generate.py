@@ -1,4 +1,4 @@
-"""Continue a prompt: `python -m megamor.generate --checkpoint runs/x/checkpoints/latest --prompt 'def ' --show-depth`."""
+"""Continue a prompt: `python -m megamor.generate --checkpoint runs/x/checkpoints/latest --prompt 'def '`."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ examples:
   python tools/inspect_data.py data/pile --verify          # also read all of a large .bin
   python tools/inspect_data.py data/x_train --json | jq .tokens
 
-Sizes and the whole index are always checked; the tokens (hashes and range of ids) too, if there is up to 1 GiB of them or
-with --verify.
+Sizes and the whole index are always checked; the tokens (hashes and range of ids) too, if there is up to 1 GiB of
+them or with --verify. Documents are shown as text with --tokenizer, or if the tokenizer lies beside the data.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file: the repository, not tools/, is what imports start from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megamor.data.encode import TextEncoder
 from megamor.data.indexed import TokenShard
 from megamor.data.meta import ShardMeta, read_meta, sha256_of_file
 from megamor.data.verify import verify_index, verify_tokens
@@ -92,13 +93,12 @@ def first_documents(
 
     Raises DataError if `tokenizer` is not the one that wrote the data.
     """
-    decode = None
-    if tokenizer:
-        from megamor.data.encode import TextEncoder
-
-        decode = TextEncoder.load(tokenizer).tokenizer.decode
-        if meta and meta.tokenizer_sha256 and sha256_of_file(tokenizer) != meta.tokenizer_sha256:
-            raise DataError(f"{tokenizer} is not the tokenizer that wrote {shard.prefix} ({meta.tokenizer_name})")
+    if tokenizer and not written_with(tokenizer, meta):
+        raise DataError(f"{tokenizer} is not the tokenizer that wrote {shard.prefix}; give that one")
+    if not tokenizer and meta and meta.tokenizer_name:
+        beside = Path(shard.prefix).parent / meta.tokenizer_name
+        tokenizer = str(beside) if beside.is_file() and written_with(str(beside), meta) else None
+    decode = TextEncoder.load(tokenizer).tokenizer.decode if tokenizer else None
     documents = []
     for number in range(min(count, shard.num_documents)):
         ids = shard.document(number)
@@ -106,6 +106,11 @@ def first_documents(
         text = decode(shown, skip_special_tokens=False) if decode else None
         documents.append({"tokens": len(ids), "ids": shown, "text": text})
     return documents
+
+
+def written_with(tokenizer: str, meta: ShardMeta | None) -> bool:
+    """Whether the file `tokenizer` wrote the data, as far as the side file knows."""
+    return not meta or not meta.tokenizer_sha256 or sha256_of_file(tokenizer) == meta.tokenizer_sha256
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses. Defaults follow the paper's recipe (arXiv 2507.10524) where it has one.
+"""Every setting of a run, as frozen dataclasses. Defaults follow the recipe of arXiv 2507.10524 where it has one.
 
 A section whose type is a union (`router`) is told apart by its `kind`. Loading and overlays are in `load.py`, what must
 hold between fields in `validate.py`, what follows from them in `derive.py`.

@@ -1,4 +1,4 @@
-"""Validation loss of a checkpoint: `python -m megamor.evaluate --checkpoint runs/x/checkpoints/latest --data data/x_val`."""
+"""Validation loss of a checkpoint: `python -m megamor.evaluate --checkpoint runs/x/checkpoints/latest --data x_val`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megamor.data import ValidationSet
+from megamor.data import open_validation_sets
 from megamor.errors import user_errors
 from megamor.evaluate.load import LoadedModel, load_model
 from megamor.evaluate.loss import modes_of, summed_loss
@@ -47,13 +47,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(loaded: LoadedModel, prefix: str, sequences: int | None, batch_size: int) -> dict[str, float]:
     """Losses (nats per token), perplexities and mean depths of one data set."""
-    data = ValidationSet.open(
-        prefix,
-        prefix,
-        seq_len=loaded.config.data.seq_len,
-        vocab_size=loaded.config.model.vocab_size,
-        tokenizer=loaded.checkpoint.tokenizer_path,
-    )
+    tokenizer = loaded.config.data.tokenizer and str(loaded.checkpoint.tokenizer_path)
+    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
+    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
     figures: dict[str, float] = {}
     for mode in modes_of(loaded.model):
         batches = data.batches(0, 1, batch_size, sequences)
@@ -89,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
     loaded = load_model(arguments.checkpoint, arguments.device)
-    results = {
-        prefix: evaluate(loaded, prefix, arguments.sequences, arguments.batch_size) for prefix in arguments.data
-    }
+    results = {prefix: evaluate(loaded, prefix, arguments.sequences, arguments.batch_size) for prefix in arguments.data}
     show(results, f"{loaded.checkpoint.directory} (step {loaded.checkpoint.step})")
     if arguments.json:
         single = next(iter(results.values())) if len(results) == 1 else results
@@ -99,5 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

@@ -2,8 +2,8 @@
 
 Both show the same layout: tokens side by side in a monospaced grid, each cell coloured by the number of recursions that
 the token took, whitespace made visible. Colours run from light (shallow) to dark (deep) along a perceptual map, and
-every cell sets its own text colour, so that the terminal map reads the same on dark and on light backgrounds; a terminal
-without colours gets the depths as digits under the text.
+every cell sets its own text colour, so that the terminal map reads the same on dark and on light backgrounds; a
+terminal without colours gets the depths as digits under the text.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def generate(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     context_length = model.config.model.max_seq_len
-    ids, depths = list(prompt), []
+    ids = list(prompt)
+    depths: list[int] = []
     for _ in range(max_tokens):
         window = torch.tensor([ids[-context_length:]], device=device)
         out = model(window, mode="causal")

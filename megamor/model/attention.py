@@ -1,10 +1,10 @@
 """One attention function for dense, ragged and cached layouts.
 
-Blocks work on flat rows [N, ...]; only attention cares which sequence a row belongs to. An `AttentionLayout` is built once
-per launch of a stack of blocks and used by each of them: it brings queries and keys into [batch, heads, length, head_dim],
-calls SDPA and flattens the result. Routed tokens keep their original order, so that attention among them is causal in the
-order of the rows; a mask is needed only where queries meet keys of other tokens (shared or cached keys) or where
-documents must not see each other.
+Blocks work on flat rows [N, ...]; only attention cares which sequence a row belongs to. An `AttentionLayout` is built
+once per launch of a stack of blocks and used by each of them: it brings queries and keys into [batch, heads, length,
+head_dim], calls SDPA and flattens the result. Routed tokens keep their original order, so that attention among them is
+causal in the order of the rows; a mask is needed only where queries meet keys of other tokens (shared or cached keys)
+or where documents must not see each other.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def visibility_mask(
 ) -> Tensor:
     """Additive fp32 mask [B, 1, Q, K]: a query sees keys of its own document whose order is not above its own.
 
-    Orders are places in the sequence, [B, Q] and [B, K]; keys that don't exist carry an order above every query's. Padded
-    queries carry a negative order and see nothing of the real keys; they are given the first key so that their row of the
-    softmax stays finite.
+    Orders are places in the sequence, [B, Q] and [B, K]; keys that don't exist carry an order above every query's.
+    Padded queries carry a negative order and see nothing of the real keys; they are given the first key so that their
+    row of the softmax stays finite.
     """
     visible = key_order.unsqueeze(1) <= query_order.unsqueeze(2)
     if query_document is not None and key_document is not None:

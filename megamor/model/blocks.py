@@ -1,7 +1,8 @@
-"""The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3, model of section B).
+"""The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3, model of section
+B).
 
-A block is told from outside which keys and values to use (`KeysValues`), so that one piece of code serves every sharing of
-keys and values, activation checkpointing and cached decoding.
+A block is told from outside which keys and values to use (`KeysValues`), so that one piece of code serves every sharing
+of keys and values, activation checkpointing and cached decoding.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, ModelConfig, TokenChoiceConfig
+from megamor.config.derive import HIDDEN_MULTIPLIER
 from megamor.model.sharing import layer_plan
 from megamor.routing.expert_choice import default_capacity
-from megamor.routing.heads import HIDDEN_MULTIPLIER
 
 Work = Sequence[tuple[float, float]]
 """Per recursion: tokens that the core has seen, and their causal query-key pairs (`StageOutput.work`)."""
@@ -102,8 +102,8 @@ def nominal_flops(config: Config, num_sequences: float = 1.0) -> Flops:
 
 
 def paper_flops(config: Config) -> float:
-    """Forward FLOPs of one sequence as the paper counts them (appendix on FLOPs): no embedding, head or router, and keys
-    and values at full width. Reproduces its tables; `executed_flops` is the honest count.
+    """Forward FLOPs of one sequence as the paper counts them (appendix on FLOPs): no embedding, head or router, and
+    keys and values at full width. Reproduces its tables; `executed_flops` is the honest count.
     """
     model, plan, seq_len = config.model, layer_plan(config), config.data.seq_len
     dim, ffn = model.dim, 3 * model.dim * model.ffn_dim

@@ -17,7 +17,7 @@ BEYOND = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Geometry:
-    """A [batch, seq_len] stream. `angles` hold all B·S rows; `documents` [B·S] are ids that attention must not cross."""
+    """A [batch, seq_len] stream. `angles` hold all B·S rows; attention must not cross `documents` [B·S] (ids)."""
 
     batch: int
     seq_len: int

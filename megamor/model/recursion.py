@@ -1,8 +1,8 @@
 """The recursion stage: a shared core of blocks applied up to Nr times, where a router decides token by token how deep.
 
 Each recursion: the router selects among the tokens that passed the one before, the selected rows are gathered, the core
-runs on them alone, and the result is combined into the stream with the weights of the plan. Tokens that are not selected
-are not in the tensor that the core sees, so their compute is really saved.
+runs on them alone, and the result is combined into the stream with the weights of the plan. Tokens that are not
+selected are not in the tensor that the core sees, so their compute is really saved.
 
 The stage is one module whose forward loops over the recursions, so that sharded training gathers its weights once per
 pass however many recursions run, and ranks whose tokens reach different depths still issue the same collectives.
@@ -38,8 +38,8 @@ from megamor.routing.plan import Weight
 class StageOutput(NamedTuple):
     """The stage's result and what the routers did.
 
-    `depth` [B·S] counts the recursions that each token took; `work` [Nr, 2] holds per recursion the tokens that the core
-    has seen and the query-key pairs that attention may not skip (causal).
+    `depth` [B·S] counts the recursions that each token took; `work` [Nr, 2] holds per recursion the tokens that the
+    core has seen and the query-key pairs that attention may not skip (causal).
     """
 
     stream: Tensor
@@ -54,7 +54,8 @@ class StageOutput(NamedTuple):
 class Launch:
     """One run of the core's blocks on a set of tokens.
 
-    `stored` lists the blocks whose keys and values of an earlier recursion come in, `kept` those whose fresh ones go out;
+    `stored` lists the blocks whose keys and values of an earlier recursion come in, `kept` those whose fresh ones go
+    out;
     `layouts` is indexed by block. `refresh` [N] are the places of the tokens among the stored keys (hybrid).
     """
 
@@ -201,6 +202,7 @@ def _times(weight: Weight, values: Tensor) -> Tensor:
     """weight · values, where a tensor weight [N] applies row by row."""
     if isinstance(weight, Tensor):
         return weight.unsqueeze(-1) * values
+    assert weight is not None
     return values if weight == 1.0 else weight * values
 
 

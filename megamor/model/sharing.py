@@ -1,7 +1,7 @@
 """Which block runs where: parameter-sharing strategies (paper section 2.2.1, table 1).
 
-The effective depth L splits into prelude, core and coda. The core's L_core = Nr · n applications come in Nr recursions of n
-blocks each; `schedule[r][j]` is the unique block that runs as j-th block of recursion r.
+The effective depth L splits into prelude, core and coda. The core's L_core = Nr · n applications come in Nr recursions
+of n blocks each; `schedule[r][j]` is the unique block that runs as j-th block of recursion r.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The model: embedding, prelude, recursion stage, coda, final norm, tied head. Vanilla is a prelude without a stage.
 
-The model knows one device and no parallelism; it exports a `ParallelPlan` that says what may be sharded as one unit, and
+The model knows one device and no parallelism; it exports a `ParallelPlan` that says what may be sharded as one unit,
+and
 `megamor/parallel` applies it from outside.
 """
 
@@ -25,7 +26,8 @@ from megamor.routing import Mode, Ratio, RoutingContext, TokenSet
 class ModelOutput(NamedTuple):
     """What a forward pass returns. `logits` [B, S, vocab] only without labels, `loss_sum` and `num_tokens` only with.
 
-    `router_losses` have their coefficients applied and are means over the micro-batch. `depth` [B, S] counts recursions;
+    `router_losses` have their coefficients applied and are means over the micro-batch. `depth` [B, S] counts
+    recursions;
     `work` [Nr, 2] is explained at `StageOutput`; `ratios` and `totals` are the router's statistics.
     """
 
@@ -43,9 +45,9 @@ class ModelOutput(NamedTuple):
 class ParallelPlan:
     """How the model may be taken apart.
 
-    `units`: modules to shard as one group each, in forward order; the shared core is one of them, so that its weights are
-    gathered once per pass. Embedding and final norm stay with the root. `shared_core`: the module that holds the loop whose
-    depth may differ between ranks. `compile_targets`: modules worth compiling one by one.
+    `units`: modules to shard as one group each, in forward order; the shared core is one of them, so that its weights
+    are gathered once per pass. Embedding and final norm stay with the root. `shared_core`: the module that holds the
+    loop whose depth may differ between ranks. `compile_targets`: modules worth compiling one by one.
     """
 
     units: list[nn.Module]
@@ -89,7 +91,7 @@ class Transformer(nn.Module):
             x, _ = run_block(self, block, x, geometry.angles, layout, KeysValues())
         routed = None
         if self.stage is not None:
-            context = RoutingContext(*inputs.shape, mode=mode, step=step)
+            context = RoutingContext(inputs.shape[0], inputs.shape[1], mode, step)
             routed = self.stage(x, geometry, context)
             x = routed.stream
         for block in self.coda:
@@ -145,8 +147,8 @@ class Transformer(nn.Module):
 def build_model(config: Config, *, device: str | torch.device = "cpu", seed: int | None = None) -> Transformer:
     """The model of a validated config.
 
-    On the meta device it has shapes only. Elsewhere its weights are drawn from `seed` (default: `run.seed`), always on the
-    CPU, so that they are the same whatever the device.
+    On the meta device it has shapes only. Elsewhere its weights are drawn from `seed` (default: `run.seed`), always on
+    the CPU, so that they are the same whatever the device.
     """
     with torch.device("meta"):
         model = Transformer(config)

@@ -21,7 +21,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def fsdp_policy(precision: str) -> MixedPrecisionPolicy:
     """FSDP2's policy: bf16 gathers and compute, fp32 gradient reduction; or fp32 throughout.
 
-    Inputs of the units are left as they are: the stream is bf16 from the embedding on, and rotary angles must stay fp32.
+    Inputs of the units are left as they are: the stream is bf16 from the embedding on, and rotary angles must stay
+    fp32.
     """
     if precision == "fp32":
         return MixedPrecisionPolicy()

@@ -1,16 +1,17 @@
 """DeepSpeed ZeRO, stages 0 to 3, through its engine. The only file that imports deepspeed.
 
-The engine owns master weights, moments, communication and clipping; `optim` supplies the optimizer, the loop decides when
-a step is complete. Stage 0 keeps everything on every rank and leaves clipping to this file.
+The engine owns master weights, moments, communication and clipping; `optim` supplies the optimizer, the loop decides
+when a step is complete. Stage 0 keeps everything on every rank and leaves clipping to this file.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,12 +54,11 @@ class ZeroBackend:
             # Ranks may stop at different depths: the core is gathered once, around its loop, not block by block.
             deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
         self.module = model.to(world.device)
-        self.model, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module,
-            optimizer=build_optimizer(self.module),
-            config=engine_config(config),
-            dist_init_required=False,
-        )
+        optimizer = build_optimizer(self.module)
+        with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines on memory
+            self.model, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
+            )
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         self.model.set_gradient_accumulation_boundary(last_micro_batch)

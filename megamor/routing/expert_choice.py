@@ -1,8 +1,8 @@
 """Expert-choice routing: each recursion is an expert that picks its top-k tokens (paper section 2.2.1).
 
-Top-k over a sequence looks at the future, so it is a training-time rule only. The auxiliary loss (or router) trains each
-score to say on its own whether its token is selected; the inference rule is that prediction, token by token: recursion 0
-always, a later one iff the token passed the one before and sigmoid(score) >= 0.5.
+Top-k over a sequence looks at the future, so it is a training-time rule only. The auxiliary loss (or router) trains
+each score to say on its own whether its token is selected; the inference rule is that prediction, token by token:
+recursion 0 always, a later one iff the token passed the one before and sigmoid(score) >= 0.5.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megamor.config.derive import HIDDEN_MULTIPLIER
 from megamor.config.schema import RouterHead
-
-HIDDEN_MULTIPLIER: dict[str, int] = {"mlp": 2, "wide_mlp": 4}
 
 
 class RouterLinear(nn.Linear):

@@ -85,8 +85,9 @@ Weight = Tensor | float | None
 class Mix:
     """How the engine combines a recursion: next stream = from_input·x_in + from_stream·x + from_core·y.
 
-    Each weight is None (leave the term out), a number, or a tensor [N] over the tokens that the core has seen; x_in is the
-    input of the whole recursion stage, x the stream before this recursion, y the core's output (its residuals included).
+    Each weight is None (leave the term out), a number, or a tensor [N] over the tokens that the core has seen; x_in is
+    the input of the whole recursion stage, x the stream before this recursion, y the core's output (its residuals
+    included).
     `emit` adds emit·y to the stage's result; once any recursion emits, the result is the sum of what was emitted
     instead of the final stream.
     """

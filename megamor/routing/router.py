@@ -1,12 +1,12 @@
 """The Router protocol.
 
 A router is asked once per forward pass to `begin` a session, and the session once per recursion to `route`: it sees the
-rows of its candidates (the tokens that passed the recursion before; everything at first) and answers with a plan. Routers
-that decide after the core has run (halting) override `mix`. Whatever depends on the batch lives in the session, so that a
-router module holds only parameters and buffers.
+rows of its candidates (the tokens that passed the recursion before; everything at first) and answers with a plan.
+Routers that decide after the core has run (halting) override `mix`. Whatever depends on the batch lives in the session,
+so that a router module holds only parameters and buffers.
 
-A router says of itself whether its training-time selection is causal, and which rule it follows at inference; the rule is
-data (`InferenceRule`) and travels in the checkpoint's config.
+A router says of itself whether its training-time selection is causal, and which rule it follows at inference; the rule
+is data (`InferenceRule`) and travels in the checkpoint's config.
 """
 
 from __future__ import annotations

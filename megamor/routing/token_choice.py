@@ -1,14 +1,13 @@
 """Token-choice routing: each token picks its depth once, before the first recursion (paper section 2.2.1).
 
-Causal as it stands. Load is balanced by a loss (Switch Transformer's f·P) or by a bias that is adjusted without gradient
-(loss-free balancing, arXiv 2408.15664).
+Causal as it stands. Load is balanced by a loss (Switch Transformer's f·P) or by a bias that is adjusted without
+gradient (loss-free balancing, arXiv 2408.15664).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megamor.config import TokenChoiceConfig
 from megamor.routing.heads import build_head

@@ -97,6 +97,4 @@ class RunCheckpoints:
 
 def parameter_shapes(backend: Backend) -> dict[str, tuple[int, ...]]:
     """Full shapes of the model's state by name; parameters that a backend has emptied keep their full shape aside."""
-    return {
-        name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in backend.module.state_dict().items()
-    }
+    return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in backend.module.state_dict().items()}

@@ -25,8 +25,8 @@ def describe_run(config: Config, world_size: int) -> str:
     lines = {
         "FLOPs": f"{flops.training / seq_len:.3e} per token in training ({flops.forward / seq_len:.3e} forward), "
         "at the configured capacities",
-        "memory": f"about {(states + activations) / GIB:.2f} GiB per device with {backend}: {states / GIB:.2f} weights, "
-        f"gradients and optimizer, {activations / GIB:.2f} activations",
+        "memory": f"about {(states + activations) / GIB:.2f} GiB per device with {backend}: "
+        f"{states / GIB:.2f} weights, gradients and optimizer, {activations / GIB:.2f} activations",
     }
     width = max(len(line.split("  ")[0]) for line in derived.describe().splitlines())
     return "\n".join([derived.describe(), *(f"{name:<{width}}  {text}" for name, text in lines.items())])
@@ -36,8 +36,8 @@ def state_bytes(config: Config, parameters: int, world_size: int) -> float:
     """Weights, gradients and AdamW moments on one device.
 
     fp32 training keeps 16 bytes a parameter. bf16 adds a bf16 copy for compute: of everything under DDP and ZeRO up to
-    stage 2, of the largest unit at a time where weights are sharded (not counted). Each ZeRO stage divides one part more
-    among the devices (arXiv 1910.02054, section 5).
+    stage 2, of the largest unit at a time where weights are sharded (not counted). Each ZeRO stage divides one part
+    more among the devices (arXiv 1910.02054, section 5).
     """
     backend = resolve_backend(config.parallel, world_size)
     half = config.train.precision == "bf16"
@@ -52,7 +52,7 @@ def state_bytes(config: Config, parameters: int, world_size: int) -> float:
 
 
 def activation_bytes(config: Config) -> float:
-    """What one micro-batch keeps for backward, from the tensors that a block saves; an estimate within tens of percent."""
+    """What one micro-batch keeps for backward, from the tensors that a block saves; right within tens of percent."""
     model, plan = config.model, layer_plan(config)
     element = 2 if config.train.precision == "bf16" else 4
     kv_dim = model.num_kv_heads * model.head_dim
@@ -67,7 +67,9 @@ def activation_bytes(config: Config) -> float:
     elif config.train.activation_checkpointing == "block":
         saved = (edges + visits) * model.dim + tokens * per_token
     else:
-        saved = edges * model.dim + sum(selected for selected, _ in work) * model.dim + tokens * per_token * max(
-            1, plan.num_core
+        saved = (
+            edges * model.dim
+            + sum(selected for selected, _ in work) * model.dim
+            + tokens * per_token * max(1, plan.num_core)
         )
     return element * saved

@@ -14,7 +14,7 @@ from megamor.model import ModelOutput
 
 @dataclass(frozen=True)
 class StepSummary:
-    """Global figures of a step. `work` is the routing's (tokens, pairs) per recursion, `totals` the router's own sums."""
+    """Global figures of a step. `work` holds (tokens, pairs) per recursion, `totals` the router's own sums."""
 
     loss: float
     num_tokens: int

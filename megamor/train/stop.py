@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 3.0
 
 
 class StopRequest:
-    """While active, a signal is remembered; one that comes again after some seconds acts as usual (ends the process)."""
+    """While active, a signal is remembered; one that comes again seconds later acts as usual (ends the process)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,7 +1,7 @@
 """The training loop.
 
-While steps remain: fetch the batch of this step, run the step, log; if it is time or a signal was agreed on, save; if it is
-time, evaluate.
+While steps remain: fetch the batch of this step, run the step, log; if it is time or a signal was agreed on, save; if
+it is time, evaluate.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.optim import check_finite, lr_multiplier
 from megamor.parallel import Backend
+from megamor.routing import Mode
 from megamor.train.checkpointing import Progress, RunCheckpoints
 from megamor.train.statistics import StepStatistics, StepSummary
 from megamor.train.stop import StopRequest
@@ -81,7 +82,7 @@ class Trainer:
         return self.progress.step % every_steps == 0
 
     def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float]:
-        """One optimizer step over this rank's micro-batches. Returns global figures, learning rate and gradient norm."""
+        """One optimizer step over this rank's micro-batches: global figures, learning rate, gradient norm."""
         step = self.progress.step
         statistics = StepStatistics(self.config.recursion.num_recursions)
         valid_tokens = self.count_valid_tokens(batches)
@@ -175,7 +176,7 @@ class Trainer:
         if metrics:
             self.sink.log(self.progress.step, metrics)
 
-    def validation_loss(self, data: ValidationSet, mode: str) -> float:
+    def validation_loss(self, data: ValidationSet, mode: Mode) -> float:
         """Mean over at most `train.eval_sequences` windows. Collective."""
         batches = data.batches(
             self.backend.rank,

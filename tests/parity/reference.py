@@ -1,7 +1,7 @@
 """Reference cases: outputs and gradients of the paper authors' model, and how their settings map to a config.
 
-The directory (MEGAMOR_FIXTURES, default ../shared/fixtures) holds `meta.json` and one safetensors file per case; its README
-gives the tensors. Any directory of that form works.
+The directory (MEGAMOR_FIXTURES, default ../shared/fixtures) holds `meta.json` and one safetensors file per case; its
+README gives the tensors. Any directory of that form works.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -1,0 +1,207 @@
+"""DDP and FSDP2 against one process that sees the whole batch, and what each of them saves and restores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamor.config import Config, RecursionConfig
+from megamor.errors import CheckpointError, ConfigError
+from megamor.model import build_model
+from megamor.parallel import resolve_backend
+from tests.distributed.harness import RankFailed, run_ranks
+from tests.distributed.runs import (
+    EXPERT_CHOICE,
+    FIXED_DEPTH,
+    LOSS_FREE,
+    StepResult,
+    digest,
+    fresh_run,
+    load_and_run,
+    relative_differences,
+    run_and_save,
+    run_step,
+    start,
+    stored_tensors,
+    tiny,
+)
+
+WORLD_SIZE = {"single": 1, "ddp": 2, "fsdp2": 2}
+ROUTERS = {"fixed": FIXED_DEPTH, "expert_choice": EXPERT_CHOICE}
+# Where two tokens' scores differ by rounding only, top-k may pick either, which moves the loss by about 1e-5. With
+# fixed depth nothing hides an error of 1e-6.
+TOLERANCE = {"fixed": 1e-6, "expert_choice": 1e-4}
+
+
+def run(config: Config, function, *args) -> list:  # noqa: ANN001
+    return run_ranks(function, config, *args, world_size=WORLD_SIZE[config.parallel.backend])
+
+
+@pytest.fixture(scope="module")
+def whole_batch() -> dict[str, list[StepResult]]:
+    """One process, one micro-batch."""
+    return {
+        name: run(tiny("single", router=router, micro_batch_size=4), fresh_run)[0] for name, router in ROUTERS.items()
+    }
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(tiny("single"), id="single, four micro-batches"),
+        pytest.param(tiny("ddp"), id="ddp, two micro-batches"),
+        pytest.param(tiny("ddp", micro_batch_size=2), id="ddp"),
+        pytest.param(tiny("fsdp2"), id="fsdp2, two micro-batches"),
+        pytest.param(tiny("fsdp2", micro_batch_size=2, reshard_after_forward=False), id="fsdp2, not resharded"),
+    ],
+)
+def test_twenty_steps_agree_with_one_process(config: Config, router: str, whole_batch: dict) -> None:
+    results = run(replace(config, router=ROUTERS[router]), fresh_run)
+    assert results[0] == results[-1]
+    assert whole_batch[router][-1][0] < 0.9 * whole_batch[router][0][0]  # something was learnt
+    assert max(relative_differences(whole_batch[router], results[0])) < TOLERANCE[router]
+
+
+def test_bf16_backends_stay_close() -> None:
+    reference = run(tiny("single", precision="bf16", router=FIXED_DEPTH, micro_batch_size=4), fresh_run)[0]
+    exact = run(tiny("single", router=FIXED_DEPTH, micro_batch_size=4), fresh_run)[0]
+    assert 1e-6 < relative_differences(exact, reference)[0] < 1e-3
+    for backend in ("ddp", "fsdp2"):
+        results = run(tiny(backend, precision="bf16", router=FIXED_DEPTH), fresh_run)[0]
+        assert relative_differences(reference, results)[0] < 1e-3
+
+
+@pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert_choice", "loss_free"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", WORLD_SIZE)
+def test_resume_is_bitwise(backend: str, precision: str, router, tmp_path: Path) -> None:  # noqa: ANN001
+    config = tiny(backend, precision=precision, router=router)
+    straight = run(config, run_and_save, tmp_path / "saved", tmp_path / "straight")
+    resumed = run(config, load_and_run, tmp_path / "saved", tmp_path / "resumed")
+    assert straight == resumed
+    tensors = stored_tensors(tmp_path / "straight")
+    assert digest(tensors) == digest(stored_tensors(tmp_path / "resumed"))
+    assert digest(tensors) != digest(stored_tensors(tmp_path / "saved"))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_any_backend_reads_what_any_wrote(tmp_path: Path) -> None:
+    """Written by one, read and written again by the next at another world size: the bits stay."""
+    run(tiny("fsdp2"), run_and_save, tmp_path / "first", tmp_path / "unused")
+    written = digest(stored_tensors(tmp_path / "first"))
+    source = "first"
+    for backend, world_size in (("single", 1), ("ddp", 2), ("fsdp2", 3), ("ddp", 1), ("fsdp2", 1)):
+        target = f"{backend}{world_size}"
+        run_ranks(_copy, tiny(backend), tmp_path / source, tmp_path / target, world_size=world_size)
+        assert digest(stored_tensors(tmp_path / target)) == written
+        source = target
+
+
+def _copy(config: Config, source: Path, target: Path) -> None:
+    backend = start(config)
+    backend.load(source)
+    target.mkdir(exist_ok=True)
+    backend.save(target)
+
+
+def test_state_holds_each_unique_parameter_once(tmp_path: Path) -> None:
+    config = tiny("fsdp2")
+    run(config, run_and_save, tmp_path / "first", tmp_path / "final")
+    tensors = stored_tensors(tmp_path / "final")
+    weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    assert weights.keys() == {f"model.{name}" for name in build_model(config).state_dict()}
+    assert sum(tensor.numel() for tensor in weights.values()) == build_model(config).num_parameters()
+    moments = {key.rsplit(".", 1)[1] for key in tensors if key.startswith("optimizer.")}
+    assert moments == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_checkpoint_of_step_zero_changes_nothing(tmp_path: Path) -> None:
+    config = tiny("fsdp2")
+    run(config, _save_at_start, tmp_path)
+    resumed = run(config, _load_and_train, tmp_path)
+    assert resumed == run(config, fresh_run, 3)
+
+
+def _save_at_start(config: Config, directory: Path) -> None:
+    start(config).save(directory)
+
+
+def _load_and_train(config: Config, directory: Path) -> list[StepResult]:
+    backend = start(config)
+    backend.load(directory)
+    return [run_step(backend, step, config) for step in range(3)]
+
+
+def test_another_model_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    run(tiny("single"), _save_at_start, tmp_path)
+    wider = tiny("single")
+    wider = replace(wider, model=replace(wider.model, ffn_dim=96))
+    vanilla = replace(tiny("single", router=FIXED_DEPTH), recursion=RecursionConfig())
+    for config, named in ((wider, "shape"), (vanilla, "prelude.1"), (tiny("single", router=FIXED_DEPTH), "router")):
+        with pytest.raises(RankFailed, match=rf"CheckpointError: .*{named}"):
+            run(config, _load_and_train, tmp_path)
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*\.metadata is missing"):
+        run(tiny("single"), _load_and_train, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("backend", WORLD_SIZE)
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(backend: str, spoil: float, tmp_path: Path) -> None:
+    for norm, before, after in run(tiny(backend), _spoiled_step, tmp_path, spoil):
+        assert not torch.isfinite(torch.tensor(norm))
+        assert before == after
+
+
+def _spoiled_step(config: Config, directory: Path, spoil: float) -> tuple[float, str, str]:
+    """Gradient norm of a step that the last rank spoils, and the state before and after."""
+    backend = start(config)
+    run_step(backend, 1, config)
+    (directory / "before").mkdir(exist_ok=True)
+    (directory / "after").mkdir(exist_ok=True)
+    backend.save(directory / "before")
+    _, norm = run_step(backend, 2, config, spoil if backend.rank == backend.world_size - 1 else 1.0)
+    backend.save(directory / "after")
+    assert run_step(backend, 2, config)[1] < float("inf")  # the spoiled gradients are gone
+    return norm, digest(stored_tensors(directory / "before")), digest(stored_tensors(directory / "after"))
+
+
+def test_single_is_refused_in_a_launch_of_several() -> None:
+    assert resolve_backend(tiny("auto").parallel, 1) == "single"
+    assert resolve_backend(tiny("auto").parallel, 2) == "fsdp2"
+    with pytest.raises(ConfigError, match="launch of 2 processes"):
+        resolve_backend(tiny("single").parallel, 2)
+
+
+def test_harness_reports_a_failing_rank() -> None:
+    with pytest.raises(RankFailed, match="rank 1 raised:(.|\n)*the second one"):
+        run_ranks(_fail_on_second)
+    with pytest.raises(RankFailed, match=r"no answer in time from ranks \[1\]"):
+        run_ranks(_hang_on_second, timeout=2.0)
+    with pytest.raises(RankFailed, match="rank 1 died"):
+        run_ranks(_die_on_second)
+
+
+def _fail_on_second() -> None:
+    import os
+
+    if os.environ["RANK"] == "1":
+        raise CheckpointError("the second one")
+
+
+def _hang_on_second() -> None:
+    import os
+    import time
+
+    if os.environ["RANK"] == "1":
+        time.sleep(60)
+
+
+def _die_on_second() -> None:
+    import os
+
+    if os.environ["RANK"] == "1":
+        os._exit(3)
