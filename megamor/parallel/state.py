@@ -7,7 +7,9 @@ running configuration hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def load_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimi
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors: sharded ones slice by slice, replicated ones by one rank. Collective."""
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=not dist.is_initialized())
+    with _silence_about_one_process():
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=not dist.is_initialized())
 
 
 def read_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -60,12 +63,20 @@ def read_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: `directory` has no complete state, or lacks one of the names or shapes.
     """
     _check_fits(directory, tensors)
-    dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=not dist.is_initialized())
+    with _silence_about_one_process():
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=not dist.is_initialized())
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under `prefix.<name>`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _silence_about_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _model_state(module: nn.Module) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class ZeroBackend:
             "precision": config.train.precision,
         }
         deepspeed = import_deepspeed(world.device)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if self.stage == 3 and plan.shared_core is not None:
             # Ranks may stop at different depths: the core is gathered once, around its loop, not block by block.
             deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
@@ -159,6 +161,4 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed

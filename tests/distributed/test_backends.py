@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megamor.config import Config, RecursionConfig
+from megamor.config import Config, RecursionConfig, RouterConfig
 from megamor.errors import CheckpointError, ConfigError
 from megamor.model import build_model
 from megamor.parallel import resolve_backend
@@ -36,16 +40,15 @@ ROUTERS = {"fixed": FIXED_DEPTH, "expert_choice": EXPERT_CHOICE}
 TOLERANCE = {"fixed": 1e-6, "expert_choice": 1e-4}
 
 
-def run(config: Config, function, *args) -> list:  # noqa: ANN001
+def run(config: Config, function: Callable[..., Any], *args: Any) -> list:
     return run_ranks(function, config, *args, world_size=WORLD_SIZE[config.parallel.backend])
 
 
 @pytest.fixture(scope="module")
 def whole_batch() -> dict[str, list[StepResult]]:
     """One process, one micro-batch."""
-    return {
-        name: run(tiny("single", router=router, micro_batch_size=4), fresh_run)[0] for name, router in ROUTERS.items()
-    }
+    single = tiny("single", micro_batch_size=4)
+    return {name: run(replace(single, router=router), fresh_run)[0] for name, router in ROUTERS.items()}
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -78,7 +81,7 @@ def test_bf16_backends_stay_close() -> None:
 @pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert_choice", "loss_free"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", WORLD_SIZE)
-def test_resume_is_bitwise(backend: str, precision: str, router, tmp_path: Path) -> None:  # noqa: ANN001
+def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, tmp_path: Path) -> None:
     config = tiny(backend, precision=precision, router=router)
     straight = run(config, run_and_save, tmp_path / "saved", tmp_path / "straight")
     resumed = run(config, load_and_run, tmp_path / "saved", tmp_path / "resumed")
@@ -177,7 +180,7 @@ def test_single_is_refused_in_a_launch_of_several() -> None:
 
 
 def test_harness_reports_a_failing_rank() -> None:
-    with pytest.raises(RankFailed, match="rank 1 raised:(.|\n)*the second one"):
+    with pytest.raises(RankFailed, match=r"rank 1 raised:(.|\n)*the second one"):
         run_ranks(_fail_on_second)
     with pytest.raises(RankFailed, match=r"no answer in time from ranks \[1\]"):
         run_ranks(_hang_on_second, timeout=2.0)
@@ -186,22 +189,15 @@ def test_harness_reports_a_failing_rank() -> None:
 
 
 def _fail_on_second() -> None:
-    import os
-
     if os.environ["RANK"] == "1":
         raise CheckpointError("the second one")
 
 
 def _hang_on_second() -> None:
-    import os
-    import time
-
     if os.environ["RANK"] == "1":
         time.sleep(60)
 
 
 def _die_on_second() -> None:
-    import os
-
     if os.environ["RANK"] == "1":
         os._exit(3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import DIRECTORY, Case, cases
+from tests.parity.reference import DIRECTORY, Case, cases
 from torch import Tensor
 from torch.nn import functional as F
 

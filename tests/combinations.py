@@ -1,0 +1,78 @@
+"""Every router × KV policy × sharing as a tiny model, for tests that must hold for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from megamor.config import (
+    Config,
+    DataConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    ModelConfig,
+    RecursionConfig,
+    RouterConfig,
+    TokenChoiceConfig,
+)
+from megamor.config.schema import Sharing
+from megamor.model import Transformer, build_model
+
+VOCAB, SEQ_LEN, BATCH = 97, 24, 3
+
+ROUTERS: dict[str, RouterConfig] = {
+    "fixed": FixedDepthConfig(),
+    "fixed_2_of_3": FixedDepthConfig(depth=2),
+    "expert_choice": ExpertChoiceConfig(),
+    "expert_choice_mlp_tanh": ExpertChoiceConfig(head="mlp", activation="tanh"),
+    "expert_choice_aux_router": ExpertChoiceConfig(sampling="aux_router"),
+    "expert_choice_additive": ExpertChoiceConfig(gating="additive", activation="none", head="wide_mlp"),
+    "token_choice": TokenChoiceConfig(),
+    "token_choice_loss_free": TokenChoiceConfig(activation="sigmoid", alpha=0.1, balancing="loss_free"),
+}
+KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
+SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
+
+
+def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing: str = "middle_cycle") -> Config:
+    """Three recursions of two shared blocks (and two unshared ones in the middle sharings)."""
+    num_layers = 8 if sharing.startswith("middle") else 6
+    recursion: Any = RecursionConfig(3, sharing, kv_policy)  # type: ignore[arg-type]
+    return Config(
+        model=ModelConfig(
+            vocab_size=VOCAB,
+            dim=32,
+            num_layers=num_layers,
+            num_heads=4,
+            num_kv_heads=2,
+            ffn_dim=64,
+            max_seq_len=SEQ_LEN,
+        ),
+        recursion=recursion,
+        router=router,
+        data=DataConfig(seq_len=SEQ_LEN),
+    )
+
+
+def vanilla_config(num_layers: int = 8) -> Config:
+    """The same width without recursion."""
+    config = tiny_config(FixedDepthConfig())
+    return replace(config, model=replace(config.model, num_layers=num_layers), recursion=RecursionConfig())
+
+
+def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    """A model whose weights are large enough that every part matters, so that a fault shows; fp64 by default."""
+    model = build_model(config, seed=seed).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(20 if "router" in name else 6)
+    return model
+
+
+def tokens(seed: int = 0, batch: int = BATCH, length: int = SEQ_LEN) -> Tensor:
+    """Random token ids [batch, length]."""
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

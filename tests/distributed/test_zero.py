@@ -1,0 +1,156 @@
+"""DeepSpeed ZeRO 0 to 3 against one process that sees the whole batch, and what the engine saves and restores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamor.config import Config
+from megamor.parallel import zero
+from tests.distributed.harness import RankFailed, run_ranks
+from tests.distributed.runs import (
+    EXPERT_CHOICE,
+    FIXED_DEPTH,
+    LOSS_FREE,
+    StepResult,
+    digest,
+    fresh_run,
+    load_and_run,
+    mark_buffers,
+    relative_differences,
+    run_and_save,
+    run_step,
+    save,
+    start,
+    stored_tensors,
+    tiny,
+)
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_before_forking() -> None:
+    zero.import_deepspeed(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def shard_small_parameters_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "PERSIST_BELOW", 100)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, list[StepResult]]:
+    """One process, one micro-batch."""
+    configs = {
+        precision: tiny("single", router=FIXED_DEPTH, micro_batch_size=4, precision=precision)
+        for precision in ("fp32", "bf16")
+    }
+    return {precision: run_ranks(fresh_run, config, world_size=1)[0] for precision, config in configs.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_steps_agree_with_one_process(stage: int, one_process: dict[str, list[StepResult]]) -> None:
+    """Two micro-batches on each of two processes against one of four sequences on one."""
+    results = run_ranks(fresh_run, tiny("deepspeed", zero_stage=stage, router=FIXED_DEPTH))
+    assert results[0] == results[1]
+    assert max(relative_differences(one_process["fp32"], results[0])) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_stays_close(stage: int, one_process: dict[str, list[StepResult]]) -> None:
+    results = run_ranks(fresh_run, tiny("deepspeed", zero_stage=stage, router=FIXED_DEPTH, precision="bf16"), 8)[0]
+    loss_difference, _ = relative_differences(one_process["bf16"][:8], results)
+    assert 0.0 < loss_difference < 1e-3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise(stage: int, precision: str, tmp_path: Path) -> None:
+    router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
+    config = tiny("deepspeed", zero_stage=stage, precision=precision, router=router)
+    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight")
+    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed")
+    assert straight == resumed
+    weights = stored_tensors(tmp_path / "straight")
+    assert digest(weights) == digest(stored_tensors(tmp_path / "resumed"))
+    assert digest(weights) != digest(stored_tensors(tmp_path / "saved"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_weights_in_state_are_the_fp32_ones(stage: int, tmp_path: Path) -> None:
+    config = tiny("deepspeed", zero_stage=stage, router=LOSS_FREE, precision="bf16")
+    run_ranks(save_at_start, config, tmp_path / "zero")
+    run_ranks(save_at_start, tiny("single", router=LOSS_FREE), tmp_path / "single", world_size=1)
+    single = stored_tensors(tmp_path / "single")
+    weights = {name: tensor for name, tensor in single.items() if name.startswith("model.")}
+    assert digest(stored_tensors(tmp_path / "zero")) == digest(weights)
+
+
+def save_at_start(config: Config, directory: Path) -> None:
+    """Save a model that hasn't been trained, with buffers that bf16 would round."""
+    backend = start(config)
+    mark_buffers(backend)
+    save(backend, directory)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_changes_nothing(stage: int, precision: str, tmp_path: Path) -> None:
+    config = tiny("deepspeed", zero_stage=stage, precision=precision)
+    for norm, finite_norm in run_ranks(spoiled_step, config, tmp_path):
+        assert not torch.isfinite(torch.tensor(norm))
+        assert finite_norm < float("inf")
+    assert digest(stored_tensors(tmp_path / "before")) == digest(stored_tensors(tmp_path / "after"))
+    # Moments too: the same step from the state before and from the state after ends in the same weights.
+    assert digest(stored_tensors(tmp_path / "next")) == digest(stored_tensors(tmp_path / "unspoiled"))
+
+
+def spoiled_step(config: Config, directory: Path) -> tuple[float, float]:
+    """Gradient norms of a step that the last rank spoils and of the good one after it."""
+    unspoiled = start(config)
+    run_step(unspoiled, 1, config)
+    run_step(unspoiled, 2, config)
+    save(unspoiled, directory / "unspoiled")
+    backend = start(config)
+    run_step(backend, 1, config)
+    save(backend, directory / "before")
+    _, norm = run_step(backend, 2, config, spoil=float("nan") if backend.rank == 1 else 1.0)
+    save(backend, directory / "after")
+    _, finite_norm = run_step(backend, 2, config)
+    save(backend, directory / "next")
+    return norm, finite_norm
+
+
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
+    config = tiny("deepspeed", zero_stage=1)
+    run_ranks(save_at_start, config, tmp_path / "zero")
+    for other, world_size in ((config, 1), (tiny("deepspeed", zero_stage=2), 2)):
+        with pytest.raises(RankFailed, match=r"CheckpointError: .*layout.*fsdp2"):
+            run_ranks(load, other, tmp_path / "zero", world_size=world_size)
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*without optimizer state.*parallel.backend=deepspeed"):
+        run_ranks(load, tiny("fsdp2"), tmp_path / "zero")
+    run_ranks(save_at_start, tiny("fsdp2"), tmp_path / "fsdp2")
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*wasn't written by DeepSpeed"):
+        run_ranks(load, config, tmp_path / "fsdp2")
+
+
+def load(config: Config, directory: Path) -> None:
+    start(config).load(directory)
+
+
+def test_one_process_needs_no_launcher() -> None:
+    config = tiny("deepspeed", zero_stage=2)
+    assert run_ranks(without_launcher, config, world_size=1)[0] == run_ranks(fresh_run, config, 3, world_size=1)[0]
+
+
+def without_launcher(config: Config) -> list[StepResult]:
+    import os
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return fresh_run(replace(config), 3)

@@ -1,0 +1,111 @@
+"""Models start where they should, every router learns from the language-model loss, and compute is really skipped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamor.config import Config, ExpertChoiceConfig
+from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model.flops import executed_flops
+from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, tiny_config, tokens, vanilla_config
+
+TRAINED = {name: config for name, config in ROUTERS.items() if config.kind != "fixed"}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_initial_loss_is_that_of_a_uniform_guess(router: str, sharing: str) -> None:
+    config = tiny_config(ROUTERS[router], sharing=sharing)
+    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
+    out = model(ids[:, :-1], ids[:, 1:])
+    assert abs(out.loss_sum.item() / out.num_tokens.item() - math.log(config.model.vocab_size)) < 0.3
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", TRAINED)
+def test_router_learns_from_the_language_model_loss(router: str, kv_policy: str) -> None:
+    """After one step of SGD, each trained router parameter has a gradient from the LM loss alone."""
+    model, ids = build_model(tiny_config(TRAINED[router], kv_policy)), tokens(length=SEQ_LEN + 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).loss_sum.backward()
+        optimizer.step()
+    gateless = getattr(TRAINED[router], "gating", "weighted") == "additive"
+    for name, parameter in model.stage.router.named_parameters():
+        taught_by_lm = "aux_router" not in name and not gateless
+        gradient = parameter.grad
+        assert (gradient is not None and gradient.abs().max() > 0) == taught_by_lm, name
+
+
+@pytest.mark.parametrize("router", [name for name in TRAINED if "expert" in name])
+def test_auxiliary_loss_teaches_every_predictor(router: str) -> None:
+    model, ids = build_model(tiny_config(TRAINED[router])), tokens(length=SEQ_LEN + 1)
+    out = model(ids[:, :-1], ids[:, 1:])
+    sum(out.router_losses.values()).backward()
+    predictors = model.stage.router.aux_router or model.stage.router.heads
+    for parameter in predictors.parameters():
+        assert parameter.grad.abs().max() > 0
+
+
+def test_training_makes_the_causal_rule_agree_with_top_k() -> None:
+    """The auxiliary loss does its work: agreement rises clearly above chance on a fixed batch."""
+    config = tiny_config(ExpertChoiceConfig(aux_coeff=1.0))
+    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        out = model(ids[:, :-1], ids[:, 1:])
+        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+        optimizer.step()
+    ratio = out.ratios["topk_causal_agreement"]
+    assert ratio.numerator / ratio.denominator > 0.9
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", ["vanilla", *ROUTERS])
+def test_executed_flops_match_the_profiler(router: str, kv_policy: str) -> None:
+    """Our count, with attention's full rectangle as the profiler sees it, within 1 % of torch's."""
+    config = vanilla_config() if router == "vanilla" else tiny_config(ROUTERS[router], kv_policy)
+    model, ids = build_model(config), tokens()
+    out, profiled = profile(model, ids)
+    work = [] if out.work is None else rectangular_work(config, out)
+    counted = executed_flops(config, BATCH, work).forward
+    # The profiler counts the whole S x S rectangle in the unshared layers as well.
+    num_unshared = config.model.num_layers if router == "vanilla" else 2
+    counted += num_unshared * 4 * config.model.dim * BATCH * (SEQ_LEN**2 - SEQ_LEN * (SEQ_LEN + 1) / 2)
+    assert profiled == pytest.approx(counted, rel=0.01)
+
+
+def profile(model: Transformer, ids: Tensor) -> tuple[ModelOutput, int]:
+    """A forward pass and torch's count of its FLOPs; the counter sees attention only where it is made of products."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out = model(ids)
+    return out, counter.get_total_flops()
+
+
+def rectangular_work(config: Config, out: ModelOutput) -> list[tuple[float, float]]:
+    """(tokens, query-key pairs in the padded rectangle that SDPA is given) per recursion, from the depths."""
+    work = []
+    for recursion in range(out.work.shape[0]):
+        lengths = (out.depth > recursion).sum(1)
+        own = recursion == 0 or config.recursion.kv_policy == "recursion_wise"
+        keys = int(lengths.max()) if own else SEQ_LEN
+        work.append((float(lengths.sum()), float(len(lengths) * lengths.max() * keys)))
+    return work
+
+
+def test_flops_fall_in_proportion_to_capacity() -> None:
+    ids = tokens()
+    totals = []
+    for capacity in ((1.0, 1.0, 1.0), (1.0, 0.5, 0.5), (1.0, 0.25, 0.25)):
+        model = build_model(tiny_config(ExpertChoiceConfig(capacity=capacity)))
+        totals.append(profile(model, ids)[1])
+    full, half, quarter = totals
+    assert (full - quarter) / (full - half) == pytest.approx(1.5, rel=0.1)

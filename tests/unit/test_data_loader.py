@@ -1,0 +1,294 @@
+"""Training data and loaders: which tokens reach which rank, resuming, checks against model and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megamor.config.schema import DataConfig, SourceConfig
+from megamor.data import (
+    MicroBatch,
+    ShardMeta,
+    ShardWriter,
+    TokenShard,
+    TrainingData,
+    TrainingLoader,
+    ValidationSet,
+    WindowedShard,
+    open_validation_sets,
+)
+from megamor.errors import ConfigError, DataError
+
+VOCAB = 30_000
+SEQ_LEN = 8
+
+
+def write(prefix: Path, tokens: np.ndarray, **meta: object) -> str:
+    with ShardWriter(prefix, "u2") as writer:
+        for part in np.array_split(tokens, 5):
+            writer.add(part)
+        writer.commit(ShardMeta(**meta))  # type: ignore[arg-type]
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Two sources of 40 and 25 windows whose tokens are all different, so that a token tells its place."""
+    folder = tmp_path_factory.mktemp("data")
+    a = write(folder / "a", np.arange(0, 40 * SEQ_LEN + 3))
+    b = write(folder / "b", np.arange(1000, 1000 + 25 * SEQ_LEN + 1))
+    return DataConfig(train=(SourceConfig(a, 2), SourceConfig(b, 1)), validation={"v": a}, seq_len=SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def data(config: DataConfig) -> TrainingData:
+    return TrainingData.open(config, seed=3, vocab_size=VOCAB)
+
+
+def loaders(data: TrainingData, world: int, micro: int, batch: int = 24) -> list[TrainingLoader]:
+    return [
+        TrainingLoader(data, rank=rank, world_size=world, global_batch_size=batch, micro_batch_size=micro)
+        for rank in range(world)
+    ]
+
+
+def joined(batches: list[MicroBatch]) -> np.ndarray:
+    """Windows [n, S + 1] of micro-batches, put together from inputs and labels."""
+    inputs = torch.cat([batch.inputs for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    assert inputs.dtype == labels.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], labels[:, :-1])
+    return torch.cat([inputs, labels[:, -1:]], dim=1).numpy()
+
+
+def steps(ranks: list[TrainingLoader], count: int) -> np.ndarray:
+    """Global batches of `count` steps one after the other: in each step, all micro-batches, rank by rank."""
+    return np.concatenate([joined([batch for rank in ranks for batch in rank.next_step()]) for _ in range(count)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(world=st.sampled_from([1, 2, 3, 4, 6]), micro=st.sampled_from([1, 2, 4]))
+def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, world: int, micro: int) -> None:
+    ranks = loaders(data, world, micro)
+    assert (steps(ranks, 3) == data.windows(0, 72)).all()
+    assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
+
+
+def test_micro_batches_have_their_size(data: TrainingData) -> None:
+    batches = loaders(data, 2, 3)[0].next_step()
+    assert [batch.inputs.shape for batch in batches] == [(3, SEQ_LEN)] * 4
+
+
+def test_an_epoch_of_each_source_covers_its_stream(data: TrainingData, config: DataConfig) -> None:
+    """Blend 2:1 over 40 and 25 windows: after 60 samples all of a; every target of an epoch exactly once."""
+    windows = data.windows(0, 75)
+    a, b = windows[windows[:, 0] < 1000], windows[windows[:, 0] >= 1000]
+    assert sorted(a[:40, 1:].ravel().tolist()) == list(range(1, 40 * SEQ_LEN + 1))
+    assert sorted(b[:25, 1:].ravel().tolist()) == list(range(1001, 1001 + 25 * SEQ_LEN))
+    assert (windows[:, 1:] == windows[:, :1] + np.arange(1, SEQ_LEN + 1)).all()
+    assert a[:40, 0].tolist() != sorted(a[:40, 0].tolist())
+
+
+def test_extending_a_run_changes_nothing_before(data: TrainingData) -> None:
+    assert (data.windows(0, 500)[:50] == data.windows(0, 50)).all()
+    assert (data.windows(0, 500)[333:340] == data.windows(333, 7)).all()
+
+
+def test_seed_changes_the_order(config: DataConfig, data: TrainingData) -> None:
+    other = TrainingData.open(config, seed=4, vocab_size=VOCAB)
+    assert (other.windows(0, 30) != data.windows(0, 30)).any()
+
+
+def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingData) -> None:
+    (loader,) = loaders(data, 1, 4)
+    steps([loader], 2)
+    assert loader.state_dict()["consumed_samples"] == loader.consumed_samples == 48
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    legs=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([12, 24, 48]), st.integers(0, 3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_ranks_and_batch_may_change_at_every_restart(data: TrainingData, legs: list[tuple[int, int, int]]) -> None:
+    """Whatever the world sizes and batches of the launches, the samples are those of one uninterrupted run."""
+    state, seen = None, [np.empty((0, SEQ_LEN + 1), np.int64)]
+    for world, batch, count in legs:
+        ranks = loaders(data, world, 1, batch)
+        for rank in ranks:
+            if state:
+                rank.load_state_dict(state)
+        if count:
+            seen.append(steps(ranks, count))
+        state = json.loads(json.dumps(ranks[0].state_dict()))
+        for rank in ranks:
+            rank.close()
+    windows = np.concatenate(seen)
+    assert (windows == data.windows(0, len(windows))).all()
+
+
+def test_blend_may_change_at_a_restart(config: DataConfig, data: TrainingData) -> None:
+    (loader,) = loaders(data, 1, 4)
+    before = steps([loader], 1)
+    only_b = TrainingData.open(replace(config, train=config.train[1:]), seed=3, vocab_size=VOCAB)
+    (resumed,) = loaders(only_b, 1, 4)
+    resumed.load_state_dict(loader.state_dict())
+    after = steps([resumed], 1)
+    assert (before[:, 0] < 1000).sum() == 16
+    seen_of_b = np.concatenate([before[before[:, 0] >= 1000], after])[:, 0]
+    assert len(set(seen_of_b[:25].tolist())) == 25  # its whole epoch before any repeats
+    both = TrainingData.open(config, seed=3, vocab_size=VOCAB)
+    assert (both.windows(0, 48, resumed.order) == np.concatenate([before, after])).all()
+    with pytest.raises(DataError, match=r"no longer names"):
+        only_b.windows(0, 48, resumed.order)
+
+
+def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
+    (loader,) = loaders(data, 1, 4)
+    steps([loader], 2)
+    state = loader.state_dict()
+    moved = TrainingData.open(
+        replace(config, train=(SourceConfig(write(tmp_path / "moved", np.arange(0, 323)), 2), config.train[1])),
+        seed=3,
+        vocab_size=VOCAB,
+    )
+    (resumed,) = loaders(moved, 1, 4)
+    resumed.load_state_dict(state)
+    assert len(resumed.order.phases) == 1
+    assert (steps([resumed], 1) == data.windows(48, 24)).all()
+
+    own = [write(tmp_path / name, np.arange(200)) for name in ("mine", "mine2")]
+    mine = DataConfig(train=(SourceConfig(own[0]),), seq_len=SEQ_LEN)
+    saved = loaders(TrainingData.open(mine, seed=3, vocab_size=VOCAB), 1, 4)[0].state_dict()
+    write(tmp_path / "mine", np.arange(1, 201))
+    (other,) = loaders(TrainingData.open(mine, seed=3, vocab_size=VOCAB), 1, 4)
+    with pytest.raises(DataError, match="mine isn't the data"):
+        other.load_state_dict(saved)
+
+
+def test_other_seed_or_length_is_refused(config: DataConfig, data: TrainingData) -> None:
+    state = loaders(data, 1, 4)[0].state_dict()
+    for changed, name in (
+        (TrainingData.open(config, seed=4, vocab_size=VOCAB), r"run\.seed 3, not 4"),
+        (TrainingData.open(replace(config, seq_len=4), seed=3, vocab_size=VOCAB), r"data\.seq_len 8, not 4"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            loaders(changed, 1, 4)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_prefetch_is_bounded_and_changes_nothing(
+    config: DataConfig, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TrainingData.open(replace(config, prefetch_steps=prefetch), seed=3, vocab_size=VOCAB)
+    asked: list[int] = []
+    original = data.windows
+
+    def counted(first: int, *rest: object) -> np.ndarray:
+        asked.append(first)
+        return original(first, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data, "windows", counted)
+    (loader,) = loaders(data, 1, 4)
+    got = steps([loader], 2)
+    loader.close()
+    assert (got == original(0, 48)).all()
+    assert 2 <= len(asked) <= 2 + prefetch
+    assert asked == [24 * i for i in range(len(asked))]
+
+
+def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
+    """b holds ids from 1000 on, so a smaller vocabulary must be noticed as soon as one is drawn."""
+    (loader,) = loaders(TrainingData.open(config, seed=3, vocab_size=1000), 1, 4)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"b\.bin holds token id 1\d\d\d.*0 to 999 \(model\.vocab_size\)"):
+            loader.next_step()
+    assert loader.consumed_samples == 0
+    loader.close()
+
+
+def test_uneven_batch_is_refused(data: TrainingData) -> None:
+    with pytest.raises(ConfigError, match=r"24 is not a multiple of 5 ranks x train\.micro_batch_size 1"):
+        loaders(data, 5, 1)
+
+
+def change(config: DataConfig, **fields: object) -> DataConfig:
+    return replace(config, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "says"),
+    [
+        (lambda c: change(c, train=()), ConfigError, r"data\.train names no data set"),
+        (lambda c: change(c, train=c.train + c.train[:1]), ConfigError, "same data twice"),
+        (lambda c: change(c, seq_len=1000), DataError, r"a has 323 tokens, too few"),
+        (lambda c: change(c, tokenizer="/nowhere/tok.json"), DataError, r"/nowhere/tok\.json can't be read"),
+    ],
+)
+def test_unfit_configurations(
+    config: DataConfig, spoil: Callable[[DataConfig], DataConfig], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        TrainingData.open(spoil(config), seed=0, vocab_size=VOCAB)
+
+
+def test_side_file_is_checked_against_model_and_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tok.json"
+    tokenizer.write_text("right")
+    digest = hashlib.sha256(b"right").hexdigest()
+    prefix = write(tmp_path / "x", np.arange(100), vocab_size=300, tokenizer_name="tok.json", tokenizer_sha256=digest)
+    config = DataConfig(
+        train=(SourceConfig(prefix),), validation={"v": prefix}, seq_len=SEQ_LEN, tokenizer=str(tokenizer)
+    )
+    assert TrainingData.open(config, seed=0, vocab_size=300)
+    for opening in (TrainingData.open, lambda c, seed, vocab_size: open_validation_sets(c, vocab_size=vocab_size)):
+        with pytest.raises(DataError, match=r"x\.meta\.json: the tokenizer has 300 entries.*299"):
+            opening(config, seed=0, vocab_size=299)
+        tokenizer.write_text("wrong")
+        with pytest.raises(DataError, match=r"x was written with tokenizer tok\.json"):
+            opening(config, seed=0, vocab_size=300)
+        tokenizer.write_text("right")
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(2, 60), world=st.integers(1, 4), micro=st.integers(1, 4), limit=st.none() | st.integers(1, 9))
+def test_validation_covers_each_target_once_with_equal_batches(
+    tokens: int, world: int, micro: int, limit: int | None
+) -> None:
+    ids = np.arange(100, 100 + tokens, dtype=np.uint16)
+    shard = TokenShard("v", ids, np.array([tokens], np.int32), np.array([0]), None)
+    validation = ValidationSet("v", WindowedShard(shard, SEQ_LEN, VOCAB))
+    per_rank = [list(validation.batches(rank, world, micro, limit)) for rank in range(world)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    inputs = torch.cat([batch.inputs for batches in per_rank for batch in batches])
+    labels = torch.cat([batch.labels for batches in per_rank for batch in batches])
+    assert inputs.shape == (len(per_rank[0]) * world * micro, SEQ_LEN)
+    used = labels != -100
+    assert (labels[used] == inputs[used] + 1).all()
+    assert (inputs >= 0).all()
+    targets = sorted(labels[used].tolist())
+    if limit is None or limit >= validation.num_sequences:
+        assert targets == list(range(101, 100 + tokens))
+    else:
+        assert len(set(targets)) == len(targets)
+        assert used.any(dim=1).sum() == limit
+
+
+def test_validation_checks_ids_and_size(config: DataConfig, tmp_path: Path) -> None:
+    validation = open_validation_sets(config, vocab_size=100)["v"]
+    with pytest.raises(DataError, match=r"a\.bin holds token id"):
+        list(validation.batches(0, 1, 4))
+    with pytest.raises(DataError, match="too few"):
+        open_validation_sets(replace(config, validation={"v": write(tmp_path / "x", np.arange(1))}), vocab_size=100)

@@ -1,0 +1,223 @@
+"""The model against independent restatements of what it should compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamor.config.derive import derive
+from megamor.model import Transformer, build_model
+from megamor.model import loss as loss_module
+from megamor.model.loss import linear_cross_entropy
+from megamor.model.sharing import layer_plan
+from tests.combinations import (
+    KV_POLICIES,
+    ROUTERS,
+    SEQ_LEN,
+    SHARINGS,
+    lively_model,
+    tiny_config,
+    tokens,
+    vanilla_config,
+)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_schedule_follows_the_papers_formulas(sharing: str) -> None:
+    """Block of effective layer l, written out as in table 1 of the paper."""
+    config = tiny_config(ROUTERS["fixed"], sharing=sharing)
+    plan, num_layers, num_recursions = layer_plan(config), config.model.num_layers, 3
+    found = [block for recursion in plan.schedule for block in recursion]
+    if sharing.startswith("middle"):
+        middle = range(1, num_layers - 1)
+        per_recursion = (num_layers - 2) // num_recursions
+        block = {"middle_cycle": lambda i: (i - 1) % per_recursion, "middle_sequence": lambda i: (i - 1) // 3}[sharing]
+        assert (plan.num_prelude, plan.num_coda) == (1, 1)
+    else:
+        middle = range(num_layers)
+        per_recursion = num_layers // num_recursions
+        block = {"cycle": lambda i: i % per_recursion, "sequence": lambda i: i // 3}[sharing]
+        assert (plan.num_prelude, plan.num_coda) == (0, 0)
+    assert found == [block(i) for i in middle]
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_unique_parameters_follow_the_formula(router: str, sharing: str) -> None:
+    config = tiny_config(ROUTERS[router], sharing=sharing)
+    model = build_model(config)
+    expected = derive(config, 1).unique_parameters_with_embedding
+    assert model.num_parameters() == expected
+    stored = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
+    assert sum(value.numel() for value in stored.values()) == expected
+
+
+def gradients(model: Transformer, ids: Tensor, mode: str) -> dict[str, Tensor]:
+    model.set_activation_checkpointing(mode)
+    model.zero_grad()
+    out = model(ids[:, :-1], ids[:, 1:])
+    (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_activation_checkpointing_leaves_gradients_identical(router: str, kv_policy: str, sharing: str) -> None:
+    model, ids = build_model(tiny_config(ROUTERS[router], kv_policy, sharing)), tokens(length=SEQ_LEN + 1)
+    plain = gradients(model, ids, "none")
+    assert plain
+    for mode in ("recursion", "block"):
+        again = gradients(model, ids, mode)
+        assert plain.keys() == again.keys()
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mode", ["recursion", "block"])
+def test_activation_checkpointing_keeps_fewer_activations(mode: str) -> None:
+    config = tiny_config(ROUTERS["expert_choice"])
+    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
+
+    def saved_bytes(mode: str) -> int:
+        model.set_activation_checkpointing(mode)
+        kept = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(ids[:, :-1], ids[:, 1:])
+        assert out.loss_sum is not None
+        return sum(kept.values())
+
+    assert saved_bytes(mode) < 0.6 * saved_bytes("none")
+
+
+def test_expert_choice_equals_mask_and_multiply() -> None:
+    """The engine's gather and scatter against an oracle that computes all tokens and masks (attention included)."""
+    config = tiny_config(ROUTERS["expert_choice"])
+    model, ids = lively_model(config), tokens()
+    with torch.no_grad():
+        out = model(ids, mode="topk")
+        expected = masked_oracle(model, ids, out.depth)
+    torch.testing.assert_close(out.logits, expected, atol=1e-10, rtol=0)
+
+
+def masked_oracle(model: Transformer, ids: Tensor, depth: Tensor) -> Tensor:
+    """Logits from full-length passes where unselected keys are masked out and unselected rows are left alone."""
+    config = model.config.model
+    causal = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()
+
+    def rope(x: Tensor) -> Tensor:
+        half = config.head_dim // 2
+        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(SEQ_LEN, dtype=torch.float64)[:, None] * frequencies
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
+
+    def block(x: Tensor, layer: torch.nn.Module, visible: Tensor) -> Tensor:
+        h = norm(x, layer.attention_norm.weight)
+        q, k, v = (
+            F.linear(h, getattr(layer.attention, f"{name}_proj").weight)
+            .unflatten(-1, (-1, config.head_dim))
+            .transpose(1, 2)
+            for name in "qkv"
+        )
+        repeat = config.num_heads // config.num_kv_heads
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        scores = rope(q) @ rope(k).transpose(-1, -2) / config.head_dim**0.5
+        scores = scores.masked_fill(~(visible[:, None] & causal), float("-inf"))
+        attended = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(attended, layer.attention.o_proj.weight)
+        h = norm(x, layer.ffn_norm.weight)
+        ffn = layer.ffn
+        return x + F.linear(
+            F.silu(F.linear(h, ffn.gate_proj.weight)) * F.linear(h, ffn.up_proj.weight), ffn.down_proj.weight
+        )
+
+    everything = torch.ones(*ids.shape, dtype=torch.bool)
+    x = block(model.embed.weight[ids], model.prelude[0], everything[:, None])
+    for recursion in range(3):
+        selected = depth > recursion
+        score = F.linear(x, model.stage.router.heads[recursion].weight).squeeze(-1)
+        y = x
+        for layer in model.stage.blocks:
+            y = block(y, layer, selected[:, None])
+        gate = 0.1 * torch.sigmoid(score.float()).double() * selected
+        x = x + gate[..., None] * y
+    x = block(x, model.coda[0], everything[:, None])
+    return F.linear(norm(x, model.norm.weight), model.embed.weight)
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", [name for name in ROUTERS if not name.startswith("expert")])
+def test_batch_composition_does_not_matter(router: str, kv_policy: str) -> None:
+    """Sequences of a batch don't influence each other: ragged lengths and padding are invisible."""
+    model, ids = lively_model(tiny_config(ROUTERS[router], kv_policy)), tokens()
+    with torch.no_grad():
+        together = model(ids, mode="causal").logits
+        alone = torch.cat([model(row[None], mode="causal").logits for row in ids])
+    torch.testing.assert_close(together, alone, atol=1e-10, rtol=0)
+
+
+def test_token_budget_of_fixed_depth() -> None:
+    """depth: 2 of 3 equals a model that was given the same blocks twice."""
+    model, ids = lively_model(tiny_config(ROUTERS["fixed_2_of_3"])), tokens()
+    with torch.no_grad():
+        out = model(ids)
+    assert out.depth.unique().tolist() == [2]
+    assert out.work.shape[0] == 2
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 97 * 7, 1 << 25])
+def test_linear_cross_entropy_equals_torch(chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(97, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(97, (50,), generator=generator)
+    labels[::5] = -100
+    ours = torch.autograd.grad(2 * linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    reference = 2 * F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    for found, wanted in zip(ours, torch.autograd.grad(reference, (hidden, weight)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_logits_are_never_whole_in_memory() -> None:
+    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(50_000, 8, requires_grad=True)
+    peak = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            nonlocal peak
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                peak = max(peak, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long)).backward()
+    assert peak <= loss_module.CHUNK_ELEMENTS < 4096 * 50_000
+
+
+def test_vanilla_has_no_recursion_stage() -> None:
+    model, ids = build_model(vanilla_config()), tokens()
+    out = model(ids, ids)
+    assert model.stage is None
+    assert out.depth is None
+    assert out.router_losses == {}
+    assert len(model.parallel_plan().units) == 8
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    config = tiny_config(ROUTERS["expert_choice"])
+    same, other = build_model(config, seed=1), build_model(config, seed=2)
+    assert torch.equal(same.embed.weight, build_model(config, seed=1).embed.weight)
+    assert not torch.equal(same.embed.weight, other.embed.weight)
+    assert same.embed.weight.std() == pytest.approx(config.model.init_std, rel=0.1)
