@@ -17,6 +17,7 @@ from megamor.config import (
     RecursionConfig,
     RouterConfig,
     TokenChoiceConfig,
+    TrainConfig,
 )
 from megamor.config.schema import Sharing
 from megamor.model import Transformer, build_model
@@ -54,6 +55,7 @@ def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing
         recursion=recursion,
         router=router,
         data=DataConfig(seq_len=SEQ_LEN),
+        train=TrainConfig(max_steps=10),
     )
 
 

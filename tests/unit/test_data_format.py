@@ -37,9 +37,7 @@ def put(prefix: Path, bin_bytes: bytes, idx_bytes: bytes) -> str:
     return str(prefix)
 
 
-def make_idx(
-    lengths: list[int], document_index: list[int], *, code: int = 8, size: int = 2, tail: bytes = b""
-) -> bytes:
+def make_idx(lengths: list[int], documents: list[int], *, code: int = 8, size: int = 2, tail: bytes = b"") -> bytes:
     """An index built by the table of the format, independently of the writer."""
     starts = [sum(lengths[:i]) * size for i in range(len(lengths))]
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,16 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(*arguments: object) -> int:
-    """Exit status of the tool; this process's, so that tests stay quick."""
+def run(inputs: Path | list[Path], tokenizer: str, prefix: Path, *options: object) -> int:
+    """Exit status of the tool; run within this process, so that tests stay quick."""
+    paths = inputs if isinstance(inputs, list) else [inputs]
+    arguments = ["--input", *paths, "--tokenizer", tokenizer, "--output-prefix", prefix, *options]
+    return status(preprocess.main, arguments)
+
+
+def status(tool: Callable[[list[str]], None], arguments: Sequence[object]) -> int:
     try:
-        preprocess.main([str(argument) for argument in arguments])
+        tool([str(argument) for argument in arguments])
     except SystemExit as leaving:
         return int(str(leaving.code))
     return 0
@@ -76,8 +83,8 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_all_kinds_of_files_in_order(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
     out = tmp_path / "out" / "x"
-    assert run("--input", corpus / "a.jsonl", corpus / "*.zst", corpus / "c*", corpus / "d.txt", "--tokenizer", tokenizer,
-               "--output-prefix", out, "--append-eod", "--workers", 2) == 0  # fmt: skip
+    files = [corpus / "a.jsonl", corpus / "*.zst", corpus / "c*", corpus / "d.txt"]
+    assert run(files, tokenizer, out, "--append-eod", "--workers", 2) == 0
     assert documents(out, tokenizer) == [t + EOD for t in TEXTS]
     meta = read_meta(str(out))
     assert meta is not None
@@ -93,8 +100,7 @@ def test_output_does_not_depend_on_workers(corpus: Path, tokenizer: str, tmp_pat
     outputs = []
     for workers in (1, 2, 3):
         folder = tmp_path / str(workers)
-        arguments = ("--tokenizer", tokenizer, "--output-prefix", folder / "x", "--split", "0.8,0.1,0.1")
-        assert run("--input", corpus / "*", *arguments, "--workers", workers) == 0
+        assert run(corpus / "*", tokenizer, folder / "x", "--split", "0.8,0.1,0.1", "--workers", workers) == 0
         outputs.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(outputs[0]) == 9
     assert outputs[0] == outputs[1] == outputs[2]
@@ -102,8 +108,7 @@ def test_output_does_not_depend_on_workers(corpus: Path, tokenizer: str, tmp_pat
 
 def test_split_is_by_document_and_stable_when_files_are_added(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
     def splits(name: str, *files: Path) -> dict[str, set[str]]:
-        arguments = ("--tokenizer", tokenizer, "--output-prefix", tmp_path / name, "--split", "0.75,0.25")
-        assert run("--input", *files, *arguments, "--workers", 1) == 0
+        assert run(list(files), tokenizer, tmp_path / name, "--split", "0.75,0.25", "--workers", 1) == 0
         return {part: set(documents(tmp_path / f"{name}_{part}", tokenizer)) for part in ("train", "val")}
 
     few = splits("few", corpus / "b.jsonl.zst")
@@ -117,8 +122,7 @@ def test_split_is_by_document_and_stable_when_files_are_added(corpus: Path, toke
 
 def test_spelled_special_tokens_stay_text(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"see {EOD} here"}))
-    assert run("--input", tmp_path / "a.jsonl", "--tokenizer", tokenizer, "--output-prefix", tmp_path / "x",
-               "--append-eod", "--workers", 1) == 0  # fmt: skip
+    assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "x", "--append-eod", "--workers", 1) == 0
     ids = TokenShard.open(tmp_path / "x").tokens.tolist()
     assert ids.count(0) == 1
     assert ids[-1] == 0
@@ -139,8 +143,7 @@ def test_empty_documents_and_blank_lines_are_counted(
 ) -> None:
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "one"}\r\n\n{"text": ""}\n{"text": " \\n"}\n{"text": "two"}\n')
     (tmp_path / "b.txt").write_text("")
-    assert run("--input", tmp_path / "a.jsonl", tmp_path / "b.txt", "--tokenizer", tokenizer, "--output-prefix",
-               tmp_path / "x", "--workers", 1) == 0  # fmt: skip
+    assert run([tmp_path / "a.jsonl", tmp_path / "b.txt"], tokenizer, tmp_path / "x", "--workers", 1) == 0
     assert documents(tmp_path / "x", tokenizer) == ["one", "two"]
     assert "3 documents without text, 1 blank lines" in capsys.readouterr().out
 
@@ -166,7 +169,7 @@ def test_bad_line_stops_with_file_and_line(
     good = b'{"text": "good"}\n'
     (tmp_path / "a.jsonl").write_bytes(good * 57 + line + b"\n" + good)
     out = tmp_path / "out"
-    assert run("--input", tmp_path / "a.jsonl", "--tokenizer", tokenizer, "--output-prefix", out / "x") == 2
+    assert run(tmp_path / "a.jsonl", tokenizer, out / "x") == 2
     message = capsys.readouterr().err
     assert message.startswith(f"DataError: {tmp_path}/a.jsonl, line 58: ")
     assert message.count("\n") == 1
@@ -180,8 +183,7 @@ def test_bad_lines_are_skipped_counted_and_reported_on_request(
     good = b'{"text": "good"}'
     lines = [good, *(line for line, _ in BAD_LINES.values()), good]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    assert run("--input", tmp_path / "a.jsonl", "--tokenizer", tokenizer, "--output-prefix", tmp_path / "x",
-               "--on-bad-line", "skip", "--workers", 2) == 0  # fmt: skip
+    assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "x", "--on-bad-line", "skip", "--workers", 2) == 0
     assert documents(tmp_path / "x", tokenizer) == ["good", "good"]
     out = capsys.readouterr().out
     assert f"skipped: {len(BAD_LINES)} bad lines" in out
@@ -226,7 +228,7 @@ def test_bad_files_are_named(
 ) -> None:
     path = bad_file(tmp_path, name)
     out = tmp_path / "out"
-    assert run("--input", path, "--tokenizer", tokenizer, "--output-prefix", out / "x", "--workers", 1) == 2
+    assert run(path, tokenizer, out / "x", "--workers", 1) == 2
     message = capsys.readouterr().err
     assert name in message or name.startswith("empty")
     assert message.count("\n") == 1
@@ -234,14 +236,15 @@ def test_bad_files_are_named(
     assert leftovers(out) == []
 
 
-def test_document_larger_than_the_limit(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_document_larger_than_the_limit(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(text, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(text, "MAX_DOCUMENT_BYTES", 10_000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 20_000}) + "\n")
     (tmp_path / "b.txt").write_text("b" * 20_000)
     for name in ("a.jsonl", "b.txt"):
-        assert run("--input", tmp_path / name, "--tokenizer", tokenizer, "--output-prefix", tmp_path / "x") == 2
+        assert run(tmp_path / name, tokenizer, tmp_path / "x") == 2
         assert f"{name}: " in (message := capsys.readouterr().err)
         assert "split it into documents" in message
 
@@ -264,17 +267,14 @@ def test_bad_options(
     arguments: tuple[str, str], says: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    options = {"--input": str(tmp_path / "a.jsonl"), "--tokenizer": tokenizer,
-               "--output-prefix": str(tmp_path / "out" / "x"), "--workers": "1", arguments[0]: arguments[1]}  # fmt: skip
-    assert run(*(part for option in options.items() for part in option)) == 2
+    assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "out" / "x", *arguments) == 2
     assert says in capsys.readouterr().err
     assert leftovers(tmp_path / "out") == []
 
 
 def test_same_file_twice_is_refused(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    assert run("--input", tmp_path / "a.jsonl", tmp_path / "*.jsonl", "--tokenizer", tokenizer, "--output-prefix",
-               tmp_path / "x") == 2  # fmt: skip
+    assert run([tmp_path / "a.jsonl", tmp_path / "*.jsonl"], tokenizer, tmp_path / "x") == 2
     assert "names one file twice" in capsys.readouterr().err
 
 
@@ -283,11 +283,11 @@ def test_hugging_face_dataset_on_disk(tokenizer: str, tmp_path: Path, capsys: py
     rows = datasets.Dataset.from_dict({"content": TEXTS[:30], "other": list(range(30))})
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "set"))
     common = ("--hf-dataset", tmp_path / "set", "--tokenizer", tokenizer, "--output-prefix", tmp_path / "x")
-    assert run(*common, "--json-key", "content", "--workers", 2) == 0
+    assert status(preprocess.main, [*common, "--json-key", "content", "--workers", 2]) == 0
     assert documents(tmp_path / "x", tokenizer) == TEXTS[:30]
-    assert run(*common) == 2
+    assert status(preprocess.main, common) == 2
     assert "no column 'text' but content, other" in capsys.readouterr().err
-    assert run(*common, "--hf-split", "nope") == 2
+    assert status(preprocess.main, [*common, "--hf-split", "nope"]) == 2
     assert "no split 'nope'" in capsys.readouterr().err
 
 
@@ -295,7 +295,7 @@ def test_full_disk_leaves_nothing(tokenizer: str, corpus: Path, tmp_path: Path) 
     """As a program of its own, with a limit on file size in place of a full disk; the old data set survives."""
     out = tmp_path / "out" / "x"
     (tmp_path / "small.jsonl").write_text('{"text": "small"}')
-    assert run("--input", tmp_path / "small.jsonl", "--tokenizer", tokenizer, "--output-prefix", out) == 0
+    assert run(tmp_path / "small.jsonl", tokenizer, out) == 0
     tool = f"{sys.executable} {ROOT}/tools/preprocess.py"
     command = f"ulimit -f 8; {tool} --input '{corpus}/*' --tokenizer {tokenizer} --output-prefix {out} --workers 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -310,7 +310,7 @@ def test_inspect_reports_and_decodes(
     corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "x"
-    assert run("--input", corpus / "a.jsonl", "--tokenizer", tokenizer, "--output-prefix", out, "--append-eod") == 0
+    assert run(corpus / "a.jsonl", tokenizer, out, "--append-eod") == 0
     capsys.readouterr()
     inspect_data.main([str(out), "--tokenizer", tokenizer, "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -331,7 +331,7 @@ def test_inspect_exits_with_an_error_for_damage(
     damage: str, corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "x"
-    assert run("--input", corpus / "a.jsonl", "--tokenizer", tokenizer, "--output-prefix", out) == 0
+    assert run(corpus / "a.jsonl", tokenizer, out) == 0
     kind, _, what = damage.partition(" ")
     if what:
         content = bytearray(Path(f"{out}.{kind}").read_bytes())
@@ -339,15 +339,11 @@ def test_inspect_exits_with_an_error_for_damage(
         Path(f"{out}.{kind}").write_bytes(content if what == "byte" else content[:-4])
     other = str(tmp_path / "other.json")
     Path(other).write_text(Path(tokenizer).read_text() + "\n")
-    with pytest.raises(SystemExit) as leaving:
-        inspect_data.main([str(out), "--tokenizer", other])
-    assert leaving.value.code == 2
+    assert status(inspect_data.main, [out, "--tokenizer", other]) == 2
     assert (f"x.{kind}" if what else "other.json is not the tokenizer") in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for tool, example in ((preprocess, "--split 0.99,0.01"), (inspect_data, "inspect_data.py data/x_train")):
-        with pytest.raises(SystemExit) as leaving:
-            tool.main(["--help"])
-        assert leaving.value.code == 0
+        assert status(tool.main, ["--help"]) == 0
         assert example in capsys.readouterr().out
