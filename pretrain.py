@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import time
 from collections.abc import Sequence
 
-from megamor.config import load_config
+from megamor.config import Config, load_config
 from megamor.config.validate import validate
-from megamor.errors import user_errors
+from megamor.errors import ConfigError, user_errors
 
 EXAMPLES = """\
 examples:
@@ -21,6 +23,9 @@ examples:
 A run goes on from its newest checkpoint (run.dir/run.name/checkpoints) if it has one. Ctrl-C, SIGTERM and SIGUSR1 save
 and stop with status 75; the same command goes on.
 """
+
+SPEAKER_SECONDS = 10.0
+"""How long silent processes stay: a launcher ends everybody with the first that leaves, which must be the speaker."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,27 +40,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The validated configuration. The processes of one machine read the same one, so the first speaks for all."""
+    from megamor.parallel import launched_world_size
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        validate(config, launched_world_size())
+    except ConfigError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(SPEAKER_SECONDS)
+        raise SystemExit(2) from None
+    return config
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, validate, start the processes' group, train."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = load_config(arguments.config, arguments.overrides)
+    origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
+    config = read_config(arguments)
 
     from megamor.parallel import close_world, init_world, launched_world_size
 
-    validate(config, launched_world_size())
     if arguments.dry_run:
         from megamor.train.dry_run import describe_run
 
-        print(describe_run(config, launched_world_size()))
+        if os.environ.get("RANK", "0") == "0":
+            print(describe_run(config, launched_world_size()))
         return
 
-    from megamor.train import EXIT_INTERRUPTED, build_trainer
+    from megamor.train import EXIT_INTERRUPTED, build_trainer, ignore_signals, reported_once
 
     world = init_world(config.parallel)
     try:
-        finished = build_trainer(config, world).fit()
+        with reported_once(world):
+            finished = build_trainer(config, world).fit()
+        if not finished:
+            ignore_signals()
     finally:
         close_world()
     if not finished:

@@ -34,9 +34,15 @@ class TrainingError(MegamorError):
     """A run that can't go on, such as a non-finite gradient."""
 
 
+def print_error(error: MegamorError, rank: int | None = None) -> None:
+    """Print `error` as one message on stderr, with the number of the rank that it concerns."""
+    origin = "" if rank is None else f"rank {rank}: "
+    print(f"{origin}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
 def report_and_exit(error: MegamorError) -> NoReturn:
-    """Print `error` as one message on stderr and leave with status 2."""
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    """Print `error` and leave with status 2."""
+    print_error(error)
     raise SystemExit(2)
 
 

@@ -36,6 +36,7 @@ from tools.bench_machine import describe_origin
 from tools.bench_train import Budget, bench_setting
 
 SCHEMA = "megamor-bench-train/1"
+_FILE_WIDTH = 110
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,23 +44,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train")
-    train = commands.add_parser("train", help="time and memory of training steps")
-    train.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
-    train.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    train.add_argument("--cases", type=_names, default=list(CASES), metavar="A,B", help=f"of {', '.join(CASES)}")
-    train.add_argument(
+    parser.add_argument("what", choices=["train"], help="what to measure: time and memory of training steps")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    parser.add_argument(
+        "--cases", type=_names, default=list(CASES), metavar="A,B", help=f"of {', '.join(CASES)} (default: all)"
+    )
+    parser.add_argument(
         "--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla as well"
     )
-    train.add_argument(
+    parser.add_argument(
         "--seq-len", type=_lengths, metavar="N,M", help="sequence lengths to run (default: the configuration's)"
     )
-    train.add_argument("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
-    train.add_argument("--rounds", type=_positive, metavar="N", help="this many rounds, however long they take")
-    train.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
-    train.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    return parser.parse_intermixed_args(argv) if argv and not commands else parser.parse_args(argv)
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="this many rounds, however long they take")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+    return parser.parse_intermixed_args(argv)
 
 
 def _names(text: str) -> list[str]:
@@ -115,16 +117,18 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
 def print_report(report: dict[str, Any]) -> None:
     """One table per sequence length."""
     machine, console = report["machine"], Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     for setting in report["settings"]:
-        table = Table(
-            title=f"training step, batch {setting['batch_size']} × {setting['seq_len']} tokens, {setting['precision']}, "
-            f"{setting['rounds']} rounds\n{machine['accelerator'] or machine['cpu']}, {machine['threads']} threads"
-        )
+        device = f"{machine['accelerator'] or machine['cpu']}, {machine['threads']} threads"
+        batch = f"batch {setting['batch_size']} × {setting['seq_len']} tokens"
+        conditions = f"{batch}, {setting['precision']}, {setting['rounds']} rounds"
+        table = Table(title=f"training step, {conditions}\n{device}")
         table.add_column("case")
         for heading in ("step ms", "quartiles", "time ratio", "FLOPs ratio", "time/FLOPs", "peak MB", "ratio", "depth"):
             table.add_column(heading, justify="right")
         for case in setting["cases"]:
-            table.add_row(case["label"], *_cells(case))
+            table.add_row(case["name"], *_cells(case))
         console.print(table)
 
 

@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One column of a comparison. `baseline` names a foreign implementation of the dense model, None is megamor's own."""
+    """One row of a comparison. `baseline` names a foreign implementation of the dense model; None means megamor's."""
 
     name: str
     label: str

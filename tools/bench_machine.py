@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -49,8 +50,6 @@ def cpu_model() -> str:
 def versions() -> dict[str, str]:
     """Libraries that the times depend on; transformers is that of the baseline and may be missing."""
     found = library_versions()
-    try:
+    with suppress(metadata.PackageNotFoundError):
         found["transformers"] = metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        pass
     return found

@@ -1,7 +1,7 @@
 """Step time of several training cases in interleaved rounds, and what follows from it.
 
-Every round runs one step of every case on the same batch, in an order that rotates from round to round. Ratios are taken
-within rounds, so that whatever else the machine does meanwhile falls on both sides of them.
+Every round runs one step of every case on the same batch, in an order that rotates from round to round. Ratios are
+taken within rounds, so that whatever else the machine does meanwhile falls on both sides of them.
 """
 
 from __future__ import annotations

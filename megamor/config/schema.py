@@ -28,7 +28,8 @@ class RunConfig:
 class ModelConfig:
     """Llama backbone (paper section 3; no biases, no dropout, head tied to the embedding).
 
-    `num_layers` is the effective depth: the number of blocks a token of full depth passes through.
+    `num_layers` is the effective depth: the number of blocks a token of full depth passes through. `document_positions`
+    says whether positions start anew with each document where documents are kept apart.
     """
 
     vocab_size: int = 49152
@@ -41,6 +42,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    document_positions: Literal["continue", "restart"] = "continue"
 
     @property
     def head_dim(self) -> int:

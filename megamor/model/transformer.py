@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.model.blocks import Block, KeysValues, RMSNorm
 from megamor.model.geometry import Geometry
+from megamor.model.kv_cache import KVCache
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recursion import RecursionStage, run_block
 from megamor.model.sharing import layer_plan
@@ -76,27 +77,27 @@ class Transformer(nn.Module):
         mode: Mode = "train",
         step: int = 0,
         documents: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> ModelOutput:
         """inputs [B, S] token ids; labels [B, S] are the ids to predict at each position, -100 where none is.
 
         `mode` chooses training-time routing with losses ("train"), the same routing for evaluation ("topk"), or the
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
-        [B, S] are ids that attention must not cross.
+        [B, S] are ids that attention must not cross. With `cache`, inputs are the tokens that follow those in it, and
+        its num_tokens grows by S; needs a causal mode and no documents.
         """
-        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents)
-        everything = TokenSet.all(*inputs.shape)
-        x = self.embed(inputs.flatten())
-        layout = geometry.layout(everything, everything)
-        for block in self.prelude:
-            x, _ = run_block(self, block, x, geometry.angles, layout, KeysValues())
+        assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
+        start = 0 if cache is None else cache.num_tokens
+        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start)
+        x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
         routed = None
         if self.stage is not None:
             context = RoutingContext(inputs.shape[0], inputs.shape[1], mode, step)
-            routed = self.stage(x, geometry, context)
+            routed = self.stage(x, geometry, context, cache)
             x = routed.stream
-        for block in self.coda:
-            x, _ = run_block(self, block, x, geometry.angles, layout, KeysValues())
-        x = self.norm(x)
+        x = self.norm(self.run_unshared("coda", x, geometry, cache))
+        if cache is not None:
+            cache.num_tokens += inputs.shape[1]
 
         logits = loss_sum = num_tokens = None
         if labels is None:
@@ -114,6 +115,16 @@ class Transformer(nn.Module):
             routed.depth.view(inputs.shape) if routed else None,
             routed.work if routed else None,
         )
+
+    def run_unshared(self, part: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+        """x [B·S, dim] through the blocks of `prelude` or `coda`, which see every token."""
+        everything = TokenSet.all(geometry.batch, geometry.seq_len)
+        keys_values, layout = KeysValues(), geometry.layout(everything, everything)
+        for number, block in enumerate(getattr(self, part)):
+            if cache is not None:
+                keys_values, layout = cache.add((part, number), KeysValues(), everything, everything, geometry)
+            x, _ = run_block(self, block, x, geometry.angles, layout, keys_values)
+        return x
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -50,6 +50,7 @@ class ZeroBackend:
             "precision": config.train.precision,
         }
         deepspeed = import_deepspeed(world.device)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine insists on it
         if not deepspeed.comm.is_initialized():
             deepspeed.comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if self.stage == 3 and plan.shared_core is not None:

@@ -1,7 +1,8 @@
 """The trainer: composition root, loop, statistics, stopping, what goes into a checkpoint."""
 
 from megamor.train.build import build_trainer
-from megamor.train.stop import EXIT_INTERRUPTED
+from megamor.train.failures import reported_once
+from megamor.train.stop import EXIT_INTERRUPTED, ignore_signals
 from megamor.train.trainer import Trainer
 
-__all__ = ["EXIT_INTERRUPTED", "Trainer", "build_trainer"]
+__all__ = ["EXIT_INTERRUPTED", "Trainer", "build_trainer", "ignore_signals", "reported_once"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
 from megamor.config.derive import derive
 from megamor.config.validate import validate
-from megamor.data import TrainingData, TrainingLoader, open_validation_sets
+from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
     JsonlSink,
@@ -23,58 +23,57 @@ from megamor.metrics import (
     WandbSink,
     make_progress,
     peak_flops,
+    read_jsonl,
 )
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
-from megamor.train.checkpointing import Progress, RunCheckpoints
+from megamor.train.checkpointing import Origin, Progress, RunCheckpoints, checkpoint_files
+from megamor.train.failures import from_first_rank, together
 from megamor.train.stop import StopRequest
-from megamor.train.trainer import Trainer
+from megamor.train.trainer import VALIDATION, Trainer
 
-log = logging.getLogger("megamor.train")
+METRICS_FILE = "metrics.jsonl"
 
 
 def build_trainer(config: Config, world: World) -> Trainer:
-    """Open the data, build and wrap the model, and restore the newest checkpoint of the run if there is one.
+    """Open the data, build and wrap the model, restore the newest checkpoint of the run if it has one. Collective.
 
     Raises:
-        ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts.
+        ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts; on
+            every rank, wherever it was found.
     """
     validate(config, world.size)
     derived = derive(config, world.size)
-    vocab_size = config.model.vocab_size
-    data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
-    validation = open_validation_sets(config.data, vocab_size=vocab_size)
-    loader = TrainingLoader(
-        data,
-        rank=world.rank,
-        world_size=world.size,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-    )
-    directory = run_directory(config)
+    inputs = together(lambda: open_inputs(config, world), world.device)
+    directory = together(lambda: run_directory(config), world.device)
     manager = CheckpointManager(directory / CHECKPOINTS_DIR, keep_last=config.checkpoint.keep_last)
 
     model = build_model(config, device=world.device)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
-    checkpoints = RunCheckpoints(config, manager, backend, loader, data.fingerprints)
+    checkpoints = RunCheckpoints(config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin)
     restored = checkpoints.restore()
     progress = restored or Progress()
     if world.is_main:
-        origin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
-        print(f"{config.run.name}: {origin}\n{derived.describe()}", flush=True)
+        begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
+        print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
+    evaluated_step = from_first_rank(
+        lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
+    )
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     return Trainer(
         config=config,
         derived=derived,
         model=model,
         backend=backend,
-        loader=loader,
-        validation=validation,
+        loader=inputs.loader,
+        validation=inputs.validation,
         checkpoints=checkpoints,
         progress=progress,
-        sink=build_sink(config, world, progress, restored is not None),
+        evaluated_step=evaluated_step,
+        sink=together(lambda: build_sink(config, world, progress, restored is not None), world.device),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=make_progress(
             total_steps=derived.total_steps,
@@ -84,6 +83,31 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ),
         stop=StopRequest(world.device),
     )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: data, and the files and facts that go into its checkpoints."""
+
+    loader: TrainingLoader
+    validation: dict[str, ValidationSet]
+    files: dict[str, str | bytes]
+    origin: Origin
+
+
+def open_inputs(config: Config, world: World) -> Inputs:
+    """Open everything that can be missing, damaged or of another model."""
+    vocab_size = config.model.vocab_size
+    data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
+    loader = TrainingLoader(
+        data,
+        rank=world.rank,
+        world_size=world.size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    validation = open_validation_sets(config.data, vocab_size=vocab_size)
+    return Inputs(loader, validation, checkpoint_files(config), Origin(data.fingerprints()))
 
 
 def run_directory(config: Config) -> Path:
@@ -106,7 +130,10 @@ def build_sink(config: Config, world: World, progress: Progress, resumed: bool) 
         return MultiSink([])
     directory = run_directory(config)
     resume_step = progress.step if resumed else None
-    sinks: list[MetricSink] = [JsonlSink(directory / "metrics.jsonl", resume_step=resume_step)]
+    try:
+        sinks: list[MetricSink] = [JsonlSink(directory / METRICS_FILE, resume_step=resume_step)]
+    except OSError as error:
+        raise ConfigError(f"can't write {directory / METRICS_FILE}: {error}; set run.dir or run.name") from error
     if config.metrics.tensorboard:
         sinks.append(TensorBoardSink(directory / "tensorboard", resume_step=resume_step))
     if config.metrics.wandb:
@@ -121,3 +148,11 @@ def build_sink(config: Config, world: World, progress: Progress, resumed: bool) 
         progress.run_ids["wandb"] = wandb.run_id
         sinks.append(wandb)
     return MultiSink(sinks)
+
+
+def last_evaluation(metrics: Path, step: int) -> int | None:
+    """The newest step up to `step` whose validation losses are in the file `metrics`; None if there is none."""
+    if not metrics.exists():
+        return None
+    evaluated = (record["step"] for record in read_jsonl(metrics) if any(k.startswith(VALIDATION) for k in record))
+    return max((found for found in evaluated if found <= step), default=None)

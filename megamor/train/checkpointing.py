@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megamor.checkpoint import (
     CheckpointManager,
@@ -21,6 +20,16 @@ from megamor.config import Config, config_to_yaml
 from megamor.data import TrainingLoader
 from megamor.errors import CheckpointError
 from megamor.parallel import Backend, resolve_backend
+from megamor.train.failures import together
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from. Found out once a run: git and the package index of Python are slow to ask."""
+
+    data_fingerprints: dict[str, str]
+    code_revision: str = field(default_factory=code_revision)
+    versions: dict[str, str] = field(default_factory=library_versions)
 
 
 @dataclass
@@ -34,13 +43,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress."""
+    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
+
+    `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
+    as they are. `origin` are facts about code and data that a checkpoint records.
+    """
 
     config: Config
     manager: CheckpointManager
     backend: Backend
     loader: TrainingLoader
-    fingerprints: Callable[[], dict[str, str]]
+    model_shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, str | bytes]
+    origin: Origin
 
     def save(self, progress: Progress) -> Path:
         """Publish a checkpoint of `progress.step`. Collective."""
@@ -51,13 +66,11 @@ class RunCheckpoints:
             world_size=self.backend.world_size,
             backend=resolve_backend(self.config.parallel, self.backend.world_size),
             run_ids=progress.run_ids,
-            data_fingerprints=self.fingerprints(),
-            code_revision=code_revision(),
-            versions=library_versions(),
+            data_fingerprints=self.origin.data_fingerprints,
+            code_revision=self.origin.code_revision,
+            versions=self.origin.versions,
         )
-        files: dict[str, Any] = {CONFIG_FILE: config_to_yaml(self.config), TRAINER_FILE: state.to_json()}
-        if self.config.data.tokenizer:
-            files[TOKENIZER_FILE] = Path(self.config.data.tokenizer)
+        files = {**self.files, TRAINER_FILE: state.to_json()}
         return self.manager.save(progress.step, [self.backend.save, self._save_rng], files)
 
     def restore(self) -> Progress | None:
@@ -69,11 +82,8 @@ class RunCheckpoints:
         directory = self.manager.latest_valid()
         if directory is None:
             return None
-        state = TrainerState.read(directory)
-        self._check_backend(directory, state)
-        check_same_model(directory, parameter_shapes(self.backend))
+        state = together(lambda: self._read(directory), self.backend.device)
         self.backend.load(directory)
-        self.loader.load_state_dict(state.data)
         restore_rng(
             directory,
             rank=self.backend.rank,
@@ -82,6 +92,14 @@ class RunCheckpoints:
             step=state.step,
         )
         return Progress(state.step, state.tokens_seen, state.run_ids)
+
+    def _read(self, directory: Path) -> TrainerState:
+        """Everything that can be refused, before anything is overwritten; puts the loader in place."""
+        state = TrainerState.read(directory)
+        self._check_backend(directory, state)
+        check_same_model(directory, self.model_shapes)
+        self.loader.load_state_dict(state.data)
+        return state
 
     def _save_rng(self, directory: Path) -> None:
         save_rng(directory, rank=self.backend.rank, world_size=self.backend.world_size)
@@ -95,6 +113,12 @@ class RunCheckpoints:
             )
 
 
-def parameter_shapes(backend: Backend) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the model's state by name; parameters that a backend has emptied keep their full shape aside."""
-    return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in backend.module.state_dict().items()}
+def checkpoint_files(config: Config) -> dict[str, str | bytes]:
+    """What makes a checkpoint independent of where it was trained: resolved configuration and tokenizer.
+
+    Read once at the start, so that a file that changes or goes during the run doesn't matter.
+    """
+    files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
+    if config.data.tokenizer:
+        files[TOKENIZER_FILE] = Path(config.data.tokenizer).read_bytes()
+    return files

@@ -18,8 +18,21 @@ PATIENCE_SECONDS = 3.0
 """Launchers pass a terminal's Ctrl-C on to processes that have received it already; those echoes are ignored."""
 
 
+def ignore_signals() -> None:
+    """Let nothing disturb a process that has saved and is about to leave with its own status.
+
+    Launchers send SIGTERM to the other ranks as soon as the first one has left.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
-    """While active, a signal is remembered; one that comes again seconds later acts as usual (ends the process)."""
+    """While active, a signal is remembered until the ranks agree.
+
+    A second Ctrl-C, seconds after the first signal, acts as usual: somebody is at the keyboard and doesn't want to
+    wait. SIGTERM and SIGUSR1 that come again are schedulers and launchers repeating themselves, and change nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,6 +60,6 @@ class StopRequest:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-        elif now - self._received_at > PATIENCE_SECONDS:
-            signal.signal(number, self._previous[signal.Signals(number)])
+        elif number == signal.SIGINT and now - self._received_at > PATIENCE_SECONDS:
+            signal.signal(number, self._previous[signal.SIGINT])
             signal.raise_signal(number)

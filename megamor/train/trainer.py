@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,18 +20,24 @@ from torch import Tensor
 from megamor.config import Config
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
+from megamor.errors import TrainingError
 from megamor.evaluate.loss import modes_of, summed_loss
-from megamor.metrics import MetricSink, Throughput, TrainingProgress, peak_memory
+from megamor.metrics import Metrics, MetricSink, Throughput, TrainingProgress, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
+from megamor.model.loss import IGNORE
 from megamor.optim import check_finite, lr_multiplier
 from megamor.parallel import Backend
 from megamor.routing import Mode
 from megamor.train.checkpointing import Progress, RunCheckpoints
+from megamor.train.failures import together
 from megamor.train.statistics import StepStatistics, StepSummary
 from megamor.train.stop import StopRequest
 
 log = logging.getLogger("megamor.train")
+
+VALIDATION = "validation/"
+"""What the names of validation metrics begin with."""
 
 
 @dataclass
@@ -48,50 +56,67 @@ class Trainer:
     throughput: Throughput
     display: TrainingProgress
     stop: StopRequest
+    evaluated_step: int | None = None
+    """The newest step with validation losses in the metrics."""
+    data_wait: float = 0.0
+    """Seconds until every rank had the batches of the latest step."""
 
     def fit(self) -> bool:
-        """Train to the last step of this launch. Returns False if a signal ended it early (after saving)."""
+        """Train to the last step of this launch. Returns False if a signal ended it early (after saving).
+
+        Raises:
+            DataError, TrainingError, CheckpointError: on every rank, with `latest` as it was.
+        """
         last_step = min(self.derived.total_steps, self.config.train.stop_at_step or self.derived.total_steps)
-        saved_step = self.progress.step
         stopping = False
-        try:
-            with self.stop, self.display:
-                self.throughput.start()
-                while self.progress.step < last_step and not stopping:
-                    batches = self.loader.next_step()
-                    summary, lr, grad_norm = self.train_step(batches)
-                    self.progress.step += 1
-                    self.progress.tokens_seen += self.derived.tokens_per_step
-                    self.log_step(summary, lr, grad_norm)
-                    stopping = self.stop.agreed()
-                    if stopping or self.progress.step == last_step or self.is_time(self.config.checkpoint.every_steps):
-                        self.save()
-                        saved_step = self.progress.step
-                    if not stopping and (
-                        self.progress.step == self.derived.total_steps or self.is_time(self.config.train.eval_every)
-                    ):
-                        self.evaluate()
-        finally:
-            self.loader.close()
-            self.sink.close()
-        assert saved_step == self.progress.step
+        with self.stop, self.display, self.closed_at_the_end():
+            if self.progress.step >= last_step:
+                self.announce(f"step {self.progress.step} is done and the last one asked for is {last_step}: finished")
+            if self.is_time_to_evaluate():
+                self.evaluate()  # the launch before was stopped when only this was missing
+            self.throughput.start()
+            while self.progress.step < last_step and not stopping:
+                summary, lr, grad_norm = self.train_step(self.next_batches())
+                self.progress.step += 1
+                self.progress.tokens_seen += self.derived.tokens_per_step
+                self.log_step(summary, lr, grad_norm)
+                stopping = self.stop.agreed()
+                if stopping or self.progress.step == last_step or self.is_time(self.config.checkpoint.every_steps):
+                    self.save()
+                if self.is_time_to_evaluate() and not stopping:
+                    self.evaluate()
+            if stopping:
+                self.announce(f"stopped on request after step {self.progress.step}: the same command goes on from here")
         return not stopping
 
     def is_time(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps is due."""
         return self.progress.step % every_steps == 0
 
+    def is_time_to_evaluate(self) -> bool:
+        """Whether evaluation is due after the steps done so far, and hasn't been done."""
+        step = self.progress.step
+        due = step == self.derived.total_steps or (step > 0 and self.is_time(self.config.train.eval_every))
+        return due and bool(self.validation) and self.evaluated_step != step
+
+    def next_batches(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step, when every rank has its own; measures the wait."""
+        started = time.perf_counter()
+        batches = together(self.loader.next_step, self.backend.device)
+        self.data_wait = time.perf_counter() - started
+        return batches
+
     def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float]:
         """One optimizer step over this rank's micro-batches: global figures, learning rate, gradient norm."""
         step = self.progress.step
         statistics = StepStatistics(self.config.recursion.num_recursions)
-        valid_tokens = self.count_valid_tokens(batches)
+        token_weight = self.token_weight(batches)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             inputs, labels = self.to_device(batch.inputs), self.to_device(batch.labels)
             with self.backend.forward_context(last_micro_batch=is_last):
                 out = self.backend.model(inputs, labels, mode="train", step=step)
-                loss = self.total_loss(out, valid_tokens, len(batches))
+                loss = self.total_loss(out, token_weight, len(batches))
             self.backend.backward(loss, last_micro_batch=is_last)
             statistics.add(out)
         lr = self.config.optim.lr * lr_multiplier(step, self.config.optim, self.derived.total_steps)
@@ -103,7 +128,7 @@ class Trainer:
             self.model.stage.router.update(summary.totals)
         return summary, lr, grad_norm
 
-    def total_loss(self, out: ModelOutput, valid_tokens: Tensor, num_micro_batches: int) -> Tensor:
+    def total_loss(self, out: ModelOutput, token_weight: Tensor, num_micro_batches: int) -> Tensor:
         """This micro-batch's share of the step's loss.
 
         Backends average gradients over ranks and sum them over micro-batches. The language-model loss is divided by the
@@ -111,17 +136,17 @@ class Trainer:
         micro-batch and are averaged over micro-batches and ranks.
         """
         assert out.loss_sum is not None
-        loss = out.loss_sum * (self.backend.world_size / valid_tokens)
+        loss = out.loss_sum * token_weight
         for router_loss in out.router_losses.values():
             loss = loss + router_loss / num_micro_batches
         return loss
 
-    def count_valid_tokens(self, batches: list[MicroBatch]) -> Tensor:
-        """Labels that count in the whole step, over all ranks."""
-        count = torch.stack([(batch.labels != -100).sum() for batch in batches]).sum().float().to(self.backend.device)
+    def token_weight(self, batches: list[MicroBatch]) -> Tensor:
+        """fp32 scalar: ranks / labels that count in the whole step. Counted in integers: fp32 ends at 2^24 tokens."""
+        count = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).sum().to(self.backend.device)
         if dist.is_initialized():
             dist.all_reduce(count)
-        return count
+        return (self.backend.world_size / count.double()).float()
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to this rank's device without waiting."""
@@ -146,10 +171,25 @@ class Trainer:
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
             **self.throughput.metrics(),
+            "throughput/data_wait_seconds": self.data_wait,
             **peak_memory(self.backend.device),
         }
-        self.sink.log(self.progress.step, metrics)
+        self.write_metrics(metrics)
         self.display.update(self.progress.step, metrics)
+
+    def write_metrics(self, metrics: Metrics) -> None:
+        """Keep figures of the steps done so far. Collective."""
+
+        def write() -> None:
+            try:
+                self.sink.log(self.progress.step, metrics)
+            except OSError as error:
+                raise TrainingError(
+                    f"can't write the metrics of step {self.progress.step}: {error}; make room under run.dir "
+                    "and go on from the last checkpoint"
+                ) from error
+
+        together(write, self.backend.device)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -164,17 +204,17 @@ class Trainer:
             self.backend.model.eval()
             for name, data in self.validation.items():
                 losses = {mode: self.validation_loss(data, mode) for mode in modes_of(self.model)}
-                metrics |= {f"validation/{name}/loss_{mode}": loss for mode, loss in losses.items()}
+                metrics |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
                 if "topk" in losses:
-                    metrics[f"validation/{name}/gap"] = losses["causal"] - losses["topk"]
+                    metrics[f"{VALIDATION}{name}/gap"] = losses["causal"] - losses["topk"]
                 shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
                 self.display.message(
                     f"step {self.progress.step}: validation loss on {name}: {shown} nats/token "
-                    f"(perplexity {math.exp(losses['causal']):.1f})"
+                    f"(perplexity {perplexity(losses['causal']):.1f})"
                 )
             self.backend.model.train()
-        if metrics:
-            self.sink.log(self.progress.step, metrics)
+            self.write_metrics(metrics)
+        self.evaluated_step = self.progress.step
 
     def validation_loss(self, data: ValidationSet, mode: Mode) -> float:
         """Mean over at most `train.eval_sequences` windows. Collective."""
@@ -189,3 +229,30 @@ class Trainer:
         if dist.is_initialized():
             dist.all_reduce(total)
         return float(total[0] / total[1])
+
+    def announce(self, text: str) -> None:
+        """Print a line, once, even where progress isn't shown."""
+        if self.config.metrics.progress:
+            self.display.message(text)
+        elif self.backend.rank == 0:
+            print(text, flush=True)
+
+    @contextmanager
+    def closed_at_the_end(self) -> Iterator[None]:
+        """End the thread that reads ahead and write out the metrics, without hiding the error that led here."""
+        try:
+            yield
+        finally:
+            self.loader.close()
+            try:
+                self.sink.close()
+            except OSError as error:
+                log.error("the last metrics are lost: %s", error)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is beyond floating point, as early in a bad run."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

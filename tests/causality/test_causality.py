@@ -1,7 +1,7 @@
 """No logit depends on a later token: for every router × KV policy × sharing, with and without document masks.
 
-Routers that are causal in training are tested under the training rule too; top-k selection is not causal, which is tested
-as well, so that the test is known to be able to see it.
+Routers that are causal in training are tested under the training rule too; top-k selection is not causal, which is
+tested as well, so that the test is known to be able to see it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamor.data import ShardMeta, ShardWriter, TokenShard, dtype_for_vocab, fingerprint, read_meta
+from megamor.data import writer as writer_module
 from megamor.data.meta import BlockHasher
 from megamor.data.verify import verify_index, verify_tokens
 from megamor.errors import DataError
@@ -118,6 +120,15 @@ def test_offsets_beyond_two_gibibytes(tmp_path: Path) -> None:
     shard = TokenShard.open(tmp_path / "x")
     assert shard.document(2).tolist() == [7, 8, 9]
     verify_index(shard, None)
+
+
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_writer_computes_offsets_in_64_bits_and_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(writer_module, "_FINALISE_CHUNK", chunk)
+    lengths = [2**30, 5, 2**30, 0, 7]
+    file = io.BytesIO(bytes(34) + struct.pack("<5i", *lengths))
+    writer_module.write_index(file, len(lengths), np.dtype("<i4"))
+    assert file.getvalue() == make_idx(lengths, list(range(6)), code=4, size=4)
 
 
 def test_dtype_of_vocabulary() -> None:

@@ -78,8 +78,8 @@ def steps(ranks: list[TrainingLoader], count: int) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 @given(world=st.sampled_from([1, 2, 3, 4, 6]), micro=st.sampled_from([1, 2, 4]))
 def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, world: int, micro: int) -> None:
-    ranks = loaders(data, world, micro)
-    assert (steps(ranks, 3) == data.windows(0, 72)).all()
+    ranks = loaders(data, world, micro, 48)
+    assert (steps(ranks, 3) == data.windows(0, 144)).all()
     assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
 
 
@@ -217,6 +217,29 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
             loader.next_step()
     assert loader.consumed_samples == 0
     loader.close()
+
+
+def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = data.windows
+
+    def failing_first(first: int, *rest: object) -> np.ndarray:
+        if first == 0:
+            raise DataError("disk gone")
+        return original(first, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data, "windows", failing_first)
+    (loader,) = loaders(data, 1, 4)
+    for _ in range(2):
+        with pytest.raises(DataError, match="disk gone"):
+            loader.next_step()
+    loader.close()
+
+
+def test_vocabulary_bound_is_exact(tmp_path: Path) -> None:
+    config = DataConfig(train=(SourceConfig(write(tmp_path / "x", np.arange(SEQ_LEN + 1))),), seq_len=SEQ_LEN)
+    assert TrainingData.open(config, seed=0, vocab_size=SEQ_LEN + 1).windows(0, 1).max() == SEQ_LEN
+    with pytest.raises(DataError, match=f"token id {SEQ_LEN}, "):
+        TrainingData.open(config, seed=0, vocab_size=SEQ_LEN).windows(0, 1)
 
 
 def test_uneven_batch_is_refused(data: TrainingData) -> None:

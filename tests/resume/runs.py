@@ -1,0 +1,168 @@
+"""Tiny but whole runs: generated shards, a real trainer on one or two processes, and what it has written."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamor.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ExpertChoiceConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RecursionConfig,
+    RunConfig,
+    SourceConfig,
+    TokenChoiceConfig,
+    TrainConfig,
+)
+from megamor.data import ShardMeta, ShardWriter
+from megamor.metrics import read_jsonl
+from megamor.parallel import init_world
+from megamor.train import Trainer, build_trainer
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import stored_tensors
+
+VOCABULARY = 128
+EXPERT_CHOICE = ExpertChoiceConfig(aux_coeff=0.01, z_coeff=0.001)
+LOSS_FREE = TokenChoiceConfig(balancing="loss_free", bias_update_rate=0.01)  # a router with a buffer
+STEPS = 8
+
+Spoil = Callable[[Trainer], None]
+"""Something that a test does to the trainer of one rank before it starts."""
+
+
+def write_shard(
+    prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY, meta: ShardMeta | None = None
+) -> str:
+    """Documents of noisy ramps, which can be learnt."""
+    generator = np.random.default_rng(7)
+    with ShardWriter(prefix, np.dtype("<u2")) as writer:
+        for start in range(0, tokens, 500):
+            ramp = start + np.arange(500) + generator.integers(0, 3, 500)
+            writer.add(ramp % vocabulary)
+        writer.commit(meta)
+    return str(prefix)
+
+
+def tiny_run(directory: Path, backend: str = "auto", **train: Any) -> Config:
+    """A run of eight steps of four sequences in `directory`; its data is made on first use."""
+    data = directory / "data"
+    if not data.exists():
+        data.mkdir(parents=True)
+        write_shard(data / "train")
+        write_shard(data / "val", tokens=1_000)
+    shape = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": STEPS, "precision": "fp32", "eval_every": 100}
+    return Config(
+        run=RunConfig(name="tiny", dir=str(directory)),
+        model=ModelConfig(
+            vocab_size=VOCABULARY, dim=32, num_layers=8, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32
+        ),
+        recursion=RecursionConfig(num_recursions=3, sharing="middle_cycle"),
+        router=EXPERT_CHOICE,
+        data=DataConfig(
+            train=(SourceConfig(str(data / "train")),), validation={"held_out": str(data / "val")}, seq_len=32
+        ),
+        optim=OptimConfig(lr=3e-3, warmup_steps=2),
+        train=TrainConfig(**{**shape, "eval_sequences": 8, **train}),
+        parallel=ParallelConfig(backend=backend),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(every_steps=100, keep_last=100),
+        metrics=MetricsConfig(progress=False),
+    )
+
+
+def named(config: Config, name: str, **train: Any) -> Config:
+    """The same run under another name."""
+    return replace(config, run=replace(config.run, name=name), train=replace(config.train, **train))
+
+
+def until(config: Config, step: int | None) -> Config:
+    """A launch that stops after `step`."""
+    return replace(config, train=replace(config.train, stop_at_step=step))
+
+
+def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[bool]:
+    """Launch a run on fresh processes, with `spoil` on one of them; what `fit` returns on each rank."""
+    return run_ranks(_fit_here, config, spoil, on_rank, world_size=world_size)
+
+
+def _fit_here(config: Config, spoil: Spoil | None, on_rank: int) -> bool:
+    world = init_world(config.parallel)
+    trainer = build_trainer(config, world)
+    if spoil is not None and world.rank == on_rank:
+        spoil(trainer)
+    return trainer.fit()
+
+
+def signal_after(step: int, number: signal.Signals) -> Spoil:
+    """The rank gets a signal in the middle of the step after `step`."""
+
+    def spoil(trainer: Trainer) -> None:
+        next_step = trainer.loader.next_step
+
+        def interrupted() -> Any:
+            batches = next_step()
+            if trainer.progress.step == step:
+                os.kill(os.getpid(), number)
+            return batches
+
+        trainer.loader.next_step = interrupted  # type: ignore[method-assign]
+
+    return spoil
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves: a line of metrics for each step, validation losses, all tensors of its last checkpoint."""
+
+    steps: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    tensors: dict[str, Tensor]
+
+
+def directory_of(config: Config) -> Path:
+    """The run's directory."""
+    return Path(config.run.dir) / config.run.name
+
+
+def checkpoint_names(config: Config) -> list[str]:
+    """Everything in the run's directory of checkpoints."""
+    return sorted(path.name for path in (directory_of(config) / "checkpoints").iterdir())
+
+
+def trace(config: Config) -> Trace:
+    """Read what a run has left."""
+    records = read_jsonl(directory_of(config) / "metrics.jsonl")
+    return Trace(
+        steps=[record for record in records if "train/loss" in record],
+        validation=[record for record in records if "train/loss" not in record],
+        tensors=stored_tensors(directory_of(config) / "checkpoints" / "latest"),
+    )
+
+
+def repeatable(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what depends on the clock and the machine, and what counts from the launch."""
+    return {key: value for key, value in record.items() if not key.startswith(("time", "throughput/", "memory/"))}
+
+
+def assert_same_run(straight: Trace, resumed: Trace) -> None:
+    """Every figure of every step, and every bit of weights, buffers and moments."""
+    assert [record["step"] for record in resumed.steps] == list(range(1, len(straight.steps) + 1))
+    for expected, found in zip(straight.steps, resumed.steps, strict=True):
+        assert repeatable(found) == repeatable(expected)
+    assert list(map(repeatable, resumed.validation)) == list(map(repeatable, straight.validation))
+    assert resumed.tensors.keys() == straight.tensors.keys()
+    different = [name for name, tensor in straight.tensors.items() if not torch.equal(tensor, resumed.tensors[name])]
+    assert not different

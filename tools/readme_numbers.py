@@ -1,0 +1,155 @@
+"""Keep the tables of the README equal to the measurements in benchmarks/results.
+
+examples:
+  python tools/readme_numbers.py --check     # exit status 1 if a table differs from the results
+  python tools/readme_numbers.py --write     # rewrite the tables
+
+A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, each on a line of its own. NAME is one of:
+  bench-train   training steps, from benchmarks/results/train_*.json (tools/bench.py train)
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the repository, not tools/, is what imports start from
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megamor.errors import DataError, user_errors
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENING = re.compile(r"<!-- generated: (\S+) -->")
+CLOSING = "<!-- /generated -->"
+TRAIN_SCHEMA = "megamor-bench-train/1"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="readme_numbers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="show differences; exit status 1 if there are any")
+    action.add_argument("--write", action="store_true", help="rewrite the file")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
+    return parser.parse_args(argv)
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    if not args.readme.is_file():
+        raise DataError(f"{args.readme} does not exist; name the file with --readme")
+    old = args.readme.read_text(encoding="utf-8")
+    new = regenerate(old, args.results, str(args.readme))
+    if args.write:
+        if new != old:
+            args.readme.write_text(new, encoding="utf-8")
+        return
+    difference = list(
+        difflib.unified_diff(old.splitlines(), new.splitlines(), str(args.readme), "results", lineterm="")
+    )
+    if difference:
+        print("\n".join([*difference, "the tables differ from the results: python tools/readme_numbers.py --write"]))
+        raise SystemExit(1)
+
+
+def regenerate(text: str, results: Path, name: str = "README.md") -> str:
+    """`text` with the inside of every generated block replaced.
+
+    Raises:
+        DataError: a block without an end, an end without a beginning, a block of an unknown name, no block at all, or
+            results that are missing or not in the expected form.
+    """
+    lines, block, found = [], "", False
+    for number, line in enumerate(text.splitlines(), start=1):
+        opening = OPENING.fullmatch(line.strip())
+        closing = line.strip() == CLOSING
+        if (opening and block) or (closing and not block):
+            raise DataError(
+                f"{name}:{number}: {line.strip()} where a block {'is open' if block else 'has no beginning'}"
+            )
+        if opening:
+            block, found = opening[1], True
+            if block not in RENDERERS:
+                raise DataError(f"{name}:{number}: nothing generates {block!r}; there are {', '.join(RENDERERS)}")
+            lines += [line, *RENDERERS[block](results)]
+        if closing:
+            block = ""
+        if not block:
+            lines.append(line)
+    if block:
+        raise DataError(f"{name}: the block {block!r} has no end; add a line {CLOSING}")
+    if not found:
+        raise DataError(f"{name} has no generated block; add the lines <!-- generated: bench-train --> and {CLOSING}")
+    return "\n".join(lines) + "\n"
+
+
+def train_tables(results: Path) -> Iterator[str]:
+    """Markdown of all training results: per file and sequence length a caption and a table."""
+    paths = sorted(results.glob("train_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no train_*.json; write one with tools/bench.py train --json")
+    for path in paths:
+        report = read_report(path, TRAIN_SCHEMA)
+        try:
+            for setting in report["settings"]:
+                yield ""
+                yield from train_table(report, setting)
+        except KeyError as error:
+            raise DataError(f"{path} has no field {error}; measure again with tools/bench.py train") from None
+        yield ""
+        yield f"`{report['command']}`"
+    yield ""
+
+
+def train_table(report: dict[str, Any], setting: dict[str, Any]) -> Iterator[str]:
+    """Caption and table of one sequence length."""
+    machine, model = report["machine"], report["config"]["model"]
+    device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} threads"
+    revision = report["commit"]["revision"] + (" with changes" if report["commit"]["dirty"] else "")
+    yield (
+        f"Training step of {setting['batch_size']} × {setting['seq_len']} tokens, "
+        f"{model['num_layers']} effective layers, width {model['dim']}, {setting['precision']}; {device}; {setting['rounds']} rounds, {report['date'][:10]}, "
+        f"torch {report['versions']['torch']}, revision {revision}."
+    )
+    yield ""
+    yield "| model | parameters | step, ms (quartiles) | time / vanilla | FLOPs / vanilla | quotient | peak MB |"
+    yield "|---|---|---|---|---|---|---|"
+    for case in setting["cases"]:
+        seconds = {name: f"{1e3 * value:.0f}" for name, value in case["step_seconds"].items()}
+        memory = "n/a" if case["peak_memory_bytes"] is None else f"{case['peak_memory_bytes'] / 1e6:.0f}"
+        yield (
+            f"| {case['label']} | {case['parameters'] / 1e6:.2f}M "
+            f"| {seconds['median']} ({seconds['q1']}–{seconds['q3']}) "
+            f"| {case['time_ratio']['median']:.3f} | {case['flops_ratio']:.3f} | {case['time_over_flops']:.3f} "
+            f"| {memory} |"
+        )
+
+
+def read_report(path: Path, schema: str) -> dict[str, Any]:
+    """A result file of the given schema."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read as JSON: {error}") from error
+    found = report.get("schema") if isinstance(report, dict) else None
+    if found != schema:
+        raise DataError(f"{path}: schema is {found!r}, expected {schema!r}; measure again with tools/bench.py")
+    return report
+
+
+RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {"bench-train": train_tables}
+
+
+if __name__ == "__main__":
+    main()
