@@ -11,11 +11,15 @@ from torch import Tensor
 from megamor.config import (
     Config,
     DataConfig,
+    EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
+    HaltingConfig,
     ModelConfig,
+    RandomConfig,
     RecursionConfig,
     RouterConfig,
+    SkipForwardRecurseConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -33,6 +37,11 @@ ROUTERS: dict[str, RouterConfig] = {
     "expert_choice_additive": ExpertChoiceConfig(gating="additive", activation="none", head="wide_mlp"),
     "token_choice": TokenChoiceConfig(),
     "token_choice_loss_free": TokenChoiceConfig(activation="sigmoid", alpha=0.1, balancing="loss_free"),
+    "ema_threshold": EmaThresholdConfig(),
+    "random": RandomConfig(),
+    "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
+    "act_hard": HaltingConfig(mode="hard"),
+    "act_soft": HaltingConfig(mode="soft"),
 }
 KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")

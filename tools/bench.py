@@ -18,6 +18,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ if __package__ in (None, ""):  # run as a file: the repository, not tools/, is w
 
 import torch
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from megamor.config import config_to_dict, load_config
@@ -60,6 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="this many rounds, however long they take")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     return parser.parse_intermixed_args(argv)
 
@@ -106,12 +109,13 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
         overrides = [*args.overrides, f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}"]
         cases = make_cases(args.config, overrides, args.cases, args.baseline)
         with console.status(f"sequence length {seq_len}: memory") as status:
-            settings.append(
-                bench_setting(
-                    cases, device, budget, lambda done, n=seq_len: status.update(f"sequence length {n}: round {done}")
-                )
-            )
+            progress = partial(_show_round, status, seq_len)
+            settings.append(bench_setting(cases, device, budget, progress, memory=not args.no_memory))
     return {**origin, "config": config_to_dict(config), "settings": settings}
+
+
+def _show_round(status: Status, seq_len: int, done: int) -> None:
+    status.update(f"sequence length {seq_len}: {done} rounds")
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -28,24 +28,25 @@ def build_baseline(name: str, config: Config, device: torch.device) -> nn.Module
     except ImportError:
         raise ConfigError("--baseline hf-llama needs transformers: pip install 'megamor[hf]'") from None
     torch.manual_seed(config.run.seed)
-    shape = transformers.LlamaConfig(
-        vocab_size=config.model.vocab_size,
-        hidden_size=config.model.dim,
-        intermediate_size=config.model.ffn_dim,
-        num_hidden_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_heads,
-        num_key_value_heads=config.model.num_kv_heads,
-        head_dim=config.model.head_dim,
-        max_position_embeddings=config.model.max_seq_len,
-        rms_norm_eps=config.model.norm_eps,
-        rope_theta=config.model.rope_theta,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return HuggingFaceLlama(transformers.LlamaForCausalLM(shape).to(device))
+    shape: dict[str, Any] = {
+        "vocab_size": config.model.vocab_size,
+        "hidden_size": config.model.dim,
+        "intermediate_size": config.model.ffn_dim,
+        "num_hidden_layers": config.model.num_layers,
+        "num_attention_heads": config.model.num_heads,
+        "num_key_value_heads": config.model.num_kv_heads,
+        "head_dim": config.model.head_dim,
+        "max_position_embeddings": config.model.max_seq_len,
+        "rms_norm_eps": config.model.norm_eps,
+        "rope_theta": config.model.rope_theta,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    return HuggingFaceLlama(model.to(device))
 
 
 class HuggingFaceLlama(nn.Module):

@@ -117,6 +117,10 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return out
 
+    def num_parameters(self) -> int:
+        """Unique parameters, embedding included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def flops(self, out: ModelOutput) -> float:
         """Training FLOPs of the step that gave `out`, from the routing that was realised."""
         config = self.case.config

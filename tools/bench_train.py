@@ -24,6 +24,7 @@ WARMUP_ROUNDS = 2
 class Measurements:
     """What the rounds saw of one case, a number a round. `depth` is recursions per token, None without recursions."""
 
+    parameters: int
     seconds: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     depth: list[float | None] = field(default_factory=list)
@@ -51,7 +52,7 @@ def measure_rounds(
     for number in range(WARMUP_ROUNDS):
         for step in steps:
             step.run(*make_batch(step.case.config, number, device))
-    found = {case.name: Measurements() for case in cases}
+    found = {step.case.name: Measurements(step.num_parameters()) for step in steps}
     done, started = 0, time.perf_counter()
     while budget.allows(done, started):
         shift = done % len(steps)
@@ -82,10 +83,13 @@ def bench_setting(
     cases: Sequence[Case],
     device: torch.device,
     budget: Budget,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None],
+    *,
+    memory: bool,
 ) -> dict[str, Any]:
     """One setting of the report: all `cases` at one sequence length. The fields are those of benchmarks/README.md."""
-    memory = {case.name: step_memory(case, device, torch.get_num_threads()) for case in cases}
+    threads = torch.get_num_threads()
+    peaks = {case.name: step_memory(case, device, threads) if memory else None for case in cases}
     measured = measure_rounds(cases, device, budget, progress)
     config = cases[0].config
     reference = measured[REFERENCE]
@@ -94,24 +98,24 @@ def bench_setting(
         "batch_size": config.train.micro_batch_size,
         "precision": config.train.precision,
         "rounds": len(reference.seconds),
-        "cases": [_summary(case, measured[case.name], reference, memory) for case in cases],
+        "cases": [_summary(case, measured[case.name], reference, peaks) for case in cases],
     }
 
 
 def _summary(
-    case: Case, measured: Measurements, reference: Measurements, memory: dict[str, int | None]
+    case: Case, measured: Measurements, reference: Measurements, peaks: dict[str, int | None]
 ) -> dict[str, Any]:
     ratios = [mine / theirs for mine, theirs in zip(measured.seconds, reference.seconds, strict=True)]
     time_ratio = quartiles(ratios)
     flops = statistics.mean(measured.flops)
     flops_ratio = flops / statistics.mean(reference.flops)
     depths = [depth for depth in measured.depth if depth is not None]
-    mine, theirs = memory[case.name], memory[REFERENCE]
+    mine, theirs = peaks[case.name], peaks[REFERENCE]
     return {
         "name": case.name,
         "label": case.label,
         "overrides": list(case.overrides),
-        "parameters": sum(parameter.numel() for parameter in case.build(torch.device("meta")).parameters()),
+        "parameters": measured.parameters,
         "mean_depth": statistics.mean(depths) if depths else None,
         "step_seconds": quartiles(measured.seconds),
         "time_ratio": time_ratio,

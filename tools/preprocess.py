@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
     parser.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
+    parser.add_argument("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")
     parser.add_argument("--hf-split", default="train", metavar="NAME", help="split of --hf-dataset (default: train)")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json of the tokenizers library")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
@@ -131,7 +132,7 @@ def open_input(args: argparse.Namespace) -> TextInput:
         return find_files(args.input)
     from megamor.data.hub import DatasetInput
 
-    return DatasetInput(args.hf_dataset, args.hf_config, args.hf_split, args.json_key)
+    return DatasetInput(args.hf_dataset, args.hf_config, args.hf_split, args.json_key, args.hf_revision)
 
 
 @dataclass

@@ -119,7 +119,8 @@ def train_table(report: dict[str, Any], setting: dict[str, Any]) -> Iterator[str
     revision = report["commit"]["revision"] + (" with changes" if report["commit"]["dirty"] else "")
     yield (
         f"Training step of {setting['batch_size']} × {setting['seq_len']} tokens, "
-        f"{model['num_layers']} effective layers, width {model['dim']}, {setting['precision']}; {device}; {setting['rounds']} rounds, {report['date'][:10]}, "
+        f"{model['num_layers']} effective layers, width {model['dim']}, {setting['precision']}; {device}; "
+        f"{setting['rounds']} rounds, {report['date'][:10]}, "
         f"torch {report['versions']['torch']}, revision {revision}."
     )
     yield ""

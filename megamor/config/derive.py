@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 from megamor.config.schema import (
     Config,
+    CustomRouterConfig,
+    EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
+    HaltingConfig,
     ModelConfig,
     OptimConfig,
+    RandomConfig,
     RecursionConfig,
     RouterHead,
+    SkipForwardRecurseConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -160,16 +165,30 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def router_parameters(config: Config) -> int:
-    """Parameters of the routers: expert-choice has one per recursion (two with auxiliary routers), token-choice one."""
-    router, recursions = config.router, config.recursion.num_recursions
-    if isinstance(router, FixedDepthConfig):
-        return 0
-    if isinstance(router, ExpertChoiceConfig):
-        routers = recursions * (2 if router.sampling == "aux_router" else 1)
-        return routers * head_parameters(router.head, config.model.dim, outputs=1)
-    if isinstance(router, TokenChoiceConfig):
-        return head_parameters(router.head, config.model.dim, outputs=recursions)
-    raise AssertionError(f"no parameter count for router {type(router).__name__}")
+    """Parameters of the routers: one head for each recursion (two with auxiliary routers), or one for all of them."""
+    heads = config.recursion.num_recursions
+    match config.router:
+        case ExpertChoiceConfig(sampling="aux_router"):
+            heads *= 2
+        case TokenChoiceConfig() | SkipForwardRecurseConfig() | HaltingConfig():
+            heads = 1
+    return heads * router_head_parameters(config)
+
+
+def router_head_parameters(config: Config) -> int:
+    """Parameters of one scoring head; each decision on a token costs twice as many FLOPs. 0 for custom routers."""
+    router, dim = config.router, config.model.dim
+    match router:
+        case ExpertChoiceConfig() | EmaThresholdConfig() | RandomConfig():
+            return head_parameters(router.head, dim, outputs=1)
+        case TokenChoiceConfig():
+            return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
+        case SkipForwardRecurseConfig():
+            return router.hidden * (dim + 3)
+        case HaltingConfig():
+            return dim + 1
+        case FixedDepthConfig() | CustomRouterConfig():
+            return 0
 
 
 def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:

@@ -104,7 +104,91 @@ class TokenChoiceConfig:
     z_coeff: float = 0.0
 
 
-RouterConfig = FixedDepthConfig | ExpertChoiceConfig | TokenChoiceConfig
+@dataclass(frozen=True)
+class EmaThresholdConfig:
+    """Expert-choice with a threshold instead of a top-k, causal in training too (after arXiv 2603.11535, for experts).
+
+    Each recursion follows, with an exponential moving average of decay `ema_decay`, the score above which its share of
+    the tokens lies, and takes the tokens above it; `capacity` holds on average.
+    """
+
+    kind: Literal["ema_threshold"] = "ema_threshold"
+    head: RouterHead = "linear"
+    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    alpha: float = 0.1
+    temperature: float = 1.0
+    gating: Gating = "weighted"
+    capacity: tuple[float, ...] | None = None
+    ema_decay: float = 0.95
+    z_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
+class RandomConfig:
+    """A control: expert-choice's gates, but tokens are selected at random, so that `capacity` holds on average."""
+
+    kind: Literal["random"] = "random"
+    head: RouterHead = "linear"
+    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    alpha: float = 0.1
+    temperature: float = 1.0
+    gating: Gating = "weighted"
+    capacity: tuple[float, ...] | None = None
+    z_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
+class SkipForwardRecurseConfig:
+    """Before each application a token skips it (and leaves), takes it and leaves, or takes it and decides again.
+
+    Decisions are straight-through Gumbel-softmax samples in training (arXiv 1611.01144), whose temperature falls
+    linearly from `temperature_start` to `temperature_end` over `temperature_steps`, and the likeliest choice at
+    inference.
+    `depth_coeff` weighs the expected depth, or with `target_depth` its squared distance from that.
+    """
+
+    kind: Literal["skip_forward_recurse"] = "skip_forward_recurse"
+    hidden: int = 128
+    depth_coeff: float = 0.01
+    target_depth: float | None = None
+    temperature_start: float = 1.0
+    temperature_end: float = 0.5
+    temperature_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class HaltingConfig:
+    """Adaptive computation time (arXiv 1603.08983): halting probabilities add up, the output is their weighted mean.
+
+    soft: every token runs all recursions; hard: a halted token leaves, which saves its compute. `ponder_coeff` weighs
+    the ponder cost (updates + remainder).
+    """
+
+    kind: Literal["act"] = "act"
+    mode: Literal["soft", "hard"] = "hard"
+    epsilon: float = 0.01
+    ponder_coeff: float = 0.001
+
+
+@dataclass(frozen=True)
+class CustomRouterConfig:
+    """A router of your own: `target` is `package.module:Class`, called with (options, dim, num_recursions)."""
+
+    target: str
+    kind: Literal["custom"] = "custom"
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+RouterConfig = (
+    FixedDepthConfig
+    | ExpertChoiceConfig
+    | TokenChoiceConfig
+    | EmaThresholdConfig
+    | RandomConfig
+    | SkipForwardRecurseConfig
+    | HaltingConfig
+    | CustomRouterConfig
+)
 
 
 @dataclass(frozen=True)

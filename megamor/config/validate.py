@@ -8,7 +8,16 @@ from dataclasses import fields
 from itertools import pairwise
 
 from megamor.config.derive import schedule_steps, total_steps
-from megamor.config.schema import Config, ExpertChoiceConfig, FixedDepthConfig, TokenChoiceConfig
+from megamor.config.schema import (
+    Config,
+    CustomRouterConfig,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    RandomConfig,
+    SkipForwardRecurseConfig,
+    TokenChoiceConfig,
+)
 from megamor.errors import ConfigError
 
 # A numeric field must be positive unless it is listed here; `router.` keys apply to the kinds that have them.
@@ -21,13 +30,15 @@ NON_NEGATIVE = frozenset(
         "router.balance_coeff",
         "router.bias_update_rate",
         "router.z_coeff",
+        "router.depth_coeff",
+        "router.ponder_coeff",
         "data.prefetch_steps",
         "optim.weight_decay",
         "optim.warmup_steps",
     }
 )
 FRACTIONS = frozenset({"optim.decay_fraction", "optim.min_lr_ratio"})
-BELOW_ONE = frozenset({"optim.beta1", "optim.beta2"})
+BELOW_ONE = frozenset({"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon"})
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -141,8 +152,12 @@ def _router(config: Config) -> Iterator[str]:
             f"router.kind = {router.kind} with recursion.num_recursions = 1 has nothing to choose: "
             "use kind: fixed, or more recursions"
         )
-    elif isinstance(router, ExpertChoiceConfig) and router.capacity is not None:
+    elif isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) and router.capacity is not None:
         yield from _capacity(router.capacity, recursions)
+    elif isinstance(router, SkipForwardRecurseConfig) and (router.target_depth or 0) > recursions:
+        yield f"router.target_depth = {router.target_depth} is more than recursion.num_recursions = {recursions}"
+    elif isinstance(router, CustomRouterConfig) and router.target.count(":") != 1:
+        yield f"router.target = {router.target!r} doesn't name a class: write package.module:Class"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

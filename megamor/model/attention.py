@@ -33,8 +33,7 @@ class Grid:
             return Grid(tokens.batch, tokens.max_length)
         assert tokens.index is not None
         sequence = tokens.index // tokens.seq_len
-        starts = tokens.lengths.cumsum(0) - tokens.lengths
-        rank = torch.arange(len(tokens), device=tokens.index.device) - starts[sequence]
+        rank = tokens.rank_of(tokens, tokens.index.device)
         return Grid(tokens.batch, tokens.max_length, sequence * tokens.max_length + rank)
 
     def pad(self, rows: Tensor, fill: float = 0) -> Tensor:

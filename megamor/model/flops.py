@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, ModelConfig, TokenChoiceConfig
-from megamor.config.derive import HIDDEN_MULTIPLIER
+from megamor.config import (
+    Config,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    HaltingConfig,
+    ModelConfig,
+    RandomConfig,
+    TokenChoiceConfig,
+)
+from megamor.config.derive import router_head_parameters
 from megamor.model.sharing import layer_plan
-from megamor.routing.expert_choice import default_capacity
+from megamor.routing.scored import default_capacity
 
 Work = Sequence[tuple[float, float]]
 """Per recursion: tokens that the core has seen, and their causal query-key pairs (`StageOutput.work`)."""
@@ -53,7 +62,7 @@ def executed_flops(config: Config, num_sequences: float, work: Work) -> Flops:
     for recursion, (selected, selected_pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
         blocks += plan.num_core * block_flops(model, selected, selected_pairs, projects_kv=fresh)
-        routers += router_flops(config, recursion, candidates)
+        routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
     return Flops(blocks, routers, 2 * tokens * model.dim * model.vocab_size)
 
@@ -67,27 +76,30 @@ def block_flops(model: ModelConfig, tokens: float, pairs: float, projects_kv: bo
     return 2 * tokens * weights + 4 * model.dim * pairs
 
 
-def router_flops(config: Config, recursion: int, candidates: float) -> float:
-    """Scoring of the candidates before `recursion`."""
-    router, dim = config.router, config.model.dim
-    if isinstance(router, FixedDepthConfig) or (isinstance(router, TokenChoiceConfig) and recursion > 0):
-        return 0.0
-    outputs = config.recursion.num_recursions if isinstance(router, TokenChoiceConfig) else 1
-    hidden = HIDDEN_MULTIPLIER.get(router.head, 0) * dim
-    scoring = 2 * candidates * (hidden * (dim + outputs) if hidden else dim * outputs)
-    return 2 * scoring if isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router" else scoring
+def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
+    """Decisions about one recursion: about its candidates, or for halting about those that have taken it."""
+    router = config.router
+    heads = 1
+    if isinstance(router, TokenChoiceConfig) and recursion > 0:
+        heads = 0
+    if isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
+        heads = 2
+    decided = selected if isinstance(router, HaltingConfig) else candidates
+    return 2 * heads * decided * router_head_parameters(config)
 
 
 def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
-    """Work at the configured capacities; token-choice is taken as balanced."""
+    """Work at the configured capacities; routers without one are taken to end evenly at all depths."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
     if num_recursions == 1:
         return []
     shares = default_capacity(num_recursions)
     if isinstance(config.router, FixedDepthConfig):
         shares = (1.0,) * (config.router.depth or num_recursions)
-    elif isinstance(config.router, ExpertChoiceConfig) and config.router.capacity:
-        shares = config.router.capacity
+    elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
+        shares = (1.0,) * num_recursions
+    elif isinstance(config.router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig):
+        shares = config.router.capacity or shares
     work = []
     for recursion, share in enumerate(shares):
         length = max(1, int(share * seq_len))

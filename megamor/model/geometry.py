@@ -20,11 +20,12 @@ BEYOND = torch.iinfo(torch.int64).max
 class Geometry:
     """A [batch, seq_len] stream whose sequences begin at place `start` (tokens in a cache come before).
 
-    `angles` hold all B·S rows; attention must not cross `documents` [B·S] (ids).
+    `positions` [B·S] are what RoPE sees; `angles` hold all B·S rows; attention must not cross `documents` [B·S] (ids).
     """
 
     batch: int
     seq_len: int
+    positions: Tensor
     angles: RotaryAngles
     documents: Tensor | None = None
     start: int = 0
@@ -42,8 +43,9 @@ class Geometry:
         positions = torch.arange(start, start + seq_len, device=tokens.device).expand(batch, seq_len)
         if documents is not None and config.document_positions == "restart":
             positions = positions - document_starts(documents)
-        angles = rotary_angles(positions.flatten(), config.head_dim, config.rope_theta, dtype)
-        return Geometry(batch, seq_len, angles, None if documents is None else documents.flatten(), start)
+        positions = positions.flatten()
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
+        return Geometry(batch, seq_len, positions, angles, None if documents is None else documents.flatten(), start)
 
     def angles_of(self, tokens: TokenSet) -> RotaryAngles:
         """RoPE angles of the original positions of `tokens`."""

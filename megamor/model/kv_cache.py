@@ -39,8 +39,7 @@ class CacheStore:
         rows = tokens.rows(self.order.device)
         sequence = rows // tokens.seq_len
         counts = torch.bincount(sequence, minlength=tokens.batch)
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
-        slots = sequence * self.order.shape[1] + self.lengths[sequence] + rank
+        slots = sequence * self.order.shape[1] + self.lengths[sequence] + tokens.rank_of(tokens, rows.device)
         self.order.view(-1)[slots] = geometry.order_of(tokens)
         self.lengths += counts
         return slots
@@ -96,10 +95,10 @@ class KVCache:
         """The store of an application, created on first use."""
         if key not in self.stores:
             shape = (self.batch, self.capacity, self.config.num_kv_heads, self.config.head_dim)
-            place = {"dtype": self.dtype, "device": self.device}
             order = torch.full(shape[:2], BEYOND, dtype=torch.int64, device=self.device)
             lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
-            self.stores[key] = CacheStore(torch.zeros(shape, **place), torch.zeros(shape, **place), order, lengths)
+            k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self.stores[key] = CacheStore(k, v, order, lengths)
         return self.stores[key]
 
     def add(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from megamor.model.attention import AttentionLayout
@@ -97,7 +96,7 @@ class KVPolicy:
                     keys = self.store[block][1]
                     if id(keys) not in by_keys:
                         layout = geometry.layout(tokens, keys)
-                        by_keys[id(keys)] = Shared(keys, layout, places_among(tokens, keys))
+                        by_keys[id(keys)] = Shared(keys, layout, keys.find(tokens))
                     shared[block] = by_keys[id(keys)]
         return Launch(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
 
@@ -124,11 +123,3 @@ class KVPolicy:
         """The tokens whose keys the first block of `launch` attended to."""
         shared = launch.shared.get(launch.blocks[0])
         return launch.tokens if shared is None else shared.keys
-
-
-def places_among(tokens: TokenSet, keys: TokenSet) -> Tensor | None:
-    """Places [N] of `tokens` among the rows of `keys`, a superset; None where they are the same set."""
-    if tokens is keys or (tokens.is_everything and keys.is_everything):
-        return None
-    assert tokens.index is not None
-    return tokens.index if keys.index is None else torch.searchsorted(keys.index, tokens.index)

@@ -65,7 +65,7 @@ class RecursionStage(nn.Module):
         stage_input = rows = stream
         emitted: Tensor | None = None
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
-        work = []
+        work, launches = [], []
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.places is None else rows.index_select(0, plan.places)
@@ -76,10 +76,16 @@ class RecursionStage(nn.Module):
                 emitted = plan.tokens.scatter_add(emitted, weighted(mix.emit, y))
             rows = combine(mix, x, y, stage_input, plan)
             stream = plan.tokens.scatter(stream, rows)
+            if plan.idle is not None:
+                idle = plan.idle.tokens
+                stream = idle.scatter(stream, weighted(plan.idle.weight, idle.gather(stream)))
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             work.append(launch_work(plan.tokens, keys, geometry))
+            launches.append(plan.tokens)
         result = stream if emitted is None else emitted
+        if not any(len(launch) for launch in launches) and torch.is_grad_enabled():
+            result = self.touch_core(result, geometry)
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
     def run_recursion(
@@ -97,6 +103,16 @@ class RecursionStage(nn.Module):
         y, *kept = run(x, *policy.inputs(launch))
         policy.keep(launch, kept)
         return y, policy.keys_of(launch)
+
+    def touch_core(self, stream: Tensor, geometry: Geometry) -> Tensor:
+        """`stream` unchanged, with gradient zero for the core: where no token of this rank has entered it.
+
+        Sharded training needs the same parameters used on every rank (ZeRO-3 would even apply an old gradient).
+        """
+        first = TokenSet(geometry.batch, geometry.seq_len, 1, torch.zeros(1, dtype=torch.int64, device=stream.device))
+        alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(first.index))
+        y, _ = self.run_recursion(0, first.gather(stream), TokenSet.all(1, 1), alone, KVPolicy("recursion_wise", None))
+        return stream + 0.0 * y.sum()
 
     def run_blocks(self, launch: Launch, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
         """Blocks in order. `stored` are keys and values that come in; those that go out follow the result."""
@@ -144,12 +160,12 @@ def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPl
 
 def launch_work(tokens: TokenSet, keys: TokenSet, geometry: Geometry) -> Tensor:
     """[2]: tokens in the launch, and the pairs (query, key) with the key not after the query."""
-    device = geometry.angles.cos.device
-    if keys is not tokens and keys.is_everything:
-        pairs = (geometry.order_of(tokens) + 1).sum().float()
-    elif tokens.lengths is not None:
+    if keys is tokens and tokens.lengths is None:
+        total = tokens.batch * tokens.max_length * (tokens.max_length + 1) / 2
+        pairs = torch.full((), total, device=geometry.positions.device)
+    elif keys is tokens and tokens.lengths is not None:
         lengths = tokens.lengths.float()
         pairs = (lengths * (lengths + 1) / 2).sum()
     else:
-        pairs = torch.full((), tokens.batch * tokens.max_length * (tokens.max_length + 1) / 2, device=device)
+        pairs = (keys.rank_of(tokens, geometry.positions.device) + 1).sum().float()
     return torch.stack((torch.full_like(pairs, len(tokens)), pairs))

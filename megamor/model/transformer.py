@@ -21,7 +21,7 @@ from megamor.model.kv_cache import KVCache
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recursion import RecursionStage, run_block
 from megamor.model.sharing import layer_plan
-from megamor.routing import Mode, Ratio, RoutingContext, TokenSet
+from megamor.routing import Mode, Ratio, Router, RoutingContext, TokenSet
 
 
 class ModelOutput(NamedTuple):
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
         routed = None
         if self.stage is not None:
-            context = RoutingContext(inputs.shape[0], inputs.shape[1], mode, step)
+            context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions)
             routed = self.stage(x, geometry, context, cache)
             x = routed.stream
         x = self.norm(self.run_unshared("coda", x, geometry, cache))
@@ -128,12 +128,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for buffers."""
+        """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for
+        buffers; routers initialise what else they have."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.model.init_std, generator=generator)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
+            elif isinstance(module, Router):
+                module.reset()
         for buffer in self.buffers():
             buffer.zero_()
 

@@ -23,6 +23,6 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
             raise TrainingError(
-                f"the {name} of step {step} is {value}; the weights are those of the step before. Resume from the last "
-                "checkpoint with a lower optim.lr, a longer optim.warmup_steps or train.precision=fp32"
+                f"the {name} of step {step} is {value}: resume from the last checkpoint with a lower optim.lr, "
+                "a longer optim.warmup_steps or train.precision=fp32"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -56,22 +55,6 @@ class Fsdp2Backend(SingleBackend):
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        self._sharded.set_requires_gradient_sync(last_micro_batch)
-        loss.backward()
-
-    def save(self, directory: Path) -> None:
-        self._return_to_slices()
-        super().save(directory)
-
-    def load(self, directory: Path) -> None:
-        self._return_to_slices()
-        super().load(directory)
-
-    def _return_to_slices(self) -> None:
-        # After an evaluation the root is still gathered, and its parameters aren't the ones the optimizer knows.
-        self._sharded.reshard()
-
-    @property
-    def _sharded(self) -> FSDPModule:
         assert isinstance(self.model, FSDPModule)  # fully_shard changes the class in place
-        return self.model
+        self.model.set_requires_gradient_sync(last_micro_batch)
+        loss.backward()

@@ -25,7 +25,7 @@ from megamor.errors import CheckpointError
 from megamor.parallel.backend import BuildOptimizer, ParallelPlan
 from megamor.parallel.mesh import World
 from megamor.parallel.single import clip_gradients, set_group_lr
-from megamor.parallel.state import prefixed, read_tensors, write_tensors
+from megamor.parallel.state import prefixed, write_tensors
 
 ENGINE = "engine"
 LAYOUT = "layout.json"
@@ -100,7 +100,6 @@ class ZeroBackend:
         path, _ = self.model.load_checkpoint(str(directory), tag=ENGINE)
         if path is None:
             raise CheckpointError(f"DeepSpeed can't load {directory / ENGINE}: choose another checkpoint")
-        read_tensors(directory / "state", prefixed("model", self._buffers()))
 
     def _weights_to_write(self) -> dict[str, Tensor]:
         """This rank's share of the full fp32 weights, and of the buffers. Collective: gathered one by one."""
@@ -111,12 +110,10 @@ class ZeroBackend:
             full = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
             if index % self.world_size == self.rank:
                 mine[name] = full.to("cpu", torch.float32, copy=True)
-        return mine | (self._buffers() if self.rank == 0 else {})
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers by name."""
-        persistent = self.module.state_dict().keys()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        if self.rank == 0:
+            persistent = self.module.state_dict().keys()
+            mine |= {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        return mine
 
     def _check_layout(self, path: Path) -> None:
         if not path.is_file():

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from megamor.config import ExpertChoiceConfig, FixedDepthConfig, RouterConfig, TokenChoiceConfig
+from collections.abc import Callable
+from importlib import import_module
+
+from megamor.config import (
+    CustomRouterConfig,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    HaltingConfig,
+    RandomConfig,
+    RouterConfig,
+    SkipForwardRecurseConfig,
+    TokenChoiceConfig,
+)
+from megamor.errors import ConfigError
+from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
+from megamor.routing.halting import HaltingRouter
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.random import RandomRouter
 from megamor.routing.router import InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
+from megamor.routing.skip_forward_recurse import SkipForwardRecurseRouter
 from megamor.routing.token_choice import TokenChoiceRouter
 
 __all__ = [
@@ -24,7 +42,11 @@ __all__ = [
 
 
 def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
-    """The router that `config.kind` names, for hidden states of width `dim`."""
+    """The router that `config.kind` names, for hidden states of width `dim`.
+
+    Raises:
+        ConfigError: a custom router that can't be imported or isn't a `Router`.
+    """
     match config:
         case FixedDepthConfig():
             return FixedDepthRouter(config, num_recursions)
@@ -32,3 +54,25 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
             return ExpertChoiceRouter(config, dim, num_recursions)
         case TokenChoiceConfig():
             return TokenChoiceRouter(config, dim, num_recursions)
+        case EmaThresholdConfig():
+            return EmaThresholdRouter(config, dim, num_recursions)
+        case RandomConfig():
+            return RandomRouter(config, dim, num_recursions)
+        case SkipForwardRecurseConfig():
+            return SkipForwardRecurseRouter(config, dim, num_recursions)
+        case HaltingConfig():
+            return HaltingRouter(config, dim, num_recursions)
+        case CustomRouterConfig():
+            return import_router(config.target)(dict(config.options), dim, num_recursions)
+
+
+def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]:
+    """The class named by `package.module:Class`."""
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"router.target = {target} can't be imported: {error}; set PYTHONPATH to find it") from error
+    if not (isinstance(found, type) and issubclass(found, Router)):
+        raise ConfigError(f"router.target = {target} is not a subclass of megamor.routing.Router")
+    return found

@@ -15,15 +15,9 @@ from torch.nn import functional as F
 
 from megamor.config import ExpertChoiceConfig
 from megamor.routing.heads import build_head
-from megamor.routing.plan import Mix, RoutingPlan, TokenSet
-from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
-
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
-
-
-def default_capacity(num_recursions: int) -> tuple[float, ...]:
-    """Share of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1)."""
-    return tuple((num_recursions - r) / num_recursions for r in range(num_recursions))
+from megamor.routing.plan import RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, RoutingContext
+from megamor.routing.scored import ScoredRouter, ScoredSession
 
 
 def warmed_up_capacity(capacity: float, step: int, warmup_steps: int) -> float:
@@ -33,14 +27,13 @@ def warmed_up_capacity(capacity: float, step: int, warmup_steps: int) -> float:
     return capacity + (1 - capacity) * 0.5 * (1 + math.cos(math.pi * step / warmup_steps))
 
 
-class ExpertChoiceRouter(Router):
-    """One scoring head per recursion; `aux_heads` only with `sampling: aux_router`."""
+class ExpertChoiceRouter(ScoredRouter):
+    """`aux_router` holds heads of their own for the inference rule; None unless `sampling: aux_router`."""
+
+    config: ExpertChoiceConfig
 
     def __init__(self, config: ExpertChoiceConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(num_recursions)
-        self.config = config
-        self.capacity = config.capacity or default_capacity(num_recursions)
-        self.heads = nn.ModuleList(build_head(config.head, dim, 1) for _ in range(num_recursions))
+        super().__init__(config, dim, num_recursions)
         self.aux_router: nn.ModuleList | None = None
         if config.sampling == "aux_router":
             self.aux_router = nn.ModuleList(build_head(config.head, dim, 1) for _ in range(num_recursions))
@@ -63,20 +56,19 @@ class ExpertChoiceRouter(Router):
         return max(1, int(capacity * context.seq_len))
 
 
-class ExpertChoiceSession(RoutingSession):
+class ExpertChoiceSession(ScoredSession):
     """Expert-choice on one batch."""
 
     def __init__(self, router: ExpertChoiceRouter, context: RoutingContext) -> None:
-        super().__init__(context)
+        super().__init__(context, router.config.z_coeff)
         self.router = router
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Top-k among the candidates in training, the threshold rule at inference."""
-        config = self.router.config
-        z = self.router.heads[recursion](rows / config.temperature).squeeze(-1)
+        z = self.router.score(recursion, rows)
         predictor = z
         if self.router.aux_router is not None:
-            predictor = self.router.aux_router[recursion](rows.detach() / config.temperature).squeeze(-1)
+            predictor = self.router.aux_router[recursion](rows.detach() / self.router.config.temperature).squeeze(-1)
 
         if self.context.mode == "causal":
             tokens, places = self.select_causal(recursion, predictor, candidates)
@@ -86,10 +78,7 @@ class ExpertChoiceSession(RoutingSession):
             self.add_losses(z, predictor, places)
         self.add_agreement(recursion, predictor, places)
 
-        if config.gating == "additive":
-            return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=1.0))
-        gate = config.alpha * ACTIVATIONS[config.activation](z if places is None else z[places])
-        return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=gate))
+        return RoutingPlan(tokens, places, self.router.mix(z, places))
 
     def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
         """The k highest scores of each sequence, positions ascending."""
@@ -109,7 +98,7 @@ class ExpertChoiceSession(RoutingSession):
         return candidates.where(predictor.detach() >= 0)
 
     def add_losses(self, z: Tensor, predictor: Tensor, places: Tensor | None) -> None:
-        """BCE of the predictor against the selection, and the optional z-loss, each a mean over the candidates."""
+        """BCE of the predictor against the selection (mean over the candidates), and the z-loss."""
         target = torch.ones_like(z) if places is None else torch.zeros_like(z).index_fill(0, places, 1.0)
         bce = F.binary_cross_entropy_with_logits(predictor, target)
         if self.router.aux_router is None:
@@ -117,8 +106,7 @@ class ExpertChoiceSession(RoutingSession):
         else:
             # Its gradient reaches the auxiliary router alone (detached input), whose learning rate sets the scale.
             self.add_loss("aux_router_loss", bce)
-        if self.router.config.z_coeff:
-            self.add_loss("z_loss", self.router.config.z_coeff * z.square().mean())
+        self.add_z_loss(z)
 
     def add_agreement(self, recursion: int, predictor: Tensor, places: Tensor | None) -> None:
         """Share of candidates for which the selection made here and the causal rule agree."""

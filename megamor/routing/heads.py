@@ -33,10 +33,10 @@ class LinearHead(RouterLinear):
 class MLPHead(nn.Module):
     """Two projections with exact GELU between them."""
 
-    def __init__(self, in_features: int, out_features: int, multiplier: int) -> None:
+    def __init__(self, in_features: int, out_features: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = RouterLinear(in_features, multiplier * in_features)
-        self.fc2 = RouterLinear(multiplier * in_features, out_features)
+        self.fc1 = RouterLinear(in_features, hidden)
+        self.fc2 = RouterLinear(hidden, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to fp32 [..., out]."""
@@ -47,4 +47,4 @@ def build_head(kind: RouterHead, in_features: int, out_features: int) -> nn.Modu
     """The head named by the config: linear, mlp (hidden 2d) or wide_mlp (hidden 4d)."""
     if kind == "linear":
         return LinearHead(in_features, out_features)
-    return MLPHead(in_features, out_features, HIDDEN_MULTIPLIER[kind])
+    return MLPHead(in_features, out_features, HIDDEN_MULTIPLIER[kind] * in_features)

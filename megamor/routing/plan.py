@@ -59,6 +59,23 @@ class TokenSet:
     def __len__(self) -> int:
         return self.batch * self.seq_len if self.index is None else self.index.shape[0]
 
+    def find(self, subset: TokenSet) -> Tensor | None:
+        """Places [n] of the tokens of `subset` among the rows of this set; None where they are the same set."""
+        if subset is self or (subset.is_everything and self.is_everything):
+            return None
+        assert subset.index is not None
+        return subset.index if self.index is None else torch.searchsorted(self.index, subset.index)
+
+    def rank_of(self, subset: TokenSet, device: torch.device) -> Tensor:
+        """How many tokens of this set stand before each token of `subset` in its sequence, [n]."""
+        rows = subset.rows(device)
+        sequence = rows // self.seq_len
+        places = self.find(subset)
+        places = torch.arange(len(rows), device=device) if places is None else places
+        if self.lengths is None:
+            return places - sequence * self.max_length
+        return places - (self.lengths.cumsum(0) - self.lengths)[sequence]
+
     def rows(self, device: torch.device) -> Tensor:
         """The rows as a tensor [N], also where the set is everything."""
         return torch.arange(len(self), device=device) if self.index is None else self.index
@@ -99,12 +116,22 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """Tokens whose rows of the stream are multiplied by `weight` [n]: of value one, there to carry a gradient."""
+
+    tokens: TokenSet
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class RoutingPlan:
     """One recursion: the tokens that the core sees, and where they stand among the candidates.
 
-    `places` [N] are positions in the candidates' rows; None means that all candidates are selected.
+    `places` [N] are positions in the candidates' rows; None means that all candidates are selected. `idle` are
+    candidates that are not selected, where the router learns from having left them alone.
     """
 
     tokens: TokenSet
     places: Tensor | None
     mix: Mix
+    idle: Idle | None = None

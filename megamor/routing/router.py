@@ -43,12 +43,22 @@ class Ratio:
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a router may know of the forward pass: mode and optimizer step (0-based; drives warm-ups)."""
+    """What a router may know of the forward pass: mode and optimizer step (0-based; drives warm-ups).
+
+    `positions` [B·S] are the tokens' positions in their documents; None means that they count from 0 in each sequence.
+    """
 
     batch: int
     seq_len: int
     mode: Mode = "train"
     step: int = 0
+    positions: Tensor | None = None
+
+    def positions_of(self, device: torch.device) -> Tensor:
+        """Positions of all tokens [B·S]."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.seq_len, device=device).repeat(self.batch)
 
 
 class RoutingSession(ABC):
@@ -97,6 +107,9 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
         """Start a forward pass over `rows` [B·S, d], the input of the recursion stage."""
+
+    def reset(self) -> None:
+        """Initialise parameters that are not matrices."""
 
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers once per optimizer step, from the session's `totals` summed over micro-batches and ranks."""

@@ -37,13 +37,18 @@ def state_bytes(config: Config, parameters: int, world_size: int) -> float:
 
     fp32 training keeps 16 bytes a parameter. bf16 adds a bf16 copy for compute: of everything under DDP and ZeRO up to
     stage 2, of the largest unit at a time where weights are sharded (not counted). Each ZeRO stage divides one part
-    more among the devices (arXiv 1910.02054, section 5).
+    more among the devices (arXiv 1910.02054, section 5). FSDP2 divides all, but may keep the weights gathered
+    (`parallel.reshard_after_forward: false`), and holds whole fp32 gradients while it accumulates.
     """
     backend = resolve_backend(config.parallel, world_size)
     half = config.train.precision == "bf16"
     if backend in ("single", "ddp"):
         return parameters * (18 if half else 16)
-    stage = 3 if backend == "fsdp2" else config.parallel.zero_stage
+    if backend == "fsdp2":
+        gathered = 0 if config.parallel.reshard_after_forward else 2 if half else 4
+        accumulated = 4 if derive(config, world_size).micro_batches > 1 else 0
+        return parameters * (16 / world_size + gathered + accumulated)
+    stage = config.parallel.zero_stage
     weights, gradients, optimizer = (2, 2, 12) if half else (4, 4, 8)
     if stage == 3:
         return parameters * 16 / world_size

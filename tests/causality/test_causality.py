@@ -17,6 +17,7 @@ CUT = SEQ_LEN // 2
 
 
 def logits(model: Transformer, ids: Tensor, mode: str, documents: Tensor | None = None) -> Tensor:
+    torch.manual_seed(0)  # some routers sample
     with torch.no_grad():
         return model(ids, mode=mode, step=10**6, documents=documents).logits
 

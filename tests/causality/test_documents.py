@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from megamor.config import Config
-from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
+from tests.combinations import (
+    KV_POLICIES,
+    ROUTERS,
+    SEQ_LEN,
+    SHARINGS,
+    lively_model,
+    tiny_config,
+    tokens,
+    vanilla_config,
+)
 
 LENGTHS = (5, 1, 11, 7)
 assert sum(LENGTHS) == SEQ_LEN

@@ -78,6 +78,19 @@ def test_bf16_backends_stay_close() -> None:
         assert relative_differences(reference, results)[0] < 1e-3
 
 
+def test_rotary_angles_stay_fp32_in_bf16() -> None:
+    assert run(tiny("fsdp2", precision="bf16"), _types_in_a_block) == [(torch.bfloat16, torch.float32)] * 2
+
+
+def _types_in_a_block(config: Config) -> tuple[torch.dtype, torch.dtype]:
+    """Types of the stream and of the angles that the first block sees."""
+    backend = start(config)
+    seen = []
+    backend.module.prelude[0].register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1].cos.dtype)))
+    run_step(backend, 0, config)
+    return seen[0]
+
+
 @pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert_choice", "loss_free"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend", WORLD_SIZE)

@@ -95,8 +95,8 @@ def rectangular_work(config: Config, out: ModelOutput) -> list[tuple[float, floa
     work = []
     for recursion in range(out.work.shape[0]):
         lengths = (out.depth > recursion).sum(1)
-        own = recursion == 0 or config.recursion.kv_policy == "recursion_wise"
-        keys = int(lengths.max()) if own else SEQ_LEN
+        if recursion == 0 or config.recursion.kv_policy == "recursion_wise":
+            keys = int(lengths.max())
         work.append((float(lengths.sum()), float(len(lengths) * lengths.max() * keys)))
     return work
 

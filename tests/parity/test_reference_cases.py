@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.parity.reference import DIRECTORY, Case, cases
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.model import Transformer
+from tests.parity.reference import DIRECTORY, Case, cases
 
 CASES = cases()
 LOGITS_ATOL, LOSS_ATOL = 1e-5, 2e-6

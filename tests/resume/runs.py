@@ -29,6 +29,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.data import ShardMeta, ShardWriter
+from megamor.errors import MegamorError
 from megamor.metrics import read_jsonl
 from megamor.parallel import init_world
 from megamor.train import Trainer, build_trainer
@@ -44,9 +45,7 @@ Spoil = Callable[[Trainer], None]
 """Something that a test does to the trainer of one rank before it starts."""
 
 
-def write_shard(
-    prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY, meta: ShardMeta | None = None
-) -> str:
+def write_shard(prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY, meta: ShardMeta | None = None) -> str:
     """Documents of noisy ramps, which can be learnt."""
     generator = np.random.default_rng(7)
     with ShardWriter(prefix, np.dtype("<u2")) as writer:
@@ -68,7 +67,7 @@ def tiny_run(directory: Path, backend: str = "auto", **train: Any) -> Config:
     return Config(
         run=RunConfig(name="tiny", dir=str(directory)),
         model=ModelConfig(
-            vocab_size=VOCABULARY, dim=32, num_layers=8, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32
+            vocab_size=VOCABULARY, dim=32, num_layers=5, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32
         ),
         recursion=RecursionConfig(num_recursions=3, sharing="middle_cycle"),
         router=EXPERT_CHOICE,
@@ -96,6 +95,19 @@ def until(config: Config, step: int | None) -> Config:
 def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[bool]:
     """Launch a run on fresh processes, with `spoil` on one of them; what `fit` returns on each rank."""
     return run_ranks(_fit_here, config, spoil, on_rank, world_size=world_size)
+
+
+def fit_to_failure(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[str]:
+    """Launch a run that must fail; kind and message of the error on each rank."""
+    return run_ranks(_fail_here, config, spoil, on_rank, world_size=world_size)
+
+
+def _fail_here(config: Config, spoil: Spoil | None, on_rank: int) -> str:
+    try:
+        _fit_here(config, spoil, on_rank)
+    except MegamorError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing failed")
 
 
 def _fit_here(config: Config, spoil: Spoil | None, on_rank: int) -> bool:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from megamor.config import ParallelConfig, RouterConfig
-from tests.resume.runs import EXPERT_CHOICE, LOSS_FREE, STEPS, assert_same_run, fit, named, tiny_run, trace, until
+from tests.resume.runs import EXPERT_CHOICE, LOSS_FREE, assert_same_run, fit, named, tiny_run, trace, until
 
+STOP = 3  # odd, so that a bias that goes up or down in each step isn't back at zero
 CASES = [
-    pytest.param("single", 0, EXPERT_CHOICE, id="single"),
-    pytest.param("ddp", 0, EXPERT_CHOICE, id="ddp"),
-    pytest.param("fsdp2", 0, EXPERT_CHOICE, id="fsdp2"),
-    pytest.param("fsdp2", 0, LOSS_FREE, id="fsdp2, router with a buffer"),
+    pytest.param("single", 2, EXPERT_CHOICE, id="single"),
+    pytest.param("ddp", 2, EXPERT_CHOICE, id="ddp"),
+    pytest.param("fsdp2", 2, EXPERT_CHOICE, id="fsdp2"),
+    pytest.param("fsdp2", 2, LOSS_FREE, id="fsdp2, router with a buffer"),
     pytest.param("deepspeed", 1, EXPERT_CHOICE, id="zero 1"),
     pytest.param("deepspeed", 2, LOSS_FREE, id="zero 2, router with a buffer"),
     pytest.param("deepspeed", 3, EXPERT_CHOICE, id="zero 3"),
@@ -29,13 +30,25 @@ def test_resume_is_bitwise(tmp_path: Path, backend: str, stage: int, router: Rou
     world_size = 1 if backend == "single" else 2
 
     assert all(fit(straight, world_size))
-    assert all(fit(until(stopped, STEPS // 2), world_size))
-    assert len(trace(stopped).steps) == STEPS // 2
+    assert all(fit(until(stopped, STOP), world_size))
+    assert len(trace(stopped).steps) == STOP
+    if router is LOSS_FREE:
+        assert trace(stopped).tensors["model.stage.router.bias"].abs().min() > 0
     assert all(fit(stopped, world_size))
 
     expected = trace(straight)
     assert expected.steps[-1]["train/loss"] < expected.steps[0]["train/loss"]
     assert len(expected.validation) == 2
     assert_same_run(expected, trace(stopped))
-    if router is LOSS_FREE:
-        assert trace(stopped).tensors["model.stage.router.bias"].abs().sum() > 0
+
+
+def test_checkpointing_modes_compute_the_same(tmp_path: Path) -> None:
+    modes = ("none", "recursion", "block")
+    runs = [named(tiny_run(tmp_path), mode, activation_checkpointing=mode) for mode in modes]
+    for config in runs:
+        fit(config, world_size=1)
+    none, recursion, block = map(trace, runs)
+    assert_same_run(none, recursion)
+    assert_same_run(none, block)
+    # Recomputed work counts in HFU's numerator, which knows no peak here, and not in the model's.
+    assert none.steps[-1]["throughput/executed_flops"] == block.steps[-1]["throughput/executed_flops"]

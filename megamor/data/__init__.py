@@ -1,0 +1,42 @@
+"""Token shards on disk, the order of samples, blends, and loaders.
+
+The loaders need torch and are imported on first use, so that preprocessing starts without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megamor.data.dataset import TrainingData, WindowedShard, fingerprint
+from megamor.data.indexed import TokenShard, dtype_for_vocab
+from megamor.data.meta import ShardMeta, read_meta
+from megamor.data.phases import SampleOrder
+from megamor.data.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet, open_validation_sets
+
+_NEED_TORCH = ("MicroBatch", "TrainingLoader", "ValidationSet", "open_validation_sets")
+
+__all__ = [
+    "MicroBatch",
+    "SampleOrder",
+    "ShardMeta",
+    "ShardWriter",
+    "TokenShard",
+    "TrainingData",
+    "TrainingLoader",
+    "ValidationSet",
+    "WindowedShard",
+    "dtype_for_vocab",
+    "fingerprint",
+    "open_validation_sets",
+    "read_meta",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(import_module("megamor.data.loader"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,232 @@
+"""Atomic writer of token shards: nothing is under the final name unless it is complete and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megamor.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megamor.data.meta import BlockHasher, ShardMeta, meta_path
+from megamor.errors import DataError
+
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+_FINALISE_CHUNK = 2**20
+
+
+class ShardWriter:
+    """Writes a data set that appears under its name only when complete. One document is one sequence.
+
+    Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
+    `commit` finishes and renames them, the `.idx`, without which nothing opens, last. As a context manager it removes
+    the partial files on every way out except a commit. Failing writes (disk full, no permission) raise DataError, and
+    so does a second writer on the same prefix.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODE_OF_DTYPE:
+            raise DataError(f"token ids can't be written as {self.dtype}; use uint16 or int32")
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._hasher = BlockHasher()
+        self._finished = False
+        self._files: list[BinaryIO] = []
+        try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open_locked(f"{self.prefix}.bin.partial")
+            self._idx = self._open_locked(f"{self.prefix}.idx.partial")
+            self._idx.write(bytes(HEADER.size))
+        except DataError:
+            self.abort()
+            raise
+        except OSError as error:
+            self.abort()
+            raise self._failure(error) from error
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def add(self, tokens: ArrayLike) -> None:
+        """Append one document: ids [n]. Raises DataError for ids that the dtype can't hold."""
+        ids = np.asarray(tokens)
+        self.add_documents(ids if ids.size else ids.astype(self.dtype), np.array([ids.size]))
+
+    def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
+        """Append documents at once: their ids one after the other [sum(lengths)], and their lengths [n]."""
+        assert lengths.sum() == len(tokens), "lengths must add up to the tokens"
+        if len(lengths) and lengths.max() > MAX_SEQUENCE_TOKENS:
+            raise DataError(f"a document of {lengths.max()} tokens doesn't fit {self.prefix}.idx; split it")
+        data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
+        try:
+            self._bin.write(data)
+            self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
+        except OSError as error:
+            raise self._failure(error) from error
+        self._hasher.update(data)
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def commit(self, meta: ShardMeta | None = None) -> None:
+        """Finish the files and put them under their names."""
+        self.finish(meta)
+        self.publish()
+
+    def finish(self, meta: ShardMeta | None = None) -> None:
+        """Complete the partial files and make them durable, still under their temporary names.
+
+        Writers of several splits all finish before the first is published: a full disk then leaves none of them.
+        """
+        try:
+            write_index(self._idx, self.num_documents, self.dtype)
+            for file in (self._bin, self._idx):
+                _sync(file)
+            meta = replace(
+                meta or ShardMeta(),
+                dtype=self.dtype.name,
+                documents=self.num_documents,
+                tokens=self.num_tokens,
+                idx_sha256=_hash_open_file(self._idx),
+                bin_block_sha256=self._hasher.digests(),
+            )
+            with open(self._partial_meta, "wb") as side_file:
+                side_file.write(meta.to_json().encode())
+                _sync(side_file)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._finished = True
+
+    def publish(self) -> None:
+        """Rename the finished files into place, replacing an earlier data set of that name."""
+        assert self._finished, "publish() before finish()"
+        try:
+            # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
+            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
+            os.replace(self._partial_meta, meta_path(self.prefix))
+            os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
+            _sync_directory(Path(self.prefix).parent)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._close()
+
+    def abort(self) -> None:
+        """Remove the partial files; does nothing after `publish` or a second time."""
+        mine = [file.name for file in self._files]
+        # Unlinked while still locked, so that another writer's fresh file is never the one removed.
+        for path in [*mine, self._partial_meta] if mine else []:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._close()
+
+    @property
+    def _partial_meta(self) -> str:
+        return f"{self.prefix}.meta.json.partial"
+
+    def _open_locked(self, path: str) -> BinaryIO:
+        """Open for writing from the start, holding a lock until closed; what a killed run left is overwritten."""
+        file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by _close)
+        try:
+            _lock(file)
+            # The holder before us may have renamed it between our opening and locking it: then it isn't ours.
+            if os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
+                raise BlockingIOError(errno.EWOULDBLOCK, "in use")
+        except BlockingIOError:
+            file.close()
+            raise DataError(f"another process is writing {self.prefix}; wait for it or choose another prefix") from None
+        file.truncate(0)
+        self._files.append(file)
+        return file
+
+    def _close(self) -> None:
+        for file in self._files:
+            # Closing writes what is buffered, which on a full disk fails a second time.
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files.clear()
+
+    def _narrow(self, tokens: NDArray) -> NDArray:
+        if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
+            limits = np.iinfo(self.dtype)
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < limits.min or high > limits.max:
+                raise DataError(f"token ids from {low} to {high} don't fit {self.dtype.name} of {self.prefix}.bin")
+        return tokens.astype(self.dtype, copy=False)
+
+    def _failure(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
+            "(nothing was left under that name)"
+        )
+
+
+def write_index(file: BinaryIO, count: int, dtype: np.dtype) -> None:
+    """Complete an index that holds the lengths of `count` documents after room for the header.
+
+    Adds the offsets (64 bits: a running sum of bytes passes 2 GiB early), the document index and the header.
+    """
+    offset = 0
+    for first in range(0, count, _FINALISE_CHUNK):
+        size = min(_FINALISE_CHUNK, count - first)
+        file.seek(HEADER.size + 4 * first)
+        sizes = np.frombuffer(file.read(4 * size), "<i4").astype(np.int64) * dtype.itemsize
+        ends = offset + np.cumsum(sizes)
+        file.seek(HEADER.size + 4 * count + 8 * first)
+        file.write((ends - sizes).astype("<i8").tobytes())
+        offset = int(ends[-1])
+    file.seek(HEADER.size + 12 * count)
+    for first in range(0, count + 1, _FINALISE_CHUNK):
+        file.write(np.arange(first, min(first + _FINALISE_CHUNK, count + 1), dtype="<i8").tobytes())
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], count, count + 1))
+
+
+def _create_without_truncating(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _lock(file: BinaryIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        # Some network file systems have no locks; there the protection against a second writer is missing.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash_open_file(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()

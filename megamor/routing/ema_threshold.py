@@ -1,0 +1,83 @@
+"""EMA-threshold routing: expert-choice's capacities without looking ahead, in training and inference alike.
+
+Each recursion keeps an exponential moving average of the score that its share of the candidates lies above, and selects
+the tokens that score higher. A token's fate depends on its own score and on the past of the run, so that the rule is
+causal, needs no auxiliary loss, and lets the number of tokens vary around the capacity (after arXiv 2603.11535, where
+it is proposed for experts).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamor.config import EmaThresholdConfig
+from megamor.routing.plan import RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, RoutingContext
+from megamor.routing.scored import ScoredRouter, ScoredSession
+
+
+class EmaThresholdRouter(ScoredRouter):
+    """`quantiles` [Nr] is the (biased) moving average and `num_updates` [Nr] how many batches it has seen."""
+
+    causal_in_training = True
+    config: EmaThresholdConfig
+    quantiles: Tensor
+    num_updates: Tensor
+
+    def __init__(self, config: EmaThresholdConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.register_buffer("quantiles", torch.zeros(num_recursions))
+        self.register_buffer("num_updates", torch.zeros(num_recursions))
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The same as in training: score above the recursion's moving threshold."""
+        return InferenceRule("ema_threshold", score="router")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> EmaThresholdSession:
+        """Nothing is decided before the first recursion."""
+        return EmaThresholdSession(self, context)
+
+    def threshold(self, recursion: int) -> Tensor:
+        """Current threshold: the average, corrected for its start at 0 (0 itself before the first update)."""
+        seen = 1 - self.config.ema_decay ** self.num_updates[recursion]
+        return self.quantiles[recursion] / seen.clamp_min(torch.finfo(seen.dtype).tiny)
+
+    def share_of_candidates(self, recursion: int) -> float:
+        """Share of the candidates that keeps the capacity: they have been thinned out by the recursion before."""
+        before = self.capacity[recursion - 1] if recursion else 1.0
+        return self.capacity[recursion] / before
+
+    @torch.no_grad()
+    def update(self, totals: dict[str, Tensor]) -> None:
+        """Move each average towards the mean quantile of the step's micro-batches, all ranks'."""
+        found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
+        decay = torch.where(count > 0, self.config.ema_decay, 1.0)
+        self.quantiles.copy_(decay * self.quantiles + (1 - decay) * found / count.clamp_min(1))
+        self.num_updates += (count > 0).to(self.num_updates)
+
+
+class EmaThresholdSession(ScoredSession):
+    """EMA-threshold on one batch."""
+
+    def __init__(self, router: EmaThresholdRouter, context: RoutingContext) -> None:
+        super().__init__(context, router.config.z_coeff)
+        self.router = router
+        if context.mode == "train":
+            for name in ("threshold_quantiles", "threshold_batches"):
+                self.totals[name] = torch.zeros_like(router.quantiles)
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """Candidates above the threshold; all of them where the capacity takes all."""
+        z = self.router.score(recursion, rows)
+        self.add_z_loss(z)
+        share = self.router.share_of_candidates(recursion)
+        if share >= 1.0:
+            return RoutingPlan(candidates, None, self.router.mix(z, None))
+        if self.context.mode == "train" and z.numel():
+            rank = min(z.numel(), max(1, round((1 - share) * z.numel())))
+            self.totals["threshold_quantiles"][recursion] = z.detach().kthvalue(rank).values
+            self.totals["threshold_batches"][recursion] = 1
+        tokens, places = candidates.where(z.detach() > self.router.threshold(recursion))
+        return RoutingPlan(tokens, places, self.router.mix(z, places))

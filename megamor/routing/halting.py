@@ -1,0 +1,85 @@
+"""Adaptive computation time: each token halts once its halting probabilities add up to one (arXiv 1603.08983).
+
+After recursion n a token in state s_n gets a halting probability h_n = sigmoid(w·s_n + b). Its weight p_n is h_n, until
+the sum would pass 1 - epsilon or recursions run out: then p_n is what remains, so that the weights of a token sum to 1.
+The output is sum of p_n·s_n. The ponder cost is the number of updates plus the remainder, the gradient of which pushes
+halting probabilities up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megamor.config import HaltingConfig
+from megamor.routing.heads import LinearHead
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+
+INITIAL_BIAS = 1.0
+
+
+class HaltingRouter(Router):
+    """One halting unit for all recursions; its bias starts positive, so that tokens halt early at first."""
+
+    causal_in_training = True
+
+    def __init__(self, config: HaltingConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.head = LinearHead(dim, 1)
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def reset(self) -> None:
+        """Set the bias."""
+        nn.init.constant_(self.bias, INITIAL_BIAS)
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The same as in training: leave once the halting probabilities add up to 1 - epsilon."""
+        return InferenceRule("halting", score="router", threshold=1 - self.config.epsilon)
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> HaltingSession:
+        """No token has halted yet."""
+        return HaltingSession(self, rows, context)
+
+
+class HaltingSession(RoutingSession):
+    """Halting on one batch. `spent` [B·S] is the sum of each token's weights so far."""
+
+    def __init__(self, router: HaltingRouter, rows: Tensor, context: RoutingContext) -> None:
+        super().__init__(context)
+        self.router = router
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.spent = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+        self.halted = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        self.ponder = torch.zeros((), dtype=dtype, device=rows.device)
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """soft: everything goes on; hard: what hasn't halted."""
+        if self.router.config.mode == "soft" or recursion == 0:
+            return RoutingPlan(candidates, None, Mix())
+        tokens, places = candidates.where(~candidates.gather(self.halted))
+        return RoutingPlan(tokens, places, Mix())
+
+    def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
+        """Emit p_n·s_n."""
+        tokens = plan.tokens
+        halting = torch.sigmoid(self.router.head(core_output).squeeze(-1) + self.router.bias.to(self.spent.dtype))
+        spent, halted = tokens.gather(self.spent), tokens.gather(self.halted)
+        last = recursion == self.router.num_recursions - 1
+        ends = ~halted & ((spent + halting >= 1 - self.router.config.epsilon) | last)
+        weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
+        self.spent = tokens.scatter(self.spent, spent + weight)
+        self.halted = tokens.scatter(self.halted, halted | ends)
+        self.add_ponder_cost(halted, ends, weight, last)
+        return Mix(from_core=1.0, emit=weight)
+
+    def add_ponder_cost(self, halted: Tensor, ends: Tensor, weight: Tensor, last: bool) -> None:
+        """Updates (a constant) plus remainder of every token."""
+        num_tokens = len(self.spent)
+        self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / num_tokens
+        if last:
+            self.add_ratio("ponder_cost", self.ponder, 1.0)
+            if self.context.mode == "train":
+                self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)

@@ -1,0 +1,110 @@
+"""Skip, forward or recurse: before each application a token chooses among three, with gradients through the choice.
+
+skip: leave without the application (cost 0). forward: take it and leave (cost 1). recurse: take it and decide again
+(cost 1 so far). Training samples the choice with straight-through Gumbel-softmax (arXiv 1611.01144), inference takes
+the likeliest. The penalty is on the *expected* depth under the probabilities, which is differentiable, so that depth
+can be traded against loss or held at a target.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamor.config import SkipForwardRecurseConfig
+from megamor.routing.heads import MLPHead
+from megamor.routing.plan import Idle, Mix, RoutingPlan, TokenSet
+from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+
+SKIP, FORWARD, RECURSE = 0, 1, 2
+
+
+class SkipForwardRecurseRouter(Router):
+    """One network d → hidden → 3 for all recursions."""
+
+    causal_in_training = True
+
+    def __init__(self, config: SkipForwardRecurseConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.config = config
+        self.head: nn.Module = MLPHead(dim, 3, config.hidden)
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The likeliest of the three choices."""
+        return InferenceRule("argmax_choice", score="router")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> SkipForwardRecurseSession:
+        """Draw the noise of all decisions, so that a token's noise doesn't depend on the others' choices."""
+        return SkipForwardRecurseSession(self, rows, context)
+
+    def temperature(self, step: int) -> float:
+        """Gumbel-softmax temperature at an optimizer step."""
+        config = self.config
+        done = min(1.0, step / config.temperature_steps)
+        return config.temperature_start + done * (config.temperature_end - config.temperature_start)
+
+
+class SkipForwardRecurseSession(RoutingSession):
+    """Decisions on one batch. `reach` is the mean probability of coming to the next decision."""
+
+    def __init__(self, router: SkipForwardRecurseRouter, rows: Tensor, context: RoutingContext) -> None:
+        super().__init__(context)
+        self.router = router
+        self.goes_on = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.reach = torch.ones((), dtype=dtype, device=rows.device)
+        self.expected_depth = torch.zeros((), dtype=dtype, device=rows.device)
+        self.noise: Tensor | None = None
+        if context.mode == "train":
+            uniform = torch.rand(router.num_recursions, len(rows), 3, dtype=dtype, device=rows.device)
+            self.noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """Decide about the candidates that chose to recurse; take those that don't skip."""
+        deciding, deciding_places = candidates, None
+        if recursion > 0:
+            deciding, deciding_places = candidates.where(candidates.gather(self.goes_on))
+            rows = rows.index_select(0, deciding_places)
+        logits = self.router.head(rows)
+        probabilities, choice, chosen = self.choose(recursion, logits, deciding)
+        self.add_expected_depth(recursion, probabilities)
+
+        applies = choice != SKIP
+        tokens, places = deciding.where(applies)
+        skipping, skipping_places = deciding.where(~applies)
+        self.goes_on = deciding.scatter(self.goes_on, choice == RECURSE)
+        mix = Mix(from_core=chosen[:, FORWARD:].sum(-1)[places], from_stream=chosen[places, SKIP])
+        idle = Idle(skipping, chosen[skipping_places, SKIP])
+        if deciding_places is not None:
+            places = deciding_places[places]
+        return RoutingPlan(tokens, places, mix, idle)
+
+    def choose(self, recursion: int, logits: Tensor, deciding: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities [N, 3], choice [N], and one-hot choice whose gradient is that of the (tempered) softmax."""
+        probabilities = logits.softmax(-1)
+        if self.noise is None:
+            choice = logits.argmax(-1)
+            return probabilities, choice, F.one_hot(choice, 3).to(logits.dtype)
+        noisy = (logits + deciding.gather(self.noise[recursion])) / self.router.temperature(self.context.step)
+        soft = noisy.softmax(-1)
+        choice = noisy.argmax(-1)
+        return probabilities, choice, F.one_hot(choice, 3).to(soft.dtype) + soft - soft.detach()
+
+    def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
+        """Mean probabilities of applying and of going on among those that decide; the loss once all are in.
+
+        With a_r and b_r these means, the expected depth is a_0 + b_0·(a_1 + b_1·(a_2 + …)): those who decide at r + 1 are
+        a sample, by the probabilities themselves, of those who decided at r.
+        """
+        num_deciding = max(1, len(probabilities))
+        self.expected_depth = self.expected_depth + self.reach * (1 - probabilities[:, SKIP]).sum() / num_deciding
+        self.reach = self.reach * probabilities[:, RECURSE].sum() / num_deciding
+        if recursion == self.router.num_recursions - 1 and self.context.mode == "train":
+            config = self.router.config
+            penalty = self.expected_depth
+            if config.target_depth is not None:
+                penalty = (self.expected_depth - config.target_depth).square()
+            self.add_loss("depth_loss", config.depth_coeff * penalty)
+            self.add_ratio("expected_depth", self.expected_depth, 1.0)

@@ -1,0 +1,83 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: all ranks save the same step, and the run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamor.config import Config
+from megamor.train import Trainer
+from tests.resume.runs import Trace, assert_same_run, checkpoint_names, fit, named, signal_after, tiny_run, trace
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run on two ranks that evaluates after four steps and after eight."""
+    return tiny_run(tmp_path_factory.mktemp("signals"), eval_every=4)
+
+
+@pytest.fixture(scope="module")
+def straight(base: Config) -> Trace:
+    """The run without interruption."""
+    assert fit(base) == [True, True]
+    return trace(base)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)], ids=lambda value: str(value)
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    base: Config, straight: Trace, number: signal.Signals, rank: int
+) -> None:
+    config = named(base, f"interrupted by {number.name}")
+    assert fit(config, spoil=signal_after(3, number), on_rank=rank) == [False, False]
+    assert checkpoint_names(config) == ["latest", "step_00000004"]
+    assert trace(config).validation == []  # it was due, but somebody is waiting
+    assert fit(config) == [True, True]
+    assert_same_run(straight, trace(config))
+
+
+def test_a_signal_during_evaluation_is_not_lost(base: Config, straight: Trace) -> None:
+    def spoil(trainer: Trainer) -> None:
+        evaluate = trainer.evaluate
+
+        def interrupted() -> None:
+            signal.raise_signal(signal.SIGTERM)
+            evaluate()
+
+        trainer.evaluate = interrupted  # type: ignore[method-assign]
+
+    config = named(base, "interrupted evaluation")
+    assert fit(config, spoil=spoil, on_rank=1) == [False, False]
+    assert checkpoint_names(config) == ["latest", "step_00000005"]
+    assert fit(config) == [True, True]
+    assert_same_run(straight, trace(config))
+
+
+def test_a_signal_in_the_last_step_loses_nothing(base: Config, straight: Trace) -> None:
+    config = named(base, "interrupted at the end")
+    assert fit(config, spoil=signal_after(7, signal.SIGTERM), on_rank=1) == [False, False]
+    assert fit(config) == [True, True]
+    assert_same_run(straight, trace(config))
+
+
+def test_a_repeated_signal_does_not_disturb_the_save(base: Config, straight: Trace) -> None:
+    def spoil(trainer: Trainer) -> None:
+        signal_after(3, signal.SIGTERM)(trainer)
+        save = trainer.checkpoints.backend.save
+
+        def disturbed(directory: Path) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            return save(directory)
+
+        trainer.checkpoints.backend.save = disturbed  # type: ignore[method-assign]
+
+    config = named(base, "disturbed")
+    assert fit(config, spoil=spoil, on_rank=1) == [False, False]
+    assert checkpoint_names(config) == ["latest", "step_00000004"]
+    assert fit(config) == [True, True]
+    assert_same_run(straight, trace(config))

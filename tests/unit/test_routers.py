@@ -1,0 +1,249 @@
+"""What each router promises beyond the protocol."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megamor.config import (
+    CustomRouterConfig,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    HaltingConfig,
+    RandomConfig,
+    SkipForwardRecurseConfig,
+    TokenChoiceConfig,
+)
+from megamor.errors import ConfigError
+from megamor.model import ModelOutput, Transformer, build_model
+from megamor.routing import InferenceRule, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.routing.expert_choice import warmed_up_capacity
+from megamor.routing.plan import Mix
+from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
+
+
+def long_tokens(batch: int = 8, length: int = 96) -> Tensor:
+    return tokens(batch=batch, length=length)
+
+
+def run(model: Transformer, ids: Tensor, mode: str = "train", step: int = 0) -> ModelOutput:
+    return model(ids[:, :-1], ids[:, 1:], mode=mode, step=step)
+
+
+def shares(depth: Tensor) -> list[float]:
+    """Share of the tokens that took more than r recursions."""
+    return [(depth > r).float().mean().item() for r in range(3)]
+
+
+@pytest.mark.parametrize("capacity", [None, (1.0, 0.5, 0.5), (0.75, 0.25, 0.125)])
+def test_expert_choice_takes_exactly_its_capacity(capacity: tuple[float, ...] | None) -> None:
+    model, ids = build_model(tiny_config(ExpertChoiceConfig(capacity=capacity))), tokens()
+    depth = run(model, tokens(length=SEQ_LEN + 1)).depth
+    wanted = [max(1, int(c * SEQ_LEN)) for c in capacity or (1.0, 2 / 3, 1 / 3)]
+    for r, k in enumerate(wanted):
+        assert ((depth > r).sum(1) == k).all(), (r, k, ids.shape)
+
+
+def test_capacity_warm_up_is_a_cosine_from_one() -> None:
+    assert warmed_up_capacity(0.5, 0, 10) == 1.0
+    assert warmed_up_capacity(0.5, 5, 10) == pytest.approx(0.75)
+    assert warmed_up_capacity(0.5, 10, 10) == warmed_up_capacity(0.5, 99, 0) == 0.5
+    model = build_model(tiny_config(ExpertChoiceConfig(capacity_warmup_steps=10)))
+    ids = tokens(length=SEQ_LEN + 1)
+    assert shares(run(model, ids, step=0).depth) == [1.0, 1.0, 1.0]
+    assert shares(run(model, ids, mode="topk").depth)[2] == pytest.approx(1 / 3)
+
+
+def test_loss_free_bias_evens_out_the_load() -> None:
+    """A router with a strong preference is brought to even load by the bias alone."""
+    config = TokenChoiceConfig(activation="sigmoid", alpha=1.0, balancing="loss_free", bias_update_rate=0.005)
+    model, ids = lively_model(tiny_config(config)), tokens()
+    violations = []
+    for _ in range(500):
+        with torch.no_grad():
+            out = model(ids)
+        load = out.totals["depth_choices"]
+        violations.append((load.max() / load.mean() - 1).item())
+        model.stage.router.update(out.totals)
+    assert violations[0] > 0.3
+    assert sum(violations[-20:]) / 20 < 0.15
+    assert model.stage.router.bias.abs().max() > 0
+
+
+def test_balance_warm_up_sends_every_token_to_full_depth() -> None:
+    model, ids = build_model(tiny_config(TokenChoiceConfig(balance_warmup_steps=5))), tokens(length=SEQ_LEN + 1)
+    assert run(model, ids, step=4).depth.unique().tolist() == [3]
+    assert run(model, ids, step=5).depth.unique().numel() > 1
+
+
+def test_ema_threshold_holds_its_capacity_on_average() -> None:
+    model = lively_model(tiny_config(EmaThresholdConfig(ema_decay=0.8)))
+    found = []
+    with torch.no_grad():
+        for step in range(60):
+            out = model(tokens(seed=step, batch=16), step=step)
+            model.stage.router.update(out.totals)
+            found.append(shares(out.depth))
+    mean = torch.tensor(found[20:]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.03, rtol=0)
+    lengths = (out.depth > 1).sum(1)
+    assert lengths.unique().numel() > 1  # it is not a top-k: sequences differ
+    causal = model(tokens(seed=99, batch=16), mode="causal")
+    assert abs(shares(causal.depth)[2] - 1 / 3) < 0.1
+
+
+def test_ema_threshold_state_is_in_the_state_dict() -> None:
+    model, ids = lively_model(tiny_config(EmaThresholdConfig())), tokens()
+    model.stage.router.update(model(ids).totals)
+    other = lively_model(tiny_config(EmaThresholdConfig()), seed=1)
+    other.load_state_dict(model.state_dict())
+    assert model.state_dict()["stage.router.num_updates"].tolist() == [0.0, 1.0, 1.0]
+    assert torch.equal(other(ids, mode="causal").logits, model(ids, mode="causal").logits)
+
+
+def test_random_routing_holds_its_capacity_and_changes_with_the_step() -> None:
+    model, ids = build_model(tiny_config(RandomConfig())), long_tokens(32)
+    with torch.no_grad():
+        first, again, later = (model(ids, step=step).depth for step in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    torch.testing.assert_close(torch.tensor(shares(first)), torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_halting_weights_of_each_token_sum_to_one(mode: str) -> None:
+    model, ids = lively_model(tiny_config(HaltingConfig(mode=mode))), tokens()
+    sessions: list[RoutingSession] = []
+    begin = model.stage.router.begin
+    model.stage.router.begin = lambda rows, context: sessions.append(begin(rows, context)) or sessions[-1]
+    with torch.no_grad():
+        out = model(ids)
+    torch.testing.assert_close(sessions[0].spent, torch.ones(ids.numel(), dtype=torch.float64))
+    assert (out.depth.unique().tolist() == [3]) == (mode == "soft")
+
+
+def test_soft_and_hard_halting_differ_only_in_what_attention_sees() -> None:
+    """With one token per sequence there is nothing else to see, so that leaving early changes nothing."""
+    soft, hard = (lively_model(tiny_config(HaltingConfig(mode=mode))) for mode in ("soft", "hard"))
+    ids = tokens(batch=40, length=1)
+    with torch.no_grad():
+        a, b = soft(ids), hard(ids)
+    assert b.work[2, 0] < a.work[2, 0]
+    torch.testing.assert_close(a.logits, b.logits, atol=1e-12, rtol=0)
+
+
+def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig, steps: int = 150) -> float:
+    torch.manual_seed(0)
+    model, ids = build_model(tiny_config(config)), tokens(batch=8, length=SEQ_LEN + 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        out = run(model, ids, step=step)
+        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return run(model, ids).depth.float().mean().item()
+
+
+def test_depth_penalty_lowers_the_depth() -> None:
+    cheap, dear = (
+        trained_depth(SkipForwardRecurseConfig(hidden=16, depth_coeff=coefficient)) for coefficient in (1e-4, 3.0)
+    )
+    assert dear < 0.5 * cheap
+
+
+def test_ponder_cost_lowers_the_depth() -> None:
+    config = HaltingConfig(ponder_coeff=1e-5)
+    cheap, dear = (trained_depth(replace(config, ponder_coeff=coefficient)) for coefficient in (1e-5, 1.0))
+    assert dear < cheap - 0.3
+
+
+@pytest.mark.parametrize("target", [0.7, 1.5, 2.2])
+def test_target_depth_is_held(target: float) -> None:
+    config = SkipForwardRecurseConfig(hidden=16, depth_coeff=10.0, target_depth=target)
+    assert trained_depth(config) == pytest.approx(target, abs=0.35)
+
+
+def test_expected_depth_follows_the_probabilities() -> None:
+    """Equal choices: 2/3 apply at once, of the 1/3 that recurse 2/3 apply again, …"""
+    model = build_model(tiny_config(SkipForwardRecurseConfig(hidden=16, depth_coeff=1.0)))
+    nn.init.zeros_(model.stage.router.head.fc2.weight)
+    out = run(model, long_tokens(64))
+    expected = 2 / 3 + (2 / 3) / 3 + (2 / 3) / 9
+    assert out.ratios["expected_depth"].numerator.item() == pytest.approx(expected, abs=0.03)
+    assert out.depth.float().mean().item() == pytest.approx(expected, abs=0.05)
+
+
+def test_a_rank_whose_tokens_all_skip_still_gives_the_core_a_gradient() -> None:
+    model, ids = build_model(tiny_config(SkipForwardRecurseConfig(hidden=16))), tokens(length=SEQ_LEN + 1)
+    head = model.stage.router.head
+    head.forward = lambda rows: head.fc2(head.fc1(rows)) * 0 + torch.tensor([1e4, 0.0, 0.0])
+    out = run(model, ids)
+    out.loss_sum.backward()
+    assert out.depth.max() == 0
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.stage.blocks.parameters())
+
+
+class EveryOther(Router):
+    """Sends even positions through every recursion, odd ones through the first only."""
+
+    causal_in_training = True
+
+    def __init__(self, options: dict[str, float], dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.stride = int(options.get("stride", 2))
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        return InferenceRule("every_other")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> EveryOtherSession:
+        return EveryOtherSession(context, self.stride)
+
+
+class EveryOtherSession(RoutingSession):
+    def __init__(self, context: RoutingContext, stride: int) -> None:
+        super().__init__(context)
+        self.stride = stride
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        if recursion == 0:
+            return RoutingPlan(candidates, None, Mix())
+        position = candidates.gather(self.context.positions_of(rows.device))
+        chosen, places = candidates.where(position % self.stride == 0)
+        return RoutingPlan(chosen, places, Mix())
+
+
+def test_a_router_of_ones_own() -> None:
+    config = CustomRouterConfig(target="tests.unit.test_routers:EveryOther", options={"stride": 3})
+    out = build_model(tiny_config(config))(tokens())
+    assert out.depth[0, :6].tolist() == [3, 1, 1, 3, 1, 1]
+
+
+@pytest.mark.parametrize("target", ["tests.unit.test_routers:Nothing", "no_such_module:Router", "math:pi"])
+def test_custom_router_that_is_none(target: str) -> None:
+    with pytest.raises(ConfigError, match=target):
+        build_model(tiny_config(CustomRouterConfig(target=target)))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_states_its_inference_rule(router: str) -> None:
+    rule = build_model(tiny_config(ROUTERS[router])).stage.router.inference_rule
+    assert rule.name
+    assert rule.threshold is None or math.isfinite(rule.threshold)
+
+
+def test_picking_and_finding_agree() -> None:
+    everything = TokenSet.all(BATCH, SEQ_LEN)
+    chosen = torch.tensor([[1, 4, 7], [0, 2, 9], [3, 5, 11]])
+    picked = everything.pick(chosen)
+    assert picked.index.tolist() == [1, 4, 7, 24, 26, 33, 51, 53, 59]
+    ragged, places = picked.where(torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool))
+    assert ragged.lengths.tolist() == [2, 0, 3]
+    assert picked.find(ragged).tolist() == places.tolist() == [0, 2, 6, 7, 8]
+    assert picked.rank_of(ragged, torch.device("cpu")).tolist() == [0, 2, 0, 1, 2]
+    assert ragged.rank_of(ragged, torch.device("cpu")).tolist() == [0, 1, 0, 1, 2]

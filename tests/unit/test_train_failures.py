@@ -1,0 +1,92 @@
+"""Who raises and who prints when something fails on one rank, on all, or differently on each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+import torch
+
+from megamor.config import ParallelConfig
+from megamor.errors import ConfigError, DataError, MegamorError
+from megamor.parallel import init_world
+from megamor.train import failures
+from megamor.train.failures import from_first_rank, reported_once, together
+from tests.distributed.harness import run_ranks
+
+CPU = torch.device("cpu")
+Failures = tuple[MegamorError | None, ...]
+
+
+def raise_mine(by_rank: Failures) -> str:
+    world = init_world(ParallelConfig())
+
+    def action() -> str:
+        mine = by_rank[world.rank]
+        if mine is not None:
+            raise mine
+        return f"result {world.rank}"
+
+    try:
+        return together(action, world.device)
+    except MegamorError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "said"),
+    [
+        ((None, None), ["result 0", "result 1"]),
+        ((DataError("a"), DataError("a")), ["DataError: a"] * 2),
+        ((None, DataError("a")), ["DataError: rank 1: a"] * 2),
+        ((ConfigError("a"), DataError("b")), ["ConfigError: rank 0: a; rank 1: b"] * 2),
+    ],
+)
+def test_a_failure_is_everybodys(by_rank: Failures, said: list[str]) -> None:
+    assert run_ranks(raise_mine, by_rank) == said
+
+
+def test_alone_nothing_is_wrapped() -> None:
+    error = DataError("a")
+    with pytest.raises(DataError) as found:
+        together(lambda: (_ for _ in ()).throw(error), CPU)
+    assert found.value is error
+    assert from_first_rank(lambda: 3) == 3
+
+
+def number_of_first_rank() -> int:
+    world = init_world(ParallelConfig())
+    return from_first_rank(lambda: 10 + world.rank)
+
+
+def test_the_first_rank_knows() -> None:
+    assert run_ranks(number_of_first_rank) == [10, 10]
+
+
+def print_mine(by_rank: Failures) -> tuple[object, str]:
+    failures.REPORT_SECONDS = 0.5
+    world = init_world(ParallelConfig())
+    printed, status = io.StringIO(), None
+    with contextlib.redirect_stderr(printed):
+        try:
+            with reported_once(world):
+                mine = by_rank[world.rank]
+                if mine is not None:
+                    raise mine
+        except SystemExit as leaving:
+            status = leaving.code
+    return status, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "printed"),
+    [
+        ((None, None), [(None, ""), (None, "")]),
+        ((DataError("a"), DataError("a")), [(2, "DataError: a\n"), (2, "")]),
+        ((DataError("a"), DataError("b")), [(2, "rank 0: DataError: a\n"), (2, "rank 1: DataError: b\n")]),
+        ((None, DataError("b")), [(None, ""), (2, "rank 1: DataError: b\n")]),
+    ],
+)
+def test_an_error_is_printed_once_and_never_hidden(by_rank: Failures, printed: list[tuple[object, str]]) -> None:
+    assert run_ranks(print_mine, by_rank) == printed
