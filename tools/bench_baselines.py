@@ -1,4 +1,4 @@
-"""Other people's implementations of the dense model, to hold ours against. The one file that imports transformers."""
+"""Other people's implementations of the dense model, to hold ours against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamor.config import Config
-from megamor.errors import ConfigError
+from megamor.interop.huggingface import import_transformers
 from megamor.model import ModelOutput
 from megamor.model.loss import IGNORE
 
@@ -23,10 +23,7 @@ def build_baseline(name: str, config: Config, device: torch.device) -> nn.Module
         ConfigError: transformers is not installed.
     """
     assert name == "hf-llama"
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError("--baseline hf-llama needs transformers: pip install 'megamor[hf]'") from None
+    transformers = import_transformers()
     torch.manual_seed(config.run.seed)
     shape: dict[str, Any] = {
         "vocab_size": config.model.vocab_size,

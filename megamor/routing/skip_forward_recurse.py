@@ -95,8 +95,8 @@ class SkipForwardRecurseSession(RoutingSession):
     def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
         """Mean probabilities of applying and of going on among those that decide; the loss once all are in.
 
-        With a_r and b_r these means, the expected depth is a_0 + b_0·(a_1 + b_1·(a_2 + …)): those who decide at r + 1 are
-        a sample, by the probabilities themselves, of those who decided at r.
+        With a_r and b_r these means, the expected depth is a_0 + b_0·(a_1 + b_1·(a_2 + …)): those who decide at r + 1
+        are a sample, by the probabilities themselves, of those who decided at r.
         """
         num_deciding = max(1, len(probabilities))
         self.expected_depth = self.expected_depth + self.reach * (1 - probabilities[:, SKIP]).sum() / num_deciding

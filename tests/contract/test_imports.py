@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"model", "routing", "data", "checkpoint", "config"},
     "analysis": {"model", "routing", "data", "checkpoint", "config"},
     "generate": {"model", "routing", "data", "checkpoint", "config", "evaluate"},
+    "interop": {"model", "routing", "checkpoint", "config"},
     "serve": {"model", "routing", "checkpoint", "config"},
     "train": {
         "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate",

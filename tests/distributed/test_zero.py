@@ -32,7 +32,8 @@ from tests.distributed.runs import (
 )
 
 STAGES = (0, 1, 2, 3)
-# DeepSpeed has an optimizer class of its own for stage 0, for 1 and 2 in fp32, for 1 in bf16, for 2 in bf16, and for 3.
+# Each is code of its own in DeepSpeed: stage 0 steps the plain optimizer, stage 1 shares the class of stage 2 in fp32
+# and has another in bf16.
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ VOCABULARY = 128
 EXPERT_CHOICE = ExpertChoiceConfig(aux_coeff=0.01, z_coeff=0.001)
 LOSS_FREE = TokenChoiceConfig(balancing="loss_free", bias_update_rate=0.01)  # a router with a buffer
 STEPS = 8
+
+SLOW_IMPORT = "deepspeed.runtime.zero.muon.muon_optimizer"
+"""What deepspeed imports when its engine starts, with all of torch's compiler: done here rather than in every fork."""
 
 Spoil = Callable[[Trainer], None]
 """Something that a test does to the trainer of one rank before it starts."""
@@ -94,6 +99,10 @@ def until(config: Config, step: int | None) -> Config:
 
 def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[bool]:
     """Launch a run on fresh processes, with `spoil` on one of them; what `fit` returns on each rank."""
+    if config.parallel.backend == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        with suppress(ModuleNotFoundError):  # not every release has it
+            import_module(SLOW_IMPORT)
     return run_ranks(_fit_here, config, spoil, on_rank, world_size=world_size)
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megamor.config import ParallelConfig, RouterConfig
-from tests.resume.runs import EXPERT_CHOICE, LOSS_FREE, assert_same_run, fit, named, tiny_run, trace, until
+from megamor.config import CheckpointConfig, ParallelConfig, RouterConfig
+from tests.combinations import ROUTERS
+from tests.resume.runs import (
+    EXPERT_CHOICE,
+    LOSS_FREE,
+    assert_same_run,
+    directory_of,
+    fit,
+    named,
+    tiny_run,
+    trace,
+    until,
+)
 
 STOP = 3  # odd, so that a bias that goes up or down in each step isn't back at zero
 CASES = [
@@ -52,3 +64,17 @@ def test_checkpointing_modes_compute_the_same(tmp_path: Path) -> None:
     assert_same_run(none, block)
     # Recomputed work counts in HFU's numerator, which knows no peak here, and not in the model's.
     assert none.steps[-1]["throughput/executed_flops"] == block.steps[-1]["throughput/executed_flops"]
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_every_router_resumes(tmp_path: Path, router: RouterConfig) -> None:
+    """Whatever a router remembers, or draws at random, is in the checkpoint."""
+    config = replace(tiny_run(tmp_path, max_steps=5), router=router, checkpoint=CheckpointConfig(every_steps=3))
+    fit(config, world_size=1)
+    straight = trace(config)
+    checkpoints = directory_of(config) / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000005")
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step_00000003")
+    fit(config, world_size=1)
+    assert_same_run(straight, trace(config))
