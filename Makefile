@@ -1,0 +1,53 @@
+# Everything a newcomer needs: `make quickstart` and `make test`. Both install into .venv first if needed.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH_VERSION := 2.13.0
+# Set to the URL of a package index to take torch from there, for example one with CPU-only builds.
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo yes)
+# DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
+DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)
+
+.PHONY: help install quickstart test lint types unit test-slow clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+quickstart: install ## train, interrupt, resume, evaluate and sample a small model on real text (minutes)
+	@$(DEEPSPEED_ENV) $(BIN)/python -m tools.quickstart
+
+test: install lint types unit ## lint, types and the test suite
+
+lint: install ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy
+	$(BIN)/mypy
+
+unit: install ## the test suite without its slow cases
+	$(DEEPSPEED_ENV) $(BIN)/python -m pytest
+
+test-slow: install ## the slow cases alone
+	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -m slow
+
+install: $(STAMP) ## create .venv and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "megamor needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "installing into .venv (some minutes, once) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
+	@$(if $(HAS_GPU),$(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is None)' || \
+	    { echo "there is a GPU, but the torch that was installed has no CUDA: set TORCH_INDEX to an index with CUDA builds"; \
+	      exit 1; },:)
+	$(DEEPSPEED_ENV) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+clean: ## remove the virtual environment, caches and the quickstart's results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs/quickstart

@@ -1,0 +1,6 @@
+"""Checkpoints of other code: import from the paper authors' release, export to Hugging Face."""
+
+from megamor.interop.export import export_huggingface
+from megamor.interop.official import Imported, import_official, read_state_dict, save_imported
+
+__all__ = ["Imported", "export_huggingface", "import_official", "read_state_dict", "save_imported"]

@@ -1,0 +1,289 @@
+"""Import of models trained with the paper authors' released code (github.com/raymin0223/mixture_of_recursions).
+
+Their state dict is that of a Llama model (`model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`) in which every
+application of a shared layer is stored, tied or not:
+
+    recursive          model.layers.{layer}.*                        one for each of the L effective layers
+    expert-choice      model.layers.{e + r}.block.{j}.*              recursion r, j-th layer; e = 1 for middle_cycle
+                       model.layers.{e + r}.mor_router.router.*      and mlp_router.router.* for auxiliary routers
+    token-choice       model.layers.{e}.block_list.{r}.{j}.*         for cycle the index {e} is absent
+                       model.layers.{e}.mor_router.router.*          and router_bias under loss-free balancing
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions
+from megamor.checkpoint.layout import CONFIG_FILE, STATE_DIR, TOKENIZER_FILE, TRAINER_FILE
+from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
+from megamor.errors import CheckpointError, ConfigError
+from megamor.interop.official_config import Settings, Shape, config_of
+from megamor.model import build_model
+from megamor.model.sharing import layer_plan
+
+Untied = Literal["first", "mean"]
+
+BLOCK_WEIGHTS = {
+    "attention_norm": "input_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.up_proj": "mlp.up_proj",
+    "ffn.down_proj": "mlp.down_proj",
+}
+"""Weights of a block: megamor's name, the released code's."""
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+BALANCING_BIAS = "stage.router.bias"
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model out of a released checkpoint. `weights` are fp32 and named as in `Transformer.state_dict()`; `untied`
+    names those whose copies differed and were reduced to one."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    untied: tuple[str, ...] = ()
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Weights of a `.safetensors` or PyTorch file, or of the directory that holds `model.safetensors` or
+    `pytorch_model.bin`.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds something else.
+    """
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}: give the file itself")
+        path = found[0]
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(f"can't read the weights in {path}: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a state dict (a mapping from names to tensors)")
+    return dict(state)
+
+
+def import_official(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any], *, untied: Untied | None = None
+) -> Imported:
+    """Translate a released state dict and the settings of its run.
+
+    Args:
+        state: as `read_state_dict` gives it.
+        settings: the run's YAML file as nested plain values.
+        untied: what to do with attention weights that differ between recursions: refuse (None), take those of the
+            first recursion, or their mean. Neither gives the model that was trained.
+
+    Raises:
+        CheckpointError: naming a weight that is missing, left over, of another shape, or un-tied.
+        ConfigError: naming a setting that has no counterpart here.
+    """
+    run = Settings(settings)
+    config = config_of(run, shape_of(state))
+    sources = sources_of(config, run.routing)
+    check_names(state, {key for keys in sources.values() for key in keys})
+    expected = {name: value.shape for name, value in build_model(config, device="meta").state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    reduced: list[str] = []
+    for name, keys in sources.items():
+        copies = [state[key].float() for key in keys]
+        for key, copy in zip(keys, copies, strict=True):
+            if copy.shape != expected[name]:
+                raise CheckpointError(f"{key} has shape {tuple(copy.shape)} instead of {tuple(expected[name])}")
+        if all(torch.equal(copy, copies[0]) for copy in copies):
+            weights[name] = copies[0].clone()
+        else:
+            weights[name] = reduce_copies(name, keys, copies, untied)
+            reduced.append(name)
+    fold_temperature(config, weights)
+    if BALANCING_BIAS in expected:
+        weights.setdefault(BALANCING_BIAS, torch.zeros(expected[BALANCING_BIAS]))  # only loss-free runs store it
+    assert weights.keys() == expected.keys()
+    return Imported(config, weights, tuple(reduced))
+
+
+def shape_of(state: Mapping[str, Tensor]) -> Shape:
+    """Widths and effective depth, from names and shapes alone."""
+
+    def first(pattern: str) -> Tensor:
+        found = next((value for name, value in state.items() if re.fullmatch(pattern, name)), None)
+        if found is None or found.dim() != 2:
+            some = next(iter(state), "nothing")
+            raise CheckpointError(
+                f"no matrix is named {pattern!r}: this is not a state dict of the released code (it holds {some} …)"
+            )
+        return found
+
+    embedding = first(re.escape(EMBEDDING))
+    depth = sum(name.endswith(".self_attn.q_proj.weight") for name in state)
+    hidden = [value.shape[0] for name, value in state.items() if name.endswith(".mor_router.router.0.weight")]
+    return Shape(
+        vocab_size=embedding.shape[0],
+        dim=embedding.shape[1],
+        kv_dim=first(r"model\.layers\..*self_attn\.k_proj\.weight").shape[0],
+        ffn_dim=first(r"model\.layers\..*mlp\.up_proj\.weight").shape[0],
+        num_layers=depth,
+        router_hidden=hidden[0] if hidden else 0,
+    )
+
+
+def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
+    """megamor's weight → the names of all its copies in the released state dict."""
+    sources = {"embed.weight": [EMBEDDING], "norm.weight": [NORM]}
+    for ours, theirs in applications(config, routing):
+        for our_weight, their_weight in BLOCK_WEIGHTS.items():
+            sources.setdefault(f"{ours}.{our_weight}.weight", []).append(f"{theirs}.{their_weight}.weight")
+    if routing is not None:
+        sources.update(router_sources(config, routing))
+    return sources
+
+
+def applications(config: Config, routing: str | None) -> list[tuple[str, str]]:
+    """Every application of a block, in order: megamor's prefix and the released code's."""
+    plan = layer_plan(config)
+    pairs = [(f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
+    for recursion, blocks in enumerate(plan.schedule):
+        for place, block in enumerate(blocks):
+            theirs = {
+                None: f"model.layers.{plan.num_prelude + recursion * plan.num_core + place}",
+                "expert": f"model.layers.{plan.num_prelude + recursion}.block.{place}",
+                "token": f"{token_stage(plan.num_prelude)}.block_list.{recursion}.{place}",
+            }[routing]
+            pairs.append((f"stage.blocks.{block}", theirs))
+    stages = {None: len(plan.schedule) * plan.num_core, "expert": len(plan.schedule), "token": 1}[routing]
+    pairs += [(f"coda.{i}", f"model.layers.{plan.num_prelude + stages + i}") for i in range(plan.num_coda)]
+    return pairs
+
+
+def token_stage(num_prelude: int) -> str:
+    """The recursion stage of a token-choice model: one of the layers, or for cycle the list of layers itself."""
+    return f"model.layers.{num_prelude}" if num_prelude else "model.layers"
+
+
+def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
+    """The routers' share of `sources_of`."""
+    linear = getattr(config.router, "head", "linear") == "linear"
+    parts = {"weight": "weight"} if linear else {"fc1.weight": "0.weight", "fc2.weight": "2.weight"}
+    num_prelude = layer_plan(config).num_prelude
+    if routing == "token":
+        stage = token_stage(num_prelude)
+        sources = {f"stage.router.head.{p}": [f"{stage}.mor_router.router.{q}"] for p, q in parts.items()}
+        if getattr(config.router, "balancing", "") == "loss_free":
+            sources[BALANCING_BIAS] = [f"{stage}.router_bias"]
+        return sources
+    kinds = {"heads": "mor_router"}
+    if isinstance(config.router, ExpertChoiceConfig) and config.router.sampling == "aux_router":
+        kinds["aux_router"] = "mlp_router"
+    return {
+        f"stage.router.{ours}.{r}.{p}": [f"model.layers.{num_prelude + r}.{theirs}.router.{q}"]
+        for ours, theirs in kinds.items()
+        for r in range(config.recursion.num_recursions)
+        for p, q in parts.items()
+    }
+
+
+def check_names(state: Mapping[str, Tensor], wanted: set[str]) -> None:
+    """Every copy must be there and nothing else; the head must be the embedding."""
+    missing = sorted(wanted - state.keys())
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{missing[0]} is missing{more}: the weights are not of the run that the config describes"
+        )
+    extra = [key for key in state if key not in wanted | {HEAD} and not key.endswith("rotary_emb.inv_freq")]
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise CheckpointError(f"{extra[0]} has no place{more} in the model that the run config describes")
+    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+        raise CheckpointError(
+            f"{HEAD} differs from {EMBEDDING}: megamor's head is tied to the embedding, as in the paper, but this "
+            "model was trained with a head of its own (the released recursive baseline has one) and can't be imported"
+        )
+
+
+def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Untied | None) -> Tensor:
+    """One weight out of copies that differ; only attention may, and only if asked for."""
+    other = next(key for key, copy in zip(keys, copies, strict=True) if not torch.equal(copy, copies[0]))
+    if ".attention." not in name:
+        raise CheckpointError(
+            f"{keys[0]} and {other} differ, but the run config shares them between recursions: the weights are not of "
+            "that run"
+        )
+    if untied is None:
+        raise CheckpointError(
+            f"attention is un-tied: {keys[0]} and {other} differ. The released expert-choice code re-creates the "
+            "attention of every recursion after sharing the layers, so that models trained with it have more "
+            "parameters than the paper says (360M with 3 recursions: 167M instead of 118M) and no exact counterpart "
+            "here. To import an approximation and train on, choose untied=first (weights of the first recursion) or "
+            "untied=mean"
+        )
+    return copies[0].clone() if untied == "first" else torch.stack(copies).mean(0)
+
+
+def fold_temperature(config: Config, weights: dict[str, Tensor]) -> None:
+    """The released auxiliary router sees x, megamor's sees x / temperature: scale its first layer to make up for it."""
+    if isinstance(config.router, ExpertChoiceConfig):
+        for name in weights:
+            if re.fullmatch(r"stage\.router\.aux_router\.\d+\.(fc1\.)?weight", name):
+                weights[name] = weights[name] * config.router.temperature
+
+
+def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:
+    """Write a checkpoint (weights without optimizer state) that evaluation, generation and export read.
+
+    Args:
+        directory: becomes a directory of checkpoints with one in it; must be new or empty.
+        tokenizer: a `tokenizer.json` to put into it.
+
+    Raises:
+        ConfigError: `directory` is in use, or there is no such tokenizer.
+        CheckpointError: it can't be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+    if tokenizer is not None and not tokenizer.is_file():
+        raise ConfigError(f"{tokenizer} is not a file: give a tokenizer.json")
+    trainer = TrainerState(
+        step=0,
+        tokens_seen=0,
+        data={},
+        world_size=1,
+        backend="single",
+        code_revision=code_revision(),
+        versions=library_versions(),
+    )
+    files: dict[str, str | bytes | Path] = {
+        CONFIG_FILE: config_to_yaml(imported.config),
+        TRAINER_FILE: trainer.to_json(),
+    }
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = tokenizer
+
+    def write_weights(draft: Path) -> None:
+        state = {f"model.{name}": weight for name, weight in imported.weights.items()}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(draft / STATE_DIR), no_dist=True)
+
+    return CheckpointManager(directory, keep_last=1).save(0, [write_weights], files)

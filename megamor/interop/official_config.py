@@ -1,0 +1,236 @@
+"""Run settings of the paper authors' released code (github.com/raymin0223/mixture_of_recursions) to a megamor config.
+
+Their settings are one YAML file per run, with the sections `recursive`, `kv_sharing`, `relaxation` and `mor`; the shape
+of the backbone is that of a published model (`model_name_or_path`), changed by `model_config`. What the weights say
+(widths, number of layers) is taken from the weights. Warm-ups and losses of training are not carried over, except for
+the coefficients: what is imported is a trained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megamor.config import Config, config_from_dict
+from megamor.config.validate import validate
+from megamor.errors import ConfigError
+
+NUM_HEADS = {"SmolLM-135M": 9, "SmolLM-360M": 15, "SmolLM-1.7B": 32}
+"""Attention heads of the published models that the released runs start from; RoPE theta 10000, eps 1e-5."""
+
+FIXED_BACKBONE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+"""Settings of the backbone that have one value here."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the weights tell of a model. `num_layers` is the effective depth, `router_hidden` 0 for linear routers."""
+
+    vocab_size: int
+    dim: int
+    kv_dim: int
+    ffn_dim: int
+    num_layers: int
+    router_hidden: int = 0
+
+
+class Settings:
+    """Dotted access to nested run settings; a key that is absent or null has no value."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value at `key`, or `default`.
+
+        Raises:
+            ConfigError: a section on the way is not a mapping.
+        """
+        value: Any = self.values
+        for name in key.split("."):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"official run config: {key} can't be read: found {value!r}, expected a section")
+            value = value.get(name)
+            if value is None:
+                return default
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """The value at `key` as a number (YAML 1.1 reads 1e-5 as text)."""
+        value = self.get(key, default)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"official run config: {key} = {value!r} is not a number") from None
+
+    def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
+        """megamor's word for the value at `key`."""
+        value = self.get(key, default)
+        if value not in choices:
+            raise refusal(key, value, f"known are {', '.join(choices)}")
+        return choices[value]
+
+    @property
+    def routing(self) -> str | None:
+        """`expert` or `token`; None for models without routers."""
+        if not self.get("mor.enable", False):
+            return None
+        return self.choice("mor.type", "", {"expert": "expert", "token": "token"})
+
+    @property
+    def num_recursions(self) -> int:
+        """1 for vanilla models, and for the released code's shallow ones (recursive with one recursion)."""
+        return int(self.number("recursive.num_recursion", 1)) if self.get("recursive.enable", False) else 1
+
+
+def refusal(key: str, value: Any, reason: str) -> ConfigError:
+    """An error about one setting."""
+    return ConfigError(f"official run config: {key} = {value} can't be imported: {reason}")
+
+
+def config_of(settings: Settings, shape: Shape) -> Config:
+    """The megamor config of a released run whose weights have `shape`.
+
+    Raises:
+        ConfigError: a setting that megamor has no counterpart for, or settings that contradict the weights.
+    """
+    refuse_what_has_no_counterpart(settings)
+    seq_len = int(settings.number("max_length", settings.number("model_config.max_position_embeddings", 2048)))
+    sections: dict[str, Any] = {
+        "model": model_section(settings, shape, seq_len),
+        "data": {"seq_len": seq_len},
+        "train": {"max_steps": max(1, int(settings.number("num_train_steps", 1)))},
+        "optim": {"warmup_steps": 0},
+    }
+    if settings.num_recursions > 1:
+        sections["recursion"] = {
+            "num_recursions": settings.num_recursions,
+            "sharing": settings.get("recursive.sharing"),
+            "kv_policy": kv_policy(settings),
+        }
+    if settings.routing == "expert":
+        sections["router"] = expert_choice(settings, shape)
+    elif settings.routing == "token":
+        sections["router"] = token_choice(settings, shape)
+    config = config_from_dict(sections, "official run config")
+    validate(config)
+    return config
+
+
+def refuse_what_has_no_counterpart(settings: Settings) -> None:
+    """Raise for settings that change the model in ways that megamor doesn't have."""
+    if settings.get("relaxation.enable", False):
+        raise refusal("relaxation.enable", True, "adapters on top of shared weights have no counterpart")
+    if settings.num_recursions > 1 and not settings.get("recursive.ln_share", True):
+        raise refusal("recursive.ln_share", False, "here the norms of shared blocks are shared too")
+    if settings.routing is None:
+        return
+    if settings.num_recursions == 1:
+        raise refusal("mor.enable", True, "it needs recursive.enable with more than one recursion")
+    if settings.get("mor.rand_router", False):
+        raise refusal("mor.rand_router", True, "its gates are random numbers, not weights")
+    if settings.get("recursive.sharing") not in ("cycle", "middle_cycle"):
+        sharing = settings.get("recursive.sharing")
+        raise refusal("recursive.sharing", sharing, "the released code gives routers to cycle and middle_cycle only")
+
+
+def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, Any]:
+    """The backbone, from the weights, `model_config` and the name of the published model."""
+    for key, value in FIXED_BACKBONE.items():
+        found = settings.get(f"model_config.{key}", value)
+        if found != value:
+            raise refusal(f"model_config.{key}", found, f"here it is {value}")
+    num_heads = settings.get("model_config.num_attention_heads")
+    name = str(settings.get("model_name_or_path", "")).rpartition("/")[2]
+    if num_heads is None and name not in NUM_HEADS:
+        raise ConfigError(
+            f"official run config: the weights don't tell the number of attention heads, and model_name_or_path = "
+            f"{name or None} is none of {', '.join(NUM_HEADS)}: give model_config.num_attention_heads (and rope_theta, "
+            "rms_norm_eps where they aren't 10000 and 1e-5)"
+        )
+    num_heads = int(NUM_HEADS[name] if num_heads is None else num_heads)
+    if shape.dim % num_heads or shape.kv_dim % (shape.dim // num_heads):
+        raise refusal(
+            "model_config.num_attention_heads", num_heads, f"it doesn't divide widths {shape.dim} and {shape.kv_dim}"
+        )
+    return {
+        "vocab_size": shape.vocab_size,
+        "dim": shape.dim,
+        "num_layers": shape.num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": shape.kv_dim // (shape.dim // num_heads),
+        "ffn_dim": shape.ffn_dim,
+        "max_seq_len": seq_len,
+        "rope_theta": settings.number("model_config.rope_theta", 10000.0),
+        "norm_eps": settings.number("model_config.rms_norm_eps", 1e-5),
+    }
+
+
+def kv_policy(settings: Settings) -> str:
+    """Key/value policy. The released settings repeat number and sharing of the recursions; they must agree."""
+    if not settings.get("kv_sharing.enable", False):
+        return "recursion_wise"
+    for name in ("num_recursion", "sharing"):
+        found, wanted = settings.get(f"kv_sharing.{name}"), settings.get(f"recursive.{name}")
+        if found is not None and found != wanted:
+            raise refusal(f"kv_sharing.{name}", found, f"recursive.{name} is {wanted}")
+    return "hybrid" if settings.get("kv_sharing.update_cache", False) else "share_first"
+
+
+def router_head(settings: Settings, shape: Shape) -> str:
+    """The head that the weights have: the released wide_mlp was once as narrow as its mlp."""
+    kind = settings.choice("mor.router_type", "linear", {"linear": "linear", "mlp": "mlp", "wide_mlp": "wide_mlp"})
+    by_width = {0: "linear", 2 * shape.dim: "mlp", 4 * shape.dim: "wide_mlp"}
+    if shape.router_hidden not in by_width or (kind == "linear") != (shape.router_hidden == 0):
+        raise refusal("mor.router_type", kind, f"the routers have a hidden layer of width {shape.router_hidden}")
+    return by_width[shape.router_hidden]
+
+
+def common_router_settings(settings: Settings, shape: Shape, section: str) -> dict[str, Any]:
+    """What expert-choice and token-choice share."""
+    return {
+        "head": router_head(settings, shape),
+        "temperature": settings.number("mor.temp", 1.0),
+        "gating": settings.choice(
+            f"mor.{section}.gating", "weighted", {"weighted": "weighted", "additive": "additive"}
+        ),
+        "z_coeff": settings.number("mor.z_coeff", 0.0) if settings.get("mor.z_loss", False) else 0.0,
+    }
+
+
+def expert_choice(settings: Settings, shape: Shape) -> dict[str, Any]:
+    """Router section of an expert-choice run."""
+    # Without a function the released code leaves the score as it is: alpha is not applied.
+    activation = settings.choice(
+        "mor.expert.router_func", "none", {"sigmoid": "sigmoid", "tanh": "tanh", "none": "none"}
+    )
+    sampling = settings.choice(
+        "mor.expert.sampling", "none", {"aux_loss": "aux_loss", "aux_router": "aux_router", "none": "none"}
+    )
+    capacity = settings.get("mor.capacity")
+    return {
+        "kind": "expert_choice",
+        **common_router_settings(settings, shape, "expert"),
+        "activation": activation,
+        "alpha": 1.0 if activation == "none" else settings.number("mor.expert.alpha", 0.1),
+        "capacity": None if capacity is None else [float(share) for share in str(capacity).split(",")],
+        "sampling": "aux_loss" if sampling == "none" else sampling,
+        "aux_coeff": 0.0 if sampling == "none" else settings.number("mor.expert.coeff", 0.001),
+    }
+
+
+def token_choice(settings: Settings, shape: Shape) -> dict[str, Any]:
+    """Router section of a token-choice run."""
+    activation = settings.choice("mor.token.router_func", "softmax", {"softmax": "softmax", "sigmoid": "sigmoid"})
+    return {
+        "kind": "token_choice",
+        **common_router_settings(settings, shape, "token"),
+        "activation": activation,
+        "alpha": settings.number("mor.token.alpha", 1.0 if activation == "softmax" else 0.1),
+        "balancing": settings.choice(
+            "mor.token.balancing", "none", {"loss": "loss", "loss_free": "loss_free", "none": "none"}
+        ),
+        "balance_coeff": settings.number("mor.token.coeff", 0.1),
+        "bias_update_rate": settings.number("mor.token.u", 0.001),
+    }

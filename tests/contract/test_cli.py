@@ -1,0 +1,144 @@
+"""The commands as a user meets them: help that teaches, dry runs of every recipe, checkpoints that were moved."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import pretrain
+from megamor import generate
+from megamor.config import Config
+from megamor.data import ShardWriter
+from megamor.evaluate import __main__ as evaluate
+from megamor.parallel import init_world
+from megamor.train import build_trainer
+from tests.resume.runs import directory_of, tiny_run
+from tools import bench, inspect_data, preprocess, readme_numbers
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+MAINS = {
+    "pretrain.py": pretrain.main,
+    "megamor.evaluate": evaluate.main,
+    "megamor.generate": generate.main,
+    "tools/preprocess.py": preprocess.main,
+    "tools/inspect_data.py": inspect_data.main,
+    "tools/bench.py": bench.main,
+    "tools/readme_numbers.py": readme_numbers.main,
+}
+TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " * 400
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny models are quickest so, and later tests fork."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("command", "main"), MAINS.items(), ids=MAINS)
+def test_help_teaches_by_example(command: str, main: Callable, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code in (0, None)
+    shown = capsys.readouterr().out
+    _, _, example = re.sub(r"\s+", " ", shown).partition("example")
+    assert command in example, f"no example of {command} in its help"
+
+
+def test_console_scripts_exist() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    scripts = re.findall(r'^megamor-\w+(?:-\w+)* = "([\w.]+):(\w+)"$', text, re.MULTILINE)
+    assert len(scripts) >= 6
+    for module, function in scripts:
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_can_be_dry_run(path: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    overlay = [] if re.search(r"max_(steps|tokens)", path.read_text()) else ["train.max_steps=1000"]
+    pretrain.main(["--config", str(path), "--dry-run", f"run.dir={tmp_path}", *overlay])
+    shown = capsys.readouterr().out
+    for line in ("steps", "layers", "parameters", "FLOPs", "memory"):
+        assert re.search(rf"^{line}  +\S", shown, re.MULTILINE), f"no line on {line}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def train_tokenizer(path: Path) -> Tokenizer:
+    """Byte-level BPE of 280 entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def write_text(prefix: Path, tokenizer: Tokenizer) -> None:
+    """`TEXT` as a shard."""
+    with ShardWriter(prefix, np.dtype("<u2")) as writer:
+        writer.add(tokenizer.encode(TEXT).ids)
+        writer.commit()
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint far from where it was trained, with a validation set beside it; all else is gone."""
+    torch.set_num_threads(1)
+    home, elsewhere = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
+    base = tiny_run(home, max_steps=6, eval_every=3)
+    tokenizer = train_tokenizer(home / "tokenizer.json")
+    write_text(home / "data" / "train", tokenizer)
+    write_text(elsewhere / "val", tokenizer)
+    config: Config = replace(
+        base,
+        model=replace(base.model, vocab_size=280),
+        data=replace(base.data, tokenizer=str(home / "tokenizer.json"), validation={}),
+    )
+    assert build_trainer(config, init_world(config.parallel)).fit()
+    shutil.copytree((directory_of(config) / "checkpoints" / "latest").resolve(), elsewhere / "model")
+    shutil.rmtree(home)
+    return elsewhere
+
+
+def test_evaluate_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(moved / "model"), "--data", str(moved / "val"), "--json", str(tmp_path / "x.json")]
+    evaluate.main([*arguments, "--sequences", "8", "--batch-size", "4", "--device", "cpu"])
+    assert "step 6" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert figures["tokens"] == 8 * 32
+    assert 2 < figures["loss_topk"] < 6
+    assert figures["gap"] == pytest.approx(figures["loss_causal"] - figures["loss_topk"])
+    assert figures["mean_depth_topk"] == pytest.approx((32 + 21 + 10) / 32)
+
+
+def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    png = tmp_path / "depth.png"
+    arguments = ["--checkpoint", str(moved / "model"), "--prompt", "the quick", "--max-tokens", "5", "--seed", "3"]
+    generate.main([*arguments, "--device", "cpu"])
+    first = capsys.readouterr().out
+    assert first.startswith("the quick")
+    generate.main([*arguments, "--device", "cpu", "--show-depth", "--depth-png", str(png)])
+    shown = capsys.readouterr().out
+    assert "recursions" in shown
+    assert "mean depth" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_that_is_not_there(moved: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        generate.main(["--checkpoint", str(moved / "modal"), "--prompt", "x"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"

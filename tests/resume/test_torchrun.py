@@ -1,0 +1,108 @@
+"""Real launches: `torchrun` forwards Ctrl-C, a signal to one worker ends all with status 75, errors are said once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megamor.config import Config, OptimConfig, config_to_yaml
+from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace, until
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_SECONDS = 120.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run that nobody waits for; its learning rate doesn't depend on where it ends."""
+    optim = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=2)
+    return replace(tiny_run(tmp_path, max_steps=100_000, eval_every=200_000), optim=optim)
+
+
+@contextmanager
+def launched(config: Config) -> Iterator[subprocess.Popen]:
+    """`torchrun` on two processes; killed with all its workers if it's still there at the end."""
+    file = Path(config.run.dir) / f"{config.run.name}.yaml"
+    file.write_text(config_to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, str(ROOT / "pretrain.py"), "--config", str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    workers: list[int] = []
+    try:
+        yield process
+    finally:
+        workers += children(process.pid) if process.poll() is None else []
+        for pid in [*workers, *([process.pid] if process.poll() is None else [])]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process (Linux)."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def wait_for_steps(config: Config, count: int) -> None:
+    """Until so many steps are logged."""
+    metrics = directory_of(config) / "metrics.jsonl"
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run doesn't start"
+        time.sleep(0.05)
+
+
+def assert_saved_and_continues(config: Config) -> None:
+    """Exactly the last logged step was saved, and the rest is that of a run without interruption."""
+    done = trace(config).steps[-1]["step"]
+    assert checkpoint_names(config) == ["latest", f"step_{done:08d}"]
+    straight = named(config, "straight")
+    assert fit(until(straight, done + 2)) == [True, True]
+    assert fit(until(config, done + 2)) == [True, True]
+    assert_same_run(trace(straight), trace(config))
+
+
+def test_ctrl_c_to_torchrun(config: Config) -> None:
+    with launched(config) as process:
+        wait_for_steps(config, 3)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert "stopped on request after step" in printed
+    assert process.returncode != 0
+    assert_saved_and_continues(config)
+
+
+def test_a_signal_to_one_worker(config: Config) -> None:
+    with launched(config) as process:
+        wait_for_steps(config, 3)
+        os.kill(children(process.pid)[-1], signal.SIGUSR1)
+        printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert printed.count("stopped on request after step") == 1
+    assert "exitcode  : 75" in printed
+    assert "exitcode  : -" not in printed  # nobody was killed
+    assert_saved_and_continues(config)
+
+
+def test_an_error_is_printed_once(config: Config) -> None:
+    with launched(replace(config, data=replace(config.data, tokenizer="nowhere.json"))) as process:
+        printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert printed.count("nowhere.json can't be read") == 1
+    assert "DataError: nowhere.json" in printed
+    assert process.returncode != 0
