@@ -24,7 +24,7 @@ from megamor.errors import ConfigError
 from megamor.interop.assemble import assemble
 from megamor.model import Transformer
 
-CODE_FILE = "modeling_megamor.py"
+CODE_FILE, WEIGHTS_FILE = "modeling_megamor.py", "model.safetensors"
 WEIGHTS_PREFIX = "model."
 """`MegamorForCausalLM` holds the `Transformer` under this name."""
 END_OF_TEXT = "<|endoftext|>"
@@ -51,17 +51,19 @@ def export_huggingface(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CODE_FILE).write_text(modeling_source(), encoding="utf-8")
+    code, weights = directory / CODE_FILE, directory / WEIGHTS_FILE
+    code.write_text(modeling_source(), encoding="utf-8")
     state = {WEIGHTS_PREFIX + name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(code.stat().st_mode)  # safetensors leaves it readable by its owner alone
     end_of_text = None
     if tokenizer is not None:
         shutil.copyfile(tokenizer, directory / "tokenizer.json")
         end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
         _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text is not None))
     _write_json(directory / "config.json", model_settings(config, dtype, end_of_text))
-    generation = {"use_cache": True, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    _write_json(directory / "generation_config.json", {key: v for key, v in generation.items() if v is not None})
+    generation = {"use_cache": True, **special_ids(end_of_text)}
+    _write_json(directory / "generation_config.json", generation)
     return sorted(directory.iterdir())
 
 
@@ -98,9 +100,14 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
         "max_position_embeddings": config.model.max_seq_len,
         "use_cache": True,
         "tie_word_embeddings": False,
-        "eos_token_id": end_of_text,
+        **special_ids(end_of_text),
         "megamor": {name: values[name] for name in ("model", "recursion", "router")},
     }
+
+
+def special_ids(end_of_text: int | None) -> dict[str, int]:
+    """Ends a text, and fills up finished ones in a batch."""
+    return {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
 
 
 def tokenizer_settings(config: Config, has_end_of_text: bool) -> dict[str, Any]:
