@@ -201,12 +201,16 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Token shards. `tokenizer` is copied into every checkpoint and must be the one that wrote the shards."""
+    """Token shards. `tokenizer` is copied into every checkpoint and must be the one that wrote the shards.
+
+    Windows cut through a stream of documents; with `document_mask` attention stays inside each document.
+    """
 
     train: tuple[SourceConfig, ...] = ()
     validation: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
     seq_len: int = 2048
+    document_mask: bool = False
     prefetch_steps: int = 2
 
 

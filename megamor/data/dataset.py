@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,12 @@ class WindowedShard:
         self.check_ids(picked)
         return picked.astype(np.int64)
 
+    def documents(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the document of each input token of the windows `numbers` [n], as [n, seq_len]."""
+        places = numbers[:, None] * self.seq_len + np.arange(self.seq_len)
+        starts = self.shard.document_offsets
+        return np.searchsorted(starts, places * self.shard.tokens.itemsize, side="right") - 1
+
     def check_ids(self, tokens: NDArray) -> None:
         """Raise DataError naming the file if an id isn't in the model's vocabulary."""
         if not tokens.size:
@@ -111,12 +117,19 @@ class TrainingData:
     """All training sources of a run. Sources are known by the fingerprint of their contents, so data may be moved."""
 
     def __init__(
-        self, sources: Mapping[str, WindowedShard], weights: Mapping[str, float], *, seed: int, prefetch_steps: int
+        self,
+        sources: Mapping[str, WindowedShard],
+        weights: Mapping[str, float],
+        *,
+        seed: int,
+        prefetch_steps: int = 2,
+        document_mask: bool = False,
     ) -> None:
         self.sources = dict(sources)
         self.weights = dict(weights)
         self.seed = seed
         self.prefetch_steps = prefetch_steps
+        self.document_mask = document_mask
         self.seq_len = next(iter(self.sources.values())).seq_len
 
     @classmethod
@@ -147,7 +160,13 @@ class TrainingData:
                     "once, with the sum of the weights"
                 )
             sources[key], weights[key] = shard, source.weight
-        return cls(sources, weights, seed=seed, prefetch_steps=config.prefetch_steps)
+        return cls(
+            sources,
+            weights,
+            seed=seed,
+            prefetch_steps=config.prefetch_steps,
+            document_mask=config.document_mask,
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each source, by its prefix."""
@@ -162,9 +181,24 @@ class TrainingData:
 
         `order` is that of the run's loader; without it, that of a run whose blend never changed.
         """
+        result = np.empty((count, self.seq_len + 1), np.int64)
+        for chosen, shard, numbers in self._located(first_sample, count, order):
+            result[chosen] = shard.windows(numbers)
+        return result
+
+    def documents(self, first_sample: int, count: int, order: SampleOrder | None = None) -> NDArray[np.int64]:
+        """Numbers of the documents of the same samples' input tokens, as [count, seq_len]."""
+        result = np.empty((count, self.seq_len), np.int64)
+        for chosen, shard, numbers in self._located(first_sample, count, order):
+            result[chosen] = shard.documents(numbers)
+        return result
+
+    def _located(
+        self, first_sample: int, count: int, order: SampleOrder | None
+    ) -> Iterator[tuple[NDArray[np.bool_], WindowedShard, NDArray[np.int64]]]:
+        """For each source in play: which of the samples are its own, the source, and the numbers of its windows."""
         order = order or self.order()
         sources, positions = order.locate(np.arange(first_sample, first_sample + count))
-        result = np.empty((count, self.seq_len + 1), np.int64)
         for index in np.unique(sources):
             shard = self.sources.get(order.sources[index])
             if shard is None:
@@ -173,9 +207,7 @@ class TrainingData:
                     f"data.train no longer names (fingerprint {order.sources[index][:12]}…); add it again to read them"
                 )
             chosen = sources == index
-            numbers = shuffled_windows(positions[chosen], shard.num_windows, self.seed)
-            result[chosen] = shard.windows(numbers)
-        return result
+            yield chosen, shard, shuffled_windows(positions[chosen], shard.num_windows, self.seed)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise an error naming the cause if `state` (of a loader) was saved with other data, seed or window length."""

@@ -94,6 +94,11 @@ class TokenShard:
         """Number of documents in the index."""
         return self.num_sequences if self.document_index is None else len(self.document_index) - 1
 
+    @property
+    def document_offsets(self) -> NDArray[np.int64]:
+        """Byte at which each document starts, [documents]."""
+        return self.offsets if self.document_index is None else self.offsets[self.document_index[:-1]]
+
     def sequence(self, number: int) -> NDArray:
         """The ids of one sequence, a view of the map."""
         start = int(self.offsets[number]) // self.dtype.itemsize

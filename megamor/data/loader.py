@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,21 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`inputs` [b, S] and, for each position, the token that follows: `labels` [b, S], -100 where there is none."""
+    """`inputs` [b, S] and, for each position, the token that follows: `labels` [b, S], -100 where there is none.
+
+    `documents` [b, S] numbers the documents; None unless `data.document_mask`.
+    """
 
     inputs: Tensor
     labels: Tensor
+    documents: Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: NDArray[np.int64]) -> MicroBatch:
+    def from_windows(cls, windows: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> MicroBatch:
         """Split windows [b, S + 1] into inputs and the labels one token later."""
         tokens = torch.from_numpy(windows)
-        return cls(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        numbers = None if documents is None else torch.from_numpy(documents)
+        return cls(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), numbers)
 
 
 class TrainingLoader:
@@ -121,8 +126,12 @@ class TrainingLoader:
         self._pending.clear()
 
     def _load(self, first_sample: int) -> list[MicroBatch]:
-        windows = self._data.windows(first_sample + self._slice_start, self._slice_size, self._order)
-        return [MicroBatch.from_windows(part) for part in _chunks(windows, self._micro_batch_size)]
+        first = first_sample + self._slice_start
+        windows = _chunks(self._data.windows(first, self._slice_size, self._order), self._micro_batch_size)
+        if not self._data.document_mask:
+            return [MicroBatch.from_windows(part) for part in windows]
+        documents = _chunks(self._data.documents(first, self._slice_size, self._order), self._micro_batch_size)
+        return [MicroBatch.from_windows(*parts) for parts in zip(windows, documents, strict=True)]
 
 
 def _chunks(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
@@ -133,8 +142,9 @@ def _chunks(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
 class ValidationSet:
     """A shard read in order, for evaluation. Its last window may be short; positions beyond the end have label -100."""
 
-    def __init__(self, name: str, shard: WindowedShard) -> None:
+    def __init__(self, name: str, shard: WindowedShard, document_mask: bool = False) -> None:
         self.name = name
+        self._document_mask = document_mask
         self._shard = shard
         self._tokens = shard.shard.tokens
         if len(self._tokens) < 2:
@@ -167,9 +177,13 @@ class ValidationSet:
             part = self._tokens[number * seq_len : (number + 1) * seq_len + 1]
             self._shard.check_ids(part)
             windows[row, : len(part)] = part
-        batch = MicroBatch.from_windows(windows)
+        documents = None
+        if self._document_mask:
+            documents = np.zeros((rows, seq_len), np.int64)
+            documents[: len(numbers)] = self._shard.documents(numbers)
+        batch = MicroBatch.from_windows(windows, documents)
         # Padding must be an id that the embedding has; which one doesn't matter, its label is ignored.
-        return MicroBatch(batch.inputs.clamp_min(0), batch.labels)
+        return replace(batch, inputs=batch.inputs.clamp_min(0))
 
 
 def open_validation_sets(config: DataConfig, *, vocab_size: int) -> dict[str, ValidationSet]:
@@ -179,6 +193,7 @@ def open_validation_sets(config: DataConfig, *, vocab_size: int) -> dict[str, Va
         name: ValidationSet(
             name,
             WindowedShard.open(prefix, seq_len=config.seq_len, vocab_size=vocab_size, tokenizer_sha256=tokenizer),
+            config.document_mask,
         )
         for name, prefix in config.validation.items()
     }

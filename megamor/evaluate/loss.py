@@ -14,13 +14,16 @@ from megamor.routing import Mode
 
 
 class Batch(Protocol):
-    """Token ids [B, S] and the ids to predict [B, S], -100 where none is."""
+    """Token ids [B, S], ids to predict [B, S] (-100 where none is), and document numbers [B, S] where they are masked."""
 
     @property
     def inputs(self) -> Tensor: ...
 
     @property
     def labels(self) -> Tensor: ...
+
+    @property
+    def documents(self) -> Tensor | None: ...
 
 
 def modes_of(model: Transformer) -> tuple[Mode, ...]:
@@ -44,7 +47,8 @@ def summed_loss(
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
-            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode)
+            documents = None if batch.documents is None else batch.documents.to(device)
+            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode, documents=documents)
         assert out.loss_sum is not None
         assert out.num_tokens is not None
         total[0] += out.loss_sum

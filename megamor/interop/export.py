@@ -38,7 +38,7 @@ def export_huggingface(
     Args:
         directory: must be new or empty.
         tokenizer: a `tokenizer.json`.
-        dtype: what the weights are stored and loaded in.
+        dtype: what the weights are stored and loaded in, routers aside, which stay in fp32.
 
     Raises:
         ConfigError: `directory` is in use, or the router is custom (its code is not megamor's to carry along).
@@ -53,7 +53,10 @@ def export_huggingface(
     directory.mkdir(parents=True, exist_ok=True)
     code, weights = directory / CODE_FILE, directory / WEIGHTS_FILE
     code.write_text(modeling_source(), encoding="utf-8")
-    state = {WEIGHTS_PREFIX + name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
+    state = {
+        WEIGHTS_PREFIX + name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype)
+        for name, value in model.state_dict().items()
+    }
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod(code.stat().st_mode)  # safetensors leaves it readable by its owner alone
     end_of_text = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,6 +285,8 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
 
     def write_weights(draft: Path) -> None:
         state = {f"model.{name}": weight for name, weight in imported.weights.items()}
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(draft / STATE_DIR), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(draft / STATE_DIR), no_dist=True)
 
     return CheckpointManager(directory, keep_last=1).save(0, [write_weights], files)

@@ -10,6 +10,7 @@ or where documents must not see each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,22 +55,44 @@ class AttentionLayout:
     """Who sees whom. `mask` [batch, 1, queries, keys] is additive; None means causal among the rows themselves.
 
     `keys` None means that keys and values arrive as [batch, length, kv_heads, head_dim] already (a cache).
+    `num_chunks` cuts the queries into as many parts, each of which is given only the keys that it can possibly see.
     """
 
     queries: Grid
     keys: Grid | None
     mask: Tensor | None = None
+    num_chunks: int = 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim], k and v [M, kv_heads, head_dim] to [N, heads · head_dim]."""
         q_BHTD = self.queries.pad(q).transpose(1, 2)
         k_BHTD = (k if self.keys is None else self.keys.pad(k)).transpose(1, 2)
         v_BHTD = (v if self.keys is None else self.keys.pad(v)).transpose(1, 2)
-        mask = None if self.mask is None else self.mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[-2]
-        )
+        grouped = q.shape[1] != k.shape[-2]
+        if self.mask is None:
+            out = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
+        else:
+            num_queries, num_keys = self.mask.shape[2:]
+            parts = []
+            for rows in chunks(num_queries, self.num_chunks):
+                visible = slice(0, num_keys - num_queries + rows.stop if self.num_chunks > 1 else num_keys)
+                parts.append(
+                    F.scaled_dot_product_attention(
+                        q_BHTD[:, :, rows],
+                        k_BHTD[:, :, visible],
+                        v_BHTD[:, :, visible],
+                        attn_mask=self.mask[:, :, rows, visible].to(q.dtype),
+                        enable_gqa=grouped,
+                    )
+                )
+            out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
+
+
+def chunks(length: int, count: int) -> list[slice]:
+    """`count` slices of about equal size that cover range(length)."""
+    bounds = [length * number // count for number in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def visibility_mask(

@@ -16,35 +16,37 @@ from torch.nn import functional as F
 
 from megamor.config import ModelConfig
 from megamor.model.attention import AttentionLayout
+from megamor.model.elementwise import rms_norm, rotate
 
 KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """cos and sin of the rows' positions, fp32 [N, 1, head_dim]. Wrapped, so that no precision policy casts them."""
+    """cos and sin (its first half negated) of the rows' positions, fp32 [N, 1, head_dim].
+
+    Wrapped, so that no precision policy casts them.
+    """
 
     cos: Tensor
-    sin: Tensor
+    signed_sin: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
         """Apply RoPE (half-split layout, arXiv 2104.09864) to x [N, heads, head_dim]."""
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        return (x * self.cos + rotated * self.sin).to(x.dtype)
+        return rotate(x, self.cos, self.signed_sin)
 
     def select(self, rows: Tensor | None) -> RotaryAngles:
         """The angles of some of the rows; None means all."""
-        return self if rows is None else RotaryAngles(self.cos[rows], self.sin[rows])
+        return self if rows is None else RotaryAngles(self.cos[rows], self.signed_sin[rows])
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
     """Angles of `positions` [N]; computed in fp64 for fp64 models, fp32 otherwise."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    angles = torch.outer(positions.to(dtype), 1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return RotaryAngles(angles.cos(), angles.sin())
+    angles = torch.outer(positions.to(dtype), 1.0 / theta**exponents).unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return RotaryAngles(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 class KeysValues:
@@ -96,7 +98,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] to the same shape and type."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

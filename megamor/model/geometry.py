@@ -16,6 +16,10 @@ BEYOND = torch.iinfo(torch.int64).max
 """Order of a key that doesn't exist."""
 
 
+ROWS_PER_CHUNK = 128
+"""Queries worth a call of their own, for the sake of keys that they needn't be given."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A [batch, seq_len] stream whose sequences begin at place `start` (tokens in a cache come before).
@@ -63,7 +67,11 @@ class Geometry:
         query_order, query_document = self._places(queries, query_grid, -1)
         key_order, key_document = self._places(keys, key_grid, BEYOND)
         mask = visibility_mask(query_order, key_order, query_document, key_document)
-        return AttentionLayout(query_grid, key_grid, mask)
+        # The j-th of K tokens that were selected from S stands at place S - K + j at most: no key after that is
+        # visible.
+        static = queries.lengths is None and keys.is_everything
+        num_chunks = max(1, min(4, queries.max_length // ROWS_PER_CHUNK)) if static else 1
+        return AttentionLayout(query_grid, key_grid, mask, num_chunks)
 
     def _places(self, tokens: TokenSet, grid: Grid, fill: int) -> tuple[Tensor, Tensor | None]:
         """Order and document of each place of `grid`, [batch, length]; `fill` marks padding."""

@@ -114,8 +114,9 @@ class Trainer:
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             inputs, labels = self.to_device(batch.inputs), self.to_device(batch.labels)
+            documents = None if batch.documents is None else self.to_device(batch.documents)
             with self.backend.forward_context(last_micro_batch=is_last):
-                out = self.backend.model(inputs, labels, mode="train", step=step)
+                out = self.backend.model(inputs, labels, mode="train", step=step, documents=documents)
                 loss = self.total_loss(out, token_weight, len(batches))
             self.backend.backward(loss, last_micro_batch=is_last)
             statistics.add(out)

@@ -315,3 +315,24 @@ def test_validation_checks_ids_and_size(config: DataConfig, tmp_path: Path) -> N
         list(validation.batches(0, 1, 4))
     with pytest.raises(DataError, match="too few"):
         open_validation_sets(replace(config, validation={"v": write(tmp_path / "x", np.arange(1))}), vocab_size=100)
+
+
+def test_document_numbers_change_where_documents_begin(tmp_path: Path) -> None:
+    """Each window's numbers against the lengths of the documents, for training and validation alike."""
+    prefix, lengths = str(tmp_path / "d"), [5, 1, 9, 20, 3, 17]
+    with ShardWriter(prefix, np.uint16) as writer:
+        for number, length in enumerate(lengths):
+            writer.add(np.full(length, number))  # so that a token says which document it is of
+        writer.commit()
+    config = DataConfig(train=(SourceConfig(prefix),), validation={"v": prefix}, seq_len=8, document_mask=True)
+    data = TrainingData.open(config, seed=0, vocab_size=100)
+    loader = TrainingLoader(data, rank=0, world_size=1, global_batch_size=6, micro_batch_size=3)
+    batches = [*loader.next_step(), *open_validation_sets(config, vocab_size=100)["v"].batches(0, 1, 4, 6)]
+    loader.close()
+    for batch in batches:
+        rows = batch.labels[:, 0] >= 0
+        assert torch.equal(batch.documents[rows], batch.inputs[rows])
+    plain = TrainingData.open(replace(config, document_mask=False), seed=0, vocab_size=100)
+    loader = TrainingLoader(plain, rank=0, world_size=1, global_batch_size=6, micro_batch_size=3)
+    assert loader.next_step()[0].documents is None
+    loader.close()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config.derive import derive
-from megamor.model import Transformer, build_model
+from megamor.model import Transformer, build_model, elementwise, geometry
 from megamor.model import loss as loss_module
 from megamor.model.loss import linear_cross_entropy
 from megamor.model.sharing import layer_plan
@@ -222,3 +222,32 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert torch.equal(same.embed.weight, build_model(config, seed=1).embed.weight)
     assert not torch.equal(same.embed.weight, other.embed.weight)
     assert same.embed.weight.std().item() == pytest.approx(config.model.init_std, rel=0.1)
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "rotate"])
+def test_hand_written_gradients(function: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    if function == "rms_norm":
+        arguments = (random(7, 12), random(12))
+        assert torch.autograd.gradcheck(lambda x, w: elementwise.rms_norm(x, w, 1e-5), arguments)
+        found, wanted = elementwise.rms_norm(*arguments, 1e-5), F.rms_norm(arguments[0], (12,), arguments[1], 1e-5)
+    else:
+        x, angles = random(5, 3, 8), torch.randn(5, 1, 8, generator=generator, dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda x: elementwise.rotate(x, angles.cos(), angles.sin()), (x,))
+        found = elementwise.rotate(x, angles.cos(), angles.sin())
+        wanted = x * angles.cos() + torch.cat((x[..., 4:], x[..., :4]), -1) * angles.sin()
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
+def test_cutting_queries_into_chunks_changes_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
+    with torch.no_grad():
+        whole = model(ids, mode="topk").logits
+        monkeypatch.setattr(geometry, "ROWS_PER_CHUNK", 3)
+        cut = model(ids, mode="topk").logits
+    torch.testing.assert_close(cut, whole, atol=1e-12, rtol=0)

@@ -15,7 +15,11 @@ from megamor.train.stop import SIGNALS, StopRequest
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """Handlers of the test's own, restored afterwards."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def end(number: int, frame: object) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} would have ended the process")
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -60,7 +64,7 @@ def test_schedulers_may_repeat_themselves(
     monkeypatch.setattr(stop, "PATIENCE_SECONDS", 0.0)
     with request_to_stop:
         signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(number)  # would end this process
+        signal.raise_signal(number)
         assert request_to_stop.agreed()
 
 

@@ -1,0 +1,43 @@
+"""Tests don't quietly disappear: every skip must have one of the reasons below, which depend on the machine alone.
+
+A skip for another reason, or for one of these where the machine has what is asked for, fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest_plugins = ["pytester"]
+
+FIXTURES = Path(os.environ.get("MEGAMOR_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
+HAS_REFERENCE_CASES = (FIXTURES / "meta.json").exists()
+
+# Reason (a part of it) and whether this machine is allowed to give it.
+ALLOWED: tuple[tuple[str, bool], ...] = (
+    ("MEGAMOR_FIXTURES", not HAS_REFERENCE_CASES),
+    ("got empty parameter set", not HAS_REFERENCE_CASES),
+    ("needs a CUDA device", not torch.cuda.is_available()),
+    ("this system can't reset a process's peak memory", not os.access("/proc/self/clear_refs", os.W_OK)),
+)
+
+
+def is_allowed(reason: str) -> bool:
+    """Whether a test may be skipped for `reason` on this machine."""
+    return any(part in reason and allowed for part, allowed in ALLOWED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Turn a skip that isn't allowed into a failure."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not is_allowed(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped for a reason that tests/conftest.py doesn't allow: {reason}"
+    return report

@@ -1,0 +1,289 @@
+"""Export to Hugging Face: a process that can't import megamor loads the directory and computes the same logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from megamor.config import Config, CustomRouterConfig
+from megamor.errors import ConfigError
+from megamor.interop import Imported, export_huggingface, save_imported
+from megamor.interop.assemble import Assembly, Module
+from megamor.interop.export import modeling_source
+from tests.combinations import (
+    KV_POLICIES,
+    ROUTERS,
+    SEQ_LEN,
+    SHARINGS,
+    lively_model,
+    tiny_config,
+    tokens,
+    vanilla_config,
+)
+from tools import export_hf
+
+pytest.importorskip("transformers")
+
+CONFIGS: dict[str, Config] = {"vanilla": vanilla_config()}
+CONFIGS |= {name: tiny_config(router) for name, router in ROUTERS.items()}
+CONFIGS |= {
+    f"expert_choice-{kv_policy}-{sharing}": tiny_config(ROUTERS["expert_choice"], kv_policy, sharing)
+    for kv_policy in KV_POLICIES
+    for sharing in SHARINGS
+}
+CONFIGS |= {
+    f"token_choice-{policy}": tiny_config(ROUTERS["token_choice"], policy) for policy in ("share_first", "hybrid")
+}
+DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard"]
+"""Exports that are also asked to generate."""
+TEXT = "again and again<|endoftext|>"
+
+SCRIPT = """
+import importlib.abc, json, os, sys
+from pathlib import Path
+
+class WithoutMegamor(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("megamor", "tools", "pretrain", "tests"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, WithoutMegamor())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+root, found = Path(sys.argv[1]), {}
+inputs = torch.load(root / "inputs.pt")
+
+def load(name, **options):
+    return AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True, **options).eval()
+
+def lengths_seen(model):
+    seen = []
+    model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    return seen
+
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+
+with torch.no_grad():
+    for name in json.loads(sys.argv[2]):
+        found[name] = load(name)(inputs).logits
+    for name in json.loads(sys.argv[3]):
+        model = load(name)
+        prompt, options = inputs[:, :8], dict(max_new_tokens=10, do_sample=False)
+        seen = lengths_seen(model)
+        found[f"{name}.greedy"] = model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options)
+        found[f"{name}.lengths"] = list(seen)
+        options["num_beams"] = 3
+        found[f"{name}.beams"] = model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options)
+
+    model = load("expert_choice")
+    loss, logits = model(inputs, labels=inputs, return_dict=False)
+    found["loss"], found["loss_logits"] = loss, logits
+    found["padding"] = refusal(lambda: model(inputs, attention_mask=(inputs > 3).long()))
+    model(inputs, attention_mask=torch.ones_like(inputs))
+    found["overflow"] = refusal(lambda: model(inputs.repeat(1, 2), use_cache=True))
+    half = load("expert_choice", dtype=torch.bfloat16)
+    found["dtypes"] = {str(value.dtype) for value in half.model.stage.router.parameters()}, half.model.norm.weight.dtype
+    found["half"] = half(inputs).logits
+    fresh = AutoModelForCausalLM.from_config(load("act_hard").config, trust_remote_code=True)
+    found["fresh"] = fresh.model.stage.router.bias, fresh.model.embed.weight.std()
+    model.save_pretrained(root / "saved_again")
+    found["saved_again"] = load("saved_again")(inputs).logits
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "with_tokenizer", trust_remote_code=True)
+    encoded = tokenizer(sys.argv[4], return_tensors="pt")
+    found["encoded"], found["decoded"] = encoded.input_ids, tokenizer.decode(encoded.input_ids[0])
+    found["special"] = tokenizer.eos_token, tokenizer.pad_token_id, tokenizer.model_max_length
+    found["generated"] = load("with_tokenizer").generate(**encoded, max_new_tokens=3)
+torch.save(found, root / "found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of single bytes and an end of text."""
+    alphabet = [*map(chr, range(33, 127)), "Ġ"]  # printable ASCII; Ġ is the space
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """Every model of CONFIGS exported, and one through a checkpoint and the command."""
+    root = tmp_path_factory.mktemp("hf")
+    for name, config in CONFIGS.items():
+        export_huggingface(lively_model(config, dtype=torch.float32), root / name)
+    model = lively_model(CONFIGS["expert_choice"], dtype=torch.float32)
+    save_imported(Imported(model.config, dict(model.state_dict())), root / "checkpoints", tokenizer_file)
+    export_hf.main(["--checkpoint", str(root / "checkpoints"), "--output", str(root / "with_tokenizer")])
+    torch.save(tokens(), root / "inputs.pt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process without megamor computed from the exports."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [str(exports), json.dumps(list(CONFIGS)), json.dumps(DECODED), TEXT]
+    command = [sys.executable, "-I", "-c", SCRIPT, *arguments]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "not initialized" not in done.stderr, done.stderr
+    result: dict[str, Any] = torch.load(exports / "found.pt")
+    return result
+
+
+def expected_logits(name: str) -> torch.Tensor:
+    """megamor's logits under the inference rule."""
+    with torch.no_grad():
+        return lively_model(CONFIGS[name], dtype=torch.float32)(tokens(), mode="causal").logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_the_same(name: str, found: dict[str, Any]) -> None:
+    torch.testing.assert_close(found[name], expected_logits(name), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_generation_uses_the_cache_and_equals_that_without(name: str, found: dict[str, Any]) -> None:
+    assert found[f"{name}.lengths"] == [8, *[1] * 9, *range(8, 18)]
+    for way in ("greedy", "beams"):
+        with_cache, without = found[f"{name}.{way}"]
+        assert torch.equal(with_cache, without)
+        assert with_cache.shape == (3, 18)
+
+
+def test_the_loss_is_that_of_the_next_token(found: dict[str, Any]) -> None:
+    logits, inputs = expected_logits("expert_choice"), tokens()
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+    torch.testing.assert_close(found["loss"], wanted)
+    torch.testing.assert_close(found["loss_logits"], logits)
+
+
+def test_what_it_cannot_do_is_refused(found: dict[str, Any]) -> None:
+    assert "padding isn't supported" in found["padding"]
+    assert f"holds {SEQ_LEN} tokens" in found["overflow"]
+
+
+def test_routers_stay_in_fp32(found: dict[str, Any]) -> None:
+    assert found["dtypes"] == ({"torch.float32"}, torch.bfloat16)
+    assert found["half"].isfinite().all()
+
+
+def test_a_model_from_its_config_is_initialised(found: dict[str, Any]) -> None:
+    bias, deviation = found["fresh"]
+    assert bias.item() == 1.0
+    assert 0.018 < deviation.item() < 0.022
+
+
+def test_saving_again_keeps_the_model(found: dict[str, Any], exports: Path) -> None:
+    assert torch.equal(found["saved_again"], found["expert_choice"])
+    assert (exports / "saved_again" / "modeling_megamor.py").is_file()
+
+
+def test_the_tokenizer_comes_along(found: dict[str, Any], tokenizer_file: Path) -> None:
+    encoded = Tokenizer.from_file(str(tokenizer_file)).encode(TEXT).ids
+    assert found["encoded"].tolist() == [encoded]
+    assert found["decoded"] == TEXT
+    assert found["special"] == ("<|endoftext|>", encoded[-1], SEQ_LEN)
+    assert found["generated"].shape[1] > len(encoded)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "expert_choice", "token_choice"])
+def test_each_weight_is_stored_once(name: str, exports: Path) -> None:
+    stored = load_file(exports / name / "model.safetensors")
+    model = lively_model(CONFIGS[name])
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    assert sum(value.numel() for value in stored.values()) == model.num_parameters() + buffers
+    assert (exports / name / "model.safetensors").stat().st_mode & 0o044 == (exports / name).stat().st_mode & 0o044
+
+
+def test_half_precision_files_are_half_as_large(tmp_path: Path) -> None:
+    export_huggingface(lively_model(CONFIGS["ema_threshold"]), tmp_path / "out", dtype=torch.bfloat16)
+    dtypes = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
+    assert {dtype for name, dtype in dtypes.items() if ".router." in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".router." not in name} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_refused_exports(tmp_path: Path, exports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    custom = replace(CONFIGS["expert_choice"], router=CustomRouterConfig("tests.unit.nowhere:Router"))
+    model = lively_model(CONFIGS["vanilla"])
+    model.config = custom
+    with pytest.raises(ConfigError, match=r"tests\.unit\.nowhere:Router can't be exported"):
+        export_huggingface(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        export_hf.main(["--checkpoint", str(exports / "checkpoints"), "--output", str(exports)])
+    assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_the_code_file_is_made_of_megamors_sources() -> None:
+    source = modeling_source()
+    assert "from megamor" not in source
+    assert "import megamor" not in source
+    for module in ("megamor/model/transformer.py", "megamor/routing/__init__.py", "megamor/routing/plan.py"):
+        assert f" {module} " in source
+    body = Path("megamor/model/kv_policy.py")
+    original = (Path(__file__).parents[2] / body).read_text()
+    assert original[original.index("class KVPolicy:") :].strip() in source
+
+
+def test_no_name_of_the_code_file_is_undefined(tmp_path: Path) -> None:
+    if shutil.which("ruff", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("ruff is not installed")
+    (tmp_path / "modeling_megamor.py").write_text(modeling_source())
+    command = [str(Path(sys.executable).parent / "ruff"), "check", "--isolated", "--select", "F821,F811,F823,F402"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "match"),
+    [
+        ("LIMIT = 1", "LIMIT = 2", "LIMIT is both a and b"),
+        ("from math import log", "def log(): ...", "log is both math.log and b"),
+        ("import numpy as np", "import torch as np", "np is both numpy and torch"),
+    ],
+)
+def test_a_name_with_two_meanings_is_noticed(first: str, second: str, match: str) -> None:
+    assembly = Assembly({"a": Module("a", "a.py", first), "b": Module("b", "b.py", second)})
+    with pytest.raises(AssertionError, match=match):
+        assembly.check_names()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import megamor.model",
+        "from megamor.model import build_model as build",
+        "def f():\n    from megamor.model import build_model",
+    ],
+)
+def test_an_import_that_cannot_be_taken_out_is_noticed(source: str) -> None:
+    with pytest.raises(AssertionError, match=r"a\.py"):
+        list(Module("a", "a.py", textwrap.dedent(source)).own_imports())

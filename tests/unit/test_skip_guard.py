@@ -1,0 +1,25 @@
+"""The guard against disappearing tests, on tests made for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"), [("no time for this", {"failed": 1}), ("needs a CUDA device", {"skipped": 1})]
+)
+def test_only_known_reasons_skip(reason: str, outcome: dict[str, int], pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text())
+    pytester.makepyfile(
+        f"""
+        import pytest, torch
+        torch.cuda.is_available()
+
+        def test_that_skips():
+            pytest.skip({reason!r})
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(**outcome)
