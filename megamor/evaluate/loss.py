@@ -14,7 +14,7 @@ from megamor.routing import Mode
 
 
 class Batch(Protocol):
-    """Token ids [B, S], ids to predict [B, S] (-100 where none is), and document numbers [B, S] where they are masked."""
+    """Token ids [B, S], ids to predict [B, S] (-100 where none is), document numbers [B, S] if masked."""
 
     @property
     def inputs(self) -> Tensor: ...

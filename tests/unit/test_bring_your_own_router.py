@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import load_config
+from megamor.config import CustomRouterConfig, load_config
 from megamor.model import build_model
 from megamor.routing import InferenceRule, Mix, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from tests.causality import test_causality
+from tests.combinations import KV_POLICIES, ROUTERS
+from tests.decoding import test_cached_decoding
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-EXAMPLE = "alternating_router:Alternating"
-
-
-def run_batteries(target: str, path: Path, selection: str, options: str = "{}") -> subprocess.CompletedProcess[str]:
-    """The command of docs/routers.md."""
-    environment = os.environ | {
-        "MEGAMOR_ROUTER": target,
-        "MEGAMOR_ROUTER_OPTIONS": options,
-        "PYTHONPATH": str(path),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = "-m pytest -q -p no:cacheprovider tests/causality tests/learning tests/decoding -k".split()
-    return subprocess.run(
-        [sys.executable, *command, selection], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def test_the_example_passes_every_battery() -> None:
-    result = run_batteries(EXAMPLE, EXAMPLES, "custom")
+    """The command of docs/routers.md."""
+    environment = {"MEGAMOR_ROUTER": "alternating_router:Alternating", "PYTHONPATH": str(EXAMPLES)}
+    batteries = ["tests/causality", "tests/learning", "tests/decoding"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *batteries, "-k", "custom", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stdout[-3000:]
-    num_passed = int(result.stdout.splitlines()[-1].split(" passed")[0].split()[-1])
-    assert num_passed > 80
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 80
 
 
 class Peeking(Router):
@@ -70,19 +71,18 @@ class PeekingSession(RoutingSession):
         return RoutingPlan(tokens, places, Mix())
 
 
-@pytest.mark.parametrize(("ahead", "outcome"), [(0, "passed"), (1, "failed")])
-def test_a_router_that_looks_ahead_fails(ahead: int, outcome: str) -> None:
-    """The same router passes once it looks at the token itself, so that it is the looking ahead that is caught."""
-    selection = "custom and middle_cycle and (later_tokens or steps_equal) and fp64 or custom and later_tokens"
-    result = run_batteries(
-        "tests.unit.test_bring_your_own_router:Peeking", ROOT, selection, options=f'{{"ahead": {ahead}}}'
-    )
-    assert (result.returncode == 0) == (outcome == "passed"), result.stdout[-3000:]
-    last = result.stdout.splitlines()[-1]
-    assert outcome in last
-    if outcome == "failed":
-        for battery in ("test_logits_ignore_later_tokens", "test_prefill_and_steps_equal_the_full_pass"):
-            assert f"{battery}[custom" in result.stdout
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_router_that_looks_ahead_fails(ahead: int, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same router passes when it looks at the token itself, so it is the looking ahead that is caught."""
+    target = "tests.unit.test_bring_your_own_router:Peeking"
+    monkeypatch.setitem(ROUTERS, "custom", CustomRouterConfig(target=target, options={"ahead": ahead}))
+    for battery, argument in (
+        (test_causality.test_logits_ignore_later_tokens, False),
+        (test_cached_decoding.test_prefill_and_steps_equal_the_full_pass, torch.float64),
+    ):
+        with pytest.raises(AssertionError) if ahead else nullcontext():
+            battery("custom", kv_policy, "middle_cycle", argument)
 
 
 def test_the_configuration_of_the_example_builds(monkeypatch: pytest.MonkeyPatch) -> None:

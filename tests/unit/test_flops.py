@@ -1,6 +1,6 @@
-"""The paper's FLOPs accounting gives its published figures; the honest one gives what docs/numbers.md says.
+"""The paper's FLOPs accounting gives its figures and step counts; the honest one gives what docs/numbers.md says.
 
-Figures are of the 360M base at 2,048 tokens (arXiv 2507.10524, table 3 and its appendix on FLOPs).
+Figures are of the 360M base at 2,048 tokens (arXiv 2507.10524, appendix on FLOPs).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HONEST = {
     ("360m_mor4",): (1216.11, 0.699),
     ("360m_mor3", SHARE): (1230.99, 0.708),
 }
-# Steps that each run of the paper took.
+# Optimizer steps of the published runs.
 STEPS = {
     ("vanilla_360m",): 9438,
     ("mor_360m_nr2",): 12619,
@@ -63,12 +63,10 @@ def test_honest_accounting(model: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("recipe", STEPS, ids=" ".join)
 def test_published_steps_spend_the_same_compute(recipe: tuple[str, ...]) -> None:
-    """Exact for whole capacities; with thirds of a sequence we round down to whole tokens, which is 2 parts in 10^4."""
+    """To the step where capacities are whole tokens; at Nr = 3 (thirds, rounded down) within 3 steps."""
     config = load_config(CONFIGS / f"{recipe[0]}.yaml", recipe[1:])
-    spent = STEPS[recipe] * config.train.global_batch_size * paper_flops(config)
-    assert spent == pytest.approx(BUDGET, rel=2.1e-4)
-    if config.recursion.num_recursions != 3:
-        assert round(BUDGET / config.train.global_batch_size / paper_flops(config)) == STEPS[recipe]
+    steps = BUDGET / (config.train.global_batch_size * paper_flops(config))
+    assert steps == pytest.approx(STEPS[recipe], abs=3 if config.recursion.num_recursions == 3 else 0.5)
 
 
 def test_recomputation_is_apart() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from megamor.config.derive import derive
 from megamor.model import Transformer, build_model, elementwise, geometry
 from megamor.model import loss as loss_module
+from megamor.model.blocks import rotary_angles
 from megamor.model.loss import linear_cross_entropy
 from megamor.model.sharing import layer_plan
 from tests.combinations import (
@@ -236,10 +237,10 @@ def test_hand_written_gradients(function: str) -> None:
         assert torch.autograd.gradcheck(lambda x, w: elementwise.rms_norm(x, w, 1e-5), arguments)
         found, wanted = elementwise.rms_norm(*arguments, 1e-5), F.rms_norm(arguments[0], (12,), arguments[1], 1e-5)
     else:
-        x, angles = random(5, 3, 8), torch.randn(5, 1, 8, generator=generator, dtype=torch.float64)
-        assert torch.autograd.gradcheck(lambda x: elementwise.rotate(x, angles.cos(), angles.sin()), (x,))
-        found = elementwise.rotate(x, angles.cos(), angles.sin())
-        wanted = x * angles.cos() + torch.cat((x[..., 4:], x[..., :4]), -1) * angles.sin()
+        x, angles = random(5, 3, 8), rotary_angles(torch.arange(5), 8, 10.0, torch.float64)
+        assert torch.autograd.gradcheck(angles.rotate, (x,))
+        found = angles.rotate(x)
+        wanted = x * angles.cos + torch.cat((x[..., 4:], x[..., :4]), -1) * angles.signed_sin
     torch.testing.assert_close(found, wanted)
 
 
