@@ -13,7 +13,8 @@ from tests.parity.reference import DIRECTORY, Case, cases
 CASES = cases()
 LOGITS_ATOL, LOSS_ATOL = 1e-5, 2e-6
 GRADIENT_RTOL = HIDDEN_RTOL = 1e-5
-"""Largest difference relative to the largest value of the tensor."""
+"""Largest difference relative to the tensor's largest value. Hidden states and router logits reach 21, where the
+reference itself is up to 1.8e-5 and 9.8e-6 away from the same computation in fp64."""
 
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference cases at {DIRECTORY}; set MEGAMOR_FIXTURES")
 
@@ -68,13 +69,18 @@ def test_evaluation(case: Case) -> None:
     check_hidden_states(case, model, inputs, recorder)
     for r, logits in enumerate(router_logits):
         wanted = expected[f"eval.router_logits.{r}"]
-        torch.testing.assert_close(logits.reshape(wanted.shape), wanted, atol=LOGITS_ATOL, rtol=0)
+        check_relative(logits.reshape(wanted.shape), wanted, HIDDEN_RTOL, f"router logits {r}")
     if "eval.selected.0" in expected:
         check_selections(selected, expected, "eval", inputs.shape[1])
     if "eval.depth" in expected:
         assert torch.equal(out.depth - 1, expected["eval.depth"].long())
         gate = recorder.session.gate.view(inputs.shape)
         torch.testing.assert_close(gate, expected["eval.gate"], atol=LOGITS_ATOL, rtol=0)
+
+
+def check_relative(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    error = (found - wanted).abs().max() / wanted.abs().max()
+    assert error < tolerance, f"{what}: {error:.2e}"
 
 
 def check_selections(selected: list[Tensor], expected: dict[str, Tensor], phase: str, seq_len: int) -> None:
@@ -91,8 +97,7 @@ def check_hidden_states(case: Case, model: Transformer, inputs: Tensor, recorder
         states = [*states[:-2], states[-1]]
     assert len(states) == len(wanted)
     for state, expected in zip(states, wanted, strict=True):
-        error = (state.reshape(expected.shape) - expected).abs().max() / expected.abs().max()
-        assert error < HIDDEN_RTOL, f"{error:.2e}"
+        check_relative(state.reshape(expected.shape), expected, HIDDEN_RTOL, "hidden state")
 
 
 def stage_boundaries(model: Transformer, inputs: Tensor) -> list[Tensor]:
@@ -151,8 +156,7 @@ def test_training_losses_and_gradients(case: Case) -> None:
     for name, wanted in expected.items():
         if name.startswith("grad."):
             found = gradients[case.parameter_name(name.removeprefix("grad."))]
-            error = (found - wanted).abs().max() / wanted.abs().max()
-            assert error < GRADIENT_RTOL, f"{name}: {error:.2e}"
+            check_relative(found, wanted, GRADIENT_RTOL, name)
             checked += 1
     assert checked == len(gradients)
 
