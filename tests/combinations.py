@@ -1,7 +1,13 @@
-"""Every router × KV policy × sharing as a tiny model, for tests that must hold for all of them."""
+"""Every router × KV policy × sharing as a tiny model, for tests that must hold for all of them.
+
+A router of your own joins them as "custom" when MEGAMOR_ROUTER names its class as `module:Class`, with
+MEGAMOR_ROUTER_OPTIONS as a JSON object (docs/routers.md).
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -10,6 +16,7 @@ from torch import Tensor
 
 from megamor.config import (
     Config,
+    CustomRouterConfig,
     DataConfig,
     EmaThresholdConfig,
     ExpertChoiceConfig,
@@ -43,6 +50,10 @@ ROUTERS: dict[str, RouterConfig] = {
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
 }
+if "MEGAMOR_ROUTER" in os.environ:
+    ROUTERS["custom"] = CustomRouterConfig(
+        target=os.environ["MEGAMOR_ROUTER"], options=json.loads(os.environ.get("MEGAMOR_ROUTER_OPTIONS", "{}"))
+    )
 KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 

@@ -21,7 +21,7 @@ example:
   and then, with or without megamor installed:
   >>> from transformers import AutoModelForCausalLM, AutoTokenizer
   >>> model = AutoModelForCausalLM.from_pretrained("hf/quickstart", trust_remote_code=True)
-  >>> tokenizer = AutoTokenizer.from_pretrained("hf/quickstart")
+  >>> tokenizer = AutoTokenizer.from_pretrained("hf/quickstart", trust_remote_code=True)
   >>> prompt = tokenizer("def main():", return_tensors="pt")
   >>> print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 

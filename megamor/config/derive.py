@@ -109,8 +109,11 @@ def derive(config: Config, world_size: int) -> Derived:
     warmup_steps, decay = schedule_steps(config.optim, steps)
     prelude, core, coda = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
+    differences = core * difference_parameters(config)
     routers = router_parameters(config)
-    beside_the_layers = config.model.dim + routers  # the final norm
+    beside_the_layers = config.model.dim + routers + differences  # the final norm and what isn't in a layer
+    if config.recursion.recursion_embedding:
+        beside_the_layers += config.recursion.num_recursions * config.model.dim
     return Derived(
         world_size=world_size,
         total_steps=steps,
@@ -162,6 +165,15 @@ def layer_parameters(model: ModelConfig) -> int:
     """Parameters of one block: query and output, key and value, SwiGLU, two norms."""
     kv_dim = model.num_kv_heads * model.head_dim
     return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
+
+
+def difference_parameters(config: Config) -> int:
+    """What one shared block has beyond its own parameters to tell its recursions apart."""
+    model, recursion = config.model, config.recursion
+    kv_dim = model.num_kv_heads * model.head_dim
+    sides = 2 * (model.dim + model.dim) + 2 * (model.dim + kv_dim) + 3 * (model.dim + model.ffn_dim)
+    norms = (recursion.num_recursions - 1) * 2 * model.dim if recursion.separate_norms else 0
+    return norms + recursion.num_recursions * recursion.lora_rank * sides
 
 
 def router_parameters(config: Config) -> int:

@@ -52,11 +52,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RecursionConfig:
-    """How layers are shared (paper section 2.2.1, table 1). `num_recursions: 1` with `sharing: none` is vanilla."""
+    """How layers are shared (paper section 2.2.1, table 1). `num_recursions: 1` with `sharing: none` is vanilla.
+
+    Three options tell the recursions of a shared block apart: an embedding of the recursion added to the core's input,
+    norms of their own, and low-rank updates of the shared matrices (relaxed recursive transformers, arXiv 2410.20672).
+    """
 
     num_recursions: int = 1
     sharing: Sharing = "none"
     kv_policy: Literal["recursion_wise", "share_first", "hybrid"] = "recursion_wise"
+    recursion_embedding: bool = False
+    separate_norms: bool = False
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)

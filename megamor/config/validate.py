@@ -24,6 +24,7 @@ from megamor.errors import ConfigError
 NON_NEGATIVE = frozenset(
     {
         "run.seed",
+        "recursion.lora_rank",
         "router.capacity_warmup_steps",
         "router.balance_warmup_steps",
         "router.aux_coeff",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamor.model import Transformer
+from megamor.errors import ConfigError
+from megamor.model import KVCache, Transformer
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,29 @@ def generate(
 ) -> Continuation:
     """Continue `prompt` by up to `max_tokens` tokens; ends early at `stop_id`. Temperature 0 takes the likeliest token.
 
-    The context slides once it is longer than the model's `max_seq_len`.
+    Each token is read once: keys and values of earlier ones are kept, at the depths to which they were routed.
+
+    Raises:
+        ConfigError: prompt and continuation together are longer than the model's `max_seq_len`.
     """
-    device = next(model.parameters()).device
+    length, longest = len(prompt) + max_tokens, model.config.model.max_seq_len
+    if length > longest + 1:
+        raise ConfigError(
+            f"a prompt of {len(prompt)} tokens and {max_tokens} more don't fit into the model's context of {longest}: "
+            "shorten the prompt or generate fewer"
+        )
+    weight = model.embed.weight
+    cache = KVCache(model.config.model, 1, length, weight.dtype, weight.device)
     generator = torch.Generator().manual_seed(seed)
-    context_length = model.config.model.max_seq_len
     ids = list(prompt)
     depths: list[int] = []
+    unread = prompt
     for _ in range(max_tokens):
-        window = torch.tensor([ids[-context_length:]], device=device)
-        out = model(window, mode="causal")
+        out = model(torch.tensor([unread], device=weight.device), mode="causal", cache=cache)
         assert out.logits is not None
-        depth = [0] * window.shape[1] if out.depth is None else out.depth[0].tolist()
-        depths += depth[len(depths) - max(0, len(ids) - context_length) :]
+        depths += [0] * len(unread) if out.depth is None else out.depth[0].tolist()
         ids.append(sample(out.logits[0, -1].float().cpu(), temperature, top_p, generator))
+        unread = ids[-1:]
         if ids[-1] == stop_id:
             break
     return Continuation(ids, depths, len(prompt))

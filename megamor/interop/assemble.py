@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 PACKAGE = "megamor"
@@ -28,13 +28,6 @@ class Module:
     name: str
     path: str
     source: str
-
-    @classmethod
-    def find(cls, name: str) -> Module:
-        """The module with the dotted name `name`."""
-        stem = ROOT.joinpath(*name.split("."))
-        path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
-        return cls(name, str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -68,6 +61,14 @@ class Module:
         return names - {"__all__"}
 
 
+@cache
+def find_module(name: str) -> Module:
+    """The module with the dotted name `name`."""
+    stem = ROOT.joinpath(*name.split("."))
+    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+    return Module(name, str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+
+
 @dataclass
 class Assembly:
     """Modules in an order in which each finds what it needs above it."""
@@ -78,7 +79,7 @@ class Assembly:
         """Add a module after everything that it imports from megamor."""
         if name in self.modules:
             return
-        module = Module.find(name)
+        module = find_module(name)
         for package, imported in module.own_imports():
             home = defining_module(package, imported)
             if home != name:
@@ -117,7 +118,7 @@ class Assembly:
 
 def defining_module(module: str, name: str) -> str:
     """Where `name` is defined that `module` defines or, like a package's `__init__`, only passes on."""
-    found = Module.find(module)
+    found = find_module(module)
     if name in found.definitions:
         return module
     for node in found.imports():

@@ -154,18 +154,21 @@ def shape_of(state: Mapping[str, Tensor]) -> Shape:
 def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
     """megamor's weight → the names of all its copies in the released state dict."""
     sources = {"embed.weight": [EMBEDDING], "norm.weight": [NORM]}
-    for ours, theirs in applications(config, routing):
+    for recursion, ours, theirs in applications(config, routing):
         for our_weight, their_weight in BLOCK_WEIGHTS.items():
-            sources.setdefault(f"{ours}.{our_weight}.weight", []).append(f"{theirs}.{their_weight}.weight")
+            name = f"{ours}.{our_weight}.weight"
+            if recursion and config.recursion.separate_norms and our_weight.endswith("_norm"):
+                name = f"{ours}.{our_weight}.others.{recursion - 1}"
+            sources.setdefault(name, []).append(f"{theirs}.{their_weight}.weight")
     if routing is not None:
         sources.update(router_sources(config, routing))
     return sources
 
 
-def applications(config: Config, routing: str | None) -> list[tuple[str, str]]:
-    """Every application of a block, in order: megamor's prefix and the released code's."""
+def applications(config: Config, routing: str | None) -> list[tuple[int, str, str]]:
+    """Every application of a block, in order: recursion, megamor's prefix and the released code's."""
     plan = layer_plan(config)
-    pairs = [(f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
+    found = [(0, f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
     for recursion, blocks in enumerate(plan.schedule):
         for place, block in enumerate(blocks):
             theirs = {
@@ -173,10 +176,9 @@ def applications(config: Config, routing: str | None) -> list[tuple[str, str]]:
                 "expert": f"model.layers.{plan.num_prelude + recursion}.block.{place}",
                 "token": f"{token_stage(plan.num_prelude)}.block_list.{recursion}.{place}",
             }[routing]
-            pairs.append((f"stage.blocks.{block}", theirs))
+            found.append((recursion, f"stage.blocks.{block}", theirs))
     stages = {None: len(plan.schedule) * plan.num_core, "expert": len(plan.schedule), "token": 1}[routing]
-    pairs += [(f"coda.{i}", f"model.layers.{plan.num_prelude + stages + i}") for i in range(plan.num_coda)]
-    return pairs
+    return found + [(0, f"coda.{i}", f"model.layers.{plan.num_prelude + stages + i}") for i in range(plan.num_coda)]
 
 
 def token_stage(num_prelude: int) -> str:

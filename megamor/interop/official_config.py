@@ -108,6 +108,7 @@ def config_of(settings: Settings, shape: Shape) -> Config:
             "num_recursions": settings.num_recursions,
             "sharing": settings.get("recursive.sharing"),
             "kv_policy": kv_policy(settings),
+            "separate_norms": not settings.get("recursive.ln_share", True),
         }
     if settings.routing == "expert":
         sections["router"] = expert_choice(settings, shape)
@@ -122,16 +123,16 @@ def refuse_what_has_no_counterpart(settings: Settings) -> None:
     """Raise for settings that change the model in ways that megamor doesn't have."""
     if settings.get("relaxation.enable", False):
         raise refusal("relaxation.enable", True, "adapters on top of shared weights have no counterpart")
-    if settings.num_recursions > 1 and not settings.get("recursive.ln_share", True):
-        raise refusal("recursive.ln_share", False, "here the norms of shared blocks are shared too")
+    sharing = settings.get("recursive.sharing")
+    if settings.num_recursions > 1 and not settings.get("recursive.ln_share", True) and "cycle" not in str(sharing):
+        raise refusal("recursive.ln_share", False, f"under {sharing} a block would need several norms in one recursion")
     if settings.routing is None:
         return
     if settings.num_recursions == 1:
         raise refusal("mor.enable", True, "it needs recursive.enable with more than one recursion")
     if settings.get("mor.rand_router", False):
         raise refusal("mor.rand_router", True, "its gates are random numbers, not weights")
-    if settings.get("recursive.sharing") not in ("cycle", "middle_cycle"):
-        sharing = settings.get("recursive.sharing")
+    if sharing not in ("cycle", "middle_cycle"):
         raise refusal("recursive.sharing", sharing, "the released code gives routers to cycle and middle_cycle only")
 
 

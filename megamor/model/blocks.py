@@ -7,7 +7,6 @@ of keys and values, activation checkpointing and cached decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,41 +87,72 @@ class RefreshedKeysValues(KeysValues):
         return self.stored[0].index_copy(0, self.rows, fresh[0]), self.stored[1].index_copy(0, self.rows, fresh[1])
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics in fp32 (arXiv 1910.07467)."""
+@dataclass(frozen=True)
+class Differences:
+    """What tells the recursions of a shared block apart; none of it in blocks that are not shared."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    num_recursions: int = 1
+    separate_norms: bool = False
+    lora_rank: int = 0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in fp32 (arXiv 1910.07467). `others` are the weights of later recursions."""
+
+    def __init__(self, dim: int, eps: float, num_weights: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+        self.others = nn.ParameterList(torch.ones(dim) for _ in range(num_weights - 1))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] to the same shape and type."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, recursion: int = 0) -> Tensor:
+        """x [N, dim] to the same shape and type."""
+        weight = self.others[recursion - 1] if recursion and len(self.others) else self.weight
+        return rms_norm(x, weight, self.eps)
+
+
+class ZeroLinear(nn.Linear):
+    """A projection that starts at zero."""
+
+
+class SharedLinear(nn.Linear):
+    """A projection without bias; where asked for, with a low-rank update for each recursion (arXiv 2410.20672)."""
+
+    def __init__(self, in_features: int, out_features: int, differences: Differences) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        rank, count = differences.lora_rank, differences.num_recursions if differences.lora_rank else 0
+        self.down = nn.ModuleList(nn.Linear(in_features, rank, bias=False) for _ in range(count))
+        self.up = nn.ModuleList(ZeroLinear(rank, out_features, bias=False) for _ in range(count))
+
+    def forward(self, x: Tensor, recursion: int = 0) -> Tensor:
+        """x [N, in] to [N, out]."""
+        y = super().forward(x)
+        return y + self.up[recursion](self.down[recursion](x)) if len(self.up) else y
 
 
 class Attention(nn.Module):
     """Projections of grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, differences: Differences) -> None:
         super().__init__()
         kv_dim = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_proj = SharedLinear(config.dim, config.dim, differences)
+        self.k_proj = SharedLinear(config.dim, kv_dim, differences)
+        self.v_proj = SharedLinear(config.dim, kv_dim, differences)
+        self.o_proj = SharedLinear(config.dim, config.dim, differences)
 
     def forward(
-        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the freshly projected keys and values [N, kv_heads, head_dim] if any."""
-        q = angles.rotate(self.heads(self.q_proj(x)))
+        q = angles.rotate(self.heads(self.q_proj(x, recursion)))
         fresh = None
         if keys_values.needs_fresh:
-            fresh = angles.rotate(self.heads(self.k_proj(x))), self.heads(self.v_proj(x))
+            k = angles.rotate(self.heads(self.k_proj(x, recursion)))
+            fresh = k, self.heads(self.v_proj(x, recursion))
         k, v = keys_values.resolve(fresh)
-        return self.o_proj(layout.attend(q, k, v)), fresh
+        return self.o_proj(layout.attend(q, k, v), recursion), fresh
 
     def heads(self, x: Tensor) -> Tensor:
         """[N, heads · head_dim] to [N, heads, head_dim]."""
@@ -132,34 +162,39 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, differences: Differences) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = SharedLinear(config.dim, config.ffn_dim, differences)
+        self.up_proj = SharedLinear(config.dim, config.ffn_dim, differences)
+        self.down_proj = SharedLinear(config.ffn_dim, config.dim, differences)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion), recursion)
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with its residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, differences: Differences | None = None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = FeedForward(config)
+        differences = differences or Differences()
+        num_norms = differences.num_recursions if differences.separate_norms else 1
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, num_norms)
+        self.attention = Attention(config, differences)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, num_norms)
+        self.ffn = FeedForward(config, differences)
 
     def forward(
-        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues
+        self,
+        x: Tensor,
+        angles: RotaryAngles,
+        layout: AttentionLayout,
+        keys_values: KeysValues,
+        recursion: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the keys and values that were projected for the rows of x."""
-        attended, fresh = self.attention(self.attention_norm(x), angles, layout, keys_values)
+        normed = self.attention_norm(x, recursion)
+        attended, fresh = self.attention(normed, angles, layout, keys_values, recursion)
         x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), fresh
-
-
-BlockCall = Callable[..., tuple[Tensor, KeyValue | None]]
+        return x + self.ffn(self.ffn_norm(x, recursion), recursion), fresh

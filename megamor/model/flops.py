@@ -62,6 +62,7 @@ def executed_flops(config: Config, num_sequences: float, work: Work) -> Flops:
     for recursion, (selected, selected_pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
         blocks += plan.num_core * block_flops(model, selected, selected_pairs, projects_kv=fresh)
+        blocks += plan.num_core * selected * lora_flops(config, projects_kv=fresh)
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
     return Flops(blocks, routers, 2 * tokens * model.dim * model.vocab_size)
@@ -74,6 +75,15 @@ def block_flops(model: ModelConfig, tokens: float, pairs: float, projects_kv: bo
     if projects_kv:
         weights += 2 * model.dim * kv_dim
     return 2 * tokens * weights + 4 * model.dim * pairs
+
+
+def lora_flops(config: Config, projects_kv: bool) -> float:
+    """Low-rank updates of one shared block, for one token."""
+    model = config.model
+    sides = 2 * (model.dim + model.dim) + 3 * (model.dim + model.ffn_dim)
+    if projects_kv:
+        sides += 2 * (model.dim + model.num_kv_heads * model.head_dim)
+    return 2.0 * config.recursion.lora_rank * sides
 
 
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:

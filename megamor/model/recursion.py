@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megamor.config import Config
 from megamor.model.attention import AttentionLayout
-from megamor.model.blocks import Block, KeysValues, KeyValue, RotaryAngles
+from megamor.model.blocks import Block, Differences, KeysValues, KeyValue, RotaryAngles
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import KVPolicy, Launch
@@ -51,8 +51,13 @@ class RecursionStage(nn.Module):
         super().__init__()
         self.schedule = plan.schedule
         self.kv_policy = config.recursion.kv_policy
-        self.blocks = nn.ModuleList(Block(config.model) for _ in range(plan.num_core))
-        self.router: Router = build_router(config.router, config.model.dim, len(plan.schedule))
+        recursion, num_recursions = config.recursion, len(plan.schedule)
+        differences = Differences(num_recursions, recursion.separate_norms, recursion.lora_rank)
+        self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(plan.num_core))
+        self.recursion_embedding: nn.ParameterList | None = None
+        if recursion.recursion_embedding:
+            self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
+        self.router: Router = build_router(config.router, config.model.dim, num_recursions)
         self.activation_checkpointing = "none"
 
     def forward(
@@ -96,6 +101,8 @@ class RecursionStage(nn.Module):
         if len(tokens) == 0:
             policy.pass_by(recursion, blocks, geometry)
             return x, tokens
+        if self.recursion_embedding is not None:
+            x = x + self.recursion_embedding[recursion]
         launch = policy.launch(recursion, blocks, tokens, geometry)
         run: Callable[..., Any] = partial(self.run_blocks, launch)
         if self.activation_checkpointing == "recursion":
@@ -119,7 +126,7 @@ class RecursionStage(nn.Module):
         available = dict(zip(launch.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for place, block in enumerate(launch.blocks):
             keys_values, layout = launch.attention(place, available)
-            x, fresh = run_block(self, self.blocks[block], x, launch.angles, layout, keys_values)
+            x, fresh = run_block(self, self.blocks[block], x, launch.angles, layout, keys_values, launch.recursion)
             if block in launch.kept and block not in available:
                 assert fresh is not None
                 available[block] = fresh
@@ -127,12 +134,18 @@ class RecursionStage(nn.Module):
 
 
 def run_block(
-    owner: Any, block: nn.Module, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues
+    owner: Any,
+    block: nn.Module,
+    x: Tensor,
+    angles: RotaryAngles,
+    layout: AttentionLayout,
+    keys_values: KeysValues,
+    recursion: int = 0,
 ) -> tuple[Tensor, KeyValue | None]:
     """Call a block, recomputing it in backward where `owner.activation_checkpointing` is "block"."""
     if owner.activation_checkpointing == "block":
-        return checkpoint(block, x, angles, layout, keys_values, use_reentrant=False)
-    return block(x, angles, layout, keys_values)
+        return checkpoint(block, x, angles, layout, keys_values, recursion, use_reentrant=False)
+    return block(x, angles, layout, keys_values, recursion)
 
 
 def weighted(weight: Weight, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
-from megamor.model.blocks import Block, KeysValues, RMSNorm
+from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.loss import IGNORE, linear_cross_entropy
@@ -131,12 +131,18 @@ class Transformer(nn.Module):
         """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for
         buffers; routers initialise what else they have."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, ZeroLinear):
+                module.weight.zero_()
+            elif isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.model.init_std, generator=generator)
             elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+                for weight in (module.weight, *module.others):
+                    weight.fill_(1.0)
             elif isinstance(module, Router):
                 module.reset()
+        if self.stage is not None and self.stage.recursion_embedding is not None:
+            for parameter in self.stage.recursion_embedding:
+                parameter.zero_()
         for buffer in self.buffers():
             buffer.zero_()
 

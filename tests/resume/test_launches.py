@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from megamor.config import CheckpointConfig, Config, ParallelConfig
 from megamor.errors import DataError
-from megamor.parallel import init_world
+from megamor.parallel import close_world, init_world
 from megamor.train import Trainer, build_trainer
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import (
@@ -158,3 +159,29 @@ def test_an_error_of_one_rank_at_the_start_is_everybodys(base: Config) -> None:
     said = run_ranks(start_without_tokenizer_on_rank_1, base)
     assert said == ["rank 1: nowhere.json can't be read: No such file or directory"] * 2
     assert not directory_of(base).exists()
+
+
+def meet_a_bug(config: Config) -> str:
+    """What a rank ends with when rank 1 has a bug in the sixth step; the group is closed as the entry point does."""
+    world = init_world(config.parallel)
+    trainer = build_trainer(config, world)
+
+    def fail() -> None:
+        raise ZeroDivisionError("a bug")
+
+    if world.rank == 1:
+        at_step(5, fail)(trainer)
+    try:
+        trainer.fit()
+    except (ZeroDivisionError, RuntimeError) as error:
+        return type(error).__name__
+    finally:
+        close_world()
+    return "nothing"
+
+
+def test_a_bug_on_one_rank_does_not_leave_the_other_waiting(base: Config) -> None:
+    started = time.monotonic()
+    assert run_ranks(meet_a_bug, base, timeout=60.0) == ["RuntimeError", "ZeroDivisionError"]
+    assert time.monotonic() - started < 30
+    assert checkpoint_names(base) == ["latest", "step_00000004"]

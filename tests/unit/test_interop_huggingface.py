@@ -37,7 +37,7 @@ from tools import export_hf
 pytest.importorskip("transformers")
 
 CONFIGS: dict[str, Config] = {"vanilla": vanilla_config()}
-CONFIGS |= {name: tiny_config(router) for name, router in ROUTERS.items()}
+CONFIGS |= {name: tiny_config(router) for name, router in ROUTERS.items() if name != "custom"}
 CONFIGS |= {
     f"expert_choice-{kv_policy}-{sharing}": tiny_config(ROUTERS["expert_choice"], kv_policy, sharing)
     for kv_policy in KV_POLICIES
@@ -46,6 +46,10 @@ CONFIGS |= {
 CONFIGS |= {
     f"token_choice-{policy}": tiny_config(ROUTERS["token_choice"], policy) for policy in ("share_first", "hybrid")
 }
+CONFIGS["told_apart"] = replace(
+    CONFIGS["expert_choice"],
+    recursion=replace(CONFIGS["expert_choice"].recursion, recursion_embedding=True, separate_norms=True, lora_rank=2),
+)
 DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard"]
 """Exports that are also asked to generate."""
 TEXT = "again and again<|endoftext|>"

@@ -127,6 +127,27 @@ def small_run(kind: str = "expert", head: str = "linear", **mor: Any) -> tuple[d
     return official_layout(weights, kind, "middle_cycle", 3), settings
 
 
+@pytest.mark.parametrize("ln_share", [True, False])
+def test_a_recursive_model_equals_itself_unrolled(ln_share: bool) -> None:
+    state, settings = small_run("recursive")
+    if not ln_share:
+        generator = torch.Generator().manual_seed(1)
+        for name in sorted(state):
+            if "layernorm" in name:
+                state[name] = torch.rand(DIM, generator=generator)
+    settings["recursive"]["ln_share"] = ln_share
+    inputs, logits = torch.arange(20).unsqueeze(0), []
+    for enabled in (True, False):
+        settings["recursive"]["enable"] = enabled
+        imported = import_official(state, settings)
+        model = build_model(imported.config)
+        model.load_state_dict(imported.weights)
+        with torch.no_grad():
+            logits.append(model(inputs, mode="causal").logits)
+        assert (model.stage is not None) == enabled
+    torch.testing.assert_close(*logits)
+
+
 def test_the_backbone_comes_from_weights_and_model_config() -> None:
     config = import_official(*small_run()).config
     model = config.model
@@ -252,7 +273,7 @@ def test_a_weight_of_another_shape_is_named() -> None:
     ("section", "changes", "match"),
     [
         ("relaxation", {"enable": True}, r"relaxation\.enable"),
-        ("recursive", {"enable": True, "num_recursion": 3, "sharing": "middle_cycle", "ln_share": False}, "ln_share"),
+        ("recursive", {"enable": True, "num_recursion": 3, "sharing": "sequence", "ln_share": False}, "ln_share"),
         ("recursive", {"enable": True, "num_recursion": 3, "sharing": "middle_sequence"}, "middle_sequence"),
         ("recursive", {"enable": False}, r"mor\.enable"),
         ("mor", {"enable": True, "type": "expert", "rand_router": True}, r"mor\.rand_router"),

@@ -1,0 +1,51 @@
+"""A router of your own: every `stride`-th position takes all recursions, the others the first alone, with learned
+gates.
+
+See docs/routers.md for what the pieces are and how to test it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamor.routing import InferenceRule, Mix, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.routing.heads import build_head
+
+
+class Alternating(Router):
+    """Parameters and rules; what depends on the batch is in the session."""
+
+    causal_in_training = True
+
+    def __init__(self, options: dict[str, float], dim: int, num_recursions: int) -> None:
+        super().__init__(num_recursions)
+        self.stride = int(options.get("stride", 2))
+        self.head = build_head("linear", dim, 1)
+
+    @property
+    def inference_rule(self) -> InferenceRule:
+        """The same as in training."""
+        return InferenceRule("every_nth_position")
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> AlternatingSession:
+        """Nothing to prepare."""
+        return AlternatingSession(self, context)
+
+
+class AlternatingSession(RoutingSession):
+    """The router at work on one batch."""
+
+    def __init__(self, router: Alternating, context: RoutingContext) -> None:
+        super().__init__(context)
+        self.router = router
+
+    def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
+        """All candidates at first, then those at every `stride`-th position: x + gate · f(x)."""
+        tokens, places = candidates, None
+        if recursion > 0:
+            position = candidates.gather(self.context.positions_of(rows.device))
+            tokens, places = candidates.where(position % self.router.stride == 0)
+            rows = rows.index_select(0, places)
+        gate = torch.sigmoid(self.router.head(rows).squeeze(-1))
+        return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=gate))
