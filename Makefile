@@ -10,11 +10,11 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/nul
 # DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
 DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)
 
-.PHONY: help install quickstart test lint types unit test-slow clean
+.PHONY: help install quickstart test lint types unit combinations test-slow clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 quickstart: install ## train, interrupt, resume, evaluate and sample a small model on real text (minutes)
 	@$(DEEPSPEED_ENV) $(BIN)/python -m tools.quickstart
@@ -30,6 +30,10 @@ types: install ## mypy
 
 unit: install ## the test suite without its slow cases
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest
+
+combinations: install ## run the tests of all combinations and write docs/combinations.md from their outcomes
+	$(BIN)/python -m pytest -q tests/causality tests/decoding tests/learning tests/unit/test_model.py \
+	    --combinations docs/combinations.md
 
 test-slow: install ## the slow cases alone
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -m slow

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.combination_table import CombinationTable
+
 pytest_plugins = ["pytester"]
 
 FIXTURES = Path(os.environ.get("MEGAMOR_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
@@ -24,6 +26,17 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("needs a CUDA device", not torch.cuda.is_available()),
     ("this system can't reset a process's peak memory", not os.access("/proc/self/clear_refs", os.W_OK)),
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where to write which combinations of router, KV policy and sharing have been tested."""
+    parser.addoption("--combinations", type=Path, metavar="FILE", help="write the table of tested combinations")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect outcomes if a table is wanted."""
+    if config.getoption("--combinations"):
+        config.pluginmanager.register(CombinationTable(config.getoption("--combinations")))
 
 
 def is_allowed(reason: str) -> bool:

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "MoR, expert-choice, share-first",
         ("recursion.kv_policy=share_first", "router.kind=expert_choice"),
     ),
+    "mor_threshold": ("MoR, EMA threshold", (_RECURSION_WISE, "router.kind=ema_threshold")),
     "mor_token": ("MoR, token-choice", (_RECURSION_WISE, "router.kind=token_choice")),
 }
 """Label and overrides by name."""
@@ -115,6 +116,8 @@ class TrainingStep:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if out.totals:
+            self.model.stage.router.update(out.totals)  # type: ignore[union-attr, operator]
         return out
 
     def num_parameters(self) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.rule import Rule
 
@@ -25,12 +26,14 @@ from megamor.checkpoint import open_checkpoint
 from megamor.config import Config, load_config
 from megamor.config.derive import total_steps
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
+from tools.bench_machine import describe_origin
 from tools.quickstart_data import standard_library, train_tokenizer, write_corpus
 from tools.quickstart_report import make_report, show_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 PROCESSES = 2
+SCHEMA = "megamor-quickstart/1"
 SHORT_OVERRIDES = ("train.max_steps=8", "train.eval_every=4", "optim.warmup_steps=2", "checkpoint.every_steps=4")
 SHORT_CORPUS_BYTES = 1_500_000
 
@@ -60,7 +63,8 @@ class Quickstart:
         console.print(Rule(f"done in {total:.0f} s", style="green"))
         console.print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
         report = json.loads((self.root / "report.json").read_text())
-        report["seconds"] = self.seconds
+        report = {"seconds": self.seconds, **report}  # those of the launch that made it
+        report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
         (self.root / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         if report["beats_bigram_by"] <= 0 and not self.short:
             raise TrainingError("the network has not learned more than a bigram knows; this should not happen")

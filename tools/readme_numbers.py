@@ -6,6 +6,7 @@ examples:
 
 A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, each on a line of its own. NAME is one of:
   bench-train   training steps, from benchmarks/results/train_*.json (tools/bench.py train)
+  quickstart    the quickstart's losses, from benchmarks/results/quickstart_*.json (runs/quickstart/report.json)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPENING = re.compile(r"<!-- generated: (\S+) -->")
 CLOSING = "<!-- /generated -->"
 TRAIN_SCHEMA = "megamor-bench-train/1"
+QUICKSTART_SCHEMA = "megamor-quickstart/1"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -149,7 +151,34 @@ def read_report(path: Path, schema: str) -> dict[str, Any]:
     return report
 
 
-RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {"bench-train": train_tables}
+def quickstart_table(results: Path) -> Iterator[str]:
+    """Markdown of the quickstart's comparison and how long it took."""
+    paths = sorted(results.glob("quickstart_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no quickstart_*.json; copy runs/quickstart/report.json there")
+    for path in paths:
+        report = read_report(path, QUICKSTART_SCHEMA)
+        network, floors, minutes = report["network"], report["floors"], sum(report["seconds"].values()) / 60
+        yield ""
+        yield "| model | validation loss, nats/token |"
+        yield "|---|---|"
+        for order, loss in floors.items():
+            yield f"| {order} (interpolated Kneser-Ney) | {loss:.4f} |"
+        yield f"| network, top-k routing (looks ahead) | {network['loss_topk']:.4f} |"
+        yield f"| **network, causal routing** | **{network['loss_causal']:.4f}** |"
+        yield ""
+        yield (
+            f"({report['tokens_seen']:,} tokens, {minutes:.1f} minutes on {report['machine']['cores']} cores of "
+            f"{report['machine']['cpu']}; {report['date'][:10]}, torch {report['versions']['torch']}, "
+            f"revision {report['commit']['revision']})"
+        )
+    yield ""
+
+
+RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "bench-train": train_tables,
+    "quickstart": quickstart_table,
+}
 
 
 if __name__ == "__main__":

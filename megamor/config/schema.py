@@ -78,7 +78,8 @@ class FixedDepthConfig:
 class ExpertChoiceConfig:
     """Each recursion picks its top-k tokens among those of the recursion before (paper section 2.2.1).
 
-    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr.
+    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr. At inference a token goes on if
+    the sigmoid of its score is at least `inference_threshold`.
     """
 
     kind: Literal["expert_choice"] = "expert_choice"
@@ -91,6 +92,7 @@ class ExpertChoiceConfig:
     capacity_warmup_steps: int = 0
     sampling: Literal["aux_loss", "aux_router"] = "aux_loss"
     aux_coeff: float = 0.001
+    inference_threshold: float = 0.5
     z_coeff: float = 0.0
 
 

@@ -25,6 +25,7 @@ NON_NEGATIVE = frozenset(
     {
         "run.seed",
         "recursion.lora_rank",
+        "parallel.zero_stage",
         "router.capacity_warmup_steps",
         "router.balance_warmup_steps",
         "router.aux_coeff",
@@ -39,7 +40,7 @@ NON_NEGATIVE = frozenset(
     }
 )
 FRACTIONS = frozenset({"optim.decay_fraction", "optim.min_lr_ratio"})
-BELOW_ONE = frozenset({"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon"})
+BELOW_ONE = frozenset({"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon", "router.inference_threshold"})
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -155,6 +156,8 @@ def _router(config: Config) -> Iterator[str]:
         )
     elif isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) and router.capacity is not None:
         yield from _capacity(router.capacity, recursions)
+    elif isinstance(router, ExpertChoiceConfig) and router.inference_threshold == 0:
+        yield "router.inference_threshold = 0.0 lets every token go on: give a number between 0 and 1"
     elif isinstance(router, SkipForwardRecurseConfig) and (router.target_depth or 0) > recursions:
         yield f"router.target_depth = {router.target_depth} is more than recursion.num_recursions = {recursions}"
     elif isinstance(router, CustomRouterConfig) and router.target.count(":") != 1:

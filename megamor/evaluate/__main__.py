@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 from megamor.data import open_validation_sets
 from megamor.errors import user_errors
 from megamor.evaluate.load import LoadedModel, load_model
-from megamor.evaluate.loss import modes_of, summed_loss
+from megamor.evaluate.loss import modes_of, perplexity, summed_loss
 
 EXAMPLE = """\
 example:
@@ -57,7 +56,7 @@ def evaluate(loaded: LoadedModel, prefix: str, sequences: int | None, batch_size
         loss, tokens, recursions = total.tolist()
         figures["tokens"] = tokens
         figures[f"loss_{mode}"] = loss / tokens
-        figures[f"perplexity_{mode}"] = math.exp(loss / tokens)
+        figures[f"perplexity_{mode}"] = perplexity(loss / tokens)
         figures[f"mean_depth_{mode}"] = recursions / tokens
     if "loss_topk" in figures:
         figures["gap"] = figures["loss_causal"] - figures["loss_topk"]
@@ -73,9 +72,9 @@ def show(results: dict[str, dict[str, float]], title: str) -> None:
         for mode in ("topk", "causal"):
             if f"loss_{mode}" in figures:
                 values = [figures[f"{name}_{mode}"] for name in ("loss", "perplexity", "mean_depth")]
-                loss, perplexity, depth = values
+                loss, ppl, depth = values
                 table.add_row(
-                    prefix, mode, f"{loss:.4f}", f"{perplexity:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}"
+                    prefix, mode, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}"
                 )
     Console().print(table)
 

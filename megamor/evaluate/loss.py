@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -56,3 +57,11 @@ def summed_loss(
         if out.depth is not None:
             total[2] += (out.depth * (batch.labels.to(device) != -100)).sum()
     return total
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is beyond floating point, as early in a bad run."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

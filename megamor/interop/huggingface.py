@@ -71,7 +71,7 @@ def model_class(MegamorConfig: Any) -> Any:
         base_model_prefix = "model"
         main_input_name = "input_ids"
         _supports_sdpa = True
-        _keep_in_fp32_modules_strict = ("router",)  # routing compares scores, and near ties flip in bf16
+        _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012 - near ties of scores flip in bf16
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

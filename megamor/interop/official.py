@@ -119,7 +119,6 @@ def import_official(
         else:
             weights[name] = reduce_copies(name, keys, copies, untied)
             reduced.append(name)
-    fold_temperature(config, weights)
     if BALANCING_BIAS in expected:
         weights.setdefault(BALANCING_BIAS, torch.zeros(expected[BALANCING_BIAS]))  # only loss-free runs store it
     assert weights.keys() == expected.keys()
@@ -244,14 +243,6 @@ def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Unti
             "untied=mean"
         )
     return copies[0].clone() if untied == "first" else torch.stack(copies).mean(0)
-
-
-def fold_temperature(config: Config, weights: dict[str, Tensor]) -> None:
-    """The released auxiliary router sees x, megamor's sees x / temperature: scale its first layer to make up for it."""
-    if isinstance(config.router, ExpertChoiceConfig):
-        for name in weights:
-            if re.fullmatch(r"stage\.router\.aux_router\.\d+\.(fc1\.)?weight", name):
-                weights[name] = weights[name] * config.router.temperature
 
 
 def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:

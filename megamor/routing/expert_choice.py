@@ -2,7 +2,7 @@
 
 Top-k over a sequence looks at the future, so it is a training-time rule only. The auxiliary loss (or router) trains
 each score to say on its own whether its token is selected; the inference rule is that prediction, token by token:
-recursion 0 always, a later one iff the token passed the one before and sigmoid(score) >= 0.5.
+recursion 0 always, a later one iff the token passed the one before and sigmoid(score) >= 0.5 (configurable).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class ExpertChoiceRouter(ScoredRouter):
 
     @property
     def inference_rule(self) -> InferenceRule:
-        """sigmoid(score) >= 0.5 from the second recursion on."""
+        """sigmoid(score) >= threshold from the second recursion on."""
         score = "aux_router" if self.config.sampling == "aux_router" else "router"
-        return InferenceRule("threshold", score=score, threshold=0.5)
+        return InferenceRule("threshold", score=score, threshold=self.config.inference_threshold)
 
     def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
         """Nothing is decided before the first recursion."""
@@ -68,7 +68,7 @@ class ExpertChoiceSession(ScoredSession):
         z = self.router.score(recursion, rows)
         predictor = z
         if self.router.aux_router is not None:
-            predictor = self.router.aux_router[recursion](rows.detach() / self.router.config.temperature).squeeze(-1)
+            predictor = self.router.aux_router[recursion](rows.detach()).squeeze(-1)
 
         if self.context.mode == "causal":
             tokens, places = self.select_causal(recursion, predictor, candidates)
@@ -95,7 +95,13 @@ class ExpertChoiceSession(ScoredSession):
         """Recursion 0 takes all; later ones those whose predictor says that they would be selected."""
         if recursion == 0:
             return candidates, None
-        return candidates.where(predictor.detach() >= 0)
+        return candidates.where(self.goes_on(predictor))
+
+    def goes_on(self, predictor: Tensor) -> Tensor:
+        """Whether the inference rule lets each candidate go on, [N]."""
+        threshold = self.router.inference_rule.threshold
+        assert threshold is not None
+        return predictor.detach() >= math.log(threshold / (1 - threshold))
 
     def add_losses(self, z: Tensor, predictor: Tensor, places: Tensor | None) -> None:
         """BCE of the predictor against the selection (mean over the candidates), and the z-loss."""
@@ -112,6 +118,6 @@ class ExpertChoiceSession(ScoredSession):
         """Share of candidates for which the selection made here and the causal rule agree."""
         if recursion == 0 or self.context.mode == "causal":
             return
-        causal = predictor.detach() >= 0
+        causal = self.goes_on(predictor)
         selected = torch.ones_like(causal) if places is None else torch.zeros_like(causal).index_fill(0, places, True)
         self.add_ratio("topk_causal_agreement", (causal == selected).sum(), causal.numel())

@@ -7,7 +7,6 @@ it is time, evaluate.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from megamor.config import Config
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import TrainingError
-from megamor.evaluate.loss import modes_of, summed_loss
+from megamor.evaluate.loss import modes_of, perplexity, summed_loss
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingProgress, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
@@ -249,11 +248,3 @@ class Trainer:
                 self.sink.close()
             except OSError as error:
                 log.error("the last metrics are lost: %s", error)
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where that is beyond floating point, as early in a bad run."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -107,8 +107,17 @@ class Case:
                 "kv_policy": kv_policy(self.settings["kv_sharing"]),
             }
         if kind == "mor":
-            sections["router"] = token_choice(mor) if mor["type"] == "token" else expert_choice(mor)
+            warmup = self.settings.get("num_warmup_steps", 0) * self.settings.get("gradient_accumulation_steps", 1)
+            router = token_choice(mor) if mor["type"] == "token" else expert_choice(mor, warmup)
+            sections["router"] = router | {"head": self.head_kind(mor["router_type"])}
         return config_from_dict(sections)
+
+    def head_kind(self, named: str) -> str:
+        """megamor's name of the routers' network, by the width of its hidden layer."""
+        hidden = [w.shape for name, w in self.weights.items() if "router" in name and name.endswith("fc1.weight")]
+        if not hidden:
+            return named
+        return {2: "mlp", 4: "wide_mlp"}[hidden[0][0] // hidden[0][1]]
 
     def model(self) -> Transformer:
         """megamor's model with this case's weights, copied by name."""
@@ -130,18 +139,19 @@ def kv_policy(kv_sharing: dict[str, Any]) -> str:
     return "hybrid" if kv_sharing.get("update_cache") else "share_first"
 
 
-def expert_choice(mor: dict[str, Any]) -> dict[str, Any]:
-    """Router section of a released expert-choice run."""
+def expert_choice(mor: dict[str, Any], default_warmup: int) -> dict[str, Any]:
+    """Router section of a released expert-choice run; its capacity warms up as long as its learning rate by default."""
     expert = mor["expert"]
     return {
         "kind": "expert_choice",
         "head": mor["router_type"],
         "activation": expert["router_func"] or "none",
-        "alpha": expert["alpha"],
+        # Without an activation the released code doesn't scale either.
+        "alpha": expert["alpha"] if expert["router_func"] else 1.0,
         "temperature": mor["temp"],
         "gating": expert["gating"],
         "capacity": [float(share) for share in mor["capacity"].split(",")],
-        "capacity_warmup_steps": expert["cap_warmup_step"] or 0,
+        "capacity_warmup_steps": default_warmup if expert["cap_warmup_step"] is None else expert["cap_warmup_step"],
         "sampling": expert["sampling"],
         "aux_coeff": expert["coeff"],
         "z_coeff": mor["z_coeff"] if mor["z_loss"] else 0.0,

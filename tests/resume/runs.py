@@ -51,11 +51,15 @@ Spoil = Callable[[Trainer], None]
 
 
 def write_shard(prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY, meta: ShardMeta | None = None) -> str:
-    """Documents of noisy ramps, which can be learnt."""
+    """Documents of noisy ramps, which can be learnt.
+
+    No token comes twice in a window: two of a kind would have nearly the same score, and rounding could swap them in
+    a top-k.
+    """
     generator = np.random.default_rng(7)
     with ShardWriter(prefix, np.dtype("<u2")) as writer:
         for start in range(0, tokens, 500):
-            ramp = start + np.arange(500) + generator.integers(0, 3, 500)
+            ramp = 3 * (start + np.arange(500)) + generator.integers(0, 3, 500)
             writer.add(ramp % vocabulary)
         writer.commit(meta)
     return str(prefix)

@@ -22,6 +22,7 @@ from megamor.errors import ConfigError
 from megamor.interop import Imported, export_huggingface, save_imported
 from megamor.interop.assemble import Assembly, Module
 from megamor.interop.export import modeling_source
+from megamor.model import Transformer
 from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
@@ -50,7 +51,9 @@ CONFIGS["told_apart"] = replace(
     CONFIGS["expert_choice"],
     recursion=replace(CONFIGS["expert_choice"].recursion, recursion_embedding=True, separate_norms=True, lora_rank=2),
 )
-DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard"]
+
+
+DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard", "told_apart"]
 """Exports that are also asked to generate."""
 TEXT = "again and again<|endoftext|>"
 
@@ -121,6 +124,17 @@ torch.save(found, root / "found.pt")
 """
 
 
+def make_model(name: str) -> Transformer:
+    """A model of CONFIGS in fp32 in which no parameter is zero, as those that tell recursions apart are at first."""
+    model = lively_model(CONFIGS[name], dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model
+
+
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of single bytes and an end of text."""
@@ -138,9 +152,9 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
     """Every model of CONFIGS exported, and one through a checkpoint and the command."""
     root = tmp_path_factory.mktemp("hf")
-    for name, config in CONFIGS.items():
-        export_huggingface(lively_model(config, dtype=torch.float32), root / name)
-    model = lively_model(CONFIGS["expert_choice"], dtype=torch.float32)
+    for name in CONFIGS:
+        export_huggingface(make_model(name), root / name)
+    model = make_model("expert_choice")
     save_imported(Imported(model.config, dict(model.state_dict())), root / "checkpoints", tokenizer_file)
     export_hf.main(["--checkpoint", str(root / "checkpoints"), "--output", str(root / "with_tokenizer")])
     torch.save(tokens(), root / "inputs.pt")
@@ -165,7 +179,7 @@ def found(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def expected_logits(name: str) -> torch.Tensor:
     """megamor's logits under the inference rule."""
     with torch.no_grad():
-        return lively_model(CONFIGS[name], dtype=torch.float32)(tokens(), mode="causal").logits
+        return make_model(name)(tokens(), mode="causal").logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)

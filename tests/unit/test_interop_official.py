@@ -186,12 +186,10 @@ def test_without_a_function_alpha_is_not_applied() -> None:
     assert (router.activation, router.alpha) == ("none", 1.0)
 
 
-def test_the_auxiliary_router_makes_up_for_the_temperature() -> None:
+def test_auxiliary_routers_are_taken_over() -> None:
     state, settings = small_run(temp=2.0, expert={"sampling": "aux_router"})
     weights = import_official(state, settings).weights
-    assert torch.equal(
-        weights["stage.router.aux_router.1.weight"], 2 * state["model.layers.2.mlp_router.router.weight"]
-    )
+    assert torch.equal(weights["stage.router.aux_router.1.weight"], state["model.layers.2.mlp_router.router.weight"])
     assert torch.equal(weights["stage.router.heads.1.weight"], state["model.layers.2.mor_router.router.weight"])
 
 

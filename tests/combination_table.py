@@ -1,0 +1,58 @@
+"""The table of combinations of router, KV policy and sharing, from the outcomes of the tests that ran."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Test function (and a part of its id, where one function covers two columns) to column.
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("causal", "test_logits_ignore_later_tokens", "stream"),
+    ("causal in packed documents", "test_logits_ignore_later_tokens", "documents"),
+    ("packed = alone", "test_packed_documents_equal_documents_alone", ""),
+    ("cached decoding fp64", "test_prefill_and_steps_equal_the_full_pass", "fp64"),
+    ("cached decoding fp32", "test_prefill_and_steps_equal_the_full_pass", "fp32"),
+    ("checkpointing", "test_activation_checkpointing_leaves_gradients_identical", ""),
+    ("router learns", "test_router_learns_from_the_language_model_loss", ""),
+    ("FLOPs = profiler's", "test_executed_flops_match_the_profiler", ""),
+)
+HEADER = """# Tested combinations
+
+Written by `make combinations` from the outcomes of the tests named below: passed / run. Each cell covers all sharings
+(cycle, sequence, middle-cycle, middle-sequence) where the test depends on them, else middle-cycle alone; an empty cell means
+that there is nothing to test (a router without parameters doesn't learn).
+
+"""
+
+
+class CombinationTable:
+    """A pytest plugin that writes the table when the session ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        """Note the outcome of a test of a combination."""
+        report = yield
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if report.when == "call" and {"router", "kv_policy"} <= parameters.keys():
+            key = parameters["router"], parameters["kv_policy"]
+            for column, function, part in COLUMNS:
+                if item.originalname == function and part in item.name:  # type: ignore[attr-defined]
+                    self.outcomes[key][column].append(report.passed)
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the table."""
+        columns = [column for column, _, _ in COLUMNS]
+        lines = [f"| router | KV policy | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+        for (router, kv_policy), found in self.outcomes.items():
+            cells = [f"{sum(found[c])}/{len(found[c])}" if found[c] else "" for c in columns]
+            lines.append(f"| {router} | {kv_policy} | {' | '.join(cells)} |")
+        tests = [f"- {column}: `{function}`" for column, function, _ in COLUMNS]
+        self.path.write_text(HEADER + "\n".join([*lines, "", *tests]) + "\n")

@@ -1,0 +1,205 @@
+"""Packed attention (flat rows and the bounds of their pieces) against padding and masks, and what decides between them.
+
+The kernel exists on GPUs only. Here a loop over the pieces stands in for it, in fp64, so that the bookkeeping around it
+is tested everywhere: bounds, order, grouped heads, who uses it and who doesn't.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import varlen
+
+from megamor.model import attention, geometry
+from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
+from megamor.model.geometry import Geometry
+from megamor.routing import TokenSet
+from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
+
+DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
+"""[3, SEQ_LEN]"""
+
+
+def loop_over_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `varlen_attn` computes, piece by piece; it insists on what the kernel needs."""
+    assert window_size == (-1, 0), "causal"
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert cu_seq_q[0] == 0
+    assert cu_seq_q[-1] == len(query)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert int(cu_seq_q.diff().max()) <= max_q == max_k
+    out = [query[:0]]
+    for start, stop in pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[Segments]:
+    """The packed path on a CPU; the list gathers the pieces of every call."""
+    calls: list[Segments] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        calls.append(segments)
+        return packed_attention(q, k, v, segments)
+
+    monkeypatch.setattr(geometry, "has_packed_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "packed_attention", record)
+    monkeypatch.setattr(attention, "varlen_attn", loop_over_pieces)
+    monkeypatch.setattr(attention, "_CAUSAL", {"window_size": (-1, 0)})
+    monkeypatch.setattr(attention, "_TAKES_GROUPS", True)
+    return calls
+
+
+def run(config: Any, mode: str, documents: Tensor | None) -> dict[str, Tensor]:
+    """Loss, depths and gradients of one pass."""
+    torch.manual_seed(0)
+    model = lively_model(config)
+    out = model(tokens(), tokens(1), mode=mode, documents=documents)
+    (out.loss_sum + sum(out.router_losses.values())).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {**found, "loss": out.loss_sum} | ({} if out.depth is None else {"depth": out.depth})
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_packed_equals_padded_and_masked(
+    router: str, kv_policy: str, documents: Tensor | None, request: pytest.FixtureRequest
+) -> None:
+    config = tiny_config(ROUTERS[router], kv_policy)
+    expected = [run(config, mode, documents) for mode in ("train", "causal")]
+    calls = request.getfixturevalue("packed")
+    for mode, want in zip(("train", "causal"), expected, strict=True):
+        calls.clear()
+        got = run(config, mode, documents)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
+        if documents is not None:
+            assert calls, "documents are packed in every combination"
+
+
+def test_vanilla_with_documents(request: pytest.FixtureRequest) -> None:
+    want = run(vanilla_config(), "train", DOCUMENTS)
+    calls = request.getfixturevalue("packed")
+    got = run(vanilla_config(), "train", DOCUMENTS)
+    torch.testing.assert_close(got["loss"], want["loss"])
+    assert len(calls) == 8
+    assert calls[0].bounds.tolist() == [0, 10, 24, 48, 49, 60, 72]
+
+
+def test_rectangular_sets_without_documents_stay_with_sdpa(packed: list[Segments]) -> None:
+    run(vanilla_config(), "train", None)
+    run(tiny_config(ROUTERS["expert_choice"]), "train", None)
+    assert not packed
+
+
+def test_no_mask_is_built_where_rows_are_packed(packed: list[Segments], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("a dense mask")
+
+    monkeypatch.setattr(geometry, "visibility_mask", refuse)
+    run(tiny_config(ROUTERS["token_choice"]), "train", DOCUMENTS)
+    assert packed
+
+
+def test_segments_of_selected_rows(packed: list[Segments]) -> None:
+    config = vanilla_config().model
+    ids = tokens(batch=2, length=6)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    chosen, places = TokenSet.all(2, 6).where(torch.tensor([1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 1]) == 1)
+    assert places.tolist() == [0, 2, 7, 10, 11]
+    layout = Geometry.of(ids, config, torch.float64, documents).layout(chosen, chosen)
+    assert layout.segments is not None
+    assert layout.segments.bounds.tolist() == [0, 2, 2, 2, 5]  # nothing of two of the documents
+    layout = Geometry.of(ids, config, torch.float64).layout(chosen, chosen)
+    assert layout.segments is not None
+    assert layout.segments.bounds.tolist() == [0, 2, 5]
+    assert layout.segments.longest == 6  # known without asking the device
+
+
+def test_positions_of_a_piece_see_no_other_piece(packed: list[Segments]) -> None:
+    q = torch.randn(7, 2, 8, dtype=torch.float64)
+    k, v = (torch.randn(7, 1, 8, dtype=torch.float64) for _ in range(2))
+    layout = AttentionLayout(Grid(1, 7), None, segments=Segments(torch.tensor([0, 3, 3, 7], dtype=torch.int32), 7))
+    before = layout.attend(q, k, v)
+    k[3:], v[3:] = 9.0, 9.0
+    after = layout.attend(q, k, v)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3:], after[3:])
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_the_installed_kernel_is_called_as_it_wants(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not takes_groups:
+        monkeypatch.setattr(attention, "_TAKES_GROUPS", False)
+    q = torch.empty(10, 4, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.empty(10, 2, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+    out = packed_attention(q, k, v, Segments(bounds, 8))
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert k.grad is not None
+    assert k.grad.shape == k.shape
+    # Causality is asked for under one of two names, depending on the version.
+    assert attention._CAUSAL.keys() <= inspect.signature(varlen.varlen_attn).parameters.keys()
+
+
+def test_kernels_are_for_16_bits_on_gpus() -> None:
+    assert not has_packed_kernel(torch.device("cpu"), torch.bfloat16, 64)
+    assert not has_packed_kernel(torch.device("cuda"), torch.float32, 64)
+    assert not has_packed_kernel(torch.device("cuda"), torch.bfloat16, 20)
+
+
+def test_masks_come_in_the_type_of_attention() -> None:
+    config = vanilla_config().model
+    ids = tokens()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        everything = TokenSet.all(*ids.shape)
+        layout = Geometry.of(ids, config, dtype, DOCUMENTS).layout(everything, everything)
+        assert layout.mask is not None
+        assert layout.mask.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Geometry.of(ids, config, torch.float32).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_keeps_what_it_is_told_to(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.arange(3 * SEQ_LEN)
+    chosen = TokenSet.all(3, SEQ_LEN)
+    expected = torch.ones(3 * SEQ_LEN, dtype=torch.bool)
+    for _ in range(3):
+        keep = torch.rand(len(chosen), generator=generator) < 0.6
+        expected[chosen.rows(stream.device)[~keep]] = False
+        old = chosen
+        chosen, places = old.where(keep)
+        assert torch.equal(chosen.gather(stream), stream[expected])
+        assert torch.equal(old.gather(stream)[places], chosen.gather(stream))
+        lengths = expected.view(3, SEQ_LEN).sum(1)
+        assert chosen.lengths is not None
+        assert torch.equal(chosen.lengths, lengths)
+        assert chosen.max_length == int(lengths.max())
+        known, _ = old.where(keep, (len(chosen), chosen.max_length))
+        assert torch.equal(known.rows(stream.device), chosen.rows(stream.device))
+    nothing, places = chosen.where(torch.zeros(len(chosen), dtype=torch.bool))
+    assert (len(nothing), nothing.max_length, len(places)) == (0, 0, 0)
