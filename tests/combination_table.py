@@ -22,8 +22,8 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 HEADER = """# Tested combinations
 
 Written by `make combinations` from the outcomes of the tests named below: passed / run. Each cell covers all sharings
-(cycle, sequence, middle-cycle, middle-sequence) where the test depends on them, else middle-cycle alone; an empty cell means
-that there is nothing to test (a router without parameters doesn't learn).
+(cycle, sequence, middle-cycle, middle-sequence) where the test depends on them, else middle-cycle alone; an empty cell
+means that there is nothing to test (a router without parameters doesn't learn).
 
 """
 

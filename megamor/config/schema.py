@@ -78,8 +78,8 @@ class FixedDepthConfig:
 class ExpertChoiceConfig:
     """Each recursion picks its top-k tokens among those of the recursion before (paper section 2.2.1).
 
-    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr. At inference a token goes on if
-    the sigmoid of its score is at least `inference_threshold`.
+    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr. At inference a token goes on
+    if the sigmoid of its score is at least `inference_threshold`.
     """
 
     kind: Literal["expert_choice"] = "expert_choice"

@@ -40,7 +40,9 @@ NON_NEGATIVE = frozenset(
     }
 )
 FRACTIONS = frozenset({"optim.decay_fraction", "optim.min_lr_ratio"})
-BELOW_ONE = frozenset({"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon", "router.inference_threshold"})
+BELOW_ONE = frozenset(
+    {"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon", "router.inference_threshold"}
+)
 
 
 def validate(config: Config, world_size: int | None = None) -> None:

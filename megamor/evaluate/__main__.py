@@ -73,9 +73,7 @@ def show(results: dict[str, dict[str, float]], title: str) -> None:
             if f"loss_{mode}" in figures:
                 values = [figures[f"{name}_{mode}"] for name in ("loss", "perplexity", "mean_depth")]
                 loss, ppl, depth = values
-                table.add_row(
-                    prefix, mode, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}"
-                )
+                table.add_row(prefix, mode, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
     Console().print(table)
 
 

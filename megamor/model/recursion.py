@@ -70,7 +70,7 @@ class RecursionStage(nn.Module):
         stage_input = rows = stream
         emitted: Tensor | None = None
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
-        work, launches = [], []
+        work = []
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.places is None else rows.index_select(0, plan.places)
@@ -84,13 +84,12 @@ class RecursionStage(nn.Module):
             if plan.idle is not None:
                 idle = plan.idle.tokens
                 stream = idle.scatter(stream, weighted(plan.idle.weight, idle.gather(stream)))
+            if len(plan.tokens) == 0 and torch.is_grad_enabled():
+                stream = self.touch_core(recursion, stream, geometry)
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             work.append(launch_work(plan.tokens, keys, geometry))
-            launches.append(plan.tokens)
         result = stream if emitted is None else emitted
-        if not any(len(launch) for launch in launches) and torch.is_grad_enabled():
-            result = self.touch_core(result, geometry)
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
     def run_recursion(
@@ -111,14 +110,14 @@ class RecursionStage(nn.Module):
         policy.keep(launch, kept)
         return y, policy.keys_of(launch)
 
-    def touch_core(self, stream: Tensor, geometry: Geometry) -> Tensor:
-        """`stream` unchanged, with gradient zero for the core: where no token of this rank has entered it.
+    def touch_core(self, recursion: int, stream: Tensor, geometry: Geometry) -> Tensor:
+        """`stream` unchanged, with gradient zero for what a recursion uses: where no token of this rank takes part in
+        it.
 
         Sharded training needs the same parameters used on every rank (ZeRO-3 would even apply an old gradient).
         """
-        first = TokenSet(geometry.batch, geometry.seq_len, 1, torch.zeros(1, dtype=torch.int64, device=stream.device))
-        alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(first.index))
-        y, _ = self.run_recursion(0, first.gather(stream), TokenSet.all(1, 1), alone, KVPolicy("recursion_wise", None))
+        alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(torch.zeros_like(geometry.positions[:1])))
+        y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, KVPolicy("recursion_wise", None))
         return stream + 0.0 * y.sum()
 
     def run_blocks(self, launch: Launch, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:

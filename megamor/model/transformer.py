@@ -130,6 +130,8 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for
         buffers; routers initialise what else they have."""
+        for buffer in self.buffers():
+            buffer.zero_()
         for module in self.modules():
             if isinstance(module, ZeroLinear):
                 module.weight.zero_()
@@ -143,8 +145,6 @@ class Transformer(nn.Module):
         if self.stage is not None and self.stage.recursion_embedding is not None:
             for parameter in self.stage.recursion_embedding:
                 parameter.zero_()
-        for buffer in self.buffers():
-            buffer.zero_()
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none; "recursion": recompute each recursion (and prelude and coda blocks); "block": recompute each block."""

@@ -92,8 +92,8 @@ class ExpertChoiceSession(ScoredSession):
         return candidates.pick(chosen), (chosen + offsets).flatten()
 
     def select_causal(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """Recursion 0 takes all; later ones those whose predictor says that they would be selected."""
-        if recursion == 0:
+        """All where the capacity takes all (recursion 0 by default), else those predicted to be selected."""
+        if recursion == 0 and self.router.capacity[0] >= 1:
             return candidates, None
         return candidates.where(self.goes_on(predictor))
 

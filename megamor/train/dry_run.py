@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megamor.config import Config
+from dataclasses import replace
+
+from megamor.config import Config, CustomRouterConfig
 from megamor.config.derive import derive
 from megamor.model import build_model
 from megamor.model.flops import nominal_flops, nominal_work
@@ -17,7 +19,16 @@ def describe_run(config: Config, world_size: int) -> str:
     derived = derive(config, world_size)
     model = build_model(config, device="meta")
     counted = model.num_parameters()
-    assert counted == derived.unique_parameters_with_embedding, (counted, derived.unique_parameters_with_embedding)
+    own = counted - derived.unique_parameters_with_embedding
+    if isinstance(config.router, CustomRouterConfig):  # what a router of the user's has, only the model knows
+        derived = replace(
+            derived,
+            router_parameters=own,
+            unique_parameters=derived.unique_parameters + own,
+            effective_parameters=derived.effective_parameters + own,
+        )
+    else:
+        assert own == 0, f"the model has {own} parameters more than the formula"
     flops = nominal_flops(config)
     seq_len = config.data.seq_len
     backend = resolve_backend(config.parallel, world_size)
