@@ -44,12 +44,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "megamor needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
-	    { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	    { rm -rf .venv; echo "$(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "installing into .venv (some minutes, once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
-	@$(if $(HAS_GPU),$(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is None)' || \
-	    { echo "there is a GPU, but the torch that was installed has no CUDA: set TORCH_INDEX to an index with CUDA builds"; \
-	      exit 1; },:)
+	@if [ "$(HAS_GPU)" = yes ] && ! $(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is None)'; then \
+	    echo "there is a GPU, but this torch has no CUDA: set TORCH_INDEX to a package index with CUDA builds"; exit 1; fi
 	$(DEEPSPEED_ENV) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 

@@ -5,16 +5,22 @@ once per launch of a stack of blocks and used by each of them: it brings queries
 head_dim], calls SDPA and flattens the result. Routed tokens keep their original order, so that attention among them is
 causal in the order of the rows; a mask is needed only where queries meet keys of other tokens (shared or cached keys)
 or where documents must not see each other.
+
+Where there is a kernel for it (`has_packed_kernel`), sequences of different lengths and documents are neither padded
+nor masked: the rows stay flat, and the kernel is told at which of them each piece begins.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from megamor.routing import TokenSet
 
@@ -51,20 +57,36 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Flat rows as pieces that don't see each other: piece i is rows bounds[i] to bounds[i + 1], causal inside.
+
+    `bounds` [pieces + 1] is int32 and ascending, pieces may be empty; `longest` is an upper bound of their lengths,
+    which needn't be tight.
+    """
+
+    bounds: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """Who sees whom. `mask` [batch, 1, queries, keys] is additive; None means causal among the rows themselves.
 
     `keys` None means that keys and values arrive as [batch, length, kv_heads, head_dim] already (a cache).
     `num_chunks` cuts the queries into as many parts, each of which is given only the keys that it can possibly see.
+    With `segments` the rows attend to each other inside each piece, and nothing else counts.
     """
 
     queries: Grid
     keys: Grid | None
     mask: Tensor | None = None
     num_chunks: int = 1
+    segments: Segments | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim], k and v [M, kv_heads, head_dim] to [N, heads · head_dim]."""
+        if self.segments is not None:
+            return packed_attention(q, k, v, self.segments).flatten(1)
         q_BHTD = self.queries.pad(q).transpose(1, 2)
         k_BHTD = (k if self.keys is None else self.keys.pad(k)).transpose(1, 2)
         v_BHTD = (v if self.keys is None else self.keys.pad(v)).transpose(1, 2)
@@ -72,6 +94,10 @@ class AttentionLayout:
         if self.mask is None:
             out = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
         else:
+            if grouped and q.is_cuda:
+                # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
+                k_BHTD, v_BHTD = (one_per_head(x, q.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
+                grouped = False
             num_queries, num_keys = self.mask.shape[2:]
             parts = []
             for rows in chunks(num_queries, self.num_chunks):
@@ -95,10 +121,42 @@ def chunks(length: int, count: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
+def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
+    """Keys or values whose heads, at `dim`, are repeated so that each query head has its own."""
+    return x.repeat_interleave(num_heads // x.shape[dim], dim=dim)
+
+
+_VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
+_TAKES_GROUPS = "enable_gqa" in _VARLEN_OPTIONS
+
+
+def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `packed_attention` runs: flash attention, in 16 bits, on GPUs since NVIDIA's Ampere."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Causal attention inside each piece: q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and not _TAKES_GROUPS:
+        k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
+    options = {"enable_gqa": True, **_CAUSAL} if grouped and _TAKES_GROUPS else _CAUSAL
+    bounds, longest = segments.bounds, segments.longest
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    return out
+
+
 def visibility_mask(
-    query_order: Tensor, key_order: Tensor, query_document: Tensor | None = None, key_document: Tensor | None = None
+    query_order: Tensor,
+    key_order: Tensor,
+    query_document: Tensor | None = None,
+    key_document: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Additive fp32 mask [B, 1, Q, K]: a query sees keys of its own document whose order is not above its own.
+    """Additive mask [B, 1, Q, K]: a query sees keys of its own document whose order is not above its own.
 
     Orders are places in the sequence, [B, Q] and [B, K]; keys that don't exist carry an order above every query's.
     Padded queries carry a negative order and see nothing of the real keys; they are given the first key so that their
@@ -109,5 +167,5 @@ def visibility_mask(
         visible &= query_document.unsqueeze(2) == key_document.unsqueeze(1)
     nothing = ~visible.any(-1)
     visible[..., 0] |= nothing
-    mask = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)

@@ -94,6 +94,8 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
     model.set_activation_checkpointing(config.train.activation_checkpointing)  # type: ignore[operator]
     plan: ParallelPlan = model.parallel_plan()  # type: ignore[operator]
     if config.train.compile:
+        # One graph for each size of recursion and way of attending; torch's own limit of 8 can be too few for Nr = 4.
+        torch._dynamo.config.recompile_limit = 32
         for target in plan.compile_targets:
             target.compile()
     name = resolve_backend(config.parallel, world.size)

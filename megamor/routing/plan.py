@@ -7,9 +7,31 @@ of B sequences of S tokens each, flattened to N = B·S rows; token t of sequence
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+class Incoming:
+    """Integers on their way to the host: the device goes on meanwhile, `tolist` waits for the copy alone.
+
+    What the device was given to do after them is not waited for, so the longer ago they left, the less it costs.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.copy = numbers.to("cpu", non_blocking=True)
+        self.arrival: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record(torch.cuda.current_stream(numbers.device))
+
+    def tolist(self) -> list[Any]:
+        """The numbers."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.copy.tolist()
 
 
 @dataclass(frozen=True)
@@ -43,13 +65,25 @@ class TokenSet:
         index = places if self.index is None else self.index[places]
         return replace(self, max_length=chosen.shape[1], index=index)
 
-    def where(self, keep: Tensor) -> tuple[TokenSet, Tensor]:
-        """The rows of this set for which `keep` [N] is true, and their places [n] in this set. The result is ragged."""
-        places = keep.nonzero().squeeze(1)
+    def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
+        """The rows of this set for which `keep` [N] is true, and their places [n] in this set. The result is ragged.
+
+        `size` is how many there are, in all and at most in one sequence; a caller who knows it spares the device from
+        being asked.
+        """
+        kept_before = F.pad(keep.cumsum(0), (1, 0))
+        lengths = kept_before[self.bounds(keep.device)].diff()
+        count, longest = Incoming(torch.stack((kept_before[-1], lengths.max()))).tolist() if size is None else size
+        # The i-th kept row is the first that has i before and including itself.
+        places = torch.searchsorted(kept_before[1:], torch.arange(1, count + 1, device=keep.device))
         index = places if self.index is None else self.index[places]
-        lengths = torch.bincount(index // self.seq_len, minlength=self.batch)
-        longest = int(lengths.max()) if self.batch else 0
         return TokenSet(self.batch, self.seq_len, longest, index, lengths), places
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """Places [batch + 1] among the rows of this set at which the sequences begin, and the end."""
+        if self.lengths is None:
+            return torch.arange(self.batch + 1, device=device) * self.max_length
+        return F.pad(self.lengths.cumsum(0), (1, 0))
 
     @property
     def is_everything(self) -> bool:

@@ -84,7 +84,10 @@ class RoutingSession(ABC):
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor | float) -> None:
         """Add to a statistic that is reported as a mean."""
-        bottom = torch.as_tensor(denominator, dtype=torch.float32, device=numerator.device)
+        if isinstance(denominator, Tensor):
+            bottom = denominator.detach().float()
+        else:
+            bottom = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
         top = numerator.detach().float()
         old = self.ratios.get(name)
         self.ratios[name] = Ratio(top, bottom) if old is None else Ratio(old.numerator + top, old.denominator + bottom)

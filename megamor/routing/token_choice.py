@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megamor.config import TokenChoiceConfig
 from megamor.routing.heads import build_head
-from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Incoming, Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 
@@ -60,12 +61,22 @@ class TokenChoiceSession(RoutingSession):
         self.gate = scores.gather(-1, self.depth.unsqueeze(-1)).squeeze(-1)
         if config.gating == "additive":
             self.gate = torch.ones_like(self.gate)
+        self.reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
+        self.sizes = Incoming(self.launch_sizes())
         self.add_balance(router, scores)
+
+    def launch_sizes(self) -> Tensor:
+        """Tokens of each recursion, in all and at most in one sequence, [Nr, 2]."""
+        lengths = self.reaching.view(self.context.batch, self.context.seq_len, -1).sum(1)
+        return torch.stack((lengths.sum(0), lengths.amax(0)), dim=1)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Tokens of depth >= recursion. Those that leave get x_in + gate·y, the others carry y on."""
-        depth = candidates.gather(self.depth)
-        tokens, places = (candidates, None) if recursion == 0 else candidates.where(depth >= recursion)
+        tokens, places = candidates, None
+        if recursion > 0:
+            # The sizes left before recursion 0 was given to the device, which is still busy with it.
+            size = self.sizes.tolist()[recursion]
+            tokens, places = candidates.where(candidates.gather(self.reaching[:, recursion]), size)
         leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
         gate = tokens.gather(self.gate)
         return RoutingPlan(tokens, places, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
@@ -73,7 +84,8 @@ class TokenChoiceSession(RoutingSession):
     def add_balance(self, router: TokenChoiceRouter, scores: Tensor) -> None:
         """Balance loss, z-loss and load statistics."""
         config, num_depths = router.config, router.num_recursions
-        load = torch.bincount(self.depth, minlength=num_depths).to(scores.dtype)
+        counts = self.reaching.sum(0)
+        load = (counts - F.pad(counts[1:], (0, 1))).to(scores.dtype)
         self.totals["depth_choices"] = load
         if self.context.mode != "train":
             return

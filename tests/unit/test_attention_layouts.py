@@ -7,6 +7,7 @@ is tested everywhere: bounds, order, grouped heads, who uses it and who doesn't.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 
-from megamor.model import attention, geometry
+from megamor.model import attention, build_model, geometry
 from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
 from megamor.model.geometry import Geometry
-from megamor.routing import TokenSet
+from megamor.routing import TokenSet, plan, token_choice
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
@@ -203,3 +204,32 @@ def test_where_keeps_what_it_is_told_to(seed: int) -> None:
         assert torch.equal(known.rows(stream.device), chosen.rows(stream.device))
     nothing, places = chosen.where(torch.zeros(len(chosen), dtype=torch.bool))
     assert (len(nothing), nothing.max_length, len(places)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "expert_choice_aux_router", "token_choice"])
+def test_nothing_is_read_from_the_device(router: str, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the meta device have no values: reading one fails as surely as it makes a GPU wait."""
+    sent: list[Tensor] = []
+
+    class Sizes:
+        """What token-choice looks at, the one time it has to."""
+
+        def __init__(self, numbers: Tensor) -> None:
+            sent.append(numbers)
+
+        def tolist(self) -> list[list[int]]:
+            return [[72, 24], [50, 20], [20, 9]]
+
+    def refuse(_: Tensor) -> None:
+        raise AssertionError("asked the device for the size of a set")
+
+    monkeypatch.setattr(token_choice, "Incoming", Sizes)
+    monkeypatch.setattr(plan, "Incoming", refuse)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(geometry, "has_packed_kernel", lambda *_: True)
+    model = build_model(tiny_config(ROUTERS[router], kv_policy), device="meta")
+    out = model(tokens().to("meta"), mode="train")
+    assert out.logits is not None
+    assert [numbers.shape for numbers in sent] == ([(3, 2)] if router == "token_choice" else [])
