@@ -10,7 +10,11 @@ import pytest
 @pytest.mark.parametrize(
     ("reason", "outcome"), [("no time for this", {"failed": 1}), ("needs a CUDA device", {"skipped": 1})]
 )
-def test_only_known_reasons_skip(reason: str, outcome: dict[str, int], pytester: pytest.Pytester) -> None:
+def test_only_known_reasons_skip(
+    reason: str, outcome: dict[str, int], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makeconftest(Path(__file__).parents[1].joinpath("conftest.py").read_text())
     pytester.makepyfile(
         f"""
