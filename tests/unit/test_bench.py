@@ -175,7 +175,7 @@ README = """# Title
 Before.
 
 <!-- generated: bench-train -->
-old
+stale contents
 <!-- /generated -->
 
 After.
@@ -206,7 +206,7 @@ def test_the_readme_follows_the_results(readme: list[str], tmp_path: Path, repor
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n\nBefore.\n")
     assert text.endswith("<!-- /generated -->\n\nAfter.\n")
-    assert "old" not in text
+    assert "stale contents" not in text
     assert all(case["label"] in text for case in cases_of(report).values())
     assert f"{cases_of(report)['mor_expert']['time_ratio']['median']:.3f}" in text
 
@@ -238,3 +238,7 @@ def test_missing_or_foreign_results_are_refused(readme: list[str], tmp_path: Pat
     assert status_of(["--check", *readme]) == 2
     result.unlink()
     assert status_of(["--check", *readme]) == 2
+
+
+def test_the_projects_own_readme_follows_its_results() -> None:
+    assert status_of(["--check"]) == 0
