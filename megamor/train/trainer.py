@@ -205,9 +205,11 @@ class Trainer:
             for name, data in self.validation.items():
                 losses = {mode: self.validation_loss(data, mode) for mode in modes_of(self.model)}
                 metrics |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
-                if "topk" in losses:
-                    metrics[f"{VALIDATION}{name}/gap"] = losses["causal"] - losses["topk"]
                 shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+                if "topk" in losses:
+                    gap = losses["causal"] - losses["topk"]
+                    metrics[f"{VALIDATION}{name}/gap"] = gap
+                    shown += f", gap {gap:+.4f}"
                 self.display.message(
                     f"step {self.progress.step}: validation loss on {name}: {shown} nats/token "
                     f"(perplexity {perplexity(losses['causal']):.1f})"
