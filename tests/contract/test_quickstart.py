@@ -26,7 +26,7 @@ def test_quickstart_runs_and_runs_again(tmp_path: Path) -> None:
     assert "resuming after step 4" in first
     report = json.loads((root / "report.json").read_text())
     assert report["step"] == 8
-    assert report["tokens_seen"] == 8 * 16 * 256
+    assert report["tokens_seen"] == 8 * 8 * 256
     assert {"loss_topk", "loss_causal"} <= report["network"].keys()
     assert report["floors"]["trigram"] <= report["floors"]["bigram"] < report["floors"]["unigram"]
     assert report["network"]["loss_causal"] < 8.31  # ln 4096: it has learned something

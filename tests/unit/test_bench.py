@@ -222,7 +222,7 @@ def test_the_readme_follows_the_results(readme: list[str], tmp_path: Path, repor
         ("<!-- /generated -->", ""),
         ("<!-- generated: bench-train -->", ""),
         ("bench-train", "bench-nothing"),
-        ("old", "<!-- generated: bench-train -->"),
+        ("stale contents", "<!-- generated: bench-train -->"),
     ],
 )
 def test_broken_blocks_are_refused(readme: list[str], tmp_path: Path, old: str, new: str) -> None:

@@ -146,7 +146,8 @@ def test_a_key_of_another_kind_is_told_so(tmp_path: Path) -> None:
     message = refused(path)
     assert "router.capacity: unknown key; it belongs to router.kind expert_choice" in message
     assert (
-        "router.kind: found 'token', expected one of fixed, expert_choice, token_choice; did you mean token_choice?"
+        "router.kind: found 'token', expected one of fixed, expert_choice, token_choice, ema_threshold, random, "
+        "skip_forward_recurse, act, custom; did you mean token_choice?"
         in (refused(write(tmp_path, b=LENGTH), "router.kind=token"))
     )
 
