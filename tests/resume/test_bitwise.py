@@ -28,6 +28,7 @@ CASES = [
     pytest.param("ddp", 2, EXPERT_CHOICE, id="ddp"),
     pytest.param("fsdp2", 2, EXPERT_CHOICE, id="fsdp2"),
     pytest.param("fsdp2", 2, LOSS_FREE, id="fsdp2, router with a buffer"),
+    pytest.param("deepspeed", 0, EXPERT_CHOICE, id="zero 0"),
     pytest.param("deepspeed", 1, EXPERT_CHOICE, id="zero 1"),
     pytest.param("deepspeed", 2, LOSS_FREE, id="zero 2, router with a buffer"),
     pytest.param("deepspeed", 3, EXPERT_CHOICE, id="zero 3"),
