@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.errors import CheckpointError
-from megamor.parallel.backend import BuildOptimizer, ParallelPlan
 from megamor.parallel.mesh import World
+from megamor.parallel.protocol import BuildOptimizer, ParallelPlan
 from megamor.parallel.single import clip_gradients, set_group_lr
 from megamor.parallel.state import prefixed, write_tensors
 
