@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,14 +72,14 @@ class AttentionLayout:
     """Who sees whom. `mask` [batch, 1, queries, keys] is additive; None means causal among the rows themselves.
 
     `keys` None means that keys and values arrive as [batch, length, kv_heads, head_dim] already (a cache).
-    `num_chunks` cuts the queries into as many parts, each of which is given only the keys that it can possibly see.
+    `pieces` cut the queries into parts (first, end, keys), each of which is given only the first so many keys.
     With `segments` the rows attend to each other inside each piece, and nothing else counts.
     """
 
     queries: Grid
     keys: Grid | None
     mask: Tensor | None = None
-    num_chunks: int = 1
+    pieces: tuple[tuple[int, int, int], ...] = ()
     segments: Segments | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,27 +97,19 @@ class AttentionLayout:
                 # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
                 k_BHTD, v_BHTD = (one_per_head(x, q.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
                 grouped = False
-            num_queries, num_keys = self.mask.shape[2:]
             parts = []
-            for rows in chunks(num_queries, self.num_chunks):
-                visible = slice(0, num_keys - num_queries + rows.stop if self.num_chunks > 1 else num_keys)
+            for first, end, num_keys in self.pieces or ((0, *self.mask.shape[2:]),):
                 parts.append(
                     F.scaled_dot_product_attention(
-                        q_BHTD[:, :, rows],
-                        k_BHTD[:, :, visible],
-                        v_BHTD[:, :, visible],
-                        attn_mask=self.mask[:, :, rows, visible].to(q.dtype),
+                        q_BHTD[:, :, first:end],
+                        k_BHTD[:, :, :num_keys],
+                        v_BHTD[:, :, :num_keys],
+                        attn_mask=self.mask[:, :, first:end, :num_keys].to(q.dtype),
                         enable_gqa=grouped,
                     )
                 )
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
-
-
-def chunks(length: int, count: int) -> list[slice]:
-    """`count` slices of about equal size that cover range(length)."""
-    bounds = [length * number // count for number in range(count + 1)]
-    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:

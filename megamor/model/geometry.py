@@ -17,8 +17,8 @@ BEYOND = torch.iinfo(torch.int64).max
 """Order of a key that doesn't exist."""
 
 
-ROWS_PER_CHUNK = 128
-"""Queries worth a call of their own, for the sake of keys that they needn't be given."""
+ROWS_PER_PIECE, MAX_PIECES, KEY_MULTIPLE = 64, 8, 16
+"""Queries worth a call of their own for the sake of keys that they needn't be given; keys are rounded up."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,24 @@ class Geometry:
         query_order, query_document = self._places(queries, query_grid, -1)
         key_order, key_document = self._places(keys, key_grid, BEYOND)
         mask = visibility_mask(query_order, key_order, query_document, key_document, self.dtype)
-        # The j-th of K tokens that were selected from S stands at place S - K + j at most: no key after that is
-        # visible.
-        static = queries.lengths is None and keys.is_everything
-        num_chunks = max(1, min(4, queries.max_length // ROWS_PER_CHUNK)) if static else 1
-        return AttentionLayout(query_grid, key_grid, mask, num_chunks)
+        pieces = self.pieces(query_order) if queries.lengths is None and keys.is_everything else ()
+        return AttentionLayout(query_grid, key_grid, mask, pieces)
+
+    def pieces(self, query_order: Tensor) -> tuple[tuple[int, int, int], ...]:
+        """Ranges of the queries, and how many of all keys each can see, from their ascending places [batch, K].
+
+        On a CPU the places are looked at; elsewhere that would mean to wait, and the j-th of K tokens that were
+        selected from S is only known to stand at place S - K + j at most.
+        """
+        length = query_order.shape[1]
+        count = max(1, min(MAX_PIECES, length // ROWS_PER_PIECE))
+        bounds = [length * number // count for number in range(count + 1)]
+        if query_order.device.type == "cpu":
+            last = query_order[:, [end - 1 for end in bounds[1:]]].amax(0) - self.start + 1
+            needed = [min(self.seq_len, -(-keys // KEY_MULTIPLE) * KEY_MULTIPLE) for keys in last.tolist()]
+        else:
+            needed = [self.seq_len - length + end for end in bounds[1:]]
+        return tuple(zip(bounds[:-1], bounds[1:], needed, strict=True))
 
     def segments(self, tokens: TokenSet, edges: Tensor) -> Segments:
         """The pieces of the rows of `tokens`, some perhaps empty."""
