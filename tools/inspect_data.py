@@ -7,7 +7,8 @@ examples:
   python tools/inspect_data.py data/x_train --json | jq .tokens
 
 Sizes and the whole index are always checked; the tokens (hashes and range of ids) too, if there is up to 1 GiB of
-them or with --verify. Documents are shown as text with --tokenizer, or if the tokenizer lies beside the data.
+them or with --verify. Documents are shown as text with --tokenizer, or if the tokenizer lies beside the data or
+one directory up.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ def first_documents(
     if tokenizer and not written_with(tokenizer, meta):
         raise DataError(f"{tokenizer} is not the tokenizer that wrote {shard.prefix}; give that one")
     if not tokenizer and meta and meta.tokenizer_name:
-        beside = Path(shard.prefix).parent / meta.tokenizer_name
-        tokenizer = str(beside) if beside.is_file() and written_with(str(beside), meta) else None
+        directory = Path(shard.prefix).resolve().parent
+        near = [str(place / meta.tokenizer_name) for place in (directory, directory.parent)]
+        tokenizer = next((path for path in near if Path(path).is_file() and written_with(path, meta)), None)
     decode = TextEncoder.load(tokenizer).tokenizer.decode if tokenizer else None
     documents = []
     for number in range(min(count, shard.num_documents)):
