@@ -1,0 +1,73 @@
+"""Names of the parts that the jobs of an array write, and which of them are there.
+
+Part i of n (i from 0) of the data set `data/pile` is the data set `data/pile_shard_00003_of_00016`; with a split, of
+`data/pile_train` it is `data/pile_train_shard_00003_of_00016`. Merged in order they give what one run would have written.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+
+from megamor.errors import ConfigError, DataError
+
+_NAME = re.compile(r"(?P<base>.+)_shard_(?P<index>\d{5,})_of_(?P<count>\d{5,})", re.DOTALL)
+_MISSING_SHOWN = 8
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Index and count of `i/n`, such as 3/16. Raises ConfigError unless 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 <= index < count:
+        raise ConfigError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/16 to 15/16")
+    return index, count
+
+
+def shard_prefix(prefix: str, index: int, count: int) -> str:
+    """Prefix of part `index` (from 0) of `count`."""
+    return f"{prefix}_shard_{index:05d}_of_{count:05d}"
+
+
+def split_shard_prefix(prefix: str) -> tuple[str, int, int] | None:
+    """Base prefix, index and count of a name made by `shard_prefix`, or None for any other name."""
+    match = _NAME.fullmatch(prefix)
+    return (match["base"], int(match["index"]), int(match["count"])) if match else None
+
+
+def find_shards(prefix: str) -> list[str]:
+    """Prefixes of all parts of `prefix`, in order.
+
+    Raises DataError if there is none, if any is missing (with its number), or if parts of runs with different numbers
+    of parts lie beside each other.
+    """
+    found = [path.removesuffix(".idx") for path in glob.glob(f"{glob.escape(prefix)}_shard_*_of_*.idx")]
+    parts = [part for part in map(split_shard_prefix, found) if part and part[0] == prefix]
+    counts = sorted({count for _, _, count in parts})
+    if not parts:
+        raise DataError(f"there is no {shard_prefix(prefix, 0, 1)[:-13]}NNNNN_of_NNNNN; write them with --shard i/n")
+    if len(counts) > 1:
+        raise DataError(
+            f"shards of {prefix} are there from runs with {' and '.join(map(str, counts))} parts; remove the old ones or "
+            "name those to merge"
+        )
+    prefixes = [shard_prefix(prefix, index, counts[0]) for index in sorted(index for _, index, _ in parts)]
+    require_complete(prefixes)
+    return prefixes
+
+
+def require_complete(prefixes: Iterable[str]) -> None:
+    """Raise DataError, naming the missing, if some parts of a set are among `prefixes` and others aren't."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for part in map(split_shard_prefix, prefixes):
+        if part:
+            sets.setdefault((part[0], part[2]), set()).add(part[1])
+    for (base, count), there in sets.items():
+        missing = [index for index in range(count) if index not in there]
+        if missing:
+            shown = ", ".join(map(str, missing[:_MISSING_SHOWN])) + (", …" if len(missing) > _MISSING_SHOWN else "")
+            raise DataError(
+                f"{len(missing)} of the {count} shards of {base} missing: {shown}; write them with --shard "
+                f"{missing[0]}/{count} and so on (first missing: {shard_prefix(base, missing[0], count)}.idx)"
+            )
