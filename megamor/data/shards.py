@@ -1,7 +1,7 @@
 """Names of the parts that the jobs of an array write, and which of them are there.
 
-Part i of n (i from 0) of the data set `data/pile` is the data set `data/pile_shard_00003_of_00016`; with a split, of
-`data/pile_train` it is `data/pile_train_shard_00003_of_00016`. Merged in order they give what one run would have written.
+Part 3 of 16 (counted from 0) of the data set `data/pile` is the data set `data/pile_shard_00003_of_00016`; the name of
+a split comes first: `data/pile_train_shard_00003_of_00016`. Merged in order they give what one run would have written.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def find_shards(prefix: str) -> list[str]:
     parts = [part for part in map(split_shard_prefix, found) if part and part[0] == prefix]
     counts = sorted({count for _, _, count in parts})
     if not parts:
-        raise DataError(f"there is no {shard_prefix(prefix, 0, 1)[:-13]}NNNNN_of_NNNNN; write them with --shard i/n")
+        raise DataError(f"there are no shards {prefix}_shard_*_of_*.idx; write them with --shard i/n")
     if len(counts) > 1:
         raise DataError(
-            f"shards of {prefix} are there from runs with {' and '.join(map(str, counts))} parts; remove the old ones or "
-            "name those to merge"
+            f"shards of {prefix} are there from runs with {' and '.join(map(str, counts))} parts; remove the old ones, "
+            "or name those to merge"
         )
     prefixes = [shard_prefix(prefix, index, counts[0]) for index in sorted(index for _, index, _ in parts)]
     require_complete(prefixes)

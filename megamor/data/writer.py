@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,9 @@ _FINALISE_CHUNK = 2**20
 
 
 class ShardWriter:
-    """Writes a data set that appears under its name only when complete. One document is one sequence.
+    """Writes a data set that appears under its name only when complete.
+
+    One document is one sequence, unless `finish` is told where documents start.
 
     Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
     `commit` finishes and renames them, the `.idx`, without which nothing opens, last. As a context manager it removes
@@ -37,7 +40,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODE_OF_DTYPE:
             raise DataError(f"token ids can't be written as {self.dtype}; use uint16 or int32")
-        self.num_documents = 0
+        self.num_sequences = 0
         self.num_tokens = 0
         self._hasher = BlockHasher()
         self._finished = False
@@ -53,6 +56,11 @@ class ShardWriter:
         except OSError as error:
             self.abort()
             raise self._failure(error) from error
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far, one a sequence."""
+        return self.num_sequences
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -72,34 +80,47 @@ class ShardWriter:
         assert lengths.sum() == len(tokens), "lengths must add up to the tokens"
         if len(lengths) and lengths.max() > MAX_SEQUENCE_TOKENS:
             raise DataError(f"a document of {lengths.max()} tokens doesn't fit {self.prefix}.idx; split it")
+        self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: NDArray) -> None:
+        """Append ids [n] to the stream; `add_lengths` says how they are cut, before or after, in pieces of any size."""
         data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
         try:
             self._bin.write(data)
-            self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
         except OSError as error:
             raise self._failure(error) from error
         self._hasher.update(data)
-        self.num_documents += len(lengths)
         self.num_tokens += len(tokens)
+
+    def add_lengths(self, lengths: NDArray) -> None:
+        """Append the lengths [n] of sequences whose ids go through `add_tokens`."""
+        try:
+            self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_sequences += len(lengths)
 
     def commit(self, meta: ShardMeta | None = None) -> None:
         """Finish the files and put them under their names."""
         self.finish(meta)
         self.publish()
 
-    def finish(self, meta: ShardMeta | None = None) -> None:
+    def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
         """Complete the partial files and make them durable, still under their temporary names.
 
-        Writers of several splits all finish before the first is published: a full disk then leaves none of them.
+        `document_starts` are pieces of the document index: the sequence at which each document starts, and at the end
+        the number of sequences. Writers of several splits all finish before the first is published: a full disk then
+        leaves none of them.
         """
         try:
-            write_index(self._idx, self.num_documents, self.dtype)
+            documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
             for file in (self._bin, self._idx):
                 _sync(file)
             meta = replace(
                 meta or ShardMeta(),
                 dtype=self.dtype.name,
-                documents=self.num_documents,
+                documents=documents,
                 tokens=self.num_tokens,
                 idx_sha256=_hash_open_file(self._idx),
                 bin_block_sha256=self._hasher.digests(),
@@ -175,25 +196,42 @@ class ShardWriter:
         )
 
 
-def write_index(file: BinaryIO, count: int, dtype: np.dtype) -> None:
-    """Complete an index that holds the lengths of `count` documents after room for the header.
+def write_index(
+    file: BinaryIO,
+    num_sequences: int,
+    num_tokens: int,
+    dtype: np.dtype,
+    document_starts: Iterable[NDArray] | None = None,
+) -> int:
+    """Complete an index that holds the lengths of sequences after room for the header; returns the document count.
 
-    Adds the offsets (64 bits: a running sum of bytes passes 2 GiB early), the document index and the header.
+    Adds the offsets (64 bits: a running sum of bytes passes 2 GiB early), the document index (each sequence a document
+    unless `document_starts` says otherwise) and the header.
     """
     offset = 0
-    for first in range(0, count, _FINALISE_CHUNK):
-        size = min(_FINALISE_CHUNK, count - first)
+    for first in range(0, num_sequences, _FINALISE_CHUNK):
+        size = min(_FINALISE_CHUNK, num_sequences - first)
         file.seek(HEADER.size + 4 * first)
         sizes = np.frombuffer(file.read(4 * size), "<i4").astype(np.int64) * dtype.itemsize
         ends = offset + np.cumsum(sizes)
-        file.seek(HEADER.size + 4 * count + 8 * first)
+        file.seek(HEADER.size + 4 * num_sequences + 8 * first)
         file.write((ends - sizes).astype("<i8").tobytes())
         offset = int(ends[-1])
-    file.seek(HEADER.size + 12 * count)
-    for first in range(0, count + 1, _FINALISE_CHUNK):
-        file.write(np.arange(first, min(first + _FINALISE_CHUNK, count + 1), dtype="<i8").tobytes())
+    assert offset == num_tokens * dtype.itemsize, "lengths must add up to the tokens"
+    file.seek(HEADER.size + 12 * num_sequences)
+    entries = 0
+    for starts in document_starts if document_starts is not None else _one_each(num_sequences):
+        file.write(np.ascontiguousarray(starts, "<i8").tobytes())
+        entries += len(starts)
     file.seek(0)
-    file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], count, count + 1))
+    file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_sequences, entries))
+    return entries - 1
+
+
+def _one_each(num_sequences: int) -> Iterator[NDArray]:
+    """The document index of sequences that are documents."""
+    for first in range(0, num_sequences + 1, _FINALISE_CHUNK):
+        yield np.arange(first, min(first + _FINALISE_CHUNK, num_sequences + 1), dtype="<i8")
 
 
 def _create_without_truncating(path: str, flags: int) -> int:

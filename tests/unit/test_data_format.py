@@ -127,7 +127,7 @@ def test_writer_computes_offsets_in_64_bits_and_in_chunks(monkeypatch: pytest.Mo
     monkeypatch.setattr(writer_module, "_FINALISE_CHUNK", chunk)
     lengths = [2**30, 5, 2**30, 0, 7]
     file = io.BytesIO(bytes(34) + struct.pack("<5i", *lengths))
-    writer_module.write_index(file, len(lengths), np.dtype("<i4"))
+    assert writer_module.write_index(file, len(lengths), sum(lengths), np.dtype("<i4")) == len(lengths)
     assert file.getvalue() == make_idx(lengths, list(range(6)), code=4, size=4)
 
 
