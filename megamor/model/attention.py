@@ -7,7 +7,8 @@ causal in the order of the rows; a mask is needed only where queries meet keys o
 or where documents must not see each other.
 
 Where there is a kernel for it (`has_packed_kernel`), sequences of different lengths and documents are neither padded
-nor masked: the rows stay flat, and the kernel is told at which of them each piece begins.
+nor masked: the rows stay flat, and the kernel is told at which of them each piece begins. On a CPU, buckets of pieces
+of similar length do the same (`megamor/model/buckets.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from megamor.model.buckets import Buckets
 from megamor.routing import TokenSet
 
 
@@ -60,11 +62,12 @@ class Segments:
     """Flat rows as pieces that don't see each other: piece i is rows bounds[i] to bounds[i + 1], causal inside.
 
     `bounds` [pieces + 1] is int32 and ascending, pieces may be empty; `longest` is an upper bound of their lengths,
-    which needn't be tight.
+    which needn't be tight. `buckets` are there where no kernel is.
     """
 
     bounds: Tensor
     longest: int
+    buckets: Buckets | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Causal attention inside each piece: q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
+    if segments.buckets is not None:
+        return segments.buckets.attend(q, k, v)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _TAKES_GROUPS:
         k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from megamor.config import ModelConfig
 from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, visibility_mask
 from megamor.model.blocks import RotaryAngles, rotary_angles
+from megamor.model.buckets import Buckets
 from megamor.routing import TokenSet
 
 BEYOND = torch.iinfo(torch.int64).max
@@ -26,8 +27,8 @@ class Geometry:
     """A [batch, seq_len] stream whose sequences begin at place `start` (tokens in a cache come before).
 
     `positions` [B·S] are what RoPE sees; `angles` hold all B·S rows; attention must not cross `documents` [B·S] (ids),
-    and computes in `dtype`. Where attention can run packed, `edges` [pieces + 1] are the rows at which the sequences,
-    or if there are `documents` these, begin, and the end.
+    and computes in `dtype`. Where attention can run packed, by a kernel or `bucketed`, `edges` [pieces + 1] are the
+    rows at which the sequences, or if there are `documents` these, begin, and the end.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Geometry:
     start: int = 0
     dtype: torch.dtype = torch.float32
     edges: Tensor | None = None
+    bucketed: bool = False
 
     @staticmethod
     def of(
@@ -59,11 +61,12 @@ class Geometry:
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        edges = None
-        if has_packed_kernel(tokens.device, dtype, config.head_dim):
+        edges, kernel = None, has_packed_kernel(tokens.device, dtype, config.head_dim)
+        bucketed = not kernel and tokens.device.type == "cpu"
+        if kernel or bucketed:
             edges = piece_edges(documents, batch, seq_len, tokens.device)
         documents = None if documents is None else documents.flatten()
-        return Geometry(batch, seq_len, positions, angles, documents, start, dtype, edges)
+        return Geometry(batch, seq_len, positions, angles, documents, start, dtype, edges, bucketed)
 
     def angles_of(self, tokens: TokenSet) -> RotaryAngles:
         """RoPE angles of the original positions of `tokens`."""
@@ -106,6 +109,8 @@ class Geometry:
     def segments(self, tokens: TokenSet, edges: Tensor) -> Segments:
         """The pieces of the rows of `tokens`, some perhaps empty."""
         bounds = edges if tokens.index is None else torch.searchsorted(tokens.index, edges)
+        if self.bucketed:
+            return Segments(bounds, tokens.max_length, Buckets.of(bounds))
         # The true maximum would have to be fetched from the device, and would recompile what depends on it.
         longest = tokens.max_length if tokens.lengths is None else self.seq_len
         return Segments(bounds.int(), longest)

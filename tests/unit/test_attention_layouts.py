@@ -1,7 +1,8 @@
 """Packed attention (flat rows and the bounds of their pieces) against padding and masks, and what decides between them.
 
 The kernel exists on GPUs only. Here a loop over the pieces stands in for it, in fp64, so that the bookkeeping around it
-is tested everywhere: bounds, order, grouped heads, who uses it and who doesn't.
+is tested everywhere: bounds, order, grouped heads, who uses it and who doesn't. Buckets, which do the same on CPUs, are
+compared with both.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.attention import varlen
 
 from megamor.model import attention, build_model, geometry
 from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
+from megamor.model.buckets import Buckets
 from megamor.model.geometry import Geometry
 from megamor.routing import TokenSet, plan, token_choice
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
@@ -87,11 +89,17 @@ def test_packed_equals_padded_and_masked(
     router: str, kv_policy: str, documents: Tensor | None, request: pytest.FixtureRequest
 ) -> None:
     config = tiny_config(ROUTERS[router], kv_policy)
-    expected = [run(config, mode, documents) for mode in ("train", "causal")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "piece_edges", lambda *_: None)
+        expected = [run(config, mode, documents) for mode in ("train", "causal")]
+    in_buckets = [run(config, mode, documents) for mode in ("train", "causal")]
     calls = request.getfixturevalue("packed")
-    for mode, want in zip(("train", "causal"), expected, strict=True):
+    for mode, want, bucketed in zip(("train", "causal"), expected, in_buckets, strict=True):
         calls.clear()
         got = run(config, mode, documents)
+        assert bucketed.keys() == want.keys()
+        for name, value in want.items():
+            torch.testing.assert_close(bucketed[name], value, rtol=1e-9, atol=1e-9)
         assert got.keys() == want.keys()
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
@@ -121,6 +129,35 @@ def test_no_mask_is_built_where_rows_are_packed(packed: list[Segments], monkeypa
     monkeypatch.setattr(geometry, "visibility_mask", refuse)
     run(tiny_config(ROUTERS["token_choice"]), "train", DOCUMENTS)
     assert packed
+
+
+def test_buckets_hold_pieces_of_similar_length() -> None:
+    lengths = torch.tensor([0, 100, 3, 90, 400, 16, 99, 0, 5])
+    buckets = Buckets.of(F.pad(lengths.cumsum(0), (1, 0)).int())
+    assert buckets.shapes == ((1, 400), (2, 100), (1, 90), (3, 16))
+    assert len(buckets.slots.unique()) == int(lengths.sum())
+    assert Buckets.of(torch.tensor([0, 0])).shapes == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_buckets_equal_a_loop_over_the_pieces(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, (60, 3, 200, 17, 1)[seed] + 1, (9,), generator=generator)
+    lengths[seed] = 1
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+    leaves = [
+        torch.randn(int(bounds[-1]), heads, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    got = Buckets.of(bounds).attend(*leaves)
+    longest = int(lengths.max())
+    want = loop_over_pieces(*leaves, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(want.shape, dtype=torch.float64, generator=generator)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, leaves, weights), torch.autograd.grad(want, leaves, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_segments_of_selected_rows(packed: list[Segments]) -> None:
@@ -176,7 +213,8 @@ def test_masks_come_in_the_type_of_attention() -> None:
     ids = tokens()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         everything = TokenSet.all(*ids.shape)
-        layout = Geometry.of(ids, config, dtype, DOCUMENTS).layout(everything, everything)
+        few = everything.pick(torch.tensor([[0, 5]] * len(ids)))
+        layout = Geometry.of(ids, config, dtype, DOCUMENTS).layout(few, everything)
         assert layout.mask is not None
         assert layout.mask.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
