@@ -100,19 +100,38 @@ class AttentionLayout:
                 # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
                 k_BHTD, v_BHTD = (one_per_head(x, q.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
                 grouped = False
+            pieces = self.pieces or ((0, *self.mask.shape[2:]),)
+            num_keys = [keys for _, _, keys in pieces]
+            rows = q_BHTD.split([end - first for first, end, _ in pieces], dim=2)
             parts = []
-            for first, end, num_keys in self.pieces or ((0, *self.mask.shape[2:]),):
-                parts.append(
-                    F.scaled_dot_product_attention(
-                        q_BHTD[:, :, first:end],
-                        k_BHTD[:, :, :num_keys],
-                        v_BHTD[:, :, :num_keys],
-                        attn_mask=self.mask[:, :, first:end, :num_keys].to(q.dtype),
-                        enable_gqa=grouped,
-                    )
-                )
+            for (first, end, keys), query, key, value in zip(
+                pieces, rows, prefixes(k_BHTD, num_keys), prefixes(v_BHTD, num_keys), strict=True
+            ):
+                mask = self.mask[:, :, first:end, :keys].to(q.dtype)
+                parts.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped))
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
+
+
+class _Prefixes(torch.autograd.Function):
+    """Adds up the gradients in one tensor, where slicing would give each slice a tensor of full size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        return tuple(x[:, :, :count] for count in num_keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for grad in grads:
+            total[:, :, : grad.shape[2]] += grad
+        return total, None
+
+
+def prefixes(x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
+    """x [batch, heads, keys, head_dim] cut to its first keys, once for each of `num_keys`."""
+    return (x,) if num_keys == [x.shape[2]] else _Prefixes.apply(x, num_keys)
 
 
 def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
