@@ -7,8 +7,8 @@ examples:
   python tools/inspect_data.py data/x_train --json | jq .tokens
 
 Sizes and the whole index are always checked; the tokens (hashes and range of ids) too, if there is up to 1 GiB of
-them or with --verify. Documents are shown as text with --tokenizer, or if the tokenizer lies beside the data or
-one directory up.
+them or with --verify. Every fault is listed. Documents are shown as text with --tokenizer, or if the tokenizer lies
+beside the data or one directory up.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if __package__ in (None, ""):  # run as a file: the repository, not tools/, is w
 from megamor.data.encode import TextEncoder
 from megamor.data.indexed import TokenShard
 from megamor.data.meta import ShardMeta, read_meta, sha256_of_file
-from megamor.data.verify import verify_index, verify_tokens
+from megamor.data.verify import index_faults, token_faults
 from megamor.errors import DataError, user_errors
+from tools.progress import byte_progress
 
 _READ_UNASKED_BYTES = 2**30
 _DOCUMENT_TOKENS_SHOWN = 64
@@ -54,17 +55,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     shard, meta = TokenShard.open(args.prefix), read_meta(args.prefix)
-    verify_index(shard, meta)
-    contents_read = args.verify or shard.tokens.nbytes <= _READ_UNASKED_BYTES
-    if contents_read:
-        verify_tokens(shard, meta)
+    read_tokens = args.verify or shard.tokens.nbytes <= _READ_UNASKED_BYTES
+    report_faults(faults_of(shard, meta, read_tokens=read_tokens))
     report = describe(shard, meta)
-    report["contents_verified"] = contents_read
+    report["contents_verified"] = read_tokens
     report["first_documents"] = first_documents(shard, meta, args.tokenizer, args.documents)
     if args.json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         print_report(report)
+
+
+def faults_of(shard: TokenShard, meta: ShardMeta | None, *, read_tokens: bool) -> list[str]:
+    """Everything that is wrong with a data set whose sizes are right."""
+    found = list(index_faults(shard, meta))
+    if read_tokens:
+        with byte_progress("verifying", shard.tokens.nbytes) as advance:
+            found += token_faults(shard, meta, advance)
+    return found
+
+
+def report_faults(faults: Sequence[str]) -> None:
+    """Raise DataError listing `faults`, if there are any."""
+    if len(faults) == 1:
+        raise DataError(faults[0])
+    if faults:
+        raise DataError("\n  ".join([f"{len(faults)} faults:", *faults]))
 
 
 def describe(shard: TokenShard, meta: ShardMeta | None) -> dict[str, Any]:
@@ -125,9 +141,10 @@ def print_report(report: dict[str, Any]) -> None:
     if report["tokenizer"] is None:
         print("  no side file: tokenizer, vocabulary and hashes unknown (data of Megatron-LM or GPT-NeoX)")
     else:
-        eod = report["end_of_document"]
+        tokenizer, eod = report["tokenizer"], report["end_of_document"]
         ending = f"{eod['token']} ({eod['id']}) {'appended' if eod['appended'] else 'not appended'}"
-        print(f"  tokenizer {report['tokenizer']['name']}, vocabulary {report['vocab_size']}, end of document {ending}")
+        known = f"{tokenizer['name']}, vocabulary {report['vocab_size']}, end of document {ending}"
+        print(f"  tokenizer {known if tokenizer['sha256'] else 'unknown'}")
         for source in report["sources"]:
             print(f"  from {source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens")
     for number, document in enumerate(report["first_documents"]):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from megamor.errors import DataError
 
@@ -28,6 +29,7 @@ DTYPE_OF_CODE = {
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 # The bound of both projects for two-byte ids: a little under 2^16.
 UINT16_VOCAB_LIMIT = 65_500
+_PIECE_BYTES = 2**22
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -113,6 +115,26 @@ class TokenShard:
             return self.tokens[:0]
         start = int(self.offsets[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
+
+
+def read_pieces(path: str, dtype: DTypeLike, count: int, start: int = 0) -> Iterator[NDArray]:
+    """The `count` items of a file from byte `start` on, in arrays of a few MiB.
+
+    Read, not mapped, so that a pass over a large file doesn't fill the memory of the process. Raises DataError if the
+    file ends before.
+    """
+    dtype = np.dtype(dtype)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while count:
+                piece = np.fromfile(file, dtype, min(count, _PIECE_BYTES // dtype.itemsize))
+                if not len(piece):
+                    raise DataError(f"{path} became shorter while it was read; is another process writing it?")
+                count -= len(piece)
+                yield piece
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def _map_bytes(path: str, prefix: str) -> NDArray[np.uint8]:

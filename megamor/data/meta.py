@@ -23,8 +23,9 @@ BLOCK_BYTES = 64 * 2**20
 class ShardMeta:
     """Contents of `<prefix>.meta.json`. Token and document counts and hashes are filled in by the writer.
 
-    `sources` lists the texts in order, each with at least a `name`. `bin_block_sha256` has one SHA-256 for each
-    `bin_block_bytes` bytes of the `.bin` file, the last block shorter.
+    None is what isn't known, such as the tokenizer of merged foreign data. `sources` lists the texts in order, each
+    with at least a `name`. `bin_block_sha256` has one SHA-256 for each `bin_block_bytes` bytes of the `.bin` file, the
+    last block shorter.
     """
 
     tokenizer_name: str | None = None
@@ -32,7 +33,7 @@ class ShardMeta:
     vocab_size: int | None = None
     eod_token: str | None = None
     eod_id: int | None = None
-    eod_appended: bool = False
+    eod_appended: bool | None = None
     sources: Sequence[Mapping[str, Any]] = ()
     dtype: str = ""
     documents: int = 0

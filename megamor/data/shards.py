@@ -68,6 +68,6 @@ def require_complete(prefixes: Iterable[str]) -> None:
         if missing:
             shown = ", ".join(map(str, missing[:_MISSING_SHOWN])) + (", …" if len(missing) > _MISSING_SHOWN else "")
             raise DataError(
-                f"{len(missing)} of the {count} shards of {base} missing: {shown}; write them with --shard "
+                f"{len(missing)} of the {count} shards of {base} are missing: {shown}; write them with --shard "
                 f"{missing[0]}/{count} and so on (first missing: {shard_prefix(base, missing[0], count)}.idx)"
             )

@@ -101,9 +101,9 @@ class ShardWriter:
             raise self._failure(error) from error
         self.num_sequences += len(lengths)
 
-    def commit(self, meta: ShardMeta | None = None) -> None:
+    def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
         """Finish the files and put them under their names."""
-        self.finish(meta)
+        self.finish(meta, document_starts)
         self.publish()
 
     def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
