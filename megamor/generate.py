@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from megamor.errors import ConfigError, user_errors
 from megamor.evaluate.depth_map import render_terminal, save_png
-from megamor.evaluate.load import load_model
 from megamor.evaluate.sampling import Continuation, generate
+from megamor.load import load_model
 
 EXAMPLE = """\
 example:

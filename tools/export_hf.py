@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.errors import user_errors
-from megamor.evaluate.load import load_model
 from megamor.interop import export_huggingface
+from megamor.load import load_model
 
 EXAMPLE = """\
 example:

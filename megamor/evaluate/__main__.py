@@ -14,8 +14,8 @@ from rich.table import Table
 
 from megamor.data import open_validation_sets
 from megamor.errors import user_errors
-from megamor.evaluate.load import LoadedModel, load_model
 from megamor.evaluate.loss import modes_of, perplexity, summed_loss
+from megamor.load import LoadedModel, load_model
 
 EXAMPLE = """\
 example:

@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor
 
 from megamor.errors import CheckpointError, ConfigError
-from megamor.evaluate.load import load_model
 from megamor.interop import import_official, read_state_dict, save_imported
+from megamor.load import load_model
 from megamor.model import build_model
 from tests.parity.reference import Case, cases
 from tools import import_official as tool
