@@ -33,15 +33,19 @@ class ShardWriter:
     `commit` finishes and renames them, the `.idx`, without which nothing opens, last. As a context manager it removes
     the partial files on every way out except a commit. Failing writes (disk full, no permission) raise DataError, and
     so does a second writer on the same prefix.
+
+    To go on after an interruption: `sync` makes what there is durable, `keep_partial` leaves it behind, and a new
+    writer with `resume` finds it and must `rewind` to such a point before it adds anything.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODE_OF_DTYPE:
             raise DataError(f"token ids can't be written as {self.dtype}; use uint16 or int32")
         self.num_sequences = 0
         self.num_tokens = 0
+        self.keep_partial = False
         self._hasher = BlockHasher()
         self._finished = False
         self._files: list[BinaryIO] = []
@@ -49,7 +53,8 @@ class ShardWriter:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._open_locked(f"{self.prefix}.bin.partial")
             self._idx = self._open_locked(f"{self.prefix}.idx.partial")
-            self._idx.write(bytes(HEADER.size))
+            if not resume:
+                self.rewind(0, 0)
         except DataError:
             self.abort()
             raise
@@ -101,6 +106,38 @@ class ShardWriter:
             raise self._failure(error) from error
         self.num_sequences += len(lengths)
 
+    def rewind(self, num_sequences: int, num_tokens: int) -> bool:
+        """Go back to a state that was synced; False, and nothing is changed, if the partial files hold less than that.
+
+        Reads the tokens that stay, to hash them.
+        """
+        sizes = HEADER.size + 4 * num_sequences, num_tokens * self.dtype.itemsize
+        if num_sequences and any(
+            os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
+        ):
+            return False
+        try:
+            for file, size in zip((self._idx, self._bin), sizes, strict=True):
+                file.truncate(size)
+                file.seek(0)
+            self._idx.write(bytes(HEADER.size))
+            self._idx.seek(sizes[0])
+            self._hasher = BlockHasher()
+            while block := self._bin.read(2**20):
+                self._hasher.update(memoryview(block))
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_sequences, self.num_tokens = num_sequences, num_tokens
+        return True
+
+    def sync(self) -> None:
+        """Wait until everything added is on disk."""
+        try:
+            for file in (self._bin, self._idx):
+                _sync(file)
+        except OSError as error:
+            raise self._failure(error) from error
+
     def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
         """Finish the files and put them under their names."""
         self.finish(meta, document_starts)
@@ -136,19 +173,14 @@ class ShardWriter:
         """Rename the finished files into place, replacing an earlier data set of that name."""
         assert self._finished, "publish() before finish()"
         try:
-            # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
-            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-            os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
-            os.replace(self._partial_meta, meta_path(self.prefix))
-            os.replace(f"{self.prefix}.idx.partial", f"{self.prefix}.idx")
-            _sync_directory(Path(self.prefix).parent)
+            publish_finished(self.prefix)
         except OSError as error:
             raise self._failure(error) from error
         self._close()
 
     def abort(self) -> None:
-        """Remove the partial files; does nothing after `publish` or a second time."""
-        mine = [file.name for file in self._files]
+        """Remove the partial files unless they are kept; does nothing after `publish` or a second time."""
+        mine = [] if self.keep_partial else [file.name for file in self._files]
         # Unlinked while still locked, so that another writer's fresh file is never the one removed.
         for path in [*mine, self._partial_meta] if mine else []:
             with contextlib.suppress(OSError):
@@ -157,10 +189,10 @@ class ShardWriter:
 
     @property
     def _partial_meta(self) -> str:
-        return f"{self.prefix}.meta.json.partial"
+        return f"{meta_path(self.prefix)}.partial"
 
     def _open_locked(self, path: str) -> BinaryIO:
-        """Open for writing from the start, holding a lock until closed; what a killed run left is overwritten."""
+        """Open for writing, holding a lock until closed; what a killed run left is still there."""
         file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by _close)
         try:
             _lock(file)
@@ -170,7 +202,6 @@ class ShardWriter:
         except BlockingIOError:
             file.close()
             raise DataError(f"another process is writing {self.prefix}; wait for it or choose another prefix") from None
-        file.truncate(0)
         self._files.append(file)
         return file
 
@@ -194,6 +225,19 @@ class ShardWriter:
             f"{self.prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
             "(nothing was left under that name)"
         )
+
+
+def publish_finished(prefix: str) -> None:
+    """Rename the finished files of a writer into place; goes on where an earlier call was cut off."""
+    if not os.path.exists(f"{prefix}.idx.partial"):
+        return
+    # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for path in (f"{prefix}.bin", str(meta_path(prefix))):
+        if os.path.exists(f"{path}.partial"):
+            os.replace(f"{path}.partial", path)
+    os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
+    sync_directory(Path(prefix).parent)
 
 
 def write_index(
@@ -254,7 +298,7 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
