@@ -1,0 +1,148 @@
+"""The scripts in slurm/: clean by shellcheck, and what they tell sbatch; jobs run here in place of a cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megamor.data import ShardWriter, TokenShard
+from megamor.data.shards import shard_prefix
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "preprocess.sh"
+# Stands for sbatch or python: writes down its arguments, one a line, and answers with a job number.
+RECORDER = '#!/bin/bash\nprintf "%s\\n" "$@" "--end--" >> {log}\necho "10$(grep -c -- --end-- {log})"\n'
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A directory where `sbatch` and, if wanted, `python` only write down how they were called."""
+
+    folder: Path
+
+    def replace(self, command: str) -> None:
+        path = self.folder / command
+        path.write_text(RECORDER.format(log=self.folder / f"{command}.log"))
+        path.chmod(0o755)
+
+    def calls(self, command: str) -> list[list[str]]:
+        lines = (self.folder / f"{command}.log").read_text().splitlines()
+        text = "\0".join(lines).split("--end--")
+        return [call.strip("\0").split("\0") for call in text if call.strip("\0")]
+
+    def run(self, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CLUSTER_"))}
+        path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = (
+            clean | {"PATH": path, "CLUSTER_VENV": ""} | {name: str(value) for name, value in variables.items()}
+        )
+        command = ["bash", *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    result = Cluster(tmp_path)
+    result.replace("sbatch")
+    return result
+
+
+OPTIONS = ["--input", "pile/*.zst", "--tokenizer", "t k.json", "--output-prefix", "data/pile", "--append-eod"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    command = [Path(sys.executable).with_name("shellcheck"), "-x", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_an_array_and_a_merge_that_waits_for_it(cluster: Cluster) -> None:
+    result = cluster.run(SCRIPT, *OPTIONS, SHARDS=4, CPUS=3)
+    assert result.returncode == 0, result.stderr
+    assert "array job 101, parts 0-3 of 4; merge job 102 writes data/pile" in result.stdout
+    array, merge = cluster.calls("sbatch")
+    assert {"--array=0-3", "--cpus-per-task=3", "--requeue", "--open-mode=append", "--parsable"} < set(array)
+    assert array[-len(OPTIONS) - 2 :] == [str(SCRIPT), "part", *OPTIONS]
+    assert {"--dependency=afterok:101", "--kill-on-invalid-dep=yes"} < set(merge)
+    assert merge[-3:] == [str(SCRIPT), "merge", "data/pile"]
+    assert (cluster.folder / "logs").is_dir()
+
+
+def test_settings_of_the_cluster_are_passed_on_and_absent_ones_are_not(cluster: Cluster) -> None:
+    cluster.run(SCRIPT, *OPTIONS)
+    names = ("--partition", "--account", "--qos", "--constraint", "--mem", "--time")
+    assert not [option for call in cluster.calls("sbatch") for option in call if option.startswith(names)]
+    (cluster.folder / "sbatch.log").unlink()
+    settings = {"PARTITION": "cpu", "ACCOUNT": "me", "QOS": "low", "CONSTRAINT": "big", "SBATCH_OPTIONS": "--nice=5 -v"}
+    cluster.run(
+        SCRIPT, *OPTIONS, MEM="9G", TIME="1:00", TASKS="2,3", **{f"CLUSTER_{k}": v for k, v in settings.items()}
+    )
+    expected = {"--partition=cpu", "--account=me", "--qos=low", "--constraint=big", "--nice=5", "-v", "--mem=9G"}
+    for call in cluster.calls("sbatch"):
+        assert expected | {"--time=1:00"} < set(call)
+    assert "--array=2,3" in cluster.calls("sbatch")[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--input", "x"], [*OPTIONS, "--workers", "3"], [*OPTIONS, "--shard", "0/2"]])
+def test_incomplete_options_submit_nothing(cluster: Cluster, options: Sequence[str]) -> None:
+    result = cluster.run(SCRIPT, *options)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert not (cluster.folder / "sbatch.log").exists()
+
+
+def test_a_job_of_the_array(cluster: Cluster) -> None:
+    """Also when it is run alone, where Slurm counts just one job in the array."""
+    cluster.replace("python")
+    result = cluster.run(
+        SCRIPT, "part", *OPTIONS, SHARDS=4, SLURM_ARRAY_TASK_ID=2, SLURM_ARRAY_TASK_COUNT=1, SLURM_CPUS_PER_TASK=3
+    )
+    assert result.returncode == 0, result.stderr
+    assert cluster.calls("python") == [
+        [str(ROOT / "tools" / "preprocess.py"), *OPTIONS, "--workers", "3", "--shard", "2/4"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("image", "command", "before"),
+    [
+        ("megamor.sif", "apptainer", ["exec", "--env", "PATH=", "--bind", "/data", "megamor.sif", "python"]),
+        ("registry#megamor", "srun", ["--container-image=registry#megamor", "--container-mounts=/data", "python"]),
+    ],
+)
+def test_containers(cluster: Cluster, image: str, command: str, before: list[str]) -> None:
+    cluster.replace(command)
+    settings = {"CLUSTER_CONTAINER": image, "CLUSTER_MOUNTS": "/data"}
+    assert cluster.run(SCRIPT, "part", "--x", SHARDS=4, SLURM_ARRAY_TASK_ID=2, **settings).returncode == 0
+    (call,) = cluster.calls(command)
+    shown = [part if not part.startswith("PATH=") else "PATH=" for part in call]
+    assert shown[: len(before)] == before
+
+
+def test_merge_job(cluster: Cluster) -> None:
+    """Merges what is there of the splits; says so if nothing is."""
+    for split in ("train", "val"):
+        for index in range(2):
+            with ShardWriter(shard_prefix(str(cluster.folder / f"x_{split}"), index, 2), "u2") as writer:
+                writer.add([index])
+                writer.commit()
+    result = cluster.run(SCRIPT, "merge", cluster.folder / "x", SHARDS=2)
+    assert result.returncode == 0, result.stderr
+    for split in ("train", "val"):
+        assert TokenShard.open(cluster.folder / f"x_{split}").tokens.tolist() == [0, 1]
+    for index in (0, 1):
+        Path(f"{shard_prefix(str(cluster.folder / 'x_val'), index, 2)}.idx").unlink()
+    Path(f"{shard_prefix(str(cluster.folder / 'x_train'), 0, 2)}.idx").unlink()
+    failed = cluster.run(SCRIPT, "merge", cluster.folder / "x", SHARDS=2)
+    assert failed.returncode == 2
+    assert "missing: 0" in failed.stderr
+    nothing = cluster.run(SCRIPT, "merge", cluster.folder / "y", SHARDS=2)
+    assert nothing.returncode == 2
+    assert "there is no shard" in nothing.stderr
