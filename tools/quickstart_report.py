@@ -27,7 +27,8 @@ ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
     """The training windows [n, S + 1] of the first `steps` optimizer steps."""
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
-    return data.windows(0, steps * config.train.global_batch_size)
+    rows = data.samples(0, steps * config.train.global_batch_size)
+    return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
 
 
 def validation_windows(config: Config, name: str, sequences: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamor.config.batches import BatchSchedule
 from megamor.config.schema import (
     Config,
     CustomRouterConfig,
@@ -22,7 +23,6 @@ from megamor.config.schema import (
     RouterHead,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
-    TrainConfig,
 )
 
 HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
@@ -35,10 +35,12 @@ class Derived:
 
     `unique_parameters` and `effective_parameters` leave the embedding (which is also the head) out, as the paper's
     tables do; the effective count unrolls the recursions. `core_layers` are the unique blocks that each recursion runs.
+    What is said of a step and of micro-batches holds after `train.ramp`; `batches` knows the rest.
     """
 
     world_size: int
     total_steps: int
+    batches: BatchSchedule
     tokens_per_step: int
     total_tokens: int
     micro_batches: int
@@ -76,7 +78,7 @@ class Derived:
     def describe(self) -> str:
         """The quantities as aligned lines, one subject a line."""
         lines = {
-            "steps": f"{self.total_steps:,} of {self.tokens_per_step:,} tokens = {self.total_tokens:,} tokens",
+            "steps": f"{self._describe_steps()} = {self.total_tokens:,} tokens",
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
             "learning rate": f"{self.warmup_steps:,} warm-up steps, {self._describe_decay()}",
             "layers": self._describe_layers(),
@@ -85,6 +87,10 @@ class Derived:
         }
         width = max(map(len, lines))
         return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
+
+    def _describe_steps(self) -> str:
+        stages = self.batches.stages(0, self.total_steps)
+        return " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages) + " tokens"
 
     def _describe_layers(self) -> str:
         if self.num_recursions == 1:
@@ -105,7 +111,7 @@ class Derived:
 def derive(config: Config, world_size: int) -> Derived:
     """Everything that follows from a configuration which `validate(config, world_size)` accepted."""
     steps = total_steps(config)
-    tokens_per_step = config.train.global_batch_size * config.data.seq_len
+    batches = BatchSchedule.of(config)
     warmup_steps, decay = schedule_steps(config.optim, steps)
     prelude, core, coda = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
@@ -117,8 +123,9 @@ def derive(config: Config, world_size: int) -> Derived:
     return Derived(
         world_size=world_size,
         total_steps=steps,
-        tokens_per_step=tokens_per_step,
-        total_tokens=steps * tokens_per_step,
+        batches=batches,
+        tokens_per_step=batches.final.tokens,
+        total_tokens=batches.tokens(steps),
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
         warmup_steps=warmup_steps,
         decay_start=steps - decay,
@@ -137,11 +144,11 @@ def derive(config: Config, world_size: int) -> Derived:
 
 def total_steps(config: Config) -> int:
     """Optimizer steps of the whole run; the last one that `max_tokens` asks for is taken in full."""
-    train: TrainConfig = config.train
+    train = config.train
     if train.max_steps is not None:
         return train.max_steps
     assert train.max_tokens is not None, "validate() accepts exactly one of max_steps and max_tokens"
-    return -(-train.max_tokens // (train.global_batch_size * config.data.seq_len))
+    return BatchSchedule.of(config).steps_for(train.max_tokens)
 
 
 def schedule_steps(optim: OptimConfig, steps: int) -> tuple[int, int]:

@@ -202,24 +202,36 @@ RouterConfig = (
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One training data set: the `<prefix>.bin`/`<prefix>.idx` pair and its share of the samples."""
+    """One training data set: the `<prefix>.bin`/`<prefix>.idx` pair and its share of the samples.
+
+    The share is `weight` out of the sum of weights, or `tokens` out of the sum of all sources' budgets.
+    """
 
     prefix: str
     weight: float = 1.0
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Token shards. `tokenizer` is copied into every checkpoint and must be the one that wrote the shards.
 
-    Windows cut through a stream of documents; with `document_mask` attention stays inside each document.
+    `packing` says what a window of training holds: a stretch of the documents one after the other (`stream`), whole
+    documents and padding (`best_fit`), or one document and padding (`document`). With `document_mask` attention stays
+    inside each document. With `blend_temperature` T, weights are multiplied by size^(1/T). Windows are shuffled in
+    chunks of `chunk_len` tokens (default: `seq_len` at the start of the run), which are better not shorter than any
+    `seq_len` that the run will have. A source that has been read is read again, or ends the run (`on_exhausted`).
     """
 
     train: tuple[SourceConfig, ...] = ()
     validation: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
     seq_len: int = 2048
-    document_mask: bool = False
+    packing: Literal["stream", "best_fit", "document"] = "stream"
+    document_mask: bool = True
+    chunk_len: int | None = None
+    blend_temperature: float | None = None
+    on_exhausted: Literal["repeat", "stop"] = "repeat"
     prefetch_steps: int = 2
 
 
@@ -241,11 +253,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RampConfig:
+    """Batches of the steps before `until_step`; what isn't given is as in the rest of the run."""
+
+    until_step: int
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length and shape of the run. Batches are counted in sequences of `data.seq_len` tokens.
 
-    Give exactly one of `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without
-    changing the schedule; a later launch goes on.
+    `ramp` are stages at the start of the run with smaller batches or shorter sequences, in order. Give exactly one of
+    `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
+    later launch goes on.
     """
 
     global_batch_size: int = 1024
@@ -253,6 +276,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_tokens: int | None = None
     stop_at_step: int | None = None
+    ramp: tuple[RampConfig, ...] = ()
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "recursion", "block"] = "none"
     compile: bool = False

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
 
+from megamor.config.batches import BatchSchedule
 from megamor.config.derive import schedule_steps, total_steps
 from megamor.config.schema import (
     Config,
@@ -50,7 +51,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
 
     Raises `ConfigError` naming every rule that doesn't hold.
     """
-    bounds = dict(_bounds(config))
+    bounds = {**dict(_bounds(config)), **dict(_ramp(config))}
     problems = [*bounds.values(), *_names(config), *_sources(config)]
     rules: list[tuple[tuple[str, ...], Iterator[str]]] = [  # what a rule computes with, and the rule
         (("model", "data"), _model(config)),
@@ -89,10 +90,21 @@ def _bound(key: str, value: float) -> tuple[bool, str]:
 
 
 def _sources(config: Config) -> Iterator[str]:
+    budgets = [source.tokens is not None for source in config.data.train]
     for index, source in enumerate(config.data.train):
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            where = f"data.train[{index}].weight = {source.weight} ({source.prefix})"
+        name, share = ("weight", source.weight) if source.tokens is None else ("tokens", source.tokens)
+        where = f"data.train[{index}].{name} = {share} ({source.prefix})"
+        if not (math.isfinite(share) and share > 0):
             yield f"{where}: give a positive number, or drop the source"
+        elif source.tokens is not None and source.weight != 1:
+            yield f"{where} beside weight = {source.weight}: give one of them"
+        elif source.tokens is None and any(budgets):
+            yield f"data.train[{index}] ({source.prefix}) has no tokens and others have: give all of them, or weights"
+    if any(budgets) and config.data.blend_temperature is not None:
+        yield (
+            f"data.blend_temperature = {config.data.blend_temperature} beside budgets of tokens in data.train: "
+            "give one of them"
+        )
 
 
 def _names(config: Config) -> Iterator[str]:
@@ -183,16 +195,39 @@ def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
 
 
 def _batch(config: Config, world_size: int | None) -> Iterator[str]:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = micro * (world_size or 1)
-    if batch % unit:
-        divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
-        yield (
-            f"train.global_batch_size = {batch} isn't divisible by {divisor}: "
-            f"take global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
-        )
+    stages = [f"train.ramp[{index}]: " for index in range(len(config.train.ramp))]
+    for stage, shape in zip((*stages, ""), BatchSchedule.of(config).shapes, strict=True):
+        batch, micro = shape.global_batch_size, shape.micro_batch_size
+        unit = micro * (world_size or 1)
+        if batch % unit:
+            divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
+            yield (
+                f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: "
+                f"take global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+            )
     if config.parallel.backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+
+
+def _ramp(config: Config) -> Iterator[tuple[str, str]]:
+    """(dotted key, what is wrong) of the stages of `train.ramp`."""
+    before = 0
+    for index, stage in enumerate(config.train.ramp):
+        key = f"train.ramp[{index}]"
+        for name in ("global_batch_size", "micro_batch_size", "seq_len"):
+            value = getattr(stage, name)
+            if value is not None and value <= 0:
+                yield f"{key}.{name}", f"{key}.{name} = {value}: give a positive number"
+        if stage.seq_len is not None and stage.seq_len > config.data.seq_len:
+            where = f"{key}.seq_len = {stage.seq_len}"
+            yield (
+                f"{key}.seq_len",
+                f"{where} is more than data.seq_len = {config.data.seq_len}, that of the rest: shorten it",
+            )
+        if stage.until_step <= before:
+            where = f"{key}.until_step = {stage.until_step}"
+            yield key, f"{where} isn't after step {before}, at which the stage begins: give ascending steps from 1 on"
+        before = stage.until_step
 
 
 def _length(config: Config) -> Iterator[str]:
@@ -211,6 +246,9 @@ def _length(config: Config) -> Iterator[str]:
             f"(optim.decay_fraction = {config.optim.decay_fraction}) don't fit into the run's {steps} steps: "
             "shorten one of them or train longer"
         )
+    if train.ramp and train.ramp[-1].until_step >= steps:
+        where = f"train.ramp ends at step {train.ramp[-1].until_step}"
+        yield f"{where} and the run after {steps} steps: shorten the ramp or train longer"
     if train.stop_at_step is not None and train.stop_at_step > steps:
         where = f"train.stop_at_step = {train.stop_at_step} is after the run's last step {steps}"
         yield f"{where}: give 1 to {steps}, or null"

@@ -8,7 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megamor.data.dataset import TrainingData, WindowedShard, fingerprint
+from megamor.data.dataset import TrainingData
+from megamor.data.fingerprint import fingerprint
 from megamor.data.indexed import TokenShard, dtype_for_vocab
 from megamor.data.meta import ShardMeta, read_meta
 from megamor.data.phases import SampleOrder
@@ -28,7 +29,6 @@ __all__ = [
     "TrainingData",
     "TrainingLoader",
     "ValidationSet",
-    "WindowedShard",
     "dtype_for_vocab",
     "fingerprint",
     "open_validation_sets",

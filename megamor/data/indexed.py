@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ class TokenShard:
 
     `tokens` [T] is the whole stream in the dtype of the file, `lengths` [S] in tokens, `offsets` [S] in bytes.
     `document_index` [D] is None where each sequence is a document (also for GPT-NeoX's merged files, whose index is
-    just `[0]`).
+    just `[0]`). `index_bytes` is the whole `.idx`.
     """
 
     prefix: str
@@ -51,6 +51,7 @@ class TokenShard:
     lengths: NDArray[np.int32]
     offsets: NDArray[np.int64]
     document_index: NDArray[np.int64] | None
+    index_bytes: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> TokenShard:
@@ -74,7 +75,7 @@ class TokenShard:
             )
         one_each = short or index_length == num_sequences + 1
         tokens = _map_tokens(prefix, dtype, lengths, offsets)
-        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index)
+        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index, index)
 
     @property
     def dtype(self) -> np.dtype:
@@ -96,10 +97,18 @@ class TokenShard:
         """Number of documents in the index."""
         return self.num_sequences if self.document_index is None else len(self.document_index) - 1
 
-    @property
-    def document_offsets(self) -> NDArray[np.int64]:
-        """Byte at which each document starts, [documents]."""
-        return self.offsets if self.document_index is None else self.offsets[self.document_index[:-1]]
+    def starts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token at which each of `documents` [n] starts; the number of documents stands for the end of the stream."""
+        sequences = documents if self.document_index is None else self.document_index[documents]
+        starts = np.full(len(sequences), self.num_tokens, np.int64)
+        inside = sequences < self.num_sequences
+        starts[inside] = self.offsets[sequences[inside]] // self.dtype.itemsize
+        return starts
+
+    def documents_at(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the document that each of the `tokens` [n] of the stream belongs to."""
+        sequences = _last_up_to(self.offsets, tokens * self.dtype.itemsize)
+        return sequences if self.document_index is None else _last_up_to(self.document_index[:-1], sequences)
 
     def sequence(self, number: int) -> NDArray:
         """The ids of one sequence, a view of the map."""
@@ -115,6 +124,20 @@ class TokenShard:
             return self.tokens[:0]
         start = int(self.offsets[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
+
+
+def _last_up_to(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Index of the last entry that isn't above each of `values` [n]; the first entry is above none of them.
+
+    np.searchsorted would do, but nothing in an `.idx` is aligned to 8 bytes, and it copies the whole of such an array.
+    """
+    low = np.zeros(len(values), np.int64)
+    high = np.full(len(values), len(ascending), np.int64)
+    for _ in range(len(ascending).bit_length()):
+        middle = (low + high) // 2
+        above = ascending[middle] > values
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return low
 
 
 def read_pieces(path: str, dtype: DTypeLike, count: int, start: int = 0) -> Iterator[NDArray]:

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig
-from megamor.data.dataset import TrainingData, WindowedShard, tokenizer_hash
+from megamor.data.dataset import TrainingData, open_shards
+from megamor.data.epochs import SourceUse, describe_use, forecast
+from megamor.data.indexed import TokenShard
 from megamor.data.phases import SampleOrder
+from megamor.data.rows import Filling, Rows, fill_rows
+from megamor.data.source import Pieces
 from megamor.errors import ConfigError, DataError
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """`inputs` [b, S] and, for each position, the token that follows: `labels` [b, S], -100 where there is none.
 
-    `documents` [b, S] numbers the documents; None unless `data.document_mask`.
+    `documents` [b, S] numbers the documents; None unless `data.document_mask`. All are int64, and in pinned memory if
+    the loader was asked for that.
     """
 
     inputs: Tensor
@@ -33,11 +36,39 @@ class MicroBatch:
     documents: Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> MicroBatch:
-        """Split windows [b, S + 1] into inputs and the labels one token later."""
-        tokens = torch.from_numpy(windows)
-        numbers = None if documents is None else torch.from_numpy(documents)
-        return cls(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), numbers)
+    def empty(cls, rows: int, seq_len: int, *, documents: bool, pinned: bool = False) -> MicroBatch:
+        """Tensors of any contents."""
+        inputs, labels, numbers = (
+            torch.empty(rows, seq_len, dtype=torch.int64, pin_memory=pinned) if wanted else None
+            for wanted in (True, True, documents)
+        )
+        assert inputs is not None
+        assert labels is not None
+        return cls(inputs, labels, numbers)
+
+    @property
+    def rows(self) -> Rows:
+        """The same memory as arrays."""
+        return Rows(
+            self.inputs.numpy(), self.labels.numpy(), None if self.documents is None else self.documents.numpy()
+        )
+
+    def split(self, size: int) -> list[MicroBatch]:
+        """Micro-batches of `size` rows each, of the same memory."""
+        documents = self.documents.split(size) if self.documents is not None else [None] * (len(self.inputs) // size)
+        return [
+            MicroBatch(*parts)
+            for parts in zip(self.inputs.split(size), self.labels.split(size), documents, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Position:
+    """How far the run has come: steps done, samples used by them, phases so far."""
+
+    step: int
+    sample: int
+    order: SampleOrder
 
 
 class TrainingLoader:
@@ -45,42 +76,39 @@ class TrainingLoader:
 
     Step s of a run takes the next `global_batch_size` samples; rank r of R gets the r-th of R equal contiguous slices,
     cut into micro-batches in order. So all ranks' micro-batches, rank by rank, are the global batch in order, whatever
-    the number of ranks and the size of micro-batches.
+    the number of ranks and the size of micro-batches. What `batches` says of a step, and the blend of the
+    configuration, opens a new phase wherever it differs from what was before, at a resume as in the middle of a run.
+
+    `pinned` puts batches into page-locked memory, from which they can be copied to a GPU while it works.
     """
 
     def __init__(
-        self,
-        data: TrainingData,
-        *,
-        rank: int,
-        world_size: int,
-        global_batch_size: int,
-        micro_batch_size: int,
+        self, data: TrainingData, *, rank: int, world_size: int, batches: BatchSchedule, pinned: bool = False
     ) -> None:
-        if global_batch_size % (world_size * micro_batch_size):
-            raise ConfigError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x "
-                f"train.micro_batch_size {micro_batch_size}; change one of them"
-            )
+        for shape in batches.shapes:
+            if shape.global_batch_size % (world_size * shape.micro_batch_size):
+                raise ConfigError(
+                    f"train.global_batch_size {shape.global_batch_size} is not a multiple of {world_size} ranks x "
+                    f"train.micro_batch_size {shape.micro_batch_size}; change one of them"
+                )
         self._data = data
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._slice_size = global_batch_size // world_size
-        self._slice_start = rank * self._slice_size
-        self._order = data.order(global_batch_size)
-        self._consumed = 0
+        self._rank, self._world_size = rank, world_size
+        self._batches = batches
+        self._pinned = pinned
+        order = SampleOrder.start(batches.at(0).global_batch_size, batches.at(0).seq_len, data.weights)
+        self._given = _Position(0, 0, order)
         self._thread: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[list[MicroBatch]]] = deque()
+        self._pending: deque[tuple[Future[list[MicroBatch]], _Position]] = deque()
 
     @property
     def consumed_samples(self) -> int:
         """Samples of all ranks that `next_step` has given out so far: the position in the data."""
-        return self._consumed
+        return self._given.sample
 
     @property
     def order(self) -> SampleOrder:
         """The order of the run's samples, with all phases so far."""
-        return self._order
+        return self._given.order
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next optimizer step.
@@ -89,34 +117,71 @@ class TrainingLoader:
         """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        while len(self._pending) <= self._data.prefetch_steps:
-            first = self._consumed + len(self._pending) * self._global_batch_size
-            self._pending.append(self._thread.submit(self._load, first))
-        batches = self._pending[0].result()
-        self._pending.popleft()
-        self._consumed += self._global_batch_size
+        while len(self._pending) <= self._data.config.prefetch_steps:
+            at = self._pending[-1][1] if self._pending else self._given
+            shape = self._batches.at(at.step)
+            order = self._order_at(at, shape)
+            future = self._thread.submit(self._load, at.sample, shape, order)
+            self._pending.append((future, _Position(at.step + 1, at.sample + shape.global_batch_size, order)))
+        batches = self._pending[0][0].result()
+        self._given = self._pending.popleft()[1]
         return batches
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been read so far, by its short name."""
+        consumed = self._given.order.consumed_at(self._given.sample)
+        return {
+            self._data.names[key]: consumed.get(key, 0) / source.epoch_tokens
+            for key, source in self._data.sources.items()
+        }
+
+    def forecast(self, total_steps: int) -> list[SourceUse]:
+        """What the run will have taken from each source after `total_steps`, going on from where it is."""
+        return forecast(
+            self._given.order,
+            self._data.weights,
+            self._batches,
+            {key: source.epoch_tokens for key, source in self._data.sources.items()},
+            step=self._given.step,
+            sample=self._given.sample,
+            total_steps=total_steps,
+        )
+
+    def describe(self, total_steps: int) -> list[str]:
+        """Lines on what the run will have read after `total_steps`, and what to be warned of."""
+        lines = describe_use(self.forecast(total_steps), self._data.sources, self._data.names, self._data.config)
+        longest = max(shape.seq_len for shape in self._batches.shapes)
+        if longest > self._data.chunk_len:
+            lines.append(
+                f"warning: the run was started with chunks of {self._data.chunk_len} tokens: sequences of {longest} "
+                "are joined from several of them (data.chunk_len, at the start of a run, is the remedy)"
+            )
+        return lines
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data as plain data (JSON). The same on all ranks; knows nothing of ranks."""
         return {
-            "consumed_samples": self._consumed,
-            "phases": self._order.to_state(),
+            "steps": self._given.step,
+            "consumed_samples": self._given.sample,
+            "phases": self._given.order.to_state(),
             "fingerprints": self._data.fingerprints(),
             "run.seed": self._data.seed,
-            "data.seq_len": self._data.seq_len,
+            "data.packing": self._data.config.packing,
+            "data.chunk_len": self._data.chunk_len,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was saved; a batch size or blend other than the last one opens a new phase there.
+        """Go on where `state` was saved; another batch, sequence length or blend than the last opens a new phase there.
 
-        Raises DataError if a data set of that name has other contents now, ConfigError for another seed or seq_len.
+        Raises DataError if a data set of that name has other contents now, ConfigError for another seed, packing or
+        chunk length.
         """
-        self._data.check_state(state)
+        self._data = self._data.resumed(state)
         self.close()
-        self._consumed = state["consumed_samples"]
-        order = SampleOrder.from_state(state["phases"])
-        self._order = order.changed_at(self._consumed, self._global_batch_size, self._data.weights)
+        position = _Position(state["steps"], state["consumed_samples"], SampleOrder.from_state(state["phases"]))
+        self._given = _Position(
+            position.step, position.sample, self._order_at(position, self._batches.at(position.step))
+        )
 
     def close(self) -> None:
         """End the thread. `next_step` may still be called: it starts another."""
@@ -125,35 +190,38 @@ class TrainingLoader:
             self._thread = None
         self._pending.clear()
 
-    def _load(self, first_sample: int) -> list[MicroBatch]:
-        first = first_sample + self._slice_start
-        windows = _chunks(self._data.windows(first, self._slice_size, self._order), self._micro_batch_size)
-        if not self._data.document_mask:
-            return [MicroBatch.from_windows(part) for part in windows]
-        documents = _chunks(self._data.documents(first, self._slice_size, self._order), self._micro_batch_size)
-        return [MicroBatch.from_windows(*parts) for parts in zip(windows, documents, strict=True)]
+    def _order_at(self, at: _Position, shape: BatchShape) -> SampleOrder:
+        return at.order.changed_at(at.sample, shape.global_batch_size, shape.seq_len, self._data.weights)
 
-
-def _chunks(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    def _load(self, first_sample: int, shape: BatchShape, order: SampleOrder) -> list[MicroBatch]:
+        num_rows = shape.global_batch_size // self._world_size
+        batch = MicroBatch.empty(
+            num_rows, shape.seq_len, documents=self._data.config.document_mask, pinned=self._pinned
+        )
+        self._data.fill(batch.rows, first_sample + self._rank * num_rows, order)
+        return batch.split(shape.micro_batch_size)
 
 
 class ValidationSet:
-    """A shard read in order, for evaluation. Its last window may be short; positions beyond the end have label -100."""
+    """A shard read in order, for evaluation, whatever the packing of training: every token but the first is a label
+    once. Its last window may be short; positions beyond the end have label -100.
+    """
 
-    def __init__(self, name: str, shard: WindowedShard, document_mask: bool = False) -> None:
+    def __init__(
+        self, name: str, shard: TokenShard, *, seq_len: int, vocab_size: int, document_mask: bool = False
+    ) -> None:
         self.name = name
-        self._document_mask = document_mask
         self._shard = shard
-        self._tokens = shard.shard.tokens
-        if len(self._tokens) < 2:
-            raise DataError(f"{shard.shard.prefix} has {len(self._tokens)} tokens, too few to predict any; add data")
+        self._seq_len = seq_len
+        self._vocab_size = vocab_size
+        self._document_mask = document_mask
+        if shard.num_tokens < 2:
+            raise DataError(f"{shard.prefix} has {shard.num_tokens} tokens, too few to predict any; add data")
 
     @property
     def num_sequences(self) -> int:
         """Windows in the whole set, the last one possibly short: every token but the first is a target once."""
-        return -(-(len(self._tokens) - 1) // self._shard.seq_len)
+        return -(-(self._shard.num_tokens - 1) // self._seq_len)
 
     def batches(
         self, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
@@ -168,32 +236,20 @@ class ValidationSet:
         per_round = world_size * micro_batch_size
         for start in range(0, count, per_round):
             first = start + rank * micro_batch_size
-            yield self._batch(chosen[first : first + micro_batch_size], micro_batch_size)
-
-    def _batch(self, numbers: NDArray[np.int64], rows: int) -> MicroBatch:
-        seq_len = self._shard.seq_len
-        windows = np.full((rows, seq_len + 1), IGNORED_LABEL, np.int64)
-        for row, number in enumerate(numbers):
-            part = self._tokens[number * seq_len : (number + 1) * seq_len + 1]
-            self._shard.check_ids(part)
-            windows[row, : len(part)] = part
-        documents = None
-        if self._document_mask:
-            documents = np.zeros((rows, seq_len), np.int64)
-            documents[: len(numbers)] = self._shard.documents(numbers)
-        batch = MicroBatch.from_windows(windows, documents)
-        # Padding must be an id that the embedding has; which one doesn't matter, its label is ignored.
-        return replace(batch, inputs=batch.inputs.clamp_min(0))
+            starts = chosen[first : first + micro_batch_size] * self._seq_len
+            lengths = np.minimum(self._shard.num_tokens - 1 - starts, self._seq_len)
+            pieces = Pieces(np.arange(len(starts)) * self._seq_len, starts, lengths)
+            batch = MicroBatch.empty(micro_batch_size, self._seq_len, documents=self._document_mask)
+            fill_rows(batch.rows, [Filling(self._shard, pieces, inside_documents=False)], self._vocab_size)
+            yield batch
 
 
 def open_validation_sets(config: DataConfig, *, vocab_size: int) -> dict[str, ValidationSet]:
     """The sets of `config.validation` by name, checked like training data."""
-    tokenizer = tokenizer_hash(config)
+    shards = open_shards(config.validation, config, vocab_size=vocab_size)
     return {
         name: ValidationSet(
-            name,
-            WindowedShard.open(prefix, seq_len=config.seq_len, vocab_size=vocab_size, tokenizer_sha256=tokenizer),
-            config.document_mask,
+            name, shard, seq_len=config.seq_len, vocab_size=vocab_size, document_mask=config.document_mask
         )
-        for name, prefix in config.validation.items()
+        for name, shard in shards.items()
     }

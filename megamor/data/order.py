@@ -32,6 +32,30 @@ def shuffled_windows(positions: NDArray[np.int64], num_windows: int, seed: int) 
     return windows
 
 
+def shuffled_in_blocks(
+    positions: NDArray[np.int64], block_sizes: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Like `shuffled_windows` for windows that come in blocks: (block [n], window within the block [n]) at `positions`.
+
+    Each epoch goes through the blocks in another order, one after the other, so that few are in use at a time, and
+    through the windows of each in another order. Memory and time grow with the number of blocks, not of windows.
+    """
+    epochs, within = np.divmod(np.asarray(positions, np.int64), block_sizes.sum())
+    blocks, windows = np.empty_like(within), np.empty_like(within)
+    for epoch in np.unique(epochs):
+        chosen = np.flatnonzero(epochs == epoch)
+        order = permute(np.arange(len(block_sizes)), len(block_sizes), _round_keys(seed, int(epoch)))
+        ends = np.cumsum(block_sizes[order])
+        turn = np.searchsorted(ends, within[chosen], side="right")
+        blocks[chosen] = order[turn]
+        windows[chosen] = within[chosen] - (ends[turn] - block_sizes[order[turn]])
+        for block in np.unique(blocks[chosen]):
+            inside = chosen[blocks[chosen] == block]
+            keys = _round_keys(seed, int(epoch), int(block))
+            windows[inside] = permute(windows[inside], int(block_sizes[block]), keys)
+    return blocks, windows
+
+
 def permute(values: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Apply the permutation of [0, size) with round keys `keys` to `values` [n], each within [0, size)."""
     # left < lefts, right < rights with lefts * rights barely above size: hardly any value needs a second walk.
@@ -65,7 +89,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=1024)
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Keys of the rounds. The source has no part in it: renaming or moving a data set keeps its order."""
-    digest = hashlib.blake2b(f"megamor sample order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+def _round_keys(seed: int, *which: int) -> NDArray[np.uint64]:
+    """Keys of the rounds, for an epoch or a block of one. The source has no part in it: it may be moved or renamed."""
+    name = " ".join(map(str, ("megamor sample order", seed, *which)))
+    digest = hashlib.blake2b(name.encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, "<u8")

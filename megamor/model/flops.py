@@ -50,10 +50,10 @@ class Flops:
         return 0.0 if activation_checkpointing == "none" else self.blocks
 
 
-def executed_flops(config: Config, num_sequences: float, work: Work) -> Flops:
-    """FLOPs of `num_sequences` sequences of `data.seq_len` tokens, given what the routing really let through."""
+def executed_flops(config: Config, num_sequences: float, work: Work, seq_len: int | None = None) -> Flops:
+    """FLOPs of `num_sequences` sequences of `seq_len` (or `data.seq_len`) tokens, given what routing let through."""
     model, plan = config.model, layer_plan(config)
-    seq_len = config.data.seq_len
+    seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len
     pairs = num_sequences * seq_len * (seq_len + 1) / 2
     blocks = (plan.num_prelude + plan.num_coda) * block_flops(model, tokens, pairs)

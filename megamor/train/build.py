@@ -10,6 +10,7 @@ import torch
 from megamor.checkpoint import CheckpointManager, reseed
 from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
+from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
 from megamor.config.validate import validate
 from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
@@ -59,6 +60,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if world.is_main:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
+        print("\n".join(inputs.loader.describe(derived.total_steps)), flush=True)
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
     )
@@ -103,8 +105,8 @@ def open_inputs(config: Config, world: World) -> Inputs:
         data,
         rank=world.rank,
         world_size=world.size,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        batches=BatchSchedule.of(config),
+        pinned=world.device.type == "cuda",
     )
     validation = open_validation_sets(config.data, vocab_size=vocab_size)
     return Inputs(loader, validation, checkpoint_files(config), Origin(data.fingerprints()))

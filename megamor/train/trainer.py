@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamor.config import Config
+from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import TrainingError
@@ -66,7 +67,7 @@ class Trainer:
         Raises:
             DataError, TrainingError, CheckpointError: on every rank, with `latest` as it was.
         """
-        last_step = min(self.derived.total_steps, self.config.train.stop_at_step or self.derived.total_steps)
+        last_step = self.last_step()
         stopping = False
         with self.stop, self.display, self.closed_at_the_end():
             if self.progress.step >= last_step:
@@ -75,10 +76,11 @@ class Trainer:
                 self.evaluate()  # the launch before was stopped when only this was missing
             self.throughput.start()
             while self.progress.step < last_step and not stopping:
+                shape = self.derived.batches.at(self.progress.step)
                 summary, lr, grad_norm = self.train_step(self.next_batches())
                 self.progress.step += 1
-                self.progress.tokens_seen += self.derived.tokens_per_step
-                self.log_step(summary, lr, grad_norm)
+                self.progress.tokens_seen += shape.tokens
+                self.log_step(shape, summary, lr, grad_norm)
                 stopping = self.stop.agreed()
                 if stopping or self.progress.step == last_step or self.is_time(self.config.checkpoint.every_steps):
                     self.save()
@@ -87,6 +89,16 @@ class Trainer:
             if stopping:
                 self.announce(f"stopped on request after step {self.progress.step}: the same command goes on from here")
         return not stopping
+
+    def last_step(self) -> int:
+        """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
+        limits = [self.derived.total_steps]
+        if self.config.train.stop_at_step is not None:
+            limits.append(self.config.train.stop_at_step)
+        if self.config.data.on_exhausted == "stop":
+            uses = self.loader.forecast(self.derived.total_steps)
+            limits += [use.repeats_in_step - 1 for use in uses if use.repeats_in_step is not None]
+        return min(limits)
 
     def is_time(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps is due."""
@@ -152,12 +164,12 @@ class Trainer:
         """Copy to this rank's device without waiting."""
         return tensor.to(self.backend.device, non_blocking=True)
 
-    def log_step(self, summary: StepSummary, lr: float, grad_norm: float) -> None:
-        """Metrics of the step that has just been done."""
-        flops = executed_flops(self.config, self.config.train.global_batch_size, summary.work)
+    def log_step(self, shape: BatchShape, summary: StepSummary, lr: float, grad_norm: float) -> None:
+        """Metrics of the step that has just been done, with a batch of `shape`."""
+        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len)
         recomputed = flops.recomputed(self.config.train.activation_checkpointing)
         self.throughput.step(
-            tokens=self.derived.tokens_per_step,
+            tokens=shape.tokens,
             model_flops=flops.training,
             hardware_flops=flops.training + recomputed,
         )
@@ -172,6 +184,7 @@ class Trainer:
             **summary.routing_metrics(),
             **self.throughput.metrics(),
             "throughput/data_wait_seconds": self.data_wait,
+            **{f"data/epochs/{name}": epochs for name, epochs in self.loader.epochs().items()},
             **peak_memory(self.backend.device),
         }
         self.write_metrics(metrics)

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megamor.config import Config, SourceConfig
+from megamor.config import Config, RampConfig, SourceConfig
 
 ROOT = Path(__file__).parents[2]
+NESTED: dict[str, list[Any]] = {"data": [SourceConfig], "train": [RampConfig]}
 NOT_READERS = {"schema.py", "load.py", "convert.py", "validate.py", "__init__.py"}
 
 
@@ -53,7 +54,7 @@ def settings() -> Iterator[tuple[str, Any, str]]:
     """(section, class, field) of every setting. `kind` is left out: choosing the class is what reads it."""
     for section, hint in get_type_hints(Config).items():
         classes = [hint] if is_dataclass(hint) else list(get_args(hint))
-        for owner in [*classes, *([SourceConfig] if section == "data" else [])]:
+        for owner in [*classes, *NESTED.get(section, [])]:
             yield from ((section, owner, item.name) for item in fields(owner) if item.name != "kind")
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
 from megamor.data import (
     MicroBatch,
@@ -23,9 +24,10 @@ from megamor.data import (
     TrainingData,
     TrainingLoader,
     ValidationSet,
-    WindowedShard,
     open_validation_sets,
 )
+from megamor.data.phases import SampleOrder
+from megamor.data.rows import Rows
 from megamor.errors import ConfigError, DataError
 
 VOCAB = 30_000
@@ -55,10 +57,15 @@ def data(config: DataConfig) -> TrainingData:
 
 
 def loaders(data: TrainingData, world: int, micro: int, batch: int = 24) -> list[TrainingLoader]:
-    return [
-        TrainingLoader(data, rank=rank, world_size=world, global_batch_size=batch, micro_batch_size=micro)
-        for rank in range(world)
-    ]
+    batches = BatchSchedule((BatchShape(batch, micro, data.config.seq_len),))
+    return [TrainingLoader(data, rank=rank, world_size=world, batches=batches) for rank in range(world)]
+
+
+def windows(data: TrainingData, first: int, count: int, order: SampleOrder | None = None) -> np.ndarray:
+    """Samples as windows [n, S + 1]: they have no padding and no joints."""
+    rows = data.samples(first, count, order)
+    assert (rows.inputs[:, 1:] == rows.labels[:, :-1]).all()
+    return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
 
 
 def joined(batches: list[MicroBatch]) -> np.ndarray:
@@ -79,7 +86,7 @@ def steps(ranks: list[TrainingLoader], count: int) -> np.ndarray:
 @given(world=st.sampled_from([1, 2, 3, 4, 6]), micro=st.sampled_from([1, 2, 4]))
 def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, world: int, micro: int) -> None:
     ranks = loaders(data, world, micro, 48)
-    assert (steps(ranks, 3) == data.windows(0, 144)).all()
+    assert (steps(ranks, 3) == windows(data, 0, 144)).all()
     assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
 
 
@@ -90,22 +97,22 @@ def test_micro_batches_have_their_size(data: TrainingData) -> None:
 
 def test_an_epoch_of_each_source_covers_its_stream(data: TrainingData, config: DataConfig) -> None:
     """Blend 2:1 over 40 and 25 windows: after 60 samples all of a; every target of an epoch exactly once."""
-    windows = data.windows(0, 75)
-    a, b = windows[windows[:, 0] < 1000], windows[windows[:, 0] >= 1000]
+    found = windows(data, 0, 75)
+    a, b = found[found[:, 0] < 1000], found[found[:, 0] >= 1000]
     assert sorted(a[:40, 1:].ravel().tolist()) == list(range(1, 40 * SEQ_LEN + 1))
     assert sorted(b[:25, 1:].ravel().tolist()) == list(range(1001, 1001 + 25 * SEQ_LEN))
-    assert (windows[:, 1:] == windows[:, :1] + np.arange(1, SEQ_LEN + 1)).all()
+    assert (found[:, 1:] == found[:, :1] + np.arange(1, SEQ_LEN + 1)).all()
     assert a[:40, 0].tolist() != sorted(a[:40, 0].tolist())
 
 
 def test_extending_a_run_changes_nothing_before(data: TrainingData) -> None:
-    assert (data.windows(0, 500)[:50] == data.windows(0, 50)).all()
-    assert (data.windows(0, 500)[333:340] == data.windows(333, 7)).all()
+    assert (windows(data, 0, 500)[:50] == windows(data, 0, 50)).all()
+    assert (windows(data, 0, 500)[333:340] == windows(data, 333, 7)).all()
 
 
 def test_seed_changes_the_order(config: DataConfig, data: TrainingData) -> None:
     other = TrainingData.open(config, seed=4, vocab_size=VOCAB)
-    assert (other.windows(0, 30) != data.windows(0, 30)).any()
+    assert (windows(other, 0, 30) != windows(data, 0, 30)).any()
 
 
 def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingData) -> None:
@@ -135,8 +142,8 @@ def test_ranks_and_batch_may_change_at_every_restart(data: TrainingData, legs: l
         state = json.loads(json.dumps(ranks[0].state_dict()))
         for rank in ranks:
             rank.close()
-    windows = np.concatenate(seen)
-    assert (windows == data.windows(0, len(windows))).all()
+    found = np.concatenate(seen)
+    assert (found == windows(data, 0, len(found))).all()
 
 
 def test_blend_may_change_at_a_restart(config: DataConfig, data: TrainingData) -> None:
@@ -150,9 +157,9 @@ def test_blend_may_change_at_a_restart(config: DataConfig, data: TrainingData) -
     seen_of_b = np.concatenate([before[before[:, 0] >= 1000], after])[:, 0]
     assert len(set(seen_of_b[:25].tolist())) == 25  # its whole epoch before any repeats
     both = TrainingData.open(config, seed=3, vocab_size=VOCAB)
-    assert (both.windows(0, 48, resumed.order) == np.concatenate([before, after])).all()
+    assert (windows(both, 0, 48, resumed.order) == np.concatenate([before, after])).all()
     with pytest.raises(DataError, match=r"no longer names"):
-        only_b.windows(0, 48, resumed.order)
+        windows(only_b, 0, 48, resumed.order)
 
 
 def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
@@ -167,7 +174,7 @@ def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: 
     (resumed,) = loaders(moved, 1, 4)
     resumed.load_state_dict(state)
     assert len(resumed.order.phases) == 1
-    assert (steps([resumed], 1) == data.windows(48, 24)).all()
+    assert (steps([resumed], 1) == windows(data, 48, 24)).all()
 
     own = [write(tmp_path / name, np.arange(200)) for name in ("mine", "mine2")]
     mine = DataConfig(train=(SourceConfig(own[0]),), seq_len=SEQ_LEN)
@@ -178,11 +185,12 @@ def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: 
         other.load_state_dict(saved)
 
 
-def test_other_seed_or_length_is_refused(config: DataConfig, data: TrainingData) -> None:
+def test_other_seed_chunks_or_packing_are_refused(config: DataConfig, data: TrainingData) -> None:
     state = loaders(data, 1, 4)[0].state_dict()
     for changed, name in (
         (TrainingData.open(config, seed=4, vocab_size=VOCAB), r"run\.seed 3, not 4"),
-        (TrainingData.open(replace(config, seq_len=4), seed=3, vocab_size=VOCAB), r"data\.seq_len 8, not 4"),
+        (TrainingData.open(replace(config, chunk_len=4), seed=3, vocab_size=VOCAB), r"data\.chunk_len 8, not 4"),
+        (TrainingData.open(replace(config, packing="best_fit"), seed=3, vocab_size=VOCAB), r"stream, not best_fit"),
     ):
         with pytest.raises(ConfigError, match=name):
             loaders(changed, 1, 4)[0].load_state_dict(state)
@@ -194,17 +202,18 @@ def test_prefetch_is_bounded_and_changes_nothing(
 ) -> None:
     data = TrainingData.open(replace(config, prefetch_steps=prefetch), seed=3, vocab_size=VOCAB)
     asked: list[int] = []
-    original = data.windows
+    original = TrainingData.fill
 
-    def counted(first: int, *rest: object) -> np.ndarray:
+    def counted(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
         asked.append(first)
-        return original(first, *rest)  # type: ignore[arg-type]
+        original(self, rows, first, order)
 
-    monkeypatch.setattr(data, "windows", counted)
+    monkeypatch.setattr(TrainingData, "fill", counted)
     (loader,) = loaders(data, 1, 4)
     got = steps([loader], 2)
     loader.close()
-    assert (got == original(0, 48)).all()
+    monkeypatch.undo()
+    assert (got == windows(data, 0, 48)).all()
     assert 2 <= len(asked) <= 2 + prefetch
     assert asked == [24 * i for i in range(len(asked))]
 
@@ -220,14 +229,14 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
 
 
 def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = data.windows
+    original = TrainingData.fill
 
-    def failing_first(first: int, *rest: object) -> np.ndarray:
+    def failing_first(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
         if first == 0:
             raise DataError("disk gone")
-        return original(first, *rest)  # type: ignore[arg-type]
+        original(self, rows, first, order)
 
-    monkeypatch.setattr(data, "windows", failing_first)
+    monkeypatch.setattr(TrainingData, "fill", failing_first)
     (loader,) = loaders(data, 1, 4)
     for _ in range(2):
         with pytest.raises(DataError, match="disk gone"):
@@ -237,9 +246,9 @@ def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pyt
 
 def test_vocabulary_bound_is_exact(tmp_path: Path) -> None:
     config = DataConfig(train=(SourceConfig(write(tmp_path / "x", np.arange(SEQ_LEN + 1))),), seq_len=SEQ_LEN)
-    assert TrainingData.open(config, seed=0, vocab_size=SEQ_LEN + 1).windows(0, 1).max() == SEQ_LEN
+    assert TrainingData.open(config, seed=0, vocab_size=SEQ_LEN + 1).samples(0, 1).labels.max() == SEQ_LEN
     with pytest.raises(DataError, match=f"token id {SEQ_LEN}, "):
-        TrainingData.open(config, seed=0, vocab_size=SEQ_LEN).windows(0, 1)
+        TrainingData.open(config, seed=0, vocab_size=SEQ_LEN).samples(0, 1)
 
 
 def test_uneven_batch_is_refused(data: TrainingData) -> None:
@@ -292,7 +301,7 @@ def test_validation_covers_each_target_once_with_equal_batches(
 ) -> None:
     ids = np.arange(100, 100 + tokens, dtype=np.uint16)
     shard = TokenShard("v", ids, np.array([tokens], np.int32), np.array([0]), None)
-    validation = ValidationSet("v", WindowedShard(shard, SEQ_LEN, VOCAB))
+    validation = ValidationSet("v", shard, seq_len=SEQ_LEN, vocab_size=VOCAB)
     per_rank = [list(validation.batches(rank, world, micro, limit)) for rank in range(world)]
     assert len({len(batches) for batches in per_rank}) == 1
     inputs = torch.cat([batch.inputs for batches in per_rank for batch in batches])
@@ -326,13 +335,13 @@ def test_document_numbers_change_where_documents_begin(tmp_path: Path) -> None:
         writer.commit()
     config = DataConfig(train=(SourceConfig(prefix),), validation={"v": prefix}, seq_len=8, document_mask=True)
     data = TrainingData.open(config, seed=0, vocab_size=100)
-    loader = TrainingLoader(data, rank=0, world_size=1, global_batch_size=6, micro_batch_size=3)
+    (loader,) = loaders(data, 1, 3, batch=6)
     batches = [*loader.next_step(), *open_validation_sets(config, vocab_size=100)["v"].batches(0, 1, 4, 6)]
     loader.close()
     for batch in batches:
         rows = batch.labels[:, 0] >= 0
-        assert torch.equal(batch.documents[rows], batch.inputs[rows])
+        assert torch.equal(batch.documents[rows].diff() != 0, batch.inputs[rows].diff() != 0)
     plain = TrainingData.open(replace(config, document_mask=False), seed=0, vocab_size=100)
-    loader = TrainingLoader(plain, rank=0, world_size=1, global_batch_size=6, micro_batch_size=3)
+    (loader,) = loaders(plain, 1, 3, batch=6)
     assert loader.next_step()[0].documents is None
     loader.close()

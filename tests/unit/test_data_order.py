@@ -101,11 +101,11 @@ changes = st.lists(
 def test_phases_use_every_sample_of_a_source_once_and_in_order(
     changes: list[tuple[int, int, dict[str, int]]],
 ) -> None:
-    order = SampleOrder.start(8, {"a": 1, "b": 2})
+    order = SampleOrder.start(8, 1, {"a": 1, "b": 2})
     now = 0
     for samples, batch, weights in changes:
         now += samples
-        order = SampleOrder.from_state(json.loads(json.dumps(order.to_state()))).changed_at(now, batch, weights)
+        order = SampleOrder.from_state(json.loads(json.dumps(order.to_state()))).changed_at(now, batch, 1, weights)
     sources, positions = order.locate(np.arange(now + 300))
     for source in range(len(order.sources)):
         used = positions[sources == source]
@@ -115,10 +115,10 @@ def test_phases_use_every_sample_of_a_source_once_and_in_order(
 @settings(max_examples=40, deadline=None)
 @given(changes=changes)
 def test_a_change_leaves_what_came_before(changes: list[tuple[int, int, dict[str, int]]]) -> None:
-    order, now = SampleOrder.start(8, {"a": 1, "b": 2}), 0
+    order, now = SampleOrder.start(8, 1, {"a": 1, "b": 2}), 0
     for samples, batch, weights in changes:
         now += samples
-        changed = order.changed_at(now, batch, weights)
+        changed = order.changed_at(now, batch, 1, weights)
         before, after = (
             [(o.sources[s], p) for s, p in zip(*o.locate(np.arange(now)), strict=True)] for o in (order, changed)
         )
@@ -127,12 +127,12 @@ def test_a_change_leaves_what_came_before(changes: list[tuple[int, int, dict[str
 
 
 def test_only_real_changes_open_a_phase() -> None:
-    order = SampleOrder.start(8, {"a": 1, "b": 1})
-    assert order.changed_at(80, 8, {"a": 2, "b": 2}) is order
-    batch = order.changed_at(80, 16, {"a": 1, "b": 1})
+    order = SampleOrder.start(8, 1, {"a": 1, "b": 1})
+    assert order.changed_at(80, 8, 1, {"a": 2, "b": 2}) is order
+    batch = order.changed_at(80, 16, 1, {"a": 1, "b": 1})
     assert [(p.first_sample, p.global_batch_size) for p in batch.phases] == [(0, 8), (80, 16)]
     sources, positions = order.locate(np.arange(300))
     assert all((x == y).all() for x, y in zip(batch.locate(np.arange(300)), (sources, positions), strict=True))
-    blend = order.changed_at(81, 8, {"b": 1})
+    blend = order.changed_at(81, 8, 1, {"b": 1})
     assert dict(blend.phases[1].consumed) == {"a": 41, "b": 40}
-    assert blend.changed_at(81, 8, {"a": 1}).phases[1].consumed == blend.phases[1].consumed
+    assert blend.changed_at(81, 8, 1, {"a": 1}).phases[1].consumed == blend.phases[1].consumed
