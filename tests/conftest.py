@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.combination_table import CombinationTable
+from tests.reliability_table import ReliabilityTable, promises_of
 
 pytest_plugins = ["pytester"]
 
@@ -31,14 +32,23 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where to write which combinations of router, KV policy and sharing have been tested."""
+    """Where to write what has been tested: combinations of router, KV policy and sharing; promises of reliability."""
     parser.addoption("--combinations", type=Path, metavar="FILE", help="write the table of tested combinations")
+    parser.addoption("--reliability", type=Path, metavar="FILE", help="update the outcomes of promises' tests (JSON)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect outcomes if a table is wanted."""
     if config.getoption("--combinations"):
         config.pluginmanager.register(CombinationTable(config.getoption("--combinations")))
+    if config.getoption("--reliability"):
+        config.pluginmanager.register(ReliabilityTable(config.getoption("--reliability")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse marks that name no promise, whether or not a table is wanted."""
+    for item in items:
+        promises_of(item)
 
 
 def is_allowed(reason: str) -> bool:

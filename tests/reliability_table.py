@@ -1,0 +1,108 @@
+"""The promises of reliability and what came of their tests: `@pytest.mark.promise("R1", "R9", backend="fsdp2")`.
+
+With `--reliability FILE` the outcomes of the marked tests that ran are written into FILE (JSON), those of other tests
+in it stay as they are; tools/readme_numbers.py makes the README's table of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamor.checkpoint import code_revision
+from megamor.config import Config
+
+SCHEMA = "megamor-reliability/1"
+
+PROMISES: dict[str, str] = {
+    "R1": "a resumed run is bitwise the uninterrupted one",
+    "R2": "a kill at any point loses only the steps since the last commit",
+    "R3": "a checkpoint is whole or it isn't there; a damaged one is named, refused, and the previous one is used",
+    "R4": "a signal to one rank stops all ranks at the same step, saved",
+    "R5": "the number of processes may change: same samples in the same order, same losses",
+    "R6": "the global batch may change: no sample twice, none left out",
+    "R7": "backends agree, micro-batches only share out the work, and checkpoints pass between backends unchanged",
+    "R8": "a step that isn't finite is skipped on all ranks, bitwise, and counted",
+    "R9": "everything that a run is made of is in its checkpoint",
+    "R10": "tied weights stay tied: each unique parameter exists once",
+    "R11": "ranks whose tokens reach different depths don't deadlock, and gradients are right",
+    "R12": "causal routing sees no later token and no other document",
+    "R13": "routers learn from the language-model loss",
+    "R14": "compute that routing saves isn't executed",
+    "R15": "serving equals the full forward pass, token for token",
+    "R16": "bad input is one clear error, a status other than 0, and nothing half-written",
+    "R17": "tests don't disappear quietly",
+}
+"""By number; what is tested under each is in the test's own words."""
+
+
+def promises_of(item: pytest.Item) -> list[tuple[str, str]]:
+    """(Promise, backend) pairs that a collected test proves; the backend is "" where none matters.
+
+    Raises:
+        pytest.UsageError: a mark names no promise, an unknown one, or has other arguments.
+    """
+    found = []
+    for mark in item.iter_markers("promise"):
+        unknown = [name for name in mark.args if name not in PROMISES]
+        if unknown or not mark.args or mark.kwargs.keys() - {"backend"}:
+            raise pytest.UsageError(f"{item.nodeid}: promise takes {', '.join(PROMISES)} and backend=, not {mark}")
+        backends = mark.kwargs.get("backend", backend_of(item))
+        for backend in (backends,) if isinstance(backends, str) else backends:
+            found += [(promise, backend) for promise in mark.args]
+    return found
+
+
+def backend_of(item: pytest.Item) -> str:
+    """The backend in a test's parameters: `config`, or `backend` and `stage`; DeepSpeed's stages are zero0 to zero3."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    backend, stage = parameters.get("backend", ""), parameters.get("stage")
+    if isinstance(parameters.get("config"), Config):
+        backend, stage = parameters["config"].parallel.backend, parameters["config"].parallel.zero_stage
+    if stage is not None and backend in ("", "deepspeed"):
+        return f"zero{stage}"
+    return backend if isinstance(backend, str) else ""
+
+
+class ReliabilityTable:
+    """A pytest plugin that notes the outcomes of marked tests and writes them when the session ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, dict[tuple[str, str], Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        """Count a test when it has been called, or where its setup or teardown ended it."""
+        report: Any = yield
+        if report.when == "call" or not report.passed:
+            name = item.nodeid.partition("[")[0]
+            for key in promises_of(item):
+                self.outcomes[name][key][report.outcome] += 1
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        """Put what was seen into the file."""
+        known: dict[str, Any] = {}
+        if self.path.exists():
+            known = json.loads(self.path.read_text(encoding="utf-8"))["tests"]
+        origin = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "revision": code_revision(),
+        }
+        for name, by_promise in self.outcomes.items():
+            known[name] = {
+                **origin,
+                "promises": [
+                    {"promise": promise, "backend": backend, **counts}
+                    for (promise, backend), counts in sorted(by_promise.items())
+                ],
+            }
+        report = {"schema": SCHEMA, "promises": PROMISES, "tests": dict(sorted(known.items()))}
+        self.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
