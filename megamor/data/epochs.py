@@ -95,7 +95,7 @@ def describe_use(
         elif use.repeats_in_step is not None:
             warnings.append(
                 f"warning: the run ends early, after step {use.repeats_in_step - 1:,}, because {name} is used up then "
-                f"(data.on_exhausted: stop; it would be read {use.epochs:.2f} times). The learning rate hasn't finished "
-                f"its schedule by then unless train.max_steps is {use.repeats_in_step - 1}"
+                f"(data.on_exhausted: stop; the whole run would read it {use.epochs:.2f} times). The learning rate "
+                f"hasn't finished its schedule by then unless train.max_steps is {use.repeats_in_step - 1}"
             )
     return lines + warnings
