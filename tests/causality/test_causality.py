@@ -32,6 +32,7 @@ def change_future(ids: Tensor) -> Tensor:
     return changed
 
 
+@pytest.mark.promise("R12")
 @pytest.mark.parametrize("documents", [False, True], ids=["stream", "documents"])
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
@@ -47,6 +48,7 @@ def test_logits_ignore_later_tokens(router: str, kv_policy: str, sharing: str, d
         assert (after[:, CUT:] - before[:, CUT:]).abs().max() > 1e-3
 
 
+@pytest.mark.promise("R12")
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_logits_depend_on_earlier_tokens(router: str, kv_policy: str) -> None:
@@ -65,6 +67,7 @@ def test_top_k_selection_does_look_ahead() -> None:
     assert difference[:, :CUT].abs().max() > 1e-6
 
 
+@pytest.mark.promise("R12")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)

@@ -38,6 +38,7 @@ def check(config: Config) -> None:
         assert torch.equal(packed.depth, torch.cat([out.depth for out in alone], 1))
 
 
+@pytest.mark.promise("R12")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)

@@ -21,6 +21,8 @@ from megamor.parallel import close_world
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import VOCABULARY, checkpoint_names, directory_of, tiny_run, trace, write_shard
 
+pytestmark = pytest.mark.promise("R16")
+
 
 @dataclass(frozen=True)
 class Case:

@@ -49,6 +49,7 @@ def whole_batch() -> dict[str, list[StepResult]]:
     return {name: run(replace(single, router=router), fresh_run)[0] for name, router in ROUTERS.items()}
 
 
+@pytest.mark.promise("R7")
 @pytest.mark.parametrize(
     ("config", "router"),
     [
@@ -103,6 +104,7 @@ def _types_in_a_block(config: Config) -> tuple[torch.dtype, torch.dtype]:
     return seen[0]
 
 
+@pytest.mark.promise("R1", "R9")
 @pytest.mark.parametrize(("precision", "router"), [("fp32", EXPERT_CHOICE), ("bf16", LOSS_FREE)])
 @pytest.mark.parametrize("backend", WORLD_SIZE)
 def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, tmp_path: Path) -> None:
@@ -116,6 +118,7 @@ def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, t
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
+@pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2"))
 def test_any_backend_reads_what_any_wrote(tmp_path: Path) -> None:
     """Written by one, read and written again by the next at another world size: the bits stay."""
     run(tiny("fsdp2"), run_and_save, tmp_path / "first", tmp_path / "unused")
@@ -135,6 +138,7 @@ def _copy(config: Config, source: Path, target: Path) -> None:
     backend.save(target)
 
 
+@pytest.mark.promise("R9", "R10", backend="fsdp2")
 def test_state_holds_each_unique_parameter_once(tmp_path: Path) -> None:
     config = tiny("fsdp2")
     run(config, run_and_save, tmp_path / "first", tmp_path / "final")
@@ -175,6 +179,7 @@ def test_another_model_is_refused_before_anything_is_read(tmp_path: Path) -> Non
         run(tiny("single"), _load_and_train, tmp_path / "nowhere")
 
 
+@pytest.mark.promise("R8")
 @pytest.mark.parametrize("backend", WORLD_SIZE)
 def test_a_step_that_is_not_finite_changes_nothing(backend: str, tmp_path: Path) -> None:
     for norm, before, after in run(tiny(backend), _spoiled_step, tmp_path):

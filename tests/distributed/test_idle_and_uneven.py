@@ -86,6 +86,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return stored_tensors(directory)
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("config", BACKENDS, ids=["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
 def test_weights_equal_those_of_one_process(config: Config, reference: dict[str, Tensor], tmp_path: Path) -> None:
     run_ranks(train, config, tmp_path, timeout=60.0)

@@ -45,6 +45,7 @@ def train(config: Config) -> list[StepResult]:
     return [run_step(backend, step, config) for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.promise("R11", backend="fsdp2")
 @pytest.mark.parametrize("recursion", RECURSIONS)
 def test_uneven_depths_end_and_agree(recursion: str) -> None:
     preload_deepspeed()

@@ -18,6 +18,7 @@ from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, t
 TRAINED = {name: config for name, config in ROUTERS.items() if config.kind != "fixed"}
 
 
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initial_loss_is_that_of_a_uniform_guess(router: str, sharing: str) -> None:
@@ -27,6 +28,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(router: str, sharing: str) -> N
     assert abs(out.loss_sum.item() / out.num_tokens.item() - math.log(config.model.vocab_size)) < 0.3
 
 
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", TRAINED)
 def test_router_learns_from_the_language_model_loss(router: str, kv_policy: str) -> None:
@@ -44,6 +46,7 @@ def test_router_learns_from_the_language_model_loss(router: str, kv_policy: str)
         assert (gradient is not None and gradient.abs().max() > 0) == taught_by_lm, name
 
 
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize("router", [name for name in TRAINED if "expert" in name])
 def test_auxiliary_loss_teaches_every_predictor(router: str) -> None:
     model, ids = build_model(tiny_config(TRAINED[router])), tokens(length=SEQ_LEN + 1)
@@ -68,6 +71,7 @@ def test_training_makes_the_causal_rule_agree_with_top_k() -> None:
     assert ratio.numerator / ratio.denominator > 0.9
 
 
+@pytest.mark.promise("R14")
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["vanilla", *ROUTERS])
 def test_executed_flops_match_the_profiler(router: str, kv_policy: str) -> None:
@@ -101,6 +105,7 @@ def rectangular_work(config: Config, out: ModelOutput) -> list[tuple[float, floa
     return work
 
 
+@pytest.mark.promise("R14")
 def test_flops_fall_in_proportion_to_capacity() -> None:
     ids = tokens()
     totals = []

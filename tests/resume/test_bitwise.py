@@ -35,6 +35,7 @@ CASES = [
 ]
 
 
+@pytest.mark.promise("R1", "R9")
 @pytest.mark.parametrize(("backend", "stage", "router"), CASES)
 def test_resume_is_bitwise(tmp_path: Path, backend: str, stage: int, router: RouterConfig) -> None:
     parallel = ParallelConfig(backend=backend, zero_stage=stage)  # type: ignore[arg-type]
@@ -67,6 +68,7 @@ def test_checkpointing_modes_compute_the_same(tmp_path: Path) -> None:
     assert none.steps[-1]["throughput/executed_flops"] == block.steps[-1]["throughput/executed_flops"]
 
 
+@pytest.mark.promise("R1", "R9")
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_every_router_resumes(tmp_path: Path, router: RouterConfig) -> None:
     """Whatever a router remembers, or draws at random, is in the checkpoint."""

@@ -13,6 +13,7 @@ from tests.resume.runs import EXPERT_CHOICE, fit, named, tiny_run, trace
 COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/balance_loss", "train/grad_norm")
 
 
+@pytest.mark.promise("R7")
 @pytest.mark.parametrize(
     ("router", "names"),
     [

@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_saves_nothing(base: Confi
     assert [record["step"] for record in trace(config).steps] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.promise("R16")
 def test_bad_data_on_one_rank_ends_every_rank(base: Config) -> None:
     def fail() -> None:
         raise DataError("x.bin holds token id 128")
@@ -131,6 +132,7 @@ def test_bad_data_on_one_rank_ends_every_rank(base: Config) -> None:
     assert checkpoint_names(base) == ["latest", "step_00000004"]
 
 
+@pytest.mark.promise("R16")
 def test_metrics_that_cannot_be_written_end_every_rank(base: Config) -> None:
     def spoil(trainer: Trainer) -> None:
         log = trainer.sink.log
@@ -155,6 +157,7 @@ def start_without_tokenizer_on_rank_1(config: Config) -> str:
     return str(error.value)
 
 
+@pytest.mark.promise("R16")
 def test_an_error_of_one_rank_at_the_start_is_everybodys(base: Config) -> None:
     said = run_ranks(start_without_tokenizer_on_rank_1, base)
     assert said == ["rank 1: nowhere.json can't be read: No such file or directory"] * 2

@@ -26,6 +26,7 @@ def straight(base: Config) -> Trace:
     return trace(base)
 
 
+@pytest.mark.promise("R4")
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)], ids=lambda value: str(value)
 )
@@ -40,6 +41,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert_same_run(straight, trace(config))
 
 
+@pytest.mark.promise("R4")
 def test_a_signal_during_evaluation_is_not_lost(base: Config, straight: Trace) -> None:
     def spoil(trainer: Trainer) -> None:
         evaluate = trainer.evaluate
@@ -57,6 +59,7 @@ def test_a_signal_during_evaluation_is_not_lost(base: Config, straight: Trace) -
     assert_same_run(straight, trace(config))
 
 
+@pytest.mark.promise("R4")
 def test_a_signal_in_the_last_step_loses_nothing(base: Config, straight: Trace) -> None:
     config = named(base, "interrupted at the end")
     assert fit(config, spoil=signal_after(7, signal.SIGTERM), on_rank=1) == [False, False]
@@ -64,6 +67,7 @@ def test_a_signal_in_the_last_step_loses_nothing(base: Config, straight: Trace) 
     assert_same_run(straight, trace(config))
 
 
+@pytest.mark.promise("R4")
 def test_a_repeated_signal_does_not_disturb_the_save(base: Config, straight: Trace) -> None:
     def spoil(trainer: Trainer) -> None:
         signal_after(3, signal.SIGTERM)(trainer)

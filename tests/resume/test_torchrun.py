@@ -79,6 +79,7 @@ def assert_saved_and_continues(config: Config) -> None:
     assert_same_run(trace(straight), trace(config))
 
 
+@pytest.mark.promise("R4")
 def test_ctrl_c_to_torchrun(config: Config) -> None:
     with launched(config) as process:
         wait_for_steps(config, 3)
@@ -89,6 +90,7 @@ def test_ctrl_c_to_torchrun(config: Config) -> None:
     assert_saved_and_continues(config)
 
 
+@pytest.mark.promise("R4")
 def test_a_signal_to_one_worker(config: Config) -> None:
     with launched(config) as process:
         wait_for_steps(config, 3)

@@ -54,6 +54,7 @@ def manager(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "checkpoints", keep_last=2)
 
 
+@pytest.mark.promise("R3")
 def test_saves_publishes_and_keeps_the_newest(manager: CheckpointManager) -> None:
     assert manager.latest_valid() is None
     for step in (10, 20, 30):
@@ -92,6 +93,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.promise("R3")
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_refused_and_the_previous_is_used(
     manager: CheckpointManager, kind: str, caplog: pytest.LogCaptureFixture
@@ -107,6 +109,7 @@ def test_damage_is_named_refused_and_the_previous_is_used(
     assert step_name(20) in caplog.text
 
 
+@pytest.mark.promise("R3")
 def test_any_flipped_byte_of_the_manifest_is_noticed_or_harmless(manager: CheckpointManager) -> None:
     path = save(manager, 10)
     manifest = path / "manifest.json"
@@ -124,6 +127,7 @@ def test_any_flipped_byte_of_the_manifest_is_noticed_or_harmless(manager: Checkp
     assert unnoticed.strip() == "", "only white space may change"
 
 
+@pytest.mark.promise("R3")
 def test_all_damaged_is_an_error_and_not_a_fresh_start(manager: CheckpointManager) -> None:
     flip_byte(save(manager, 10) / "state" / "a.bin")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
@@ -177,6 +181,7 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.promise("R16")
 def test_full_disk_leaves_nothing_half_written(manager: CheckpointManager) -> None:
     good = save(manager, 10)
     before = names(manager.directory)
@@ -224,6 +229,7 @@ def test_a_bug_keeps_its_own_exception_and_leaves_nothing(manager: CheckpointMan
     assert names(manager.directory) == set()
 
 
+@pytest.mark.promise("R3")
 def test_everything_is_flushed_before_it_gets_its_name(
     manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +292,7 @@ KILL_POINTS = [
 ]
 
 
+@pytest.mark.promise("R2", "R3")
 @pytest.mark.parametrize("same_step", [False, True], ids=["new", "same"])
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_sigkill_anywhere_leaves_a_whole_checkpoint(

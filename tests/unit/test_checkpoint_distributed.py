@@ -149,6 +149,7 @@ def test_a_bug_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("R3")
 def test_damage_is_found_by_whichever_rank_reads_the_file(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=3)
@@ -164,6 +165,7 @@ def test_damage_is_found_by_whichever_rank_reads_the_file(tmp_path: Path) -> Non
     assert run_ranks(2, body) == [0, 0]
 
 
+@pytest.mark.promise("R2")
 def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=1)

@@ -128,6 +128,7 @@ def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:
         restore_rng(tmp_path, rank=0, world_size=1, seed=0, step=0)
 
 
+@pytest.mark.promise("R9")
 def test_trainer_state_round_trip(tmp_path: Path) -> None:
     state = TrainerState(
         step=5,

@@ -82,6 +82,7 @@ def steps(ranks: list[TrainingLoader], count: int) -> np.ndarray:
     return np.concatenate([joined([batch for rank in ranks for batch in rank.next_step()]) for _ in range(count)])
 
 
+@pytest.mark.promise("R5")
 @settings(max_examples=25, deadline=None)
 @given(world=st.sampled_from([1, 2, 3, 4, 6]), micro=st.sampled_from([1, 2, 4]))
 def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, world: int, micro: int) -> None:
@@ -121,6 +122,7 @@ def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingD
     assert loader.state_dict()["consumed_samples"] == loader.consumed_samples == 48
 
 
+@pytest.mark.promise("R5", "R6")
 @settings(max_examples=25, deadline=None)
 @given(
     legs=st.lists(

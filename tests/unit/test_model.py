@@ -44,6 +44,7 @@ def test_schedule_follows_the_papers_formulas(sharing: str) -> None:
     assert found == [block(i) for i in middle]
 
 
+@pytest.mark.promise("R10")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_unique_parameters_follow_the_formula(router: str, sharing: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.promise("R17")
 @pytest.mark.parametrize(
     ("reason", "outcome"), [("no time for this", {"failed": 1}), ("needs a CUDA device", {"skipped": 1})]
 )
