@@ -5,7 +5,6 @@ checkpoints/
   step_00000100/
   step_00000200/
     state/                         torch.distributed.checkpoint: `model.*` and the optimizer
-    engine/                        only DeepSpeed: the engine's own format
     rng/rank_00000.pt              random states, one file a rank
     config.yaml  tokenizer.json  trainer.json
     manifest.json                  every other file with its size and SHA-256; without it nothing is a checkpoint
@@ -20,7 +19,6 @@ import re
 from pathlib import Path
 
 STATE_DIR = "state"
-ENGINE_DIR = "engine"
 RNG_DIR = "rng"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"

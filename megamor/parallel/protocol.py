@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megamor.parallel.state import StateCopy
+
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -74,9 +76,12 @@ class Backend(Protocol):
         """Write model and optimizer into `directory`, which exists. `state/` always holds the weights as `model.<name>`
         in the format of torch.distributed.checkpoint, unsharded in meaning and fp32."""
 
+    def copy_state(self) -> StateCopy:
+        """Copy what `save` would write into host memory, to be written while training goes on."""
+
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote: bitwise at the same world size.
+        """Restore what any backend's `save` wrote: bitwise at the same world size.
 
         Raises:
-            CheckpointError: another model's state, or one that this backend can't resume from.
+            CheckpointError: another model's state, or one without the optimizer's.
         """

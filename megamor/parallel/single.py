@@ -13,7 +13,8 @@ from megamor.config import Config
 from megamor.parallel.mesh import World
 from megamor.parallel.precision import autocast
 from megamor.parallel.protocol import BuildOptimizer
-from megamor.parallel.state import load_state, save_state
+from megamor.parallel.slices import copied_to_host
+from megamor.parallel.state import StateCopy, collect_state, load_state, write_tensors
 
 
 class SingleBackend:
@@ -48,7 +49,14 @@ class SingleBackend:
         return norm
 
     def save(self, directory: Path) -> None:
-        save_state(directory / "state", self.module, self.optimizer)
+        write_tensors(directory / "state", self.tensors())
+
+    def copy_state(self) -> StateCopy:
+        return StateCopy(copied_to_host(self.tensors(), self.rank, self.world_size))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by stored name, as it is in memory."""
+        return collect_state(self.module, self.optimizer)
 
     def load(self, directory: Path) -> None:
         load_state(directory / "state", self.module, self.optimizer)

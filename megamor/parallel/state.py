@@ -1,6 +1,6 @@
 """Model and optimizer state in the format of torch.distributed.checkpoint, independent of how it was sharded.
 
-`single`, `ddp` and `fsdp2` read what any of them wrote, at any world size. Keys: `model.<name>` for parameters and
+Every backend reads what any of them wrote, at any world size. Keys: `model.<name>` for parameters and
 persistent buffers, `optimizer.state.<name>.<moment>` for the optimizer. Hyperparameters are not state: those of the
 running configuration hold.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,44 @@ from megamor.errors import CheckpointError
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def save_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights, buffers and optimizer state of `module` into `directory`. Collective; ranks share the work."""
+@dataclass(frozen=True)
+class StateCopy:
+    """A copy of a backend's state in host memory, which training no longer changes."""
+
+    tensors: Mapping[str, Tensor]
+
+    def write(self, directory: Path, group: dist.ProcessGroup | None) -> None:
+        """What `Backend.save` does, from any thread. Collective over `group`, which nobody else may use meanwhile."""
+        write_tensors(directory / "state", self.tensors, group)
+
+
+def collect_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers and optimizer state of `module` under the names they are stored by. Collective."""
     model_state, optimizer_state = _model_state(module), _optimizer_state(module, optimizer)
-    write_tensors(directory, prefixed("model", model_state) | prefixed("optimizer", _moments(optimizer_state)))
+    return _prefixed("model", model_state) | _prefixed("optimizer", _moments(optimizer_state))
 
 
 def load_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what `save_state` wrote into `module` and `optimizer`, wrapped in any way. Collective.
+    """Restore the state in `directory` into `module` and `optimizer`, wrapped in any way. Collective.
 
     Raises:
-        CheckpointError: the state belongs to another model, or holds no optimizer state (written by DeepSpeed).
+        CheckpointError: the state belongs to another model, or holds no optimizer state.
     """
     model_state, optimizer_state = _model_state(module), _optimizer_state(module, optimizer)
     moments = _moments(optimizer_state)
-    read_tensors(directory, prefixed("model", model_state) | prefixed("optimizer", moments))
+    read_tensors(directory, _prefixed("model", model_state) | _prefixed("optimizer", moments))
     set_model_state_dict(module, model_state, options=OPTIONS)
     set_optimizer_state_dict(module, optimizer, optimizer_state, options=OPTIONS)
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors: sharded ones slice by slice, replicated ones by one rank. Collective."""
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write named tensors: sharded ones slice by slice, replicated ones by one rank.
+
+    Collective over `group`, or over all ranks.
+    """
+    writer = dcp.FileSystemWriter(directory)
     with _silence_about_one_process():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 def read_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -67,7 +83,7 @@ def read_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=not dist.is_initialized())
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under `prefix.<name>`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -98,10 +114,7 @@ def _check_fits(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{directory} holds no complete state (.metadata is missing): choose another checkpoint")
     stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     if not any(key.startswith("optimizer.") for key in stored) and any(key.startswith("optimizer.") for key in tensors):
-        raise CheckpointError(
-            f"{directory} holds weights without optimizer state, as DeepSpeed runs write it: "
-            "resume with parallel.backend=deepspeed and the same number of processes"
-        )
+        raise CheckpointError(f"{directory} holds weights without optimizer state: it is there to load, not to resume")
     for key, tensor in tensors.items():
         found = stored.get(key)
         if not isinstance(found, TensorStorageMetadata):

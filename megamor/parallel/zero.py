@@ -7,7 +7,6 @@ when a step is complete. Stage 0 keeps everything on every rank and leaves clipp
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import warnings
@@ -21,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamor.config import Config
-from megamor.errors import CheckpointError
 from megamor.parallel.mesh import World
 from megamor.parallel.protocol import BuildOptimizer, ParallelPlan
-from megamor.parallel.single import clip_gradients, set_group_lr
-from megamor.parallel.state import prefixed, write_tensors
+from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
+from megamor.parallel.slices import copied_to_host
+from megamor.parallel.state import StateCopy, collect_state, load_state, read_tensors, write_tensors
+from megamor.parallel.zero_state import ZeroState
 
-ENGINE = "engine"
-LAYOUT = "layout.json"
 # Stage 3 leaves parameters below this many elements on every rank: norms, whose gathers would cost more than they save.
 PERSIST_BELOW = 10_000
 
@@ -44,11 +42,6 @@ class ZeroBackend:
     ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.stage = config.parallel.zero_stage
-        self.layout = {
-            "world_size": world.size,
-            "zero_stage": self.stage,
-            "precision": config.train.precision,
-        }
         deepspeed = import_deepspeed(world.device)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine insists on it
         if not deepspeed.comm.is_initialized():
@@ -62,6 +55,9 @@ class ZeroBackend:
             self.model, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
             )
+        if self.stage == 0:
+            allocate_optimizer_state(self.optimizer)
+        self.state = ZeroState(self.module, self.optimizer, self.stage) if self.stage > 0 else None
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         self.model.set_gradient_accumulation_boundary(last_micro_batch)
@@ -90,44 +86,22 @@ class ZeroBackend:
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
     def save(self, directory: Path) -> None:
-        self.model.save_checkpoint(str(directory), tag=ENGINE, save_latest=False)
-        if self.rank == 0:
-            (directory / ENGINE / LAYOUT).write_text(json.dumps(self.layout, indent=2))
-        write_tensors(directory / "state", prefixed("model", self._weights_to_write()))
+        write_tensors(directory / "state", self.tensors())
+
+    def copy_state(self) -> StateCopy:
+        return StateCopy(copied_to_host(self.tensors(), self.rank, self.world_size))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by stored name: the engine's own memory."""
+        return collect_state(self.module, self.optimizer) if self.state is None else self.state.tensors()
 
     def load(self, directory: Path) -> None:
-        self._check_layout(directory / ENGINE / LAYOUT)
-        path, _ = self.model.load_checkpoint(str(directory), tag=ENGINE)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed can't load {directory / ENGINE}: choose another checkpoint")
-
-    def _weights_to_write(self) -> dict[str, Tensor]:
-        """This rank's share of the full fp32 weights, and of the buffers. Collective: gathered one by one."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        mine: dict[str, Tensor] = {}
-        for index, (name, parameter) in enumerate(self.module.named_parameters()):
-            full = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if index % self.world_size == self.rank:
-                mine[name] = full.to("cpu", torch.float32, copy=True)
-        if self.rank == 0:
-            persistent = self.module.state_dict().keys()
-            mine |= {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
-        return mine
-
-    def _check_layout(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing: the checkpoint wasn't written by DeepSpeed. Resume with the parallel.backend that "
-                "wrote it (single, ddp and fsdp2 read each other's)"
-            )
-        found = json.loads(path.read_text())
-        if found != self.layout:
-            raise CheckpointError(
-                f"DeepSpeed's checkpoints are bound to their layout: {path.parent} was written with {found} and this "
-                f"run has {self.layout}. Resume with the former, or train with parallel.backend=fsdp2, whose "
-                "checkpoints load on any number of processes"
-            )
+        if self.state is None:
+            load_state(directory / "state", self.module, self.optimizer)
+            return
+        tensors = self.tensors()
+        read_tensors(directory / "state", tensors)
+        self.state.after_reading(tensors)
 
 
 def engine_config(config: Config) -> dict[str, Any]:
@@ -143,7 +117,6 @@ def engine_config(config: Config) -> dict[str, Any]:
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "checkpoint": {"tag_validation": "Ignore"},
         "steps_per_print": None,
     }
 

@@ -18,7 +18,6 @@ from megamor.checkpoint import (
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.config import Config, config_to_yaml
 from megamor.data import TrainingLoader
-from megamor.errors import CheckpointError
 from megamor.parallel import Backend, resolve_backend
 from megamor.train.failures import together
 
@@ -77,7 +76,7 @@ class RunCheckpoints:
         """Go back to the newest whole checkpoint; None if there is none. Collective.
 
         Raises:
-            CheckpointError: it belongs to another model or backend, or no checkpoint is whole.
+            CheckpointError: it belongs to another model, or no checkpoint is whole.
         """
         directory = self.manager.latest_valid()
         if directory is None:
@@ -96,21 +95,12 @@ class RunCheckpoints:
     def _read(self, directory: Path) -> TrainerState:
         """Everything that can be refused, before anything is overwritten; puts the loader in place."""
         state = TrainerState.read(directory)
-        self._check_backend(directory, state)
         check_same_model(directory, self.model_shapes)
         self.loader.load_state_dict(state.data)
         return state
 
     def _save_rng(self, directory: Path) -> None:
         save_rng(directory, rank=self.backend.rank, world_size=self.backend.world_size)
-
-    def _check_backend(self, directory: Path, state: TrainerState) -> None:
-        now = resolve_backend(self.config.parallel, self.backend.world_size)
-        if (now == "deepspeed") != (state.backend == "deepspeed"):
-            raise CheckpointError(
-                f"{directory} was written by the {state.backend} backend and can't be resumed by {now}: resume with "
-                f"parallel.backend={state.backend}, or start another run (run.name)"
-            )
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:
