@@ -37,3 +37,21 @@ cluster_exec() {
     *) exec srun --container-image="$CLUSTER_CONTAINER" ${CLUSTER_MOUNTS:+--container-mounts="$CLUSTER_MOUNTS"} "$@" ;;
     esac
 }
+
+# Sets the array `step_options`: what an srun of several nodes is to be told, where slurm starts the container.
+cluster_step_options() {
+    step_options=()
+    case $CLUSTER_CONTAINER in
+    "" | *.sif) ;;
+    *) step_options+=("--container-image=$CLUSTER_CONTAINER" ${CLUSTER_MOUNTS:+--container-mounts="$CLUSTER_MOUNTS"}) ;;
+    esac
+}
+
+# `cluster_exec` within such an srun.
+cluster_exec_in_step() {
+    case $CLUSTER_CONTAINER in
+    *.sif) ;;
+    *) CLUSTER_CONTAINER="" ;;
+    esac
+    cluster_exec "$@"
+}

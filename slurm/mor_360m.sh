@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Pretrains Mixture-of-Recursions on the 360M base, 3 recursions (the published recipe): configs/mor_360m.yaml.
+#
+#   slurm/mor_360m.sh [key=value ...]                   with the settings of slurm/cluster.sh
+#   NODES=2 GPUS=4 LAUNCHER=deepspeed slurm/mor_360m.sh   variables: see slurm/train.sh
+#   sbatch [options] slurm/mor_360m.sh [key=value ...]  from the root of the repository, with slurm's own settings
+#
+# The job saves and stops before its time limit or when it is preempted, is queued again, and goes on. docs/slurm.md
+#SBATCH --job-name=mor_360m
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=48:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+set -euo pipefail
+: "${CONFIG:=configs/mor_360m.yaml}"
+scripts=$(dirname "$(realpath "$0")")
+if [[ ! -e $scripts/train.sh ]]; then scripts=${MEGAMOR_ROOT:-$SLURM_SUBMIT_DIR}/slurm; fi # slurm runs a copy
+# shellcheck source=slurm/train.sh
+source "$scripts/train.sh"

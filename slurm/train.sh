@@ -1,0 +1,151 @@
+# shellcheck shell=bash
+# What the training scripts of this directory have in common: sourced by each, with its arguments (key=value overrides).
+#
+# On a login node it submits the script with the settings of slurm/cluster.sh; within a job it checks the nodes, starts
+# one launcher on each, and asks slurm to start the job again when the run was stopped before its end.
+#
+# Variables, all optional:
+#   CONFIG             another configuration on the same nodes, such as configs/vanilla_1b.yaml
+#   NODES, GPUS, TIME  nodes, GPUS of each, time limit; default: the #SBATCH lines of the script
+#   LAUNCHER           torchrun (default), or deepspeed: DeepSpeed's launcher and parallel.backend=deepspeed
+#   MARGIN             seconds before the time limit at which the run is asked to save and stop (default 600)
+#   MAX_REQUEUES       how often a job may be started again (default 100)
+#   PROCESSES          processes on each node; default: its GPUs, or 1 without any
+#   MASTER_ADDR, MASTER_PORT  where the processes meet; default: the job's first node, a port made of the job's number
+#   DEEPSPEED_ARGS     what LAUNCHER=deepspeed adds to the overrides (default parallel.backend=deepspeed)
+
+: "${LAUNCHER:=torchrun}" "${NODES:=}" "${GPUS:=}" "${TIME:=}" "${MARGIN:=600}" "${MAX_REQUEUES:=100}"
+: "${DEEPSPEED_ARGS:=parallel.backend=deepspeed}" "${CONFIG:?the script that sources slurm/train.sh sets CONFIG}"
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=slurm/cluster.sh
+source "$root/slurm/cluster.sh"
+
+requeue_status=75 # of a run that saved and stopped on request, or found itself hanging
+stop_asked='' step='' step_status=0 repeater='' # state of a job
+
+fail() {
+    echo "$*" >&2
+    exit 2
+}
+
+submit() {
+    cd "$root" || exit 2
+    mkdir -p "$CLUSTER_LOGS"
+    cluster_sbatch_options
+    local options=("--output=$CLUSTER_LOGS/%x_%j.log" "--signal=B:USR1@$MARGIN")
+    if [[ -n ${MEGAMOR_SWEEP:-} ]]; then options=("--output=$CLUSTER_LOGS/%x_%A_%a.log" "${options[@]:1}"); fi
+    if [[ -n $NODES ]]; then options+=("--nodes=$NODES"); fi
+    if [[ -n $GPUS ]]; then options+=("--gpus-per-node=$GPUS"); fi
+    if [[ -n $TIME ]]; then options+=("--time=$TIME"); fi
+    export MEGAMOR_ROOT=$root
+    sbatch "${cluster_options[@]}" "${options[@]}" "$root/slurm/$(basename "$0")" "$@"
+}
+
+# In a job ------------------------------------------------------------------------------------------------------------
+
+train() {
+    cd "$root" || fail "there is no $root on this node: the repository must be on a file system that all nodes share"
+    collect_overrides "$@"
+    GPUS=$(gpus_per_node)
+    if [[ -z ${PROCESSES:-} ]]; then PROCESSES=$((GPUS > 0 ? GPUS : 1)); fi
+    local nodes=${SLURM_NNODES:?} restarts=${SLURM_RESTART_COUNT:-0}
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    : "${OMP_NUM_THREADS:=$((${SLURM_CPUS_PER_TASK:-$PROCESSES} / PROCESSES))}"
+    if [[ $OMP_NUM_THREADS = 0 ]]; then OMP_NUM_THREADS=1; fi
+    rank_logs=$CLUSTER_LOGS/${SLURM_JOB_NAME}_$SLURM_JOB_ID/start_$restarts
+    mkdir -p "$rank_logs"
+    export OMP_NUM_THREADS MASTER_ADDR MASTER_PORT PROCESSES GPUS LAUNCHER CONFIG
+
+    echo "job $SLURM_JOB_ID, start $restarts: $CONFIG ${overrides[*]} with $LAUNCHER on $nodes nodes x $PROCESSES" \
+        "processes ($SLURM_JOB_NODELIST); each rank's output in $rank_logs"
+    trap stop_run USR1 TERM
+    run_step check "$rank_logs" "${overrides[@]}"
+    if [[ $step_status = 0 && -z $stop_asked ]]; then
+        run_step launch "$rank_logs" "${overrides[@]}"
+    elif [[ -n $stop_asked && $step_status -ne 2 ]]; then
+        step_status=$requeue_status
+    fi
+    if [[ -n $stop_asked && $step_status -ge 128 ]]; then step_status=$requeue_status; fi
+    conclude "$step_status" "$restarts"
+}
+
+# Sets `overrides`: the arguments, those of LAUNCHER, and the line of this task in a sweep.
+collect_overrides() {
+    overrides=("$@")
+    if [[ $LAUNCHER = deepspeed ]]; then
+        local further
+        read -r -a further <<<"$DEEPSPEED_ARGS"
+        overrides+=("${further[@]}")
+    elif [[ $LAUNCHER != torchrun ]]; then
+        fail "LAUNCHER is $LAUNCHER: give torchrun or deepspeed"
+    fi
+    if [[ -z ${MEGAMOR_SWEEP:-} ]]; then return; fi
+    local line settings
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:?a sweep is an array of jobs: use slurm/sweep.sh}p" "$MEGAMOR_SWEEP")
+    read -r -a settings <<<"$line"
+    if [[ $line != *run.name=* ]]; then
+        settings+=("run.name=$(basename "$CONFIG" .yaml)_$(basename "$MEGAMOR_SWEEP" .txt)_$SLURM_ARRAY_TASK_ID")
+    fi
+    overrides+=("${settings[@]}")
+}
+
+# What each node is to have: the number asked for, or what slurm gave.
+gpus_per_node() {
+    if [[ -n ${GPUS:-} ]]; then
+        echo "${GPUS##*:}" # may be type:number
+    elif [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+        echo "$SLURM_GPUS_ON_NODE"
+    else
+        echo 0
+    fi
+}
+
+# Runs slurm/node.sh once on every node and waits for it; sets `step_status`. A node that has left with an error takes
+# the others along only after a minute: they may be about to leave with an error of their own, or to save.
+run_step() {
+    cluster_step_options
+    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 --kill-on-bad-exit=0 "${step_options[@]}" \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$root/slurm/node.sh" "$@" &
+    step=$!
+    step_status=0
+    while true; do # a signal ends `wait` early
+        wait "$step" && step_status=0 || step_status=$?
+        kill -0 "$step" 2>/dev/null || break
+    done
+}
+
+# Asks the run to save and stop, again and again: a process that is just starting may not listen yet.
+stop_run() {
+    if [[ -n $stop_asked ]]; then return; fi
+    stop_asked=yes
+    echo "asked to stop: the run saves and leaves"
+    if [[ -z $step ]]; then return; fi
+    while kill -USR1 "$step" 2>/dev/null; do sleep 20; done &
+    repeater=$!
+}
+
+# Ends the job: done, started again, or failed.
+conclude() {
+    local status=$1 restarts=$2
+    if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
+    if [[ $status -ne $requeue_status ]]; then
+        echo "job $SLURM_JOB_ID ends with status $status"
+        exit "$status"
+    fi
+    if [[ $restarts -ge $MAX_REQUEUES ]]; then
+        echo "job $SLURM_JOB_ID was started $((restarts + 1)) times and isn't started again (MAX_REQUEUES)" >&2
+        exit "$status"
+    fi
+    # A job that somebody has cancelled must stay cancelled.
+    if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then exit "$status"; fi
+    echo "job $SLURM_JOB_ID is queued again after start $restarts"
+    scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+    sleep 120 # slurm ends this script
+}
+
+case $0 in
+*/slurm_script) train "$@" ;; # slurm runs a copy of the script under this name
+*) submit "$@" ;;
+esac

@@ -1,0 +1,89 @@
+"""The scripts of slurm/ on a real slurm: a run is preempted, queued again, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megamor.config import Config, ParallelConfig, config_to_yaml
+from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace
+from tests.slurm.cluster import Cluster, missing_programs, wait_until
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "mor_135m.sh"
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM"),
+    reason="slurm isn't installed: apt-get install --no-install-recommends slurm-wlm munge",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="slurm") as directory, Cluster(Path(directory)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Config:
+    """A run that lasts long enough to be interrupted."""
+    return tiny_run(tmp_path, max_steps=120, eval_every=1000)
+
+
+def variables(config: Config, **more: str) -> dict[str, str]:
+    """What a user would set for two nodes without GPUs; nothing of this test's own environment."""
+    file = Path(config.run.dir) / f"{config.run.name}.yaml"
+    file.write_text(config_to_yaml(config))
+    return {
+        "CONFIG": str(file),
+        "NODES": "2",
+        "GPUS": "0",
+        "TIME": "10:00",
+        "MASTER_ADDR": "127.0.0.1",  # names of nodes don't resolve here
+        "CLUSTER_SBATCH_OPTIONS": "--cpus-per-task=1",
+        "CLUSTER_LOGS": str(Path(config.run.dir) / "logs"),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
+
+
+def wait_for_steps(config: Config, count: int) -> None:
+    """Until so many steps are logged."""
+    metrics = directory_of(config) / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, f"{count} steps")
+
+
+def log_of(config: Config) -> str:
+    """The job's output, of all its starts."""
+    return "".join(file.read_text() for file in sorted((Path(config.run.dir) / "logs").glob("*.log")))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
+    config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
+    job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
+    wait_for_steps(config, 3)
+    cluster.signal(job, "USR1")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again")
+    (stopped_at,) = [name for name in checkpoint_names(config) if name.startswith("step")]
+    assert stopped_at != "step_00000120"
+    cluster.wait_for(job, "COMPLETED", "FAILED")
+    assert cluster.job(job)["JobState"] == "COMPLETED", log_of(config)
+    assert f"resuming after step {int(stopped_at[5:])}" in log_of(config) + rank_logs(config)
+    for start in (0, 1):
+        assert len(list((Path(config.run.dir) / "logs").glob(f"*/start_{start}/node_*"))) == 2
+
+    straight = named(config, "straight")
+    assert fit(straight) == [True, True]
+    assert_same_run(trace(straight), trace(config))
+
+
+def rank_logs(config: Config) -> str:
+    """What the ranks printed."""
+    return "".join(file.read_text() for file in (Path(config.run.dir) / "logs").rglob("node_*/**/*.log"))
