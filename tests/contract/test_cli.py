@@ -23,7 +23,7 @@ from megamor.evaluate import __main__ as evaluate
 from megamor.parallel import init_world
 from megamor.train import build_trainer
 from tests.resume.runs import directory_of, tiny_run
-from tools import bench, export_hf, import_official, inspect_data, merge_data, preprocess, readme_numbers
+from tools import bench, export_hf, fetch_data, import_official, inspect_data, merge_data, preprocess, readme_numbers
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -34,6 +34,7 @@ MAINS = {
     "tools/preprocess.py": preprocess.main,
     "tools/inspect_data.py": inspect_data.main,
     "tools/merge_data.py": merge_data.main,
+    "tools/fetch_data.py": fetch_data.main,
     "tools/bench.py": bench.main,
     "tools/readme_numbers.py": readme_numbers.main,
     "tools/export_hf.py": export_hf.main,
