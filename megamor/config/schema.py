@@ -286,9 +286,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Who holds what. `auto` is `fsdp2` with more than one process, else `single`."""
+    """Who holds what. `auto` is `fsdp2` with more than one process, else `single`.
+
+    FSDP2 shards over groups of `shard_degree` neighbouring processes and replicates over these groups (HSDP); unset
+    means that all processes are one group. With the processes of a machine as a group, weights are gathered within it.
+    """
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    shard_degree: int | None = None
     zero_stage: Literal[0, 1, 2, 3] = 2
     reshard_after_forward: bool = True
 

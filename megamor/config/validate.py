@@ -58,6 +58,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         (("model", "recursion"), _sharing(config)),
         (("router", "recursion"), _router(config)),
         (("train",), _batch(config, world_size)),
+        (("parallel",), _parallel(config, world_size)),
         (("train", "data", "router", "optim.warmup_steps", "optim.decay_fraction"), _length(config)),
     ]
     for inputs, violations in rules:
@@ -205,8 +206,21 @@ def _batch(config: Config, world_size: int | None) -> Iterator[str]:
                 f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: "
                 f"take global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
             )
-    if config.parallel.backend == "single" and (world_size or 1) > 1:
+
+
+def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
+    backend, degree = config.parallel.backend, config.parallel.shard_degree
+    if backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+    if degree is None:
+        return
+    if backend not in ("auto", "fsdp2"):
+        yield f"parallel.shard_degree = {degree} is for fsdp2, and parallel.backend is {backend}: drop one of them"
+    elif world_size and world_size % degree and not (backend == "auto" and world_size == 1):
+        yield (
+            f"parallel.shard_degree = {degree} doesn't divide a launch of {world_size} processes into groups: "
+            "give a divisor, or null for one group"
+        )
 
 
 def _ramp(config: Config) -> Iterator[tuple[str, str]]:

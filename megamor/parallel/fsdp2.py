@@ -40,16 +40,22 @@ class Fsdp2Backend(SingleBackend):
         self, model: nn.Module, plan: ParallelPlan, config: Config, world: World, build_optimizer: BuildOptimizer
     ) -> None:
         self.plan = plan
-        self.reshard = config.parallel.reshard_after_forward
+        self.reshard, self.shard_degree = config.parallel.reshard_after_forward, config.parallel.shard_degree
         super().__init__(model, config, world, build_optimizer)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Shard over all ranks, then move buffers and slices to the device."""
+        """Shard over all ranks or over groups of them, then move buffers and slices to the device."""
         # Units return keys and values as views, and nobody writes into them.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
-        shard(model, self.plan, mesh, self.precision, self.reshard)
+        shard(model, self.plan, self.mesh(), self.precision, self.reshard)
         return model.to(self.device)
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in a row, or with `shard_degree` in rows: sharded along a row, replicated along a column (HSDP)."""
+        if self.shard_degree is None:
+            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        shape = (self.world_size // self.shard_degree, self.shard_degree)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         return nullcontext()

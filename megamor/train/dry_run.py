@@ -58,7 +58,7 @@ def state_bytes(config: Config, parameters: int, world_size: int) -> float:
     if backend == "fsdp2":
         gathered = 0 if config.parallel.reshard_after_forward else 2 if half else 4
         accumulated = 4 if derive(config, world_size).micro_batches > 1 else 0
-        return parameters * (16 / world_size + gathered + accumulated)
+        return parameters * (16 / (config.parallel.shard_degree or world_size) + gathered + accumulated)
     stage = config.parallel.zero_stage
     weights, gradients, optimizer = (2, 2, 12) if half else (4, 4, 8)
     if stage == 3:

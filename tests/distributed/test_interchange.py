@@ -20,6 +20,7 @@ CHAIN = [
     ("single", tiny("single", router=LOSS_FREE), 1),
     ("zero 2", tiny("deepspeed", router=LOSS_FREE, zero_stage=2), 4),
     ("ddp", tiny("ddp", router=LOSS_FREE), 2),
+    ("hsdp 2 x 2", tiny("fsdp2", router=LOSS_FREE, shard_degree=2), 4),
     ("zero 0", tiny("deepspeed", router=LOSS_FREE, zero_stage=0), 2),
     ("fsdp2 on three", tiny("fsdp2", router=LOSS_FREE), 3),
     ("zero 3 on one", tiny("deepspeed", router=LOSS_FREE, zero_stage=3), 1),

@@ -24,24 +24,25 @@ from tests.resume.runs import (
 
 STOP = 3  # odd, so that a bias that goes up or down in each step isn't back at zero
 CASES = [
-    pytest.param("single", 2, EXPERT_CHOICE, id="single"),
-    pytest.param("ddp", 2, EXPERT_CHOICE, id="ddp"),
-    pytest.param("fsdp2", 2, EXPERT_CHOICE, id="fsdp2"),
-    pytest.param("fsdp2", 2, LOSS_FREE, id="fsdp2, router with a buffer"),
-    pytest.param("deepspeed", 0, EXPERT_CHOICE, id="zero 0"),
-    pytest.param("deepspeed", 1, EXPERT_CHOICE, id="zero 1"),
-    pytest.param("deepspeed", 2, LOSS_FREE, id="zero 2, router with a buffer"),
-    pytest.param("deepspeed", 3, EXPERT_CHOICE, id="zero 3"),
+    pytest.param(ParallelConfig("single"), EXPERT_CHOICE, id="single"),
+    pytest.param(ParallelConfig("ddp"), EXPERT_CHOICE, id="ddp"),
+    pytest.param(ParallelConfig("fsdp2"), EXPERT_CHOICE, id="fsdp2"),
+    pytest.param(ParallelConfig("fsdp2"), LOSS_FREE, id="fsdp2, router with a buffer"),
+    pytest.param(ParallelConfig("fsdp2", shard_degree=1), LOSS_FREE, id="hsdp 2 x 1, router with a buffer"),
+    pytest.param(ParallelConfig("fsdp2", shard_degree=2), EXPERT_CHOICE, id="hsdp 2 x 2"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=0), EXPERT_CHOICE, id="zero 0"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=1), EXPERT_CHOICE, id="zero 1"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=2), LOSS_FREE, id="zero 2, router with a buffer"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=3), EXPERT_CHOICE, id="zero 3"),
 ]
 
 
 @pytest.mark.promise("R1", "R9")
-@pytest.mark.parametrize(("backend", "stage", "router"), CASES)
-def test_resume_is_bitwise(tmp_path: Path, backend: str, stage: int, router: RouterConfig) -> None:
-    parallel = ParallelConfig(backend=backend, zero_stage=stage)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("parallel", "router"), CASES)
+def test_resume_is_bitwise(tmp_path: Path, parallel: ParallelConfig, router: RouterConfig) -> None:
     straight = replace(tiny_run(tmp_path, eval_every=4), router=router, parallel=parallel)
     stopped = named(straight, "stopped")
-    world_size = 1 if backend == "single" else 2
+    world_size = {"single": 1}.get(parallel.backend, 2 * (parallel.shard_degree or 1))
 
     assert all(fit(straight, world_size))
     assert all(fit(until(stopped, STOP), world_size))

@@ -37,7 +37,7 @@ def test_no_file_is_left_out() -> None:
     assert sorted([*RECIPES, *MODELS, *PARALLEL]) == sorted(CONFIGS.rglob("*.yaml"))
     names = {path.stem for path in RECIPES}
     assert names >= {f"{kind}_{size}" for kind in ("mor", "vanilla", "recursive") for size in ("135m", "360m", "1b")}
-    assert {path.stem for path in PARALLEL} == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+    assert {path.stem for path in PARALLEL} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

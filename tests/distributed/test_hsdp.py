@@ -1,0 +1,91 @@
+"""FSDP2 within groups of processes and replicas over them (HSDP): agreement with one process, resume, what is sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from megamor.config import Config
+from megamor.config.validate import validate
+from megamor.errors import ConfigError
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import (
+    EXPERT_CHOICE,
+    FIXED_DEPTH,
+    LOSS_FREE,
+    StepResult,
+    digest,
+    fresh_run,
+    load_and_run,
+    relative_differences,
+    run_and_save,
+    start,
+    stored_tensors,
+    tiny,
+)
+
+# Replicas x shards.
+SHAPES = [pytest.param(2, 1, id="2 x 1"), pytest.param(2, 2, id="2 x 2")]
+
+
+@pytest.fixture(scope="module")
+def whole_batch() -> list[StepResult]:
+    """One process, one micro-batch."""
+    return run_ranks(fresh_run, tiny("single", router=FIXED_DEPTH, micro_batch_size=4), world_size=1)[0]
+
+
+@pytest.mark.promise("R7")
+@pytest.mark.parametrize(("replicas", "shards"), SHAPES)
+def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_batch: list[StepResult]) -> None:
+    """With two micro-batches a step on two processes, one on four."""
+    results = run_ranks(fresh_run, tiny("fsdp2", router=FIXED_DEPTH, shard_degree=shards), world_size=replicas * shards)
+    assert all(result == results[0] for result in results)
+    assert max(relative_differences(whole_batch, results[0])) < 1e-6
+
+
+@pytest.mark.promise("R1")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("replicas", "shards"), SHAPES)
+def test_resume_is_bitwise(replicas: int, shards: int, precision: str, tmp_path: Path) -> None:
+    router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
+    config = tiny("fsdp2", shard_degree=shards, precision=precision, router=router)
+    world_size = replicas * shards
+    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=world_size)
+    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=world_size)
+    assert straight == resumed
+    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
+    assert digest(stored_tensors(tmp_path / "straight")) != digest(stored_tensors(tmp_path / "saved"))
+
+
+def held(config: Config) -> tuple[tuple[int, ...], float]:
+    """The group whose ranks together hold all weights, and this rank's share of them."""
+    backend = start(config)
+    parameters = [parameter for parameter in backend.module.parameters() if isinstance(parameter, DTensor)]
+    local = sum(parameter.to_local().numel() for parameter in parameters)
+    group = parameters[0].device_mesh.get_group("shard")
+    return tuple(dist.get_process_group_ranks(group)), local / sum(parameter.numel() for parameter in parameters)
+
+
+def test_neighbours_share_the_weights_and_groups_repeat_them() -> None:
+    shares = run_ranks(held, tiny("fsdp2", shard_degree=2), world_size=4)
+    assert [group for group, _ in shares] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert all(0.45 < share < 0.55 for _, share in shares)
+    assert [share for _, share in run_ranks(held, tiny("fsdp2", shard_degree=1))] == [1.0, 1.0]
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    def checked(backend: str, world_size: int) -> None:
+        config = tiny(backend, shard_degree=3)
+        validate(replace(config, train=replace(config.train, global_batch_size=12)), world_size)
+
+    checked("fsdp2", 3)
+    checked("auto", 1)
+    for backend, world_size in (("fsdp2", 4), ("fsdp2", 1), ("auto", 2)):
+        with pytest.raises(ConfigError, match=r"shard_degree = 3 doesn't divide a launch"):
+            checked(backend, world_size)
+    with pytest.raises(ConfigError, match=r"shard_degree = 3 is for fsdp2, and parallel.backend is ddp"):
+        checked("ddp", 3)
