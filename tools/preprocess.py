@@ -5,15 +5,22 @@ examples:
   python tools/preprocess.py --input 'pile/*.jsonl.zst' --tokenizer tok.json --output-prefix data/pile --append-eod
 
   # 1 % of the documents held out: writes data/x_train and data/x_val
-  python tools/preprocess.py --input A.jsonl.zst B.txt 'dir/*.jsonl' --tokenizer tok.json --output-prefix data/x \\
+  python tools/preprocess.py --input A.jsonl.zst B.txt 'dir/*.parquet' --tokenizer tok.json --output-prefix data/x \\
       --append-eod --split 0.99,0.01 --workers 8
 
-  # a Hugging Face dataset, from the hub or a local directory
-  python tools/preprocess.py --hf-dataset Skylion007/openwebtext --tokenizer tok.json --output-prefix data/owt \\
-      --append-eod
+  # a Hugging Face dataset, from the hub or a local directory, and the tokenizer of a model of the hub
+  python tools/preprocess.py --hf-dataset Skylion007/openwebtext --tokenizer openai-community/gpt2 \\
+      --output-prefix data/owt --append-eod --deduplicate
 
-Every .txt file is one document. Documents that are empty or only white space are left out and counted. The output is
-the same, byte for byte, whatever the number of workers, and appears under its name only when complete.
+  # a job of an array of 16: writes data/pile_shard_00003_of_00016; tools/merge_data.py joins them
+  python tools/preprocess.py --input 'pile/*.jsonl.zst' --tokenizer tok.json --output-prefix data/pile --append-eod \\
+      --shard 3/16
+
+  # characters as tokens; the vocabulary is written to data/shakespeare.tokenizer.json
+  python tools/preprocess.py --input input.txt --tokenizer char --output-prefix data/shakespeare
+
+Interrupted at any point, the same command goes on from there. The output is the same, byte for byte, whatever the
+number of workers and interruptions, and appears under its name only when complete. docs/data.md explains the options.
 """
 
 from __future__ import annotations
@@ -22,29 +29,28 @@ import argparse
 import math
 import os
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the repository, not tools/, is what imports start from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megamor.data.encode import EncodedChunk, EncodeOptions, TextEncoder, encode_in_order
-from megamor.data.indexed import dtype_for_vocab
-from megamor.data.meta import ShardMeta, sha256_of_file
-from megamor.data.text import TextInput, find_files
-from megamor.data.writer import ShardWriter
-from megamor.errors import ConfigError, DataError, user_errors
+from megamor.data.accelerator import ACCELERATORS, make_encoder
+from megamor.data.dedup import read_held_out
+from megamor.data.documents import parse_chunk
+from megamor.data.encode import ChunkEncoder, EncodeOptions
+from megamor.data.meta import ShardMeta
+from megamor.data.preprocess import Interrupted, Plan, Run, Totals
+from megamor.data.shards import parse_shard, shard_prefix
+from megamor.data.text import CHUNK_BYTES, Share, TextInput, find_files
+from megamor.data.tokenizer import BUILT_IN, DEFAULT_EOD_TOKENS, TextEncoder, built_in_tokenizer, find_tokenizer
+from megamor.errors import ConfigError, user_errors
+from tools.preprocess_display import print_summary, progress_display, tell
 
 _SPLIT_NAMES = ("train", "val", "test")
-_BAD_LINES_SHOWN = 10
-_PLAIN_REPORT_SECONDS = 30.0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,65 +58,128 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", nargs="+", metavar="FILE", help=".jsonl, .jsonl.zst, .jsonl.gz or .txt files, or patterns of them"
-    )
-    source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
-    parser.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
-    parser.add_argument("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")
-    parser.add_argument("--hf-split", default="train", metavar="NAME", help="split of --hf-dataset (default: train)")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json of the tokenizers library")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
-    )
-    parser.add_argument("--eod-token", metavar="TOKEN", help="that token (default: <|endoftext|>, else </s>)")
-    parser.add_argument(
+    _add_input_arguments(parser.add_argument_group("input"))
+    _add_document_arguments(parser.add_argument_group("documents"))
+    output = parser.add_argument_group("output and run")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
+    output.add_argument(
         "--split",
         metavar="SHARES",
         help="2 or 3 shares adding up to 1, such as 0.99,0.01: writes PREFIX_train, PREFIX_val and PREFIX_test; where "
         "a document goes depends on its text alone, so adding files moves none",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
-    parser.add_argument(
+    output.add_argument(
+        "--shard", metavar="I/N", help="do the I-th N-th of the input only, I from 0: writes PREFIX_shard_I_of_N"
+    )
+    output.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    output.add_argument(
+        "--accelerator",
+        choices=ACCELERATORS,
+        default="auto",
+        help="gigatoken gives the ids of the tokenizers library much faster, and is checked against it on a sample of "
+        "every file; auto uses it if it is installed and can do the tokenizer, and says so (default)",
+    )
+    output.add_argument("--restart", action="store_true", help="start over, also where an interrupted run could go on")
+    return parser.parse_args(argv)
+
+
+def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, or patterns of them",
+    )
+    source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
+    group.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
+    group.add_argument("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")
+    group.add_argument("--hf-split", default="train", metavar="NAME", help="split of --hf-dataset (default: train)")
+    group.add_argument("--hf-streaming", action="store_true", help="read --hf-dataset without downloading it first")
+    group.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="X",
+        help="tokenizer.json of the tokenizers library, a directory with one, a name on the Hugging Face hub, or "
+        "char or byte: made here, and written to PREFIX.tokenizer.json",
+    )
+    group.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    group.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
         help="a line that is not JSON, not UTF-8 or without the key: stop, naming file and line (default), or skip, "
         "count and report it",
     )
-    return parser.parse_args(argv)
+
+
+def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
+    )
+    group.add_argument("--eod-token", metavar="TOKEN", help="that token (default: <|endoftext|>, else </s>)")
+    group.add_argument(
+        "--document-separator",
+        metavar="STRING",
+        help="a text is several documents with this between them; without it, '<|endoftext|>' in a text is just text",
+    )
+    group.add_argument("--min-length", type=int, default=0, metavar="N", help="leave out documents of under N tokens")
+    group.add_argument(
+        "--deduplicate", action="store_true", help="keep only the first of documents with the same text (same hash)"
+    )
+    group.add_argument(
+        "--holdout",
+        metavar="FILE",
+        help="leave out the documents in this file: texts in any form of --input, or one hash a line (docs/data.md)",
+    )
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit status 2 and one message for whatever the user can mend."""
+    """Entry point. Exit status 2 and one message for whatever the user can mend, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least one is needed")
+    if args.min_length < 0:
+        raise ConfigError(f"--min-length {args.min_length}: a number of tokens, 0 or more")
     shares = parse_shares(args.split)
-    encoder = TextEncoder.load(args.tokenizer, eod_token=args.eod_token, need_eod=args.append_eod)
+    share = Share(*parse_shard(args.shard)) if args.shard else Share()
+    texts = open_input(args)
+    if args.shard and not texts.size:
+        raise ConfigError("--shard needs an input of known size; leave out --hf-streaming")
+    tokenizer = open_tokenizer(args, texts)
     options = EncodeOptions(
-        tokenizer=args.tokenizer,
         json_key=args.json_key,
-        eod_token=encoder.eod_token,
+        separator=args.document_separator,
         append_eod=args.append_eod,
         shares=shares,
-        skip_bad_lines=args.on_bad_line == "skip",
+        skip_bad=args.on_bad_line == "skip",
+        min_tokens=args.min_length,
+        hashes=args.deduplicate,
+        **({"held_out": read_held_out(args.holdout, args.json_key)} if args.holdout else {}),
     )
-    meta = ShardMeta(
-        tokenizer_name=Path(args.tokenizer).name,
-        tokenizer_sha256=sha256_of_file(args.tokenizer),
-        vocab_size=encoder.vocab_size,
-        eod_token=encoder.eod_token,
-        eod_id=encoder.eod_id,
-        eod_appended=args.append_eod,
+    encoder, accelerator = make_encoder(args.accelerator, tokenizer.encoder)
+    print(f"accelerator: {accelerator}", flush=True)
+    run = Run(
+        make_plan(args, texts, share, tokenizer, options, accelerator),
+        ChunkEncoder(options, encoder, tokenizer.encoder),
+        tell,
     )
-    prefixes = [f"{args.output_prefix}_{name}" for name in _SPLIT_NAMES[: len(shares)]] if args.split else []
-    totals = preprocess(open_input(args), options, meta, prefixes or [args.output_prefix], workers=args.workers)
+    try:
+        with progress_display(texts.size, share) as progress:
+            totals = run.execute(args.workers, progress.update)
+    except Interrupted as stop:
+        tell(stopped_message(stop, run.totals))
+        raise SystemExit(128 + stop.signum) from None
+    tokenizer.write()
     print_summary(totals)
+
+
+def stopped_message(stop: Interrupted, totals: Totals) -> str:
+    """One line on how to go on."""
+    if not stop.kept:
+        return f"stopped by {stop} before anything was done; the same command starts again"
+    return f"stopped by {stop} after {totals.text_bytes / 1e6:,.1f} MB of text; the same command goes on from there"
 
 
 def parse_shares(split: str | None) -> tuple[float, ...]:
@@ -129,145 +198,95 @@ def parse_shares(split: str | None) -> tuple[float, ...]:
 def open_input(args: argparse.Namespace) -> TextInput:
     """The texts that the command line names."""
     if args.input:
-        return find_files(args.input)
+        return find_files(args.input, args.json_key, args.document_separator)
     from megamor.data.hub import DatasetInput
 
-    return DatasetInput(args.hf_dataset, args.hf_config, args.hf_split, args.json_key, args.hf_revision)
-
-
-@dataclass
-class Totals:
-    """What has been done so far. `documents` and `tokens` count by (split, source)."""
-
-    prefixes: Sequence[str]
-    names: Sequence[str]
-    documents: Counter[tuple[int, int]] = field(default_factory=Counter)
-    tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
-    text_bytes: int = 0
-    empty: int = 0
-    blank: int = 0
-    bad: int = 0
-    bad_shown: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, chunk: EncodedChunk) -> None:
-        """Count one chunk."""
-        for split, lengths in enumerate(chunk.lengths):
-            self.documents[split, chunk.source] += len(lengths)
-            self.tokens[split, chunk.source] += len(chunk.tokens[split])
-        self.text_bytes += chunk.text_bytes
-        self.empty += chunk.empty
-        self.blank += chunk.blank
-        self.bad += len(chunk.bad)
-        self.bad_shown += chunk.bad[: _BAD_LINES_SHOWN - len(self.bad_shown)]
-
-    def sources_of(self, split: int) -> list[dict[str, object]]:
-        """Documents and tokens of each source in one split, for the side file."""
-        return [
-            {"name": name, "documents": self.documents[split, source], "tokens": self.tokens[split, source]}
-            for source, name in enumerate(self.names)
-        ]
-
-    def speed(self) -> str:
-        """Text and tokens so far, and per second."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        megabytes = self.text_bytes / 1e6
-        return (
-            f"{megabytes:,.1f} MB of text, {self.tokens.total() / 1e6:,.2f} M tokens in {seconds:,.0f} s "
-            f"({megabytes / seconds:,.2f} MB/s)"
-        )
-
-
-def preprocess(
-    texts: TextInput, options: EncodeOptions, meta: ShardMeta, prefixes: Sequence[str], *, workers: int
-) -> Totals:
-    """Tokenize `texts` into one shard for each of `prefixes`, one per share of `options`; all of them or none.
-
-    Raises DataError for damaged input, for a split that gets no document, and if the output can't be written.
-    """
-    totals = Totals(prefixes, texts.names)
-    dtype = dtype_for_vocab(meta.vocab_size or 0)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(prefix, dtype)) for prefix in prefixes]
-        progress = stack.enter_context(progress_display(texts.size))
-        for chunk in encode_in_order(texts.chunks(), options, workers):
-            for writer, tokens, lengths in zip(writers, chunk.tokens, chunk.lengths, strict=True):
-                writer.add_documents(tokens, lengths)
-            totals.add(chunk)
-            progress.update(totals, chunk.position)
-        for split, writer in enumerate(writers):
-            if not writer.num_documents:
-                raise DataError(
-                    f"{writer.prefix} would have no document ({totals.documents.total()} in all, {totals.empty} empty, "
-                    f"{totals.bad} bad lines); check the input"
-                    + (" or the shares of --split" if len(writers) > 1 else "")
-                )
-            writer.finish(replace(meta, sources=totals.sources_of(split)))
-        for writer in writers:
-            writer.publish()
-    return totals
-
-
-class PlainProgress:
-    """A line now and then, where the output is not a terminal."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._next = time.monotonic() + _PLAIN_REPORT_SECONDS
-
-    def update(self, totals: Totals, position: int) -> None:
-        """Report if it is time."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _PLAIN_REPORT_SECONDS
-            print(f"{position / max(self._size, 1):6.1%}  {totals.speed()}", file=sys.stderr, flush=True)
-
-
-class TerminalProgress:
-    """A bar with speed and remaining time, drawn from `update`: a thread of its own would not survive the fork."""
-
-    def __init__(self, size: int, bar: Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=size or None, speed="")
-        self._next = 0.0
-
-    def update(self, totals: Totals, position: int) -> None:
-        """Draw, ten times a second at most."""
-        self._bar.update(self._task, completed=position, speed=totals.speed())
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.1
-            self._bar.refresh()
-
-
-@contextmanager
-def progress_display(size: int) -> Iterator[PlainProgress | TerminalProgress]:
-    """The display that suits stderr, for an input of `size` units."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield PlainProgress(size)
-        return
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
+    return DatasetInput(
+        args.hf_dataset, args.hf_config, args.hf_split, args.json_key, args.hf_revision, args.hf_streaming
     )
-    with Progress(*columns, console=console, auto_refresh=False) as bar:
-        yield TerminalProgress(size, bar)
 
 
-def print_summary(totals: Totals) -> None:
-    """What was written, and what was left out."""
-    for split, prefix in enumerate(totals.prefixes):
-        documents = sum(count for (of, _), count in totals.documents.items() if of == split)
-        tokens = sum(count for (of, _), count in totals.tokens.items() if of == split)
-        print(f"{prefix}: {documents:,} documents, {tokens:,} tokens")
-    print(totals.speed())
-    if totals.empty or totals.blank:
-        print(f"left out: {totals.empty:,} documents without text, {totals.blank:,} blank lines")
-    if totals.bad:
-        print(f"skipped: {totals.bad:,} bad lines" + (", among them" if totals.bad > len(totals.bad_shown) else ""))
-        for message in totals.bad_shown:
-            print(f"  {message}")
+@dataclass(frozen=True)
+class OpenTokenizer:
+    """A tokenizer in use, its JSON, and the file to write it to if it isn't a file of the user's."""
+
+    encoder: TextEncoder
+    name: str
+    content: bytes
+    path: Path | None
+
+    def write(self) -> None:
+        """Put a made or fetched tokenizer beside the output."""
+        if self.path:
+            draft = Path(f"{self.path}.{os.getpid()}.partial")
+            draft.write_bytes(self.content)
+            os.replace(draft, self.path)
+
+
+def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
+    """The tokenizer that the command line names, or one made for `texts`."""
+    eod = {"eod_token": args.eod_token, "need_eod": args.append_eod}
+    own = Path(f"{args.output_prefix}.tokenizer.json")
+    if args.tokenizer in BUILT_IN:
+        special = [args.eod_token or DEFAULT_EOD_TOKENS[0]] if args.append_eod or args.eod_token else []
+        made = built_in_tokenizer(args.tokenizer, lambda: _all_texts(args, texts), special)
+        content = made.to_str(pretty=True).encode()
+        return OpenTokenizer(TextEncoder.of(made, args.tokenizer, **eod), own.name, content, own)
+    path = find_tokenizer(args.tokenizer)
+    encoder = TextEncoder.load(path, **eod)
+    content, fetched = Path(path).read_bytes(), not Path(args.tokenizer).exists()
+    return OpenTokenizer(encoder, own.name if fetched else Path(path).name, content, own if fetched else None)
+
+
+def _all_texts(args: argparse.Namespace, texts: TextInput) -> Any:
+    tell("reading all of the input for its characters")
+    for chunk in texts.chunks():
+        yield from parse_chunk(chunk, args.json_key, args.document_separator, skip_bad=args.on_bad_line == "skip").texts
+
+
+def make_plan(
+    args: argparse.Namespace,
+    texts: TextInput,
+    share: Share,
+    tokenizer: OpenTokenizer,
+    options: EncodeOptions,
+    accelerator: str,
+) -> Plan:
+    """Names of the output, what goes into the side file, and what a run must have in common with one it continues."""
+    names = [f"{args.output_prefix}_{name}" for name in _SPLIT_NAMES[: len(options.shares)]]
+    bases = [*(names if args.split else [args.output_prefix]), args.output_prefix]
+    *prefixes, journal = [shard_prefix(base, share.index, share.count) if args.shard else base for base in bases]
+    encoder, digest = tokenizer.encoder, sha256(tokenizer.content).hexdigest()
+    # A bad line that stops a run comes before any that it skipped, so this may be changed for going on.
+    ignored = {"workers", "restart", "on_bad_line", "holdout", "accelerator", "tokenizer", "input"}
+    identity: Mapping[str, Any] = {
+        **{f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in ignored},
+        "--tokenizer": digest,
+        "--accelerator": accelerator.split()[0],
+        "--holdout": sha256(options.held_out.tobytes()).hexdigest(),
+        "the input": [list(texts.identity), CHUNK_BYTES],
+    }
+    meta = ShardMeta(
+        tokenizer_name=tokenizer.name,
+        tokenizer_sha256=digest,
+        vocab_size=encoder.vocab_size,
+        eod_token=encoder.eod_token,
+        eod_id=encoder.eod_id,
+        eod_appended=args.append_eod,
+    )
+    return Plan(
+        texts,
+        share,
+        prefixes,
+        journal,
+        encoder.dtype,
+        meta,
+        identity,
+        skip_bad=options.skip_bad,
+        deduplicate=args.deduplicate,
+        allow_empty=bool(args.shard),
+        restart=args.restart,
+    )
 
 
 if __name__ == "__main__":

@@ -1,247 +1,163 @@
-"""Text to token ids, in worker processes. What comes out depends on text and options alone, never on the workers.
+"""Chunks of raw text to token ids, in threads. What comes out depends on text and options alone, never on the threads.
 
-A worker gets a chunk of raw bytes and gives back arrays of ids; no Python list of ids crosses between processes.
-Special tokens that a text happens to spell out (`<|endoftext|>` in a page about tokenizers) are encoded as plain text.
+Tokenizing and decompressing happen outside Python's lock, so threads serve; there is one tokenizer, nothing is copied
+between processes, and ids are arrays from the start.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
 
-from megamor.data.indexed import dtype_for_vocab
+from megamor.data.accelerator import Encoder
+from megamor.data.documents import Documents, document_hash, parse_chunk
 from megamor.data.text import TextChunk
-from megamor.errors import DataError
+from megamor.data.tokenizer import TextEncoder
 
-DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>")
-_BATCH_BYTES = 2**18
+__all__ = ["ChunkEncoder", "EncodeOptions", "EncodedChunk", "TextEncoder", "encode_in_order"]
+
+# Raw text in work at a time, beyond which a chunk waits: a bound on memory also where documents are huge.
+_BYTES_IN_WORK = 48 * 2**20
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What a worker must know. `shares` are those of the splits and add up to 1."""
+    """What becomes of a document. `shares` are those of the splits and add up to 1.
 
-    tokenizer: str
+    `held_out` are sorted hashes [n] of documents to leave out, `min_tokens` counts without the end-of-document token.
+    With `hashes` the hash of every document comes along.
+    """
+
     json_key: str = "text"
-    eod_token: str | None = None
+    separator: str | None = None
     append_eod: bool = False
     shares: tuple[float, ...] = (1.0,)
-    skip_bad_lines: bool = False
+    skip_bad: bool = False
+    min_tokens: int = 0
+    held_out: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    hashes: bool = False
 
 
 @dataclass
 class EncodedChunk:
-    """The documents of a chunk: for each split the ids one after the other, and the lengths.
+    """The documents of a chunk: for each split the ids one after the other, the lengths, and the hashes if wanted.
 
-    `empty` counts documents without text, `blank` empty lines, `bad` describes the lines that were skipped.
+    Left out were `empty` documents without text, `blank` lines, `short` and `held_out` documents, and the records that
+    `bad` describes.
     """
 
-    source: int
-    position: int
-    tokens: list[NDArray]
-    lengths: list[NDArray[np.int32]]
+    chunk: TextChunk
+    tokens: list[NDArray] = field(default_factory=list)
+    lengths: list[NDArray[np.int64]] = field(default_factory=list)
+    hashes: list[NDArray[np.uint64]] = field(default_factory=list)
     text_bytes: int = 0
     empty: int = 0
     blank: int = 0
+    short: int = 0
+    held_out: int = 0
     bad: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """A tokenizer set up for corpora: no truncation, no padding, nothing added, special tokens in a text are text."""
-
-    tokenizer: Tokenizer
-    vocab_size: int
-    eod_token: str | None
-    eod_id: int | None
-
-    @classmethod
-    def load(cls, path: str, *, eod_token: str | None = None, need_eod: bool = False) -> TextEncoder:
-        """Read a `tokenizers` JSON file.
-
-        The end-of-document token is `eod_token`, or else the first of `DEFAULT_EOD_TOKENS` that the vocabulary has.
-        Raises DataError if the file isn't a tokenizer or has no such token although one is needed or named.
-        """
-        if not Path(path).is_file():
-            raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
-        try:
-            tokenizer = Tokenizer.from_file(path)
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"--tokenizer {path} is not a tokenizer.json of the tokenizers library: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        candidates = (eod_token,) if eod_token else DEFAULT_EOD_TOKENS
-        found = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
-        if found is None and (eod_token or need_eod):
-            raise DataError(
-                f"{path} has no token {' or '.join(candidates)} to end documents with; name one of its own with "
-                "--eod-token"
-            )
-        if found is not None:
-            # Marked as special, or its spelling within a text would become an end of document.
-            tokenizer.add_special_tokens([AddedToken(found, special=True, normalized=False)])
-        tokenizer.encode_special_tokens = True
-        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return cls(tokenizer, vocab_size, found, tokenizer.token_to_id(found) if found else None)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def encode_in_order(chunks: Iterable[TextChunk], options: EncodeOptions, workers: int) -> Iterator[EncodedChunk]:
-    """Encode chunks in `workers` processes; results in the order of the chunks, few of them in memory at any time.
-
-    Raises DataError for the first bad line (unless they are skipped) and if a worker dies.
-    """
-    start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start_method), _start_worker)
-    pending: deque[Future[EncodedChunk]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, options, chunk))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker process died, most likely for lack of memory; use fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 class ChunkEncoder:
-    """Turns one chunk after another into ids."""
+    """Turns one chunk after another into ids: parse, tokenize, leave out, split. Serves several threads at a time."""
 
-    def __init__(self, options: EncodeOptions) -> None:
+    def __init__(self, options: EncodeOptions, encoder: Encoder, reference: TextEncoder) -> None:
         self._options = options
-        self._encoder = TextEncoder.load(options.tokenizer, eod_token=options.eod_token, need_eod=options.append_eod)
-        self._dtype = dtype_for_vocab(self._encoder.vocab_size)
+        self._encoder = encoder
+        self._dtype = reference.dtype
+        self._eod = np.array([reference.eod_id] if options.append_eod else [], self._dtype)
         # A document belongs to the first split whose bound is above its hash.
         self._bounds = np.cumsum(options.shares)[:-1]
+        self._needs_hashes = options.hashes or len(options.shares) > 1 or len(options.held_out) > 0
 
     def encode(self, chunk: TextChunk) -> EncodedChunk:
-        """Parse, tokenize and split the documents of `chunk`. Raises DataError for a bad line unless skipping."""
-        count = len(self._options.shares)
-        result = EncodedChunk(chunk.source, chunk.position, [], [])
-        pieces: list[list[NDArray]] = [[] for _ in range(count)]
-        for texts in _batches(self._texts(chunk, result)):
-            for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
-                if self._options.append_eod:
-                    ids.append(self._encoder.eod_id or 0)
-                pieces[self._split_of(text)].append(np.array(ids, self._dtype))
-        for arrays in pieces:
-            result.tokens.append(np.concatenate(arrays) if arrays else np.empty(0, self._dtype))
-            result.lengths.append(np.array([len(ids) for ids in arrays], np.int32))
+        """The ids of `chunk`. Raises DataError for a bad record unless those are skipped."""
+        options = self._options
+        documents = parse_chunk(chunk, options.json_key, options.separator, skip_bad=options.skip_bad)
+        result = EncodedChunk(chunk, empty=documents.empty, blank=documents.blank, bad=documents.bad)
+        hashes = self._hash(documents)
+        if len(options.held_out):
+            hashes = _leave_out_held_out(documents, hashes, options.held_out, result)
+        result.text_bytes = sum(map(len, documents.encoded))
+        ids = self._encoder.encode(chunk, documents)
+        if options.min_tokens:
+            long = [number for number, own in enumerate(ids) if len(own) >= options.min_tokens]
+            result.short = len(ids) - len(long)
+            ids, hashes = [ids[number] for number in long], hashes[long] if self._needs_hashes else hashes
+        self._split(ids, hashes, result)
         return result
 
-    def _texts(self, chunk: TextChunk, result: EncodedChunk) -> Iterator[str]:
-        """The texts of the documents that have any; the others are counted in `result`."""
-        lines = [chunk.data] if chunk.kind == "txt" else chunk.data.split(b"\n")
-        if lines[-1] == b"" and chunk.kind == "jsonl":
-            lines.pop()
-        for number, line in enumerate(lines, start=chunk.first_line):
-            if chunk.kind == "jsonl" and not line.strip():
-                result.blank += 1
-                continue
-            try:
-                text = _parse(line, chunk.kind, self._options.json_key)
-                size = _utf8_size(text)
-            except ValueError as error:
-                message = f"{chunk.place}, line {number}: {error}"
-                if not self._options.skip_bad_lines:
-                    raise DataError(f"{message}; mend it, or leave such lines out with --on-bad-line skip") from error
-                result.bad.append(message)
-                continue
-            if not text.strip():
-                result.empty += 1
-                continue
-            result.text_bytes += size
-            yield text
+    def _hash(self, documents: Documents) -> NDArray[np.uint64]:
+        if not self._needs_hashes:
+            return np.empty(0, np.uint64)
+        return np.array([document_hash(data) for data in documents.encoded], np.uint64)
 
-    def _split_of(self, text: str) -> int:
-        if not len(self._bounds):
-            return 0
-        draw = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-        return int(np.searchsorted(self._bounds, draw, side="right"))
+    def _split(self, ids: Sequence[NDArray], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
+        everything = np.arange(len(ids))
+        splits = np.searchsorted(self._bounds, hashes / 2**64, side="right") if len(self._bounds) else 0 * everything
+        for split in range(len(self._options.shares)):
+            chosen = everything[splits == split]
+            own = [ids[number] for number in chosen]
+            # With the end-of-document token between and after them, in one go.
+            pieces = [piece for document in own for piece in (document, self._eod)]
+            joined = np.concatenate(pieces, dtype=self._dtype, casting="unsafe") if pieces else np.empty(0, self._dtype)
+            result.tokens.append(joined)
+            result.lengths.append(np.array([len(document) + len(self._eod) for document in own], np.int64))
+            result.hashes.append(hashes[chosen] if self._options.hashes else hashes[:0])
 
 
-def _parse(line: bytes, kind: str, key: str) -> str:
-    """The text of one line (or file); ValueError says what is wrong with it."""
-    try:
-        decoded = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} (0x{line[error.start]:02x}) is not UTF-8") from error
-    if kind == "txt":
-        return decoded
-    try:
-        record = json.loads(decoded)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-    if not isinstance(record, dict) or key not in record:
-        keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"no key {key!r} (found: {keys}); name the right one with --json-key")
-    text = record[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{key!r} holds {type(text).__name__}, not a string")
-    return text
+def _leave_out_held_out(
+    documents: Documents, hashes: NDArray[np.uint64], held_out: NDArray[np.uint64], result: EncodedChunk
+) -> NDArray[np.uint64]:
+    places = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
+    kept = np.flatnonzero(held_out[places] != hashes)
+    result.held_out = len(hashes) - len(kept)
+    documents.texts = [documents.texts[number] for number in kept]
+    documents.encoded = [documents.encoded[number] for number in kept]
+    return hashes[kept]
 
 
-def _utf8_size(text: str) -> int:
-    try:
-        return len(text) if text.isascii() else len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half a surrogate pair, which is not Unicode text") from error
+def encode_in_order(
+    chunks: Iterable[TextChunk], encoder: ChunkEncoder, workers: int
+) -> Generator[EncodedChunk, None, None]:
+    """Encode chunks in `workers` threads; results in the order of the chunks, few of them in memory at any time.
+
+    Raises DataError for the first bad record (unless they are skipped).
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    pending: deque[tuple[int, Future[EncodedChunk]]] = deque()
+    in_work = 0
+    with _one_thread_each():
+        try:
+            for chunk in chunks:
+                while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
+                    size, future = pending.popleft()
+                    in_work -= size
+                    yield future.result()
+                pending.append((chunk.size, pool.submit(encoder.encode, chunk)))
+                in_work += chunk.size
+            while pending:
+                yield pending.popleft()[1].result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of texts of about `_BATCH_BYTES`, so that the tokenizer's working memory stays small."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _start_worker() -> None:
-    # One core a worker; Ctrl-C is the parent's to handle; and a worker must not outlive a parent that was killed.
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """`tokenizers` would start threads of its own for each of ours."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker"
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(options: EncodeOptions, chunk: TextChunk) -> EncodedChunk:
-    return _encoder_of_worker(options).encode(chunk)
-
-
-@lru_cache(maxsize=1)
-def _encoder_of_worker(options: EncodeOptions) -> ChunkEncoder:
-    return ChunkEncoder(options)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

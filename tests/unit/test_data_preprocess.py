@@ -215,7 +215,7 @@ def bad_file(folder: Path, name: str) -> Path:
         ("truncated.jsonl.gz", "can't be read to its end"),
         ("garbage.jsonl.zst", "can't be read to its end"),
         ("garbage.jsonl.gz", "can't be read to its end"),
-        ("latin1.txt", "line 1: byte 3 .0xe9. is not UTF-8"),
+        ("latin1.txt", "document 1: byte 3 .0xe9. is not UTF-8"),
         ("absent.jsonl", "no such file"),
         ("absent*.jsonl", "no such file"),
         ("folder", "is a directory"),

@@ -1,0 +1,90 @@
+"""Where a long text may be cut so that the tokens of the parts are the tokens of the whole.
+
+The `tokenizers` library keeps some 130 bytes for each byte of a text until it has encoded all of it. Cut into parts of
+a few KiB, a document of any length needs a few hundred KiB, and is encoded faster, too.
+
+A cut is made between a letter and a space or line feed. It is provably harmless where
+
+- the normalizer is none or NFC, which never combines a space with what stands before it;
+- no added token that would be recognised has such a place within it or looks at its surroundings;
+- the pre-tokenizer is one of `_PRE_TOKENIZERS` and `_PATTERNS`: each ends a word before a white space that follows
+  a letter, whatever comes next, and begins the next word there without looking back.
+
+The model then sees the same words. For any other tokenizer texts stay whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_PLACE = re.compile(r"[A-Za-z](?=[ \n])")
+# Of GPT-2 (also what ByteLevel uses itself), Llama 3 and tiktoken's cl100k, Qwen 2, and of the built-in `char`.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    _LLAMA3,
+    _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+    r"[\s\S]",
+}
+_PRE_TOKENIZERS = {"Digits", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
+
+
+def find_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """The places where texts for `tokenizer` may be cut: after each match. None if it isn't known to have any."""
+    spec = json.loads(tokenizer.to_str())
+    normalizer, pre_tokenizer, model = spec["normalizer"], spec["pre_tokenizer"], spec["model"]
+    parts = pre_tokenizer["pretokenizers"] if (pre_tokenizer or {}).get("type") == "Sequence" else [pre_tokenizer]
+    recognised = [
+        token for token in spec["added_tokens"] if not token["special"] or not tokenizer.encode_special_tokens
+    ]
+    harmless = (
+        (normalizer is None or normalizer["type"] == "NFC")
+        and all(_is_plain(token) for token in recognised)
+        and all(part is not None and _allows_cuts(part) for part in parts)
+        # Digits and a byte-level step without a pattern don't end words, and the latter hides spaces from what follows.
+        and any(_ends_words(part) for part in parts)
+        and all(part["type"] != "ByteLevel" for part in parts[:-1])
+        and not model.get("dropout")
+    )
+    return _PLACE if harmless else None
+
+
+def cut(text: str, size: int, places: re.Pattern[str] | None) -> list[str]:
+    """`text` in parts of about `size` characters, cut at `places` only; longer where there is none."""
+    if places is None or len(text) <= 2 * size:
+        return [text]
+    parts, begin = [], 0
+    while len(text) - begin > 2 * size:
+        place = places.search(text, begin + size)
+        if place is None:
+            break
+        parts.append(text[begin : place.end()])
+        begin = place.end()
+    return [*parts, text[begin:]]
+
+
+def _is_plain(token: Mapping[str, Any]) -> bool:
+    within = _PLACE.search(token["content"])
+    return not (within or token["lstrip"] or token["rstrip"] or token["single_word"])
+
+
+def _allows_cuts(part: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer works on both sides of a cut as it would without it."""
+    if part["type"] == "ByteLevel":
+        return not part["add_prefix_space"]
+    if part["type"] == "Split":
+        return part["pattern"].get("Regex") in _PATTERNS and part["behavior"] == "Isolated" and not part["invert"]
+    return part["type"] in _PRE_TOKENIZERS
+
+
+def _ends_words(part: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer always ends a word where a cut may be."""
+    return part["type"] in {"Split", *_PRE_TOKENIZERS} - {"Digits"} or bool(part.get("use_regex"))
