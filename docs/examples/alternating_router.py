@@ -45,7 +45,8 @@ class AlternatingSession(RoutingSession):
         tokens, places = candidates, None
         if recursion > 0:
             position = candidates.gather(self.context.positions_of(rows.device))
-            tokens, places = candidates.where(position % self.router.stride == 0)
+            chosen = position % self.router.stride == 0
+            tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
             rows = rows.index_select(0, places)
         gate = torch.sigmoid(self.router.head(rows).squeeze(-1))
         return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=gate))

@@ -7,6 +7,7 @@ and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.loss import IGNORE, linear_cross_entropy
-from megamor.model.recursion import RecursionStage, run_block
+from megamor.model.recompute import Recomputation
+from megamor.model.recursion import RecursionStage
 from megamor.model.sharing import layer_plan
-from megamor.routing import Mode, Ratio, Router, RoutingContext, TokenSet
+from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
 
 
 class ModelOutput(NamedTuple):
@@ -68,7 +70,7 @@ class Transformer(nn.Module):
         self.stage = RecursionStage(config, plan) if plan.schedule else None
         self.coda = nn.ModuleList(Block(config.model) for _ in range(plan.num_coda))
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.activation_checkpointing = "none"
+        self.recomputation = Recomputation()
 
     def forward(
         self,
@@ -78,13 +80,15 @@ class Transformer(nn.Module):
         step: int = 0,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
+        bounds: DepthBounds | None = None,
     ) -> ModelOutput:
         """inputs [B, S] token ids; labels [B, S] are the ids to predict at each position, -100 where none is.
 
         `mode` chooses training-time routing with losses ("train"), the same routing for evaluation ("topk"), or the
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, inputs are the tokens that follow those in it, and
-        its num_tokens grows by S; needs a causal mode and no documents.
+        its num_tokens grows by S; needs a causal mode and no documents. `bounds` limit the recursions of each token, in
+        the causal mode.
         """
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         start = 0 if cache is None else cache.num_tokens
@@ -92,7 +96,7 @@ class Transformer(nn.Module):
         x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
         routed = None
         if self.stage is not None:
-            context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions)
+            context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions, bounds)
             routed = self.stage(x, geometry, context, cache)
             x = routed.stream
         x = self.norm(self.run_unshared("coda", x, geometry, cache))
@@ -123,7 +127,7 @@ class Transformer(nn.Module):
         for number, block in enumerate(getattr(self, part)):
             if cache is not None:
                 keys_values, layout = cache.add((part, number), KeysValues(), everything, everything, geometry)
-            x, _ = run_block(self, block, x, geometry.angles, layout, keys_values)
+            x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
         return x
 
     @torch.no_grad()
@@ -146,11 +150,11 @@ class Transformer(nn.Module):
             for parameter in self.stage.recursion_embedding:
                 parameter.zero_()
 
-    def set_activation_checkpointing(self, mode: str) -> None:
-        """none; "recursion": recompute each recursion (and prelude and coda blocks); "block": recompute each block."""
-        self.activation_checkpointing = "none" if mode == "none" else "block"
+    def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:
+        """Keep less for the backward pass and compute it again there: see `Recomputation`."""
+        self.recomputation = Recomputation.of(policy, selective_ops)
         if self.stage is not None:
-            self.stage.activation_checkpointing = mode
+            self.stage.recomputation = self.recomputation
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

@@ -23,11 +23,12 @@ from megamor.routing.fixed import FixedDepthRouter
 from megamor.routing.halting import HaltingRouter
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.random import RandomRouter
-from megamor.routing.router import InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
+from megamor.routing.router import DepthBounds, InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
 from megamor.routing.skip_forward_recurse import SkipForwardRecurseRouter
 from megamor.routing.token_choice import TokenChoiceRouter
 
 __all__ = [
+    "DepthBounds",
     "InferenceRule",
     "Mix",
     "Mode",

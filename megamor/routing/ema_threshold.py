@@ -74,10 +74,12 @@ class EmaThresholdSession(ScoredSession):
         self.add_z_loss(z)
         share = self.router.share_of_candidates(recursion)
         if share >= 1.0:
-            return RoutingPlan(candidates, None, self.router.mix(z, None))
+            tokens, places = self.take_all(recursion, candidates)
+            return RoutingPlan(tokens, places, self.router.mix(z, places))
         if self.context.mode == "train" and z.numel():
             rank = min(z.numel(), max(1, round((1 - share) * z.numel())))
             self.totals["threshold_quantiles"][recursion] = z.detach().kthvalue(rank).values
             self.totals["threshold_batches"][recursion] = 1
-        tokens, places = candidates.where(z.detach() > self.router.threshold(recursion))
+        chosen = z.detach() > self.router.threshold(recursion)
+        tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
         return RoutingPlan(tokens, places, self.router.mix(z, places))

@@ -95,7 +95,7 @@ class ExpertChoiceSession(ScoredSession):
         """All where the capacity takes all (recursion 0 by default), else those predicted to be selected."""
         if recursion == 0 and self.router.capacity[0] >= 1:
             return candidates, None
-        return candidates.where(self.goes_on(predictor))
+        return candidates.where(self.bounded(recursion, self.goes_on(predictor), candidates))
 
     def goes_on(self, predictor: Tensor) -> Tensor:
         """Whether the inference rule lets each candidate go on, [N]."""

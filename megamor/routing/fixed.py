@@ -14,7 +14,7 @@ class FixedDepthSession(RoutingSession):
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Select every candidate."""
-        return RoutingPlan(candidates, None, Mix(from_core=1.0))
+        return RoutingPlan(*self.take_all(recursion, candidates), Mix(from_core=1.0))
 
 
 class FixedDepthRouter(Router):

@@ -47,6 +47,8 @@ class HaltingRouter(Router):
 class HaltingSession(RoutingSession):
     """Halting on one batch. `spent` [B·S] is the sum of each token's weights so far."""
 
+    per_row = ("spent", "halted")
+
     def __init__(self, router: HaltingRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
         self.router = router
@@ -58,7 +60,7 @@ class HaltingSession(RoutingSession):
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """soft: everything goes on; hard: what hasn't halted."""
         if self.router.config.mode == "soft" or recursion == 0:
-            return RoutingPlan(candidates, None, Mix())
+            return RoutingPlan(*self.take_all(recursion, candidates), Mix())
         tokens, places = candidates.where(~candidates.gather(self.halted))
         return RoutingPlan(tokens, places, Mix())
 
@@ -68,12 +70,22 @@ class HaltingSession(RoutingSession):
         halting = torch.sigmoid(self.router.head(core_output).squeeze(-1) + self.router.bias.to(self.spent.dtype))
         spent, halted = tokens.gather(self.spent), tokens.gather(self.halted)
         last = recursion == self.router.num_recursions - 1
-        ends = ~halted & ((spent + halting >= 1 - self.router.config.epsilon) | last)
+        ends = ~halted & (~self.goes_on(recursion, spent + halting, tokens) | last)
         weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
         self.spent = tokens.scatter(self.spent, spent + weight)
         self.halted = tokens.scatter(self.halted, halted | ends)
         self.add_ponder_cost(halted, ends, weight, last)
         return Mix(from_core=1.0, emit=weight)
+
+    def goes_on(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
+        """Whether the weights of `tokens`, `total` [N] if all are spent in full, leave something for the next one.
+
+        A known depth says where a token has halted only if halting means leaving.
+        """
+        below = total < 1 - self.router.config.epsilon
+        if self.router.config.mode == "hard":
+            return self.bounded(recursion + 1, below, tokens)
+        return below & self.bounded(recursion + 1, torch.ones_like(below), tokens)
 
     def add_ponder_cost(self, halted: Tensor, ends: Tensor, weight: Tensor, last: bool) -> None:
         """Updates (a constant) plus remainder of every token."""

@@ -35,7 +35,9 @@ class RandomRouter(ScoredRouter):
 
 
 class RandomSession(ScoredSession):
-    """Random routing of one batch."""
+    """Random routing of one batch. `draw` [B·S] is each token's number."""
+
+    per_row = ("draw",)
 
     def __init__(self, router: RandomRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context, router.config.z_coeff)
@@ -51,8 +53,10 @@ class RandomSession(ScoredSession):
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
         if self.router.capacity[recursion] >= 1.0:
-            return RoutingPlan(candidates, None, self.router.mix(z, None))
-        tokens, places = candidates.where(candidates.gather(self.draw) < self.router.capacity[recursion])
+            tokens, places = self.take_all(recursion, candidates)
+            return RoutingPlan(tokens, places, self.router.mix(z, places))
+        chosen = candidates.gather(self.draw) < self.router.capacity[recursion]
+        tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
         return RoutingPlan(tokens, places, self.router.mix(z, places))
 
 

@@ -11,9 +11,11 @@ is data (`InferenceRule`) and travels in the checkpoint's config.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +43,22 @@ class Ratio:
     denominator: Tensor
 
 
+class DepthBounds(NamedTuple):
+    """Least and most recursions of each token, [B·S]; the router's rule decides in between.
+
+    A bound below Nr is a budget (at least 1); equal bounds replay a depth that is known.
+    """
+
+    least: Tensor
+    most: Tensor
+
+
 @dataclass(frozen=True)
 class RoutingContext:
     """What a router may know of the forward pass: mode and optimizer step (0-based; drives warm-ups).
 
     `positions` [B·S] are the tokens' positions in their documents; None means that they count from 0 in each sequence.
+    `bounds` are for the causal mode.
     """
 
     batch: int
@@ -53,6 +66,7 @@ class RoutingContext:
     mode: Mode = "train"
     step: int = 0
     positions: Tensor | None = None
+    bounds: DepthBounds | None = None
 
     def positions_of(self, device: torch.device) -> Tensor:
         """Positions of all tokens [B·S]."""
@@ -62,7 +76,12 @@ class RoutingContext:
 
 
 class RoutingSession(ABC):
-    """A router at work on one batch."""
+    """A router at work on one batch.
+
+    `per_row` names the attributes that hold one entry for each row of the stream, as the inference rule needs them.
+    """
+
+    per_row: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -77,6 +96,32 @@ class RoutingSession(ABC):
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Combination weights, once the core's output [N, d] for `plan.tokens` is known."""
         return plan.mix
+
+    def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
+        """The same router between two recursions of other rows: those of `context`, whose `per_row` is `state`.
+
+        For the causal mode, where rows know nothing of each other: serving brings together rows that began at
+        different times.
+        """
+        session = copy.copy(self)
+        session.context, session.losses, session.ratios, session.totals = context, {}, {}, {}
+        for name in self.per_row:
+            setattr(session, name, state[name])
+        return session
+
+    def bounded(self, recursion: int, chosen: Tensor, tokens: TokenSet) -> Tensor:
+        """Which of `tokens` take `recursion`, [N], where the rule has `chosen` some and the context bounds depths."""
+        bounds = self.context.bounds
+        if bounds is None:
+            return chosen
+        return (chosen | (tokens.gather(bounds.least) > recursion)) & (tokens.gather(bounds.most) > recursion)
+
+    def take_all(self, recursion: int, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
+        """All candidates (and None for their places), but for those at their bound."""
+        bounds = self.context.bounds
+        if bounds is None:
+            return candidates, None
+        return candidates.where(candidates.gather(bounds.most) > recursion)
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term (mean over this micro-batch, coefficient already applied)."""

@@ -49,6 +49,8 @@ class SkipForwardRecurseRouter(Router):
 class SkipForwardRecurseSession(RoutingSession):
     """Decisions on one batch. `reach` is the mean probability of coming to the next decision."""
 
+    per_row = ("goes_on",)
+
     def __init__(self, router: SkipForwardRecurseRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
         self.router = router
@@ -85,12 +87,20 @@ class SkipForwardRecurseSession(RoutingSession):
         """Probabilities [N, 3], choice [N], and one-hot choice whose gradient is that of the (tempered) softmax."""
         probabilities = logits.softmax(-1)
         if self.noise is None:
-            choice = logits.argmax(-1)
+            choice = self.bound_choice(recursion, logits.argmax(-1), deciding)
             return probabilities, choice, F.one_hot(choice, 3).to(logits.dtype)
         noisy = (logits + deciding.gather(self.noise[recursion])) / self.router.temperature(self.context.step)
         soft = noisy.softmax(-1)
         choice = noisy.argmax(-1)
         return probabilities, choice, F.one_hot(choice, 3).to(soft.dtype) + soft - soft.detach()
+
+    def bound_choice(self, recursion: int, choice: Tensor, deciding: TokenSet) -> Tensor:
+        """The choice [N] that the bounds on a token's depth leave it."""
+        bounds = self.context.bounds
+        if bounds is None:
+            return choice
+        choice = torch.where(self.bounded(recursion, choice != SKIP, deciding), choice.clamp_min(FORWARD), SKIP)
+        return torch.where(deciding.gather(bounds.least) > recursion + 1, RECURSE, choice)
 
     def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
         """Mean probabilities of applying and of going on among those that decide; the loss once all are in.

@@ -6,6 +6,8 @@ gradient (loss-free balancing, arXiv 2408.15664).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,6 +50,8 @@ class TokenChoiceRouter(Router):
 class TokenChoiceSession(RoutingSession):
     """Token-choice on one batch: `depth` [N] is the last recursion (0-based) of each token, `gate` [N] its weight."""
 
+    per_row = ("depth", "gate", "reaching")
+
     def __init__(self, router: TokenChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
         config = router.config
@@ -55,15 +59,31 @@ class TokenChoiceSession(RoutingSession):
         scores = self.z.softmax(-1) if config.activation == "softmax" else self.z.sigmoid()
         scores = config.alpha * scores
         biased = scores + router.bias if config.balancing == "loss_free" else scores
-        self.depth = biased.detach().argmax(-1)
+        self.depth = self.allowed(biased.detach()).argmax(-1)
         if context.mode == "train" and context.step < config.balance_warmup_steps:
             self.depth = torch.full_like(self.depth, router.num_recursions - 1)
         self.gate = scores.gather(-1, self.depth.unsqueeze(-1)).squeeze(-1)
         if config.gating == "additive":
             self.gate = torch.ones_like(self.gate)
         self.reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
-        self.sizes = Incoming(self.launch_sizes())
+        self.sizes: Incoming | None = Incoming(self.launch_sizes())
         self.add_balance(router, scores)
+
+    def allowed(self, scores: Tensor) -> Tensor:
+        """`scores` [N, Nr] with those of depths out of bounds at -inf."""
+        bounds = self.context.bounds
+        if bounds is None:
+            return scores
+        depth = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+        inside = (depth >= bounds.least.unsqueeze(1)) & (depth <= bounds.most.unsqueeze(1))
+        return scores.masked_fill(~inside, float("-inf"))
+
+    def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
+        """Sizes of launches were those of the rows that began together."""
+        session = super().regrouped(context, state)
+        assert isinstance(session, TokenChoiceSession)
+        session.sizes = None
+        return session
 
     def launch_sizes(self) -> Tensor:
         """Tokens of each recursion, in all and at most in one sequence, [Nr, 2]."""
@@ -75,7 +95,7 @@ class TokenChoiceSession(RoutingSession):
         tokens, places = candidates, None
         if recursion > 0:
             # The sizes left before recursion 0 was given to the device, which is still busy with it.
-            size = self.sizes.tolist()[recursion]
+            size = None if self.sizes is None else self.sizes.tolist()[recursion]
             tokens, places = candidates.where(candidates.gather(self.reaching[:, recursion]), size)
         leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
         gate = tokens.gather(self.gate)
