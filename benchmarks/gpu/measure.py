@@ -127,7 +127,7 @@ def rates(training: Training, windows: list[Window]) -> dict[str, Any]:
     tokens = config.train.micro_batch_size * config.data.seq_len
     flops = [step for window in windows for step in training.flops(window)]
     model_flops = statistics.mean(step.training for step in flops)
-    recomputed = statistics.mean(step.recomputed(config.train.activation_checkpointing) for step in flops)
+    recomputed = statistics.mean(step.recomputed(config.train) for step in flops)
     step_seconds = [window.seconds / window.num_steps for window in windows]
     seconds = statistics.median(step_seconds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None

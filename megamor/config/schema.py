@@ -13,6 +13,7 @@ from typing import Literal
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
 RouterHead = Literal["linear", "mlp", "wide_mlp"]
 Gating = Literal["weighted", "additive"]
+SelectiveOp = Literal["sdpa", "mm", "silu"]
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,8 @@ class TrainConfig:
 
     `ramp` are stages at the start of the run with smaller batches or shorter sequences, in order. Give exactly one of
     `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
-    later launch goes on.
+    later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
+    rest of each block is computed again.
     """
 
     global_batch_size: int = 1024
@@ -278,7 +280,8 @@ class TrainConfig:
     stop_at_step: int | None = None
     ramp: tuple[RampConfig, ...] = ()
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "recursion", "block"] = "none"
+    activation_checkpointing: Literal["none", "recursion", "block", "selective"] = "none"
+    selective_ops: tuple[SelectiveOp, ...] = ("sdpa", "mm")
     compile: bool = False
     eval_every: int = 500
     eval_sequences: int = 512

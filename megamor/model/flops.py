@@ -18,6 +18,7 @@ from megamor.config import (
     ModelConfig,
     RandomConfig,
     TokenChoiceConfig,
+    TrainConfig,
 )
 from megamor.config.derive import router_head_parameters
 from megamor.model.sharing import layer_plan
@@ -29,11 +30,23 @@ Work = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs by part."""
+    """Forward FLOPs by part: the blocks' projections, attention, routers, head.
 
-    blocks: float
+    `block_ends` and `recursion_ends` are the products whose results the backward pass doesn't need: the last one of
+    each block, and of each recursion's last block.
+    """
+
+    projections: float
+    attention: float
     routers: float
     head: float
+    block_ends: float
+    recursion_ends: float
+
+    @property
+    def blocks(self) -> float:
+        """All blocks, each as often as it was run."""
+        return self.projections + self.attention
 
     @property
     def forward(self) -> float:
@@ -45,9 +58,21 @@ class Flops:
         """Forward and backward (which costs twice the forward)."""
         return 3 * self.forward
 
-    def recomputed(self, activation_checkpointing: str) -> float:
-        """What activation checkpointing computes again in backward."""
-        return 0.0 if activation_checkpointing == "none" else self.blocks
+    def recomputed(self, train: TrainConfig) -> float:
+        """What activation checkpointing computes again in backward.
+
+        Recomputation stops when it has what the backward pass needs, so the last product is left out; a compiled
+        block has no place to stop at.
+        """
+        policy = train.activation_checkpointing
+        if policy == "none":
+            return 0.0
+        if train.compile:
+            ends = 0.0
+        else:
+            ends = self.recursion_ends if policy == "recursion" else self.block_ends
+        kept = train.selective_ops if policy == "selective" else ()
+        return (0.0 if "mm" in kept else self.projections - ends) + (0.0 if "sdpa" in kept else self.attention)
 
 
 def executed_flops(config: Config, num_sequences: float, work: Work, seq_len: int | None = None) -> Flops:
@@ -55,26 +80,41 @@ def executed_flops(config: Config, num_sequences: float, work: Work, seq_len: in
     model, plan = config.model, layer_plan(config)
     seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len
-    pairs = num_sequences * seq_len * (seq_len + 1) / 2
-    blocks = (plan.num_prelude + plan.num_coda) * block_flops(model, tokens, pairs)
-    routers = 0.0
-    candidates = tokens
-    for recursion, (selected, selected_pairs) in enumerate(work):
+    num_unshared = plan.num_prelude + plan.num_coda
+    projections = num_unshared * tokens * projection_flops(model)
+    attention = num_unshared * attention_flops(model, num_sequences * seq_len * (seq_len + 1) / 2)
+    ends = num_unshared * tokens * end_flops(model)
+    routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
+    for recursion, (selected, pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
-        blocks += plan.num_core * block_flops(model, selected, selected_pairs, projects_kv=fresh)
-        blocks += plan.num_core * selected * lora_flops(config, projects_kv=fresh)
+        per_token = projection_flops(model, projects_kv=fresh) + lora_flops(config, projects_kv=fresh)
+        projections += plan.num_core * selected * per_token
+        attention += plan.num_core * attention_flops(model, pairs)
+        block_ends += plan.num_core * selected * end_flops(model, config.recursion.lora_rank)
+        recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
-    return Flops(blocks, routers, 2 * tokens * model.dim * model.vocab_size)
+    head = 2 * tokens * model.dim * model.vocab_size
+    return Flops(projections, attention, routers, head, block_ends, recursion_ends)
 
 
-def block_flops(model: ModelConfig, tokens: float, pairs: float, projects_kv: bool = True) -> float:
-    """One block on `tokens` queries with `pairs` query-key pairs."""
+def projection_flops(model: ModelConfig, projects_kv: bool = True) -> float:
+    """Projections of one block, for one token."""
     kv_dim = model.num_kv_heads * model.head_dim
     weights = 2 * model.dim**2 + 3 * model.dim * model.ffn_dim
     if projects_kv:
         weights += 2 * model.dim * kv_dim
-    return 2 * tokens * weights + 4 * model.dim * pairs
+    return 2.0 * weights
+
+
+def attention_flops(model: ModelConfig, pairs: float) -> float:
+    """Scores and weighted values of one block's `pairs` of a query and a key."""
+    return 4 * model.dim * pairs
+
+
+def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
+    """The last product of a block, for one token: down projection, or the upper half of its low-rank update."""
+    return 2.0 * model.dim * (lora_rank or model.ffn_dim)
 
 
 def lora_flops(config: Config, projects_kv: bool) -> float:

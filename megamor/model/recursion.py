@@ -10,20 +10,18 @@ pass however many recursions run, and ranks whose tokens reach different depths 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megamor.config import Config
-from megamor.model.attention import AttentionLayout
-from megamor.model.blocks import Block, Differences, KeysValues, KeyValue, RotaryAngles
+from megamor.model.blocks import Block, Differences
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import KVPolicy, Launch
+from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerPlan
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
 from megamor.routing.plan import Weight
@@ -58,7 +56,7 @@ class RecursionStage(nn.Module):
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
         self.router: Router = build_router(config.router, config.model.dim, num_recursions)
-        self.activation_checkpointing = "none"
+        self.recomputation = Recomputation()
 
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
@@ -103,9 +101,7 @@ class RecursionStage(nn.Module):
         if self.recursion_embedding is not None:
             x = x + self.recursion_embedding[recursion]
         launch = policy.launch(recursion, blocks, tokens, geometry)
-        run: Callable[..., Any] = partial(self.run_blocks, launch)
-        if self.activation_checkpointing == "recursion":
-            run = partial(checkpoint, run, use_reentrant=False)
+        run = self.recomputation.recursion(partial(self.run_blocks, launch))
         y, *kept = run(x, *policy.inputs(launch))
         policy.keep(launch, kept)
         return y, policy.keys_of(launch)
@@ -125,26 +121,12 @@ class RecursionStage(nn.Module):
         available = dict(zip(launch.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for place, block in enumerate(launch.blocks):
             keys_values, layout = launch.attention(place, available)
-            x, fresh = run_block(self, self.blocks[block], x, launch.angles, layout, keys_values, launch.recursion)
+            run = self.recomputation.block(self.blocks[block], in_core=True)
+            x, fresh = run(x, launch.angles, layout, keys_values, launch.recursion)
             if block in launch.kept and block not in available:
                 assert fresh is not None
                 available[block] = fresh
         return x, *(tensor for block in launch.kept for tensor in available[block])
-
-
-def run_block(
-    owner: Any,
-    block: nn.Module,
-    x: Tensor,
-    angles: RotaryAngles,
-    layout: AttentionLayout,
-    keys_values: KeysValues,
-    recursion: int = 0,
-) -> tuple[Tensor, KeyValue | None]:
-    """Call a block, recomputing it in backward where `owner.activation_checkpointing` is "block"."""
-    if owner.activation_checkpointing == "block":
-        return checkpoint(block, x, angles, layout, keys_values, recursion, use_reentrant=False)
-    return block(x, angles, layout, keys_values, recursion)
 
 
 def weighted(weight: Weight, values: Tensor) -> Tensor:

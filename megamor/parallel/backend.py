@@ -16,7 +16,7 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
     `build_optimizer` is called with the wrapped module, once its parameters are final. The order matters: activation
     checkpointing, compilation, sharding, optimizer.
     """
-    model.set_activation_checkpointing(config.train.activation_checkpointing)  # type: ignore[operator]
+    model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
     plan: ParallelPlan = model.parallel_plan()  # type: ignore[operator]
     if config.train.compile:
         # One graph for each size of recursion and way of attending; torch's own limit of 8 can be too few for Nr = 4.

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -81,9 +83,11 @@ class Trainer:
                 self.progress.step += 1
                 self.progress.tokens_seen += shape.tokens
                 self.log_step(shape, summary, lr, grad_norm)
+                self.report_saved(self.checkpoints.published())
                 stopping = self.stop.agreed()
-                if stopping or self.progress.step == last_step or self.is_time(self.config.checkpoint.every_steps):
-                    self.save()
+                is_last = stopping or self.progress.step == last_step
+                if is_last or self.is_time(self.config.checkpoint.every_steps):
+                    self.save(finish=is_last)
                 if self.is_time_to_evaluate() and not stopping:
                     self.evaluate()
             if stopping:
@@ -167,7 +171,7 @@ class Trainer:
     def log_step(self, shape: BatchShape, summary: StepSummary, lr: float, grad_norm: float) -> None:
         """Metrics of the step that has just been done, with a batch of `shape`."""
         flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len)
-        recomputed = flops.recomputed(self.config.train.activation_checkpointing)
+        recomputed = flops.recomputed(self.config.train)
         self.throughput.step(
             tokens=shape.tokens,
             model_flops=flops.training,
@@ -204,20 +208,30 @@ class Trainer:
 
         together(write, self.backend.device)
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, *, finish: bool = True) -> None:
+        """Write a checkpoint. With `checkpoint.asynchronous`, training goes on meanwhile unless told to `finish` it."""
         with self.throughput.excluded():
+            self.report_saved(self.checkpoints.wait())
             path = self.checkpoints.save(self.progress)
-        self.display.message(f"step {self.progress.step}: saved {path}")
+            if finish:
+                path = path or self.checkpoints.wait()
+        self.report_saved(path)
+
+    def report_saved(self, path: Path | None) -> None:
+        """Say that a checkpoint has been published, if one has."""
+        if path is not None:
+            self.display.message(f"step {self.progress.step}: saved {path}")
 
     def evaluate(self) -> None:
         """Loss on every validation set, under each way of routing."""
         metrics: dict[str, float | int | None] = {}
+        causal = []
         with self.throughput.excluded():
             self.backend.model.eval()
             for name, data in self.validation.items():
                 losses = {mode: self.validation_loss(data, mode) for mode in modes_of(self.model)}
                 metrics |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
+                causal.append(losses["causal"])
                 shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
                 if "topk" in losses:
                     gap = losses["causal"] - losses["topk"]
@@ -229,6 +243,7 @@ class Trainer:
                 )
             self.backend.model.train()
             self.write_metrics(metrics)
+            self.checkpoints.record_loss(self.progress.step, fmean(causal))
         self.evaluated_step = self.progress.step
 
     def validation_loss(self, data: ValidationSet, mode: Mode) -> float:
@@ -259,6 +274,7 @@ class Trainer:
             yield
         finally:
             self.loader.close()
+            self.checkpoints.close()
             try:
                 self.sink.close()
             except OSError as error:

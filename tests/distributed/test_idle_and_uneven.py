@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +56,8 @@ class Looped(nn.Module):
     def parallel_plan(self) -> ParallelPlan:
         return ParallelPlan([self.core], self.core)
 
-    def set_activation_checkpointing(self, mode: str) -> None:
-        assert mode == "none"
+    def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str]) -> None:
+        assert policy == "none"
 
 
 def train(config: Config, directory: Path) -> None:

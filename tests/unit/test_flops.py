@@ -5,12 +5,18 @@ Figures are of the 360M base at 2,048 tokens (arXiv 2507.10524, appendix on FLOP
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megamor.config import Config, load_config
-from megamor.model.flops import nominal_flops, paper_flops
+from megamor.model import ModelOutput, build_model
+from megamor.model.flops import executed_flops, nominal_flops, paper_flops
+from tests.combinations import BATCH, ROUTERS, SEQ_LEN, tiny_config, tokens, vanilla_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARE = "recursion.kv_policy=share_first"
@@ -41,6 +47,7 @@ STEPS = {
     ("mor_360m", SHARE): 14672,
 }
 BUDGET = 16.5e18
+OPS = ((), ("sdpa",), ("mm",), ("sdpa", "mm"), ("silu",))
 
 
 def model_config(name: str, *overrides: str) -> Config:
@@ -69,7 +76,55 @@ def test_published_steps_spend_the_same_compute(recipe: tuple[str, ...]) -> None
     assert steps == pytest.approx(STEPS[recipe], abs=3 if config.recursion.num_recursions == 3 else 0.5)
 
 
+def count_forward_and_backward(config: Config) -> tuple[ModelOutput, float]:
+    """A step's output and torch's count of its FLOPs, with attention's causal half only.
+
+    Attention's backward pass counts nothing: only what is computed again in it makes a difference here.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def causal_half(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
+        batch, heads, length, dim = query
+        assert key[2] == length
+        return 4 * batch * heads * dim * length * (length + 1) // 2
+
+    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
+    model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)
+    with FlopCounterMode(display=False, custom_mapping={attention: causal_half}) as counter:
+        out = model(ids[:, :-1], ids[:, 1:])
+        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+    return out, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 3])
+@pytest.mark.parametrize("router", ["vanilla", "fixed", "expert_choice"])
+def test_recomputed_flops_are_the_profilers(router: str, lora_rank: int) -> None:
+    """To the last one: both count the same products."""
+    base = vanilla_config() if router == "vanilla" else tiny_config(ROUTERS[router])
+    if router != "vanilla":
+        base = replace(base, recursion=replace(base.recursion, lora_rank=lora_rank))
+    _, without = count_forward_and_backward(base)
+    policies = [("recursion", ()), ("block", ()), *(("selective", ops) for ops in OPS)]
+    seen = set()
+    for policy, ops in policies:
+        train = replace(base.train, activation_checkpointing=policy, selective_ops=ops)
+        out, profiled = count_forward_and_backward(replace(base, train=train))
+        work = [] if out.work is None else [(n, pairs) for n, pairs in out.work.tolist()]
+        assert profiled - without == executed_flops(base, BATCH, work).recomputed(train), (policy, ops)
+        seen.add(profiled)
+    assert len(seen) >= 4
+
+
 def test_recomputation_is_apart() -> None:
-    flops = nominal_flops(model_config("360m_mor3"))
-    assert flops.recomputed("none") == 0
-    assert flops.recomputed("block") == flops.recomputed("recursion") == flops.blocks < flops.forward
+    config = model_config("360m_mor3")
+    flops = nominal_flops(config)
+
+    def recomputed(**train: Any) -> float:
+        return flops.recomputed(replace(config.train, **train))
+
+    assert recomputed() == 0
+    assert (
+        recomputed(activation_checkpointing="block") < recomputed(activation_checkpointing="recursion") < flops.blocks
+    )
+    assert recomputed(activation_checkpointing="block", compile=True) == flops.blocks
+    assert recomputed(activation_checkpointing="selective") == 0, "projections and attention are kept"

@@ -57,7 +57,7 @@ def test_unique_parameters_follow_the_formula(router: str, sharing: str) -> None
 
 
 def gradients(model: Transformer, ids: Tensor, mode: str) -> dict[str, Tensor]:
-    model.set_activation_checkpointing(mode)
+    model.set_activation_checkpointing(mode, ("sdpa", "mm"))
     model.zero_grad()
     torch.manual_seed(0)  # some routers sample
     out = model(ids[:, :-1], ids[:, 1:])
@@ -72,7 +72,7 @@ def test_activation_checkpointing_leaves_gradients_identical(router: str, kv_pol
     model, ids = build_model(tiny_config(ROUTERS[router], kv_policy, sharing)), tokens(length=SEQ_LEN + 1)
     plain = gradients(model, ids, "none")
     assert plain
-    for mode in ("recursion", "block"):
+    for mode in ("recursion", "block", "selective"):
         again = gradients(model, ids, mode)
         assert plain.keys() == again.keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain)

@@ -1,0 +1,63 @@
+"""Activation checkpointing: what is kept for the backward pass, and what is computed again there (arXiv 1604.06174).
+
+`recursion` keeps the input of each recursion (of each block outside the core), `block` that of each block, and
+`selective` in addition the results of chosen operations in each block, so that the cheap rest alone is computed again.
+Nothing here draws random numbers, so no state of a generator is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "sdpa": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+    ),
+    "mm": ("aten::mm",),
+    "silu": ("aten::silu",),
+}
+"""What torch calls each of `train.selective_ops`: attention by all its kernels, projections, SwiGLU's activation."""
+
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """A policy of `train.activation_checkpointing`, with the operators whose results `selective` keeps."""
+
+    policy: str = "none"
+    keep: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(policy: str, selective_ops: Sequence[str] = ()) -> Recomputation:
+        """The policy named `policy`; `selective_ops` are keys of `OPERATORS`."""
+        return Recomputation(policy, frozenset(name for op in selective_ops for name in OPERATORS[op]))
+
+    def recursion(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A recursion's `run` (tensors in, tensors out), as the policy wants it."""
+        return partial(_recompute, run) if self.policy == "recursion" else run
+
+    def block(self, run: Callable[..., Any], in_core: bool) -> Callable[..., Any]:
+        """A block's `run`; blocks outside the core are recomputed one by one when recursions are."""
+        if self.policy == "none" or (self.policy == "recursion" and in_core):
+            return run
+        if self.policy == "selective":
+            return partial(_recompute, run, context_fn=self._contexts)
+        return partial(_recompute, run)
+
+    def _contexts(self) -> Any:
+        return create_selective_checkpoint_contexts(self._decide)
+
+    def _decide(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = isinstance(operator, torch._ops.OpOverload) and operator._schema.name in self.keep
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
