@@ -5,7 +5,7 @@
 #       --output-prefix data/pile --append-eod
 #
 # The arguments are those of tools/preprocess.py, but for --workers and --shard. Variables:
-#   SHARDS  parts, at most as many as there are files (default 30, the number of The Pile's training files)
+#   SHARDS  parts of about equal size (default 30, the number of The Pile's training files)
 #   CPUS    cores of a job (default 16)
 #   MEM     memory of a job, and TIME its time limit; default: what the cluster gives
 #   TASKS   run these parts alone, such as 3,7-9, after a failure; the others must be there already
