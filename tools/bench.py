@@ -8,7 +8,8 @@ examples:
 
 `train` runs one training step (forward, backward, AdamW) of vanilla, recursive and MoR models of equal effective depth
 in turns, and compares each with vanilla round by round: time, executed FLOPs, peak memory. The times of a busy machine
-are off, its ratios less so. benchmarks/README.md explains the JSON file.
+are off, its ratios less so. `loader` measures how fast batches come from token shards; see `bench.py loader --help`.
+benchmarks/README.md explains the JSON files.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rich.table import Table
 
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
+from tools import bench_loader
 from tools.bench_baselines import BASELINES
 from tools.bench_cases import CASES, make_cases
 from tools.bench_machine import describe_origin
@@ -46,7 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train"], help="what to measure: time and memory of training steps")
+    parser.add_argument("what", choices=["train", "loader"], help="training steps, or the data loader")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
     parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
@@ -85,6 +87,10 @@ def _lengths(text: str) -> list[int]:
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["loader"]:
+        bench_loader.main(words[1:])
+        return
     args = parse_arguments(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: torch sees no CUDA device; leave it out or install a CUDA build")

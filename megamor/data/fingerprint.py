@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megamor.data.indexed import TokenShard
 from megamor.data.meta import meta_path, sha256_of_file
@@ -25,17 +25,20 @@ def fingerprint(shard: TokenShard) -> str:
     side_file = meta_path(shard.prefix)
     parts = [
         sha256_of_file(side_file) if side_file.exists() else "no side file",
-        _sampled(shard.index_bytes),
-        _sampled(shard.tokens.view(np.uint8)),
+        _sampled(f"{shard.prefix}.idx"),
+        _sampled(f"{shard.prefix}.bin"),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _sampled(data: NDArray[np.uint8]) -> str:
-    digest = hashlib.sha256(str(len(data)).encode())
-    if len(data) <= _PROBES * _PROBE_BYTES:
-        digest.update(data.tobytes())
-    else:
-        for start in np.linspace(0, len(data) - _PROBE_BYTES, _PROBES, dtype=np.int64):
-            digest.update(data[start : start + _PROBE_BYTES].tobytes())
+def _sampled(path: str) -> str:
+    # Read, not mapped: a page fault would bring in many pages around each block.
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= _PROBES * _PROBE_BYTES:
+            digest.update(file.read())
+        else:
+            for start in np.linspace(0, size - _PROBE_BYTES, _PROBES, dtype=np.int64).tolist():
+                digest.update(os.pread(file.fileno(), _PROBE_BYTES, start))
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ class TokenShard:
 
     `tokens` [T] is the whole stream in the dtype of the file, `lengths` [S] in tokens, `offsets` [S] in bytes.
     `document_index` [D] is None where each sequence is a document (also for GPT-NeoX's merged files, whose index is
-    just `[0]`). `index_bytes` is the whole `.idx`.
+    just `[0]`).
     """
 
     prefix: str
@@ -51,7 +51,6 @@ class TokenShard:
     lengths: NDArray[np.int32]
     offsets: NDArray[np.int64]
     document_index: NDArray[np.int64] | None
-    index_bytes: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> TokenShard:
@@ -75,7 +74,7 @@ class TokenShard:
             )
         one_each = short or index_length == num_sequences + 1
         tokens = _map_tokens(prefix, dtype, lengths, offsets)
-        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index, index)
+        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index)
 
     @property
     def dtype(self) -> np.dtype:

@@ -38,13 +38,12 @@ class MicroBatch:
     @classmethod
     def empty(cls, rows: int, seq_len: int, *, documents: bool, pinned: bool = False) -> MicroBatch:
         """Tensors of any contents."""
-        inputs, labels, numbers = (
-            torch.empty(rows, seq_len, dtype=torch.int64, pin_memory=pinned) if wanted else None
-            for wanted in (True, True, documents)
-        )
-        assert inputs is not None
-        assert labels is not None
-        return cls(inputs, labels, numbers)
+        shape = (3 if documents else 2, rows, seq_len)
+        if pinned:
+            block = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        else:  # NumPy asks for huge pages: a fresh block of small ones costs more than all that is written into it
+            block = torch.from_numpy(np.empty(shape, np.int64))
+        return cls(*block)
 
     @property
     def rows(self) -> Rows:

@@ -52,9 +52,10 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
             numbers.append(number)
             next_of_size[size] += number * copies
         num_bins += number
-    copies, number = np.array(per_bin, np.int64), np.array(numbers, np.int64)
-    places, within = ranges(np.array(firsts, np.int64), copies * number)
-    bins = np.repeat(np.array(first_bins, np.int64), copies * number) + within // np.repeat(copies, copies * number)
+    together = np.array(per_bin, np.int64)
+    totals = together * np.array(numbers, np.int64)
+    places, within = ranges(np.array(firsts, np.int64), totals)
+    bins = np.repeat(np.array(first_bins, np.int64), totals) + within // np.repeat(together, totals)
     items = by_size[places]
     order = np.lexsort((items, -sizes[items], bins))
     bounds = np.zeros(num_bins + 1, np.int64)

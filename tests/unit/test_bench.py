@@ -242,3 +242,18 @@ def test_missing_or_foreign_results_are_refused(readme: list[str], tmp_path: Pat
 
 def test_the_projects_own_readme_follows_its_results() -> None:
     assert status_of(["--check"]) == 0
+
+
+def test_loader_bench(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ["loader", "--seconds", "0.01", "--tokens", "6e5", "--documents", "3000", "--json", str(out)]
+    bench.main([*words, "--directory", str(tmp_path)])
+    report = json.loads(out.read_text())
+    assert report["command"].endswith(" ".join([*words[1:], "--directory", str(tmp_path)]))
+    assert len(report["cases"]) == 12
+    for case in report["cases"]:
+        expected = case["batch_size"] * case["seq_len"] / case["step_seconds"]["median"]
+        assert case["tokens_per_second"] == pytest.approx(expected)
+    assert report["documents"]["documents"] == 3000
+    assert 0 <= report["documents"]["best_fit_padding"] < 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
