@@ -1,0 +1,83 @@
+"""Programs of other projects against the server: lm-eval's completions client, and schemathesis' malformed requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from transformers import PreTrainedTokenizerFast
+
+from tests.serve.fake import MODEL, FakeEngine, Running, byte_tokenizer, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving(FakeEngine(lambda prompt, index: f"ok{index}")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def openapi(server: Running) -> Any:
+    return schemathesis.openapi.from_url(server.url + "/openapi.json")
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "malformed"])
+def test_no_request_breaks_the_server(mode: GenerationMode, openapi: Any, server: Running) -> None:
+    """Every answer to right and wrong requests alike has a documented status and form, and none is a crash."""
+    called: Counter[str] = Counter()
+    for result in openapi.get_all_operations():
+        operation = result.ok()
+        if mode.is_negative and not len(operation.body):
+            continue  # nothing about it can be wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case: Any) -> None:
+            called[case.operation.label] += 1
+            response = case.call(timeout=20)
+            case.validate_response(
+                response, checks=[not_a_server_error, status_code_conformance, response_schema_conformance]
+            )
+
+        check()
+    assert called["POST /v1/completions"] >= 50
+    assert httpx.get(server.url + "/health").status_code == 200
+    assert httpx.get(server.url + "/stats").json()["resident"] == 0
+
+
+@pytest.fixture
+def lm_eval_client(server: Running, tmp_path: Path) -> LocalCompletionsAPI:
+    asyncio.set_event_loop(asyncio.new_event_loop())  # the client asks for the current one
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="!")
+    tokenizer.save_pretrained(tmp_path)
+    return LocalCompletionsAPI(
+        base_url=server.url + "/v1/completions", model=MODEL, tokenizer=str(tmp_path), max_length=256, batch_size=2
+    )
+
+
+def instances(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
+
+
+def test_lm_eval_scores_continuations(lm_eval_client: LocalCompletionsAPI) -> None:
+    requests = instances("loglikelihood", [("The sky is", " blue"), ("a", " b"), ("same", " length")])
+    scores = lm_eval_client.loglikelihood(requests, disable_tqdm=True)
+    assert [score for score, _ in scores] == [-0.5 * len(text) for text in (" blue", " b", " length")]
+    assert all(is_greedy for _, is_greedy in scores)
+
+
+def test_lm_eval_generates(lm_eval_client: LocalCompletionsAPI) -> None:
+    requests = instances("generate_until", [("question", {"until": ["0"], "max_gen_toks": 10, "temperature": 0})])
+    assert lm_eval_client.generate_until(requests, disable_tqdm=True) == ["ok"]
