@@ -1,0 +1,70 @@
+"""The load generator against a server whose answers and pace are known."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+
+import pytest
+
+from megamor.errors import ConfigError, DataError
+from megamor.serve.client import Load, Record, parse_limits, send, summarise
+from tests.serve.fake import FakeEngine, serving
+
+
+def test_measures_what_the_server_does() -> None:
+    with serving(FakeEngine(lambda *_: "abcdefgh", seconds=0.02)) as server:
+        load = Load(server.url, num_requests=5, input_tokens=3, output_tokens=6, vocab_size=100)
+        figures = summarise(asyncio.run(send(load)), {"ttft": 5000.0})
+    assert (figures["requests"], figures["failed"]) == (5, 0)
+    assert figures["goodput_per_second"] == figures["requests_per_second"]
+    assert figures["output_tokens_per_second"] == pytest.approx(30 / figures["seconds"])
+    for name in ("itl_ms", "tpot_ms"):
+        assert 18 < figures[name]["p50"] < 60, "a step takes 20 ms"
+    assert figures["e2el_ms"]["p50"] > 6 * 20
+
+
+def test_definitions() -> None:
+    record = Record(sent=1.0, arrivals=[1.5, 1.6, 1.9], tokens=3)
+    assert record.ttft == pytest.approx(0.5)
+    assert record.e2el == pytest.approx(0.9)
+    assert record.tpot == pytest.approx(0.2)
+    assert record.itl == pytest.approx([0.1, 0.3])
+    slow = Record(sent=0.0, arrivals=[3.0], tokens=1)
+    figures = summarise([record, slow, Record(0.0, error="429: full")], {"ttft": 600.0})
+    assert (figures["failed"], figures["first_error"]) == (1, "429: full")
+    assert figures["seconds"] == pytest.approx(3.0)
+    assert figures["goodput_per_second"] == pytest.approx(1 / 3)
+    with pytest.raises(DataError, match="429: full"):
+        summarise([Record(0.0, error="429: full")], {})
+
+
+def test_errors_are_counted_not_hidden() -> None:
+    with serving(FakeEngine(lambda *_: "x"), api_keys=("secret",)) as server:
+        records = asyncio.run(send(Load(server.url, num_requests=2)))
+        assert all(record.error is not None and record.error.startswith("401") for record in records)
+        records = asyncio.run(send(Load(server.url, num_requests=2, api_key="secret")))
+        assert [record.error for record in records] == [None, None]
+    records = asyncio.run(send(Load("http://127.0.0.1:9", num_requests=1)))
+    assert records[0].error is not None
+    assert "ConnectError" in records[0].error
+
+
+def test_arrivals_are_poisson_and_reproducible() -> None:
+    load = Load("", num_requests=4000, rate=50.0)
+    times = load.arrivals()
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    mean = sum(gaps) / len(gaps)
+    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
+    assert mean == pytest.approx(1 / 50, rel=0.06)
+    assert deviation == pytest.approx(mean, rel=0.1), "an exponential distribution"
+    assert times == Load("", num_requests=4000, rate=50.0).arrivals()
+    assert set(Load("", num_requests=9).arrivals()) == {0.0}
+
+
+def test_limits() -> None:
+    assert parse_limits(["ttft:200", "tpot:12.5"]) == {"ttft": 200.0, "tpot": 12.5}
+    for wrong in ("ttft", "speed:3", "ttft:fast"):
+        with pytest.raises(ConfigError, match="--goodput"):
+            parse_limits([wrong])
