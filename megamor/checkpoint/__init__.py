@@ -1,14 +1,16 @@
 """Checkpoints that survive a kill at any moment: layout, commit protocol, manager, weights, random states."""
 
+from megamor.checkpoint.background import BackgroundSave
 from megamor.checkpoint.manager import CheckpointManager
 from megamor.checkpoint.manifest import verify
 from megamor.checkpoint.ranks import Ranks
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint
-from megamor.checkpoint.rng import reseed, restore_rng, save_rng
+from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, load_weights, weight_shapes
 from megamor.checkpoint.trainer_state import TrainerState, code_revision, library_versions
 
 __all__ = [
+    "BackgroundSave",
     "Checkpoint",
     "CheckpointManager",
     "Ranks",
@@ -20,7 +22,8 @@ __all__ = [
     "open_checkpoint",
     "reseed",
     "restore_rng",
-    "save_rng",
+    "rng_states",
     "verify",
     "weight_shapes",
+    "write_rng",
 ]

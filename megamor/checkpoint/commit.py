@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megamor.checkpoint.layout import (
     DELETING_PREFIX,
-    LATEST,
-    LATEST_DRAFT,
+    DRAFT_SUFFIX,
     REPLACED_PREFIX,
     WRITING_PREFIX,
+    draft_of,
 )
 
 
@@ -53,13 +53,21 @@ def publish(draft: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def point_latest(root: Path, name: str) -> None:
-    """Move `latest` to `name` in one atomic step; the link is relative, so that the tree may be moved."""
-    draft = root / LATEST_DRAFT
+def point(link: Path, name: str) -> None:
+    """Move `link` to its sibling `name` in one atomic step; it is relative, so that the tree may be moved."""
+    draft = draft_of(link)
     draft.unlink(missing_ok=True)
     draft.symlink_to(name)
-    draft.replace(root / LATEST)
-    sync_directory(root)
+    draft.replace(link)
+    sync_directory(link.parent)
+
+
+def replace_durably(path: Path, content: str) -> None:
+    """Replace a file in one atomic step."""
+    draft = draft_of(path)
+    write_durably(draft, content)
+    draft.replace(path)
+    sync_directory(path.parent)
 
 
 def delete(checkpoint: Path) -> None:
@@ -71,7 +79,8 @@ def delete(checkpoint: Path) -> None:
 
 def sweep(root: Path) -> None:
     """Put in order what an interrupted save left in `root`."""
-    (root / LATEST_DRAFT).unlink(missing_ok=True)
+    for draft in root.glob(f".*{DRAFT_SUFFIX}"):
+        draft.unlink()
     for replaced in root.glob(REPLACED_PREFIX + "*"):
         final = root / replaced.name.removeprefix(REPLACED_PREFIX)
         if final.exists():

@@ -2,6 +2,8 @@
 
 checkpoints/
   latest -> step_00000200          relative symlink, moved atomically
+  best -> step_00000100            the one with the lowest validation loss; only with `checkpoint.keep_best`
+  validation.json                  validation loss by step, for `best`
   step_00000100/
   step_00000200/
     state/                         torch.distributed.checkpoint: `model.*` and the optimizer
@@ -25,12 +27,14 @@ TOKENIZER_FILE = "tokenizer.json"
 TRAINER_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"
+BEST = "best"
+LOSSES_FILE = "validation.json"
 CHECKPOINTS_DIR = "checkpoints"
 
 WRITING_PREFIX = ".writing_"
 REPLACED_PREFIX = ".replaced_"
 DELETING_PREFIX = ".deleting_"
-LATEST_DRAFT = ".latest_draft"
+DRAFT_SUFFIX = "_draft"
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -44,6 +48,11 @@ def parse_step(name: str) -> int | None:
     """Step of a published checkpoint's directory name, or None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match.group(1)) if match else None
+
+
+def draft_of(path: Path) -> Path:
+    """Where a link or a file in the directory of checkpoints is made before it replaces the one at `path`."""
+    return path.with_name(f".{path.name}{DRAFT_SUFFIX}")
 
 
 def rng_path(checkpoint: Path, rank: int) -> Path:

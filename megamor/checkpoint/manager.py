@@ -2,13 +2,15 @@
 
 A checkpoint comes into being in this order, and a kill at any moment leaves at least one whole checkpoint: write all
 files to a temporary directory; flush them; record every file's size and checksum in the manifest; rename the directory;
-move `latest`; only then delete expired ones.
+move `latest`; read it back whole; only then delete expired ones.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from megamor.checkpoint import commit, layout
-from megamor.checkpoint.manifest import create_manifest, find_damage, summary, verify
+from megamor.checkpoint.manifest import create_manifest, find_damage, is_visible, summary, verify
 from megamor.checkpoint.ranks import Ranks, describe
-from megamor.errors import CheckpointError, ConfigError
+from megamor.checkpoint.retention import Retention, read_losses, write_losses
+from megamor.errors import CheckpointError
 
 log = logging.getLogger("megamor.checkpoint")
 
@@ -28,14 +31,18 @@ VISIBILITY_TIMEOUT_SECONDS = 60.0
 
 
 class CheckpointManager:
-    """Checkpoints of one run in one directory, shared by all ranks. All methods are collective.
+    """Checkpoints of one run in one directory, shared by all ranks. Methods are collective where nothing else is said.
+
+    The ranks talk through a group of their own, so that `save` may run in another thread while training goes on; one
+    method at a time.
 
     Args:
         directory: on a file system that every rank sees; created if missing. Leftovers of an interrupted save go.
-        keep_last: how many of the newest checkpoints to keep, at least 1.
+        keep_last, keep_every, keep_best: see `Retention`.
         ranks: who saves together; all processes of the run by default.
         on_stage: told the name of each stage of a save as it is reached: `"started"`, `"written"`, `"manifest"`,
-            `"renamed"`, `"latest"`, `"expiring"` (each), `"done"`; the middle ones on rank 0 alone. Must not raise.
+            `"renamed"`, `"latest"`, `"verified"`, `"expiring"` (each), `"done"`; those between `"written"` and
+            `"done"` but `"verified"` on rank 0 alone. Must not raise.
 
     Raises:
         ConfigError: `keep_last` below 1.
@@ -47,17 +54,18 @@ class CheckpointManager:
         directory: Path,
         *,
         keep_last: int,
+        keep_every: int | None = None,
+        keep_best: int = 0,
         ranks: Ranks | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> None:
-        if keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last is {keep_last}; at least 1 must be kept")
         self.directory = directory
-        self.keep_last = keep_last
+        self.keep = Retention(keep_last, keep_every, keep_best)
         self.ranks = ranks or Ranks.current()
         self.last_saved_step: int | None = None
-        self._reached = on_stage or (lambda stage: None)
+        self.on_stage = on_stage or _ignore
         self._damaged: set[int] = set()
+        self._best_lock = threading.Lock()
         self._on_first_rank(f"preparing {directory}", self._prepare)
 
     def save(self, step: int, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> Path:
@@ -78,15 +86,15 @@ class CheckpointManager:
         draft = self.directory / (layout.WRITING_PREFIX + layout.step_name(step))
         try:
             self._write(draft, writers, files)
-            self._reached("written")
+            self.on_stage("written")
             final = self._commit(draft, step)
         except Exception:
             # Every rank is here and none writes any more: a failure was agreed on by all of them.
             self._on_first_rank("clearing away a failed save", self._clear)
             raise
         self.last_saved_step = step
-        self._on_first_rank("expiring old checkpoints", lambda: self._expire(step))
-        self._reached("done")
+        self._expire(step)
+        self.on_stage("done")
         return final
 
     def latest_valid(self) -> Path | None:
@@ -102,6 +110,7 @@ class CheckpointManager:
             checkpoint = self.directory / layout.step_name(step)
             damage = find_damage(checkpoint, self.ranks)
             if not damage:
+                self.ranks.together(f"looking for {checkpoint}", partial(_wait_until, is_visible, checkpoint))
                 return checkpoint
             self._damaged.add(step)
             if self.ranks.rank == 0:
@@ -112,6 +121,20 @@ class CheckpointManager:
                 "or move the directory away to start from the beginning"
             )
         return None
+
+    def record_loss(self, step: int, loss: float) -> None:
+        """Remember the validation loss of `step`, saved or not, for `keep_best`. For rank 0 alone, from any thread.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        if self.keep.best and math.isfinite(loss):
+            try:
+                with self._best_lock:
+                    write_losses(self.directory, {**read_losses(self.directory), step: loss})
+                self._point_best()
+            except OSError as error:
+                raise CheckpointError(f"can't keep the validation loss of step {step}: {describe(error)}") from error
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -125,8 +148,8 @@ class CheckpointManager:
 
     def _write(self, draft: Path, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> None:
         self._on_first_rank(f"creating {draft}", draft.mkdir)
-        self.ranks.together("looking for the checkpoint directory", lambda: _wait_until_visible(draft))
-        self._reached("started")
+        self.ranks.together("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
+        self.on_stage("started")
         for writer in writers:
             self.ranks.together(f"writing {draft}", partial(_call, writer, draft))
         self._on_first_rank(f"writing {draft}", lambda: _add_files(draft, files))
@@ -138,30 +161,47 @@ class CheckpointManager:
         def publish() -> None:
             commit.write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())
             commit.sync_tree(draft)
-            self._reached("manifest")
+            self.on_stage("manifest")
             commit.publish(draft, final)
-            self._reached("renamed")
-            commit.point_latest(self.directory, final.name)
-            self._reached("latest")
+            self.on_stage("renamed")
+            commit.point(self.directory / layout.LATEST, final.name)
+            self.on_stage("latest")
 
         self._on_first_rank(f"publishing {final}", publish)
         return final
 
     def _expire(self, newest: int) -> None:
-        """Delete what `keep_last` does not keep, after a last look at the checkpoint that takes its place.
+        """Delete what needn't be kept, once the checkpoint that takes its place has been read back whole."""
+        expired = self._on_first_rank("looking for old checkpoints", lambda: self._expired(newest))
+        if not expired:
+            return
+        verify(self.directory / layout.step_name(newest), self.ranks)
+        self.on_stage("verified")
+        self._on_first_rank("expiring old checkpoints", lambda: self._delete(expired))
 
-        Steps above `newest` belong to a line of training that was left behind; they stay until they are replaced.
-        """
-        verify(self.directory / layout.step_name(newest), hashes=False)
+    def _expired(self, newest: int) -> list[int]:
+        """Steps above `newest` belong to a line of training that was left behind; they stay until they are replaced."""
+        self._point_best()
         steps = [step for step in layout.published_steps(self.directory) if step <= newest]
-        whole = [step for step in steps if step not in self._damaged - {newest}]
+        losses = read_losses(self.directory) if self.keep.best else {}
+        return self.keep.expired(steps, self._damaged - {newest}, losses)
+
+    def _delete(self, steps: Sequence[int]) -> None:
         for step in steps:
-            if step < whole[-self.keep_last :][0]:
-                self._reached("expiring")
-                try:
-                    commit.delete(self.directory / layout.step_name(step))
-                except OSError as error:
-                    log.error("can't delete the expired checkpoint of step %d: %s", step, describe(error))
+            self.on_stage("expiring")
+            try:
+                commit.delete(self.directory / layout.step_name(step))
+            except OSError as error:
+                log.error("can't delete the expired checkpoint of step %d: %s", step, describe(error))
+
+    def _point_best(self) -> None:
+        """Move `best` to the published checkpoint with the lowest loss."""
+        if not self.keep.best:
+            return
+        with self._best_lock:
+            ranked = Retention.ranked(layout.published_steps(self.directory), read_losses(self.directory))
+            if ranked:
+                commit.point(self.directory / layout.BEST, layout.step_name(ranked[0]))
 
     def _on_first_rank(self, what: str, action: Callable[[], T]) -> T:
         """Result of `action` on rank 0, on every rank; a failure there is a failure everywhere."""
@@ -173,10 +213,14 @@ def _call(writer: Writer, draft: Path) -> None:
     writer(draft)  # whatever it returns is not for the other ranks
 
 
-def _wait_until_visible(directory: Path) -> None:
+def _ignore(stage: str) -> None:
+    """Nobody wants to know how far a save is."""
+
+
+def _wait_until(visible: Callable[[Path], bool], directory: Path) -> None:
     """Wait for a directory that another node made: network file systems cache what is not there."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT_SECONDS
-    while not directory.is_dir():
+    while not visible(directory):
         if time.monotonic() > deadline:
             raise CheckpointError(f"{directory} is not visible here; checkpoints need a directory that all nodes share")
         time.sleep(0.05)

@@ -79,20 +79,33 @@ def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
 def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> list[str]:
     """What is wrong with `checkpoint`, a line each; empty when it is whole. Collective over `ranks`, if given.
 
-    Without `hashes` only presence and sizes are looked at, which takes no time.
+    A file counts as it is seen by the rank that sees it best, and is read by ranks that see its full size: on a network
+    file system some may not see it yet. Without `hashes` only presence and sizes are looked at, which takes no time.
     """
     ranks = ranks or Ranks()
-    try:
-        manifest = Manifest.read(checkpoint)
-    except CheckpointError as error:
-        own: list[str] = [str(error)]
-    else:
-        sizes = {name: record.size for name, record in manifest.files.items()}
-        everyone = range(ranks.world_size)
-        mine = share_files(sizes, dict.fromkeys(sizes, everyone))[ranks.rank]
-        faults = (_fault(checkpoint / name, manifest.files[name], hashes=hashes) for name in sorted(mine))
-        own = [fault for fault in faults if fault]
-    return list(dict.fromkeys(line for lines in ranks.gather(own) for line in lines))
+    views = ranks.gather(_view(checkpoint))
+    manifest = next((found for found, _ in views if isinstance(found, Manifest)), None)
+    if manifest is None:
+        return list(dict.fromkeys(str(found) for found, _ in views))
+    damage, readers = {}, {}
+    for name, record in manifest.files.items():
+        readers[name] = [rank for rank, (_, sizes) in enumerate(views) if sizes.get(name) == record.size]
+        if not readers[name]:
+            size = max(sizes.get(name, -1) for _, sizes in views)
+            damage[name] = "is missing" if size < 0 else f"has {size} bytes instead of {record.size}"
+    if hashes:
+        whole = {name: record.size for name, record in manifest.files.items() if readers[name]}
+        shares = share_files(whole, readers) + [[]] * ranks.world_size
+        changed = {name: fault for name in shares[ranks.rank] if (fault := _fault(checkpoint, name, manifest))}
+        for part in ranks.gather(changed):
+            damage |= part
+    return [f"{checkpoint / name} {fault}" for name, fault in sorted(damage.items())]
+
+
+def is_visible(checkpoint: Path) -> bool:
+    """Whether this process sees every file of `checkpoint` at its full size."""
+    found, sizes = _view(checkpoint)
+    return isinstance(found, Manifest) and all(sizes.get(name) == record.size for name, record in found.files.items())
 
 
 def verify(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> None:
@@ -146,15 +159,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fault(path: Path, record: FileRecord, *, hashes: bool) -> str | None:
+def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
+    """What this process sees: the manifest, or what is wrong with it; the sizes of the files."""
     try:
-        size = path.stat().st_size
-        if size != record.size:
-            return f"{path} has {size} bytes instead of {record.size}"
-        if hashes and sha256(path) != record.sha256:
-            return f"{path} has changed since it was written (SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{path} is missing"
+        return Manifest.read(checkpoint), list_sizes(checkpoint)
+    except CheckpointError as error:
+        return str(error), {}
     except OSError as error:
-        return f"{path} can't be read ({error})"
-    return None
+        return f"{checkpoint} can't be read ({error})", {}
+
+
+def _fault(checkpoint: Path, name: str, manifest: Manifest) -> str | None:
+    try:
+        same = sha256(checkpoint / name) == manifest.files[name].sha256
+    except OSError as error:
+        return f"can't be read ({error})"
+    return None if same else "has changed since it was written (SHA-256 differs)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from megamor.errors import CheckpointError
 log = logging.getLogger("megamor.checkpoint")
 
 
-def save_rng(checkpoint: Path, *, rank: int, world_size: int) -> None:
-    """Write this rank's random states into the checkpoint directory."""
+def rng_states(world_size: int) -> dict[str, Any]:
+    """This rank's random states, for `write_rng`."""
     legacy_state: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, cached = legacy_state
     states: dict[str, Any] = {
@@ -33,6 +34,11 @@ def save_rng(checkpoint: Path, *, rank: int, world_size: int) -> None:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def write_rng(checkpoint: Path, states: Mapping[str, Any], *, rank: int) -> None:
+    """Write the random states of `rank` into the checkpoint directory."""
     path = rng_path(checkpoint, rank)
     path.parent.mkdir(exist_ok=True)
     torch.save(states, path)

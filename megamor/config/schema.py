@@ -303,10 +303,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and how many complete checkpoints to keep."""
+    """When to save, whether training goes on meanwhile, and which complete checkpoints to keep.
+
+    Kept are the newest `keep_last`, those of every `keep_every`-th step, and the `keep_best` with the lowest validation
+    loss (under the inference rule, mean over the sets).
+    """
 
     every_steps: int = 500
+    asynchronous: bool = False
     keep_last: int = 3
+    keep_every: int | None = None
+    keep_best: int = 0
 
 
 @dataclass(frozen=True)

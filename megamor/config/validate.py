@@ -27,6 +27,7 @@ NON_NEGATIVE = frozenset(
         "run.seed",
         "recursion.lora_rank",
         "parallel.zero_stage",
+        "checkpoint.keep_best",
         "router.capacity_warmup_steps",
         "router.balance_warmup_steps",
         "router.aux_coeff",

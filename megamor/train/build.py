@@ -48,7 +48,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
     derived = derive(config, world.size)
     inputs = together(lambda: open_inputs(config, world), world.device)
     directory = together(lambda: run_directory(config), world.device)
-    manager = CheckpointManager(directory / CHECKPOINTS_DIR, keep_last=config.checkpoint.keep_last)
+    keep = config.checkpoint
+    manager = CheckpointManager(
+        directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
+    )
 
     model = build_model(config, device=world.device)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

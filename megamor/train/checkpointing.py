@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from megamor.checkpoint import (
+    BackgroundSave,
     CheckpointManager,
     TrainerState,
     check_same_model,
     code_revision,
     library_versions,
     restore_rng,
-    save_rng,
+    rng_states,
+    write_rng,
 )
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.config import Config, config_to_yaml
 from megamor.data import TrainingLoader
+from megamor.errors import MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.train.failures import together
+
+log = logging.getLogger("megamor.train")
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,17 @@ class RunCheckpoints:
     model_shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, str | bytes]
     origin: Origin
+    background: BackgroundSave = field(default_factory=BackgroundSave)
 
-    def save(self, progress: Progress) -> Path:
-        """Publish a checkpoint of `progress.step`. Collective."""
+    def save(self, progress: Progress) -> Path | None:
+        """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
+
+        Only one is being written at a time: the one before is waited for.
+
+        Returns:
+            The checkpoint. None if it is being written: see `published` and `wait`.
+        """
+        self.wait()
         state = TrainerState(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -70,7 +88,41 @@ class RunCheckpoints:
             versions=self.origin.versions,
         )
         files = {**self.files, TRAINER_FILE: state.to_json()}
-        return self.manager.save(progress.step, [self.backend.save, self._save_rng], files)
+        rng = partial(write_rng, states=rng_states(self.backend.world_size), rank=self.backend.rank)
+        if not self.config.checkpoint.asynchronous:
+            return self.manager.save(progress.step, [self.backend.save, rng], files)
+        write = partial(self.backend.copy_state().write, group=self.manager.ranks.group)
+        self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
+        return None
+
+    def published(self) -> Path | None:
+        """The checkpoint that was being written, if every rank has done its part since. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if writing it failed; `latest` is as it was.
+        """
+        if not self.background.is_pending:
+            return None
+        done = torch.tensor(float(self.background.is_done), device=self.backend.device)
+        if dist.is_initialized():
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return self.wait() if done.item() else None
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if any. Collective; raises what `published` raises."""
+        return self.background.wait()
+
+    def close(self) -> None:
+        """Let the checkpoint that is being written be finished, without hiding the error that ends the run."""
+        try:
+            self.wait()
+        except MegamorError as error:
+            log.error("a checkpoint was not written: %s", error)
+
+    def record_loss(self, step: int, loss: float) -> None:
+        """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
+        record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
+        together(record, self.backend.device)
 
     def restore(self) -> Progress | None:
         """Go back to the newest whole checkpoint; None if there is none. Collective.
@@ -78,6 +130,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
         """
+        self.wait()
         directory = self.manager.latest_valid()
         if directory is None:
             return None
@@ -99,8 +152,9 @@ class RunCheckpoints:
         self.loader.load_state_dict(state.data)
         return state
 
-    def _save_rng(self, directory: Path) -> None:
-        save_rng(directory, rank=self.backend.rank, world_size=self.backend.world_size)
+
+def _nothing() -> None:
+    """What the other ranks do while the first one acts."""
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:

@@ -193,7 +193,7 @@ def test_full_disk_leaves_nothing_half_written(manager: CheckpointManager) -> No
     save(manager, 20)
 
 
-@pytest.mark.parametrize("function", ["write_durably", "sync_tree", "point_latest"])
+@pytest.mark.parametrize("function", ["write_durably", "sync_tree", "point"])
 def test_failing_to_publish_keeps_the_old_one(
     manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from megamor.checkpoint import CheckpointManager, load_weights, open_checkpoint, save_rng, verify
+from megamor.checkpoint import CheckpointManager, load_weights, open_checkpoint, rng_states, verify, write_rng
 from megamor.checkpoint.layout import LATEST, step_name
 from megamor.checkpoint.manifest import Manifest
 from megamor.errors import CheckpointError
@@ -77,8 +77,8 @@ def write_sharded(directory: Path) -> None:
     dcp.save(sharded, checkpoint_id=directory / "state")
 
 
-def write_rng(directory: Path) -> object:
-    save_rng(directory, rank=dist.get_rank(), world_size=dist.get_world_size())
+def write_random_states(directory: Path) -> object:
+    write_rng(directory, rng_states(dist.get_world_size()), rank=dist.get_rank())
     return lambda: "what a writer returns need not be picklable"
 
 
@@ -86,7 +86,7 @@ def write_rng(directory: Path) -> object:
 def test_sharded_save_reads_back_bitwise_in_one_process(tmp_path: Path, num_ranks: int) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=1)
-        path = manager.save(7, [write_sharded, write_rng], {"config.yaml": "a: 1\n"})
+        path = manager.save(7, [write_sharded, write_random_states], {"config.yaml": "a: 1\n"})
         assert manager.latest_valid() == path
 
     assert run_ranks(num_ranks, body) == [0] * num_ranks
@@ -153,7 +153,7 @@ def test_a_bug_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
 def test_damage_is_found_by_whichever_rank_reads_the_file(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=3)
-        steps = [manager.save(step, [write_sharded, write_rng], {}) for step in (1, 2, 3)]
+        steps = [manager.save(step, [write_sharded, write_random_states], {}) for step in (1, 2, 3)]
         if rank == 0:
             for name, step in (("rng/rank_00001.pt", 3), ("state/__0_0.distcp", 2)):
                 path = tmp_path / step_name(step) / name

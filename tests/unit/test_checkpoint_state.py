@@ -21,8 +21,9 @@ from megamor.checkpoint import (
     load_weights,
     reseed,
     restore_rng,
-    save_rng,
+    rng_states,
     weight_shapes,
+    write_rng,
 )
 from megamor.checkpoint.layout import latest_step, parse_step, step_name
 from megamor.errors import CheckpointError
@@ -96,7 +97,7 @@ def draw() -> tuple[float, ...]:
 def test_random_states_go_on_exactly(tmp_path: Path) -> None:
     reseed(1, 2, 3)
     draw()
-    save_rng(tmp_path, rank=1, world_size=2)
+    write_rng(tmp_path, rng_states(2), rank=1)
     expected = [draw() for _ in range(3)]
     reseed(9, 9, 9)
     assert restore_rng(tmp_path, rank=1, world_size=2, seed=1, step=2)
@@ -105,7 +106,7 @@ def test_random_states_go_on_exactly(tmp_path: Path) -> None:
 
 def test_other_world_size_reseeds_by_seed_step_and_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for rank in range(2):
-        save_rng(tmp_path, rank=rank, world_size=2)
+        write_rng(tmp_path, rng_states(2), rank=rank)
     drawn = []
     with caplog.at_level(logging.WARNING):
         for rank in range(3):
@@ -121,7 +122,7 @@ def test_other_world_size_reseeds_by_seed_step_and_rank(tmp_path: Path, caplog: 
 
 
 def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:
-    save_rng(tmp_path, rank=0, world_size=1)
+    write_rng(tmp_path, rng_states(1), rank=0)
     path = tmp_path / "rng" / "rank_00000.pt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"can't restore the random states in .*rank_00000\.pt"):

@@ -1,0 +1,63 @@
+"""Which checkpoints of a run stay, and the validation losses that the choice depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamor.checkpoint import commit
+from megamor.checkpoint.layout import LOSSES_FILE
+from megamor.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Kept are the newest `last`, those of every `every`-th step, and the `best` with the lowest validation loss.
+
+    Raises:
+        ConfigError: `last` below 1.
+    """
+
+    last: int
+    every: int | None = None
+    best: int = 0
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ConfigError(f"checkpoint.keep_last is {self.last}; at least 1 must be kept")
+
+    def expired(self, steps: Sequence[int], damaged: Collection[int], losses: Mapping[int, float]) -> list[int]:
+        """Those of the ascending `steps` to delete. A damaged one doesn't count among the newest, nor as a best."""
+        whole = [step for step in steps if step not in damaged]
+        kept = set(self.ranked(whole, losses)[: self.best])
+        if self.every:
+            kept |= {step for step in steps if step % self.every == 0}
+        return [step for step in steps if step < whole[-self.last :][0] and step not in kept]
+
+    @staticmethod
+    def ranked(steps: Sequence[int], losses: Mapping[int, float]) -> list[int]:
+        """Those of `steps` whose loss is known, the lowest first."""
+        return sorted((step for step in steps if step in losses), key=lambda step: (losses[step], step))
+
+
+def read_losses(root: Path) -> dict[int, float]:
+    """Validation loss by step.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = root / LOSSES_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {int(step): float(loss) for step, loss in json.loads(path.read_bytes()).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it to forget which were best") from error
+
+
+def write_losses(root: Path, losses: Mapping[int, float]) -> None:
+    """Replace what `read_losses` reads."""
+    content = {str(step): loss for step, loss in sorted(losses.items())}
+    commit.replace_durably(root / LOSSES_FILE, json.dumps(content, indent=1) + "\n")
