@@ -171,7 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as stop:
         tell(stopped_message(stop, run.totals))
         raise SystemExit(128 + stop.signum) from None
-    tokenizer.write()
     print_summary(totals)
 
 
@@ -214,13 +213,6 @@ class OpenTokenizer:
     name: str
     content: bytes
     path: Path | None
-
-    def write(self) -> None:
-        """Put a made or fetched tokenizer beside the output."""
-        if self.path:
-            draft = Path(f"{self.path}.{os.getpid()}.partial")
-            draft.write_bytes(self.content)
-            os.replace(draft, self.path)
 
 
 def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
@@ -281,6 +273,8 @@ def make_plan(
         journal,
         encoder.dtype,
         meta,
+        tokenizer.content,
+        tokenizer.path,
         identity,
         skip_bad=options.skip_bad,
         deduplicate=args.deduplicate,

@@ -20,6 +20,11 @@ _PARTS_BITS = 4
 _HASH_LINE = re.compile(r"[0-9a-fA-F]{16}")
 
 
+def hash_log_path(prefix: str) -> Path:
+    """Where the `HashLog` of `prefix` lives."""
+    return Path(f"{prefix}.hashes.partial")
+
+
 class HashLog:
     """The hashes of the documents that a shard has so far, in memory and in `<prefix>.hashes.partial`.
 
@@ -27,7 +32,7 @@ class HashLog:
     """
 
     def __init__(self, prefix: str) -> None:
-        self.path = Path(f"{prefix}.hashes.partial")
+        self.path = hash_log_path(prefix)
         self.keep_partial = False
         self._seen = SeenHashes()
         self.path.touch()

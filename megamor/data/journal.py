@@ -8,14 +8,13 @@ it never promises more than there is.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megamor.data.text import Place
-from megamor.data.writer import sync_directory
+from megamor.data.writer import replace_file
 from megamor.errors import DataError
 
 FORMAT = "megamor-preprocess-journal/1"
@@ -73,14 +72,8 @@ class Journal:
     def write(self, progress: Progress) -> None:
         """Record `progress`; what it speaks of must be on disk. Raises DataError if it can't be written."""
         content = {"format": FORMAT, "identity": self._identity, "progress": asdict(progress)}
-        draft = Path(f"{self.path}.partial")
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
-            sync_directory(self.path.parent)
+            replace_file(self.path, json.dumps(content).encode())
         except OSError as error:
             raise DataError(
                 f"{self.path} can't be written: {error.strerror}; free space or mend permissions"

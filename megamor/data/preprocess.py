@@ -12,17 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from megamor.data.dedup import HashLog
+from megamor.data.dedup import HashLog, hash_log_path
 from megamor.data.encode import ChunkEncoder, EncodedChunk, encode_in_order
 from megamor.data.journal import Journal, Progress
 from megamor.data.meta import ShardMeta
 from megamor.data.text import Place, Share, TextInput
-from megamor.data.writer import ShardWriter, publish_finished
+from megamor.data.writer import ShardWriter, publish_finished, replace_file
 from megamor.errors import DataError
 
 JOURNAL_SECONDS = 10.0
@@ -101,6 +102,8 @@ class Totals:
 class Plan:
     """What a run is to do: `share` of `texts` into one shard for each of `prefixes`, in `dtype`.
 
+    `tokenizer` is written to `tokenizer_path`, if that is given.
+
     `identity` is whatever else decides the output, but for `skip_bad`, which only does if there are bad lines.
     With `deduplicate` only the first of equal documents is kept; with `allow_empty` a shard may turn out to have none.
     """
@@ -111,6 +114,8 @@ class Plan:
     journal_prefix: str
     dtype: np.dtype
     meta: ShardMeta
+    tokenizer: bytes
+    tokenizer_path: Path | None
     identity: Mapping[str, Any]
     skip_bad: bool = False
     deduplicate: bool = False
@@ -192,9 +197,7 @@ class Run:
             found, reason = self._find_journal()
             if found and found.complete:
                 self.totals.restore(found.counts)
-                for prefix in self._plan.prefixes:
-                    publish_finished(prefix)
-                self._journal.remove()
+                self._publish_left_over()
                 return self.totals
             with ExitStack() as stack:
                 self._open(stack, keep=found is not None)
@@ -226,9 +229,10 @@ class Run:
     def _open(self, stack: ExitStack, *, keep: bool) -> None:
         for prefix in self._plan.prefixes:
             self._writers.append(stack.enter_context(ShardWriter(prefix, self._plan.dtype, resume=True)))
-        if self._plan.deduplicate:
-            self._logs += [stack.enter_context(HashLog(prefix)) for prefix in self._plan.prefixes]
-        self._keep_partial(keep)
+            self._keep_partial(keep)  # at once, since the next may be refused
+        for prefix in self._plan.prefixes if self._plan.deduplicate else ():
+            self._logs.append(stack.enter_context(HashLog(prefix)))
+            self._keep_partial(keep)
 
     def _files(self) -> list[ShardWriter | HashLog]:
         return [*self._writers, *self._logs]
@@ -302,7 +306,20 @@ class Run:
         self._journal.write(Progress(self._next, written, self.totals.to_json(), complete=True))
         self._keep_partial(True)
 
+    def _publish_left_over(self) -> None:
+        """What `_publish` does, for a run that was killed while it did."""
+        self._write_tokenizer()
+        for prefix in self._plan.prefixes:
+            publish_finished(prefix)
+            hash_log_path(prefix).unlink(missing_ok=True)
+        self._journal.remove()
+
+    def _write_tokenizer(self) -> None:
+        if self._plan.tokenizer_path:
+            replace_file(self._plan.tokenizer_path, self._plan.tokenizer)
+
     def _publish(self) -> None:
+        self._write_tokenizer()
         for writer in self._writers:
             writer.publish()
         self._keep_partial(False)

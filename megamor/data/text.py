@@ -203,8 +203,8 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
             complete, block = frame.eof, frame.unused_data
             if complete:
                 frame = decompressor.decompressobj()
-            if data:
-                yield data
+            for begin in range(0, len(data), CHUNK_BYTES):
+                yield data[begin : begin + CHUNK_BYTES]
     if not complete:
         raise EOFError("the last zstd frame is cut short")
 

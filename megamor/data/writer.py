@@ -298,6 +298,16 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file so that there is the old one or the new one, whatever happens."""
+    draft = Path(f"{path}.partial")
+    with draft.open("wb") as file:
+        file.write(content)
+        _sync(file)
+    os.replace(draft, path)
+    sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
