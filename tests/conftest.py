@@ -6,6 +6,7 @@ A skip for another reason, or for one of these where the machine has what is ask
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.combination_table import CombinationTable
+from tests.slurm.cluster import missing_programs
 from tests.reliability_table import ReliabilityTable, promises_of
 
 pytest_plugins = ["pytester"]
@@ -26,6 +28,8 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("got empty parameter set", not HAS_REFERENCE_CASES),
     ("MEGAMOR_MEGATRON names no checkout", not os.environ.get("MEGAMOR_MEGATRON")),
     ("MEGAMOR_NEOX names no checkout", not os.environ.get("MEGAMOR_NEOX")),
+    ("no browser", shutil.which("chromium") is None),
+    ("slurm isn't installed", bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM")),
     ("needs a CUDA device", not torch.cuda.is_available()),
     ("this system can't reset a process's peak memory", not os.access("/proc/self/clear_refs", os.W_OK)),
 )

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megamor.serve.async_engine import AsyncEngine
 from megamor.serve.openai import Choice, Completion, CompletionRequest, Logprobs, Usage
 from megamor.serve.request import RequestOutput, SamplingParams, TokenLogprob
-from megamor.serve.runner import EngineRunner
 from megamor.serve.text import TextCodec, TextStream
 
 
@@ -41,7 +41,7 @@ class CompletionRun:
         RequestError: the body asks for something that can't be served.
     """
 
-    def __init__(self, body: CompletionRequest, codec: TextCodec, runner: EngineRunner, model: str) -> None:
+    def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
         self.body, self.codec, self.runner = body, codec, runner
         self.params: SamplingParams = body.sampling()
         self.prompts = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]

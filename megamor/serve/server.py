@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megamor.errors import MegamorError
+from megamor.serve.async_engine import AsyncEngine, BusyError, UnavailableError
 from megamor.serve.bodies import JsonBodies
 from megamor.serve.completions import CompletionRun
 from megamor.serve.monitoring import Monitoring
@@ -34,7 +35,6 @@ from megamor.serve.openai import (
     TokenizeRequest,
 )
 from megamor.serve.request import Engine, RequestError
-from megamor.serve.runner import BusyError, EngineRunner, UnavailableError
 from megamor.serve.text import TextCodec
 
 requests_log = logging.getLogger("megamor.serve.requests")
@@ -65,7 +65,7 @@ class Server:
 
     def __init__(self, engine: Engine, codec: TextCodec, settings: ServerSettings) -> None:
         self.codec, self.settings = codec, settings
-        self.runner = EngineRunner(
+        self.runner = AsyncEngine(
             engine,
             max_queued_requests=settings.max_queued_requests,
             max_queued_tokens=settings.max_queued_tokens,

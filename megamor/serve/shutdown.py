@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from megamor.serve.runner import EngineRunner
+from megamor.serve.async_engine import AsyncEngine
 
 log = logging.getLogger("megamor.serve")
 _POLL_SECONDS = 0.05
@@ -21,7 +21,7 @@ class DrainingServer(uvicorn.Server):
     Meanwhile new requests get 503 and /ready says so, so that a load balancer turns away.
     """
 
-    def __init__(self, config: uvicorn.Config, runner: EngineRunner, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, runner: AsyncEngine, drain_seconds: float) -> None:
         super().__init__(config)
         self._runner, self._drain_seconds = runner, drain_seconds
         self._drain_until: float | None = None
