@@ -104,6 +104,13 @@ class TokenShard:
         starts[inside] = self.offsets[sequences[inside]] // self.dtype.itemsize
         return starts
 
+    def lengths_of(self, documents: slice) -> NDArray[np.int64]:
+        """Tokens of a range of documents."""
+        if self.document_index is None:
+            return self.lengths[documents].astype(np.int64)
+        numbers = np.arange(*documents.indices(self.num_documents))
+        return self.starts_of(numbers + 1) - self.starts_of(numbers)
+
     def documents_at(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of the document that each of the `tokens` [n] of the stream belongs to."""
         sequences = _last_up_to(self.offsets, tokens * self.dtype.itemsize)

@@ -22,8 +22,9 @@ from megamor.data.indexed import TokenShard
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
 from megamor.data.packing import Packing, best_fit, count_bins, ranges
 
-DOCUMENTS_PER_BLOCK = 2**18
-"""Documents that are packed together. More of them would hardly save padding; a plan takes about 8 MB and 60 ms."""
+DOCUMENTS_PER_BLOCK = 2**19
+"""Documents that are packed together. More would hardly save padding; a plan takes about 12 MB and a tenth of a second,
+and the first pass over all lengths takes longer the more blocks there are."""
 _PLANS_KEPT = 2
 
 
@@ -120,8 +121,8 @@ class _Plan:
 
     bounds: NDArray[np.int64]
     starts: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    columns: NDArray[np.int32]
+    lengths: NDArray[np.int32]
 
 
 class PackedSource(Source):
@@ -155,19 +156,17 @@ class PackedSource(Source):
         """Bins of each block [blocks], and all pairs."""
         bins, total = [], 0
         for block in range(self._num_blocks):
-            _, pairs = self._documents(block)
-            rests = np.bincount(pairs % self.chunk_len, minlength=self.chunk_len + 1)
-            bins.append(int((pairs // self.chunk_len).sum()))
-            bins[-1] += count_bins(rests) if self._join else int(rests[1:].sum())
+            pairs = self._pairs_of(block)
+            full, rests = np.divmod(pairs, self.chunk_len)
+            counts = np.bincount(rests, minlength=self.chunk_len + 1)
+            bins.append(int(full.sum()) + (count_bins(counts) if self._join else int(counts[1:].sum())))
             total += int(pairs.sum())
         return np.array(bins, np.int64), total
 
-    def _documents(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First token and number of pairs of each document of a block."""
-        documents = np.arange(block, self.shard.num_documents, self._num_blocks)
-        starts = self.shard.starts_of(documents)
-        lengths = self.shard.starts_of(documents + 1) - starts
-        return starts, np.maximum(lengths - 1, 0)
+    def _pairs_of(self, block: int) -> NDArray[np.int64]:
+        """Number of pairs of each document of a block."""
+        lengths = self.shard.lengths_of(slice(block, None, self._num_blocks))
+        return np.maximum(lengths - 1, 0)
 
     def _plan(self, block: int) -> _Plan:
         if block in self._plans:
@@ -179,7 +178,8 @@ class PackedSource(Source):
         return self._plans[block]
 
     def _make_plan(self, block: int) -> _Plan:
-        starts, pairs = self._documents(block)
+        pairs = self._pairs_of(block)
+        starts = self.shard.starts_of(np.arange(block, self.shard.num_documents, self._num_blocks))
         num_cuts = -(-pairs // self.chunk_len)
         document = np.repeat(np.arange(len(pairs)), num_cuts)
         number, _ = ranges(np.zeros_like(pairs), num_cuts)
@@ -191,7 +191,8 @@ class PackedSource(Source):
         items, bounds = packing.items, packing.bounds
         before = np.cumsum(lengths[items]) - lengths[items]
         columns = before - np.repeat(before[bounds[:-1]], np.diff(bounds))
-        return _Plan(bounds, (starts[document] + number * self.chunk_len)[items], columns, lengths[items])
+        starts = (starts[document] + number * self.chunk_len)[items]
+        return _Plan(bounds, starts, columns.astype(np.int32), lengths[items].astype(np.int32))
 
     def _find(self, parts: _Parts, seed: int) -> Pieces:
         blocks, bins = shuffled_in_blocks(parts.turns, self._bins_and_pairs[0], seed)
