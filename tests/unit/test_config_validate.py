@@ -158,3 +158,41 @@ def test_bounds_name_fields_that_exist() -> None:
     owners = {name: [hint] if is_dataclass(hint) else get_args(hint) for name, hint in hints.items()}
     known = {f"{name}.{item.name}" for name, members in owners.items() for member in members for item in fields(member)}
     assert known >= rules.NON_NEGATIVE | rules.FRACTIONS | rules.BELOW_ONE
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"train": {"ramp": [{"until_step": 5, "global_batch_size": 24}]}},
+            "train.ramp[0]: train.global_batch_size = 24 isn't",
+        ),
+        ({"train": {"ramp": [{"until_step": 5, "seq_len": 0}]}}, "train.ramp[0].seq_len = 0: give a positive number"),
+        ({"train": {"ramp": [{"until_step": 5, "seq_len": 4096}]}}, "more than data.seq_len = 2048"),
+        (
+            {"train": {"ramp": [{"until_step": 5}, {"until_step": 5}]}},
+            "train.ramp[1].until_step = 5 isn't after step 5",
+        ),
+        ({"train": {"ramp": [{"until_step": 1000}]}}, "train.ramp ends at step 1000 and the run after 1000 steps"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 0}]}}, "data.train[0].tokens = 0.0 (x): give a positive number"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}}, "tokens = 5.0 (x) beside weight = 2.0"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens and others have"),
+        (
+            {"data": {"train": [{"prefix": "x", "tokens": 5}], "blend_temperature": 2.0}},
+            "data.blend_temperature = 2.0 beside budgets",
+        ),
+        ({"data": {"chunk_len": 0}}, "data.chunk_len = 0: give a positive number"),
+    ],
+)
+def test_data_and_ramps(sections: dict[str, Any], says: str) -> None:
+    (line,) = violations(changed(**sections))
+    assert says in line
+
+
+def test_a_ramp_that_fits() -> None:
+    ramp = [{"until_step": 10, "seq_len": 256, "micro_batch_size": 64}, {"until_step": 20, "global_batch_size": 512}]
+    validate(changed(train={"ramp": ramp}), world_size=4)
+    (line,) = violations(changed(train={"ramp": ramp}), world_size=32)
+    assert line.startswith(
+        "train.ramp[0]: train.global_batch_size = 1024 isn't divisible by train.micro_batch_size = 64"
+    )

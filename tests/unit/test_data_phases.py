@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from megamor.config import Config, DataConfig, RampConfig, SourceConfig, TrainConfig
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import derive
-from megamor.data import ShardMeta, ShardWriter, TrainingData, TrainingLoader
+from megamor.data import ShardMeta, ShardWriter, TokenShard, TrainingData, TrainingLoader, fingerprint
 from megamor.data.epochs import shares
+from megamor.data.meta import meta_path
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
 from megamor.errors import ConfigError, DataError
 
@@ -334,3 +335,33 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=r"a with a\.json \(sha256 1{12}…\), .*(b with b|v with v)\.json"):
             TrainingData.open(config, seed=0, vocab_size=5000)
+
+
+def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
+    """Without a side file: wherever a five-hundredth of the tokens is overwritten, size and index staying the same."""
+    prefix, count = tmp_path / "foreign", 8_000_000
+    with ShardWriter(prefix, np.uint16) as writer:
+        writer.add(np.arange(count) % 5000)
+        writer.commit()
+    meta_path(str(prefix)).unlink()
+    before = fingerprint(TokenShard.open(prefix))
+    assert before == fingerprint(TokenShard.open(prefix))
+    tokens = np.memmap(f"{prefix}.bin", "<u2", "r+")
+    for start in np.random.default_rng(0).integers(0, count - count // 500, 20):
+        part = slice(start, start + count // 500)
+        kept = tokens[part].copy()
+        tokens[part] += 1
+        assert fingerprint(TokenShard.open(prefix)) != before
+        tokens[part] = kept
+    assert fingerprint(TokenShard.open(prefix)) == before
+
+
+@pytest.mark.slow
+def test_a_hundred_million_documents_open_in_seconds(tmp_path: Path) -> None:
+    """Takes 2 GB of disk. Opening is constant time and best fit a pass over all lengths; both bounds have slack."""
+    from tools.bench_loader import measure_documents, write_index
+
+    found = measure_documents(write_index(tmp_path / "x", 100_000_000))
+    assert found["open_stream_seconds"] < 5
+    assert found["first_stream_batch_seconds"] < 1
+    assert found["open_best_fit_seconds"] < 30
