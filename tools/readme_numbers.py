@@ -6,6 +6,7 @@ examples:
 
 A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, each on a line of its own. NAME is one of:
   bench-train   training steps, from benchmarks/results/train_*.json (tools/bench.py train)
+  bench-loader  the data loader, from benchmarks/results/loader_*.json (tools/bench.py loader)
   quickstart    the quickstart's losses, from benchmarks/results/quickstart_*.json (runs/quickstart/report.json)
 """
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPENING = re.compile(r"<!-- generated: (\S+) -->")
 CLOSING = "<!-- /generated -->"
 TRAIN_SCHEMA = "megamor-bench-train/1"
+LOADER_SCHEMA = "megamor-bench-loader/1"
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 
 
@@ -139,6 +141,36 @@ def train_table(report: dict[str, Any], setting: dict[str, Any]) -> Iterator[str
         )
 
 
+def loader_tables(results: Path) -> Iterator[str]:
+    """Markdown of the loader's speed, and of what many documents cost."""
+    paths = sorted(results.glob("loader_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no loader_*.json; write one with tools/bench.py loader --json")
+    for path in paths:
+        report = read_report(path, LOADER_SCHEMA)
+        documents, commit = report["documents"], report["commit"]
+        yield ""
+        yield "| batches of | M tokens/s | step, ms (quartiles) |"
+        yield "|---|---|---|"
+        for case in report["cases"]:
+            seconds = {name: f"{1e3 * value:.2f}" for name, value in case["step_seconds"].items()}
+            yield (
+                f"| {case['batch_size']} × {case['seq_len']}, {case['label']} | {case['tokens_per_second'] / 1e6:,.1f} "
+                f"| {seconds['median']} ({seconds['q1']}–{seconds['q3']}) |"
+            )
+        yield ""
+        yield (
+            f"{documents['documents']:,} documents: opened in {documents['open_stream_seconds']:.2f} s as a stream, in "
+            f"{documents['open_best_fit_seconds']:.1f} s with best-fit packing ({documents['best_fit_padding']:.3%} "
+            f"padding). One thread, no reading ahead; {report['machine']['cpu']}, load "
+            f"{report['machine']['load_average']:.1f}, {report['date'][:10]}, revision {commit['revision']}"
+            f"{' with changes' if commit['dirty'] else ''}."
+        )
+        yield ""
+        yield f"`{report['command']}`"
+    yield ""
+
+
 def read_report(path: Path, schema: str) -> dict[str, Any]:
     """A result file of the given schema."""
     try:
@@ -177,6 +209,7 @@ def quickstart_table(results: Path) -> Iterator[str]:
 
 RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": train_tables,
+    "bench-loader": loader_tables,
     "quickstart": quickstart_table,
 }
 
