@@ -1,215 +1,314 @@
-"""The engine in a thread of its own, used from asyncio.
+"""Launches on the training model's own modules: blocks, router sessions, norms and head.
 
-The thread alternates between taking what the server asked for (new requests, aborts, statistics) and one engine step.
-What comes out of a step goes to the event loop in one call. The server refuses what would wait too long.
+Rows under way keep their state in tables of tensors with one row per slot (the stream, what the router knows, how the
+next recursion will be combined), so that a launch can bring together rows that stand before different recursions.
+Where recursions share a block, rows of all depths go through it in one call; where they don't (a sequence of blocks,
+separate norms, LoRA), there is one call for each run of recursions that do.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import Any
 
-from megamor.errors import MegamorError
-from megamor.serve.request import Engine, EngineStats, RequestOutput, SamplingParams
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-log = logging.getLogger("megamor.serve")
+from megamor.model import Transformer
+from megamor.model.blocks import RotaryAngles, rotary_angles
+from megamor.model.recursion import combine, weighted
+from megamor.routing import DepthBounds, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.serve.layers import LayerAccess, Layers
+from megamor.serve.paged_attention import PagedKeysValues, PagedLayout, Reading
+from megamor.serve.pages import EVERY_TOKEN
+from megamor.serve.prefix import Copy
+from megamor.serve.scheduler import Piece
 
-T = TypeVar("T")
-
-
-class BusyError(MegamorError):
-    """The queue is full; the client should come back later."""
-
-
-class UnavailableError(MegamorError):
-    """The server is shutting down, or the engine has failed."""
+WEIGHTS = tuple(field.name for field in fields(Mix))
 
 
-@dataclass
-class Generation:
-    """A request on its way. `remaining` continuations have yet to be given out to their end; the engine has
-    `unfinished` of them, and knows the request by `number`."""
+class SlotTable:
+    """Named tensors with one row per slot, made when something is first put there (zeros before)."""
 
-    prompt_tokens: int
-    remaining: int
-    unfinished: int
-    outputs: asyncio.Queue[RequestOutput | MegamorError] = field(default_factory=asyncio.Queue)
-    number: int | None = None
-    has_output: bool = False
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, slots: Tensor, values: Tensor) -> None:
+        """Set the rows of `slots` [N]."""
+        if name not in self.tensors:
+            self.tensors[name] = values.new_zeros(self.num_slots, *values.shape[1:])
+        self.tensors[name].index_copy_(0, slots, values)
+
+    def get(self, name: str, slots: Tensor) -> Tensor:
+        """The rows of `slots` [N]."""
+        return self.tensors[name].index_select(0, slots)
 
 
-class EngineRunner:
-    """Runs `engine` until `close`. All methods but `close` are called from the event loop of `start`.
+@dataclass(frozen=True)
+class Part:
+    """The rows `first` to `end` of a core launch stand before `recursion`; `rows` of each piece are in it.
 
-    Args:
-        max_queued_requests: requests without any output yet; one more is refused.
-        max_queued_tokens: prompt tokens of those.
+    `idle` says that rows are computed which nobody needs (policy full); `taking` are the others, as places [n] in the
+    part, None for all.
     """
 
-    def __init__(self, engine: Engine, *, max_queued_requests: int, max_queued_tokens: int) -> None:
-        self._engine = engine
-        self._max_requests, self._max_tokens = max_queued_requests, max_queued_tokens
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._active: dict[int, Generation] = {}  # by engine number; of the engine's thread
-        self._running: set[int] = set()  # id() of generations; of the event loop
-        self._queued_requests = self._queued_tokens = 0  # of the event loop
-        self.draining = False
-        self.failure: BaseException | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread after its current step; what is unfinished stays so."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    @property
-    def num_running(self) -> int:
-        """Requests that have not been answered to their end."""
-        return len(self._running)
-
-    @property
-    def num_queued(self) -> int:
-        """Those of them without any output."""
-        return self._queued_requests
-
-    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        """Outputs of one request as they come. Leaving early aborts it and frees what it holds.
-
-        Raises:
-            RequestError: the engine can't serve it.
-            BusyError: too much is waiting.
-            UnavailableError: the server is shutting down or the engine has failed.
-        """
-        self.check_accepting()
-        if self._queued_requests >= self._max_requests:
-            raise BusyError(f"{self._queued_requests} requests are waiting already; try again soon")
-        if self._queued_requests and self._queued_tokens + len(prompt) > self._max_tokens:
-            waiting = f"{self._queued_tokens} prompt tokens are waiting already"
-            raise BusyError(f"{waiting}, {len(prompt)} more are too many; try again soon")
-        generation = Generation(len(prompt), params.n, params.n)
-        self._running.add(id(generation))
-        self._queued_requests += 1
-        self._queued_tokens += len(prompt)
-        try:
-            self._command(lambda: self._add(generation, prompt, params))
-            while generation.remaining:
-                output = await generation.outputs.get()
-                if isinstance(output, MegamorError):
-                    raise output
-                if not generation.has_output:
-                    generation.has_output = True
-                    self._leave_queue(generation)
-                generation.remaining -= output.finish_reason is not None
-                yield output
-        finally:
-            if not generation.has_output:
-                self._leave_queue(generation)
-            self._running.discard(id(generation))
-            if generation.remaining:
-                self._command(lambda: self._abort(generation))
-
-    async def stats(self) -> EngineStats:
-        """The engine's figures, taken between two steps."""
-        return await self.ask(self._engine.stats)
-
-    async def ask(self, question: Callable[[], T]) -> T:
-        """Result of `question`, called in the engine's thread between two steps."""
-        answer: Future[T] = Future()
-        self._command(lambda: answer.set_result(question()))
-        return await asyncio.wrap_future(answer)
-
-    def check_accepting(self) -> None:
-        """Raise UnavailableError unless new requests are welcome."""
-        if self.failure is not None:
-            raise UnavailableError("the engine has failed; the server must be restarted")
-        if self.draining:
-            raise UnavailableError("the server is shutting down; try another one")
-
-    def _leave_queue(self, generation: Generation) -> None:
-        self._queued_requests -= 1
-        self._queued_tokens -= generation.prompt_tokens
-
-    def _command(self, action: Callable[[], None]) -> None:
-        with self._wake:
-            self._commands.append(action)
-            self._wake.notify()
-
-    # In the engine's thread from here on.
-
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                if self._engine.has_work:
-                    self._deliver(self._engine.step())
-        except Exception as error:  # whatever it is, clients that wait must hear of it
-            log.exception("the engine has failed")
-            self.failure = error
-            failed = UnavailableError("the engine has failed; the server must be restarted")
-            for generation in self._active.values():
-                self._call(generation.outputs.put_nowait, failed)
-            while self._take_commands():
-                pass
-
-    def _take_commands(self) -> bool:
-        """Do what was asked for, waiting for it if there is nothing else to do; False at the end."""
-        with self._wake:
-            idle = self.failure is not None or not self._engine.has_work
-            while idle and not self._commands and not self._closing:
-                self._wake.wait()
-            commands = list(self._commands)
-            self._commands.clear()
-            closing = self._closing
-        for command in commands:
-            command()
-        return not closing
-
-    def _add(self, generation: Generation, prompt: Sequence[int], params: SamplingParams) -> None:
-        try:
-            if self.failure is not None:
-                raise UnavailableError("the engine has failed; the server must be restarted")
-            generation.number = self._engine.add_request(prompt, params)
-        except MegamorError as error:
-            self._call(generation.outputs.put_nowait, error)
-            return
-        self._active[generation.number] = generation
-
-    def _abort(self, generation: Generation) -> None:
-        if generation.number is not None and self.failure is None:
-            self._engine.abort(generation.number)
-            self._active.pop(generation.number, None)
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        found = [(self._active[output.request], output) for output in outputs if output.request in self._active]
-        if found:
-            self._call(_put_all, found)
-        for generation, output in found:
-            generation.unfinished -= output.finish_reason is not None
-            if not generation.unfinished:
-                self._active.pop(output.request, None)
-
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
+    recursion: int
+    first: int
+    end: int
+    pieces: list[Piece]
+    rows: list[list[int]]
+    taking: Tensor | None
 
 
-def _put_all(outputs: list[tuple[Generation, RequestOutput]]) -> None:
-    for generation, output in outputs:
-        generation.outputs.put_nowait(output)
+@dataclass(frozen=True)
+class Binding:
+    """Neighbouring parts on their way through a block: the rows' angles, what they read, who of them writes where."""
+
+    angles: RotaryAngles
+    layout: PagedLayout
+    places: Tensor
+    rows: Tensor | None
+
+
+class Runner:
+    """A model with its pages. `full` computes rows that have left their recursion along with the others."""
+
+    def __init__(
+        self, model: Transformer, layers: Layers, page_size: int, num_pages: dict[str, int], num_slots: int, full: bool
+    ) -> None:
+        self.model, self.layers, self.page_size, self.full = model, layers, page_size, full
+        weight, config = model.embed.weight, model.config.model
+        self.device, self.dtype = weight.device, weight.dtype
+        shape = (page_size, config.num_kv_heads, config.head_dim)
+        self.pages = {
+            pool: [
+                tuple(torch.zeros(num_pages[pool], *shape, dtype=self.dtype, device=self.device) for _ in range(2))
+                for _ in range(count)
+            ]
+            for pool, count in layers.in_pool.items()
+        }
+        self.slots = SlotTable(num_slots)
+        self.mixes: dict[int, Mix] = {}
+        self.session: RoutingSession | None = None
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy pages, in the given order."""
+        for copy in copies:
+            for layer in self.pages[copy.pool]:
+                for pages in layer:
+                    pages[copy.target] = pages[copy.source]
+
+    def enter(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Embedding, prelude and the router's first word; the rows of each piece that take the first recursion."""
+        slots = self.tensor([slot for piece in pieces for slot in piece.slots])
+        ids = [token for p in pieces for token in p.sequence.tokens[p.start : p.start + p.length]]
+        positions = self.tensor([p.start + row for p in pieces for row in range(p.length)])
+        x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), positions, pieces, first_layer=0)
+        self.slots.put("stream", slots, x)
+        stage = self.model.stage
+        if stage is None:
+            return [[] for _ in pieces]
+        bounds = [p.sequence.bounds(p.start + row) for p in pieces for row in range(p.length)]
+        for name, values in (("least", [low for low, _ in bounds]), ("most", [high for _, high in bounds])):
+            self.slots.put(name, slots, self.tensor(values))
+        self.slots.put("position", slots, positions)
+        self.slots.put("input", slots, x)
+        if "emitted" in self.slots.tensors:
+            self.slots.put("emitted", slots, torch.zeros_like(x))
+        session = self.session = stage.router.begin(x, self.context(slots, pieces))
+        rows = [list(range(piece.length)) for piece in pieces]
+        going_on = self.route(session, 0, x, slots, pieces, rows)
+        for name in session.per_row:
+            self.slots.put(f"router.{name}", slots, getattr(session, name))
+        return going_on
+
+    def core(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """One recursion for every piece, which are sorted by it; the rows of each that take the next."""
+        stage = self.model.stage
+        assert stage is not None
+        parts = self.parts(pieces)
+        rows = [(p, row) for part in parts for p, rows in zip(part.pieces, part.rows, strict=True) for row in rows]
+        slots = self.tensor([piece.slots[row] for piece, row in rows])
+        x = self.slots.get("stream", slots)
+        entered = x
+        if stage.recursion_embedding is not None:
+            added = [stage.recursion_embedding[part.recursion].expand(part.end - part.first, -1) for part in parts]
+            x = x + torch.cat(added)
+        angles = self.angles(self.slots.get("position", slots))
+        bindings: dict[tuple[Any, ...], Binding] = {}
+        for place in range(self.layers.num_places):
+            outs = []
+            for block, run in self.layers.runs(place, parts, key=lambda part: part.recursion):
+                first, end = run[0].first, run[-1].end
+                accesses = [self.layers.access[part.recursion][place] for part in run]
+                key = (first, end, *((access.table, access.writes) for access in accesses))
+                if key not in bindings:
+                    inside = None if end - first == len(rows) else self.tensor(range(first, end))
+                    layout = self.layout(run, accesses)
+                    bindings[key] = Binding(angles.select(inside), layout, *self.written(run, accesses))
+                bound = bindings[key]
+                k, v = self.pages["core"][accesses[0].layer]
+                store = PagedKeysValues(k, v, bound.places, bound.rows)
+                y, _ = stage.blocks[block](x[first:end], bound.angles, bound.layout, store, run[0].recursion)
+                outs.append(y)
+            x = outs[0] if len(outs) == 1 else torch.cat(outs)
+        going_on = []
+        for part in parts:
+            y, before, where = x[part.first : part.end], entered[part.first : part.end], slots[part.first : part.end]
+            if part.taking is not None:
+                y, before, where = (tensor.index_select(0, part.taking) for tensor in (y, before, where))
+            going_on += self.finish_recursion(part, before, y, where)
+        return going_on
+
+    def exit(self, pieces: Sequence[Piece]) -> Tensor:
+        """Coda and final norm: [rows of all pieces, dim]."""
+        slots = self.tensor([slot for piece in pieces for slot in piece.slots])
+        name = "emitted" if "emitted" in self.slots.tensors else "stream"
+        positions = self.tensor([p.start + row for p in pieces for row in range(p.length)])
+        return self.run_edge("coda", self.slots.get(name, slots), positions, pieces, len(self.model.prelude))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
+        logits = F.linear(self.model.norm(x), self.model.embed.weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def run_edge(self, part: str, x: Tensor, positions: Tensor, pieces: Sequence[Piece], first_layer: int) -> Tensor:
+        """x [N, dim], all rows of `pieces`, through prelude or coda."""
+        blocks = getattr(self.model, part)
+        if not len(blocks):
+            return x
+        table = self.layers.table(EVERY_TOKEN)
+        readings, places = [], []
+        for piece in pieces:
+            pages, entries = piece.sequence.tables[table].pages, range(piece.start, piece.start + piece.length)
+            readings.append(Reading(pages, [entry + 1 for entry in entries]))
+            places += self.places(pages, entries)
+        layout = PagedLayout(readings, self.page_size, self.dtype, self.device)
+        angles, written = self.angles(positions), self.tensor(places)
+        for number, block in enumerate(blocks):
+            k, v = self.pages["edge"][first_layer + number]
+            x, _ = block(x, angles, layout, PagedKeysValues(k, v, written, None), 0)
+        return x
+
+    def parts(self, pieces: Sequence[Piece]) -> list[Part]:
+        """The launch's rows, recursion by recursion."""
+        parts, first = [], 0
+        for recursion, group in groupby(pieces, key=lambda piece: piece.recursion):
+            members = list(group)
+            rows = [list(range(p.length)) if self.full else p.active for p in members]
+            end = first + sum(map(len, rows))
+            taking = None
+            if self.full:
+                marks = [row in active for p in members for active in [set(p.active)] for row in range(p.length)]
+                taking = self.tensor([number for number, mark in enumerate(marks) if mark])
+            parts.append(Part(recursion, first, end, members, rows, taking))
+            first = end
+        return parts
+
+    def layout(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> PagedLayout:
+        """What the rows of `parts` read. An idle row sees what there is, or the first page where nothing is."""
+        readings = []
+        for part, access in zip(parts, accesses, strict=True):
+            table = self.layers.table(access.table)
+            for piece, rows in zip(part.pieces, part.rows, strict=True):
+                entries, stored = piece.places[access.table], piece.sequence.tables[table]
+                ends = [entries.get(row, stored.length) + 1 for row in rows]
+                if ends:
+                    readings.append(Reading(stored.pages, ends))
+        return PagedLayout(readings, self.page_size, self.dtype, self.device)
+
+    def written(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> tuple[Tensor, Tensor | None]:
+        """Where in the pages, and which of the rows of `parts` write; None for all rows."""
+        rows, places = [], []
+        for part, access in zip(parts, accesses, strict=True):
+            number = part.first - parts[0].first
+            for piece, members in zip(part.pieces, part.rows, strict=True):
+                if access.writes:
+                    entries = piece.places[part.recursion]
+                    pages = piece.sequence.tables[self.layers.table(part.recursion)].pages
+                    rows += [number + place for place, row in enumerate(members) if row in entries]
+                    places += self.places(pages, [entries[row] for row in members if row in entries])
+                number += len(members)
+        everything = len(rows) == parts[-1].end - parts[0].first
+        return self.tensor(places), None if everything else self.tensor(rows)
+
+    def finish_recursion(self, part: Part, before: Tensor, y: Tensor, slots: Tensor) -> list[list[int]]:
+        """Combine the core's output [N, dim] with what went in, and ask the router who goes on."""
+        if len(y) == 0:
+            return [[] for _ in part.pieces]
+        assert self.session is not None
+        context = self.context(slots, part.pieces)
+        state = {name: self.slots.get(f"router.{name}", slots) for name in self.session.per_row}
+        session = self.session.regrouped(context, state)
+        everything = TokenSet.all(len(slots), 1)
+        mix = self.mixes[part.recursion]
+        tensors = [name for name in WEIGHTS if isinstance(getattr(mix, name), Tensor)]
+        stored: dict[str, Any] = {name: self.slots.get(f"mix.{name}", slots) for name in tensors}
+        plan = RoutingPlan(everything, None, replace(mix, **stored))
+        mix = session.mix(part.recursion, plan, y)
+        if mix.emit is not None:
+            emitted = weighted(mix.emit, y).to(y.dtype)
+            if "emitted" in self.slots.tensors:
+                emitted = emitted + self.slots.get("emitted", slots)
+            self.slots.put("emitted", slots, emitted)
+        x = combine(mix, before, y, self.slots.get("input", slots), plan)
+        self.slots.put("stream", slots, x)
+        if part.recursion + 1 == self.layers.num_recursions:
+            going_on: list[list[int]] = [[] for _ in part.pieces]
+        else:
+            going_on = self.route(
+                session, part.recursion + 1, x, slots, part.pieces, [piece.active for piece in part.pieces]
+            )
+        for name in session.per_row:
+            self.slots.put(f"router.{name}", slots, getattr(session, name))
+        return going_on
+
+    def route(
+        self,
+        session: RoutingSession,
+        recursion: int,
+        x: Tensor,
+        slots: Tensor,
+        pieces: Sequence[Piece],
+        rows: Sequence[Sequence[int]],
+    ) -> list[list[int]]:
+        """Which of the `rows` of each piece, with stream x [N, dim], take `recursion`; how is put into the slots."""
+        plan = session.route(recursion, x, TokenSet.all(len(slots), 1))
+        self.mixes[recursion] = plan.mix
+        chosen = slots if plan.places is None else slots[plan.places]
+        for name in WEIGHTS:
+            weight = getattr(plan.mix, name)
+            if isinstance(weight, Tensor):
+                self.slots.put(f"mix.{name}", chosen, weight)
+        if plan.places is None:
+            return [list(members) for members in rows]
+        goes_on = torch.zeros(len(slots), dtype=torch.bool, device=self.device).index_fill_(0, plan.places, True)
+        marks = iter(goes_on.tolist())
+        return [[row for row in members if next(marks)] for members in rows]
+
+    def context(self, slots: Tensor, pieces: Sequence[Piece]) -> RoutingContext:
+        """For the rows of `slots`, which belong to `pieces`; bounds only where one of them has any."""
+        free = all(
+            piece.start >= len(piece.sequence.depths) and piece.sequence.max_depth == self.layers.num_recursions
+            for piece in pieces
+        )
+        bounds = None if free else DepthBounds(self.slots.get("least", slots), self.slots.get("most", slots))
+        return RoutingContext(len(slots), 1, "causal", 0, self.slots.get("position", slots), bounds)
+
+    def places(self, pages: Sequence[int], entries: Sequence[int]) -> list[int]:
+        """Where entries of a table lie, counted through all pages."""
+        size = self.page_size
+        return [pages[entry // size] * size + entry % size for entry in entries]
+
+    def angles(self, positions: Tensor) -> RotaryAngles:
+        """RoPE angles of `positions` [N]."""
+        config = self.model.config.model
+        return rotary_angles(positions, config.head_dim, config.rope_theta, self.dtype)
+
+    def tensor(self, numbers: Sequence[int]) -> Tensor:
+        """Integers on the device."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)

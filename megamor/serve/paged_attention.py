@@ -1,0 +1,112 @@
+"""Attention of rows to virtual sequences that lie in pages.
+
+Every row sees the first so many entries of one virtual sequence: entries are in the order of their tokens, so nothing
+else is causal about it, and which depths the rows are at makes no difference. Pages are gathered into grids of rows
+with similarly many pages, one call of SDPA each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamor.model.blocks import KeysValues, KeyValue
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Consecutive rows that read the virtual sequence in `pages`: row i sees its first ends[i] entries."""
+
+    pages: list[int]
+    ends: list[int]
+
+
+@dataclass(frozen=True)
+class PagedKeysValues(KeysValues):
+    """Pages of one layer, [pages, page_size, kv_heads, head_dim]; fresh keys and values of `rows` go to `places` first.
+
+    `places` [n] count through all pages; `rows` None means all, and no places that nothing is projected.
+    """
+
+    k: Tensor
+    v: Tensor
+    places: Tensor
+    rows: Tensor | None
+
+    @property
+    def needs_fresh(self) -> bool:  # type: ignore[override]
+        """Whether anything is written."""
+        return len(self.places) > 0
+
+    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+        """Write, then return all pages."""
+        if fresh is not None:
+            for pages, new in zip((self.k, self.v), fresh, strict=True):
+                chosen = new if self.rows is None else new.index_select(0, self.rows)
+                pages.view(-1, *pages.shape[2:]).index_copy_(0, self.places, chosen.to(pages.dtype))
+        return self.k, self.v
+
+
+@dataclass(frozen=True)
+class Group:
+    """Readings of equally many rows: `rows` [G·n], their `pages` [G·P] and an additive `mask` [G, 1, n, entries]."""
+
+    rows: Tensor
+    pages: Tensor
+    mask: Tensor
+
+
+class PagedLayout:
+    """The rows of a launch and what they read; takes the place of an `AttentionLayout`."""
+
+    def __init__(self, readings: Sequence[Reading], page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        first, members = 0, defaultdict[tuple[int, int], list[tuple[int, Reading]]](list)
+        for number, reading in enumerate(readings):
+            # Single rows share a grid with those of up to twice as many pages; several rows have one to themselves.
+            single = len(reading.ends) == 1
+            key = (0, (-(-reading.ends[0] // page_size) - 1).bit_length()) if single else (1, number)
+            members[key].append((first, reading))
+            first += len(reading.ends)
+        self.groups = [make_group(group, page_size, dtype, device) for group in members.values()]
+        self.back: Tensor | None = None
+        if len(self.groups) > 1:
+            self.back = torch.cat([group.rows for group in self.groups]).argsort()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, head_dim] and pages of keys and values to [N, heads · head_dim]."""
+        parts = [attend_group(q, k, v, group, alone=self.back is None) for group in self.groups]
+        return parts[0] if self.back is None else torch.cat(parts).index_select(0, self.back)
+
+
+def make_group(members: list[tuple[int, Reading]], page_size: int, dtype: torch.dtype, device: torch.device) -> Group:
+    """The grid of readings of equally many rows, each with the number of its first row."""
+    longest = max(max(reading.ends) for _, reading in members)
+    num_pages = -(-longest // page_size)
+    rows = [first + row for first, reading in members for row in range(len(reading.ends))]
+    pages = [page for _, reading in members for page in (reading.pages[:num_pages] + [0] * num_pages)[:num_pages]]
+    ends = torch.tensor([reading.ends for _, reading in members], device=device)
+    hidden = torch.arange(num_pages * page_size, device=device) >= ends.unsqueeze(-1)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return Group(torch.tensor(rows, device=device), torch.tensor(pages, device=device), mask.unsqueeze(1))
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group, alone: bool) -> Tensor:
+    """Rows of `group` (all of q if it is alone) to [G·n, heads · head_dim]."""
+    size, _, length, num_entries = group.mask.shape
+    if not alone:
+        q = q.index_select(0, group.rows)
+    # Query heads that share a head of keys are like queries at one place.
+    kv_heads, head_dim = k.shape[-2:]
+    q_GKHD = q.view(size, length, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k_GKTD, v_GKTD = (
+        pages.index_select(0, group.pages).view(size, num_entries, kv_heads, head_dim).transpose(1, 2)
+        for pages in (k, v)
+    )
+    mask = group.mask if length == 1 else group.mask.repeat(1, 1, q_GKHD.shape[2] // length, 1)
+    out = F.scaled_dot_product_attention(q_GKHD, k_GKTD, v_GKTD, attn_mask=mask)
+    return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(size * length, -1)
