@@ -2,7 +2,7 @@
 
 from megamor.checkpoint.background import BackgroundSave
 from megamor.checkpoint.manager import CheckpointManager
-from megamor.checkpoint.manifest import verify
+from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.ranks import Ranks
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
@@ -17,6 +17,7 @@ __all__ = [
     "TrainerState",
     "check_same_model",
     "code_revision",
+    "find_damage",
     "library_versions",
     "load_weights",
     "open_checkpoint",

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, tim
     Raises:
         RankFailed: with the traceback of the first process that failed.
     """
+    ranks = start_ranks(function, *args, world_size=world_size)
+    try:
+        return _collect([receiver for _, receiver in ranks], time.monotonic() + timeout)
+    finally:
+        for process, receiver in ranks:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def start_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[tuple[ForkProcess, Connection]]:
+    """The processes of `run_ranks`, running: each with the end of a pipe from which its answer will come."""
     torch.set_num_threads(1)  # a thread pool doesn't survive a fork
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -46,13 +59,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, tim
         process.start()
         sender.close()
         ranks.append((process, receiver))
-    try:
-        return _collect([receiver for _, receiver in ranks], time.monotonic() + timeout)
-    finally:
-        for process, receiver in ranks:
-            process.kill()
-            process.join()
-            receiver.close()
+    return ranks
 
 
 def free_port() -> int:
