@@ -162,13 +162,13 @@ class ServingEngine:
         unknown = next((token for token in (*prompt, *params.stop_token_ids) if not 0 <= token < vocab), None)
         if unknown is not None:
             raise RequestError(f"token id {unknown} is not in the vocabulary of {vocab}")
-        length = len(prompt) + max(0, params.max_tokens - 1)
-        if length > self.context_length:
+        if len(prompt) + params.max_tokens > self.context_length:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more don't fit into the context of "
                 f"{self.context_length}: shorten the prompt or lower max_tokens"
             )
-        if not self.scheduler.fits(length, params.max_depth or self.layers.num_recursions):
+        num_read = len(prompt) + max(0, params.max_tokens - 1)  # the last one is never read
+        if not self.scheduler.fits(num_read, params.max_depth or self.layers.num_recursions):
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more don't fit into the memory for keys and "
                 "values: lower max_tokens, or start the server with more"
