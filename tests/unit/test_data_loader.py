@@ -347,3 +347,21 @@ def test_document_numbers_change_where_documents_begin(tmp_path: Path) -> None:
     (loader,) = loaders(plain, 1, 3, batch=6)
     assert loader.next_step()[0].documents is None
     loader.close()
+
+
+def test_batches_for_a_gpu_are_pinned(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a step in one page-locked block; without a GPU torch can't give any, so what is asked for is recorded."""
+    asked: list[dict[str, object]] = []
+    empty = torch.empty
+
+    def recorded(*shape: int, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        asked.append({"shape": tuple(shape[0]), "pin_memory": pin_memory})  # type: ignore[arg-type]
+        return empty(*shape, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    batches = BatchSchedule((BatchShape(24, 4, SEQ_LEN),))
+    loader = TrainingLoader(data, rank=1, world_size=2, batches=batches, pinned=True)
+    found = joined(loader.next_step())
+    loader.close()
+    assert asked[0] == {"shape": (3, 12, SEQ_LEN), "pin_memory": True}
+    assert (found == windows(data, 12, 12)).all()
