@@ -10,7 +10,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/nul
 # DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
 DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)
 
-.PHONY: help install quickstart test lint types unit combinations reliability test-slow clean
+.PHONY: help install quickstart serve-demo test lint types unit combinations reliability test-slow clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -18,6 +18,14 @@ help: ## show this list
 
 quickstart: install ## train, interrupt, resume, evaluate and sample a small model on real text (minutes)
 	@$(DEEPSPEED_ENV) $(BIN)/python -m tools.quickstart
+
+serve-demo: quickstart ## serve the quickstart's model on port 8000
+	@echo
+	@echo "in another terminal:"
+	@echo "  curl localhost:8000/v1/completions -d '{\"prompt\": \"def \", \"max_tokens\": 48, \"stream\": true}'"
+	@echo "  and http://localhost:8000/dashboard shows the engine at work"
+	@echo
+	@$(BIN)/python -m megamor.serve --checkpoint runs/quickstart/checkpoints/latest
 
 test: install lint types unit ## lint, types and the test suite
 
