@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamor.data import ShardMeta, ShardWriter, TokenShard, indexed, merge, read_meta
+from megamor.data import ShardMeta, ShardWriter, TokenShard, indexed, merge, read_meta, text
 from megamor.data.meta import meta_path
 from megamor.data.shards import parse_shard, shard_prefix, split_shard_prefix
 from megamor.errors import ConfigError
 from tests.unit.test_data_format import make_idx, put
-from tools import inspect_data, merge_data
+from tools import inspect_data, merge_data, preprocess
 
 ROOT = Path(__file__).parents[2]
 META = ShardMeta(tokenizer_name="t.json", tokenizer_sha256="ab", vocab_size=100, eod_id=0, eod_appended=True)
@@ -254,6 +255,27 @@ def test_names_of_shards() -> None:
     assert split_shard_prefix(name) == ("data/pile_train", 3, 16)
     assert split_shard_prefix("data/pile_shard_x") is None
     assert parse_shard("0/1") == (0, 1)
-    for text in ("1/1", "-1/4", "0/0", "3", "a/b", "1/2/3"):
+    for wrong in ("1/1", "-1/4", "0/0", "3", "a/b", "1/2/3"):
         with pytest.raises(ConfigError, match="--shard"):
-            parse_shard(text)
+            parse_shard(wrong)
+
+
+def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts than files, some of them empty: merged, each split and its side file are those of one run."""
+    monkeypatch.setattr(text, "CHUNK_BYTES", 500)
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name}{number} " * (number % 50 + 1)}) for number in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    arguments = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", "byte", "--append-eod", "--split", "0.9,0.1"]
+    arguments += ["--workers", "1", "--output-prefix"]
+    preprocess.main([*arguments, str(tmp_path / "one")])
+    for index in range(7):
+        preprocess.main([*arguments, str(tmp_path / "x"), "--shard", f"{index}/7"])
+    for split in ("train", "val"):
+        merge_data.main(["--output-prefix", str(tmp_path / f"x_{split}")])
+        for ending in ("bin", "idx"):
+            assert (tmp_path / f"x_{split}.{ending}").read_bytes() == (tmp_path / f"one_{split}.{ending}").read_bytes()
+        one, merged = read_meta(str(tmp_path / f"one_{split}")), read_meta(str(tmp_path / f"x_{split}"))
+        assert one is not None
+        assert merged is not None
+        assert replace(merged, tokenizer_name=None) == replace(one, tokenizer_name=None)
