@@ -1,0 +1,103 @@
+"""Launches on other numbers of processes, with other backends and other global batches: the same samples in the same
+order, and the same losses within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamor.config import Config, ParallelConfig
+from megamor.parallel import init_world
+from megamor.train import build_trainer
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import preload_deepspeed
+from tests.resume.runs import directory_of, named, tiny_run, trace, until
+
+GLOBAL_BATCH = 12
+COMPARED = ("train/loss", "train/aux_loss", "train/grad_norm")
+FSDP2 = ParallelConfig("fsdp2")
+ZERO_2, ZERO_3 = ParallelConfig("deepspeed", zero_stage=2), ParallelConfig("deepspeed", zero_stage=3)
+# Processes and backend of each launch; the first is what it is compared with.
+ROUTES = {
+    "fsdp2": [(1, FSDP2), (2, FSDP2), (4, FSDP2), (3, FSDP2)],
+    "zero 2": [(1, ZERO_2), (2, ZERO_2), (4, ZERO_2), (3, ZERO_2)],
+    "from backend to backend": [(1, FSDP2), (2, ZERO_3), (4, ParallelConfig("fsdp2", shard_degree=2)), (3, ZERO_2)],
+    "ddp": [(n, ParallelConfig("ddp")) for n in (1, 2, 4, 3)],
+    "zero 1": [(n, ParallelConfig("deepspeed", zero_stage=1)) for n in (1, 2, 4, 3)],
+    "zero 3": [(1, ZERO_3), (2, ZERO_3), (4, ZERO_3), (3, ZERO_3)],
+}
+ORDINARY = ("fsdp2", "from backend to backend")
+
+
+def fit_and_record(config: Config) -> bool:
+    """A launch that writes down what each of its steps reads."""
+    trainer = build_trainer(config, init_world(config.parallel))
+    next_step = trainer.loader.next_step
+
+    def recorded() -> list:
+        batches = next_step()
+        place = f"{trainer.progress.step:03d}_{trainer.backend.rank}.pt"
+        torch.save(torch.cat([batch.inputs for batch in batches]), directory_of(config) / place)
+        return batches
+
+    trainer.loader.next_step = recorded  # type: ignore[method-assign]
+    return trainer.fit()
+
+
+def launch(config: Config, world_size: int, stop: int) -> None:
+    assert all(run_ranks(fit_and_record, until(config, stop), world_size=world_size))
+
+
+def samples(config: Config) -> Tensor:
+    """What a run has read [samples, seq_len]: step by step, rank by rank."""
+    return torch.cat([torch.load(path) for path in sorted(directory_of(config).glob("*.pt"))])
+
+
+@pytest.fixture(autouse=True)
+def deepspeed_before_forking() -> None:
+    preload_deepspeed()
+
+
+@pytest.mark.promise("R5")
+@pytest.mark.parametrize(
+    "route", [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) for name in ROUTES]
+)
+def test_the_world_size_may_change(route: str, tmp_path: Path) -> None:
+    base = tiny_run(tmp_path, global_batch_size=GLOBAL_BATCH)
+    straight = replace(named(base, "straight"), parallel=ROUTES[route][0][1])
+    launch(straight, 1, 8)
+    for number, (world_size, parallel) in enumerate(ROUTES[route], start=1):
+        launch(replace(base, parallel=parallel), world_size, 2 * number)
+    assert len(samples(straight)) == 8 * GLOBAL_BATCH
+    assert torch.equal(samples(base), samples(straight))
+    for expected, found in zip(trace(straight).steps, trace(base).steps, strict=True):
+        for name in COMPARED:
+            assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.promise("R6")
+@pytest.mark.parametrize("world_sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_the_global_batch_may_change(world_sizes: Sequence[int], tmp_path: Path) -> None:
+    base = tiny_run(tmp_path)
+    straight = named(base, "straight")
+    launch(straight, 1, 8)
+    for world_size, batch, stop in zip(world_sizes, (4, 8, 4), (2, 4, 5), strict=True):
+        launch(named(base, "changing", global_batch_size=batch), world_size, stop)
+    read = samples(named(base, "changing"))
+    assert len(read) == 2 * 4 + 2 * 8 + 4
+    assert torch.equal(read, samples(straight)[: len(read)])
+    assert len({tuple(window) for window in read.tolist()}) == len(read)  # all different, so that equality says a lot
+
+
+def test_ranks_read_different_samples(tmp_path: Path) -> None:
+    """What the tests above read in rank order is not the same on every rank."""
+    config = tiny_run(tmp_path)
+    launch(config, 2, 1)
+    first, second = (torch.load(directory_of(config) / f"000_{rank}.pt") for rank in range(2))
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
