@@ -139,8 +139,8 @@ def test_only_real_changes_open_a_phase() -> None:
 
 
 def test_sources_named_in_another_order_go_on_as_before() -> None:
-    order = SampleOrder.start(8, 1, {"a": 1, "b": 2})
-    assert order.changed_at(80, 8, 1, {"b": 2, "a": 1}) is order
-    longer = order.changed_at(80, 16, 1, {"b": 2, "a": 1})
+    order = SampleOrder.start(8, 1, {"a": 1, "b": 1})
+    assert order.changed_at(80, 8, 1, {"b": 1, "a": 1}) is order
+    longer = order.changed_at(80, 16, 1, {"b": 1, "a": 1})
     found = [[(o.sources[s], p) for s, p in zip(*o.locate(np.arange(300)), strict=True)] for o in (order, longer)]
     assert found[0] == found[1]
