@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ _BYTES_BETWEEN_RENEWALS = 64 * 2**20
 # Checked characters: of a source's first chunk one in 64, later one in 1024, but never more or less than this.
 _FIRST_SAMPLE = (2**8, 2**15)
 _LATER_SAMPLE = (2**8, 2**10)
+_LONGEST_CHECKED = 2**16
 
 
 class Encoder(Protocol):
@@ -47,7 +49,8 @@ class PlainEncoder:
 
     def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray]:
         """See `Encoder`."""
-        return self._reference.encode(documents.texts)
+        with _naming(chunk):
+            return self._reference.encode(documents.texts)
 
 
 class GigatokenEncoder:
@@ -65,6 +68,9 @@ class GigatokenEncoder:
 
     def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray]:
         """See `Encoder`. Raises DataError if the sample of this chunk differs."""
+        with _naming(chunk):
+            for text in documents.texts if self._reference.cuts else ():
+                self._reference.require_cuttable(text)
         # One call at a time, which the library asks for. It is far from being what others wait for, and several
         # tokenizers would each have a table of known words.
         with self._lock:
@@ -94,15 +100,25 @@ class GigatokenEncoder:
 
     def _check(self, chunk: TextChunk, documents: Documents, ids: Sequence[NDArray]) -> None:
         for number in sample(chunk, documents.texts):
-            text, found = documents.texts[number], ids[number]
-            parts = cut(text, _LATER_SAMPLE[1] // 2, self._reference.cuts)
-            head, tail = self._reference.encode([parts[0], parts[-1]])
-            whole = len(parts) > 1 or len(found) == len(head)
-            if not (whole and _same(found[: len(head)], head) and _same(found[max(0, len(found) - len(tail)) :], tail)):
+            if not self._agree(documents.texts[number], ids[number]):
                 raise DataError(
                     f"gigatoken and tokenizers give different ids for document {number + 1} of those that start at "
-                    f"record {chunk.first_record} of {chunk.name} (beginning {text[:40]!r}); use --accelerator none"
+                    f"record {chunk.first_record} of {chunk.name} (beginning {documents.texts[number][:40]!r}); use "
+                    "--accelerator none"
                 )
+
+    def _agree(self, text: str, ids: NDArray) -> bool:
+        """Whether `tokenizers` gives `ids` for `text`: at both ends, and all of it if it can't be cut."""
+        parts = cut(text, _LATER_SAMPLE[1] // 2, self._reference.cuts)
+        parts = parts if len(parts) == 1 else [parts[0], parts[-1]]
+        if max(map(len, parts)) > _LONGEST_CHECKED:  # too dear: something shorter, by both
+            parts = [text[: _LATER_SAMPLE[1]]]
+            with self._lock:
+                ids = self._tokenizer.encode(parts[0].encode())
+        head, *rest = self._reference.encode(parts)
+        if not rest:
+            return np.array_equal(ids, head)
+        return np.array_equal(ids[: len(head)], head) and np.array_equal(ids[len(ids) - len(rest[0]) :], rest[0])
 
 
 def make_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encoder, str]:
@@ -145,8 +161,13 @@ def resident_bytes() -> int:
         return 0
 
 
-def _same(ours: NDArray, theirs: NDArray) -> bool:
-    return len(ours) == len(theirs) and bool(np.array_equal(ours, theirs))
+@contextmanager
+def _naming(chunk: TextChunk) -> Iterator[None]:
+    """Say where it was that an error occurred."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{chunk.name}, among the records from {chunk.first_record} on: {error}") from error
 
 
 def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:

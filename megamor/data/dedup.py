@@ -122,7 +122,7 @@ def read_held_out(path: str, key: str) -> NDArray[np.uint64]:
 
 
 def _hashes_of_texts(path: str, key: str) -> Iterator[int]:
-    for chunk in find_files([path], key).chunks():
+    for chunk in find_files([path], key, option="--holdout").chunks():
         yield from map(document_hash, parse_chunk(chunk, key).encoded)
 
 

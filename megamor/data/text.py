@@ -158,26 +158,28 @@ def select_chunks(chunks: Iterable[TextChunk], size: int, share: Share, start: P
             yield chunk
 
 
-def find_files(patterns: Sequence[str], column: str = "text", separator: str | None = None) -> FileInput:
+def find_files(
+    patterns: Sequence[str], column: str = "text", separator: str | None = None, option: str = "--input"
+) -> FileInput:
     """Expand paths and glob patterns (`**` crosses directories); files of one pattern are sorted by name.
 
-    Raises DataError for a pattern without a match, an unknown kind of file, or a file named twice.
+    Raises DataError, naming `option`, for a pattern without a match, an unknown kind of file, or a file named twice.
     """
     paths: list[str] = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise DataError(f"--input {pattern}: no such file")
+            raise DataError(f"{option} {pattern}: no such file")
         paths += found
     seen: dict[str, str] = {}
     for path in paths:
         if os.path.isdir(path):
-            raise DataError(f"--input {path} is a directory; name its files with a pattern such as '{path}/*.jsonl'")
+            raise DataError(f"{option} {path} is a directory; name its files with a pattern such as '{path}/*.jsonl'")
         if not path.endswith(_SUFFIXES):
-            raise DataError(f"--input {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
+            raise DataError(f"{option} {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
         real = os.path.realpath(path)
         if real in seen:
-            raise DataError(f"--input names one file twice, as {seen[real]} and {path}; name it once")
+            raise DataError(f"{option} names one file twice, as {seen[real]} and {path}; name it once")
         seen[real] = path
     return FileInput(paths, column, separator)
 

@@ -7,7 +7,9 @@ about tokenizers) are encoded as plain text.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Characters in a part of a text, and in the parts that are encoded at a time: small enough for the processor's cache.
 _PART = 2**12
 _BATCH = 2**14
+# Parts that can't be cut further need memory: longer ones take turns, even longer ones are refused.
+_LARGE_PART = 2**18
+MAX_PART = 2**22
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -84,16 +90,33 @@ class TextEncoder:
         return find_cuts(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray]:
-        """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false."""
-        owners: list[int] = []
+        """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false.
+
+        Raises DataError for more than `MAX_PART` characters without a place to cut.
+        """
         arrays: list[list[NDArray]] = [[] for _ in texts]
         parts = ((owner, part) for owner, text in enumerate(texts) for part in cut(text, _PART, self.cuts))
         for batch in _batches(parts):
             owners = [owner for owner, _ in batch]
-            encodings = self.tokenizer.encode_batch_fast([part for _, part in batch], add_special_tokens=False)
-            for owner, encoding in zip(owners, encodings, strict=True):
-                arrays[owner].append(np.array(encoding.ids, self.dtype))
+            for owner, ids in zip(owners, self._encode_parts([part for _, part in batch]), strict=True):
+                arrays[owner].append(ids)
         return [own[0] if len(own) == 1 else np.concatenate(own) for own in arrays]
+
+    def require_cuttable(self, text: str) -> None:
+        """Raise DataError if `text` has more than `MAX_PART` characters without a place to cut."""
+        longest = max(map(len, cut(text, MAX_PART // 4, self.cuts))) if len(text) > MAX_PART else 0
+        if longest > MAX_PART:
+            raise DataError(
+                f"{longest:,} characters without a space in a document that begins {text[:40]!r} are too much to "
+                f"tokenize in one piece (at most {MAX_PART:,}); split it, or take it out"
+            )
+
+    def _encode_parts(self, parts: list[str]) -> list[NDArray]:
+        largest = max(parts, key=len)
+        self.require_cuttable(largest)
+        with _one_at_a_time if len(largest) > _LARGE_PART else nullcontext():
+            encodings = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
 
 def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
