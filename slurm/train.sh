@@ -129,7 +129,10 @@ stop_run() {
 # Ends the job: done, started again, or failed.
 conclude() {
     local status=$1 restarts=$2
-    if [[ -n $repeater ]]; then kill "$repeater" 2>/dev/null || true; fi
+    if [[ -n $repeater ]]; then
+        kill "$repeater" 2>/dev/null || true
+        wait "$repeater" 2>/dev/null || true # without a word about its end
+    fi
     if [[ $status -ne $requeue_status ]]; then
         echo "job $SLURM_JOB_ID ends with status $status"
         exit "$status"
@@ -141,8 +144,9 @@ conclude() {
     # A job that somebody has cancelled must stay cancelled.
     if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then exit "$status"; fi
     echo "job $SLURM_JOB_ID is queued again after start $restarts"
+    trap - USR1 TERM
     scontrol requeue "$SLURM_JOB_ID" || exit "$status"
-    sleep 120 # slurm ends this script
+    sleep 120 # slurm ends this script meanwhile
 }
 
 case $0 in

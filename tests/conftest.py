@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.combination_table import CombinationTable
-from tests.slurm.cluster import missing_programs
 from tests.reliability_table import ReliabilityTable, promises_of
+from tests.slurm.cluster import missing_programs
 
 pytest_plugins = ["pytester"]
 

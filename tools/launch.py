@@ -41,7 +41,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--address", default="127.0.0.1", help="of machine 0, as the others reach it")
     parser.add_argument("--port", type=int, default=29500, help="a free port there")
-    parser.add_argument("--logs", type=Path, help="directory for the output of each process; that of rank 0 is shown too")
+    parser.add_argument(
+        "--logs", type=Path, help="directory for the output of each process; that of rank 0 is shown too"
+    )
     parser.add_argument("script", help="such as pretrain.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     return parser.parse_args(argv)

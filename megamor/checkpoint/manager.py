@@ -97,8 +97,10 @@ class CheckpointManager:
         self.on_stage("done")
         return final
 
-    def latest_valid(self) -> Path | None:
+    def latest_valid(self, at_most: int | None = None) -> Path | None:
         """The checkpoint to go on from: that of `latest`, or the newest before it that is whole. None if there is none.
+
+        With `at_most`, only those of that step and earlier ones count.
 
         Every file is read and compared with the manifest; damage is reported through logging (stderr by default).
 
@@ -106,6 +108,8 @@ class CheckpointManager:
             CheckpointError: there are checkpoints, but none is whole.
         """
         candidates = self._on_first_rank("reading the directory", lambda: layout.by_preference(self.directory))
+        if at_most is not None:
+            candidates = [step for step in candidates if step <= at_most]
         for step in candidates:
             checkpoint = self.directory / layout.step_name(step)
             damage = find_damage(checkpoint, self.ranks)

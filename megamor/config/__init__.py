@@ -2,13 +2,16 @@
 
 from megamor.config.load import config_from_dict, config_to_dict, config_to_yaml, load_config
 from megamor.config.schema import (
+    Alarm,
     CheckpointConfig,
     Config,
     CustomRouterConfig,
     DataConfig,
+    DiagnosisConfig,
     EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
+    GuardConfig,
     HaltingConfig,
     MetricsConfig,
     ModelConfig,
@@ -26,13 +29,16 @@ from megamor.config.schema import (
 )
 
 __all__ = [
+    "Alarm",
     "CheckpointConfig",
     "Config",
     "CustomRouterConfig",
     "DataConfig",
+    "DiagnosisConfig",
     "EmaThresholdConfig",
     "ExpertChoiceConfig",
     "FixedDepthConfig",
+    "GuardConfig",
     "HaltingConfig",
     "MetricsConfig",
     "ModelConfig",

@@ -14,6 +14,7 @@ Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"
 RouterHead = Literal["linear", "mlp", "wide_mlp"]
 Gating = Literal["weighted", "additive"]
 SelectiveOp = Literal["sdpa", "mm", "silu"]
+Alarm = Literal["off", "warn", "stop"]
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ class TrainConfig:
     `ramp` are stages at the start of the run with smaller batches or shorter sequences, in order. Give exactly one of
     `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
     later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
-    rest of each block is computed again.
+    rest of each block is computed again. A process that doesn't get on for `hang_timeout_seconds` leaves with the
+    status that asks for another start; null: it waits for ever.
     """
 
     global_batch_size: int = 1024
@@ -285,6 +287,7 @@ class TrainConfig:
     compile: bool = False
     eval_every: int = 500
     eval_sequences: int = 512
+    hang_timeout_seconds: float | None = 540.0
 
 
 @dataclass(frozen=True)
@@ -317,6 +320,46 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens when a step goes wrong. As it stands, a step that isn't finite ends the run, weights untouched.
+
+    `skip_non_finite` goes on without such a step, as long as at most `max_skips_in_a_row` follow one another. With
+    `spike_threshold`, losses more than so many standard deviations above the mean of the last `window` ones in
+    `spike_steps` steps in a row send the run back to the newest checkpoint at least `rollback_steps` older; the data
+    since then are left out. At most `max_rollbacks` times.
+    """
+
+    window: int = 100
+    skip_non_finite: bool = False
+    max_skips_in_a_row: int = 10
+    spike_threshold: float | None = None
+    spike_steps: int = 3
+    rollback_steps: int = 100
+    max_rollbacks: int = 3
+
+
+@dataclass(frozen=True)
+class DiagnosisConfig:
+    """Alarms about the run, for a sign in `steps` steps in a row; `stop` ends it with an explanation.
+
+    dead_router: no gradient at the router's scores. pinned_depth: a share of at least `pinned_share` of the tokens at
+    one depth, where the router decides about depth. unigram_plateau: after `plateau_after_step`, losses within
+    `plateau_margin` nats of the entropy of single tokens. exploding_norm: gradient norms more than `norm_factor` times
+    the median of the guard's window.
+    """
+
+    steps: int = 100
+    dead_router: Alarm = "stop"
+    pinned_depth: Alarm = "warn"
+    pinned_share: float = 0.9999
+    unigram_plateau: Alarm = "warn"
+    plateau_margin: float = 0.02
+    plateau_after_step: int = 1000
+    exploding_norm: Alarm = "warn"
+    norm_factor: float = 100.0
+
+
+@dataclass(frozen=True)
 class MetricsConfig:
     """`metrics.jsonl` is always written; the rest is on request."""
 
@@ -341,4 +384,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -37,11 +37,13 @@ NON_NEGATIVE = frozenset(
         "router.depth_coeff",
         "router.ponder_coeff",
         "data.prefetch_steps",
+        "diagnosis.plateau_after_step",
+        "guard.max_rollbacks",
         "optim.weight_decay",
         "optim.warmup_steps",
     }
 )
-FRACTIONS = frozenset({"optim.decay_fraction", "optim.min_lr_ratio"})
+FRACTIONS = frozenset({"diagnosis.pinned_share", "optim.decay_fraction", "optim.min_lr_ratio"})
 BELOW_ONE = frozenset(
     {"optim.beta1", "optim.beta2", "router.ema_decay", "router.epsilon", "router.inference_threshold"}
 )

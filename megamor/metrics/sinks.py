@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ class MetricSink(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
         """Keep `metrics` of `step`."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`, as far as the sink can: those steps will be done again."""
+
     def close(self) -> None:
         """Write out what is buffered; nothing may be logged afterwards."""
 
@@ -41,6 +45,11 @@ class MultiSink:
         """Keep `metrics` of `step` in every sink."""
         for sink in self._sinks:
             sink.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step` in every sink."""
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Close every sink."""
@@ -63,6 +72,7 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _drop_after(path, resume_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -70,6 +80,12 @@ class JsonlSink:
         record = {"step": step, "time": round(time.time(), 3), **{name: _to_json(v) for name, v in metrics.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Remove the lines of later steps."""
+        self._file.close()
+        _drop_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -86,14 +102,19 @@ class TensorBoardSink:
             raise ConfigError(
                 "metrics.tensorboard is on, but tensorboard is not installed: pip install tensorboard"
             ) from error
-        purge = 0 if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(directory), purge_step=purge, flush_secs=30)
+        self._open = partial(SummaryWriter, str(directory), flush_secs=30)
+        self._writer: Any = self._open(purge_step=0 if resume_step is None else resume_step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Add one point to each curve that has a value."""
         for name, value in metrics.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Begin an event file that hides the later points of the one before."""
+        self._writer.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
         """Write out and close the event file."""

@@ -66,6 +66,9 @@ class WandbSink:
         """Log every metric that has a value."""
         self._run.log({"step": step, **{name: value for name, value in metrics.items() if value is not None}})
 
+    def rewind(self, step: int) -> None:
+        """Nothing: wandb keeps what it has, and shows both the abandoned and the new points of a step."""
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()

@@ -27,12 +27,15 @@ from megamor.metrics import (
     read_jsonl,
 )
 from megamor.model import build_model
-from megamor.optim import build_adamw
+from megamor.optim import Guard, build_adamw
 from megamor.parallel import World, build_backend
-from megamor.train.checkpointing import Origin, Progress, RunCheckpoints, checkpoint_files
+from megamor.train.checkpointing import Origin, Progress, RunCheckpoints, Stateful, checkpoint_files
+from megamor.train.diagnosis import Diagnosis
+from megamor.train.evaluation import VALIDATION
 from megamor.train.failures import from_first_rank, together
 from megamor.train.stop import StopRequest
-from megamor.train.trainer import VALIDATION, Trainer
+from megamor.train.trainer import Trainer
+from megamor.train.watchdog import Watchdog
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -57,7 +60,12 @@ def build_trainer(config: Config, world: World) -> Trainer:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
-    checkpoints = RunCheckpoints(config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin)
+    guard = Guard(config.guard)
+    diagnosis = Diagnosis(config, model.stage.router if model.stage is not None else None, world.device)
+    components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
+    checkpoints = RunCheckpoints(
+        config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin, components
+    )
     restored = checkpoints.restore()
     progress = restored or Progress()
     if world.is_main:
@@ -87,6 +95,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
             enabled=world.is_main and config.metrics.progress,
         ),
         stop=StopRequest(world.device),
+        guard=guard,
+        diagnosis=diagnosis,
+        watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -50,12 +51,21 @@ class Progress:
     run_ids: dict[str, str] = field(default_factory=dict)
 
 
+class Stateful(Protocol):
+    """Something that changes during training. Its state is plain data (JSON), the same on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class RunCheckpoints:
     """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
 
     `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
-    as they are. `origin` are facts about code and data that a checkpoint records.
+    as they are. `origin` are facts about code and data that a checkpoint records. `components` are whatever else
+    changes during training.
     """
 
     config: Config
@@ -65,6 +75,7 @@ class RunCheckpoints:
     model_shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, str | bytes]
     origin: Origin
+    components: Mapping[str, Stateful] = field(default_factory=dict)
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
     def save(self, progress: Progress) -> Path | None:
@@ -81,6 +92,7 @@ class RunCheckpoints:
             tokens_seen=progress.tokens_seen,
             data=self.loader.state_dict(),
             world_size=self.backend.world_size,
+            components={name: component.state_dict() for name, component in self.components.items()},
             backend=resolve_backend(self.config.parallel, self.backend.world_size),
             run_ids=progress.run_ids,
             data_fingerprints=self.origin.data_fingerprints,
@@ -124,14 +136,14 @@ class RunCheckpoints:
         record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
         together(record, self.backend.device)
 
-    def restore(self) -> Progress | None:
-        """Go back to the newest whole checkpoint; None if there is none. Collective.
+    def restore(self, at_most: int | None = None) -> Progress | None:
+        """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
 
         Raises:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
         """
         self.wait()
-        directory = self.manager.latest_valid()
+        directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
         state = together(lambda: self._read(directory), self.backend.device)
@@ -150,6 +162,9 @@ class RunCheckpoints:
         state = TrainerState.read(directory)
         check_same_model(directory, self.model_shapes)
         self.loader.load_state_dict(state.data)
+        for name, saved in state.components.items():
+            if name in self.components:
+                self.components[name].load_state_dict(saved)
         return state
 
 

@@ -23,6 +23,8 @@ class StepSummary:
     depth_counts: list[float]
     work: list[tuple[float, float]]
     totals: dict[str, Tensor]
+    score_gradient: float | None = None
+    """Largest gradient at the router's scores, summed over ranks; None if nobody looked."""
 
     @property
     def mean_depth(self) -> float | None:
@@ -71,6 +73,11 @@ class StepStatistics:
             self._sum("depth", torch.bincount(out.depth.flatten(), minlength=self.num_depths).double())
             self._sum("work", out.work.double())
 
+    def add_score_gradient(self, largest: Tensor | None) -> None:
+        """Of the whole step, this rank's."""
+        if largest is not None:
+            self._sum("score_gradient", largest.double())
+
     def reduce(self) -> StepSummary:
         """Sum over ranks (collective) and bring the figures to the host (synchronises)."""
         flat = torch.cat([value.flatten() for value in self.sums.values()])
@@ -89,6 +96,7 @@ class StepStatistics:
             depth_counts=found["depth"].tolist() if "depth" in found else [],
             work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
             totals=_under("total/", found),
+            score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
         )
 
     def _sum(self, name: str, value: Tensor) -> None:

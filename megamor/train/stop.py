@@ -27,6 +27,10 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Stopped(Exception):
+    """Raised on every rank where something is given up because the ranks agreed to stop."""
+
+
 class StopRequest:
     """While active, a signal is remembered until the ranks agree.
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -23,23 +22,21 @@ from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import TrainingError
-from megamor.evaluate.loss import modes_of, perplexity, summed_loss
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingProgress, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
-from megamor.optim import check_finite, lr_multiplier
+from megamor.optim import Guard, Verdict, lr_multiplier
 from megamor.parallel import Backend
-from megamor.routing import Mode
 from megamor.train.checkpointing import Progress, RunCheckpoints
+from megamor.train.diagnosis import Diagnosis
+from megamor.train.evaluation import validation_losses
 from megamor.train.failures import together
 from megamor.train.statistics import StepStatistics, StepSummary
-from megamor.train.stop import StopRequest
+from megamor.train.stop import Stopped, StopRequest
+from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
-
-VALIDATION = "validation/"
-"""What the names of validation metrics begin with."""
 
 
 @dataclass
@@ -58,6 +55,11 @@ class Trainer:
     throughput: Throughput
     display: TrainingProgress
     stop: StopRequest
+    guard: Guard
+    diagnosis: Diagnosis
+    watchdog: Watchdog
+    stopping: bool = False
+    """Whether the ranks have agreed to stop."""
     evaluated_step: int | None = None
     """The newest step with validation losses in the metrics."""
     data_wait: float = 0.0
@@ -70,29 +72,55 @@ class Trainer:
             DataError, TrainingError, CheckpointError: on every rank, with `latest` as it was.
         """
         last_step = self.last_step()
-        stopping = False
-        with self.stop, self.display, self.closed_at_the_end():
+        with self.stop, self.display, self.watchdog, self.closed_at_the_end():
             if self.progress.step >= last_step:
                 self.announce(f"step {self.progress.step} is done and the last one asked for is {last_step}: finished")
             if self.is_time_to_evaluate():
                 self.evaluate()  # the launch before was stopped when only this was missing
             self.throughput.start()
-            while self.progress.step < last_step and not stopping:
+            while self.progress.step < last_step and not self.stopping:
+                self.watchdog.beat(f"step {self.progress.step + 1}")
                 shape = self.derived.batches.at(self.progress.step)
-                summary, lr, grad_norm = self.train_step(self.next_batches())
+                batches = self.next_batches()
+                summary, lr, grad_norm, verdict = self.train_step(batches)
                 self.progress.step += 1
                 self.progress.tokens_seen += shape.tokens
                 self.log_step(shape, summary, lr, grad_norm)
+                self.diagnosis.observe(self.progress.step, summary, grad_norm, self.guard, batches)
                 self.report_saved(self.checkpoints.published())
-                stopping = self.stop.agreed()
-                is_last = stopping or self.progress.step == last_step
-                if is_last or self.is_time(self.config.checkpoint.every_steps):
+                self.stopping = self.stop.agreed()
+                if verdict is Verdict.SPIKE:
+                    self.roll_back()
+                is_last = self.stopping or self.progress.step == last_step
+                if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
                     self.save(finish=is_last)
-                if self.is_time_to_evaluate() and not stopping:
+                if self.is_time_to_evaluate() and not self.stopping and verdict is not Verdict.SPIKE:
                     self.evaluate()
-            if stopping:
+                    if self.stopping:
+                        self.save()
+            if self.stopping:
                 self.announce(f"stopped on request after step {self.progress.step}: the same command goes on from here")
-        return not stopping
+        return not self.stopping
+
+    def roll_back(self) -> None:
+        """Go back to an earlier checkpoint, but not in the data: those since then are left out. Collective.
+
+        Raises:
+            TrainingError: there is no such checkpoint, or this has happened too often.
+        """
+        spiked_at, position = self.progress.step, self.loader.state_dict()
+        rollbacks = self.guard.rollbacks
+        restored = self.checkpoints.restore(at_most=spiked_at - self.config.guard.rollback_steps)
+        if restored is None:
+            raise TrainingError(
+                f"the loss spikes at step {spiked_at}, and no checkpoint is {self.config.guard.rollback_steps} steps "
+                "older: lower guard.rollback_steps or checkpoint.every_steps, or start with a lower optim.lr"
+            )
+        self.guard.roll_back(spiked_at, rollbacks)
+        self.loader.load_state_dict({**position, "steps": restored.step})
+        self.progress = restored
+        together(lambda: self.sink.rewind(restored.step), self.backend.device)
+        self.announce(f"step {spiked_at}: the loss spikes; back to step {restored.step}, with the data from here on")
 
     def last_step(self) -> int:
         """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
@@ -121,8 +149,8 @@ class Trainer:
         self.data_wait = time.perf_counter() - started
         return batches
 
-    def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float]:
-        """One optimizer step over this rank's micro-batches: global figures, learning rate, gradient norm."""
+    def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float, Verdict]:
+        """One optimizer step over this rank's micro-batches: global figures, learning rate, gradient norm, verdict."""
         step = self.progress.step
         statistics = StepStatistics(self.config.recursion.num_recursions)
         token_weight = self.token_weight(batches)
@@ -138,11 +166,17 @@ class Trainer:
         lr = self.config.optim.lr * lr_multiplier(step, self.config.optim, self.derived.total_steps)
         self.backend.set_lr(lr)
         grad_norm = self.backend.step(self.config.optim.grad_clip).item()
+        if self.diagnosis.gradient is not None:
+            statistics.add_score_gradient(self.diagnosis.gradient.take())
         summary = statistics.reduce()
-        check_finite(step, summary.loss, grad_norm)
-        if self.model.stage is not None:
+        verdict = self.guard.judge(step, summary.loss, grad_norm)
+        if verdict is Verdict.SKIPPED:
+            self.announce(
+                f"step {step + 1} is skipped: gradient norm {grad_norm} ({self.guard.skipped} skipped so far)"
+            )
+        elif self.model.stage is not None:
             self.model.stage.router.update(summary.totals)
-        return summary, lr, grad_norm
+        return summary, lr, grad_norm, verdict
 
     def total_loss(self, out: ModelOutput, token_weight: Tensor, num_micro_batches: int) -> Tensor:
         """This micro-batch's share of the step's loss.
@@ -189,6 +223,7 @@ class Trainer:
             **self.throughput.metrics(),
             "throughput/data_wait_seconds": self.data_wait,
             **{f"data/epochs/{name}": epochs for name, epochs in self.loader.epochs().items()},
+            **self.guard.metrics(),
             **peak_memory(self.backend.device),
         }
         self.write_metrics(metrics)
@@ -210,6 +245,7 @@ class Trainer:
 
     def save(self, *, finish: bool = True) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, training goes on meanwhile unless told to `finish` it."""
+        self.watchdog.beat("saving")
         with self.throughput.excluded():
             self.report_saved(self.checkpoints.wait())
             path = self.checkpoints.save(self.progress)
@@ -223,42 +259,27 @@ class Trainer:
             self.display.message(f"step {self.progress.step}: saved {path}")
 
     def evaluate(self) -> None:
-        """Loss on every validation set, under each way of routing."""
-        metrics: dict[str, float | int | None] = {}
-        causal = []
+        """Losses on the validation sets. Given up if the ranks agree to stop meanwhile: the next launch does it."""
+        step = self.progress.step
         with self.throughput.excluded():
-            self.backend.model.eval()
-            for name, data in self.validation.items():
-                losses = {mode: self.validation_loss(data, mode) for mode in modes_of(self.model)}
-                metrics |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
-                causal.append(losses["causal"])
-                shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
-                if "topk" in losses:
-                    gap = losses["causal"] - losses["topk"]
-                    metrics[f"{VALIDATION}{name}/gap"] = gap
-                    shown += f", gap {gap:+.4f}"
-                self.display.message(
-                    f"step {self.progress.step}: validation loss on {name}: {shown} nats/token "
-                    f"(perplexity {perplexity(losses['causal']):.1f})"
+            try:
+                losses = validation_losses(
+                    self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
                 )
-            self.backend.model.train()
-            self.write_metrics(metrics)
-            self.checkpoints.record_loss(self.progress.step, fmean(causal))
-        self.evaluated_step = self.progress.step
+            except Stopped:
+                self.stopping = True
+                return
+            for line in losses.lines():
+                self.display.message(f"step {step}: {line}")
+            self.write_metrics(losses.metrics())
+            self.checkpoints.record_loss(step, losses.mean)
+        self.evaluated_step = step
 
-    def validation_loss(self, data: ValidationSet, mode: Mode) -> float:
-        """Mean over at most `train.eval_sequences` windows. Collective."""
-        batches = data.batches(
-            self.backend.rank,
-            self.backend.world_size,
-            self.config.train.micro_batch_size,
-            self.config.train.eval_sequences,
-        )
-        context = self.backend.forward_context
-        total = summed_loss(self.backend.model, batches, mode, self.backend.device, context)
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return float(total[0] / total[1])
+    def stop_between_batches(self) -> None:
+        """Raises Stopped on every rank if any was asked to stop. Collective."""
+        self.watchdog.beat(f"evaluating after step {self.progress.step}")
+        if self.stop.agreed():
+            raise Stopped
 
     def announce(self, text: str) -> None:
         """Print a line, once, even where progress isn't shown."""

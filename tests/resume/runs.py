@@ -101,8 +101,8 @@ def until(config: Config, step: int | None) -> Config:
     return replace(config, train=replace(config.train, stop_at_step=step))
 
 
-def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[bool]:
-    """Launch a run on fresh processes, with `spoil` on one of them; what `fit` returns on each rank."""
+def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int | None = 0) -> list[bool]:
+    """Launch a run on fresh processes, with `spoil` on one or all of them; what `fit` returns on each rank."""
     if config.parallel.backend == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with suppress(ModuleNotFoundError):  # not every release has it
@@ -110,12 +110,14 @@ def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank
     return run_ranks(_fit_here, config, spoil, on_rank, world_size=world_size)
 
 
-def fit_to_failure(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int = 0) -> list[str]:
+def fit_to_failure(
+    config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank: int | None = 0
+) -> list[str]:
     """Launch a run that must fail; kind and message of the error on each rank."""
     return run_ranks(_fail_here, config, spoil, on_rank, world_size=world_size)
 
 
-def _fail_here(config: Config, spoil: Spoil | None, on_rank: int) -> str:
+def _fail_here(config: Config, spoil: Spoil | None, on_rank: int | None) -> str:
     try:
         _fit_here(config, spoil, on_rank)
     except MegamorError as error:
@@ -123,10 +125,10 @@ def _fail_here(config: Config, spoil: Spoil | None, on_rank: int) -> str:
     raise AssertionError("nothing failed")
 
 
-def _fit_here(config: Config, spoil: Spoil | None, on_rank: int) -> bool:
+def _fit_here(config: Config, spoil: Spoil | None, on_rank: int | None) -> bool:
     world = init_world(config.parallel)
     trainer = build_trainer(config, world)
-    if spoil is not None and world.rank == on_rank:
+    if spoil is not None and on_rank in (world.rank, None):
         spoil(trainer)
     return trainer.fit()
 
@@ -178,8 +180,12 @@ def trace(config: Config) -> Trace:
 
 
 def repeatable(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what depends on the clock and the machine, and what counts from the launch."""
-    return {key: value for key, value in record.items() if not key.startswith(("time", "throughput/", "memory/"))}
+    """A line of metrics without what depends on the clock and the machine, and what counts from the launch.
+
+    NaN, which equals nothing, is a word.
+    """
+    kept = {key: value for key, value in record.items() if not key.startswith(("time", "throughput/", "memory/"))}
+    return {key: "nan" if value != value else value for key, value in kept.items()}
 
 
 def assert_same_run(straight: Trace, resumed: Trace) -> None:

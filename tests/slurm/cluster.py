@@ -1,8 +1,8 @@
 """A throw-away slurm: a controller and two nodes on this machine, without systemd, in a directory of their own.
 
-    with Cluster(directory) as cluster:
-        job = cluster.submit([ROOT / "slurm" / "mor_135m.sh"], env)
-        cluster.wait_for(job, "COMPLETED")
+with Cluster(directory) as cluster:
+    job = cluster.submit([ROOT / "slurm" / "mor_135m.sh"], env)
+    cluster.wait_for(job, "COMPLETED")
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -144,7 +145,9 @@ class Cluster:
         for name in NODES:
             self._run("slurmd", "-N", name)
         idle = [f"{name} idle" for name in NODES]
-        wait_until(lambda: self._run("sinfo", "-h", "-N", "-o", "%N %t").split("\n")[: len(idle)] == idle, "nodes", 30.0)
+        wait_until(
+            lambda: self._run("sinfo", "-h", "-N", "-o", "%N %t").split("\n")[: len(idle)] == idle, "nodes", 30.0
+        )
 
     def _stop(self) -> None:
         """End all jobs and daemons, by the numbers that the daemons wrote down."""
@@ -178,7 +181,5 @@ def _runs(pid: int) -> bool:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +45,11 @@ def variables(config: Config, **more: str) -> dict[str, str]:
         "CONFIG": str(file),
         "NODES": "2",
         "GPUS": "0",
-        "TIME": "10:00",
+        "TIME": "30:00",
         "MASTER_ADDR": "127.0.0.1",  # names of nodes don't resolve here
         "CLUSTER_SBATCH_OPTIONS": "--cpus-per-task=1",
         "CLUSTER_LOGS": str(Path(config.run.dir) / "logs"),
+        "CLUSTER_VENV": sys.prefix,
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         **more,
@@ -82,6 +85,45 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     straight = named(config, "straight")
     assert fit(straight) == [True, True]
     assert_same_run(trace(straight), trace(config))
+
+
+def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, base: Config) -> None:
+    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
+    ended = cluster.wait_for(job, "FAILED", "COMPLETED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+    assert "optim.learning_rate" in log_of(base)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None:
+    config = replace(base, train=replace(base.train, max_steps=100_000))
+    job = cluster.submit([SCRIPT], variables(config))
+    wait_for_steps(config, 3)
+    cluster.cancel(job)
+    cluster.wait_for(job, "CANCELLED")
+    time.sleep(8)  # longer than slurm waits before it starts a job again
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    assert "queued again" not in log_of(config)
+
+
+def test_the_number_of_starts_is_bounded(cluster: Cluster, base: Config) -> None:
+    config = replace(base, train=replace(base.train, max_steps=100_000))
+    job = cluster.submit([SCRIPT], variables(config, MAX_REQUEUES="0"))
+    wait_for_steps(config, 3)
+    cluster.signal(job, "USR1")
+    assert cluster.wait_for(job, "FAILED")["ExitCode"] == "75:0"
+    assert "isn't started again" in log_of(config)
+
+
+def test_a_sweep_trains_one_run_for_each_line(cluster: Cluster, base: Config) -> None:
+    directory = Path(base.run.dir)
+    (directory / "rates.txt").write_text("# learning rates\noptim.lr=1e-3\n\noptim.lr=2e-3 run.name=faster\n")
+    short = replace(base, train=replace(base.train, max_steps=8))
+    sweep = [ROOT / "slurm" / "sweep.sh", directory / "rates.txt", SCRIPT, "run.seed=1"]
+    job = cluster.submit(sweep, variables(short, NODES="1"))
+    for task in ("1", "2"):
+        cluster.wait_for(f"{job}_{task}", "COMPLETED")
+    rates = [trace(named(short, name)).steps[2]["train/lr"] for name in ("tiny_rates_1", "faster")]
+    assert rates == [1e-3, 2e-3]
 
 
 def rank_logs(config: Config) -> str:

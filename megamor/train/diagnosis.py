@@ -1,0 +1,180 @@
+"""Failures of Mixture-of-Recursions training that the loss alone doesn't show, named while they happen.
+
+Each alarm is `off`, `warn` or `stop`, and needs its sign in `diagnosis.steps` steps one after the other. All figures
+are of the whole step and the same on every rank, so the ranks agree without asking.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megamor.config import Alarm, Config, CustomRouterConfig, HaltingConfig, SkipForwardRecurseConfig, TokenChoiceConfig
+from megamor.data import MicroBatch
+from megamor.errors import TrainingError
+from megamor.model.loss import IGNORE
+from megamor.optim import Guard
+from megamor.train.statistics import StepSummary
+
+log = logging.getLogger("megamor.train")
+
+LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
+"""Routers whose depth histogram is a result; that of the others follows from their capacity."""
+
+ADVICE = {
+    "dead_router": (
+        "no gradient has reached the router's scores: check router.alpha and router.gating, or whether its scores are "
+        "so large that the activation is flat (a lower optim.lr, router.z_coeff above 0)"
+    ),
+    "pinned_depth": (
+        "all tokens take the same number of recursions: strengthen what keeps the router open (balance_coeff, "
+        "target_depth), weaken what closes it (depth_coeff, ponder_coeff), or lower optim.lr"
+    ),
+    "unigram_plateau": (
+        "the model knows how frequent each token is and nothing more: check the data (order, tokenizer, documents), "
+        "and optim.lr, which may be too high or too low"
+    ),
+    "exploding_norm": "training is about to diverge: lower optim.lr, or lengthen optim.warmup_steps",
+}
+
+
+class Diagnosis:
+    """Watches the steps of a run. `router` is the module whose scores' gradients are watched; None without one."""
+
+    def __init__(self, config: Config, router: nn.Module | None, device: torch.device) -> None:
+        self.config = config.diagnosis
+        self.actions: dict[str, Alarm] = {
+            "dead_router": self.config.dead_router,
+            "pinned_depth": self.config.pinned_depth,
+            "unigram_plateau": self.config.unigram_plateau,
+            "exploding_norm": self.config.exploding_norm,
+        }
+        self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
+        self.gradient = (
+            ScoreGradient(router, device) if self.actions["dead_router"] != "off" and router is not None else None
+        )
+        self.tokens = TokenCounts(config.model.vocab_size) if self.actions["unigram_plateau"] != "off" else None
+        self.in_a_row = dict.fromkeys(ADVICE, 0)
+
+    def observe(
+        self, step: int, summary: StepSummary, grad_norm: float, guard: Guard, batches: list[MicroBatch]
+    ) -> None:
+        """Look at the step after which `step` are done. Collective every `diagnosis.steps` steps.
+
+        Raises:
+            TrainingError: an alarm that is set to `stop`; on every rank.
+        """
+        if self.tokens is not None:
+            self.tokens.add(batches)
+        if not math.isfinite(grad_norm):
+            return
+        self._note("dead_router", step, self._dead(summary), f"gradient 0 in {self.config.steps} steps")
+        pinned = self._pinned(summary)
+        self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
+        usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
+        limit = self.config.norm_factor * usual
+        self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
+        if self.tokens is not None and step % self.config.steps == 0:
+            self._look_at_plateau(guard, step, self.tokens.entropy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (JSON). Counts of tokens begin anew with each launch."""
+        return {"in_a_row": dict(self.in_a_row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was saved."""
+        self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
+
+    def _dead(self, summary: StepSummary) -> bool:
+        return self.gradient is not None and summary.score_gradient == 0.0
+
+    def _pinned(self, summary: StepSummary) -> int | None:
+        """The depth that nearly all tokens take, if there is one and it is the router's doing."""
+        tokens = sum(summary.depth_counts)
+        if not (self.learns_depth and tokens):
+            return None
+        depth = max(range(len(summary.depth_counts)), key=summary.depth_counts.__getitem__)
+        return depth if summary.depth_counts[depth] >= self.config.pinned_share * tokens else None
+
+    def _look_at_plateau(self, guard: Guard, step: int, entropy: float) -> None:
+        """The mean of recent losses against the entropy of single tokens."""
+        recent = list(guard.losses)[-self.config.steps :]
+        if not recent or step < self.config.plateau_after_step:
+            return
+        loss = statistics.fmean(recent)
+        stuck = abs(loss - entropy) <= self.config.plateau_margin
+        self.in_a_row["unigram_plateau"] = self.config.steps - 1 if stuck else 0
+        self._note("unigram_plateau", step, stuck, f"loss {loss:.3f}, entropy of single tokens {entropy:.3f} nats")
+
+    def _note(self, alarm: str, step: int, seen: bool, what: str) -> None:
+        """Count a sign; at the `diagnosis.steps`-th one in a row, say so."""
+        action = self.actions[alarm]
+        self.in_a_row[alarm] = self.in_a_row[alarm] + 1 if seen and action != "off" else 0
+        if self.in_a_row[alarm] < self.config.steps:
+            return
+        message = f"step {step}: {alarm.replace('_', ' ')} ({what}): {ADVICE[alarm]}"
+        if action == "stop":
+            raise TrainingError(f"{message}. To go on nevertheless: diagnosis.{alarm}=warn")
+        if self.in_a_row[alarm] == self.config.steps and _is_first_rank():  # once, until it has passed
+            log.warning("%s", message)
+
+
+class ScoreGradient:
+    """Largest absolute gradient at the outputs of the router's layers, whatever becomes of their parameters."""
+
+    def __init__(self, router: nn.Module, device: torch.device) -> None:
+        self.largest = torch.zeros((), device=device)
+        self.watches = False
+        for module in router.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) and not [
+                *module.children()
+            ]:
+                module.register_forward_hook(self._on_output)
+                self.watches = True
+
+    def take(self) -> Tensor | None:
+        """Of the backward passes since the last call, fp32 scalar; None if there is nothing to watch."""
+        if not self.watches:
+            return None
+        taken, self.largest = self.largest, torch.zeros_like(self.largest)
+        return taken
+
+    def _on_output(self, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        if gradient.numel():
+            self.largest = torch.maximum(self.largest, gradient.detach().abs().amax().float())
+
+
+class TokenCounts:
+    """How often each token was to be predicted in this launch."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.counts = torch.zeros(vocab_size, dtype=torch.int64)
+
+    def add(self, batches: list[MicroBatch]) -> None:
+        """Count this rank's labels, on the host, where batches come from."""
+        for batch in batches:
+            labels = batch.labels[batch.labels != IGNORE]
+            self.counts += torch.bincount(labels, minlength=len(self.counts))
+
+    def entropy(self) -> float:
+        """Entropy of the tokens of all ranks in nats. Collective."""
+        total = self.counts.clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)  # on the host: the group has a backend for CPUs beside that for GPUs
+        shares = total[total > 0].double() / total.sum()
+        return float(-(shares * shares.log()).sum())
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

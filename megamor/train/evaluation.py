@@ -1,0 +1,83 @@
+"""Validation during training: losses on every set, under each way of routing, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch.distributed as dist
+
+from megamor.config import TrainConfig
+from megamor.data import MicroBatch, ValidationSet
+from megamor.evaluate.loss import modes_of, perplexity, summed_loss
+from megamor.model import Transformer
+from megamor.parallel import Backend
+from megamor.routing import Mode
+
+VALIDATION = "validation/"
+"""What the names of validation metrics begin with."""
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """`of_set` holds the loss by way of routing for each set, in nats per token."""
+
+    of_set: dict[str, dict[Mode, float]]
+
+    @property
+    def mean(self) -> float:
+        """Under the inference rule, over the sets."""
+        return fmean(losses["causal"] for losses in self.of_set.values())
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """Ready to log; the gap is how much the router lacks to decide without looking ahead."""
+        found: dict[str, float | int | None] = {}
+        for name, losses in self.of_set.items():
+            found |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
+            if "topk" in losses:
+                found[f"{VALIDATION}{name}/gap"] = losses["causal"] - losses["topk"]
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """For people, a line for each set."""
+        for name, losses in self.of_set.items():
+            shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+            if "topk" in losses:
+                shown += f", gap {losses['causal'] - losses['topk']:+.4f}"
+            yield f"validation loss on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
+
+
+def validation_losses(
+    model: Transformer,
+    backend: Backend,
+    validation: Mapping[str, ValidationSet],
+    config: TrainConfig,
+    before_batch: Callable[[], None],
+) -> ValidationLosses:
+    """Means over at most `train.eval_sequences` windows of each set. Collective.
+
+    `before_batch` is called before each batch, of which all ranks have equally many, and may raise to give up.
+    """
+
+    def loss(data: ValidationSet, mode: Mode) -> float:
+        batches = data.batches(backend.rank, backend.world_size, config.micro_batch_size, config.eval_sequences)
+        announced = _announced(batches, before_batch)
+        total = summed_loss(backend.model, announced, mode, backend.device, backend.forward_context)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    backend.model.eval()
+    try:
+        return ValidationLosses(
+            {name: {mode: loss(data, mode) for mode in modes_of(model)} for name, data in validation.items()}
+        )
+    finally:
+        backend.model.train()
+
+
+def _announced(batches: Iterable[MicroBatch], before_batch: Callable[[], None]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        before_batch()
+        yield batch
