@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamor.config import Config
+from megamor.errors import CheckpointError
 from megamor.parallel.mesh import World
 from megamor.parallel.protocol import BuildOptimizer, ParallelPlan
 from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
@@ -103,6 +104,25 @@ class ZeroBackend:
         read_tensors(directory / "state", tensors)
         self.state.after_reading(tensors)
 
+    def save_engine(self, directory: Path, tag: str) -> None:
+        """Write DeepSpeed's own layout, bound to the number of processes, the stage and the precision."""
+        self.model.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load_engine(self, directory: Path, tag: str) -> None:
+        """Read DeepSpeed's own layout.
+
+        Raises:
+            CheckpointError: it's not there, or of another layout.
+        """
+        try:
+            path, _ = self.model.load_checkpoint(str(directory), tag=tag)
+        except (AssertionError, RuntimeError, ValueError, OSError) as error:  # whatever the engine stumbles over
+            raise CheckpointError(f"DeepSpeed can't load {directory / tag}: {error}") from error
+        if path is None:
+            raise CheckpointError(f"DeepSpeed finds nothing to load in {directory / tag}")
+        if self.state is not None:
+            self.state.link_moments()
+
 
 def engine_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's settings for a run. Accumulation is the loop's affair: to the engine every step has one micro-batch,
@@ -115,6 +135,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
         "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
+        "checkpoint": {"tag_validation": "Ignore"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": None,

@@ -56,6 +56,12 @@ class ZeroState:
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
+    def link_moments(self) -> None:
+        """Let parameters know where their moments are, after these have come to be elsewhere."""
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
     def _range(self, parameter: nn.Parameter, moment: str | None) -> Iterator[tuple[int, Tensor]]:
         """(first element, values [n]) of what this rank holds of a flattened parameter or moment, if anything."""
         if self.stage < 3:
@@ -76,7 +82,7 @@ class ZeroState:
         """As with the other backends, moments exist from the beginning."""
         if self.stage < 3:
             allocate_optimizer_state(self.torch_optimizer)
-            self.zero._lazy_init_hp_params_optimizer_state()
+            self.link_moments()
         else:  # which lends its buffers to the optimizer for the time of a step
             self.zero._set_fp32_optimizer_param_groups()
             allocate_optimizer_state(self.torch_optimizer)
