@@ -1,0 +1,264 @@
+"""The engine answers as the naive reference does, token for token, depth for depth, in fp64, whatever the schedule.
+
+Requests of every kind (greedy, sampled, several continuations, bounded depth, penalties, stop tokens, equal beginnings,
+log-probabilities) arrive in different orders, some are given up, memory is too small for all of them. The ordinary
+suite covers every router with every KV policy and the other choices in turn; the whole product is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+import pytest
+import torch
+
+from megamor.config import RecursionConfig
+from megamor.errors import ConfigError
+from megamor.model import Transformer
+from megamor.serve.engine import EngineOptions, ServingEngine
+from megamor.serve.request import RequestError, RequestOutput, SamplingParams
+from megamor.serve.scheduler import POLICIES
+from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
+from tests.serve.reference import Answer, answer
+
+END, AMPLE = 11, 1 << 22
+SERVED = ("recursion_wise", "share_first")
+PAGE_SIZES, CHUNK_SIZES = (1, 3, 16), (1, 4, 64)
+TEXT = tuple(tokens(seed=4, batch=1, length=20)[0].tolist())
+REQUESTS: tuple[tuple[tuple[int, ...], SamplingParams], ...] = (
+    (TEXT[:9], SamplingParams(max_tokens=7, temperature=0, logprobs=3)),
+    (TEXT[:13], SamplingParams(max_tokens=6, temperature=0.9, top_k=20, top_p=0.9, seed=5, n=2)),
+    (TEXT[:7], SamplingParams(max_tokens=5, temperature=0, max_depth=2, prompt_logprobs=2, logprobs=0)),
+    (
+        (3, *TEXT[:2]),
+        SamplingParams(max_tokens=8, temperature=1.3, min_p=0.02, seed=-3, stop_token_ids=(1, 2, 3, 4, 5)),
+    ),
+    (TEXT[:13], SamplingParams(max_tokens=4, temperature=0, max_depth=1)),
+    (
+        TEXT[:12],
+        SamplingParams(
+            max_tokens=6,
+            min_tokens=2,
+            temperature=0.7,
+            seed=9,
+            repetition_penalty=1.4,
+            presence_penalty=0.5,
+            frequency_penalty=0.3,
+            stop_token_ids=tuple(range(20, 60)),
+        ),
+    ),
+    (TEXT[:6], SamplingParams(max_tokens=0, prompt_logprobs=0)),
+)
+ORDERS = ((0, 1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1, 0), (3, 0, 4, 1, 5, 2, 6))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the requests are served: `gap` steps lie between arrivals, request `given_up` is aborted on its way."""
+
+    policy: str
+    page_size: int
+    chunk_size: int
+    order: int = 0
+    gap: int = 1
+    given_up: int | None = None
+    small: bool = True
+    hold: int = 1
+
+
+@lru_cache(maxsize=4)
+def model_of(router: str, kv_policy: str, sharing: str) -> Transformer:
+    return lively_model(tiny_config(ROUTERS[router], kv_policy, sharing)).eval()
+
+
+def expected(model: Transformer) -> dict[tuple[int, int], Answer]:
+    """The reference's answers by request and continuation."""
+    return {
+        (number, index): answer(model, prompt, params, index, END)
+        for number, (prompt, params) in enumerate(REQUESTS)
+        for index in range(params.n)
+    }
+
+
+def small_pools(model: Transformer, page_size: int) -> dict[str, int]:
+    """Little more than the longest request needs when it is alone."""
+    book = ServingEngine(model, EngineOptions(page_size=page_size, kv_memory=AMPLE)).scheduler.book
+    longest = book.worst_case(19, 3)
+    return {pool: count + 3 for pool, count in longest.items()}
+
+
+def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int], list[RequestOutput]], ServingEngine]:
+    """What comes out, by request and continuation."""
+    engine = ServingEngine(
+        model,
+        EngineOptions(
+            policy=schedule.policy,  # type: ignore[arg-type]
+            page_size=schedule.page_size,
+            chunk_size=schedule.chunk_size,
+            hold=schedule.hold,
+            max_resident=4,
+            kv_memory=AMPLE,
+            num_pages=small_pools(model, schedule.page_size) if schedule.small else None,
+            end_token=END,
+        ),
+    )
+    arriving, names = list(ORDERS[schedule.order]), dict[int, int]()
+    outputs: dict[tuple[int, int], list[RequestOutput]] = {
+        (number, index): [] for number, (_, params) in enumerate(REQUESTS) for index in range(params.n)
+    }
+    step = 0
+    while arriving or engine.has_work:
+        if arriving and step % schedule.gap == 0:
+            number = arriving.pop(0)
+            names[engine.add_request(*REQUESTS[number])] = number
+        for output in engine.step():
+            outputs[names[output.request], output.index].append(output)
+        if schedule.given_up in names.values() and step == 3 * schedule.gap + 4:
+            engine.abort(next(name for name, number in names.items() if number == schedule.given_up))
+        step += 1
+    return outputs, engine
+
+
+def check(model: Transformer, schedule: Schedule, wanted: dict[tuple[int, int], Answer]) -> ServingEngine:
+    """Serve and compare; everything is free at the end."""
+    outputs, engine = serve(model, schedule)
+    for key, parts in outputs.items():
+        want, params = wanted[key], REQUESTS[key[0]][1]
+        got = Answer(
+            tuple(token for part in parts for token in part.tokens),
+            tuple(depth for part in parts for depth in part.depths),
+            (),
+            (),
+        )
+        if key[0] == schedule.given_up:
+            assert got.tokens == want.tokens[: len(got.tokens)], (schedule, key)
+            continue
+        assert (got.tokens, got.depths) == (want.tokens, want.depths), (schedule, key)
+        ended = bool(want.tokens) and (want.tokens[-1] == END or want.tokens[-1] in params.stop_token_ids)
+        assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["stop" if ended else "length"]
+        check_logprobs(parts, params, want)
+    assert all(len(pool) == 0 for pool in held_pages(engine)), "pages of finished requests are still held"
+    engine.scheduler.prefixes.clear()
+    free = {name: len(pool.free) for name, pool in engine.scheduler.book.pools.items()}
+    assert free == engine.scheduler.book.num_pages
+    assert len(engine.scheduler.free_slots) == engine.limits.max_rows
+    assert not engine.requests
+    assert not engine.continuations
+    return engine
+
+
+def check_logprobs(parts: Sequence[RequestOutput], params: SamplingParams, want: Answer) -> None:
+    if params.logprobs is not None:
+        found = [logprob for part in parts for logprob in part.logprobs or ()]
+        assert [one.logprob for one in found] == pytest.approx(want.logprobs, abs=1e-9)
+        assert all(len(one.top) == params.logprobs for one in found)
+    if params.prompt_logprobs is not None:
+        assert parts[0].prompt_logprobs is not None
+        first, *others = parts[0].prompt_logprobs
+        assert first is None
+        assert [one.logprob for one in others if one is not None] == pytest.approx(want.prompt_logprobs, abs=1e-9)
+
+
+def held_pages(engine: ServingEngine) -> list[list[int]]:
+    return [table.pages for sequence in engine.scheduler.residents for table in sequence.tables]
+
+
+def schedules_for(number: int) -> list[Schedule]:
+    """One schedule for each policy; the other choices take turns."""
+    return [
+        Schedule(
+            policy,
+            PAGE_SIZES[(number + place) % 3],
+            CHUNK_SIZES[(number // 3 + place) % 3],
+            order=(number + 2 * place) % 3,
+            gap=1 + 4 * ((number // 2 + place) % 2),
+            given_up=(None, 1, 5, 0)[(number + place) % 4],
+            small=(number + place) % 3 > 0,
+            hold=1 + (number + place) % 2,
+        )
+        for place, policy in enumerate(POLICIES)
+    ]
+
+
+@pytest.mark.parametrize("kv_policy", SERVED)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
+    number = list(ROUTERS).index(router) + len(ROUTERS) * SERVED.index(kv_policy)
+    model = model_of(router, kv_policy, SHARINGS[number % len(SHARINGS)])
+    wanted = expected(model)
+    for schedule in schedules_for(number):
+        check(model, schedule, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("kv_policy", SERVED)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
+    model = model_of(router, kv_policy, sharing)
+    wanted = expected(model)
+    choices = product(POLICIES, PAGE_SIZES, CHUNK_SIZES, range(len(ORDERS)))
+    for number, (policy, page_size, chunk_size, order) in enumerate(choices):
+        given_up = (None, 1, 5, 0)[number % 4]
+        schedule = Schedule(
+            policy, page_size, chunk_size, order, 1 + number % 5, given_up, number % 3 > 0, 1 + number % 3
+        )
+        check(model, schedule, wanted)
+
+
+def test_preemption_and_prefix_hits_happen() -> None:
+    """The schedules above contain what they are meant to contain."""
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    wanted = expected(model)
+    engine = check(model, Schedule("depthwise", 3, 4), wanted)
+    assert engine.stats().preemptions > 0
+    engine = check(model, Schedule("depthwise", 3, 4, small=False), wanted)
+    assert engine.stats().cached_prompt_tokens > 0
+    assert engine.stats().mixed_depths.get(3, 0) + engine.stats().mixed_depths.get(2, 0) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recursions_that_differ(policy: str) -> None:
+    """Per-recursion norms, LoRA and embeddings: no call of a block may mix recursions then."""
+    config = tiny_config(ROUTERS["token_choice"], "recursion_wise", "middle_cycle")
+    differing = replace(config.recursion, separate_norms=True, lora_rank=2, recursion_embedding=True)
+    model = lively_model(replace(config, recursion=differing)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "others" in name or ".up." in name or "recursion_embedding" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    check(model, Schedule(policy, 3, 4), expected(model))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_vanilla(policy: str) -> None:
+    model = lively_model(vanilla_config()).eval()
+    outputs, _ = serve(model, Schedule(policy, 3, 4, small=False))
+    for number in (0, 3, 5):
+        got = tuple(token for part in outputs[number, 0] for token in part.tokens)
+        assert got == answer(model, *REQUESTS[number], 0, END).tokens
+
+
+def test_what_can_not_be_served() -> None:
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    engine = ServingEngine(model, EngineOptions(num_pages={"edge": 1, "core": 3}, page_size=8))
+    for prompt, params, message in (
+        ([], SamplingParams(), "empty"),
+        ([97], SamplingParams(), "97"),
+        ([1] * 20, SamplingParams(max_tokens=9), "context of 24"),
+        ([1] * 9, SamplingParams(max_tokens=2), "memory"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.add_request(prompt, params)
+    assert not engine.has_work
+    with pytest.raises(RequestError, match=r"top_p = 1\.5"):
+        SamplingParams(top_p=1.5)
+    hybrid = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", "hybrid"))
+    with pytest.raises(ConfigError, match="hybrid"):
+        ServingEngine(Transformer(hybrid))
+    with pytest.raises(ConfigError, match="kv_memory = 100"):
+        ServingEngine(model, EngineOptions(kv_memory=100))
