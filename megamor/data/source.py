@@ -199,8 +199,9 @@ class PackedSource(Source):
         found = []
         for block in np.unique(blocks):
             plan, of_block = self._plan(int(block)), np.flatnonzero(blocks == block)
-            counts = np.diff(plan.bounds)[bins[of_block]]
-            pieces, _ = ranges(plan.bounds[bins[of_block]], counts)
+            first, end = plan.bounds[bins[of_block]], plan.bounds[bins[of_block] + 1]
+            counts = end - first
+            pieces, _ = ranges(first, counts)
             part = np.repeat(of_block, counts)
             columns, begins = plan.columns[pieces], parts.offsets[part]
             shown = np.maximum(columns, begins)
