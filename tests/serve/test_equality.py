@@ -262,3 +262,22 @@ def test_what_can_not_be_served() -> None:
         ServingEngine(Transformer(hybrid))
     with pytest.raises(ConfigError, match="kv_memory = 100"):
         ServingEngine(model, EngineOptions(kv_memory=100))
+
+
+def test_a_preempted_sequence_keeps_its_depths() -> None:
+    """Whatever the router would say now, tokens that were read before take the depths that they took."""
+    model = lively_model(tiny_config(ROUTERS["expert_choice"])).eval()
+    engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE, prefix_caching=False))
+    engine.add_request(TEXT[:12], SamplingParams(max_tokens=9, temperature=0))
+    while engine.stats().generated_tokens < 4:
+        engine.step()
+    sequence = engine.scheduler.residents[0]
+    before = list(sequence.depths)
+    with torch.no_grad():
+        for head in model.stage.router.heads:
+            head.weight.neg_()
+    engine.scheduler.preempt(sequence)
+    while engine.has_work:
+        engine.step()
+    assert sequence.depths[: len(before)] == before
+    assert len(set(before)) > 1
