@@ -6,7 +6,6 @@ are of the whole step and the same on every rank, so the ranks agree without ask
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Mapping
@@ -22,8 +21,6 @@ from megamor.errors import TrainingError
 from megamor.model.loss import IGNORE
 from megamor.optim import Guard
 from megamor.train.statistics import StepSummary
-
-log = logging.getLogger("megamor.train")
 
 LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
 """Routers whose depth histogram is a result; that of the others follows from their capacity."""
@@ -62,19 +59,21 @@ class Diagnosis:
         )
         self.tokens = TokenCounts(config.model.vocab_size) if self.actions["unigram_plateau"] != "off" else None
         self.in_a_row = dict.fromkeys(ADVICE, 0)
+        self.warnings: list[str] = []
 
     def observe(
         self, step: int, summary: StepSummary, grad_norm: float, guard: Guard, batches: list[MicroBatch]
-    ) -> None:
-        """Look at the step after which `step` are done. Collective every `diagnosis.steps` steps.
+    ) -> list[str]:
+        """Look at the step after which `step` are done; returns warnings. Collective every `diagnosis.steps` steps.
 
         Raises:
             TrainingError: an alarm that is set to `stop`; on every rank.
         """
         if self.tokens is not None:
             self.tokens.add(batches)
+        self.warnings = []
         if not math.isfinite(grad_norm):
-            return
+            return []
         self._note("dead_router", step, self._dead(summary), f"gradient 0 in {self.config.steps} steps")
         pinned = self._pinned(summary)
         self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
@@ -83,6 +82,7 @@ class Diagnosis:
         self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
         if self.tokens is not None and step % self.config.steps == 0:
             self._look_at_plateau(guard, step, self.tokens.entropy())
+        return self.warnings
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data (JSON). Counts of tokens begin anew with each launch."""
@@ -110,7 +110,9 @@ class Diagnosis:
             return
         loss = statistics.fmean(recent)
         stuck = abs(loss - entropy) <= self.config.plateau_margin
-        self.in_a_row["unigram_plateau"] = self.config.steps - 1 if stuck else 0
+        was_stuck = self.in_a_row["unigram_plateau"] >= self.config.steps
+        if stuck and not was_stuck:  # the mean is over so many steps already
+            self.in_a_row["unigram_plateau"] = self.config.steps - 1
         self._note("unigram_plateau", step, stuck, f"loss {loss:.3f}, entropy of single tokens {entropy:.3f} nats")
 
     def _note(self, alarm: str, step: int, seen: bool, what: str) -> None:
@@ -122,8 +124,8 @@ class Diagnosis:
         message = f"step {step}: {alarm.replace('_', ' ')} ({what}): {ADVICE[alarm]}"
         if action == "stop":
             raise TrainingError(f"{message}. To go on nevertheless: diagnosis.{alarm}=warn")
-        if self.in_a_row[alarm] == self.config.steps and _is_first_rank():  # once, until it has passed
-            log.warning("%s", message)
+        if self.in_a_row[alarm] == self.config.steps:  # once, until it has passed
+            self.warnings.append(message)
 
 
 class ScoreGradient:
@@ -174,7 +176,3 @@ class TokenCounts:
             dist.all_reduce(total)  # on the host: the group has a backend for CPUs beside that for GPUs
         shares = total[total > 0].double() / total.sum()
         return float(-(shares * shares.log()).sum())
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -86,7 +86,8 @@ class Trainer:
                 self.progress.step += 1
                 self.progress.tokens_seen += shape.tokens
                 self.log_step(shape, summary, lr, grad_norm)
-                self.diagnosis.observe(self.progress.step, summary, grad_norm, self.guard, batches)
+                for warning in self.diagnosis.observe(self.progress.step, summary, grad_norm, self.guard, batches):
+                    self.announce(f"warning: {warning}")
                 self.report_saved(self.checkpoints.published())
                 self.stopping = self.stop.agreed()
                 if verdict is Verdict.SPIKE:

@@ -21,6 +21,8 @@ from typing import TextIO
 from megamor.train.stop import EXIT_INTERRUPTED
 
 DIRECTORY = "heartbeats"
+STALE = 4
+"""A note older than so many times the allowed time tells nothing."""
 LOOKS = 8
 """How often the thread looks within the allowed time."""
 
@@ -58,7 +60,7 @@ class Watchdog:
             silent = time.monotonic() - self._beaten_at
             self._write_note(silent)
             if silent > timeout:
-                self._bite(silent)
+                self._bite(silent, timeout)
 
     def _write_note(self, silent: float) -> None:
         note = {"doing": self._doing, "seconds": round(silent, 1), "host": socket.gethostname(), "pid": os.getpid()}
@@ -70,10 +72,10 @@ class Watchdog:
         except OSError:
             pass  # a full disk is for those to report who need it
 
-    def _bite(self, silent: float) -> None:
+    def _bite(self, silent: float, timeout: float) -> None:
         """Say what there is to say, and leave without waiting for anything."""
         print(f"rank {self.rank} hangs: {self._doing} for {silent:.0f} s. Last heard of:", file=sys.stderr)
-        for line in self._others():
+        for line in self._others(timeout):
             print(f"  {line}", file=sys.stderr)
         self._dump_stacks(sys.stderr)
         try:
@@ -85,13 +87,14 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)
 
-    def _others(self) -> list[str]:
+    def _others(self, timeout: float) -> list[str]:
         """What each rank wrote last, the longest silent first: that one is to blame as a rule."""
         notes = []
         for path in self.directory.glob("rank_*.json"):
             try:
                 age = time.time() - path.stat().st_mtime
-                notes.append((age, f"{path.stem}: {path.read_text()}, written {age:.0f} s ago"))
+                if age < STALE * timeout:  # else of an earlier launch with more ranks
+                    notes.append((age, f"{path.stem}: {path.read_text()}, written {age:.0f} s ago"))
             except OSError:
                 continue
         return [text for _, text in sorted(notes, reverse=True)]

@@ -1,0 +1,142 @@
+"""A rank that freezes: the others notice, say who was heard of last, and leave with the status that asks for another
+start; so does the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamor.config import Config, config_to_yaml
+from megamor.train import EXIT_INTERRUPTED
+from megamor.train.watchdog import Watchdog
+from tests.distributed.harness import free_port
+from tests.resume.runs import directory_of, fit, named, tiny_run, trace, until
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 3.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run that nobody waits for, with an impatient watchdog."""
+    return tiny_run(tmp_path, max_steps=100_000, eval_every=200_000, hang_timeout_seconds=TIMEOUT)
+
+
+@contextmanager
+def ranks(config: Config) -> Iterator[list[subprocess.Popen]]:
+    """Two processes of a run, without a launcher; killed at the end."""
+    file = Path(config.run.dir) / "config.yaml"
+    file.write_text(config_to_yaml(config))
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "pretrain.py", "--config", file],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for_steps(config: Config, count: int) -> None:
+    """Until so many steps are logged."""
+    metrics = directory_of(config) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run doesn't start"
+        time.sleep(0.05)
+
+
+def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
+    with ranks(config) as (first, second):
+        wait_for_steps(config, 3)
+        second.send_signal(signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        printed, _ = first.communicate(timeout=60)
+        took = time.monotonic() - frozen_at
+    assert first.returncode == EXIT_INTERRUPTED
+    assert TIMEOUT < took < 2 * TIMEOUT + 5
+    assert "rank 0 hangs: step" in printed
+    assert 'File "' in printed  # stacks
+    assert "train_step" in printed or "next_batches" in printed or "agreed" in printed or "write_metrics" in printed
+    heard_of = printed.split("Last heard of:")[1]
+    assert heard_of.index("rank_1:") < heard_of.index("rank_0:")  # the silent one comes first
+    heartbeats = directory_of(config) / "heartbeats"
+    assert "in fit" in (heartbeats / "stacks_0.txt").read_text()
+    assert json.loads((heartbeats / "rank_1.json").read_text())["pid"] == second.pid
+
+
+def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
+    file = Path(config.run.dir) / "config.yaml"
+    file.write_text(config_to_yaml(config))
+    command = [sys.executable, ROOT / "tools" / "launch.py", "--processes", "2", "--port", str(free_port())]
+    launcher = subprocess.Popen(
+        [*command, ROOT / "pretrain.py", "--config", file],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_steps(config, 3)
+        workers = psutil.Process(launcher.pid).children()
+        workers[1].suspend()
+        time.sleep(2 * TIMEOUT + 2)
+        workers[1].resume()  # spares the half minute that torchrun gives it
+        assert launcher.wait(timeout=60) == EXIT_INTERRUPTED
+    finally:
+        for process in [*psutil.Process(launcher.pid).children(), launcher] if launcher.poll() is None else []:
+            process.kill()
+        launcher.wait()
+
+
+def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of the wall clock, forwards and backwards by years, move nothing but the times in the metrics."""
+    now = time.time
+    offsets = iter([0.0, 1e9, -1e9] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: now() + next(offsets))
+    config = tiny_run(tmp_path, hang_timeout_seconds=5.0)
+    assert fit(config) == [True, True]
+    assert [record["step"] for record in trace(config).steps] == list(range(1, 9))
+    assert all(0 <= record["throughput/step_seconds"] < 60 for record in trace(config).steps)
+    stopped = named(config, "stopped")
+    assert fit(until(stopped, 3)) == [True, True]
+    assert fit(stopped) == [True, True]
+    assert [r["train/loss"] for r in trace(stopped).steps] == [r["train/loss"] for r in trace(config).steps]
+
+
+def test_a_watchdog_that_is_beaten_or_switched_off_does_not_bite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitten: list[float] = []
+    monkeypatch.setattr(Watchdog, "_bite", lambda self, silent, timeout: bitten.append(silent))
+    with Watchdog(tmp_path, 0, None):
+        time.sleep(0.05)
+    with Watchdog(tmp_path, 0, 0.4) as watchdog:
+        for _ in range(20):
+            watchdog.beat("step")
+            time.sleep(0.05)
+        assert not bitten
+        time.sleep(0.8)
+    assert bitten
+    assert min(bitten) > 0.4
+    assert json.loads((tmp_path / "heartbeats" / "rank_0.json").read_text())["doing"] == "step"
