@@ -6,7 +6,7 @@ from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.ranks import Ranks
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
-from megamor.checkpoint.state import check_same_model, load_weights, weight_shapes
+from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
 from megamor.checkpoint.trainer_state import TrainerState, code_revision, library_versions
 
 __all__ = [
@@ -18,12 +18,14 @@ __all__ = [
     "check_same_model",
     "code_revision",
     "find_damage",
+    "iterate_state",
     "library_versions",
     "load_weights",
     "open_checkpoint",
     "reseed",
     "restore_rng",
     "rng_states",
+    "state_shapes",
     "verify",
     "weight_shapes",
     "write_rng",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,17 +38,35 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no readable `state/`, or no weight in it.
     """
-    entries = _weight_entries(checkpoint)
-    weights: dict[str, Tensor] = {
-        MODEL_PREFIX + name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
-            dcp.load(weights, storage_reader=dcp.FileSystemReader(checkpoint / STATE_DIR), no_dist=True)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"can't read the weights in {checkpoint / STATE_DIR}: {describe(error)}") from error
-    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
+    entries = {MODEL_PREFIX + name: entry for name, entry in _weight_entries(checkpoint).items()}
+    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in _read(checkpoint, entries).items()}
+
+
+def state_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Stored name and full shape of every tensor in `state/`, moments included; reads no tensor.
+
+    Raises:
+        CheckpointError: there is no readable `state/`.
+    """
+    return {name: entry.size for name, entry in _entries(checkpoint).items()}
+
+
+def iterate_state(checkpoint: Path, at_once_bytes: int = 2**31) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in `state/` under its stored name; about so many bytes of them are in memory at a time.
+
+    Raises:
+        CheckpointError: there is no readable `state/`, or a tensor in it can't be read.
+    """
+    batch: dict[str, TensorStorageMetadata] = {}
+    waiting = 0
+    for name, entry in _entries(checkpoint).items():
+        size = entry.size.numel() * entry.properties.dtype.itemsize
+        if batch and waiting + size > at_once_bytes:
+            yield from _read(checkpoint, batch).items()
+            batch, waiting = {}, 0
+        batch[name] = entry
+        waiting += size
+    yield from _read(checkpoint, batch).items()
 
 
 def check_same_model(checkpoint: Path, expected: Mapping[str, Sequence[int]]) -> None:
@@ -78,16 +96,35 @@ def check_same_model(checkpoint: Path, expected: Mapping[str, Sequence[int]]) ->
 
 def _weight_entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """Metadata of the weights, by name without `model.`."""
+    entries = {
+        name.removeprefix(MODEL_PREFIX): entry
+        for name, entry in _entries(checkpoint).items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    if not entries:
+        raise CheckpointError(f"{checkpoint / STATE_DIR} holds no weights (no tensor is named {MODEL_PREFIX}…)")
+    return entries
+
+
+def _entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """Metadata of all tensors, by stored name."""
     state = checkpoint / STATE_DIR
     try:
         metadata: Metadata = dcp.FileSystemReader(state).read_metadata()
     except Exception as error:  # damaged pickles raise nearly anything
         raise CheckpointError(f"{state} has no readable state: {describe(error)}") from error
-    entries = {
-        name.removeprefix(MODEL_PREFIX): entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(MODEL_PREFIX) and isinstance(entry, TensorStorageMetadata)
-    }
-    if not entries:
-        raise CheckpointError(f"{state} holds no weights (no tensor is named {MODEL_PREFIX}…)")
-    return entries
+    found = metadata.state_dict_metadata.items()
+    return {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
+
+
+def _read(checkpoint: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """Full CPU tensors of `entries` in the stored type."""
+    state = checkpoint / STATE_DIR
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
+            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(state), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"can't read the weights in {state}: {describe(error)}") from error
+    return tensors

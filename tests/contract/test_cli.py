@@ -23,7 +23,19 @@ from megamor.evaluate import __main__ as evaluate
 from megamor.parallel import init_world
 from megamor.train import build_trainer
 from tests.resume.runs import directory_of, tiny_run
-from tools import bench, export_hf, fetch_data, import_official, inspect_data, merge_data, preprocess, readme_numbers
+from tools import (
+    bench,
+    convert_checkpoint,
+    export_hf,
+    fetch_data,
+    import_official,
+    inspect_data,
+    merge_data,
+    preprocess,
+    readme_numbers,
+    verify_checkpoint,
+    verify_resume,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -39,6 +51,9 @@ MAINS = {
     "tools/readme_numbers.py": readme_numbers.main,
     "tools/export_hf.py": export_hf.main,
     "tools/import_official.py": import_official.main,
+    "tools/convert_checkpoint.py": convert_checkpoint.main,
+    "tools/verify_checkpoint.py": verify_checkpoint.main,
+    "tools/verify_resume.py": verify_resume.main,
 }
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " * 400
 
