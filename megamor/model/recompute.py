@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -52,8 +53,15 @@ class Recomputation:
         if self.policy == "none" or (self.policy == "recursion" and in_core):
             return run
         if self.policy == "selective":
-            return partial(_recompute, run, context_fn=self._contexts)
+            return partial(self._selective, run)
         return partial(_recompute, run)
+
+    def _selective(self, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        # Autocast casts a weight once for all recursions; the same operations again would then be one more.
+        device = x.device.type
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
+            return _recompute(run, x, *args, context_fn=self._contexts)
 
     def _contexts(self) -> Any:
         return create_selective_checkpoint_contexts(self._decide)

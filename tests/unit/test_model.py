@@ -78,6 +78,20 @@ def test_activation_checkpointing_leaves_gradients_identical(router: str, kv_pol
         assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("mode", ["recursion", "block", "selective"])
+def test_checkpointing_under_autocast(mode: str) -> None:
+    """Casts of shared weights, which autocast keeps for all recursions, don't confuse what is computed again.
+
+    Without them, gradients of the recursions are added in fp32, so only the forward pass is the same to the bit.
+    """
+    model, ids = build_model(tiny_config(ROUTERS["expert_choice"])), tokens(length=SEQ_LEN + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, again = gradients(model, ids, "none"), gradients(model, ids, mode)
+    assert plain.keys() == again.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=0.05, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["recursion", "block"])
 def test_activation_checkpointing_keeps_fewer_activations(mode: str) -> None:
     config = tiny_config(ROUTERS["expert_choice"])
