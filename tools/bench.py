@@ -33,10 +33,10 @@ from rich.table import Table
 
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
+from megamor.origin import describe_origin
 from tools import bench_loader
 from tools.bench_baselines import BASELINES
 from tools.bench_cases import CASES, make_cases
-from tools.bench_machine import describe_origin
 from tools.bench_train import Budget, bench_setting
 
 SCHEMA = "megamor-bench-train/1"

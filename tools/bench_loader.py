@@ -33,7 +33,7 @@ from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.data import ShardWriter, TokenShard, TrainingData, TrainingLoader
 from megamor.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megamor.errors import user_errors
-from tools.bench_machine import describe_origin
+from megamor.origin import describe_origin
 from tools.bench_train import quartiles
 
 SCHEMA = "megamor-bench-loader/1"

@@ -26,7 +26,7 @@ from megamor.checkpoint import open_checkpoint
 from megamor.config import Config, load_config
 from megamor.config.derive import total_steps
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
-from tools.bench_machine import describe_origin
+from megamor.origin import describe_origin
 from tools.quickstart_data import standard_library, train_tokenizer, write_corpus
 from tools.quickstart_report import make_report, show_report
 

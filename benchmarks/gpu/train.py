@@ -34,8 +34,8 @@ from rich.table import Table
 from benchmarks.gpu.cases import CASES, REFERENCE, SIZES, Case, plan_cases
 from benchmarks.gpu.measure import measure, measure_within_memory, release
 from megamor.errors import ConfigError, user_errors
+from megamor.origin import describe_origin
 from megamor.parallel import World, close_world, init_world
-from tools.bench_machine import describe_origin
 
 SCHEMA = "megamor-bench-gpu-train/1"
 _FILE_WIDTH = 150

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"load", "model", "routing", "data", "checkpoint", "config"},
     "generate": {"load", "model", "routing", "data", "checkpoint", "config", "evaluate"},
     "interop": {"model", "routing", "checkpoint", "config"},
-    "serve": {"load", "model", "routing", "checkpoint", "config"},
+    "origin": {"checkpoint"},
+    "serve": {"load", "model", "routing", "checkpoint", "config", "origin"},
     "train": {
         "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate",
     },
