@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from megamor.data import ShardWriter, TokenShard, text
 from megamor.data import preprocess as preprocess_module
 from megamor.data.journal import Journal, Progress
+from megamor.data.preprocess import Interrupted, StopSignals
 from megamor.data.text import Place
 from megamor.data.tokenizer import byte_tokenizer
 from tools import preprocess
@@ -153,6 +154,17 @@ def test_killed_at_random_times(corpus: Path, expected: dict[str, bytes], tmp_pa
     assert outputs(folder) == expected
 
 
+def test_no_chunk_twice(corpus: Path, tmp_path: Path) -> None:
+    """Without deduplication, which would hide it."""
+    options = [option for option in arguments(corpus, tmp_path / "whole" / "x") if option != "--deduplicate"]
+    preprocess.main(options)
+    options[options.index("--output-prefix") + 1] = str(tmp_path / "out" / "x")
+    for count in (10, 45, 31):
+        assert os.WIFSIGNALED(in_child(lambda count=count: (killed_at(count, ("fsync",))(), preprocess.main(options))))
+    preprocess.main(options)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_says_how_to_go_on(
     signum: signal.Signals, corpus: Path, expected: dict[str, bytes], tmp_path: Path
@@ -173,6 +185,18 @@ def test_ctrl_c_says_how_to_go_on(
     assert again.returncode == 0
     assert again.stderr.startswith("continuing an interrupted run after ")
     assert outputs(folder) == expected
+
+
+def test_what_was_begun_is_finished_before_a_signal_counts() -> None:
+    signals, done = StopSignals(), []
+    with signals.caught():
+        with pytest.raises(Interrupted, match="SIGINT"), signals.shielded():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("finished")
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    assert done == ["finished"]
 
 
 def stop_in_the_middle(corpus: Path, folder: Path, *more: str) -> None:

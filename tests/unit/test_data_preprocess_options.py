@@ -295,6 +295,17 @@ def test_difference_in_any_file_stops_the_run(
     assert leftovers(tmp_path / "out") == []
 
 
+def test_both_ends_of_a_long_document_are_compared(tokenizer: str) -> None:
+    encoder, text = GigatokenEncoder(TextEncoder.load(tokenizer)), " ".join(TEXTS)
+    ids = encoder._tokenizer.encode(text.encode())
+    assert encoder._agree(text, ids)
+    for place in (0, 50, -50, -1):
+        wrong = ids.copy()
+        wrong[place] += 1
+        assert not encoder._agree(text, wrong)
+    assert not encoder._agree(text, ids[:20])
+
+
 def test_sample_covers_every_chunk_and_more_of_the_first() -> None:
     texts = ["x" * 50] * 2000
     first, second, third = (sample(TextChunk(Place(0, n), "a", 1, "rows", [], 100_000, 1), texts) for n in range(3))
