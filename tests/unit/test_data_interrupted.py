@@ -189,13 +189,21 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_what_was_begun_is_finished_before_a_signal_counts() -> None:
     signals, done = StopSignals(), []
-    with signals.caught():
-        with pytest.raises(Interrupted, match="SIGINT"), signals.shielded():
+
+    def begin_and_finish() -> None:
+        with signals.shielded():
             os.kill(os.getpid(), signal.SIGINT)
             done.append("finished")
+
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with signals.caught():
+        with pytest.raises(Interrupted, match="SIGINT"):
+            begin_and_finish()
         with pytest.raises(Interrupted, match="SIGTERM"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+            wait()
     assert done == ["finished"]
 
 
