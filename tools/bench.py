@@ -9,6 +9,7 @@ examples:
 `train` runs one training step (forward, backward, AdamW) of vanilla, recursive and MoR models of equal effective depth
 in turns, and compares each with vanilla round by round: time, executed FLOPs, peak memory. The times of a busy machine
 are off, its ratios less so. `loader` measures how fast batches come from token shards; see `bench.py loader --help`.
+`save` measures what a checkpoint costs, blocking and asynchronous; see `bench.py save --help`.
 benchmarks/README.md explains the JSON files.
 """
 
@@ -34,7 +35,7 @@ from rich.table import Table
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
 from megamor.origin import describe_origin
-from tools import bench_loader
+from tools import bench_loader, bench_save
 from tools.bench_baselines import BASELINES
 from tools.bench_cases import CASES, make_cases
 from tools.bench_train import Budget, bench_setting
@@ -48,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "loader"], help="training steps, or the data loader")
+    parser.add_argument("what", choices=["train", "loader", "save"], help="training steps, data loader, checkpoints")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
     parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
@@ -88,9 +89,10 @@ def _lengths(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["loader"]:
-        bench_loader.main(words[1:])
-        return
+    for what, other in (("loader", bench_loader), ("save", bench_save)):
+        if words[:1] == [what]:
+            other.main(words[1:])
+            return
     args = parse_arguments(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: torch sees no CUDA device; leave it out or install a CUDA build")
