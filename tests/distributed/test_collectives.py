@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -59,6 +60,16 @@ def test_collectives_do_not_depend_on_the_number_of_recursions() -> None:
 
 def test_ranks_talk_in_the_last_micro_batch_only() -> None:
     config = with_recursions(2)
+    accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
+    assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
+
+
+@pytest.mark.parametrize("policy", ["recursion", "block", "selective"])
+def test_recomputation_gathers_nothing_again(policy: str) -> None:
+    """It happens inside a unit's backward pass, for which its weights are there: counts are those without it."""
+    config = with_recursions(4)
+    config = replace(config, train=replace(config.train, activation_checkpointing=policy))  # type: ignore[arg-type]
+    assert run_ranks(count, config)[0] == (4 + 3, 4)
     accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
     assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
 
