@@ -68,4 +68,6 @@ def describe(error: BaseException) -> str:
         rank, (cause, _) = min(error.failures.items())
         return f"{describe(cause)} (in rank {rank}'s part)"
     text = " ".join(str(error).split())
+    if "inline_container" in text or "PytorchStreamWriter" in text:  # torch doesn't say what the system said
+        text += " (a file couldn't be written: is the disk full?)"
     return text if isinstance(error, MegamorError) else f"{type(error).__name__}: {text}"

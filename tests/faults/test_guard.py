@@ -33,7 +33,8 @@ from tests.resume.runs import (
 BACKENDS = {
     "ddp": ParallelConfig("ddp"),
     "fsdp2": ParallelConfig("fsdp2"),
-    **{f"zero {stage}": ParallelConfig("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)},  # type: ignore
+    "hsdp": ParallelConfig("fsdp2", shard_degree=1),
+    **{f"zero{stage}": ParallelConfig("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)},  # type: ignore
 }
 SKIPPING = GuardConfig(skip_non_finite=True, max_skips_in_a_row=2)
 
@@ -56,7 +57,7 @@ def spoiled_loss(*steps: int, factor: float = math.nan) -> Spoil:
 @pytest.mark.promise("R8")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, backend: str) -> None:
-    base = tiny_run(tmp_path, precision="bf16" if backend == "zero 2" else "fp32")
+    base = tiny_run(tmp_path, precision="bf16" if backend == "zero2" else "fp32")
     config = replace(
         base,
         parallel=BACKENDS[backend],

@@ -67,6 +67,7 @@ def log_of(config: Config) -> str:
     return "".join(file.read_text() for file in sorted((Path(config.run.dir) / "logs").glob("*.log")))
 
 
+@pytest.mark.promise("R4", backend="slurm")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
     config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
