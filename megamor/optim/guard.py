@@ -36,7 +36,14 @@ class Guard:
         self.losses: deque[float] = deque(maxlen=config.window)
         self.grad_norms: deque[float] = deque(maxlen=config.window)
         self.skipped = self.skipped_in_a_row = 0
-        self.spiking = self.rollbacks = 0
+        self.spiking = 0
+        self.left_out: list[tuple[int, int]] = []
+        """For each rollback, the samples that the run won't see: the first, and the one after the last."""
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run went back."""
+        return len(self.left_out)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """What to do about the step that followed `step` others.
@@ -56,20 +63,18 @@ class Guard:
         self.grad_norms.append(grad_norm)
         return Verdict.GOOD
 
-    def roll_back(self, step: int, rollbacks: int) -> None:
-        """Count a return to an earlier step, made because of the loss after `step` steps, after `rollbacks` others.
-
-        The state has been restored to what it was at that earlier step, when there may have been fewer.
+    def roll_back(self, step: int, samples: tuple[int, int]) -> None:
+        """Note that the run went back because of the loss after `step` steps and leaves `samples` out.
 
         Raises:
             TrainingError: there have been `guard.max_rollbacks`.
         """
-        if rollbacks >= self.config.max_rollbacks:
+        if self.rollbacks >= self.config.max_rollbacks:
             raise TrainingError(
-                f"the loss spikes at step {step} after {rollbacks} rollbacks (guard.max_rollbacks): "
+                f"the loss spikes at step {step} after {self.rollbacks} rollbacks (guard.max_rollbacks): "
                 "lower optim.lr, or look at the data of these steps"
             )
-        self.rollbacks = rollbacks + 1
+        self.left_out.append(samples)
         self.spiking = 0
 
     def metrics(self) -> dict[str, float | int | None]:
@@ -89,7 +94,7 @@ class Guard:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "spiking": self.spiking,
-            "rollbacks": self.rollbacks,
+            "left_out": [list(samples) for samples in self.left_out],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -97,7 +102,8 @@ class Guard:
         self.losses = deque(state["losses"], maxlen=self.config.window)
         self.grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.spiking, self.rollbacks = state["spiking"], state["rollbacks"]
+        self.spiking = state["spiking"]
+        self.left_out = [(first, end) for first, end in state["left_out"]]
 
     def _skip(self, step: int, loss: float, grad_norm: float) -> None:
         name, value = ("loss", loss) if math.isfinite(grad_norm) else ("gradient norm", grad_norm)

@@ -53,8 +53,9 @@ class ZeroState:
             return
         for number in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
-        if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        if persistent := self.zero.persistent_parameters:
+            persistent[0].partition(persistent)  # in a run under way they are there, as they were before
+            persistent[0].all_gather(persistent)
 
     def link_moments(self) -> None:
         """Let parameters know where their moments are, after these have come to be elsewhere."""

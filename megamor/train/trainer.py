@@ -110,16 +110,18 @@ class Trainer:
             TrainingError: there is no such checkpoint, or this has happened too often.
         """
         spiked_at, position = self.progress.step, self.loader.state_dict()
-        rollbacks = self.guard.rollbacks
+        left_out = self.guard.left_out
         restored = self.checkpoints.restore(at_most=spiked_at - self.config.guard.rollback_steps)
         if restored is None:
             raise TrainingError(
                 f"the loss spikes at step {spiked_at}, and no checkpoint is {self.config.guard.rollback_steps} steps "
                 "older: lower guard.rollback_steps or checkpoint.every_steps, or start with a lower optim.lr"
             )
-        self.guard.roll_back(spiked_at, rollbacks)
+        self.guard.left_out = left_out  # those of the checkpoint may be fewer
+        self.guard.roll_back(spiked_at, (self.loader.consumed_samples, position["consumed_samples"]))
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
+        self.evaluated_step = min(self.evaluated_step or 0, restored.step)
         together(lambda: self.sink.rewind(restored.step), self.backend.device)
         self.announce(f"step {spiked_at}: the loss spikes; back to step {restored.step}, with the data from here on")
 

@@ -1,0 +1,59 @@
+"""What slurm/node.sh finds on a node that can't train, in one line that names the node. Needs no slurm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamor.config import config_to_yaml
+from tests.resume.runs import tiny_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def check(directory: Path, **variables: str) -> subprocess.CompletedProcess:
+    """`node.sh check` on a node of its own making, with a driver that lists two GPUs."""
+    tools = directory / "bin"
+    tools.mkdir()
+    driver = tools / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'GPU 0: Some\nGPU 1: Some'\n")
+    driver.chmod(0o755)
+    file = directory / "config.yaml"
+    file.write_text(config_to_yaml(tiny_run(directory)))
+    node = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "GPUS": "0", "CONFIG": str(file), "CLUSTER_VENV": sys.prefix}
+    path = f"{tools}:{os.environ['PATH']}"
+    return subprocess.run(
+        [ROOT / "slurm" / "node.sh", "check", directory / "logs"],
+        env={**os.environ, **node, "PATH": path, "VISIBILITY_SECONDS": "1", **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("gpus", ["0", "2"])
+def test_a_good_node(tmp_path: Path, gpus: str) -> None:
+    found = check(tmp_path, GPUS=gpus)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert (tmp_path / ".job_7").exists()  # what the other nodes look for
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"GPUS": "8"}, "(node 0 of the job): 2 GPUs instead of 8"),
+        ({"SLURM_NODEID": "1"}, "(node 1 of the job): run.dir {} isn't the directory that node 0 sees"),
+        ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"CLUSTER_VENV": "/nowhere", "PATH": "/usr/bin:/bin"}, "python"),
+    ],
+    ids=["too few GPUs", "own directory", "no configuration", "no environment"],
+)
+def test_a_bad_node(tmp_path: Path, variables: dict[str, str], says: str) -> None:
+    found = check(tmp_path, **variables)
+    assert found.returncode == 2
+    assert says.format(tmp_path) in found.stderr
+    assert "Traceback" not in found.stderr
