@@ -2,7 +2,7 @@
 
 Every row sees the first so many entries of one virtual sequence: entries are in the order of their tokens, so nothing
 else is causal about it, and which depths the rows are at makes no difference. Pages are gathered into grids of rows
-with similarly many pages, one call of SDPA each.
+with similarly many pages, one call of SDPA each; on a GPU, pages of 256 tokens can be read where they are.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
+from megamor.model.attention import has_packed_kernel
 from megamor.model.blocks import KeysValues, KeyValue
 
 
@@ -110,3 +114,50 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group, alone: bool) -> 
     mask = group.mask if length == 1 else group.mask.repeat(1, 1, q_GKHD.shape[2] // length, 1)
     out = F.scaled_dot_product_attention(q_GKHD, k_GKTD, v_GKTD, attn_mask=mask)
     return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(size * length, -1)
+
+
+PAGE_MULTIPLE = 256
+"""Page sizes that flash attention's paged kernel takes are multiples of this (its blocks never straddle two pages)."""
+
+
+class KernelLayout:
+    """The same by the paged variable-length kernel, which reads the pages where they are."""
+
+    def __init__(self, readings: Sequence[Reading], page_size: int, device: torch.device) -> None:
+        # Causal attention is aligned at the last key; rows that skip entries (shared keys) are pieces of their own.
+        pieces = [piece for reading in readings for piece in consecutive(reading)]
+        lengths = [len(piece.ends) for piece in pieces]
+        longest = max(piece.ends[-1] for piece in pieces)
+        num_pages = -(-longest // page_size)
+        tables = [(piece.pages[:num_pages] + [0] * num_pages)[:num_pages] for piece in pieces]
+
+        def integers(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        self.bounds = F.pad(integers(lengths).cumsum(0, dtype=torch.int32), (1, 0))
+        self.tables, self.used = integers(tables), integers([piece.ends[-1] for piece in pieces])
+        self.longest = max(lengths), num_pages * page_size
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `PagedLayout.attend`."""
+        out: Any = varlen_attn(
+            q, k, v, self.bounds, None, *self.longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[2],
+            seqused_k=self.used, block_table=self.tables,
+        )  # fmt: skip
+        return out.flatten(1)
+
+
+def consecutive(reading: Reading) -> list[Reading]:
+    """`reading` in parts whose rows see one entry more each."""
+    cuts = [row for row in range(1, len(reading.ends)) if reading.ends[row] != reading.ends[row - 1] + 1]
+    edges = [0, *cuts, len(reading.ends)]
+    return [Reading(reading.pages, reading.ends[first:end]) for first, end in pairwise(edges)]
+
+
+def paged_layout(
+    readings: Sequence[Reading], page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> PagedLayout | KernelLayout:
+    """The layout for a launch: the kernel where there is one that takes such pages."""
+    if has_packed_kernel(device, dtype, head_dim) and page_size % PAGE_MULTIPLE == 0:
+        return KernelLayout(readings, page_size, device)
+    return PagedLayout(readings, page_size, dtype, device)

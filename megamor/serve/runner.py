@@ -22,11 +22,12 @@ from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.serve.layers import LayerAccess, Layers
-from megamor.serve.paged_attention import PagedKeysValues, PagedLayout, Reading
+from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, paged_layout
 from megamor.serve.pages import EVERY_TOKEN
 from megamor.serve.prefix import Copy
 from megamor.serve.scheduler import Piece
 
+Layout = PagedLayout | KernelLayout
 WEIGHTS = tuple(field.name for field in fields(Mix))
 
 
@@ -69,7 +70,7 @@ class Binding:
     """Neighbouring parts on their way through a block: the rows' angles, what they read, who of them writes where."""
 
     angles: RotaryAngles
-    layout: PagedLayout
+    layout: Layout
     places: Tensor
     rows: Tensor | None
 
@@ -187,7 +188,7 @@ class Runner:
             pages, entries = piece.sequence.tables[table].pages, range(piece.start, piece.start + piece.length)
             readings.append(Reading(pages, [entry + 1 for entry in entries]))
             places += self.places(pages, entries)
-        layout = PagedLayout(readings, self.page_size, self.dtype, self.device)
+        layout = self.paged(readings)
         angles, written = self.angles(positions), self.tensor(places)
         for number, block in enumerate(blocks):
             k, v = self.pages["edge"][first_layer + number]
@@ -209,7 +210,7 @@ class Runner:
             first = end
         return parts
 
-    def layout(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> PagedLayout:
+    def layout(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> Layout:
         """What the rows of `parts` read. An idle row sees what there is, or the first page where nothing is."""
         readings = []
         for part, access in zip(parts, accesses, strict=True):
@@ -219,7 +220,7 @@ class Runner:
                 ends = [entries.get(row, stored.length) + 1 for row in rows]
                 if ends:
                     readings.append(Reading(stored.pages, ends))
-        return PagedLayout(readings, self.page_size, self.dtype, self.device)
+        return self.paged(readings)
 
     def written(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> tuple[Tensor, Tensor | None]:
         """Where in the pages, and which of the rows of `parts` write; None for all rows."""
@@ -298,6 +299,11 @@ class Runner:
         )
         bounds = None if free else DepthBounds(self.slots.get("least", slots), self.slots.get("most", slots))
         return RoutingContext(len(slots), 1, "causal", 0, self.slots.get("position", slots), bounds)
+
+    def paged(self, readings: Sequence[Reading]) -> Layout:
+        """The attention layout of rows that read these."""
+        head_dim = self.model.config.model.head_dim
+        return paged_layout(readings, self.page_size, head_dim, self.dtype, self.device)
 
     def places(self, pages: Sequence[int], entries: Sequence[int]) -> list[int]:
         """Where entries of a table lie, counted through all pages."""

@@ -1,0 +1,86 @@
+"""The prediction of speed from the costs of launches, and the bench around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megamor.serve.bench import main
+from megamor.serve.costs import Costs, LineFit
+
+A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
+
+
+def costs(x: float) -> Costs:
+    """Boundaries that cost x core launches of equal width."""
+    return Costs((A, B), (x * A, x * B))
+
+
+def test_the_formulas() -> None:
+    x = 0.3
+    launch = A + B * R
+    predict = costs(x).token_seconds
+    assert predict("full", R, NR, D) == pytest.approx((NR + x) * launch / R)
+    assert predict("shrink", R, NR, D) == pytest.approx((NR * A + B * R * D + x * launch) / R)
+    assert predict("depthwise", R, NR, D) == pytest.approx((D * launch + x * (D * A + B * R)) / R)
+
+
+@pytest.mark.parametrize("x", [0.1, 0.5, 1.0, 1.6, 1.8, 3.0])
+def test_depthwise_beats_shrink_exactly_where_it_should(x: float) -> None:
+    predict = costs(x).token_seconds
+    assert (predict("depthwise", R, NR, D) < predict("shrink", R, NR, D)) == (x < (NR - D) / (D - 1))
+
+
+def test_holding_pays_when_boundaries_are_dear() -> None:
+    assert costs(0.1).best_hold(R, NR, D) == 1
+    assert costs(1.2).best_hold(R, NR, D) == 2
+    assert costs(9.0).best_hold(R, NR, D) == 3
+
+
+def test_a_line_through_medians() -> None:
+    fit = LineFit()
+    for width in (4, 8, 16):
+        for error in (-0.1, 0.0, 0.1, 50.0, -0.1):
+            fit.add(width, 2 + 0.5 * width + error)
+    assert fit.line() == pytest.approx((2, 0.5))
+    one = LineFit()
+    one.add(3, 7.0)
+    assert one.line() == (7.0, 0.0)
+
+
+TINY = """
+model: {vocab_size: 64, dim: 32, num_layers: 8, num_heads: 4, num_kv_heads: 2, ffn_dim: 64, max_seq_len: 32}
+recursion: {num_recursions: 3, sharing: middle_cycle}
+router: {kind: expert_choice}
+data: {seq_len: 32}
+optim: {warmup_steps: 0}
+train: {global_batch_size: 2, micro_batch_size: 2, max_steps: 2, precision: fp32}
+"""
+
+
+def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out.json"
+    config.write_text(TINY)
+    arguments = ["--offline", "--config", str(config), "--residents", "4", "--rounds", "1", "--requests-per-place", "2"]
+    main([*arguments, "--new-tokens", "6-10", "--device", "cpu", "--json", str(out)])
+    report = json.loads(out.read_text())
+    cases = {case["case"]: case for case in report["cases"]}
+    assert list(cases) == ["full", "shrink", "depthwise", "depthwise, equal KV bytes"]
+    assert cases["full"]["over_full"] == 1
+    assert cases["depthwise"]["mixed_launches"] > 0.5
+    assert cases["shrink"]["mixed_launches"] == 0
+    assert cases["depthwise, equal KV bytes"]["residents"] > 4
+    assert "prediction beside measurement" in capsys.readouterr().out
+
+
+def test_what_the_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    with pytest.raises(SystemExit):
+        main(["--offline"])
+    with pytest.raises(SystemExit) as refusal:
+        main(["--offline", "--config", str(config), "--new-tokens", "40-60"])
+    assert refusal.value.code == 2
+    assert "context of 32" in capsys.readouterr().err
