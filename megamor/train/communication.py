@@ -15,6 +15,7 @@ class Traffic:
     """Bytes of the whole tensors that go through each kind of collective in a step.
 
     `all_gather` and `reduce_scatter` are among `shards` ranks, `all_reduce` among `replicas`. Scalars aren't counted.
+    `rings` is the number of all-gathers and reduce-scatters that these bytes are divided over.
     """
 
     shards: int
@@ -22,6 +23,7 @@ class Traffic:
     all_gather: float = 0.0
     reduce_scatter: float = 0.0
     all_reduce: float = 0.0
+    rings: int = 0
 
     @property
     def sent_among_shards(self) -> float:
@@ -58,11 +60,13 @@ def step_traffic(config: Config, world_size: int) -> Traffic:
         passes = 2 * total - counts["root"] if config.parallel.reshard_after_forward else total
         replicas = world_size // shards
         across = FP32 * total / shards if replicas > 1 else 0.0
-        return Traffic(shards, replicas, element * passes * micro_batches, FP32 * total, across)
+        units = len(counts)
+        gathers = (2 * units - 1 if config.parallel.reshard_after_forward else units) * micro_batches
+        return Traffic(shards, replicas, element * passes * micro_batches, FP32 * total, across, gathers + units)
     stage = config.parallel.zero_stage if backend == "deepspeed" else 0
     if stage == 0:
         return Traffic(1, world_size, all_reduce=FP32 * total)
     if stage == 3:
-        return Traffic(world_size, 1, element * total, FP32 * total * micro_batches)
+        return Traffic(world_size, 1, element * total, FP32 * total * micro_batches, 0.0, len(counts) + micro_batches)
     reductions = micro_batches if stage == 2 else 1
-    return Traffic(world_size, world_size, element * total, all_reduce=FP32 * total * reductions)
+    return Traffic(world_size, world_size, element * total, all_reduce=FP32 * total * reductions, rings=1)

@@ -102,29 +102,31 @@ class Holding:
 def holding(config: Config, world_size: int) -> Holding:
     """What the configured backend holds.
 
-    Single and DDP keep everything, with autocast's bf16 copies; DDP's gradients are buckets that stay. FSDP2 gathers a
-    unit in the type of the products and reduces its gradient in fp32; while it accumulates, gradients are whole and
-    fp32. Each ZeRO stage divides one part more (arXiv 1910.02054, section 5); its buckets hold more than the models of
-    the paper have, so that the whole gradient is in one, and stage 3 keeps what it has gathered up to 1e9 parameters.
+    Single and DDP keep everything, with autocast's bf16 copies. FSDP2 gathers a unit in the type of the products and
+    reduces its gradient in fp32. What has been accumulated is there from the beginning of a micro-batch on: whole under
+    FSDP2, beside the buckets that always exist under DDP. Each ZeRO stage divides one part more (arXiv 1910.02054,
+    section 5); its buckets hold more than the models of the paper have, so that the whole gradient is in one, and stage
+    3 keeps what it has gathered up to 1e9 parameters.
     """
     backend = resolve_backend(config.parallel, world_size)
     element = BF16 if config.train.precision == "bf16" else FP32
     copies = BF16 if element == BF16 else 0
+    accumulated = FP32 if derive(config, world_size).micro_batches > 1 else 0
     if backend == "single":
-        return Holding(FP32, MOMENTS, FP32, copies=copies)
+        return Holding(FP32, MOMENTS, FP32 - accumulated, buckets=accumulated, copies=copies)
     if backend == "ddp":
-        return Holding(FP32, MOMENTS, 0, buckets=FP32, copies=copies)
+        return Holding(FP32, MOMENTS, 0, buckets=FP32 + accumulated, copies=copies)
     if backend == "fsdp2":
         shards = config.parallel.shard_degree or world_size
-        accumulates = derive(config, world_size).micro_batches > 1
         return Holding(
             FP32 / shards,
             MOMENTS / shards,
-            FP32 if accumulates else FP32 / shards,
+            FP32 / shards,
+            buckets=accumulated,
             whole=0 if config.parallel.reshard_after_forward else element,
             root=element,
             unit=element if config.parallel.reshard_after_forward else 0,
-            fresh=element,
+            fresh=0 if accumulated == element else element,  # in fp32 they are added up in place
             reduced=FP32,
         )
     stage = config.parallel.zero_stage
@@ -159,7 +161,8 @@ def walk(config: Config, kernels: Kernels, held: Holding, counts: dict[str, int]
     head = config.model.vocab_size * config.model.dim * kernels.products  # its gradient waits for the embedding's
     hidden = config.train.micro_batch_size * config.data.seq_len * config.model.dim
     yield replace(always, activations=activations, loss=loss + head + hidden * kernels.products)
-    gradients, left = always.gradients, dict(counts)
+    gradients = always.gradients
+    left: dict[str, float] = dict(counts)
     for index, span in reversed(list(enumerate(parts))):
         size, used = counts[span.unit], counts[span.unit] * span.share
         new = min(left[span.unit], used)
@@ -167,10 +170,13 @@ def walk(config: Config, kernels: Kernels, held: Holding, counts: dict[str, int]
         gradients += held.gradients * new
         next_unit = parts[index - 1].unit if index else "root"
         is_done = next_unit != span.unit
-        gathered = held.unit * (size + (counts[next_unit] if is_done else 0)) + held.fresh * (size - left[span.unit])
-        gathered += (held.reduced * size if is_done else 0) + (held.copies * used if copies else 0)
-        busiest = activations + span.recomputed + span.widest
-        yield replace(always, gradients=gradients, gathered=always.gathered + gathered, activations=busiest, loss=head)
+        gathered = always.gathered + held.unit * (size + (counts[next_unit] if is_done else 0))
+        gathered += held.fresh * (size - left[span.unit]) + (held.copies * used if copies else 0)
+        at_work = activations + span.recomputed + span.widest
+        yield replace(always, gradients=gradients, gathered=gathered, activations=at_work, loss=head)
         activations -= span.saved
+        if is_done:
+            gathered += held.reduced * size
+            yield replace(always, gradients=gradients, gathered=gathered, activations=activations, loss=head)
     gradients += held.gradients * root
     yield replace(always, gradients=gradients, loss=head)

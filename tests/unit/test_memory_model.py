@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RecursionConfig, TrainConfig
 from megamor.model import build_model
@@ -20,40 +15,9 @@ from megamor.parallel import World
 from megamor.parallel.single import SingleBackend
 from megamor.train.memory import Memory, holding, step_memory
 from tests.combinations import ROUTERS
+from tests.live_bytes import LiveBytes
 
 TOLERANCE = 0.10
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows how many bytes of storage exist at once, from those that exist already on."""
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-        for tensor in existing:
-            self.note(tensor)
-
-    def note(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.forget, key)
-        self.peak = max(self.peak, self.now)
-
-    def forget(self, key: int) -> None:
-        """A storage has been freed."""
-        self.now -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self.note(value)
-        return out
 
 
 SIZES = {
@@ -158,8 +122,8 @@ def test_bytes_a_parameter(backend: str, options: dict, precision: str, bytes_pe
 def test_accumulated_gradients_are_whole() -> None:
     config = replace(step_config("wide", "vanilla", "none"), parallel=ParallelConfig(backend="fsdp2"))
     config = replace(config, train=replace(config.train, global_batch_size=64))
-    assert holding(config, 16).gradients == 4 / 16
-    assert holding(config, 8).gradients == 4
+    assert (holding(config, 16).buckets, holding(config, 16).gradients) == (0, 4 / 16)
+    assert (holding(config, 8).buckets, holding(config, 8).gradients) == (4, 4 / 8)
 
 
 def test_parts_follow_what_they_depend_on() -> None:

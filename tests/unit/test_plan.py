@@ -1,0 +1,119 @@
+"""The planner's arithmetic, and what it says where a run doesn't fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamor.config import load_config
+from megamor.model.flops import nominal_flops
+from megamor.train.memory import step_memory
+from tools import plan, plan_scaling
+from tools.plan_estimate import (
+    ADAMW_BYTES,
+    HOP_SECONDS,
+    USABLE,
+    Cluster,
+    communication_seconds,
+    estimate,
+    nearest_that_fits,
+)
+from tools.plan_gpus import GPUS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPE = str(CONFIGS / "mor_1b.yaml")
+
+
+def report(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "plan.json"
+    plan.main(["--config", RECIPE, "--json", str(out), *arguments])
+    return json.loads(out.read_text())
+
+
+def test_every_backend_and_policy_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = report(tmp_path, "--gpus", "64", "--gpu", "h200")
+    lines = {(row["backend"], row["activation_checkpointing"]) for row in found["rows"]}
+    backends = {"ddp", "fsdp2", "fsdp2, kept", "hsdp", "zero1", "zero2", "zero3"}
+    assert lines == {(b, p) for b in backends for p in ("none", "selective", "block", "recursion")}
+    assert all(row["fits"] and row["instead"] is None for row in found["rows"])
+    assert all(0 < row["mfu_without_overlap"] <= row["mfu_bound"] <= 1 for row in found["rows"])
+    assert "hsdp" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_comes_with_what_does(tmp_path: Path) -> None:
+    found = report(tmp_path, "--gpus", "8", "--gpu", "a100-40", "train.micro_batch_size=16")
+    tight = [row for row in found["rows"] if not row["fits"]]
+    assert {row["activation_checkpointing"] for row in tight} >= {"none"}
+    assert all(row["memory"]["total"] > found["usable_memory"] and "train." in row["instead"] for row in tight)
+    config = load_config(RECIPE, ["train.micro_batch_size=16", "parallel.backend=ddp"])
+    cluster = Cluster(GPUS["a100-40"], 8, 8)
+    assert step_memory(config, 8).total > USABLE * cluster.gpu.memory
+    change, changed = nearest_that_fits(config, cluster) or ("", config)
+    again = load_config(RECIPE, ["train.micro_batch_size=16", "parallel.backend=ddp", *change.split()])
+    assert again.train == changed.train
+    assert step_memory(again, 8).total <= USABLE * cluster.gpu.memory
+
+
+def test_what_nothing_helps_is_said(tmp_path: Path) -> None:
+    long = ["data.seq_len=1048576", "model.max_seq_len=1048576", "train.micro_batch_size=1"]
+    found = report(tmp_path, "--gpus", "8", "--gpu", "l40s", *long)
+    assert all("nothing fits" in row["instead"] for row in found["rows"])
+
+
+def test_bounds_by_hand() -> None:
+    """DDP on one node: compute at peak, gradients through a ring of links, AdamW through memory."""
+    config = load_config(RECIPE, ["parallel.backend=ddp", "train.micro_batch_size=8"])
+    gpu = GPUS["h100"]
+    cluster = Cluster(gpu, 8, 8)
+    found = estimate("ddp", config, cluster)
+    parameters = 772_282_368
+    assert found.traffic.sent == pytest.approx(2 * 4 * parameters * 7 / 8, rel=1e-3)
+    compute = nominal_flops(config, 1024 / 8).training / 989.4e12
+    communication = 2 * 4 * parameters * 7 / 8 / 450e9
+    update = ADAMW_BYTES * parameters / 3350e9
+    assert found.compute_seconds == pytest.approx(compute)
+    assert found.communication_seconds == pytest.approx(communication, rel=1e-3)
+    assert found.mfu_without_overlap == pytest.approx(compute / (compute + communication + update), rel=1e-3)
+    assert found.mfu_bound == pytest.approx(compute / (compute + update), rel=1e-3)
+
+
+def test_rings_over_nodes_use_the_network() -> None:
+    gpu = GPUS["h100"]
+    one, two = Cluster(gpu, 8, 8), Cluster(gpu, 16, 8)
+    assert one.bandwidth(8, neighbours=True) == gpu.link
+    assert two.bandwidth(16, neighbours=True) == 8 * gpu.network, "all ports of a node at once"
+    assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: a port each"
+    config = load_config(RECIPE, ["parallel.backend=fsdp2", "parallel.shard_degree=8", "train.micro_batch_size=8"])
+    traffic = estimate("hsdp", config, two).traffic
+    expected = traffic.sent_among_shards / gpu.link + traffic.sent_among_replicas / gpu.network
+    expected += (8 * 4 + 4) * 7 * HOP_SECONDS  # eight micro-batches; four units, kept gathered
+    assert communication_seconds(traffic, two) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "8", "--gpu", "h300"], "--gpu h300"),
+        (["--gpus", "48", "--gpu", "h100"], "isn't divisible"),
+        (["--gpus", "8", "--gpu", "h100", "--mfu", "2"], "--mfu 2"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--config", RECIPE, *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_gpu_has_a_peak_and_a_source() -> None:
+    for gpu in GPUS.values():
+        assert gpu.peak > 1e14
+        assert gpu.source
+
+
+def test_the_page_on_scaling_is_up_to_date() -> None:
+    page = plan_scaling.PAGE.read_text(encoding="utf-8")
+    assert plan_scaling.updated(page) == page, "python tools/plan_scaling.py --write"
