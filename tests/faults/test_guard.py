@@ -54,8 +54,13 @@ def spoiled_loss(*steps: int, factor: float = math.nan) -> Spoil:
     return spoil
 
 
+SLOW = ("hsdp", "zero0", "zero1")
+
+
 @pytest.mark.promise("R8")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BACKENDS]
+)
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, backend: str) -> None:
     base = tiny_run(tmp_path, precision="bf16" if backend == "zero2" else "fp32")
     config = replace(
@@ -147,7 +152,7 @@ def both(spoil: Spoil) -> dict[str, Any]:
 
 
 @pytest.mark.promise("R8")
-@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_spike_sends_the_run_back_and_leaves_its_data_out(tmp_path: Path, backend: str) -> None:
     base = replace(
         tiny_run(tmp_path),
