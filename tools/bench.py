@@ -9,7 +9,8 @@ examples:
 `train` runs one training step (forward, backward, AdamW) of vanilla, recursive and MoR models of equal effective depth
 in turns, and compares each with vanilla round by round: time, executed FLOPs, peak memory. The times of a busy machine
 are off, its ratios less so. `loader` measures how fast batches come from token shards; see `bench.py loader --help`.
-`save` measures what a checkpoint costs, blocking and asynchronous; see `bench.py save --help`.
+`save` measures what a checkpoint costs, blocking and asynchronous; see `bench.py save --help`. `preprocess` measures
+how fast text becomes token shards; see `bench.py preprocess --help`.
 benchmarks/README.md explains the JSON files.
 """
 
@@ -35,7 +36,7 @@ from rich.table import Table
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
 from megamor.origin import describe_origin
-from tools import bench_loader, bench_save
+from tools import bench_loader, bench_preprocess, bench_save
 from tools.bench_baselines import BASELINES
 from tools.bench_cases import CASES, make_cases
 from tools.bench_train import Budget, bench_setting
@@ -49,7 +50,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "loader", "save"], help="training steps, data loader, checkpoints")
+    kinds = ["train", "loader", "save", "preprocess"]
+    parser.add_argument("what", choices=kinds, help="training steps, data loader, checkpoints, or text to tokens")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
     parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
@@ -89,7 +91,7 @@ def _lengths(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     words = sys.argv[1:] if argv is None else list(argv)
-    for what, other in (("loader", bench_loader), ("save", bench_save)):
+    for what, other in (("loader", bench_loader), ("save", bench_save), ("preprocess", bench_preprocess)):
         if words[:1] == [what]:
             other.main(words[1:])
             return

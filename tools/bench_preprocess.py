@@ -1,0 +1,243 @@
+"""Measure how fast tools/preprocess.py turns text into token shards, and how much memory it takes.
+
+examples:
+  python tools/bench.py preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json --json out.json
+  python tools/bench.py preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json --rounds 5 --slow-megabytes 20
+
+Cases run in turns, each in a fresh process, and count from when everything is imported: the whole tool, from compressed
+files to finished shards, with gigatoken and without, and beside it the libraries alone, on texts that are in memory
+already. What goes without gigatoken is slow and gets the first documents of each file only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megamor.data.documents import parse_chunk
+from megamor.data.text import find_files
+from megamor.errors import DataError, user_errors
+from megamor.origin import describe_origin
+from tools.bench_train import quartiles
+
+SCHEMA = "megamor-bench-preprocess/1"
+ROOT = Path(__file__).resolve().parent.parent
+_SAMPLE_SECONDS = 0.02
+_LIBRARIES = ("tokenizers", "gigatoken", "msgspec", "zstandard")
+
+# Programs of the cases. Each prints the seconds that it took, imports and preparations left out, on its last line.
+_TOOL = """
+import sys, time
+from tools.preprocess import main
+begun = time.perf_counter()
+main(sys.argv[1:])
+print(time.perf_counter() - begun)
+"""
+_READ = """
+import json, sys, time
+texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
+"""
+_TOKENIZERS = f"""{_READ}
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[2])
+begun = time.perf_counter()
+for first in range(0, len(texts), 64):
+    tokenizer.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
+print(time.perf_counter() - begun)
+"""
+_GIGATOKEN = f"""{_READ}
+import awkward, gigatoken
+tokenizer = gigatoken.Tokenizer(sys.argv[2])
+begun = time.perf_counter()
+tokenizer.encode_batch(texts)
+print(time.perf_counter() - begun)
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="texts, as of tools/preprocess.py")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads of each case")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each case (default: 3)")
+    parser.add_argument("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases")
+    parser.add_argument("--copies", type=int, default=6, metavar="N", help="the input, so often, to measure memory on")
+    parser.add_argument("--memory-workers", type=int, default=8, metavar="N", help="threads there (default: 8)")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where temporary files go")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    return parser.parse_args(argv)
+
+
+@user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    args = parse_arguments(argv)
+    origin = describe_origin(torch.device("cpu"))
+    for library in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            origin["versions"][library] = metadata.version(library)
+    with TemporaryDirectory(dir=args.directory) as folder:
+        bench = Bench(args, Path(folder))
+        report = {
+            "schema": SCHEMA,
+            "command": shlex.join(["python", "tools/bench.py", "preprocess", *(argv or ())]),
+            **origin,
+            "tokenizer": Path(args.tokenizer).name,
+            "input": [Path(path).name for path in bench.paths],
+            "workers": args.workers,
+            "cases": bench.run(),
+            "memory": list(bench.memory()),
+        }
+    print_report(report)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {args.json}")
+
+
+class Bench:
+    """The cases, on files in `folder`: everything, and a little of everything for what is slow."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args = args
+        self._folder = folder
+        self.paths = list(find_files(args.input).paths)
+        self._all, self._all_bytes = self._write("all", float("inf"))
+        self._few, self._few_bytes = self._write("few", args.slow_megabytes * 1e6 / len(self.paths))
+
+    def run(self) -> list[dict[str, Any]]:
+        """Every case once a round, beginning with another one each round."""
+        tokenizer, workers = self._args.tokenizer, str(self._args.workers)
+        common = ["--tokenizer", tokenizer, "--append-eod", "--workers", workers, "--output-prefix"]
+        out = str(self._folder / "out")
+        fast = ["--input", *self.paths, *common, out, "--accelerator", "gigatoken"]
+        slow = ["--input", str(self._few), *common, out, "--accelerator", "none"]
+        cases: list[tuple[str, str, list[str], int]] = [
+            ("tools/preprocess.py, gigatoken", _TOOL, fast, self._all_bytes),
+            ("gigatoken alone", _GIGATOKEN, [str(self._all), tokenizer], self._all_bytes),
+            ("tools/preprocess.py, tokenizers", _TOOL, slow, self._few_bytes),
+            ("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [str(self._few), tokenizer], self._few_bytes),
+        ]
+        seconds: dict[str, list[float]] = {label: [] for label, *_ in cases}
+        for number in range(self._args.rounds):
+            shift = number % len(cases)
+            for label, program, arguments, _ in cases[shift:] + cases[:shift]:
+                seconds[label].append(float(self._run(program, arguments).splitlines()[-1]))
+        return [
+            {
+                "label": label,
+                "text_bytes": size,
+                "seconds": quartiles(seconds[label]),
+                "bytes_per_second": size / quartiles(seconds[label])["median"],
+            }
+            for label, _, _, size in cases
+        ]
+
+    def memory(self) -> Iterator[dict[str, Any]]:
+        """Peak memory of the process (proportional set size) on several copies of the input, with many threads."""
+        paths = [
+            str(shutil.copy(path, self._folder / f"{number}-{Path(path).name}"))
+            for number in range(self._args.copies)
+            for path in self.paths
+        ]
+        common = ["--tokenizer", self._args.tokenizer, "--workers", str(self._args.memory_workers), "--append-eod"]
+        for accelerator, files, size in (
+            ("gigatoken", paths, self._args.copies * self._all_bytes),
+            ("none", [str(self._few)], self._few_bytes),
+        ):
+            arguments = ["--input", *files, *common, "--output-prefix", str(self._folder / "memory")]
+            process = self._start(_TOOL, [*arguments, "--accelerator", accelerator])
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, proportional_bytes(process.pid))
+                time.sleep(_SAMPLE_SECONDS)
+            if process.returncode:
+                raise DataError(f"tools/preprocess.py failed: {process.communicate()[1]}")
+            yield {
+                "accelerator": accelerator,
+                "workers": self._args.memory_workers,
+                "text_bytes": size,
+                "peak_bytes": peak,
+            }
+
+    def _write(self, name: str, limit: float) -> tuple[Path, int]:
+        """The texts as one plain file of JSON lines, at most about `limit` bytes of each source; and their size."""
+        path, sizes = self._folder / f"{name}.jsonl", dict.fromkeys(range(len(self.paths)), 0)
+        with path.open("w", encoding="utf-8") as file:
+            for chunk in find_files(self.paths).chunks():
+                documents = parse_chunk(chunk, "text")
+                for text, data in zip(documents.texts, documents.encoded, strict=True):
+                    if sizes[chunk.place.source] < limit:
+                        sizes[chunk.place.source] += len(data)
+                        file.write(json.dumps({"text": text}) + "\n")
+        return path, sum(sizes.values())
+
+    def _run(self, program: str, arguments: Sequence[str]) -> str:
+        process = self._start(program, arguments)
+        out, errors = process.communicate()
+        if process.returncode:
+            raise DataError(f"a case failed: {errors}")
+        return out
+
+    def _start(self, program: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        environment = {**os.environ, "RAYON_NUM_THREADS": str(self._args.workers), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def proportional_bytes(pid: int) -> int:
+    """Memory of a process and its children, what they share counted once; 0 where the system doesn't say."""
+    try:
+        own = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return (int(own[1]) * 1024 if own else 0) + sum(proportional_bytes(int(child)) for child in children)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A table, and a line on memory."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=110)
+    table = Table(title=f"text to tokens, {report['workers']} threads\n{report['machine']['cpu']}")
+    for heading in ("case", "MB of text", "seconds", "quartiles", "MB/s"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for case in report["cases"]:
+        seconds = case["seconds"]
+        table.add_row(
+            case["label"],
+            f"{case['text_bytes'] / 1e6:.1f}",
+            f"{seconds['median']:.2f}",
+            f"{seconds['q1']:.2f}–{seconds['q3']:.2f}",
+            f"{case['bytes_per_second'] / 1e6:.2f}",
+        )
+    console.print(table)
+    for memory in report["memory"]:
+        console.print(
+            f"peak memory with {memory['workers']} workers, accelerator {memory['accelerator']}, "
+            f"{memory['text_bytes'] / 1e6:,.0f} MB of text: {memory['peak_bytes'] / 1e6:,.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    main()
