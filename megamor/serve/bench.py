@@ -23,7 +23,8 @@ from megamor.load import load_model
 from megamor.model import Transformer, build_model
 from megamor.origin import describe_origin
 from megamor.serve.client import Load, parse_limits, send, summarise
-from megamor.serve.offline import POLICIES, Workload, measure
+from megamor.serve.offline import Workload, measure
+from megamor.serve.scheduler import POLICIES
 
 EXAMPLE = """\
 examples:
@@ -31,8 +32,8 @@ examples:
   python -m megamor.serve.bench --offline --checkpoint runs/x/checkpoints/latest --policies full,shrink,depthwise
   python -m megamor.serve.bench --offline --config configs/bench/serve_cpu.yaml --threads 1 --json out.json
 
---url sends requests to a running server and reports what users feel. --offline runs the engine by itself, policy by
-policy on the same requests, beside the speed that the measured costs of launches predict; --config takes random
+--url sends requests to a running server and reports what users feel. --offline runs the engine by itself, the policies
+in turns on the same requests, beside the speed that the measured costs of launches predict; --config takes random
 weights, with key=value to change settings. benchmarks/README.md explains the figures.
 """
 
@@ -67,8 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--config", metavar="FILE", help="a configuration, for random weights")
     offline.add_argument("--policies", type=_policies, default=list(POLICIES), metavar="A,B", help="default: all")
     offline.add_argument("--residents", type=int, default=32, help="sequences at work at once (default: 32)")
-    offline.add_argument("--rounds", type=int, default=3, help="turns of all policies (default: 3)")
-    offline.add_argument("--requests-per-place", type=int, default=3, help="per resident and turn (default: 3)")
+    offline.add_argument("--turns", type=int, default=30, help="of each policy (default: 30)")
     offline.add_argument("--prompt-tokens", type=int, default=4, help="of each request (default: 4)")
     offline.add_argument("--new-tokens", type=_range, default=(40, 60), metavar="A-B", help="default: 40-60")
     offline.add_argument("--hold", type=int, default=1, help="core launches to a boundary, depthwise (default: 1)")
@@ -132,14 +132,7 @@ def bench_offline(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = build(arguments)
-    work = Workload(
-        arguments.residents,
-        arguments.requests_per_place,
-        arguments.prompt_tokens,
-        arguments.new_tokens,
-        arguments.rounds,
-        arguments.hold,
-    )
+    work = Workload(arguments.residents, arguments.turns, arguments.prompt_tokens, arguments.new_tokens, arguments.hold)
     if work.prompt_tokens + work.new_tokens[1] > model.config.model.max_seq_len:
         raise ConfigError(
             f"--prompt-tokens {work.prompt_tokens} and --new-tokens up to {work.new_tokens[1]} don't fit into the "
@@ -164,10 +157,11 @@ def print_offline(report: dict[str, Any]) -> None:
     table = Table(title="tokens/s, prediction beside measurement")
     for column in ("policy", "residents", "depth", "width", "mixed", "sched.", "tokens/s", "pred.", "of it"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=column != "policy")
-    for column in ("over full", "pred."):
+    for column in ("over full", "pred.", "over shrink", "pred."):
         table.add_column(column, justify="right", no_wrap=True)
     for case in report["cases"]:
-        over = [f"{case[name]:.2f}×" if name in case else "–" for name in ("over_full", "predicted_over_full")]
+        names = ("over_full", "predicted_over_full", "over_shrink", "predicted_over_shrink")
+        over = [f"{case[name]:.2f}×" if name in case else "–" for name in names]
         table.add_row(
             case["case"],
             str(case["residents"]),
@@ -180,10 +174,9 @@ def print_offline(report: dict[str, Any]) -> None:
             f"{case['of_prediction']:.0%}",
             *over,
         )
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
-    cost = report["costs"][-1]
-    (fixed, row), x = cost["core"], cost["boundary_over_core"]
+    (fixed, row), x = report["costs"]["core"], report["costs"]["boundary_over_core"]
     console.print(f"core launch {1e3 * fixed:.2f} ms + {1e3 * row:.3f} ms a row; boundary over core x = {x:.2f}")
 
 

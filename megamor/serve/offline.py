@@ -1,16 +1,18 @@
-"""The engine alone against the clock: policies in turns on the same requests, beside what launch costs predict.
+"""The engine alone against the clock: policies side by side on the same requests, beside what launch costs predict.
 
-Everything is counted that a token costs: prompts, every layer, all work on keys and values, head, sampling, scheduling.
-A run is timed as long as requests wait, so that all places are taken. The prediction (`costs.py`) knows no more than
-the costs of launches, measured in the same round at other numbers of residents, the mean depth, and the residents.
+Every case has an engine of its own, which always has more requests than places. They take turns, some launches each, so
+that what else the machine does meets all of them; ratios are taken within a turn. Everything is counted that a token
+costs: prompts, every layer, all work on keys and values, head, sampling, scheduling. The prediction (`costs.py`) knows
+no more than the residents, the mean depth, and what launches cost in engines with other numbers of residents, which
+take turns with the rest.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -19,101 +21,68 @@ from megamor.serve.costs import Costs, LineFit
 from megamor.serve.engine import EngineOptions, ServingEngine
 from megamor.serve.layers import Layers
 from megamor.serve.request import SamplingParams
-from megamor.serve.scheduler import POLICIES
 
 EQUAL_BYTES = "depthwise, equal KV bytes"
 """The case with as many residents as fit into the keys and values of `residents` sequences at full depth."""
 CALIBRATION = (1 / 4, 1 / 2, 3 / 4, 1.0)
-"""Residents of the runs that tell what launches cost, as shares of the residents measured."""
+"""Residents of the engines that tell what launches cost, as shares of the residents measured."""
+WARM_TURNS = 8
+"""Turns before the first that counts, in which sequences get out of step."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`rounds` times, `residents` places are kept busy; prompts and continuations are random within their lengths."""
+    """`residents` places are kept busy for `turns`; prompts and continuations are random within their lengths."""
 
     residents: int = 32
-    requests_per_place: int = 3
+    turns: int = 30
     prompt_tokens: int = 4
     new_tokens: tuple[int, int] = (40, 60)
-    rounds: int = 3
     hold: int = 1
 
-    def requests(self, vocab_size: int, residents: int) -> list[tuple[list[int], SamplingParams]]:
-        """The same for everybody, as many as keep `residents` places busy."""
+    def requests(self, vocab_size: int) -> Iterator[tuple[list[int], SamplingParams]]:
+        """The same for every engine, without end."""
         rng = random.Random(0)
-        return [
-            (
-                rng.choices(range(vocab_size), k=self.prompt_tokens),
-                SamplingParams(max_tokens=rng.randint(*self.new_tokens), ignore_eos=True, seed=number),
-            )
-            for number in range(residents * self.requests_per_place)
-        ]
+        while True:
+            prompt, seed = rng.choices(range(vocab_size), k=self.prompt_tokens), rng.getrandbits(32)
+            yield prompt, SamplingParams(max_tokens=rng.randint(*self.new_tokens), ignore_eos=True, seed=seed)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One policy in one round: seconds per token read, their mean depth, and what part scheduling took of the core."""
+@dataclass
+class Contestant:
+    """An engine and the seconds per token of its turns."""
 
-    seconds: float
-    tokens: int
-    depth: float
-    core_width: float
-    scheduler_share: float
-    mixed_share: float
-    """Core launches with rows of several depths, of all."""
+    engine: ServingEngine
+    requests: Iterator[tuple[list[int], SamplingParams]]
+    residents: int
+    seconds: list[float] = field(default_factory=list)
 
+    @staticmethod
+    def of(model: Transformer, policy: str, residents: int, work: Workload) -> Contestant:
+        """With memory for everybody's longest context at full depth."""
+        config, layers = model.config.model, Layers.of(model)
+        entries = sum(layers.in_pool[spec.pool] for spec in layers.tables)
+        per_token = entries * 2 * config.num_kv_heads * config.head_dim * model.embed.weight.element_size()
+        options = EngineOptions(
+            policy=policy,  # type: ignore[arg-type]
+            hold=work.hold,
+            max_resident=residents,
+            kv_memory=2 * (residents + 2) * (config.max_seq_len + 16) * per_token,
+            prefix_caching=False,
+        )
+        return Contestant(ServingEngine(model, options), work.requests(config.vocab_size), residents)
 
-def run(model: Transformer, policy: str, residents: int, work: Workload) -> tuple[Run, ServingEngine]:
-    """Serve until no request waits."""
-    options = EngineOptions(
-        policy=policy,  # type: ignore[arg-type]
-        hold=work.hold,
-        max_resident=residents,
-        kv_memory=kv_memory(model, residents),
-        prefix_caching=False,
-    )
-    engine = ServingEngine(model, options)
-    for prompt, params in work.requests(model.config.model.vocab_size, residents):
-        engine.add_request(prompt, params)
-    begin = time.perf_counter()
-    while engine.scheduler.waiting:
-        engine.step()
-    seconds = time.perf_counter() - begin
-    stats = engine.stats()
-    tokens, launches = sum(stats.depth_counts), stats.launches.get("core", 0)
-    mixed = sum(count for depths, count in stats.mixed_depths.items() if depths > 1)
-    found = Run(
-        seconds / tokens,
-        tokens,
-        engine.mean_depth(),
-        stats.rows.get("core", 0) / max(1, launches),
-        stats.seconds["scheduler"] / max(1e-9, stats.seconds.get("core", 0.0)),
-        mixed / max(1, launches),
-    )
-    return found, engine
-
-
-def kv_memory(model: Transformer, residents: int) -> int:
-    """Bytes in which every resident's longest context fits at full depth, and some to spare."""
-    config, layers = model.config.model, Layers.of(model)
-    entries = sum(layers.in_pool[spec.pool] for spec in layers.tables)
-    per_token = entries * 2 * config.num_kv_heads * config.head_dim * model.embed.weight.element_size()
-    return 2 * (residents + 2) * (config.max_seq_len + 16) * per_token
-
-
-def calibrate(model: Transformer, work: Workload) -> Costs:
-    """What launches cost between a quarter of the residents and all of them."""
-    core, boundary = LineFit(), LineFit()
-    for share in CALIBRATION:
-        short = replace(work, requests_per_place=2, hold=1, new_tokens=(8, 16))
-        residents = max(1, round(share * work.residents))
-        _, engine = run(model, "depthwise", residents, short)
-        for target, source in ((core, engine.core_costs), (boundary, engine.boundary_costs)):
-            for width, seconds in source.samples.items():
-                # Prompts make a few launches wider than any that the prediction is about.
-                if width <= work.residents:
-                    target.samples[width] += seconds
-    return Costs(core.line(), boundary.line())
+    def turn(self) -> None:
+        """Read at least two tokens for each resident, and go on to the next boundary."""
+        engine = self.engine
+        while len(engine.scheduler.waiting) < 2 * self.residents:
+            engine.add_request(*next(self.requests))
+        before, tokens = sum(engine.total.depth_counts), 0
+        begin = time.perf_counter()
+        while tokens < 2 * self.residents:
+            engine.step()
+            tokens = sum(engine.total.depth_counts) - before
+        self.seconds.append((time.perf_counter() - begin) / tokens)
 
 
 def residents_of_equal_bytes(model: Transformer, residents: int, depth: float) -> int:
@@ -126,55 +95,66 @@ def residents_of_equal_bytes(model: Transformer, residents: int, depth: float) -
 
 
 def measure(model: Transformer, policies: Sequence[str], work: Workload) -> dict[str, Any]:
-    """All policies, round by round in rotating order; see benchmarks/README.md for the fields."""
-    layers = Layers.of(model)
-    _, warm = run(model, "depthwise", work.residents, replace(work, requests_per_place=2, new_tokens=(4, 8)))
-    cases = {policy: (policy, work.residents) for policy in policies}
-    if layers.num_recursions > 1 and "depthwise" in policies:
-        cases[EQUAL_BYTES] = "depthwise", residents_of_equal_bytes(model, work.residents, warm.mean_depth())
-    runs: dict[str, list[Run]] = {case: [] for case in cases}
-    predicted: dict[str, list[float]] = {case: [] for case in cases}
-    costs = []
-    for turn in range(work.rounds):
-        costs.append(calibrate(model, work))
-        names = list(cases)
-        for case in names[turn % len(names) :] + names[: turn % len(names)]:
-            policy, residents = cases[case]
-            found, _ = run(model, policy, residents, work)
-            runs[case].append(found)
-            predicted[case].append(
-                costs[-1].token_seconds(policy, residents, layers.num_recursions, found.depth, work.hold)
-            )
+    """All policies in turns; see benchmarks/README.md for the fields."""
+    cases = {policy: Contestant.of(model, policy, work.residents, work) for policy in policies}
+    gauges = [Contestant.of(model, "depthwise", max(1, round(s * work.residents)), work) for s in CALIBRATION]
+    for turn in range(WARM_TURNS + work.turns):
+        if turn == WARM_TURNS // 2 and "depthwise" in policies and Layers.of(model).num_recursions > 1:
+            depth = cases["depthwise"].engine.mean_depth()
+            residents = residents_of_equal_bytes(model, work.residents, depth)
+            cases[EQUAL_BYTES] = Contestant.of(model, "depthwise", residents, work)
+        if turn == WARM_TURNS:
+            for contestant in (*cases.values(), *gauges):
+                contestant.seconds.clear()
+                contestant.engine.core_costs, contestant.engine.boundary_costs = LineFit(), LineFit()
+        order = [*cases.values(), *gauges]
+        for contestant in order[turn % len(order) :] + order[: turn % len(order)]:
+            contestant.turn()
+    costs = launch_costs([gauge.engine for gauge in gauges], work.residents)
     return {
         "workload": asdict(work),
-        "costs": [asdict(cost) | {"boundary_over_core": cost.ratio(work.residents)} for cost in costs],
-        "cases": [
-            {"case": case, "policy": cases[case][0], "residents": cases[case][1]}
-            | summary(runs[case], predicted[case], runs.get("full"), predicted.get("full"))
-            for case in cases
-        ],
+        "costs": asdict(costs) | {"boundary_over_core": costs.ratio(work.residents)},
+        "cases": [summary(name, case, costs, cases, work) for name, case in cases.items()],
     }
 
 
-def summary(
-    runs: list[Run], predicted: list[float], full: list[Run] | None, predicted_full: list[float] | None
-) -> dict[str, Any]:
-    """Medians over the rounds; ratios to the policy full are taken within a round."""
-    measured = [run.seconds for run in runs]
+def launch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
+    """What launches of up to `widest` rows cost; prompts make a few wider than any that the prediction is about."""
+    fits = LineFit(), LineFit()
+    for engine in engines:
+        for fit, source in zip(fits, (engine.core_costs, engine.boundary_costs), strict=True):
+            for width, seconds in source.samples.items():
+                if width <= widest:
+                    fit.samples[width] += seconds
+    return Costs(fits[0].line(), fits[1].line())
+
+
+def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contestant], work: Workload) -> dict[str, Any]:
+    """Medians over the turns; ratios to other cases are taken within a turn."""
+    stats, depth = case.engine.stats(), case.engine.mean_depth()
+    launches = max(1, stats.launches.get("core", 0))
+    num_recursions, policy = case.engine.layers.num_recursions, case.engine.limits.policy
+
+    def predicted(other: Contestant) -> float:
+        args = other.engine.limits.policy, other.residents, num_recursions, other.engine.mean_depth(), work.hold
+        return costs.token_seconds(*args)
+
     report: dict[str, Any] = {
-        "tokens_per_second": 1 / median(measured),
-        "mean_depth": median(run.depth for run in runs),
-        "core_width": median(run.core_width for run in runs),
-        "mixed_launches": median(run.mixed_share for run in runs),
-        "scheduler_over_core": median(run.scheduler_share for run in runs),
-        "predicted_tokens_per_second": 1 / median(predicted),
-        "of_prediction": median(p / m for p, m in zip(predicted, measured, strict=True)),
-        "round_seconds_per_token": measured,
+        "case": name,
+        "policy": policy,
+        "residents": case.residents,
+        "tokens_per_second": 1 / median(case.seconds),
+        "mean_depth": depth,
+        "core_width": stats.rows.get("core", 0) / launches,
+        "mixed_launches": sum(count for depths, count in stats.mixed_depths.items() if depths > 1) / launches,
+        "scheduler_over_core": stats.seconds["scheduler"] / max(1e-9, stats.seconds.get("core", 0.0)),
+        "predicted_tokens_per_second": 1 / predicted(case),
+        "of_prediction": predicted(case) / median(case.seconds),
+        "turn_seconds_per_token": case.seconds,
     }
-    if full is not None and predicted_full is not None:
-        report["over_full"] = median(f.seconds / m for f, m in zip(full, measured, strict=True))
-        report["predicted_over_full"] = median(f / p for f, p in zip(predicted_full, predicted, strict=True))
+    for other in ("full", "shrink"):
+        if other in cases:
+            ratios = [a / b for a, b in zip(cases[other].seconds, case.seconds, strict=True)]
+            report[f"over_{other}"] = median(ratios)
+            report[f"predicted_over_{other}"] = predicted(cases[other]) / predicted(case)
     return report
-
-
-__all__ = ["EQUAL_BYTES", "POLICIES", "Workload", "measure"]

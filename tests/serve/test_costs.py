@@ -63,7 +63,7 @@ train: {global_batch_size: 2, micro_batch_size: 2, max_steps: 2, precision: fp32
 def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "out.json"
     config.write_text(TINY)
-    arguments = ["--offline", "--config", str(config), "--residents", "4", "--rounds", "1", "--requests-per-place", "2"]
+    arguments = ["--offline", "--config", str(config), "--residents", "4", "--turns", "3"]
     main([*arguments, "--new-tokens", "6-10", "--device", "cpu", "--json", str(out)])
     report = json.loads(out.read_text())
     cases = {case["case"]: case for case in report["cases"]}
