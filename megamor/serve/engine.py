@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ import torch
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
-from megamor.serve.costs import Costs, LineFit
+from megamor.serve.accounting import Accounting
 from megamor.serve.layers import Layers
 from megamor.serve.request import (
     EngineStats,
@@ -106,11 +105,8 @@ class ServingEngine:
         self.requests: dict[int, Request] = {}
         self.continuations: dict[int, Continuation] = {}
         self.num_sequences = self.num_requests = 0
-        self.core_costs, self.boundary_costs = LineFit(), LineFit()
-        self.boundary = (0, 0.0)
-        self.total = EngineStats(depth_counts=[0] * (self.layers.num_recursions + 1))
-        self.counts = {name: Counter[str]() for name in ("launches", "rows")}
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.accounting = Accounting(self.scheduler)
+        self.total = self.accounting.total
 
     @property
     def context_length(self) -> int:
@@ -200,11 +196,13 @@ class ServingEngine:
         else:
             rows, tokens, logprobs = self.leave(launch)
         ran = time.perf_counter()
-        self.count(launch, ran - scheduled)
+        self.accounting.count(launch, ran - scheduled)
         self.scheduler.complete(launch, going_on)
         if launch.kind == "exit":
             outputs = self.answer(launch.pieces, rows, tokens, logprobs)
-        self.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
+        if self.options.hold == 0 and launch.kind == "core" and self.accounting.launches["core"] % ADAPT_EVERY == 0:
+            self.scheduler.hold = self.accounting.best_hold()
+        self.accounting.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
         return outputs
 
     def leave(self, launch: Launch) -> tuple[list[Piece], list[int], list[TokenLogprob | None]]:
@@ -269,8 +267,6 @@ class ServingEngine:
         outputs = []
         for piece in pieces:
             sequence = piece.sequence
-            for depth in piece.depths:
-                self.total.depth_counts[depth] += 1
             owner = self.continuations[sequence.number]
             params, new = owner.request.params, list[int]()
             reason: FinishReason | None = None
@@ -319,63 +315,6 @@ class ServingEngine:
             del self.requests[owner.request.number]
             self.total.requests_finished += 1
 
-    def count(self, launch: Launch, seconds: float) -> None:
-        """Statistics of a launch, and how long exits should be held from now on."""
-        kind, total = launch.kind, self.total
-        rows = sum(p.length if kind != "core" or self.limits.policy == "full" else len(p.active) for p in launch.pieces)
-        self.counts["launches"][kind] += 1
-        self.counts["rows"][kind] += rows
-        self.seconds[kind] += seconds
-        if kind == "core":
-            depths = len({piece.recursion for piece in launch.pieces})
-            total.width_counts[rows] = total.width_counts.get(rows, 0) + 1
-            total.mixed_depths[depths] = total.mixed_depths.get(depths, 0) + 1
-            self.core_costs.add(rows, seconds)
-            if self.options.hold == 0 and self.counts["launches"]["core"] % ADAPT_EVERY == 0:
-                self.adapt()
-            return
-        if kind == "exit":
-            total.rows_saved += sum(self.layers.num_recursions - depth for p in launch.pieces for depth in p.depths)
-            self.boundary = (rows, seconds)
-        else:
-            left, before = self.boundary
-            if left == rows:
-                self.boundary_costs.add(rows, before + seconds)
-            self.boundary = (0, 0.0)
-
-    def costs(self) -> Costs:
-        """What launches have cost so far."""
-        return Costs(self.core_costs.line(), self.boundary_costs.line())
-
-    def mean_depth(self) -> float:
-        """Recursions per token read so far."""
-        counts = self.total.depth_counts
-        return sum(depth * count for depth, count in enumerate(counts)) / max(1, sum(counts))
-
-    def adapt(self) -> None:
-        """Hold exits as long as pays with the residents there are."""
-        residents, depth = len(self.scheduler.residents), self.mean_depth()
-        if residents and depth > 0 and self.boundary_costs.samples:
-            self.scheduler.hold = self.costs().best_hold(residents, self.layers.num_recursions, depth)
-
     def stats(self) -> EngineStats:
         """A snapshot."""
-        scheduler, stats = self.scheduler, EngineStats(**vars(self.total))
-        stats.resident, stats.waiting = len(scheduler.residents), len(scheduler.waiting)
-        stats.in_core = [0] * self.layers.num_recursions
-        for piece in scheduler.in_core:
-            stats.in_core[piece.recursion] += len(piece.active)
-        stats.held_exits = sum(piece.length for piece in scheduler.leaving)
-        stats.pages_by_depth = scheduler.pages_by_depth()
-        stats.preemptions = scheduler.num_preempted
-        stats.launches, stats.rows = (dict(self.counts[name]) for name in ("launches", "rows"))
-        stats.seconds = dict(self.seconds)
-        held: dict[str, set[int]] = {pool: set() for pool in self.layers.in_pool}
-        for sequence in scheduler.residents:
-            for spec, table in zip(self.layers.tables, sequence.tables, strict=True):
-                held[spec.pool].update(table.pages)
-        stats.pages_total = dict(scheduler.book.num_pages)
-        stats.pages_used = {pool: len(pages) for pool, pages in held.items()}
-        free = {pool: len(scheduler.book.pools[pool].free) for pool in held}
-        stats.pages_cached = {pool: stats.pages_total[pool] - free[pool] - len(held[pool]) for pool in held}
-        return stats
+        return self.accounting.snapshot()

@@ -77,11 +77,11 @@ class Contestant:
         engine = self.engine
         while len(engine.scheduler.waiting) < 2 * self.residents:
             engine.add_request(*next(self.requests))
-        before, tokens = sum(engine.total.depth_counts), 0
+        before, tokens = engine.accounting.num_read, 0
         begin = time.perf_counter()
         while tokens < 2 * self.residents:
             engine.step()
-            tokens = sum(engine.total.depth_counts) - before
+            tokens = engine.accounting.num_read - before
         self.seconds.append((time.perf_counter() - begin) / tokens)
 
 
@@ -100,13 +100,13 @@ def measure(model: Transformer, policies: Sequence[str], work: Workload) -> dict
     gauges = [Contestant.of(model, "depthwise", max(1, round(s * work.residents)), work) for s in CALIBRATION]
     for turn in range(WARM_TURNS + work.turns):
         if turn == WARM_TURNS // 2 and "depthwise" in policies and Layers.of(model).num_recursions > 1:
-            depth = cases["depthwise"].engine.mean_depth()
+            depth = cases["depthwise"].engine.accounting.mean_depth
             residents = residents_of_equal_bytes(model, work.residents, depth)
             cases[EQUAL_BYTES] = Contestant.of(model, "depthwise", residents, work)
         if turn == WARM_TURNS:
             for contestant in (*cases.values(), *gauges):
                 contestant.seconds.clear()
-                contestant.engine.core_costs, contestant.engine.boundary_costs = LineFit(), LineFit()
+                contestant.engine.accounting.forget_costs()
         order = [*cases.values(), *gauges]
         for contestant in order[turn % len(order) :] + order[: turn % len(order)]:
             contestant.turn()
@@ -122,7 +122,7 @@ def launch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
     """What launches of up to `widest` rows cost; prompts make a few wider than any that the prediction is about."""
     fits = LineFit(), LineFit()
     for engine in engines:
-        for fit, source in zip(fits, (engine.core_costs, engine.boundary_costs), strict=True):
+        for fit, source in zip(fits, (engine.accounting.core, engine.accounting.boundary), strict=True):
             for width, seconds in source.samples.items():
                 if width <= widest:
                     fit.samples[width] += seconds
@@ -131,12 +131,18 @@ def launch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
 
 def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contestant], work: Workload) -> dict[str, Any]:
     """Medians over the turns; ratios to other cases are taken within a turn."""
-    stats, depth = case.engine.stats(), case.engine.mean_depth()
+    stats, depth = case.engine.stats(), case.engine.accounting.mean_depth
     launches = max(1, stats.launches.get("core", 0))
     num_recursions, policy = case.engine.layers.num_recursions, case.engine.limits.policy
 
     def predicted(other: Contestant) -> float:
-        args = other.engine.limits.policy, other.residents, num_recursions, other.engine.mean_depth(), work.hold
+        args = (
+            other.engine.limits.policy,
+            other.residents,
+            num_recursions,
+            other.engine.accounting.mean_depth,
+            work.hold,
+        )
         return costs.token_seconds(*args)
 
     report: dict[str, Any] = {
