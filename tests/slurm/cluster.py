@@ -151,8 +151,8 @@ class Cluster:
 
     def _stop(self) -> None:
         """End all jobs and daemons, by the numbers that the daemons wrote down."""
-        for command in (["scancel", f"--user={getpass.getuser()}"], ["scontrol", "shutdown"]):
-            subprocess.run(command, env=self.env, capture_output=True)
+        self._end_jobs()
+        subprocess.run(["scontrol", "shutdown"], env=self.env, capture_output=True)
         daemons = [int(file.read_text()) for file in self.base.glob("*.pid")]
         deadline = time.monotonic() + 10.0
         while any(map(_runs, daemons)) and time.monotonic() < deadline:
@@ -161,6 +161,15 @@ class Cluster:
             time.sleep(0.1)
         for daemon in filter(_runs, daemons):
             _signal(daemon, signal.SIGKILL)
+
+    def _end_jobs(self) -> None:
+        """Processes of a job outlive the daemons."""
+        command, deadline = ["scancel", "--full", f"--user={getpass.getuser()}"], time.monotonic() + 20.0
+        while subprocess.run(["squeue", "--noheader"], env=self.env, capture_output=True).stdout.strip():
+            subprocess.run(command, env=self.env, capture_output=True)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 180.0) -> object:
