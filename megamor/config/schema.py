@@ -272,7 +272,8 @@ class TrainConfig:
     `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
     later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
     rest of each block is computed again. A process that doesn't get on for `hang_timeout_seconds` leaves with the
-    status that asks for another start; null: it waits for ever.
+    status that asks for another start; null: it waits for ever. With `fail_on_recompile_after`, a training step that
+    compiles anything after so many steps of a launch ends the run.
     """
 
     global_batch_size: int = 1024
@@ -285,6 +286,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "recursion", "block", "selective"] = "none"
     selective_ops: tuple[SelectiveOp, ...] = ("sdpa", "mm")
     compile: bool = False
+    fail_on_recompile_after: int | None = None
     eval_every: int = 500
     eval_sequences: int = 512
     hang_timeout_seconds: float | None = 540.0

@@ -263,6 +263,11 @@ def _length(config: Config) -> Iterator[str]:
             f"(optim.decay_fraction = {config.optim.decay_fraction}) don't fit into the run's {steps} steps: "
             "shorten one of them or train longer"
         )
+    if train.fail_on_recompile_after is not None and not train.compile:
+        yield (
+            f"train.fail_on_recompile_after = {train.fail_on_recompile_after} with train.compile = false has nothing "
+            "to watch: set train.compile: true, or drop it"
+        )
     if train.ramp and train.ramp[-1].until_step >= steps:
         where = f"train.ramp ends at step {train.ramp[-1].until_step}"
         yield f"{where} and the run after {steps} steps: shorten the ramp or train longer"

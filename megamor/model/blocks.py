@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from megamor.config import ModelConfig
 from megamor.model.attention import AttentionLayout
 from megamor.model.elementwise import rms_norm, rotate
+from megamor.model.recompute import Recomputation
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -184,6 +185,7 @@ class Block(nn.Module):
         self.attention = Attention(config, differences)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, num_norms)
         self.ffn = FeedForward(config, differences)
+        self.recomputation = Recomputation()
 
     def forward(
         self,
@@ -194,6 +196,12 @@ class Block(nn.Module):
         recursion: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the keys and values that were projected for the rows of x."""
+        return self.recomputation.inside_block(self.compute)(x, angles, layout, keys_values, recursion)
+
+    def compute(
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
+    ) -> tuple[Tensor, KeyValue | None]:
+        """The forward pass itself."""
         normed = self.attention_norm(x, recursion)
         attended, fresh = self.attention(normed, angles, layout, keys_values, recursion)
         x = x + attended

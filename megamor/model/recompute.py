@@ -49,23 +49,25 @@ class Recomputation:
         return partial(_recompute, run) if self.policy == "recursion" else run
 
     def block(self, run: Callable[..., Any], in_core: bool) -> Callable[..., Any]:
-        """A block's `run`; blocks outside the core are recomputed one by one when recursions are."""
-        if self.policy == "none" or (self.policy == "recursion" and in_core):
-            return run
-        if self.policy == "selective":
-            return partial(self._selective, run)
-        return partial(_recompute, run)
+        """A block's call, as the policy wants it; those outside the core are recomputed when recursions are."""
+        whole = self.policy == "block" or (self.policy == "recursion" and not in_core)
+        return partial(_recompute, run) if whole else run
+
+    def inside_block(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward pass, as the policy wants it: compiled with the block, which then knows what to keep."""
+        return partial(self._selective, run) if self.policy == "selective" else run
 
     def _selective(self, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        contexts = partial(create_selective_checkpoint_contexts, partial(_decide, self.keep))
+        if torch.compiler.is_compiling():
+            return _recompute(run, x, *args, context_fn=contexts)
         # Autocast casts a weight once for all recursions; the same operations again would then be one more.
         device = x.device.type
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
-            return _recompute(run, x, *args, context_fn=self._contexts)
+            return _recompute(run, x, *args, context_fn=contexts)
 
-    def _contexts(self) -> Any:
-        return create_selective_checkpoint_contexts(self._decide)
 
-    def _decide(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = isinstance(operator, torch._ops.OpOverload) and operator._schema.name in self.keep
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _decide(keep: frozenset[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = isinstance(operator, torch._ops.OpOverload) and operator._schema.name in keep
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -152,9 +152,10 @@ class Transformer(nn.Module):
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:
         """Keep less for the backward pass and compute it again there: see `Recomputation`."""
-        self.recomputation = Recomputation.of(policy, selective_ops)
-        if self.stage is not None:
-            self.stage.recomputation = self.recomputation
+        recomputation = Recomputation.of(policy, selective_ops)
+        for module in self.modules():
+            if isinstance(module, Transformer | RecursionStage | Block):
+                module.recomputation = recomputation
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

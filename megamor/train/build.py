@@ -33,6 +33,7 @@ from megamor.train.checkpointing import Origin, Progress, RunCheckpoints, Statef
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.evaluation import VALIDATION
 from megamor.train.failures import from_first_rank, together
+from megamor.train.recompiles import RecompileWatch
 from megamor.train.stop import StopRequest
 from megamor.train.trainer import Trainer
 from megamor.train.watchdog import Watchdog
@@ -98,6 +99,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
+        recompiles=RecompileWatch(config.train.fail_on_recompile_after, world.device),
     )
 
 

@@ -32,6 +32,7 @@ from megamor.train.checkpointing import Progress, RunCheckpoints
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.evaluation import validation_losses
 from megamor.train.failures import together
+from megamor.train.recompiles import RecompileWatch
 from megamor.train.statistics import StepStatistics, StepSummary
 from megamor.train.stop import Stopped, StopRequest
 from megamor.train.watchdog import Watchdog
@@ -58,6 +59,7 @@ class Trainer:
     guard: Guard
     diagnosis: Diagnosis
     watchdog: Watchdog
+    recompiles: RecompileWatch
     stopping: bool = False
     """Whether the ranks have agreed to stop."""
     evaluated_step: int | None = None
@@ -82,7 +84,8 @@ class Trainer:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 shape = self.derived.batches.at(self.progress.step)
                 batches = self.next_batches()
-                summary, lr, grad_norm, verdict = self.train_step(batches)
+                with self.recompiles.step(self.progress.step + 1):
+                    summary, lr, grad_norm, verdict = self.train_step(batches)
                 self.progress.step += 1
                 self.progress.tokens_seen += shape.tokens
                 self.log_step(shape, summary, lr, grad_norm)

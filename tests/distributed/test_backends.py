@@ -91,6 +91,15 @@ def test_compiled_blocks_agree(backend: str, whole_batch: dict) -> None:
     assert max(relative_differences(whole_batch["expert_choice"][:5], results[0])) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["recursion", "block", "selective"])
+def test_compiled_blocks_agree_under_recomputation(policy: str, whole_batch: dict) -> None:
+    config = tiny("fsdp2", micro_batch_size=2)
+    train = replace(config.train, compile=True, activation_checkpointing=policy)  # type: ignore[arg-type]
+    results = run_ranks(fresh_run, replace(config, train=train), 5, timeout=300.0)
+    assert max(relative_differences(whole_batch["expert_choice"][:5], results[0])) < 1e-6
+
+
 def test_rotary_angles_stay_fp32_in_bf16() -> None:
     assert run(tiny("fsdp2", precision="bf16"), _types_in_a_block) == [(torch.bfloat16, torch.float32)] * 2
 

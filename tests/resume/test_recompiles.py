@@ -1,0 +1,77 @@
+"""A run that compiles in the middle ends where that was asked for, on every rank, and saves nothing half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megamor.config.validate import validate
+from megamor.data import MicroBatch
+from megamor.errors import ConfigError
+from megamor.train import Trainer
+from megamor.train.recompiles import compiled_graphs
+from tests.distributed.harness import RankFailed
+from tests.resume.runs import directory_of, fit, named, tiny_run
+
+FORGETS_AT = 4
+"""Steps after which a rank compiles once more."""
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, and run as they are: the compiler itself takes minutes."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def forget_graphs(trainer: Trainer) -> None:
+    """As if a shape were new in one step."""
+    train_step = trainer.train_step
+
+    def step(batches: list[MicroBatch]) -> Any:
+        if trainer.progress.step == FORGETS_AT:
+            torch._dynamo.reset()
+        return train_step(batches)
+
+    trainer.train_step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_recompilation_on_one_rank_ends_the_run_when_asked(tmp_path: Path) -> None:
+    base = tiny_run(tmp_path, compile=True)
+    late = named(base, "late", fail_on_recompile_after=FORGETS_AT + 1)
+    assert fit(late, spoil=forget_graphs, on_rank=1) == [True, True]
+    strict = named(base, "strict", fail_on_recompile_after=2)
+    with pytest.raises(RankFailed, match=rf"TrainingError: (.|\n)*step {FORGETS_AT + 1} compiled \d+ graphs"):
+        fit(strict, spoil=forget_graphs, on_rank=1)
+    assert not list((directory_of(strict) / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_evaluation_may_compile(tmp_path: Path) -> None:
+    base = tiny_run(tmp_path, compile=True, fail_on_recompile_after=2, eval_every=4)
+    assert fit(base, world_size=1) == [True]
+
+
+def test_graphs_are_counted() -> None:
+    before = compiled_graphs()
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    for length, new in ((2, 1), (2, 1), (3, 2)):
+        double(torch.zeros(length))
+        assert compiled_graphs() - before == new
+
+
+def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fail_on_recompile_after"):
+        validate(tiny_run(tmp_path, fail_on_recompile_after=2))
