@@ -18,6 +18,7 @@ checkpoints/
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 STATE_DIR = "state"
@@ -74,10 +75,9 @@ def latest_step(root: Path) -> int | None:
     return parse_step(link.readlink().name) if link.is_symlink() else None
 
 
-def by_preference(root: Path) -> list[int]:
-    """Published steps, best first: the one of `latest`, then older ones, newest first.
+def by_preference(steps: Collection[int], latest: int | None) -> list[int]:
+    """Published `steps`, best first: the one that `latest` names, then older ones, newest first.
 
     Steps above `latest` come last: `latest` may have been moved back on purpose, to leave them behind.
     """
-    latest = latest_step(root)
-    return sorted(published_steps(root), key=lambda step: (latest is not None and step > latest, -step))
+    return sorted(steps, key=lambda step: (latest is not None and step > latest, -step))

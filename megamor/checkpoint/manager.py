@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megamor.checkpoint import commit, layout
-from megamor.checkpoint.manifest import create_manifest, find_damage, is_visible, summary, verify
+from megamor.checkpoint.manifest import create_manifest, find_damage, is_visible, summary
 from megamor.checkpoint.ranks import Ranks, describe
 from megamor.checkpoint.retention import Retention, read_losses, write_losses
 from megamor.errors import CheckpointError
@@ -28,6 +28,8 @@ log = logging.getLogger("megamor.checkpoint")
 T = TypeVar("T")
 Writer = Callable[[Path], None]
 VISIBILITY_TIMEOUT_SECONDS = 60.0
+SETTLING_SECONDS = 10.0
+"""How long files that are missing may still turn up before a checkpoint counts as damaged."""
 
 
 class CheckpointManager:
@@ -107,12 +109,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
         """
-        candidates = self._on_first_rank("reading the directory", lambda: layout.by_preference(self.directory))
+        candidates = self._candidates()
         if at_most is not None:
             candidates = [step for step in candidates if step <= at_most]
         for step in candidates:
             checkpoint = self.directory / layout.step_name(step)
-            damage = find_damage(checkpoint, self.ranks)
+            damage = self._find_damage(checkpoint)
             if not damage:
                 self.ranks.together(f"looking for {checkpoint}", partial(_wait_until, is_visible, checkpoint))
                 return checkpoint
@@ -179,9 +181,30 @@ class CheckpointManager:
         expired = self._on_first_rank("looking for old checkpoints", lambda: self._expired(newest))
         if not expired:
             return
-        verify(self.directory / layout.step_name(newest), self.ranks)
+        damage = self._find_damage(self.directory / layout.step_name(newest))
+        if damage:
+            raise CheckpointError(f"the checkpoint of step {newest} can't be read back: {summary(damage)}")
         self.on_stage("verified")
         self._on_first_rank("expiring old checkpoints", lambda: self._delete(expired))
+
+    def _candidates(self) -> list[int]:
+        """Steps with a checkpoint that any rank sees, or that `latest` names, best first."""
+        root = self.directory
+        views = self.ranks.together(
+            "reading the directory", lambda: (layout.latest_step(root), layout.published_steps(root))
+        )
+        latest = next((named for named, _ in views if named is not None), None)
+        steps = {step for _, published in views for step in published} | ({latest} if latest is not None else set())
+        return layout.by_preference(steps, latest)
+
+    def _find_damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with `checkpoint`. What no rank sees is waited for a little: it may be on its way."""
+        deadline = time.monotonic() + (SETTLING_SECONDS if self.ranks.world_size > 1 else 0.0)
+        while find_damage(checkpoint, self.ranks, hashes=False):
+            if self._on_first_rank("waiting for files", lambda: time.monotonic() > deadline):
+                break
+            time.sleep(0.1)
+        return find_damage(checkpoint, self.ranks)
 
     def _expired(self, newest: int) -> list[int]:
         """Steps above `newest` belong to a line of training that was left behind; they stay until they are replaced."""

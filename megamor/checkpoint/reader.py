@@ -97,7 +97,7 @@ def _directory_of_checkpoints(path: Path) -> Path | None:
 
 
 def _newest(root: Path, *, full: bool) -> Checkpoint:
-    for step in layout.by_preference(root):
+    for step in layout.by_preference(layout.published_steps(root), layout.latest_step(root)):
         directory = root / layout.step_name(step)
         damage = find_damage(directory, hashes=full)
         if not damage:

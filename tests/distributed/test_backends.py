@@ -128,6 +128,17 @@ def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, t
 
 
 @pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2"))
+@pytest.mark.promise("R1")
+def test_ddp_resumes_bitwise_on_three_ranks(tmp_path: Path) -> None:
+    """Where the order of a sum shows: buckets that DDP arranges anew after the first step would change it."""
+    config = tiny("ddp")
+    config = replace(config, train=replace(config.train, global_batch_size=6))
+    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=3)
+    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=3)
+    assert straight == resumed
+    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
+
+
 def test_any_backend_reads_what_any_wrote(tmp_path: Path) -> None:
     """Written by one, read and written again by the next at another world size: the bits stay."""
     run(tiny("fsdp2"), run_and_save, tmp_path / "first", tmp_path / "unused")

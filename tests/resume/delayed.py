@@ -1,0 +1,153 @@
+"""A shared file system as network file systems are: what another process has just written isn't visible here yet.
+
+Inside `delayed_view(root, seconds)` this process doesn't see a path below `root` until so many seconds after it was
+created, written to or renamed, unless it did so itself. Only looking is delayed: creating what exists already fails
+at once, and reveals it, as a server would.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class DelayedView:
+    """Which paths below `root` this process sees."""
+
+    def __init__(self, root: Path, seconds: float) -> None:
+        self.root, self.seconds = os.path.realpath(root), seconds
+        self.own: set[str] = set()
+        """Paths that this process has made or seen."""
+        self.hidden = 0
+        self.lstat = os.lstat
+
+    def absolute(self, path: Any) -> str | None:
+        """`path` if it lies below the root."""
+        if not isinstance(path, str | bytes | os.PathLike):
+            return None  # a descriptor: it is open already
+        found = os.path.abspath(os.fsdecode(path))
+        return found if found.startswith(self.root + os.sep) else None
+
+    def is_hidden(self, path: Any) -> bool:
+        """Whether the path, or a directory that it's in, is too new."""
+        current = self.absolute(path)
+        while current is not None and current != self.root:
+            if current not in self.own:
+                try:
+                    age = time.time() - self.lstat(current).st_ctime
+                except OSError:
+                    return False  # it really isn't there: whoever asks will hear
+                if age < self.seconds:
+                    self.hidden += 1
+                    return True
+                self.own.add(current)  # and stays known: a directory changes with what is put into it
+            current = self.absolute(os.path.dirname(current))
+        return False
+
+    def created(self, path: Any) -> None:
+        """This process made, or has come to know, a path."""
+        absolute = self.absolute(path)
+        if absolute is not None:
+            self.own.add(absolute)
+
+    def check(self, path: Any) -> None:
+        """Raise as for a path that isn't there."""
+        if self.is_hidden(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+
+    def looking(self, function: Callable) -> Callable:
+        """`function(path, ...)` fails for what is hidden."""
+
+        def look(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+            self.check(path)
+            return function(path, *args, **kwargs)
+
+        return look
+
+    def making(self, function: Callable, result: int) -> Callable:
+        """`function(...)` makes the path that is its argument number `result`."""
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            finally:  # having failed because it is there reveals it, too
+                self.created(args[result])
+
+        return make
+
+    def opening(self, function: Callable) -> Callable:
+        """`open`: reading looks, writing makes."""
+
+        def open_(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if "r" in mode and "+" not in mode:
+                self.check(path)
+            else:
+                self.created(path)
+            return function(path, mode, *args, **kwargs)
+
+        return open_
+
+    def listing(self, function: Callable) -> Callable:
+        """`os.scandir` leaves hidden entries out."""
+
+        def scan(path: Any = ".") -> Entries:
+            self.check(path)
+            with function(path) as entries:
+                return Entries(iter([entry for entry in entries if not self.is_hidden(entry.path)]))
+
+        return scan
+
+
+class Entries:
+    """What `os.scandir` returns: an iterator that can be closed."""
+
+    def __init__(self, entries: Iterator[os.DirEntry]) -> None:
+        self.entries = entries
+
+    def __iter__(self) -> Entries:
+        return self
+
+    def __next__(self) -> os.DirEntry:
+        return next(self.entries)
+
+    def __enter__(self) -> Entries:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextmanager
+def delayed_view(root: Path, seconds: float) -> Iterator[DelayedView]:
+    """Delay what this process sees below `root`."""
+    view = DelayedView(root, seconds)
+    replaced = {
+        (os, "stat"): view.looking(os.stat),
+        (os, "lstat"): view.looking(os.lstat),
+        (os, "readlink"): view.looking(os.readlink),
+        (os, "scandir"): view.listing(os.scandir),
+        (os, "mkdir"): view.making(os.mkdir, 0),
+        (os, "symlink"): view.making(os.symlink, 1),
+        (os, "rename"): view.making(os.rename, 1),
+        (os, "replace"): view.making(os.replace, 1),
+        (io, "open"): view.opening(io.open),
+        (builtins, "open"): view.opening(builtins.open),
+    }
+    originals = {(module, name): getattr(module, name) for module, name in replaced}
+    for (module, name), function in replaced.items():
+        setattr(module, name, function)
+    try:
+        yield view
+    finally:
+        for (module, name), function in originals.items():
+            setattr(module, name, function)

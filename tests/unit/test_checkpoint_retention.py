@@ -1,0 +1,106 @@
+"""Which checkpoints stay: the newest, every n-th, the best; and nothing goes before its successor was read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megamor.checkpoint import CheckpointManager, manager, verify
+from megamor.checkpoint.layout import BEST, LATEST, published_steps, step_name
+from megamor.checkpoint.retention import Retention, read_losses
+from megamor.errors import CheckpointError, ConfigError
+
+
+def save(manager: CheckpointManager, step: int) -> Path:
+    return manager.save(step, [lambda directory: (directory / "a.bin").write_bytes(bytes([step % 251]) * 500)], {})
+
+
+@pytest.mark.parametrize(
+    ("keep", "damaged", "expired"),
+    [
+        (Retention(2), set(), [1, 2, 3, 4]),
+        (Retention(9), set(), []),
+        (Retention(1, every=3), set(), [1, 2, 4, 5]),
+        (Retention(1, best=1), set(), [1, 3, 4, 5]),
+        (Retention(2, every=4, best=2), set(), [1]),
+        (Retention(2), {5}, [1, 2, 3]),  # a damaged one isn't one of the two, and isn't deleted before its time
+        (Retention(1, best=1), {2}, [1, 2, 4, 5]),  # nor is it the best
+        (Retention(1, every=2), {4}, [1, 3, 5]),  # what is kept for ever may be mended
+    ],
+)
+def test_what_expires(keep: Retention, damaged: set[int], expired: list[int]) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
+    assert keep.expired([1, 2, 3, 4, 5, 6], damaged, losses) == expired
+
+
+def test_the_newest_the_round_ones_and_the_best_stay(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=4, keep_best=1)
+    for step, loss in enumerate((5.0, 3.0, 2.0, 4.0, 2.5, 2.6, 2.7, 2.8, 2.9), start=1):
+        save(checkpoints, step)
+        checkpoints.record_loss(step, loss)
+        assert os.readlink(tmp_path / BEST) == step_name(min(step, 3))
+    assert published_steps(tmp_path) == [3, 4, 8, 9]
+    verify(tmp_path / BEST)
+    again = CheckpointManager(tmp_path, keep_last=2, keep_best=1)  # losses outlive the launch
+    again.record_loss(9, 1.0)
+    assert os.readlink(tmp_path / BEST) == step_name(9)
+    save(again, 10)
+    assert published_steps(tmp_path) == [9, 10]
+
+
+def test_losses_of_steps_without_a_checkpoint_and_without_a_number(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_best=1)
+    save(checkpoints, 2)
+    checkpoints.record_loss(1, 0.5)
+    checkpoints.record_loss(2, float("nan"))
+    assert not (tmp_path / BEST).exists()
+    checkpoints.record_loss(2, 3.0)
+    assert os.readlink(tmp_path / BEST) == step_name(2)
+    assert read_losses(tmp_path) == {1: 0.5, 2: 3.0}
+    (tmp_path / "validation.json").write_text("[1")
+    with pytest.raises(CheckpointError, match=r"validation\.json is damaged"):
+        checkpoints.record_loss(3, 1.0)
+    assert not list(CheckpointManager(tmp_path / "none", keep_last=1).directory.iterdir())
+
+
+@pytest.mark.promise("R3")
+def test_nothing_is_deleted_when_the_new_one_can_not_be_read_back(tmp_path: Path) -> None:
+    def spoil(stage: str) -> None:
+        if stage == "latest":  # after its checksums were taken, before anything is deleted
+            file = tmp_path / step_name(3) / "a.bin"
+            file.write_bytes(bytes([1]) + file.read_bytes()[1:])
+
+    checkpoints = CheckpointManager(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    checkpoints.on_stage = spoil
+    with pytest.raises(CheckpointError, match=r"step 3 can't be read back: .*a\.bin has changed"):
+        save(checkpoints, 3)
+    assert published_steps(tmp_path) == [2, 3]
+    assert CheckpointManager(tmp_path, keep_last=1).latest_valid() == tmp_path / step_name(2)
+
+
+def test_reading_back_comes_before_deleting(tmp_path: Path) -> None:
+    stages: list[str] = []
+    checkpoints = CheckpointManager(tmp_path, keep_last=1, on_stage=stages.append)
+    save(checkpoints, 1)
+    assert stages == ["started", "written", "manifest", "renamed", "latest", "done"]
+    stages.clear()
+    save(checkpoints, 2)
+    assert stages == ["started", "written", "manifest", "renamed", "latest", "verified", "expiring", "done"]
+
+
+def test_a_step_that_latest_names_and_that_is_gone_is_not_a_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "SETTLING_SECONDS", 0.1)
+    (tmp_path / LATEST).symlink_to(step_name(5))
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        CheckpointManager(tmp_path, keep_last=1).latest_valid()
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keep_last is 0"):
+        CheckpointManager(tmp_path, keep_last=0, keep_every=2)
