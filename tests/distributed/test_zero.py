@@ -58,6 +58,7 @@ def one_process() -> dict[str, list[StepResult]]:
     return {precision: run_ranks(fresh_run, config, world_size=1)[0] for precision, config in configs.items()}
 
 
+@pytest.mark.promise("R7")
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_steps_agree_with_one_process(stage: int, one_process: dict[str, list[StepResult]]) -> None:
     """Two micro-batches on each of two processes against one of four sequences on one."""
@@ -73,6 +74,7 @@ def test_bf16_stays_close(stage: int, one_process: dict[str, list[StepResult]]) 
     assert 0.0 < loss_difference < 1e-3
 
 
+@pytest.mark.promise("R1", "R9")
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resume_is_bitwise(stage: int, precision: str, tmp_path: Path) -> None:
     router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
@@ -110,6 +112,7 @@ def save_at_start(config: Config, directory: Path) -> None:
     save(backend, directory)
 
 
+@pytest.mark.promise("R8")
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_a_step_that_is_not_finite_changes_nothing(stage: int, precision: str, tmp_path: Path) -> None:
     config = tiny("deepspeed", zero_stage=stage, precision=precision)
