@@ -7,7 +7,10 @@ examples:
 A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, each on a line of its own. NAME is one of:
   bench-train   training steps, from benchmarks/results/train_*.json (tools/bench.py train)
   bench-loader  the data loader, from benchmarks/results/loader_*.json (tools/bench.py loader)
+  bench-preprocess
+                text to token shards, from benchmarks/results/preprocess_*.json (tools/bench.py preprocess)
   quickstart    the quickstart's losses, from benchmarks/results/quickstart_*.json (runs/quickstart/report.json)
+  reliability   promises and their tests, from benchmarks/results/reliability.json (make reliability)
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ OPENING = re.compile(r"<!-- generated: (\S+) -->")
 CLOSING = "<!-- /generated -->"
 TRAIN_SCHEMA = "megamor-bench-train/1"
 LOADER_SCHEMA = "megamor-bench-loader/1"
+PREPROCESS_SCHEMA = "megamor-bench-preprocess/1"
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
+RELIABILITY_SCHEMA = "megamor-reliability/1"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -171,6 +176,40 @@ def loader_tables(results: Path) -> Iterator[str]:
     yield ""
 
 
+def preprocess_tables(results: Path) -> Iterator[str]:
+    """Markdown of how fast text becomes token shards, and of the memory that takes."""
+    paths = sorted(results.glob("preprocess_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no preprocess_*.json; write one with tools/bench.py preprocess --json")
+    for path in paths:
+        report = read_report(path, PREPROCESS_SCHEMA)
+        machine, versions, commit = report["machine"], report["versions"], report["commit"]
+        yield ""
+        yield "| text to tokens | MB/s | MB of text | seconds (quartiles) |"
+        yield "|---|---|---|---|"
+        for case in report["cases"]:
+            seconds = {name: f"{value:.2f}" for name, value in case["seconds"].items()}
+            yield (
+                f"| {case['label']} | {case['bytes_per_second'] / 1e6:,.1f} | {case['text_bytes'] / 1e6:,.1f} "
+                f"| {seconds['median']} ({seconds['q1']}–{seconds['q3']}) |"
+            )
+        yield ""
+        memory = " and ".join(
+            f"{case['peak_bytes'] / 1e6:,.0f} MB on {case['text_bytes'] / 1e6:,.0f} MB of text "
+            f"({'with' if case['accelerator'] == 'gigatoken' else 'without'} gigatoken)"
+            for case in report["memory"]
+        )
+        yield (
+            f"{report['workers']} threads, {report['tokenizer']}, {', '.join(report['input'])}. Peak memory with "
+            f"{report['memory'][0]['workers']} workers: {memory}. {machine['cpu']}, load {machine['load_average']:.1f}, "
+            f"{report['date'][:10]}, tokenizers {versions['tokenizers']}, gigatoken {versions['gigatoken']}, revision "
+            f"{commit['revision']}{' with changes' if commit['dirty'] else ''}."
+        )
+        yield ""
+        yield f"`{report['command']}`"
+    yield ""
+
+
 def read_report(path: Path, schema: str) -> dict[str, Any]:
     """A result file of the given schema."""
     try:
@@ -207,10 +246,36 @@ def quickstart_table(results: Path) -> Iterator[str]:
     yield ""
 
 
+def reliability_table(results: Path) -> Iterator[str]:
+    """Markdown of the promises: the tests of each, on which backends, and what came of them; the oldest last run."""
+    report = read_report(results / "reliability.json", RELIABILITY_SCHEMA)
+    yield ""
+    yield "| | Promise | Tests | Backends | Passed | Last run |"
+    yield "|---|---|---|---|---|---|"
+    for promise, title in report["promises"].items():
+        outcomes = [
+            (node.partition("::")[2], test, entry)
+            for node, test in report["tests"].items()
+            for entry in test["promises"]
+            if entry["promise"] == promise
+        ]
+        names = ", ".join(dict.fromkeys(f"`{name}`" for name, _, _ in outcomes)) or "none yet"
+        backends = ", ".join(sorted({entry["backend"] for _, _, entry in outcomes} - {""}))
+        passed = sum(entry.get("passed", 0) for _, _, entry in outcomes)
+        run = passed + sum(entry.get("failed", 0) for _, _, entry in outcomes)
+        skipped = sum(entry.get("skipped", 0) for _, _, entry in outcomes)
+        result = f"{passed}/{run}" + (f", {skipped} skipped" if skipped else "") if outcomes else ""
+        dates = sorted({f"{test['date'][:10]}, {test['revision'][:7]}" for _, test, _ in outcomes})
+        yield f"| {promise} | {title} | {names} | {backends} | {result} | {dates[0] if dates else ''} |"
+    yield ""
+
+
 RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": train_tables,
     "bench-loader": loader_tables,
+    "bench-preprocess": preprocess_tables,
     "quickstart": quickstart_table,
+    "reliability": reliability_table,
 }
 
 
