@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, train
+from benchmarks.gpu import measure, memory, train
 from benchmarks.gpu.cases import CASES, SIZES, plan_cases
 from megamor.errors import ConfigError
 from megamor.parallel import World
@@ -89,3 +89,28 @@ def test_a_failure_or_the_time_limit_leaves_the_rest(tmp_path: Path, monkeypatch
     assert "broken kernel" in json.loads(out.read_text())["results"][0]["error"]
     assert train.main([*arguments, "--time-limit", "0"]) == 0
     assert "skipped" in json.loads(out.read_text())["results"][0]
+
+
+def test_memory_of_every_policy(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    policies = ("none", "selective:sdpa", "recursion", "block")
+    arguments = ["--device", "cpu", "--size", "135m", "--micro-batch", "2", "--seconds-per-case", "0.1"]
+    chosen = ["--cases", "mor3_expert", "--policies", ",".join(policies), "--backend", "single", "--json", str(out)]
+    assert memory.main([*arguments, *chosen, *TINY]) == 0
+    report = json.loads(out.read_text())
+    assert report["schema"] == memory.SCHEMA
+    assert [result["policy"] for result in report["results"]] == list(policies)
+    for result in report["results"]:
+        assert result["tokens_per_second"] > 0
+        assert result["peak_memory_gib"] > result["estimated_gib"]["total"] > 0, (
+            "a CPU's resident set has all of Python"
+        )
+    activations = {result["policy"]: result["estimated_gib"]["activations"] for result in report["results"]}
+    assert activations["block"] < activations["selective:sdpa"] < activations["none"]
+
+
+def test_unknown_policies_are_refused() -> None:
+    with pytest.raises(SystemExit):
+        memory.main(["--device", "cpu", "--policies", "sometimes", *TINY])
+    with pytest.raises(SystemExit):
+        memory.main(["--device", "cpu", "--policies", "selective:sin", *TINY])
