@@ -10,7 +10,8 @@ examples:
 in turns, and compares each with vanilla round by round: time, executed FLOPs, peak memory. The times of a busy machine
 are off, its ratios less so. `loader` measures how fast batches come from token shards; see `bench.py loader --help`.
 `save` measures what a checkpoint costs, blocking and asynchronous; see `bench.py save --help`. `preprocess` measures
-how fast text becomes token shards; see `bench.py preprocess --help`.
+how fast text becomes token shards; see `bench.py preprocess --help`. `checkpointing` measures memory and time of each
+activation checkpointing policy; see `bench.py checkpointing --help`.
 benchmarks/README.md explains the JSON files.
 """
 
@@ -36,7 +37,7 @@ from rich.table import Table
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
 from megamor.origin import describe_origin
-from tools import bench_loader, bench_preprocess, bench_save
+from tools import bench_checkpointing, bench_loader, bench_preprocess, bench_save
 from tools.bench_baselines import BASELINES
 from tools.bench_cases import CASES, make_cases
 from tools.bench_train import Budget, bench_setting
@@ -50,8 +51,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ["train", "loader", "save", "preprocess"]
-    parser.add_argument("what", choices=kinds, help="training steps, data loader, checkpoints, or text to tokens")
+    kinds = ["train", "loader", "save", "preprocess", "checkpointing"]
+    parser.add_argument("what", choices=kinds, help="what to measure; each but train has its own --help")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
     parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
@@ -91,7 +92,12 @@ def _lengths(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     words = sys.argv[1:] if argv is None else list(argv)
-    for what, other in (("loader", bench_loader), ("save", bench_save), ("preprocess", bench_preprocess)):
+    for what, other in (
+        ("loader", bench_loader),
+        ("save", bench_save),
+        ("preprocess", bench_preprocess),
+        ("checkpointing", bench_checkpointing),
+    ):
         if words[:1] == [what]:
             other.main(words[1:])
             return

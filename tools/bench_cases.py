@@ -53,7 +53,9 @@ class Case:
         """The model, weights drawn from `run.seed`."""
         if self.baseline is not None:
             return build_baseline(self.baseline, self.config, device)
-        return build_model(self.config, device=device)
+        model = build_model(self.config, device=device)
+        model.set_activation_checkpointing(self.config.train.activation_checkpointing, self.config.train.selective_ops)
+        return model
 
 
 def make_cases(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megamor.model.flops import nominal_flops
-from tools import bench, readme_numbers
+from tools import bench, bench_checkpointing, readme_numbers
 from tools.bench_cases import CASES, TrainingStep, make_batch, make_cases
 from tools.bench_memory import step_memory
 from tools.bench_train import Budget, measure_rounds
@@ -257,3 +257,25 @@ def test_loader_bench(tmp_path: Path) -> None:
     assert report["documents"]["documents"] == 3000
     assert 0 <= report["documents"]["best_fit_padding"] < 0.05
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_checkpointing_of_every_policy(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies trade memory for FLOPs; that peaks are measured in processes of their own is tested above."""
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(bench_checkpointing, "step_memory", lambda *_: None)
+    bench.main(["checkpointing", "--config", str(config_file), "--rounds", "2", "--threads", "1", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report["schema"] == bench_checkpointing.SCHEMA
+    found = {policy["policy"]: policy for policy in report["policies"]}
+    assert list(found) == list(bench_checkpointing.POLICIES)
+    assert all(len(policy["round_seconds"]) == 2 for policy in found.values())
+    assert len({policy["training_flops"] for policy in found.values()}) == 1
+    more = {name: policy["recomputed_flops_ratio"] for name, policy in found.items()}
+    assert 0 == more["none"] == more["selective:sdpa+mm"] < more["selective:sdpa"] < more["block"] < more["recursion"]
+    memory = {name: policy["estimated_memory_bytes"] for name, policy in found.items()}
+    assert memory["block"] < memory["selective:sdpa"] < memory["selective:sdpa+mm"] < memory["none"]
+
+
+def test_a_policy_that_is_none_is_refused(config_file: Path) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["checkpointing", "--config", str(config_file), "--policies", "none,sometimes"])
