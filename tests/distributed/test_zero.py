@@ -64,7 +64,11 @@ def test_twenty_steps_agree_with_one_process(stage: int, one_process: dict[str, 
     """Two micro-batches on each of two processes against one of four sequences on one."""
     results = run_ranks(fresh_run, tiny("deepspeed", zero_stage=stage, router=FIXED_DEPTH))
     assert results[0] == results[1]
-    assert max(relative_differences(one_process["fp32"], results[0])) < 1e-6
+    losses, norms = relative_differences(one_process["fp32"], results[0])
+    assert losses < 1e-6
+    # DeepSpeed adds up the norm's squares shard by shard in fp32: how that rounds depends on the processor (stage 3
+    # differs by 4e-7 on one and by 1.02e-6 on another, the losses by 2e-7 on both).
+    assert norms < 2e-6
 
 
 @pytest.mark.parametrize("stage", STAGES)
