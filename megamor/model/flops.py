@@ -75,21 +75,28 @@ class Flops:
         return (0.0 if "mm" in kept else self.projections - ends) + (0.0 if "sdpa" in kept else self.attention)
 
 
-def executed_flops(config: Config, num_sequences: float, work: Work, seq_len: int | None = None) -> Flops:
-    """FLOPs of `num_sequences` sequences of `seq_len` (or `data.seq_len`) tokens, given what routing let through."""
+def executed_flops(
+    config: Config, num_sequences: float, work: Work, seq_len: int | None = None, pairs: float | None = None
+) -> Flops:
+    """FLOPs of `num_sequences` sequences of `seq_len` (or `data.seq_len`) tokens, given what routing let through.
+
+    `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default, each sequence is one document.
+    """
     model, plan = config.model, layer_plan(config)
     seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len
     num_unshared = plan.num_prelude + plan.num_coda
     projections = num_unshared * tokens * projection_flops(model)
-    attention = num_unshared * attention_flops(model, num_sequences * seq_len * (seq_len + 1) / 2)
+    if pairs is None:
+        pairs = num_sequences * seq_len * (seq_len + 1) / 2
+    attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
     routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
-    for recursion, (selected, pairs) in enumerate(work):
+    for recursion, (selected, selected_pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
         per_token = projection_flops(model, projects_kv=fresh) + lora_flops(config, projects_kv=fresh)
         projections += plan.num_core * selected * per_token
-        attention += plan.num_core * attention_flops(model, pairs)
+        attention += plan.num_core * attention_flops(model, selected_pairs)
         block_ends += plan.num_core * selected * end_flops(model, config.recursion.lora_rank)
         recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
         routers += router_flops(config, recursion, candidates, selected)

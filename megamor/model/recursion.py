@@ -21,6 +21,7 @@ from megamor.model.blocks import Block, Differences
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import KVPolicy, Launch
+from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerPlan
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
@@ -31,7 +32,7 @@ class StageOutput(NamedTuple):
     """The stage's result and what the routers did.
 
     `depth` [B·S] counts the recursions that each token took; `work` [Nr, 2] holds per recursion the tokens that the
-    core has seen and the query-key pairs that attention may not skip (causal).
+    core has seen and the query-key pairs that attention may not skip (causal, inside documents).
     """
 
     stream: Tensor
@@ -153,13 +154,6 @@ def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPl
 
 
 def launch_work(tokens: TokenSet, keys: TokenSet, geometry: Geometry) -> Tensor:
-    """[2]: tokens in the launch, and the pairs (query, key) with the key not after the query."""
-    if keys is tokens and tokens.lengths is None:
-        total = tokens.batch * tokens.max_length * (tokens.max_length + 1) / 2
-        pairs = torch.full((), total, device=geometry.positions.device)
-    elif keys is tokens and tokens.lengths is not None:
-        lengths = tokens.lengths.float()
-        pairs = (lengths * (lengths + 1) / 2).sum()
-    else:
-        pairs = (keys.rank_of(tokens, geometry.positions.device) + 1).sum().float()
+    """[2]: tokens in the launch, and the pairs of a query and a key that attention may not skip."""
+    pairs = visible_pairs(tokens, keys, geometry)
     return torch.stack((torch.full_like(pairs, len(tokens)), pairs))

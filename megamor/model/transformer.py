@@ -20,6 +20,7 @@ from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.loss import IGNORE, linear_cross_entropy
+from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage
 from megamor.model.sharing import layer_plan
@@ -31,7 +32,8 @@ class ModelOutput(NamedTuple):
 
     `router_losses` have their coefficients applied and are means over the micro-batch. `depth` [B, S] counts
     recursions;
-    `work` [Nr, 2] is explained at `StageOutput`; `ratios` and `totals` are the router's statistics.
+    `work` [Nr, 2] is explained at `StageOutput`, `pairs` (with labels) are the same of a block that sees every token;
+    `ratios` and `totals` are the router's statistics.
     """
 
     logits: Tensor | None
@@ -42,6 +44,7 @@ class ModelOutput(NamedTuple):
     totals: dict[str, Tensor]
     depth: Tensor | None
     work: Tensor | None
+    pairs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Transformer(nn.Module):
         x = self.norm(self.run_unshared("coda", x, geometry, cache))
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
+        everything = TokenSet.all(geometry.batch, geometry.seq_len)
 
         logits = loss_sum = num_tokens = None
         if labels is None:
@@ -118,6 +122,7 @@ class Transformer(nn.Module):
             routed.totals if routed else {},
             routed.depth.view(inputs.shape) if routed else None,
             routed.work if routed else None,
+            visible_pairs(everything, everything, geometry) if labels is not None else None,
         )
 
     def run_unshared(self, part: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:

@@ -25,6 +25,8 @@ class StepSummary:
     totals: dict[str, Tensor]
     score_gradient: float | None = None
     """Largest gradient at the router's scores, summed over ranks; None if nobody looked."""
+    pairs: float | None = None
+    """Query-key pairs of a block that sees every token."""
 
     @property
     def mean_depth(self) -> float | None:
@@ -69,6 +71,8 @@ class StepStatistics:
             self._sum(f"ratio/{name}", torch.stack((ratio.numerator.double(), ratio.denominator.double())))
         for name, total in out.totals.items():
             self._sum(f"total/{name}", total.double())
+        if out.pairs is not None:
+            self._sum("pairs", out.pairs.double())
         if out.depth is not None and out.work is not None:
             self._sum("depth", torch.bincount(out.depth.flatten(), minlength=self.num_depths).double())
             self._sum("work", out.work.double())
@@ -97,6 +101,7 @@ class StepStatistics:
             work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
             totals=_under("total/", found),
             score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
+            pairs=float(found["pairs"]) if "pairs" in found else None,
         )
 
     def _sum(self, name: str, value: Tensor) -> None:

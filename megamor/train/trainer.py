@@ -210,7 +210,7 @@ class Trainer:
 
     def log_step(self, shape: BatchShape, summary: StepSummary, lr: float, grad_norm: float) -> None:
         """Metrics of the step that has just been done, with a batch of `shape`."""
-        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len)
+        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len, summary.pairs)
         recomputed = flops.recomputed(self.config.train)
         self.throughput.step(
             tokens=shape.tokens,
