@@ -73,7 +73,7 @@ def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
         printed, _ = first.communicate(timeout=60)
         took = time.monotonic() - frozen_at
     assert first.returncode == EXIT_INTERRUPTED
-    assert TIMEOUT < took < 2 * TIMEOUT + 5
+    assert TIMEOUT < took < 45, "on a busy machine too, and far sooner than collectives give up"
     assert "rank 0 hangs: step" in printed
     assert 'File "' in printed  # stacks
     assert "train_step" in printed or "next_batches" in printed or "agreed" in printed or "write_metrics" in printed
