@@ -16,8 +16,7 @@ COUNT = 20_000
 
 def frequencies(params: SamplingParams) -> torch.Tensor:
     """Shares of tokens over many positions of one request."""
-    text = [0] * (COUNT + 1)
-    draws = [Draw(params, 3, 0, text[:position], 1) for position in range(1, COUNT + 1)]
+    draws = [Draw(params, 3, 0, range(position), 1) for position in range(1, COUNT + 1)]
     return torch.tensor(sample(LOGITS.expand(COUNT, -1), draws)).bincount(minlength=len(LOGITS)) / COUNT
 
 
