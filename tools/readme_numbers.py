@@ -201,9 +201,9 @@ def preprocess_tables(results: Path) -> Iterator[str]:
         )
         yield (
             f"{report['workers']} threads, {report['tokenizer']}, {', '.join(report['input'])}. Peak memory with "
-            f"{report['memory'][0]['workers']} workers: {memory}. {machine['cpu']}, load {machine['load_average']:.1f}, "
-            f"{report['date'][:10]}, tokenizers {versions['tokenizers']}, gigatoken {versions['gigatoken']}, revision "
-            f"{commit['revision']}{' with changes' if commit['dirty'] else ''}."
+            f"{report['memory'][0]['workers']} workers: {memory}. {machine['cpu']}, load "
+            f"{machine['load_average']:.1f}, {report['date'][:10]}, tokenizers {versions['tokenizers']}, gigatoken "
+            f"{versions['gigatoken']}, revision {commit['revision']}{' with changes' if commit['dirty'] else ''}."
         )
         yield ""
         yield f"`{report['command']}`"
