@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamor.config import Config, ExpertChoiceConfig
 from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model.buckets import Buckets
 from megamor.model.flops import executed_flops
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, tiny_config, tokens, vanilla_config
 
@@ -95,13 +97,17 @@ def profile(model: Transformer, ids: Tensor) -> tuple[ModelOutput, int]:
 
 
 def rectangular_work(config: Config, out: ModelOutput) -> list[tuple[float, float]]:
-    """(tokens, query-key pairs in the padded rectangle that SDPA is given) per recursion, from the depths."""
+    """(tokens, query-key pairs in the padded rectangles that SDPA is given) per recursion, from the depths."""
     work = []
     for recursion in range(out.work.shape[0]):
         lengths = (out.depth > recursion).sum(1)
         if recursion == 0 or config.recursion.kv_policy == "recursion_wise":
             keys = int(lengths.max())
-        work.append((float(lengths.sum()), float(len(lengths) * lengths.max() * keys)))
+            buckets = Buckets.of(F.pad(lengths.cumsum(0), (1, 0)))
+            pairs = sum(pieces * length**2 for pieces, length in buckets.shapes)
+        else:
+            pairs = len(lengths) * int(lengths.max()) * keys
+        work.append((float(lengths.sum()), float(pairs)))
     return work
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,14 @@ def test_every_step_has_every_figure(run: Config) -> None:
 
 
 def test_executed_flops_are_those_of_the_selected_tokens(run: Config) -> None:
+    """Of whole windows; one in which a document ends needs less attention."""
     per_step = nominal_flops(run, run.train.global_batch_size).training
-    in_launch = [1, 2, 3, 4, 1, 2, 3, 4]
     found = [record["throughput/executed_flops"] for record in trace(run).steps]
-    assert found == pytest.approx([per_step * steps for steps in in_launch], rel=1e-6)
+    of_steps = [found[0], *(b - a for a, b in pairwise(found[:4])), found[4], *(b - a for a, b in pairwise(found[4:]))]
+    whole = [flops for flops in of_steps if flops == pytest.approx(per_step, rel=1e-6)]
+    assert len(of_steps) == 8
+    assert len(whole) >= 4
+    assert all(0.98 * per_step < flops <= 1.000001 * per_step for flops in of_steps)
 
 
 def test_validation_has_both_ways_of_routing(run: Config) -> None:
