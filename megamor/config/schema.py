@@ -271,8 +271,9 @@ class TrainConfig:
     `ramp` are stages at the start of the run with smaller batches or shorter sequences, in order. Give exactly one of
     `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
     later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
-    rest of each block is computed again. A process that doesn't get on for `hang_timeout_seconds` leaves with the
-    status that asks for another start; null: it waits for ever. With `fail_on_recompile_after`, a training step that
+    rest of each block is computed again. In bf16, the gradients of a shared weight are added up over the recursions in
+    bf16, or with `add_shared_gradients_in_fp32` in fp32 and rounded once. A process that doesn't get on for
+    `hang_timeout_seconds` leaves with the status that asks for another start; null: it waits for ever. With `fail_on_recompile_after`, a training step that
     compiles anything after so many steps of a launch ends the run.
     """
 
@@ -285,6 +286,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "recursion", "block", "selective"] = "none"
     selective_ops: tuple[SelectiveOp, ...] = ("sdpa", "mm")
+    add_shared_gradients_in_fp32: bool = False
     compile: bool = False
     fail_on_recompile_after: int | None = None
     eval_every: int = 500

@@ -10,14 +10,16 @@ pass however many recursions run, and ranks whose tokens reach different depths 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.model.blocks import Block, Differences
+from megamor.model.fan_out import fan_out
 from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import KVPolicy, Launch
@@ -57,6 +59,7 @@ class RecursionStage(nn.Module):
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
         self.router: Router = build_router(config.router, config.model.dim, num_recursions)
+        self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
 
     def forward(
@@ -70,10 +73,11 @@ class RecursionStage(nn.Module):
         emitted: Tensor | None = None
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
         work = []
+        blocks = self.blocks_by_recursion()
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.places is None else rows.index_select(0, plan.places)
-            y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy)
+            y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy, blocks[recursion])
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
                 emitted = torch.zeros_like(stream) if emitted is None else emitted
@@ -84,45 +88,62 @@ class RecursionStage(nn.Module):
                 idle = plan.idle.tokens
                 stream = idle.scatter(stream, weighted(plan.idle.weight, idle.gather(stream)))
             if len(plan.tokens) == 0 and torch.is_grad_enabled():
-                stream = self.touch_core(recursion, stream, geometry)
+                stream = self.touch_core(recursion, stream, geometry, blocks[recursion])
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             work.append(launch_work(plan.tokens, keys, geometry))
         result = stream if emitted is None else emitted
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
+    def blocks_by_recursion(self) -> list[Sequence[Callable[..., Any]]]:
+        """[recursion][block]: what calls the core's blocks in each recursion."""
+        if self.adds_in_fp32 and torch.is_grad_enabled():
+            return [*fan_out(self.blocks, self.router.num_recursions)]
+        return [list(self.blocks)] * self.router.num_recursions
+
     def run_recursion(
-        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy
+        self,
+        recursion: int,
+        x: Tensor,
+        tokens: TokenSet,
+        geometry: Geometry,
+        policy: KVPolicy,
+        blocks: Sequence[Callable[..., Any]],
     ) -> tuple[Tensor, TokenSet]:
-        """The core's blocks of `recursion` on x [N, dim], and the tokens whose keys they attended to."""
-        blocks = self.schedule[recursion]
+        """The core's `blocks` in the order of `recursion` on x [N, dim], and the tokens whose keys they attended to."""
+        order = self.schedule[recursion]
         if len(tokens) == 0:
-            policy.pass_by(recursion, blocks, geometry)
+            policy.pass_by(recursion, order, geometry)
             return x, tokens
         if self.recursion_embedding is not None:
             x = x + self.recursion_embedding[recursion]
-        launch = policy.launch(recursion, blocks, tokens, geometry)
-        run = self.recomputation.recursion(partial(self.run_blocks, launch))
+        launch = policy.launch(recursion, order, tokens, geometry)
+        run = self.recomputation.recursion(partial(self.run_blocks, launch, blocks))
         y, *kept = run(x, *policy.inputs(launch))
         policy.keep(launch, kept)
         return y, policy.keys_of(launch)
 
-    def touch_core(self, recursion: int, stream: Tensor, geometry: Geometry) -> Tensor:
+    def touch_core(
+        self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
+    ) -> Tensor:
         """`stream` unchanged, with gradient zero for what a recursion uses: where no token of this rank takes part in
         it.
 
         Sharded training needs the same parameters used on every rank (ZeRO-3 would even apply an old gradient).
         """
         alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(torch.zeros_like(geometry.positions[:1])))
-        y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, KVPolicy("recursion_wise", None))
+        policy = KVPolicy("recursion_wise", None)
+        y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, policy, blocks)
         return stream + 0.0 * y.sum()
 
-    def run_blocks(self, launch: Launch, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
+    def run_blocks(
+        self, launch: Launch, blocks: Sequence[Callable[..., Any]], x: Tensor, *stored: Tensor
+    ) -> tuple[Tensor, ...]:
         """Blocks in order. `stored` are keys and values that come in; those that go out follow the result."""
         available = dict(zip(launch.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for place, block in enumerate(launch.blocks):
             keys_values, layout = launch.attention(place, available)
-            run = self.recomputation.block(self.blocks[block], in_core=True)
+            run = self.recomputation.block(blocks[block], in_core=True)
             x, fresh = run(x, launch.angles, layout, keys_values, launch.recursion)
             if block in launch.kept and block not in available:
                 assert fresh is not None

@@ -74,6 +74,13 @@ def test_recomputation_gathers_nothing_again(policy: str) -> None:
     assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
 
 
+def test_adding_shared_gradients_in_fp32_sends_nothing_more() -> None:
+    """Every recursion's view of a weight is of the same gathered one, and its gradient is reduced once."""
+    config = with_recursions(4)
+    config = replace(config, train=replace(config.train, precision="bf16", add_shared_gradients_in_fp32=True))
+    assert run_ranks(count, config)[0] == (4 + 3, 4)
+
+
 def test_a_model_on_the_meta_device_can_be_sharded() -> None:
     assert run_ranks(shard_meta) == [True, True]
 
