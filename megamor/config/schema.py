@@ -273,8 +273,8 @@ class TrainConfig:
     later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
     rest of each block is computed again. In bf16, the gradients of a shared weight are added up over the recursions in
     bf16, or with `add_shared_gradients_in_fp32` in fp32 and rounded once. A process that doesn't get on for
-    `hang_timeout_seconds` leaves with the status that asks for another start; null: it waits for ever. With `fail_on_recompile_after`, a training step that
-    compiles anything after so many steps of a launch ends the run.
+    `hang_timeout_seconds` leaves with the status that asks for another start; null: it waits for ever. With
+    `fail_on_recompile_after`, a training step that compiles anything after so many steps of a launch ends the run.
     """
 
     global_batch_size: int = 1024
