@@ -42,32 +42,37 @@ ROOT = Path(__file__).resolve().parent.parent
 _SAMPLE_SECONDS = 0.02
 _LIBRARIES = ("tokenizers", "gigatoken", "msgspec", "zstandard")
 
-# Programs of the cases. Each prints the seconds that it took, imports and preparations left out, on its last line.
-_TOOL = """
+# Programs of the cases. Each prints on its last line the seconds, and those of processors, that it took: imports and
+# preparations left out.
+_CLOCK = """
 import sys, time
-from tools.preprocess import main
-begun = time.perf_counter()
-main(sys.argv[1:])
-print(time.perf_counter() - begun)
+def clock(): return time.perf_counter(), time.process_time()
+def show(begun): print(*(end - start for start, end in zip(begun, clock())))
 """
-_READ = """
-import json, sys, time
+_TOOL = f"""{_CLOCK}
+from tools.preprocess import main
+begun = clock()
+main(sys.argv[1:])
+show(begun)
+"""
+_READ = f"""{_CLOCK}
+import json
 texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
 """
 _TOKENIZERS = f"""{_READ}
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[2])
-begun = time.perf_counter()
+begun = clock()
 for first in range(0, len(texts), 64):
     tokenizer.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
-print(time.perf_counter() - begun)
+show(begun)
 """
 _GIGATOKEN = f"""{_READ}
 import awkward, gigatoken
 tokenizer = gigatoken.Tokenizer(sys.argv[2])
-begun = time.perf_counter()
+begun = clock()
 tokenizer.encode_batch(texts)
-print(time.perf_counter() - begun)
+show(begun)
 """
 
 
@@ -138,20 +143,13 @@ class Bench:
             ("tools/preprocess.py, tokenizers", _TOOL, slow, self._few_bytes),
             ("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [str(self._few), tokenizer], self._few_bytes),
         ]
-        seconds: dict[str, list[float]] = {label: [] for label, *_ in cases}
+        times: dict[str, list[tuple[float, ...]]] = {label: [] for label, *_ in cases}
         for number in range(self._args.rounds):
             shift = number % len(cases)
             for label, program, arguments, _ in cases[shift:] + cases[:shift]:
-                seconds[label].append(float(self._run(program, arguments).splitlines()[-1]))
-        return [
-            {
-                "label": label,
-                "text_bytes": size,
-                "seconds": quartiles(seconds[label]),
-                "bytes_per_second": size / quartiles(seconds[label])["median"],
-            }
-            for label, _, _, size in cases
-        ]
+                *_, last = self._run(program, arguments).splitlines()
+                times[label].append(tuple(map(float, last.split())))
+        return [_summary(label, size, times[label]) for label, _, _, size in cases]
 
     def memory(self) -> Iterator[dict[str, Any]]:
         """Peak memory of the process (proportional set size) on several copies of the input, with many threads."""
@@ -205,6 +203,17 @@ class Bench:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def _summary(label: str, text_bytes: int, times: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+    seconds, processor_seconds = (quartiles(values) for values in zip(*times, strict=True))
+    return {
+        "label": label,
+        "text_bytes": text_bytes,
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "bytes_per_second": text_bytes / seconds["median"],
+    }
+
+
 def proportional_bytes(pid: int) -> int:
     """Memory of a process and its children, what they share counted once; 0 where the system doesn't say."""
     try:
@@ -220,7 +229,7 @@ def print_report(report: dict[str, Any]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=110)
     table = Table(title=f"text to tokens, {report['workers']} threads\n{report['machine']['cpu']}")
-    for heading in ("case", "MB of text", "seconds", "quartiles", "MB/s"):
+    for heading in ("case", "MB of text", "seconds", "quartiles", "processor s", "MB/s"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case in report["cases"]:
         seconds = case["seconds"]
@@ -229,6 +238,7 @@ def print_report(report: dict[str, Any]) -> None:
             f"{case['text_bytes'] / 1e6:.1f}",
             f"{seconds['median']:.2f}",
             f"{seconds['q1']:.2f}–{seconds['q3']:.2f}",
+            f"{case['processor_seconds']['median']:.2f}",
             f"{case['bytes_per_second'] / 1e6:.2f}",
         )
     console.print(table)

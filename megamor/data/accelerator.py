@@ -6,7 +6,6 @@ it returned is compared with what `tokenizers` says, and a difference stops the 
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,7 +61,7 @@ class GigatokenEncoder:
 
     def __init__(self, reference: TextEncoder) -> None:
         self._reference = reference
-        self._spec = json.dumps(_without_special_tokens(reference))
+        self._spec = msgspec.json.encode(_without_special_tokens(reference))
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
         self._lock = threading.Lock()
@@ -172,7 +172,7 @@ def _naming(chunk: TextChunk) -> Iterator[None]:
 
 def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:
     """The tokenizer as JSON, but special tokens are not recognised: in a corpus they are text."""
-    spec: dict[str, Any] = json.loads(reference.tokenizer.to_str())
+    spec: dict[str, Any] = msgspec.json.decode(reference.tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
     spec["post_processor"] = None
     return spec

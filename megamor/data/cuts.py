@@ -16,11 +16,11 @@ The model then sees the same words. For any other tokenizer texts stay whole.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 # Characters about which all versions of Unicode agree: what one takes for white space must not be a letter for another.
@@ -41,7 +41,7 @@ _PRE_TOKENIZERS = {"Digits", "Whitespace", "BertPreTokenizer"}
 
 def find_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """The places where texts for `tokenizer` may be cut: after each match. None if it isn't known to have any."""
-    spec = json.loads(tokenizer.to_str())
+    spec = msgspec.json.decode(tokenizer.to_str())
     normalizer, pre_tokenizer, model = spec["normalizer"], spec["pre_tokenizer"], spec["model"]
     parts = pre_tokenizer["pretokenizers"] if (pre_tokenizer or {}).get("type") == "Sequence" else [pre_tokenizer]
     recognised = [
