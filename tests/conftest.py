@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--combinations"):
         config.pluginmanager.register(CombinationTable(config.getoption("--combinations")))
     if config.getoption("--reliability"):
-        config.pluginmanager.register(ReliabilityTable(config.getoption("--reliability")))
+        config.pluginmanager.register(ReliabilityTable(config.getoption("--reliability"), config.rootpath))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

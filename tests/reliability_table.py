@@ -73,8 +73,8 @@ def backend_of(item: pytest.Item) -> str:
 class ReliabilityTable:
     """A pytest plugin that notes the outcomes of marked tests and writes them when the session ends."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
         self.outcomes: dict[str, dict[tuple[str, str], Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
 
     @pytest.hookimpl(wrapper=True)
@@ -88,10 +88,11 @@ class ReliabilityTable:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        """Put what was seen into the file."""
+        """Put what was seen into the file, and drop tests that are no more."""
         known: dict[str, Any] = {}
         if self.path.exists():
-            known = json.loads(self.path.read_text(encoding="utf-8"))["tests"]
+            written = json.loads(self.path.read_text(encoding="utf-8"))["tests"]
+            known = {node: test for node, test in written.items() if self.is_there(node)}
         origin = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "revision": code_revision(),
@@ -106,3 +107,8 @@ class ReliabilityTable:
             }
         report = {"schema": SCHEMA, "promises": PROMISES, "tests": dict(sorted(known.items()))}
         self.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def is_there(self, node: str) -> bool:
+        """Whether a file still has the test function of a node id."""
+        file, _, name = node.partition("::")
+        return (self.root / file).exists() and f"def {name.rpartition('::')[2]}(" in (self.root / file).read_text()

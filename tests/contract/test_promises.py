@@ -12,6 +12,7 @@ import pytest
 from tests.reliability_table import PROMISES
 
 TESTS = Path(__file__).parents[1]
+OUTCOMES = TESTS.parent / "benchmarks" / "results" / "reliability.json"
 
 MISSING: dict[str, str] = {
     "R15": "the server's engine isn't there yet",
@@ -48,6 +49,15 @@ def test_every_promise_is_tested_or_listed() -> None:
     found = marked_tests()
     assert found.keys() <= PROMISES.keys()
     assert PROMISES.keys() - found.keys() == MISSING.keys()
+
+
+def test_outcomes_are_of_tests_that_exist() -> None:
+    """What is renamed, removed or no longer marked must not stay in the README as passed."""
+    marked = {(node, promise) for promise, nodes in marked_tests().items() for node in nodes}
+    report = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    assert report["promises"] == PROMISES
+    written = {(node, entry["promise"]) for node, test in report["tests"].items() for entry in test["promises"]}
+    assert written - marked == set(), "make reliability"
 
 
 @pytest.mark.promise("R17")
