@@ -136,7 +136,7 @@ class Campaign:
     def finish(self, steps: int) -> None:
         """Go on undisturbed for `steps`, then compare everything with a run that was never killed."""
         committed = latest_step(self.root)
-        self.report.last_step = (committed or 0) + steps
+        self.report.last_step = max([committed or 0, *self.seen]) + steps
         assert all(fit(until(self.config, self.report.last_step), self.world_size))
         self._look(committed)
         straight = named(replace(self.config, checkpoint=CheckpointConfig(every_steps=10**6)), "straight")

@@ -65,6 +65,11 @@ def slowly(trainer: Trainer, before: Callable[[int], Any]) -> None:
     trainer.checkpoints.manager.save = delayed  # type: ignore[method-assign]
 
 
+def write_later(trainer: Trainer) -> None:
+    """Let some steps pass before anything is written."""
+    slowly(trainer, lambda step: time.sleep(0.3))
+
+
 @pytest.mark.promise("R1", "R3")
 @pytest.mark.parametrize(("parallel", "router"), BACKENDS)
 def test_every_checkpoint_is_what_a_blocking_save_writes(base: Config, parallel: ParallelConfig, router: Any) -> None:
@@ -72,8 +77,8 @@ def test_every_checkpoint_is_what_a_blocking_save_writes(base: Config, parallel:
     blocking = named(replace(config, checkpoint=replace(config.checkpoint, asynchronous=False)), "blocking")
     world_size = 1 if parallel.backend == "single" else 2
     assert all(fit(blocking, world_size))
-    assert all(fit(until(config, 5), world_size))
-    assert all(fit(config, world_size))
+    assert all(fit(until(config, 5), world_size, spoil=write_later))
+    assert all(fit(config, world_size, spoil=write_later))
     assert_same_run(trace(blocking), trace(config))
     for step in (2, 4, 6, 8):
         ours, theirs = (directory_of(run) / "checkpoints" / f"step_{step:08d}" for run in (config, blocking))
