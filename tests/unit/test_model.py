@@ -56,11 +56,12 @@ def test_unique_parameters_follow_the_formula(router: str, sharing: str) -> None
     assert sum(value.numel() for value in stored.values()) == expected
 
 
-def gradients(model: Transformer, ids: Tensor, mode: str) -> dict[str, Tensor]:
+def gradients(model: Transformer, ids: Tensor, mode: str, autocast: bool = False) -> dict[str, Tensor]:
     model.set_activation_checkpointing(mode, ("sdpa", "mm"))
     model.zero_grad()
     torch.manual_seed(0)  # some routers sample
-    out = model(ids[:, :-1], ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(ids[:, :-1], ids[:, 1:])
     (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -85,8 +86,7 @@ def test_checkpointing_under_autocast(mode: str) -> None:
     Without them, gradients of the recursions are added in fp32, so only the forward pass is the same to the bit.
     """
     model, ids = build_model(tiny_config(ROUTERS["expert_choice"])), tokens(length=SEQ_LEN + 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, again = gradients(model, ids, "none"), gradients(model, ids, mode)
+    plain, again = gradients(model, ids, "none", autocast=True), gradients(model, ids, mode, autocast=True)
     assert plain.keys() == again.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], again[name], rtol=0.05, atol=1e-4)
