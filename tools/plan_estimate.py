@@ -10,7 +10,7 @@ from megamor.config.derive import derive
 from megamor.errors import ConfigError
 from megamor.model.flops import nominal_flops
 from megamor.train.communication import Traffic, step_traffic
-from megamor.train.memory import Memory, step_memory, unit_parameters
+from megamor.train.memory import MOMENTS, Memory, step_memory, unit_parameters
 from tools.plan_gpus import Gpu
 
 USABLE = 0.92
@@ -96,7 +96,7 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     needed = flops.training / gpu.peak
     compute = needed + flops.recomputed(train) / gpu.peak
     communication = communication_seconds(traffic, cluster)
-    held = memory.optimizer / 8  # parameters whose moments this rank has
+    held = memory.optimizer / MOMENTS  # parameters that this rank updates
     update = ADAMW_BYTES * held / gpu.memory_bandwidth
     return Estimate(
         name,

@@ -83,8 +83,8 @@ class Holding:
     `buckets` of gradients. From a parameter's backward pass on: `gradients`. Of the root, which stays gathered: `root`.
     `copies`: those of autocast, until the backward pass or, with checkpointing, the forward pass is done.
 
-    Of a unit: `unit` while it or its neighbour computes, `fresh` of its gradients until they are reduced, from
-    `reduced` at its end.
+    Of a unit: `unit` while it or its neighbour computes, `fresh` for its gradients until they are reduced, `reduced`
+    while that is done.
     """
 
     weights: float
