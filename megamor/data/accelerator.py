@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megamor.data.cuts import cut
+from megamor.data.cuts import first_and_last
 from megamor.data.documents import Documents
 from megamor.data.text import TextChunk
 from megamor.data.tokenizer import TextEncoder
@@ -109,8 +109,7 @@ class GigatokenEncoder:
 
     def _agree(self, text: str, ids: NDArray) -> bool:
         """Whether `tokenizers` gives `ids` for `text`: at both ends, and all of it if it can't be cut."""
-        parts = cut(text, _LATER_SAMPLE[1] // 2, self._reference.cuts)
-        parts = parts if len(parts) == 1 else [parts[0], parts[-1]]
+        parts = first_and_last(text, _LATER_SAMPLE[1] // 2, self._reference.cuts)
         if max(map(len, parts)) > _LONGEST_CHECKED:  # too dear: something shorter, by both
             parts = [text[: _LATER_SAMPLE[1]]]
             with self._lock:

@@ -17,7 +17,8 @@ The model then sees the same words. For any other tokenizer texts stay whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -61,16 +62,39 @@ def find_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 def cut(text: str, size: int, places: re.Pattern[str] | None) -> list[str]:
     """`text` in parts of about `size` characters, cut at `places` only; longer where there is none."""
-    if places is None or len(text) <= 2 * size:
-        return [text]
-    parts, begin = [], 0
-    while len(text) - begin > 2 * size:
+    return [text[begin:end] for begin, end in pairwise(_bounds(text, size, places))]
+
+
+def longest_part(text: str, size: int, places: re.Pattern[str] | None) -> int:
+    """Characters of the longest of the parts that `cut` would make."""
+    return max(end - begin for begin, end in pairwise(_bounds(text, size, places)))
+
+
+def _bounds(text: str, size: int, places: re.Pattern[str] | None) -> Iterator[int]:
+    begin = 0
+    yield begin
+    while places and len(text) - begin > 2 * size:
         place = places.search(text, begin + size)
         if place is None:
             break
-        parts.append(text[begin : place.end()])
         begin = place.end()
-    return [*parts, text[begin:]]
+        yield begin
+    yield len(text)
+
+
+def first_and_last(text: str, size: int, places: re.Pattern[str] | None) -> list[str]:
+    """A part of at least `size` characters from each end of `text`; all of it as one part if it has no such two."""
+    first = places.search(text, size) if places and len(text) > 2 * size else None
+    if places is None or first is None:
+        return [text]
+    window = max(size, 1)
+    while window < len(text):
+        # Looked for near the end only, further and further from it: a long text isn't gone through.
+        window *= 2
+        last = places.search(text, max(first.end(), len(text) - window), len(text) - size + 1)
+        if last:
+            return [text[: first.end()], text[last.end() :]]
+    return [text]
 
 
 def _is_plain(token: Mapping[str, Any]) -> bool:

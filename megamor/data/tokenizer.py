@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.data.cuts import cut, find_cuts
+from megamor.data.cuts import cut, find_cuts, longest_part
 from megamor.data.indexed import dtype_for_vocab
 from megamor.errors import DataError
 
@@ -104,7 +104,7 @@ class TextEncoder:
 
     def require_cuttable(self, text: str) -> None:
         """Raise DataError if `text` has more than `MAX_PART` characters without a place to cut."""
-        longest = max(map(len, cut(text, MAX_PART // 4, self.cuts))) if len(text) > MAX_PART else 0
+        longest = longest_part(text, MAX_PART // 4, self.cuts) if len(text) > MAX_PART else 0
         if longest > MAX_PART:
             raise DataError(
                 f"{longest:,} characters without a space in a document that begins {text[:40]!r} are too much to "

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megamor.data import TokenShard, accelerator, read_meta, text
 from megamor.data.accelerator import GigatokenEncoder, sample
-from megamor.data.cuts import cut, find_cuts
+from megamor.data.cuts import cut, find_cuts, first_and_last, longest_part
 from megamor.data.dedup import SeenHashes
 from megamor.data.documents import document_hash
 from megamor.data.text import Place, Share, TextChunk, find_files
@@ -234,6 +234,11 @@ def test_cutting_a_text_never_changes_its_words(text: str, size: int) -> None:
         assert places is not None
         parts = cut(text, size, places)
         assert "".join(parts) == text
+        assert longest_part(text, size, places) == max(map(len, parts))
+        head, *tail = first_and_last(text, size, places)
+        assert text.startswith(head)
+        assert not tail or (min(len(head), len(tail[0])) >= size and cut(text, len(head) // 2, places)[0] != text)
+        assert all(text.endswith(end) and places.match(text, len(text) - len(end) - 1) for end in tail)
         together = [word for word, _ in words.pre_tokenize_str(text)]
         assert [word for part in parts for word, _ in words.pre_tokenize_str(part)] == together
 
