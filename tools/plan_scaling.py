@@ -8,6 +8,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tools.plan_gpus import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
+RESULTS = ROOT / "benchmarks" / "results"
 RECIPES = ("mor_1b", "vanilla_1b")
 NODES = (1, 2, 4, 8, 16, 32, 64)
 GPU, PER_NODE = "h100", 8
@@ -92,11 +94,36 @@ def policies(recipe: str) -> Iterator[str]:
         yield f"| `{policy}` | {memory.activations / GIB:.1f} | {memory.total / GIB:.1f} | {result.mfu_bound:.0%} |"
 
 
+def measured_policies() -> Iterator[str]:
+    """Policies as `bench.py checkpointing` measured them: memory and time of a step on a CPU, at each size."""
+    for path in sorted(RESULTS.glob("checkpointing_*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        model, train, machine = report["config"]["model"], report["config"]["train"], report["machine"]
+        yield (
+            f"{model['num_layers']} effective layers, width {model['dim']}, vocabulary {model['vocab_size']:,}, "
+            f"{train['micro_batch_size']} × {report['config']['data']['seq_len']} tokens, {train['precision']}; "
+            f"{machine['cpu']}, {machine['threads']} threads; {report['rounds']} rounds, {report['date'][:10]}, "
+            f"revision {report['commit']['revision']}:"
+        )
+        yield ""
+        yield from heading("policy | time / none | more FLOPs | peak MB | estimated MB | quotient")
+        for found in report["policies"]:
+            peak, estimated = found["peak_memory_bytes"], found["estimated_memory_bytes"]
+            yield (
+                f"| `{found['policy']}` | {found['time_ratio']['median']:.2f} | {found['recomputed_flops_ratio']:.1%} "
+                f"| {peak / 1e6:.0f} | {estimated / 1e6:.0f} | {estimated / peak:.2f} |"
+            )
+        yield ""
+        yield f"`{report['command']}`"
+        yield ""
+
+
 def tables() -> dict[str, list[str]]:
     """All tables by the name of their block."""
     made = {f"scaling-{recipe}": list(strong_scaling(recipe)) for recipe in RECIPES}
     made["backends"] = list(backends_at_the_top("mor_1b"))
     made["policies"] = list(policies("mor_1b"))
+    made["measured-policies"] = list(measured_policies())[:-1]
     return made
 
 

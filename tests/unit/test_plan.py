@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megamor.config import load_config
+from megamor.config import Config, config_from_dict, load_config
 from megamor.model.flops import nominal_flops
 from megamor.train.memory import step_memory
 from tools import plan, plan_scaling
@@ -20,6 +20,7 @@ from tools.plan_estimate import (
     communication_seconds,
     estimate,
     nearest_that_fits,
+    parameters,
 )
 from tools.plan_gpus import GPUS
 
@@ -69,11 +70,11 @@ def test_bounds_by_hand() -> None:
     gpu = GPUS["h100"]
     cluster = Cluster(gpu, 8, 8)
     found = estimate("ddp", config, cluster)
-    parameters = 772_282_368
-    assert found.traffic.sent == pytest.approx(2 * 4 * parameters * 7 / 8, rel=1e-3)
+    size = 772_282_368
+    assert found.traffic.sent == pytest.approx(2 * 4 * size * 7 / 8, rel=1e-3)
     compute = nominal_flops(config, 1024 / 8).training / 989.4e12
-    communication = 2 * 4 * parameters * 7 / 8 / 450e9
-    update = ADAMW_BYTES * parameters / 3350e9
+    communication = 2 * 4 * size * 7 / 8 / 450e9
+    update = ADAMW_BYTES * size / 3350e9
     assert found.compute_seconds == pytest.approx(compute)
     assert found.communication_seconds == pytest.approx(communication, rel=1e-3)
     assert found.mfu_without_overlap == pytest.approx(compute / (compute + communication + update), rel=1e-3)
@@ -117,3 +118,22 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
 def test_the_page_on_scaling_is_up_to_date() -> None:
     page = plan_scaling.PAGE.read_text(encoding="utf-8")
     assert plan_scaling.updated(page) == page, "python tools/plan_scaling.py --write"
+
+
+@pytest.mark.parametrize("path", sorted(plan_scaling.RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
+def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
+    """Resident memory of processes with steps of seconds, against today's estimate, within 10 %."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    assert len(measured["policies"]) >= 5
+    for found in measured["policies"]:
+        case = policy_case_of(measured["config"], found["policy"])
+        estimated = step_memory(case, 1, on_gpu=False).total - 4 * parameters(case)
+        assert estimated == pytest.approx(found["peak_memory_bytes"], rel=0.1), found["policy"]
+
+
+def policy_case_of(config: dict[str, Any], policy: str) -> Config:
+    """A stored configuration under a policy written as in the bench."""
+    mode, _, kept = policy.partition(":")
+    ops = {"selective_ops": kept.split("+")} if kept else {}
+    train = {**config["train"], "activation_checkpointing": mode, **ops}
+    return config_from_dict({**config, "train": train})
