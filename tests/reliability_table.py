@@ -64,10 +64,12 @@ def backend_of(item: pytest.Item) -> str:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend, stage = parameters.get("backend", ""), parameters.get("stage")
     if isinstance(parameters.get("config"), Config):
-        backend, stage = parameters["config"].parallel.backend, parameters["config"].parallel.zero_stage
+        parallel = parameters["config"].parallel
+        backend = "hsdp" if parallel.shard_degree else parallel.backend
+        stage = parallel.zero_stage
     if stage is not None and backend in ("", "deepspeed"):
         return f"zero{stage}"
-    return backend if isinstance(backend, str) else ""
+    return backend.replace("zero ", "zero") if isinstance(backend, str) else ""
 
 
 class ReliabilityTable:

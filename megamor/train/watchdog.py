@@ -46,6 +46,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.timeout is not None:
             self.beat("starting")
+            self._write_note(0.0)  # now: a rank that freezes before the thread's first look was heard of too
             self._thread = threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True)
             self._thread.start()
         return self

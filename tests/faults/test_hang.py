@@ -124,6 +124,13 @@ def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
     assert [r["train/loss"] for r in trace(stopped).steps] == [r["train/loss"] for r in trace(config).steps]
 
 
+def test_a_rank_is_heard_of_from_the_start(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 1, 1000.0):
+        note = json.loads((tmp_path / "heartbeats" / "rank_1.json").read_text())
+    assert note["doing"] == "starting"
+    assert note["pid"] == os.getpid()
+
+
 def test_a_watchdog_that_is_beaten_or_switched_off_does_not_bite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
