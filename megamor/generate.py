@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint directory, `latest`, or a run directory")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, `latest`, a run's or an export's directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to add (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         console.print(tokenizer.decode(result.ids), markup=False, highlight=False)
     if arguments.depth_png:
-        title = f"recursions per token, step {loaded.checkpoint.step}"
+        title = f"recursions per token, {loaded.origin}"
         save_png(pieces, result.depths, num_recursions, arguments.depth_png, title)
         console.print(f"depth map: {arguments.depth_png}")
 

@@ -1,4 +1,7 @@
-"""A model out of a checkpoint directory, which carries everything needed: config, weights, tokenizer."""
+"""A model out of a directory that carries everything needed: config, weights, tokenizer.
+
+That is a checkpoint of training, by whichever backend, or what `tools/export_hf.py` has written.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,77 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from megamor.checkpoint import Checkpoint, check_same_model, open_checkpoint
+from megamor.checkpoint import check_same_model, open_checkpoint
+from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.config import Config, config_from_dict
+from megamor.errors import CheckpointError
+from megamor.interop import is_export, read_export
 from megamor.model import Transformer, build_model
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its config and origin."""
+    """A model in evaluation mode with its config and origin. `step` is None where that isn't known (an export)."""
 
     model: Transformer
     config: Config
-    checkpoint: Checkpoint
+    directory: Path
+    step: int | None
     device: torch.device
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model was trained with.
+    @property
+    def name(self) -> str:
+        """The run's name; of an export, its directory's."""
+        return self.directory.name if self.step is None else self.config.run.name
+
+    @property
+    def origin(self) -> str:
+        """Directory and step, for a person to read."""
+        return str(self.directory) if self.step is None else f"{self.directory} (step {self.step})"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """`tokenizer.json` of the tokenizer that the model was trained with.
 
         Raises:
             CheckpointError: it was saved without one.
         """
-        return Tokenizer.from_file(str(self.checkpoint.tokenizer_path))
+        path = self.directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{self.directory} has no {TOKENIZER_FILE}; it was saved without one")
+        return path
+
+    def tokenizer(self) -> Tokenizer:
+        """That tokenizer; raises as `tokenizer_path`."""
+        return Tokenizer.from_file(str(self.tokenizer_path))
 
 
 def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load the model of a checkpoint (or of a run's `latest`) onto `device` (default: the GPU if there is one).
+    """Load the model of a checkpoint, of a run's `latest` or of an export onto `device` (default: the GPU if there is
+    one).
 
     Raises:
-        CheckpointError: nothing there is a whole checkpoint, or its weights are not of the model its config describes.
+        CheckpointError: nothing there is whole, or its weights are not of the model its config describes.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    checkpoint = open_checkpoint(path)
-    config = config_from_dict(yaml.safe_load(checkpoint.config_yaml))
-    model = build_model(config, device="meta")
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_same_model(checkpoint.directory, expected)
+    if is_export(Path(path)):
+        directory, step = Path(path).resolve(), None
+        config, weights = read_export(directory)
+    else:
+        checkpoint = open_checkpoint(path)
+        directory, step = checkpoint.directory, checkpoint.step
+        config, weights = config_from_dict(yaml.safe_load(checkpoint.config_yaml)), checkpoint.weights()
+    model = cast(build_model(config, device="meta"), dtype)
+    stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
+    check_same_model(directory, stored, expected)
     model.to_empty(device=target)
-    model.load_state_dict(checkpoint.weights())
-    return LoadedModel(model.to(dtype).eval(), config, checkpoint, target)
+    model.load_state_dict(weights)
+    return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """`model` with weights of type `dtype`; its router's stay in fp32 at least, since near ties would flip."""
+    model.to(dtype)
+    if model.stage is not None and dtype.itemsize < torch.float32.itemsize:
+        model.stage.router.float()
+    return model

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megamor.checkpoint import code_revision
-from megamor.config import Config
+from megamor.config import ParallelConfig
 
 SCHEMA = "megamor-reliability/1"
 
@@ -60,11 +60,12 @@ def promises_of(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def backend_of(item: pytest.Item) -> str:
-    """The backend in a test's parameters: `config`, or `backend` and `stage`; DeepSpeed's stages are zero0 to zero3."""
+    """The backend in a test's parameters: `config`, `parallel`, or `backend` and `stage`; DeepSpeed's stages are zero0
+    to zero3."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend, stage = parameters.get("backend", ""), parameters.get("stage")
-    if isinstance(parameters.get("config"), Config):
-        parallel = parameters["config"].parallel
+    parallel = getattr(parameters.get("config"), "parallel", parameters.get("parallel"))
+    if isinstance(parallel, ParallelConfig):
         backend = "hsdp" if parallel.shard_degree else parallel.backend
         stage = parallel.zero_stage
     if stage is not None and backend in ("", "deepspeed"):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
     loaded = load_model(arguments.checkpoint, "cpu")
-    tokenizer = loaded.checkpoint.directory / TOKENIZER_FILE
+    tokenizer = loaded.directory / TOKENIZER_FILE
     has_tokenizer = tokenizer.is_file()
     files = export_huggingface(
         loaded.model,

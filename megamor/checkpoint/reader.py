@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamor.checkpoint import layout
 from megamor.checkpoint.manifest import find_damage, summary, verify
-from megamor.checkpoint.state import load_weights, weight_shapes
+from megamor.checkpoint.state import load_weights
 from megamor.checkpoint.trainer_state import TrainerState
 from megamor.errors import CheckpointError
 
@@ -51,10 +51,6 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """Full CPU tensors by parameter name; see `load_weights`."""
         return load_weights(self.directory)
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shapes by parameter name, without reading the tensors."""
-        return {name: tuple(shape) for name, shape in weight_shapes(self.directory).items()}
 
     def _file(self, name: str) -> Path:
         path = self.directory / name

@@ -69,16 +69,16 @@ def iterate_state(checkpoint: Path, at_once_bytes: int = 2**31) -> Iterator[tupl
     yield from _read(checkpoint, batch).items()
 
 
-def check_same_model(checkpoint: Path, expected: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a checkpoint whose weights are not those of the model at hand.
+def check_same_model(origin: Path, stored: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
+    """Refuse weights of `origin` that are not those of the model at hand.
 
     Args:
-        expected: full (unsharded) shape of each of the model's weights, by name.
+        stored: full (unsharded) shape of each of the weights there, by name.
+        expected: that of each of the model's.
 
     Raises:
         CheckpointError: naming the first few weights that are missing, left over or of another shape.
     """
-    stored = weight_shapes(checkpoint)
     missing = [f"{name} {tuple(expected[name])} is not in it" for name in expected if name not in stored]
     extra = [f"{name} {tuple(stored[name])} is not in the model" for name in stored if name not in expected]
     other = [
@@ -89,7 +89,7 @@ def check_same_model(checkpoint: Path, expected: Mapping[str, Sequence[int]]) ->
     differences = other + missing + extra
     if differences:
         raise CheckpointError(
-            f"{checkpoint} belongs to another model: {summary(differences)}. Use the configuration in that checkpoint, "
+            f"{origin} belongs to another model: {summary(differences)}. Use the configuration in that checkpoint, "
             "or another run directory"
         )
 

@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint directory, `latest`, or a run directory")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, `latest`, a run's or an export's directory")
     parser.add_argument("--data", required=True, nargs="+", help="prefixes of .bin/.idx pairs")
     parser.add_argument("--sequences", type=int, help="how many windows to measure (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (default: 16)")
@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(loaded: LoadedModel, prefix: str, sequences: int | None, batch_size: int) -> dict[str, float]:
     """Losses (nats per token), perplexities and mean depths of one data set."""
-    tokenizer = loaded.config.data.tokenizer and str(loaded.checkpoint.tokenizer_path)
+    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
     settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
     data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
     figures: dict[str, float] = {}
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     loaded = load_model(arguments.checkpoint, arguments.device)
     results = {prefix: evaluate(loaded, prefix, arguments.sequences, arguments.batch_size) for prefix in arguments.data}
-    show(results, f"{loaded.checkpoint.directory} (step {loaded.checkpoint.step})")
+    show(results, loaded.origin)
     if arguments.json:
         single = next(iter(results.values())) if len(results) == 1 else results
         arguments.json.write_text(json.dumps(single, indent=1) + "\n")

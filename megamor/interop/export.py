@@ -24,7 +24,7 @@ from megamor.errors import ConfigError
 from megamor.interop.assemble import assemble
 from megamor.model import Transformer
 
-CODE_FILE, WEIGHTS_FILE = "modeling_megamor.py", "model.safetensors"
+CODE_FILE, WEIGHTS_FILE, CONFIG_FILE = "modeling_megamor.py", "model.safetensors", "config.json"
 WEIGHTS_PREFIX = "model."
 """`MegamorForCausalLM` holds the `Transformer` under this name."""
 END_OF_TEXT = "<|endoftext|>"
@@ -64,7 +64,7 @@ def export_huggingface(
         shutil.copyfile(tokenizer, directory / "tokenizer.json")
         end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
         _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text is not None))
-    _write_json(directory / "config.json", model_settings(config, dtype, end_of_text))
+    _write_json(directory / CONFIG_FILE, model_settings(config, dtype, end_of_text))
     generation = {"use_cache": True, **special_ids(end_of_text)}
     _write_json(directory / "generation_config.json", generation)
     return sorted(directory.iterdir())

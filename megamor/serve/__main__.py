@@ -43,10 +43,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a checkpoint directory, `latest`, or a run directory")
+    add("--checkpoint", required=True, help="a checkpoint, `latest`, a run's or an export's directory")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--port", type=int, default=8000, help="port, 0 for a free one (default: 8000)")
-    add("--name", help="what the model is called in the interface (default: the run's name)")
+    add("--name", help="what the model is called in the interface (default: the run's, or an export's directory's)")
     add("--policy", choices=POLICIES, default="depthwise", help="how launches are put together (default: depthwise)")
     add("--hold", type=int, default=0, help="core launches between boundaries; 0 adapts to measured costs (default)")
     add("--max-resident", type=int, default=64, help="sequences at work at once (default: 64)")
@@ -54,6 +54,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
     add("--kv-memory", type=parse_bytes, default=2**30, metavar="SIZE", help="for keys and values (default: 1GiB)")
     add("--no-prefix-caching", action="store_true", help="read every prompt from its beginning")
+    add("--no-cuda-graphs", action="store_true", help="start every kernel by itself (on a GPU)")
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     add("--dtype", choices=_DTYPES, help="of weights and activations (default: bf16 on a GPU, else fp32)")
     add("--api-key-file", type=Path, metavar="FILE", help="keys that clients need, one a line")
@@ -103,6 +104,7 @@ def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingE
         page_size=arguments.page_size,
         kv_memory=arguments.kv_memory,
         prefix_caching=not arguments.no_prefix_caching,
+        cuda_graphs=not arguments.no_cuda_graphs,
         end_token=next((token for token in ids if token is not None), None),
     )
     return ServingEngine(loaded.model, options)
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model(arguments.checkpoint, arguments.device, dtype)
     engine = build_engine(arguments, loaded)
     settings = ServerSettings(
-        model=arguments.name or loaded.config.run.name,
+        model=arguments.name or loaded.name,
         max_model_len=loaded.config.model.max_seq_len,
         api_keys=keys,
         request_timeout=arguments.request_timeout,
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         access_log=False,
         timeout_graceful_shutdown=5,
     )
-    print(f"serving {loaded.checkpoint.directory} as {settings.model!r}; Ctrl-C ends", file=sys.stderr)
+    print(f"serving {loaded.origin} as {settings.model!r}; Ctrl-C ends", file=sys.stderr)
     DrainingServer(config, app.state.server.runner, arguments.drain_timeout).run()
 
 

@@ -64,8 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     offline = parser.add_argument_group("with --offline")
     source = offline.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", help="a checkpoint directory, `latest`, or a run directory")
+    source.add_argument("--checkpoint", help="a checkpoint, `latest`, a run's or an export's directory")
     source.add_argument("--config", metavar="FILE", help="a configuration, for random weights")
+    offline.add_argument("--vanilla", metavar="FILE", help="configuration of a model without recursions beside it")
     offline.add_argument("--policies", type=_policies, default=list(POLICIES), metavar="A,B", help="default: all")
     offline.add_argument("--residents", type=int, default=32, help="sequences at work at once (default: 32)")
     offline.add_argument("--turns", type=int, default=30, help="of each policy (default: 30)")
@@ -132,14 +133,15 @@ def bench_offline(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = build(arguments)
+    vanilla = build_random(arguments.vanilla, arguments) if arguments.vanilla else None
     work = Workload(arguments.residents, arguments.turns, arguments.prompt_tokens, arguments.new_tokens, arguments.hold)
-    if work.prompt_tokens + work.new_tokens[1] > model.config.model.max_seq_len:
+    if work.longest > min(other.config.model.max_seq_len for other in (model, vanilla or model)):
         raise ConfigError(
             f"--prompt-tokens {work.prompt_tokens} and --new-tokens up to {work.new_tokens[1]} don't fit into the "
             f"model's context of {model.config.model.max_seq_len}"
         )
     origin = describe_origin(model.embed.weight.device)
-    return {**origin, "config": config_to_dict(model.config), **measure(model, arguments.policies, work)}
+    return {**origin, "config": config_to_dict(model.config), **measure(model, arguments.policies, work, vanilla)}
 
 
 def build(arguments: argparse.Namespace) -> Transformer:
@@ -148,19 +150,26 @@ def build(arguments: argparse.Namespace) -> Transformer:
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: a checkpoint has its settings; key=value is for --config")
         return load_model(arguments.checkpoint, arguments.device).model
+    return build_random(arguments.config, arguments)
+
+
+def build_random(config: str, arguments: argparse.Namespace) -> Transformer:
+    """The model of a configuration, with random weights."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return build_model(load_config(arguments.config, arguments.overrides), device=device).eval()
+    return build_model(load_config(config, arguments.overrides), device=device).eval()
 
 
 def print_offline(report: dict[str, Any]) -> None:
     """Prediction beside measurement."""
     table = Table(title="tokens/s, prediction beside measurement")
-    for column in ("policy", "residents", "depth", "width", "mixed", "sched.", "tokens/s", "pred.", "of it"):
-        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=column != "policy")
-    for column in ("over full", "pred.", "over shrink", "pred."):
+    table.add_column("policy", min_width=14)
+    for column in ("residents", "depth", "width", "mixed", "sched.", "tokens/s", "pred.", "of it"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("over full", "pred.", "over shrink", "pred.", "over vanilla"):
         table.add_column(column, justify="right", no_wrap=True)
     for case in report["cases"]:
-        names = ("over_full", "predicted_over_full", "over_shrink", "predicted_over_shrink")
+        names = ("over_full", "predicted_over_full", "over_shrink", "predicted_over_shrink", "over_vanilla")
+        scheduling, of_it = case["scheduler_over_core"], case["of_prediction"]
         over = [f"{case[name]:.2f}×" if name in case else "–" for name in names]
         table.add_row(
             case["case"],
@@ -168,13 +177,13 @@ def print_offline(report: dict[str, Any]) -> None:
             f"{case['mean_depth']:.2f}",
             f"{case['core_width']:.1f}",
             f"{case['mixed_launches']:.0%}",
-            f"{case['scheduler_over_core']:.1%}",
+            "–" if scheduling is None else f"{scheduling:.1%}",
             f"{case['tokens_per_second']:.0f}",
-            f"{case['predicted_tokens_per_second']:.0f}",
-            f"{case['of_prediction']:.0%}",
+            f"{case['predicted_tokens_per_second']:.0f}" if of_it else "–",
+            f"{of_it:.0%}" if of_it else "–",
             *over,
         )
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
     (fixed, row), x = report["costs"]["core"], report["costs"]["boundary_over_core"]
     console.print(f"core launch {1e3 * fixed:.2f} ms + {1e3 * row:.3f} ms a row; boundary over core x = {x:.2f}")

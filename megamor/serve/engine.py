@@ -12,6 +12,7 @@ import torch
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.accounting import Accounting
+from megamor.serve.graphs import CudaRecorder, LaunchGraphs, Record
 from megamor.serve.layers import Layers
 from megamor.serve.request import (
     EngineStats,
@@ -34,7 +35,9 @@ class EngineOptions:
     """How to serve. `kv_memory` is in bytes; `num_pages` of each pool replace it where given.
 
     `hold` is the number of core launches to a boundary under the policy depthwise; 0 lets the engine choose the best
-    for the costs that it measures while it runs. `end_token` ends a continuation unless a request ignores it.
+    for the costs that it measures while it runs. `end_token` ends a continuation unless a request ignores it. On a GPU,
+    launches of up to `max_resident` rows are replayed as graphs if `cuda_graphs`; `synchronize` waits for it after each
+    launch, so that seconds are those of that launch.
     """
 
     policy: Policy = "depthwise"
@@ -46,6 +49,8 @@ class EngineOptions:
     num_pages: dict[str, int] | None = None
     prefix_caching: bool = True
     end_token: int | None = None
+    cuda_graphs: bool = True
+    synchronize: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -102,6 +107,8 @@ class ServingEngine:
             )
         full = self.options.policy == "full"
         self.runner = Runner(model, self.layers, self.options.page_size, num_pages, self.limits.max_rows, full)
+        if self.options.cuda_graphs and self.runner.device.type == "cuda":
+            self.record_launches(CudaRecorder())
         self.requests: dict[int, Request] = {}
         self.continuations: dict[int, Continuation] = {}
         self.num_sequences = self.num_requests = 0
@@ -117,6 +124,11 @@ class ServingEngine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.scheduler.has_work
+
+    def record_launches(self, record: Record) -> None:
+        """Replay launches of up to `max_resident` rows from now on."""
+        widest = self.options.max_resident
+        self.runner.graphs = LaunchGraphs(self.model.config.model, self.options.page_size, widest, record)
 
     def split_memory(self) -> dict[str, int]:
         """Pages of each pool: as many tokens in one as in the other, at the share that the router's capacity allows."""
@@ -195,6 +207,8 @@ class ServingEngine:
             going_on = self.runner.core(launch.pieces)
         else:
             rows, tokens, logprobs = self.leave(launch)
+        if self.options.synchronize and self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)
         ran = time.perf_counter()
         self.accounting.count(launch, ran - scheduled)
         self.scheduler.complete(launch, going_on)

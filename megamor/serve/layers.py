@@ -73,6 +73,16 @@ class Layers:
         """Blocks that a recursion applies."""
         return len(self.schedule[0])
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all recursions go the same way through the same blocks and layers, so that one call fits all rows."""
+        ways = {
+            tuple(zip(blocks, (access.layer for access in row), strict=True))
+            for blocks, row in zip(self.schedule, self.access, strict=True)
+        }
+        constant = all(len({(access.table, access.writes) for access in row}) == 1 for row in self.access)
+        return len(ways) == 1 and constant and not self.differ
+
     def table(self, recursion: int) -> int:
         """The place of a table among those of a sequence."""
         return next(place for place, spec in enumerate(self.tables) if spec.recursion == recursion)

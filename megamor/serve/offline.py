@@ -24,6 +24,8 @@ from megamor.serve.request import SamplingParams
 
 EQUAL_BYTES = "depthwise, equal KV bytes"
 """The case with as many residents as fit into the keys and values of `residents` sequences at full depth."""
+VANILLA = "vanilla"
+"""The case of another model: one without recursions, of equal effective depth."""
 CALIBRATION = (1 / 4, 1 / 2, 3 / 4, 1.0)
 """Residents of the engines that tell what launches cost, as shares of the residents measured."""
 WARM_TURNS = 8
@@ -32,13 +34,23 @@ WARM_TURNS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """`residents` places are kept busy for `turns`; prompts and continuations are random within their lengths."""
+    """`residents` places are kept busy for `turns`; prompts and continuations are random within their lengths.
+
+    `page_size` and `cuda_graphs` are the engines'.
+    """
 
     residents: int = 32
     turns: int = 30
     prompt_tokens: int = 4
     new_tokens: tuple[int, int] = (40, 60)
     hold: int = 1
+    page_size: int = 16
+    cuda_graphs: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.prompt_tokens + self.new_tokens[1]
 
     def requests(self, vocab_size: int) -> Iterator[tuple[list[int], SamplingParams]]:
         """The same for every engine, without end."""
@@ -58,8 +70,8 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)
 
     @staticmethod
-    def of(model: Transformer, policy: str, residents: int, work: Workload) -> Contestant:
-        """With memory for everybody's longest context at full depth."""
+    def of(model: Transformer, policy: str, residents: int, work: Workload, *, gauge: bool = False) -> Contestant:
+        """With memory for everybody's longest text at full depth. A `gauge` tells what its launches cost."""
         config, layers = model.config.model, Layers.of(model)
         entries = sum(layers.in_pool[spec.pool] for spec in layers.tables)
         per_token = entries * 2 * config.num_kv_heads * config.head_dim * model.embed.weight.element_size()
@@ -67,8 +79,11 @@ class Contestant:
             policy=policy,  # type: ignore[arg-type]
             hold=work.hold,
             max_resident=residents,
-            kv_memory=2 * (residents + 2) * (config.max_seq_len + 16) * per_token,
+            page_size=work.page_size,
+            kv_memory=2 * ((residents + 2) * (work.longest + work.page_size) + config.max_seq_len) * per_token,
             prefix_caching=False,
+            cuda_graphs=work.cuda_graphs,
+            synchronize=gauge,
         )
         return Contestant(ServingEngine(model, options), work.requests(config.vocab_size), residents)
 
@@ -94,10 +109,15 @@ def residents_of_equal_bytes(model: Transformer, residents: int, depth: float) -
     return round(residents * (edge + core * layers.num_recursions) / (edge + core * kept))
 
 
-def measure(model: Transformer, policies: Sequence[str], work: Workload) -> dict[str, Any]:
-    """All policies in turns; see benchmarks/README.md for the fields."""
+def measure(
+    model: Transformer, policies: Sequence[str], work: Workload, vanilla: Transformer | None = None
+) -> dict[str, Any]:
+    """All policies in turns, and the `vanilla` model if there is one; see benchmarks/README.md for the fields."""
     cases = {policy: Contestant.of(model, policy, work.residents, work) for policy in policies}
-    gauges = [Contestant.of(model, "depthwise", max(1, round(s * work.residents)), work) for s in CALIBRATION]
+    if vanilla is not None:
+        cases[VANILLA] = Contestant.of(vanilla, "full", work.residents, work)
+    widths = [max(1, round(share * work.residents)) for share in CALIBRATION]
+    gauges = [Contestant.of(model, "depthwise", width, work, gauge=True) for width in widths]
     for turn in range(WARM_TURNS + work.turns):
         if turn == WARM_TURNS // 2 and "depthwise" in policies and Layers.of(model).num_recursions > 1:
             depth = cases["depthwise"].engine.accounting.mean_depth
@@ -145,6 +165,8 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
         )
         return costs.token_seconds(*args)
 
+    # Nothing is predicted for a model whose launches nobody has gauged.
+    seconds = None if name == VANILLA else predicted(case)
     report: dict[str, Any] = {
         "case": name,
         "policy": policy,
@@ -153,14 +175,15 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
         "mean_depth": depth,
         "core_width": stats.rows.get("core", 0) / launches,
         "mixed_launches": sum(count for depths, count in stats.mixed_depths.items() if depths > 1) / launches,
-        "scheduler_over_core": stats.seconds["scheduler"] / max(1e-9, stats.seconds.get("core", 0.0)),
-        "predicted_tokens_per_second": 1 / predicted(case),
-        "of_prediction": predicted(case) / median(case.seconds),
+        "scheduler_over_core": stats.seconds["scheduler"] / stats.seconds["core"] if num_recursions else None,
+        "predicted_tokens_per_second": seconds and 1 / seconds,
+        "of_prediction": seconds and seconds / median(case.seconds),
         "turn_seconds_per_token": case.seconds,
     }
-    for other in ("full", "shrink"):
+    for other in ("full", "shrink", VANILLA):
         if other in cases:
             ratios = [a / b for a, b in zip(cases[other].seconds, case.seconds, strict=True)]
             report[f"over_{other}"] = median(ratios)
-            report[f"predicted_over_{other}"] = predicted(cases[other]) / predicted(case)
+            if seconds and other != VANILLA:
+                report[f"predicted_over_{other}"] = predicted(cases[other]) / seconds
     return report

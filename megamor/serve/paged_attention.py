@@ -65,10 +65,19 @@ class Group:
     mask: Tensor
 
 
+@dataclass(frozen=True)
 class PagedLayout:
-    """The rows of a launch and what they read; takes the place of an `AttentionLayout`."""
+    """The rows of a launch and what they read; takes the place of an `AttentionLayout`.
 
-    def __init__(self, readings: Sequence[Reading], page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    `back` [N] puts the groups' rows into the order of the launch; None where one group has them all in order.
+    """
+
+    groups: list[Group]
+    back: Tensor | None
+
+    @staticmethod
+    def of(readings: Sequence[Reading], page_size: int, dtype: torch.dtype, device: torch.device) -> PagedLayout:
+        """Gather the pages of `readings`."""
         first, members = 0, defaultdict[tuple[int, int], list[tuple[int, Reading]]](list)
         for number, reading in enumerate(readings):
             # Single rows share a grid with those of up to twice as many pages; several rows have one to themselves.
@@ -76,10 +85,9 @@ class PagedLayout:
             key = (0, (-(-reading.ends[0] // page_size) - 1).bit_length()) if single else (1, number)
             members[key].append((first, reading))
             first += len(reading.ends)
-        self.groups = [make_group(group, page_size, dtype, device) for group in members.values()]
-        self.back: Tensor | None = None
-        if len(self.groups) > 1:
-            self.back = torch.cat([group.rows for group in self.groups]).argsort()
+        groups = [make_group(group, page_size, dtype, device) for group in members.values()]
+        back = torch.cat([group.rows for group in groups]).argsort() if len(groups) > 1 else None
+        return PagedLayout(groups, back)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim] and pages of keys and values to [N, heads · head_dim]."""
@@ -94,9 +102,14 @@ def make_group(members: list[tuple[int, Reading]], page_size: int, dtype: torch.
     rows = [first + row for first, reading in members for row in range(len(reading.ends))]
     pages = [page for _, reading in members for page in (reading.pages[:num_pages] + [0] * num_pages)[:num_pages]]
     ends = torch.tensor([reading.ends for _, reading in members], device=device)
-    hidden = torch.arange(num_pages * page_size, device=device) >= ends.unsqueeze(-1)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return Group(torch.tensor(rows, device=device), torch.tensor(pages, device=device), mask.unsqueeze(1))
+    mask = beginnings(ends, num_pages * page_size, dtype)
+    return Group(torch.tensor(rows, device=device), torch.tensor(pages, device=device), mask)
+
+
+def beginnings(ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [G, 1, n, num_entries] of rows that see the first ends [G, n] entries."""
+    hidden = torch.arange(num_entries, device=ends.device) >= ends.unsqueeze(-1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group, alone: bool) -> Tensor:
@@ -120,10 +133,22 @@ PAGE_MULTIPLE = 256
 """Page sizes that flash attention's paged kernel takes are multiples of this (its blocks never straddle two pages)."""
 
 
+@dataclass(frozen=True)
 class KernelLayout:
-    """The same by the paged variable-length kernel, which reads the pages where they are."""
+    """The same by the paged variable-length kernel, which reads the pages where they are.
 
-    def __init__(self, readings: Sequence[Reading], page_size: int, device: torch.device) -> None:
+    Piece i is rows bounds[i] to bounds[i + 1]; its last row sees used[i] entries of the pages in tables[i], each row
+    before it one less. `longest` are upper bounds of a piece's rows and entries.
+    """
+
+    bounds: Tensor
+    tables: Tensor
+    used: Tensor
+    longest: tuple[int, int]
+
+    @staticmethod
+    def of(readings: Sequence[Reading], page_size: int, device: torch.device) -> KernelLayout:
+        """Tell the kernel about `readings`."""
         # Causal attention is aligned at the last key; rows that skip entries (shared keys) are pieces of their own.
         pieces = [piece for reading in readings for piece in consecutive(reading)]
         lengths = [len(piece.ends) for piece in pieces]
@@ -134,9 +159,9 @@ class KernelLayout:
         def integers(values: list[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        self.bounds = F.pad(integers(lengths).cumsum(0, dtype=torch.int32), (1, 0))
-        self.tables, self.used = integers(tables), integers([piece.ends[-1] for piece in pieces])
-        self.longest = max(lengths), num_pages * page_size
+        bounds = F.pad(integers(lengths).cumsum(0, dtype=torch.int32), (1, 0))
+        used = integers([piece.ends[-1] for piece in pieces])
+        return KernelLayout(bounds, integers(tables), used, (max(lengths), num_pages * page_size))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `PagedLayout.attend`."""
@@ -158,6 +183,27 @@ def paged_layout(
     readings: Sequence[Reading], page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> PagedLayout | KernelLayout:
     """The layout for a launch: the kernel where there is one that takes such pages."""
-    if has_packed_kernel(device, dtype, head_dim) and page_size % PAGE_MULTIPLE == 0:
-        return KernelLayout(readings, page_size, device)
-    return PagedLayout(readings, page_size, dtype, device)
+    if reads_in_place(page_size, head_dim, dtype, device):
+        return KernelLayout.of(readings, page_size, device)
+    return PagedLayout.of(readings, page_size, dtype, device)
+
+
+def single_rows_layout(
+    tables: Tensor, ends: Tensor, page_size: int, head_dim: int, dtype: torch.dtype
+) -> PagedLayout | KernelLayout:
+    """Row i sees the first ends[i] entries of the pages in tables[i]: ends [N], tables [N, pages], both int64.
+
+    What they hold needn't be known to the host.
+    """
+    count, num_pages = tables.shape
+    if reads_in_place(page_size, head_dim, dtype, tables.device):
+        bounds = torch.arange(count + 1, dtype=torch.int32, device=tables.device)
+        return KernelLayout(bounds, tables.int(), ends.int(), (1, num_pages * page_size))
+    rows = torch.arange(count, device=tables.device)
+    mask = beginnings(ends.unsqueeze(1), num_pages * page_size, dtype)
+    return PagedLayout([Group(rows, tables.flatten(), mask)], None)
+
+
+def reads_in_place(page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel that takes such pages where they are."""
+    return has_packed_kernel(device, dtype, head_dim) and page_size % PAGE_MULTIPLE == 0

@@ -21,6 +21,7 @@ from megamor.model import Transformer
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.serve.graphs import LaunchGraphs
 from megamor.serve.layers import LayerAccess, Layers
 from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, paged_layout
 from megamor.serve.pages import EVERY_TOKEN
@@ -76,7 +77,11 @@ class Binding:
 
 
 class Runner:
-    """A model with its pages. `full` computes rows that have left their recursion along with the others."""
+    """A model with its pages, of which the last of each pool is nobody's.
+
+    `full` computes rows that have left their recursion along with the others. Launches that are narrow enough go
+    through `graphs`, if there are any.
+    """
 
     def __init__(
         self, model: Transformer, layers: Layers, page_size: int, num_pages: dict[str, int], num_slots: int, full: bool
@@ -87,7 +92,7 @@ class Runner:
         shape = (page_size, config.num_kv_heads, config.head_dim)
         self.pages = {
             pool: [
-                tuple(torch.zeros(num_pages[pool], *shape, dtype=self.dtype, device=self.device) for _ in range(2))
+                tuple(torch.zeros(num_pages[pool] + 1, *shape, dtype=self.dtype, device=self.device) for _ in range(2))
                 for _ in range(count)
             ]
             for pool, count in layers.in_pool.items()
@@ -95,6 +100,7 @@ class Runner:
         self.slots = SlotTable(num_slots)
         self.mixes: dict[int, Mix] = {}
         self.session: RoutingSession | None = None
+        self.graphs: LaunchGraphs | None = None
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy pages, in the given order."""
@@ -108,7 +114,7 @@ class Runner:
         slots = self.tensor([slot for piece in pieces for slot in piece.slots])
         ids = [token for p in pieces for token in p.sequence.tokens[p.start : p.start + p.length]]
         positions = self.tensor([p.start + row for p in pieces for row in range(p.length)])
-        x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), positions, pieces, first_layer=0)
+        x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), pieces, first_layer=0)
         self.slots.put("stream", slots, x)
         stage = self.model.stage
         if stage is None:
@@ -139,6 +145,19 @@ class Runner:
         if stage.recursion_embedding is not None:
             added = [stage.recursion_embedding[part.recursion].expand(part.end - part.first, -1) for part in parts]
             x = x + torch.cat(added)
+        x = self.replay_core(parts, rows, x) if self.fits(len(rows)) else self.run_core(parts, x, slots)
+        going_on = []
+        for part in parts:
+            y, before, where = x[part.first : part.end], entered[part.first : part.end], slots[part.first : part.end]
+            if part.taking is not None:
+                y, before, where = (tensor.index_select(0, part.taking) for tensor in (y, before, where))
+            going_on += self.finish_recursion(part, before, y, where)
+        return going_on
+
+    def run_core(self, parts: Sequence[Part], x: Tensor, slots: Tensor) -> Tensor:
+        """The core's blocks on x [N, dim], the rows of `parts`."""
+        stage = self.model.stage
+        assert stage is not None
         angles = self.angles(self.slots.get("position", slots))
         bindings: dict[tuple[Any, ...], Binding] = {}
         for place in range(self.layers.num_places):
@@ -148,50 +167,66 @@ class Runner:
                 accesses = [self.layers.access[part.recursion][place] for part in run]
                 key = (first, end, *((access.table, access.writes) for access in accesses))
                 if key not in bindings:
-                    inside = None if end - first == len(rows) else self.tensor(range(first, end))
-                    layout = self.layout(run, accesses)
-                    bindings[key] = Binding(angles.select(inside), layout, *self.written(run, accesses))
+                    inside = None if end - first == len(x) else self.tensor(range(first, end))
+                    places = self.written(run, accesses)
+                    writers = [row for row, where in enumerate(places) if where is not None]
+                    bindings[key] = Binding(
+                        angles.select(inside),
+                        self.paged(self.readings(run, accesses)),
+                        self.tensor([where for where in places if where is not None]),
+                        None if len(writers) == end - first else self.tensor(writers),
+                    )
                 bound = bindings[key]
                 k, v = self.pages["core"][accesses[0].layer]
                 store = PagedKeysValues(k, v, bound.places, bound.rows)
                 y, _ = stage.blocks[block](x[first:end], bound.angles, bound.layout, store, run[0].recursion)
                 outs.append(y)
             x = outs[0] if len(outs) == 1 else torch.cat(outs)
-        going_on = []
-        for part in parts:
-            y, before, where = x[part.first : part.end], entered[part.first : part.end], slots[part.first : part.end]
-            if part.taking is not None:
-                y, before, where = (tensor.index_select(0, part.taking) for tensor in (y, before, where))
-            going_on += self.finish_recursion(part, before, y, where)
-        return going_on
+        return x
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a graph takes so many rows through the core."""
+        return self.graphs is not None and num_rows <= self.graphs.widest and self.layers.uniform
+
+    def replay_core(self, parts: Sequence[Part], rows: Sequence[tuple[Piece, int]], x: Tensor) -> Tensor:
+        """What `run_core` does, by a graph."""
+        stage, accesses = self.model.stage, [self.layers.access[part.recursion][0] for part in parts]
+        assert stage is not None
+        assert self.graphs is not None
+        blocks = [stage.blocks[block] for block in self.layers.schedule[0]]
+        stores = [self.pages["core"][access.layer] for access in self.layers.access[0]]
+        positions = [piece.start + row for piece, row in rows]
+        places, readings = self.written(parts, accesses), self.readings(parts, accesses)
+        return self.graphs.run("core", blocks, stores, x, positions, places, readings)
 
     def exit(self, pieces: Sequence[Piece]) -> Tensor:
         """Coda and final norm: [rows of all pieces, dim]."""
         slots = self.tensor([slot for piece in pieces for slot in piece.slots])
         name = "emitted" if "emitted" in self.slots.tensors else "stream"
-        positions = self.tensor([p.start + row for p in pieces for row in range(p.length)])
-        return self.run_edge("coda", self.slots.get(name, slots), positions, pieces, len(self.model.prelude))
+        return self.run_edge("coda", self.slots.get(name, slots), pieces, len(self.model.prelude))
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
         logits = F.linear(self.model.norm(x), self.model.embed.weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def run_edge(self, part: str, x: Tensor, positions: Tensor, pieces: Sequence[Piece], first_layer: int) -> Tensor:
+    def run_edge(self, part: str, x: Tensor, pieces: Sequence[Piece], first_layer: int) -> Tensor:
         """x [N, dim], all rows of `pieces`, through prelude or coda."""
         blocks = getattr(self.model, part)
         if not len(blocks):
             return x
         table = self.layers.table(EVERY_TOKEN)
-        readings, places = [], []
+        readings, places, positions = [], list[int](), list[int]()
         for piece in pieces:
             pages, entries = piece.sequence.tables[table].pages, range(piece.start, piece.start + piece.length)
             readings.append(Reading(pages, [entry + 1 for entry in entries]))
             places += self.places(pages, entries)
-        layout = self.paged(readings)
-        angles, written = self.angles(positions), self.tensor(places)
-        for number, block in enumerate(blocks):
-            k, v = self.pages["edge"][first_layer + number]
+            positions += entries
+        stores = self.pages["edge"][first_layer : first_layer + len(blocks)]
+        if self.graphs is not None and len(x) <= self.graphs.widest:
+            return self.graphs.run(part, blocks, stores, x, positions, places, readings)
+        layout, angles, written = self.paged(readings), self.angles(self.tensor(positions)), self.tensor(places)
+        for block, (k, v) in zip(blocks, stores, strict=True):
             x, _ = block(x, angles, layout, PagedKeysValues(k, v, written, None), 0)
         return x
 
@@ -210,7 +245,7 @@ class Runner:
             first = end
         return parts
 
-    def layout(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> Layout:
+    def readings(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> list[Reading]:
         """What the rows of `parts` read. An idle row sees what there is, or the first page where nothing is."""
         readings = []
         for part, access in zip(parts, accesses, strict=True):
@@ -220,22 +255,20 @@ class Runner:
                 ends = [entries.get(row, stored.length) + 1 for row in rows]
                 if ends:
                     readings.append(Reading(stored.pages, ends))
-        return self.paged(readings)
+        return readings
 
-    def written(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> tuple[Tensor, Tensor | None]:
-        """Where in the pages, and which of the rows of `parts` write; None for all rows."""
-        rows, places = [], []
+    def written(self, parts: Sequence[Part], accesses: Sequence[LayerAccess]) -> list[int | None]:
+        """Where in the pages each row of `parts` writes; None for one that doesn't."""
+        places: list[int | None] = []
         for part, access in zip(parts, accesses, strict=True):
-            number = part.first - parts[0].first
             for piece, members in zip(part.pieces, part.rows, strict=True):
-                if access.writes:
-                    entries = piece.places[part.recursion]
-                    pages = piece.sequence.tables[self.layers.table(part.recursion)].pages
-                    rows += [number + place for place, row in enumerate(members) if row in entries]
-                    places += self.places(pages, [entries[row] for row in members if row in entries])
-                number += len(members)
-        everything = len(rows) == parts[-1].end - parts[0].first
-        return self.tensor(places), None if everything else self.tensor(rows)
+                if not access.writes:
+                    places += [None] * len(members)
+                    continue
+                entries = piece.places[part.recursion]
+                pages = piece.sequence.tables[self.layers.table(part.recursion)].pages
+                places += [self.places(pages, [entries[row]])[0] if row in entries else None for row in members]
+        return places
 
     def finish_recursion(self, part: Part, before: Tensor, y: Tensor, slots: Tensor) -> list[list[int]]:
         """Combine the core's output [N, dim] with what went in, and ask the router who goes on."""

@@ -21,6 +21,7 @@ from megamor.checkpoint import (
     library_versions,
     restore_rng,
     rng_states,
+    weight_shapes,
     write_rng,
 )
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
@@ -160,7 +161,7 @@ class RunCheckpoints:
     def _read(self, directory: Path) -> TrainerState:
         """Everything that can be refused, before anything is overwritten; puts the loader in place."""
         state = TrainerState.read(directory)
-        check_same_model(directory, self.model_shapes)
+        check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self.loader.load_state_dict(state.data)
         for name, saved in state.components.items():
             if name in self.components:

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"config"},
     "checkpoint": {"config"},
     "metrics": {"config"},
-    "load": {"model", "checkpoint", "config"},
+    "load": {"model", "checkpoint", "config", "interop"},
     "evaluate": {"load", "model", "routing", "data", "checkpoint", "config"},
     "analysis": {"load", "model", "routing", "data", "checkpoint", "config"},
     "generate": {"load", "model", "routing", "data", "checkpoint", "config", "evaluate"},

@@ -14,9 +14,7 @@ from tests.reliability_table import PROMISES
 TESTS = Path(__file__).parents[1]
 OUTCOMES = TESTS.parent / "benchmarks" / "results" / "reliability.json"
 
-MISSING: dict[str, str] = {
-    "R15": "the server's engine isn't there yet",
-}
+MISSING: dict[str, str] = {}
 """Promises without a test, and why."""
 
 

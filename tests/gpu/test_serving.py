@@ -22,6 +22,6 @@ def test_the_kernel_reads_pages(kv_heads: int) -> None:
     readings = [Reading([3, 1], [300]), Reading([5, 0], list(range(250, 260))), Reading([2], [7, 9, 200])]
     q = torch.randn(14, 6, 64, generator=generator, device=device, dtype=dtype)
     k, v = (torch.randn(6, PAGE_MULTIPLE, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
-    found = KernelLayout(readings, PAGE_MULTIPLE, device).attend(q, k, v)
-    wanted = PagedLayout(readings, PAGE_MULTIPLE, dtype, device).attend(q, k, v)
+    found = KernelLayout.of(readings, PAGE_MULTIPLE, device).attend(q, k, v)
+    wanted = PagedLayout.of(readings, PAGE_MULTIPLE, dtype, device).attend(q, k, v)
     torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)

@@ -20,7 +20,7 @@ def assert_nothing_was_lost(report: Report, kills: int) -> None:
     assert (report.lost_steps, report.without_checkpoint, report.divergences) == (0, 0, 0)
 
 
-@pytest.mark.promise("R2", "R3")
+@pytest.mark.promise("R2", "R3", backend="fsdp2")
 @pytest.mark.parametrize(
     "asynchronous", [pytest.param(False, id="blocking"), pytest.param(True, id="asynchronous", marks=pytest.mark.slow)]
 )
@@ -30,7 +30,7 @@ def test_killed_at_every_stage_of_a_save(tmp_path: Path, asynchronous: bool) -> 
     assert_nothing_was_lost(report, len(STAGES))
 
 
-@pytest.mark.promise("R2")
+@pytest.mark.promise("R2", backend="fsdp2")
 def test_killed_at_random_times(tmp_path: Path) -> None:
     assert_nothing_was_lost(run_campaign(tmp_path, FSDP2, at_random(5, 2, 0.3, random.Random(0))), 5)
 

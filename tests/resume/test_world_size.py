@@ -23,15 +23,22 @@ COMPARED = ("train/loss", "train/aux_loss", "train/grad_norm")
 FSDP2 = ParallelConfig("fsdp2")
 ZERO_2, ZERO_3 = ParallelConfig("deepspeed", zero_stage=2), ParallelConfig("deepspeed", zero_stage=3)
 # Processes and backend of each launch; the first is what it is compared with.
+ZERO_1, DDP, HSDP = (
+    ParallelConfig("deepspeed", zero_stage=1),
+    ParallelConfig("ddp"),
+    ParallelConfig("fsdp2", shard_degree=2),
+)
 ROUTES = {
     "fsdp2": [(1, FSDP2), (2, FSDP2), (4, FSDP2), (3, FSDP2)],
     "zero 2": [(1, ZERO_2), (2, ZERO_2), (4, ZERO_2), (3, ZERO_2)],
-    "from backend to backend": [(1, FSDP2), (2, ZERO_3), (4, ParallelConfig("fsdp2", shard_degree=2)), (3, ZERO_2)],
-    "ddp": [(n, ParallelConfig("ddp")) for n in (1, 2, 4, 3)],
-    "zero 1": [(n, ParallelConfig("deepspeed", zero_stage=1)) for n in (1, 2, 4, 3)],
+    "from backend to backend": [(1, FSDP2), (2, ZERO_3), (4, HSDP), (3, ZERO_2)],
+    "ddp": [(n, DDP) for n in (1, 2, 4, 3)],
+    "zero 1": [(n, ZERO_1) for n in (1, 2, 4, 3)],
     "zero 3": [(1, ZERO_3), (2, ZERO_3), (4, ZERO_3), (3, ZERO_3)],
 }
 ORDINARY = ("fsdp2", "from backend to backend")
+BACKENDS_OF: dict[str, str | tuple[str, ...]] = {name: name.replace("zero ", "zero") for name in ROUTES}
+BACKENDS_OF |= {"from backend to backend": ("fsdp2", "zero3", "hsdp", "zero2")}
 
 
 def fit_and_record(config: Config) -> bool:
@@ -63,9 +70,18 @@ def deepspeed_before_forking() -> None:
     preload_deepspeed()
 
 
-@pytest.mark.promise("R5")
 @pytest.mark.parametrize(
-    "route", [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) for name in ROUTES]
+    "route",
+    [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.promise("R5", backend=BACKENDS_OF[name]),
+                *([] if name in ORDINARY else [pytest.mark.slow]),
+            ],
+        )
+        for name in ROUTES
+    ],
 )
 def test_the_world_size_may_change(route: str, tmp_path: Path) -> None:
     base = tiny_run(tmp_path, global_batch_size=GLOBAL_BATCH)
@@ -81,10 +97,21 @@ def test_the_world_size_may_change(route: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("R6")
-@pytest.mark.parametrize("world_sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
-def test_the_global_batch_may_change(world_sizes: Sequence[int], tmp_path: Path) -> None:
-    base = tiny_run(tmp_path)
-    straight = named(base, "straight")
+@pytest.mark.parametrize(
+    ("parallel", "world_sizes"),
+    [
+        pytest.param(FSDP2, (2, 2, 2), id="fsdp2, the same processes"),
+        pytest.param(FSDP2, (1, 2, 4), id="fsdp2"),
+        pytest.param(ZERO_2, (1, 2, 4), id="zero 2"),
+        *(
+            pytest.param(parallel, (2, 4, 2), id=name, marks=pytest.mark.slow)
+            for name, parallel in {"ddp": DDP, "hsdp": HSDP, "zero 1": ZERO_1, "zero 3": ZERO_3}.items()
+        ),
+    ],
+)
+def test_the_global_batch_may_change(parallel: ParallelConfig, world_sizes: Sequence[int], tmp_path: Path) -> None:
+    base = replace(tiny_run(tmp_path), parallel=parallel)
+    straight = replace(named(base, "straight"), parallel=FSDP2)
     launch(straight, 1, 8)
     for world_size, batch, stop in zip(world_sizes, (4, 8, 4), (2, 4, 5), strict=True):
         launch(named(base, "changing", global_batch_size=batch), world_size, stop)

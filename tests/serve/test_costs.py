@@ -9,6 +9,7 @@ import pytest
 
 from megamor.serve.bench import main
 from megamor.serve.costs import Costs, LineFit
+from tools.readme_numbers import regenerate
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
 
@@ -60,19 +61,29 @@ train: {global_batch_size: 2, micro_batch_size: 2, max_steps: 2, precision: fp32
 """
 
 
+VANILLA = TINY.replace("{num_recursions: 3, sharing: middle_cycle}", "{num_recursions: 1, sharing: none}")
+
+
 def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, out = tmp_path / "tiny.yaml", tmp_path / "out.json"
+    config, vanilla, out = tmp_path / "tiny.yaml", tmp_path / "vanilla.yaml", tmp_path / "serve_offline_tiny.json"
     config.write_text(TINY)
+    vanilla.write_text(VANILLA.replace("expert_choice", "fixed"))
     arguments = ["--offline", "--config", str(config), "--residents", "4", "--turns", "3"]
-    main([*arguments, "--new-tokens", "6-10", "--device", "cpu", "--json", str(out)])
+    main([*arguments, "--vanilla", str(vanilla), "--new-tokens", "6-10", "--device", "cpu", "--json", str(out)])
     report = json.loads(out.read_text())
     cases = {case["case"]: case for case in report["cases"]}
-    assert list(cases) == ["full", "shrink", "depthwise", "depthwise, equal KV bytes"]
+    assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
+    assert cases["vanilla"]["over_vanilla"] == 1
+    assert cases["vanilla"]["scheduler_over_core"] is None
     assert cases["full"]["over_full"] == 1
     assert cases["depthwise"]["mixed_launches"] > 0.5
     assert cases["shrink"]["mixed_launches"] == 0
     assert cases["depthwise, equal KV bytes"]["residents"] > 4
     assert "prediction beside measurement" in capsys.readouterr().out
+    block = "<!-- generated: bench-serve -->\n<!-- /generated -->\n"
+    rows = [line for line in regenerate(block, tmp_path).splitlines() if line.startswith("| ")]
+    assert len(rows) == 6
+    assert f"| depthwise | 4 | {cases['depthwise']['mean_depth']:.2f} |" in rows[3]
 
 
 def test_what_the_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,14 @@ suite covers every router with every KV policy and the other choices in turn; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from megamor.config import RecursionConfig
 from megamor.errors import ConfigError
@@ -57,7 +58,11 @@ ORDERS = ((0, 1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1, 0), (3, 0, 4, 1, 5, 2, 6))
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the requests are served: `gap` steps lie between arrivals, request `given_up` is aborted on its way."""
+    """How the requests are served: `gap` steps lie between arrivals, request `given_up` is aborted on its way.
+
+    `recorded` takes narrow launches through the buffers that CUDA graphs have; without a GPU they are called again
+    instead of replayed.
+    """
 
     policy: str
     page_size: int
@@ -67,6 +72,7 @@ class Schedule:
     given_up: int | None = None
     small: bool = True
     hold: int = 1
+    recorded: bool = False
 
 
 @lru_cache(maxsize=4)
@@ -90,6 +96,12 @@ def small_pools(model: Transformer, page_size: int) -> dict[str, int]:
     return {pool: count + 3 for pool, count in longest.items()}
 
 
+def call_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    """Stands in for `CudaRecorder`."""
+    out = run().clone()
+    return out, lambda: out.copy_(run())
+
+
 def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int], list[RequestOutput]], ServingEngine]:
     """What comes out, by request and continuation."""
     engine = ServingEngine(
@@ -105,6 +117,8 @@ def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int],
             end_token=END,
         ),
     )
+    if schedule.recorded:
+        engine.record_launches(call_again)
     arriving, names = list(ORDERS[schedule.order]), dict[int, int]()
     outputs: dict[tuple[int, int], list[RequestOutput]] = {
         (number, index): [] for number, (_, params) in enumerate(REQUESTS) for index in range(params.n)
@@ -178,11 +192,13 @@ def schedules_for(number: int) -> list[Schedule]:
             given_up=(None, 1, 5, 0)[(number + place) % 4],
             small=(number + place) % 3 > 0,
             hold=1 + (number + place) % 2,
+            recorded=(number // 2 + place) % 2 == 0,
         )
         for place, policy in enumerate(POLICIES)
     ]
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("kv_policy", SERVED)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
@@ -194,6 +210,7 @@ def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", SERVED)
 @pytest.mark.parametrize("router", ROUTERS)
@@ -204,9 +221,32 @@ def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
     for number, (policy, page_size, chunk_size, order) in enumerate(choices):
         given_up = (None, 1, 5, 0)[number % 4]
         schedule = Schedule(
-            policy, page_size, chunk_size, order, 1 + number % 5, given_up, number % 3 > 0, 1 + number % 3
+            policy,
+            page_size,
+            chunk_size,
+            order,
+            1 + number % 5,
+            given_up,
+            number % 3 > 0,
+            1 + number % 3,
+            number % 2 == 0,
         )
         check(model, schedule, wanted)
+
+
+@pytest.mark.parametrize("kv_policy", SERVED)
+def test_recorded_launches_are_few_and_shared(kv_policy: str) -> None:
+    """Every launch that fits is replayed: rows of all depths, of one and of several tokens, in a handful of graphs."""
+    model = model_of("expert_choice", kv_policy, "middle_cycle")
+    wanted = expected(model)
+    for policy in POLICIES:
+        engine = check(model, Schedule(policy, 3, 4, recorded=True), wanted)
+        graphs = engine.runner.graphs
+        assert graphs is not None
+        assert {chain for chain, _, _ in graphs.recorded} == {"prelude", "core", "coda"}
+        assert {width for _, width, _ in graphs.recorded} <= {1, 2, 4}
+        assert len(graphs.recorded) < sum(engine.stats().launches.values()) / 3
+        assert max(engine.stats().width_counts) > 4, "wider ones are not replayed"
 
 
 def test_preemption_and_prefix_hits_happen() -> None:
@@ -234,6 +274,7 @@ def test_recursions_that_differ(policy: str) -> None:
     check(model, Schedule(policy, 3, 4), expected(model))
 
 
+@pytest.mark.promise("R15")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_vanilla(policy: str) -> None:
     model = lively_model(vanilla_config()).eval()

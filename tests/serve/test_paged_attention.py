@@ -67,7 +67,7 @@ def kernel_by_the_book(
 
 def test_gathered_pages() -> None:
     q, k, v = tensors()
-    layout = PagedLayout(READINGS, PAGE, torch.float64, CPU)
+    layout = PagedLayout.of(READINGS, PAGE, torch.float64, CPU)
     assert len(layout.groups) == 5
     torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v), atol=1e-12, rtol=0)
 
@@ -75,14 +75,16 @@ def test_gathered_pages() -> None:
 def test_one_group_keeps_the_order() -> None:
     q, k, v = tensors()
     readings = [Reading([3], [2]), Reading([6], [4])]
-    both = PagedLayout(readings, PAGE, torch.float64, CPU).attend(q[:2], k, v)
-    alone = [PagedLayout([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(readings)]
+    both = PagedLayout.of(readings, PAGE, torch.float64, CPU).attend(q[:2], k, v)
+    alone = [
+        PagedLayout.of([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(readings)
+    ]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-12, rtol=0)
 
 
 def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     monkeypatch.setattr(paged_attention, "varlen_attn", kernel_by_the_book)
-    layout = KernelLayout(READINGS, PAGE, CPU)
+    layout = KernelLayout.of(READINGS, PAGE, CPU)
     assert len(layout.used) == 8
     torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v), atol=1e-12, rtol=0)

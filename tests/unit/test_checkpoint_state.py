@@ -61,9 +61,11 @@ def test_weights_come_back_bitwise(checkpoint: Path, weights: dict[str, torch.Te
 
 
 def test_another_model_is_refused_with_the_differences(checkpoint: Path) -> None:
-    check_same_model(checkpoint, {"embed.weight": (7, 3), "norm.weight": (3,), "router.bias": (4,)})
+    stored = weight_shapes(checkpoint)
+    check_same_model(checkpoint, stored, {"embed.weight": (7, 3), "norm.weight": (3,), "router.bias": (4,)})
+    expected = {"embed.weight": (9, 3), "norm.weight": (3,), "head.weight": (2, 2)}
     with pytest.raises(CheckpointError, match="another model") as caught:
-        check_same_model(checkpoint, {"embed.weight": (9, 3), "norm.weight": (3,), "head.weight": (2, 2)})
+        check_same_model(checkpoint, stored, expected)
     message = str(caught.value)
     assert "embed.weight is (7, 3) instead of (9, 3)" in message
     assert "head.weight (2, 2) is not in it" in message

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, memory, train
+from benchmarks.gpu import measure, memory, serve, train
 from benchmarks.gpu.cases import CASES, SIZES, plan_cases
 from megamor.errors import ConfigError
 from megamor.parallel import World
@@ -114,3 +114,19 @@ def test_unknown_policies_are_refused() -> None:
         memory.main(["--device", "cpu", "--policies", "sometimes", *TINY])
     with pytest.raises(SystemExit):
         memory.main(["--device", "cpu", "--policies", "selective:sin", *TINY])
+
+
+def test_serving_beside_vanilla(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--size", "135m", "--residents", "2,4", "--turns", "2", "--json", str(out)]
+    serve.main([*arguments, "--prompt-tokens", "3", "--new-tokens", "4,9", *TINY])
+    report = json.loads(out.read_text())
+    assert report["schema"] == serve.SCHEMA
+    settings = [(result["kv_policy"], result["workload"]["residents"]) for result in report["results"]]
+    assert settings == [(policy, count) for policy in serve.KV_POLICIES for count in (2, 4)]
+    for result in report["results"]:
+        cases = {case["case"]: case for case in result["cases"]}
+        assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
+        assert 1 < cases["depthwise"]["mean_depth"] < 3
+        assert cases["depthwise"]["over_vanilla"] > 0
+        assert cases["vanilla"]["of_prediction"] is None

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megamor.config import Config, CustomRouterConfig
-from megamor.errors import ConfigError
+from megamor.errors import CheckpointError, ConfigError
 from megamor.interop import Imported, export_huggingface, save_imported
 from megamor.interop.assemble import Assembly, Module
 from megamor.interop.export import modeling_source
+from megamor.load import load_model
 from megamor.model import Transformer
 from tests.combinations import (
     KV_POLICIES,
@@ -230,6 +231,49 @@ def test_the_tokenizer_comes_along(found: dict[str, Any], tokenizer_file: Path) 
     assert found["decoded"] == TEXT
     assert found["special"] == ("<|endoftext|>", encoded[-1], SEQ_LEN)
     assert found["generated"].shape[1] > len(encoded)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_megamor_reads_it_back(name: str, exports: Path) -> None:
+    loaded, model = load_model(exports / name, "cpu"), make_model(name)
+    for section in ("model", "recursion", "router"):
+        assert getattr(loaded.config, section) == getattr(model.config, section)
+    torch.testing.assert_close(loaded.model.state_dict(), model.float().state_dict(), rtol=0, atol=0)
+    assert (loaded.name, loaded.step) == (name, None)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        loaded.tokenizer()
+
+
+def test_routers_are_not_rounded_when_loaded(exports: Path) -> None:
+    stored = load_file(exports / "ema_threshold" / "model.safetensors")
+    loaded = load_model(exports / "ema_threshold", "cpu", torch.bfloat16).model.state_dict()
+    routers = {name for name in loaded if ".router." in name}
+    assert routers
+    assert {value.dtype for name, value in loaded.items() if name not in routers} == {torch.bfloat16}
+    for name in routers:
+        assert torch.equal(loaded[name], stored[f"model.{name}"])
+
+
+def test_what_is_no_export_of_a_whole_model_is_refused(exports: Path, tmp_path: Path) -> None:
+    assert load_model(exports / "with_tokenizer", "cpu").tokenizer().get_vocab_size() > 0
+    weights = (exports / "vanilla" / "model.safetensors").read_bytes()
+    settings = json.loads((exports / "vanilla" / "config.json").read_text())
+    sections = settings["megamor"]
+    narrower = {**settings, "megamor": {**sections, "model": {**sections["model"], "ffn_dim": 8}}}
+    cases = (
+        ({"model_type": "llama"}, weights, "'llama', not of megamor's"),
+        (settings, weights[:-100], "can't be read as an exported model"),
+        (settings, None, "can't be read as an exported model"),
+        (narrower, weights, "belongs to another model"),
+    )
+    for number, (config, stored, message) in enumerate(cases):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(config))
+        if stored is not None:
+            (directory / "model.safetensors").write_bytes(stored)
+        with pytest.raises(CheckpointError, match=message):
+            load_model(directory, "cpu")
 
 
 @pytest.mark.parametrize("name", ["vanilla", "expert_choice", "token_choice"])
