@@ -9,6 +9,7 @@ A table stands between `<!-- generated: NAME -->` and `<!-- /generated -->`, eac
   bench-loader  the data loader, from benchmarks/results/loader_*.json (tools/bench.py loader)
   bench-preprocess
                 text to token shards, from benchmarks/results/preprocess_*.json (tools/bench.py preprocess)
+  bench-serve   policies of serving, from benchmarks/results/serve_offline_*.json (megamor.serve.bench --offline)
   quickstart    the quickstart's losses, from benchmarks/results/quickstart_*.json (runs/quickstart/report.json)
   reliability   promises and their tests, from benchmarks/results/reliability.json (make reliability)
 """
@@ -35,6 +36,7 @@ CLOSING = "<!-- /generated -->"
 TRAIN_SCHEMA = "megamor-bench-train/1"
 LOADER_SCHEMA = "megamor-bench-loader/1"
 PREPROCESS_SCHEMA = "megamor-bench-preprocess/1"
+SERVE_SCHEMA = "megamor-bench-serve-offline/1"
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
@@ -210,6 +212,42 @@ def preprocess_tables(results: Path) -> Iterator[str]:
     yield ""
 
 
+def serve_tables(results: Path) -> Iterator[str]:
+    """Markdown of serving: policies at equal residents and at equal bytes of keys and values, beside predictions."""
+    paths = sorted(results.glob("serve_offline_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no serve_offline_*.json; write one with megamor.serve.bench --offline --json")
+    for path in paths:
+        report = read_report(path, SERVE_SCHEMA)
+        machine, commit, recursion = report["machine"], report["commit"], report["config"]["recursion"]
+        device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
+        work, model = report["workload"], report["config"]["model"]
+        lengths = "–".join(map(str, work["new_tokens"]))
+        yield ""
+        yield (
+            f"{model['num_layers']} effective layers, {recursion['num_recursions']} recursions, width {model['dim']}, "
+            f"vocabulary {model['vocab_size']:,}, {recursion['kv_policy']}; prompts of {work['prompt_tokens']} tokens, "
+            f"{lengths} new ones; a boundary costs {report['costs']['boundary_over_core']:.2f} of a core launch. "
+            f"{device}; {work['turns']} turns, {report['date'][:10]}, torch {report['versions']['torch']}, revision "
+            f"{commit['revision']}{' with changes' if commit['dirty'] else ''}."
+        )
+        yield ""
+        columns = ("", "residents", "mean depth", "rows a core launch", "tokens/s", "of predicted")
+        yield f"| {' | '.join(columns)} | over full | over shrink | over vanilla |"
+        yield "|---" * 9 + "|"
+        for case in report["cases"]:
+            over = [
+                f"{case[name]:.2f}" if name in case else "" for name in ("over_full", "over_shrink", "over_vanilla")
+            ]
+            predicted = f"{case['of_prediction']:.0%}" if case["of_prediction"] else ""
+            depth = [f"{case['mean_depth']:.2f}", f"{case['core_width']:.1f}"] if case["mean_depth"] else ["", ""]
+            row = [case["case"], str(case["residents"]), *depth, f"{case['tokens_per_second']:.0f}", predicted, *over]
+            yield f"| {' | '.join(row)} |"
+        yield ""
+        yield f"`{report['command']}`"
+    yield ""
+
+
 def read_report(path: Path, schema: str) -> dict[str, Any]:
     """A result file of the given schema."""
     try:
@@ -274,6 +312,7 @@ RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": train_tables,
     "bench-loader": loader_tables,
     "bench-preprocess": preprocess_tables,
+    "bench-serve": serve_tables,
     "quickstart": quickstart_table,
     "reliability": reliability_table,
 }
