@@ -32,11 +32,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megamor.errors import ConfigError
 from megamor.serve.pages import EVERY_TOKEN, PageBook, PageTable, TableSpec
 from megamor.serve.prefix import Copy, Node, PrefixCache
 
 Policy = Literal["full", "shrink", "depthwise"]
 POLICIES: tuple[Policy, ...] = ("full", "shrink", "depthwise")
+BOUND_BROKEN = (
+    "token {row} takes {depth} recursions where {bound} is the bound (max_depth of its request, or what it took "
+    "before): a router must select through RoutingSession.bounded, see docs/routers.md"
+)
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,9 @@ class Scheduler:
             self.in_core.append(piece)
         piece.active = list(going_on)
         recursion = piece.recursion
+        for row in piece.active:
+            if recursion >= (most := piece.sequence.bounds(piece.start + row)[1]):
+                raise ConfigError(BOUND_BROKEN.format(row=piece.start + row, depth=recursion + 1, bound=most))
         if recursion in self.table_of:
             first = piece.sequence.tables[self.table_of[recursion]].length
             piece.places[recursion] = {row: first + rank for rank, row in enumerate(piece.active)}
@@ -308,8 +316,10 @@ class Scheduler:
         for spec, table in zip(self.limits.tables, sequence.tables, strict=True):
             table.length += sum(spec.lists(depth) for depth in piece.depths)
         self.book.trim(sequence.tables)
+        for row, depth in enumerate(piece.depths):
+            if depth < (least := sequence.bounds(piece.start + row)[0]):
+                raise ConfigError(BOUND_BROKEN.format(row=piece.start + row, depth=depth, bound=least))
         known = max(0, len(sequence.depths) - piece.start)
-        assert sequence.depths[piece.start :][: piece.length] == piece.depths[:known], "a replayed token went elsewhere"
         sequence.depths += piece.depths[known:]
         before, sequence.num_read = sequence.num_read, sequence.num_read + piece.length
         if self.limits.prefix_caching:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megamor.config import RecursionConfig
 from megamor.errors import ConfigError
 from megamor.model import Transformer
+from megamor.routing import RoutingSession
 from megamor.serve.engine import EngineOptions, ServingEngine
 from megamor.serve.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.scheduler import POLICIES
@@ -303,6 +304,16 @@ def test_what_can_not_be_served() -> None:
         ServingEngine(Transformer(hybrid))
     with pytest.raises(ConfigError, match="kv_memory = 100"):
         ServingEngine(model, EngineOptions(kv_memory=100))
+
+
+def test_a_router_that_ignores_bounds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    monkeypatch.setattr(RoutingSession, "bounded", lambda self, recursion, chosen, tokens: chosen)
+    engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE))
+    engine.add_request(TEXT[:12], SamplingParams(max_tokens=9, max_depth=1))
+    with pytest.raises(ConfigError, match="where 1 is the bound"):
+        while engine.has_work:
+            engine.step()
 
 
 def test_a_preempted_sequence_keeps_its_depths() -> None:
