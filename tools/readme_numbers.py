@@ -226,7 +226,8 @@ def serve_tables(results: Path) -> Iterator[str]:
         yield ""
         yield (
             f"{model['num_layers']} effective layers, {recursion['num_recursions']} recursions, width {model['dim']}, "
-            f"{recursion['sharing']}, vocabulary {model['vocab_size']:,}, {recursion['kv_policy']}; prompts of {work['prompt_tokens']} tokens, "
+            f"{recursion['sharing']}, vocabulary {model['vocab_size']:,}, {recursion['kv_policy']}; "
+            f"prompts of {work['prompt_tokens']} tokens, "
             f"{lengths} new ones; a boundary costs {report['costs']['boundary_over_core']:.2f} of a core launch. "
             f"{device}; {work['turns']} turns, {report['date'][:10]}, torch {report['versions']['torch']}, revision "
             f"{commit['revision']}{' with changes' if commit['dirty'] else ''}."

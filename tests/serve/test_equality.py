@@ -312,8 +312,7 @@ def test_a_router_that_ignores_bounds_is_named(monkeypatch: pytest.MonkeyPatch) 
     engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE))
     engine.add_request(TEXT[:12], SamplingParams(max_tokens=9, max_depth=1))
     with pytest.raises(ConfigError, match="where 1 is the bound"):
-        while engine.has_work:
-            engine.step()
+        list(iter(engine.step, None))
 
 
 def test_a_preempted_sequence_keeps_its_depths() -> None:
