@@ -306,13 +306,18 @@ def test_what_can_not_be_served() -> None:
         ServingEngine(model, EngineOptions(kv_memory=100))
 
 
+def finish(engine: ServingEngine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
 def test_a_router_that_ignores_bounds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("expert_choice", "recursion_wise", "middle_cycle")
     monkeypatch.setattr(RoutingSession, "bounded", lambda self, recursion, chosen, tokens: chosen)
     engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE))
     engine.add_request(TEXT[:12], SamplingParams(max_tokens=9, max_depth=1))
     with pytest.raises(ConfigError, match="where 1 is the bound"):
-        list(iter(engine.step, None))
+        finish(engine)
 
 
 def test_a_preempted_sequence_keeps_its_depths() -> None:
@@ -328,7 +333,6 @@ def test_a_preempted_sequence_keeps_its_depths() -> None:
         for head in model.stage.router.heads:
             head.weight.neg_()
     engine.scheduler.preempt(sequence)
-    while engine.has_work:
-        engine.step()
+    finish(engine)
     assert sequence.depths[: len(before)] == before
     assert len(set(before)) > 1
