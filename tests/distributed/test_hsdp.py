@@ -38,7 +38,7 @@ def whole_batch() -> list[StepResult]:
     return run_ranks(fresh_run, tiny("single", router=FIXED_DEPTH, micro_batch_size=4), world_size=1)[0]
 
 
-@pytest.mark.promise("R7")
+@pytest.mark.promise("R7", backend="hsdp")
 @pytest.mark.parametrize(("replicas", "shards"), SHAPES)
 def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_batch: list[StepResult]) -> None:
     """With two micro-batches a step on two processes, one on four."""
@@ -47,7 +47,7 @@ def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_b
     assert max(relative_differences(whole_batch, results[0])) < 1e-6
 
 
-@pytest.mark.promise("R1")
+@pytest.mark.promise("R1", backend="hsdp")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("replicas", "shards"), SHAPES)
 def test_resume_is_bitwise(replicas: int, shards: int, precision: str, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ BACKENDS = [
     pytest.param(ParallelConfig("ddp"), LOSS_FREE, id="ddp"),
     pytest.param(ParallelConfig("fsdp2"), LOSS_FREE, id="fsdp2"),
     pytest.param(ParallelConfig("fsdp2", shard_degree=1), EXPERT_CHOICE, id="hsdp"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=1), EXPERT_CHOICE, id="zero 1", marks=pytest.mark.slow),
     pytest.param(ParallelConfig("deepspeed", zero_stage=2), EXPERT_CHOICE, id="zero 2"),
     pytest.param(ParallelConfig("deepspeed", zero_stage=3), LOSS_FREE, id="zero 3"),
 ]

@@ -45,6 +45,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
         pytest.param(FSDP2, 50, True, 2, id="fsdp2, asynchronous"),
         pytest.param(ParallelConfig("fsdp2", shard_degree=2), 15, True, 4, id="hsdp, asynchronous"),
         pytest.param(ParallelConfig("ddp"), 15, False, 2, id="ddp"),
+        pytest.param(ParallelConfig("deepspeed", zero_stage=1), 10, False, 2, id="zero 1"),
         pytest.param(ParallelConfig("deepspeed", zero_stage=2), 15, True, 2, id="zero 2, asynchronous"),
         pytest.param(ParallelConfig("deepspeed", zero_stage=3), 15, False, 2, id="zero 3"),
     ],

@@ -25,6 +25,7 @@ BACKENDS = {
     "ddp": ParallelConfig("ddp"),
     "fsdp2": ParallelConfig("fsdp2"),
     "hsdp": ParallelConfig("fsdp2", shard_degree=1),
+    "zero 1": ParallelConfig("deepspeed", zero_stage=1),
     "zero 2": ParallelConfig("deepspeed", zero_stage=2),
     "zero 3": ParallelConfig("deepspeed", zero_stage=3),
 }
@@ -55,7 +56,9 @@ def counts_when_built(config: Config) -> list[int]:
 
 
 @pytest.mark.promise("R10")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.slow if name == "zero 1" else ()) for name in BACKENDS]
+)
 def test_each_parameter_counts_once_everywhere(backend: str, tmp_path: Path) -> None:
     preload_deepspeed()
     world_size = 1 if backend == "single" else 2
