@@ -44,7 +44,7 @@ combinations: install ## run the tests of all combinations and write docs/combin
 	    --combinations docs/combinations.md
 
 reliability: install ## run the tests of every promise and update the README's table from their outcomes
-	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -q -m promise --reliability benchmarks/results/reliability.json; \
+	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -q -m promise --reliability=benchmarks/results/reliability.json; \
 	    status=$$?; $(BIN)/python tools/readme_numbers.py --write && exit $$status
 
 test-slow: install ## the slow cases alone
