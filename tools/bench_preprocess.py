@@ -6,7 +6,8 @@ examples:
 
 Cases run in turns, each in a fresh process, and count from when everything is imported: the whole tool, from compressed
 files to finished shards, with gigatoken and without, and beside it the libraries alone, on texts that are in memory
-already. What goes without gigatoken is slow and gets the first documents of each file only.
+already. What goes without gigatoken is slow and gets the first documents of each file only. --megatron adds the tools
+of a Megatron-LM checkout, unmodified, on plain JSON lines, if this Python has what they import (triton, for one).
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ _LIBRARIES = ("tokenizers", "gigatoken", "msgspec", "zstandard")
 # Programs of the cases. Each prints on its last line the seconds, and those of processors, that it took: imports and
 # preparations left out.
 _CLOCK = """
-import sys, time
-def clock(): return time.perf_counter(), time.process_time()
+import os, sys, time
+def clock(): return time.perf_counter(), sum(os.times()[:4])  # those of processes that have ended, too
 def show(begun): print(*(end - start for start, end in zip(begun, clock())))
 """
 _TOOL = f"""{_CLOCK}
@@ -74,6 +75,16 @@ begun = clock()
 tokenizer.encode_batch(texts)
 show(begun)
 """
+_MEGATRON = f"""{_CLOCK}
+import importlib
+checkout, tool, *arguments = sys.argv[1:]
+sys.path.insert(0, checkout)
+module = importlib.import_module("tools." + tool)
+sys.argv = [tool, *arguments]
+begun = clock()
+module.main()
+show(begun)
+"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,6 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases")
     parser.add_argument("--copies", type=int, default=6, metavar="N", help="the input, so often, to measure memory on")
     parser.add_argument("--memory-workers", type=int, default=8, metavar="N", help="threads there (default: 8)")
+    parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM, to run its tools too")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where temporary files go")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     return parser.parse_args(argv)
@@ -143,6 +155,8 @@ class Bench:
             ("tools/preprocess.py, tokenizers", _TOOL, slow, self._few_bytes),
             ("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [str(self._few), tokenizer], self._few_bytes),
         ]
+        if self._args.megatron:
+            cases += self._megatron_cases()
         times: dict[str, list[tuple[float, ...]]] = {label: [] for label, *_ in cases}
         for number in range(self._args.rounds):
             shift = number % len(cases)
@@ -150,6 +164,27 @@ class Bench:
                 *_, last = self._run(program, arguments).splitlines()
                 times[label].append(tuple(map(float, last.split())))
         return [_summary(label, size, times[label]) for label, _, _, size in cases]
+
+    def _megatron_cases(self) -> list[tuple[str, str, list[str], int]]:
+        """Their ordinary tool, and the one that holds everything in memory."""
+        directory = self._folder / "tokenizer"
+        directory.mkdir()
+        shutil.copy(self._args.tokenizer, directory / "tokenizer.json")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        checkout, out = str(self._args.megatron), str(self._folder / "megatron")
+        common = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(directory), "--append-eod"]
+        slow = ["--input", str(self._few), "--output-prefix", out, "--workers", str(self._args.workers)]
+        fast = ["--input", str(self._all), "--output-prefix", out, "--use-gigatoken"]
+        return [
+            ("Megatron-LM preprocess_data", _MEGATRON, [checkout, "preprocess_data", *slow, *common], self._few_bytes),
+            (
+                "Megatron-LM preprocess_data_fast, gigatoken",
+                _MEGATRON,
+                [checkout, "preprocess_data_fast", *fast, *common],
+                self._all_bytes,
+            ),
+        ]
 
     def memory(self) -> Iterator[dict[str, Any]]:
         """Peak memory of the process (proportional set size) on several copies of the input, with many threads."""
