@@ -10,9 +10,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from megamor.errors import MegamorError
@@ -33,12 +34,12 @@ class UnavailableError(MegamorError):
 
 @dataclass
 class Generation:
-    """A request on its way. `remaining` continuations have yet to be given out to their end; the engine has
-    `unfinished` of them, and knows the request by `number`."""
+    """A request on its way. The continuations in `remaining` have yet to be given out to their end; the engine works on
+    those in `unfinished`, and knows the request by `number`."""
 
     prompt_tokens: int
-    remaining: int
-    unfinished: int
+    remaining: set[int]
+    unfinished: set[int]
     outputs: asyncio.Queue[RequestOutput | MegamorError] = field(default_factory=asyncio.Queue)
     number: int | None = None
     has_output: bool = False
@@ -89,8 +90,12 @@ class AsyncEngine:
         """Those of them without any output."""
         return self._queued_requests
 
-    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, unwanted: Set[int] = frozenset()
+    ) -> AsyncIterator[RequestOutput]:
         """Outputs of one request as they come. Leaving early aborts it and frees what it holds.
+
+        `unwanted` are continuations to abort as well, and may grow between two outputs.
 
         Raises:
             RequestError: the engine can't serve it.
@@ -103,7 +108,7 @@ class AsyncEngine:
         if self._queued_requests and self._queued_tokens + len(prompt) > self._max_tokens:
             waiting = f"{self._queued_tokens} prompt tokens are waiting already"
             raise BusyError(f"{waiting}, {len(prompt)} more are too many; try again soon")
-        generation = Generation(len(prompt), params.n, params.n)
+        generation = Generation(len(prompt), set(range(params.n)), set(range(params.n)))
         self._running.add(id(generation))
         self._queued_requests += 1
         self._queued_tokens += len(prompt)
@@ -116,14 +121,20 @@ class AsyncEngine:
                 if not generation.has_output:
                     generation.has_output = True
                     self._leave_queue(generation)
-                generation.remaining -= output.finish_reason is not None
+                if output.index not in generation.remaining:
+                    continue  # it was on its way when nobody wanted it any more
+                if output.finish_reason is not None:
+                    generation.remaining.remove(output.index)
                 yield output
+                for index in generation.remaining & unwanted:
+                    generation.remaining.remove(index)
+                    self._command(partial(self._abort, generation, index))
         finally:
             if not generation.has_output:
                 self._leave_queue(generation)
             self._running.discard(id(generation))
-            if generation.remaining:
-                self._command(lambda: self._abort(generation))
+            for index in generation.remaining:
+                self._command(partial(self._abort, generation, index))
 
     async def stats(self) -> EngineStats:
         """The engine's figures, taken between two steps."""
@@ -190,19 +201,24 @@ class AsyncEngine:
             return
         self._active[generation.number] = generation
 
-    def _abort(self, generation: Generation) -> None:
+    def _abort(self, generation: Generation, index: int) -> None:
         if generation.number is not None and self.failure is None:
-            self._engine.abort(generation.number)
-            self._active.pop(generation.number, None)
+            self._engine.abort(generation.number, index)
+            self._end(generation, index)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         found = [(self._active[output.request], output) for output in outputs if output.request in self._active]
         if found:
             self._call(_put_all, found)
         for generation, output in found:
-            generation.unfinished -= output.finish_reason is not None
-            if not generation.unfinished:
-                self._active.pop(output.request, None)
+            if output.finish_reason is not None:
+                self._end(generation, output.index)
+
+    def _end(self, generation: Generation, index: int) -> None:
+        generation.unfinished.discard(index)
+        if not generation.unfinished:
+            assert generation.number is not None
+            self._active.pop(generation.number, None)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         assert self._loop is not None

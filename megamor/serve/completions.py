@@ -34,8 +34,7 @@ class ChoiceState:
 class CompletionRun:
     """One request at work. `pieces` yields what is new; `usage` counts once it has ended.
 
-    Prompt i's continuation j is choice i · n + j. A continuation that a stop string has ended takes no part any more;
-    the engine is told once all of a prompt's have ended.
+    Prompt i's continuation j is choice i · n + j. One that a stop string has ended is aborted.
 
     Raises (from the constructor):
         RequestError: the body asks for something that can't be served.
@@ -113,7 +112,8 @@ class CompletionRun:
 
     async def _follow(self, number: int) -> AsyncIterator[Choice]:
         states = self.choices[number * self.body.n : (number + 1) * self.body.n]
-        outputs = self.runner.generate(self.prompts[number], self.params)
+        stopped = set[int]()
+        outputs = self.runner.generate(self.prompts[number], self.params, stopped)
         try:
             async for output in outputs:
                 self._count(output)
@@ -122,8 +122,9 @@ class CompletionRun:
                         state.started = True
                         yield self._prompt_piece(state, output.prompt_logprobs)
                 state = states[output.index]
-                if state.finish_reason is None:
-                    yield self._piece(state, output)
+                yield self._piece(state, output)
+                if state.stream.stopped:
+                    stopped.add(output.index)
                 if all(state.finish_reason for state in states):
                     return
         finally:

@@ -182,14 +182,15 @@ class ServingEngine:
                 "values: lower max_tokens, or start the server with more"
             )
 
-    def abort(self, request: int) -> None:
-        """Drop a request; one that is finished or unknown is ignored."""
-        dropped = self.requests.pop(request, None)
-        if dropped is not None:
+    def abort(self, request: int, index: int | None = None) -> None:
+        """Drop a request, or one of its continuations; what is finished or unknown is ignored."""
+        found = self.requests.get(request)
+        for continuation in list(found.open) if found else ():
+            if index in (None, continuation.index):
+                self.release(continuation)
+        if found and not found.open:
+            del self.requests[request]
             self.total.requests_aborted += 1
-            for continuation in dropped.open:
-                self.scheduler.remove(continuation.sequence)
-                del self.continuations[continuation.sequence.number]
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -320,11 +321,15 @@ class ServingEngine:
             return None
         return None, *(owner.prompt_logprobs[place] for place in range(1, owner.sequence.prompt_length))
 
-    def finish(self, owner: Continuation) -> None:
+    def release(self, owner: Continuation) -> None:
         """Free what a continuation holds."""
         self.scheduler.remove(owner.sequence)
         del self.continuations[owner.sequence.number]
         owner.request.open.remove(owner)
+
+    def finish(self, owner: Continuation) -> None:
+        """A continuation has come to its end."""
+        self.release(owner)
         if not owner.request.open:
             del self.requests[owner.request.number]
             self.total.requests_finished += 1

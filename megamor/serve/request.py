@@ -171,8 +171,8 @@ class Engine(Protocol):
     def step(self) -> list[RequestOutput]:
         """Run one launch and return what came out of it."""
 
-    def abort(self, request: int) -> None:
-        """Drop a request and free what it holds; one that is finished or unknown is ignored."""
+    def abort(self, request: int, index: int | None = None) -> None:
+        """Drop a request, or one of its continuations, and free what it holds; what is finished is ignored."""
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap enough for every scrape of the metrics."""

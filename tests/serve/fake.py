@@ -51,6 +51,7 @@ class FakeEngine:
     codec: TextCodec = field(default_factory=lambda: TextCodec(byte_tokenizer()))
     running: dict[int, Scripted] = field(default_factory=dict)
     aborted: list[int] = field(default_factory=list)
+    dropped: list[tuple[int, int]] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     fail: bool = False
     generated: int = 0
@@ -111,8 +112,15 @@ class FakeEngine:
     def _logprob(self, token: int) -> TokenLogprob:
         return TokenLogprob(token, -0.5, 1, ((token, -0.5),))
 
-    def abort(self, request: int) -> None:
-        if self.running.pop(request, None) is not None:
+    def abort(self, request: int, index: int | None = None) -> None:
+        if request not in self.running:
+            return
+        left = self.running[request].left
+        for number in range(len(left)) if index is None else (index,):
+            self.dropped.append((request, number))
+            left[number] = []
+        if not any(left):
+            del self.running[request]
             self.aborted.append(request)
 
     def stats(self) -> EngineStats:

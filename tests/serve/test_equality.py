@@ -275,6 +275,27 @@ def test_recursions_that_differ(policy: str) -> None:
     check(model, Schedule(policy, 3, 4), expected(model))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_continuation_is_given_up(policy: str) -> None:
+    """Its siblings go on, also where it was the one that read the prompt for them."""
+    model = model_of("token_choice", "recursion_wise", "middle_cycle")
+    params = SamplingParams(max_tokens=6, temperature=0.9, seed=5, n=3)
+    for steps in (1, 3, 12):
+        engine = ServingEngine(model, EngineOptions(policy=policy, kv_memory=AMPLE, chunk_size=4))  # type: ignore[arg-type]
+        number = engine.add_request(TEXT[:13], params)
+        outputs = [output for _ in range(steps) for output in engine.step()]
+        engine.abort(number, 0)
+        while engine.has_work:
+            outputs += engine.step()
+        for index in (1, 2):
+            found = tuple(token for output in outputs if output.index == index for token in output.tokens)
+            assert found == answer(model, TEXT[:13], params, index, None).tokens
+        assert not engine.requests
+        assert not engine.continuations
+        assert len(engine.scheduler.free_slots) == engine.limits.max_rows
+        assert engine.stats().requests_finished == 1
+
+
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_vanilla(policy: str) -> None:

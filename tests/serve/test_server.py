@@ -100,6 +100,20 @@ def test_stop_strings(server: Running, include: bool) -> None:
     server.wait_until(lambda: len(server.engine.aborted) == 2, 5)  # the engine need not go on
 
 
+def test_a_stop_string_ends_its_own_continuation_alone() -> None:
+    answers = "x" * 100, "xy" + "x" * 98, "x" * 100
+    with serving(FakeEngine(lambda _, index: answers[index], seconds=0.005)) as server:
+        body = {"prompt": "a", "max_tokens": 100, "stop": "y", "n": 3}
+        choices = post(server, **body).json()["choices"]
+        assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
+            ("x" * 100, "length"),
+            ("x", "stop"),
+            ("x" * 100, "length"),
+        ]
+        assert server.engine.dropped == [(0, 1)]
+        assert server.engine.generated < 250, "the engine didn't go on with it"
+
+
 def test_text_like_the_beginning_of_a_stop_string_is_not_lost(server: Running) -> None:
     body = {"prompt": "a", "max_tokens": 200, "stop": "done1"}
     assert post(server, **body).json()["choices"][0]["text"] == f"{TEXT}0"
