@@ -108,7 +108,7 @@ class ServingEngine:
         full = self.options.policy == "full"
         self.runner = Runner(model, self.layers, self.options.page_size, num_pages, self.limits.max_rows, full)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
-            self.record_launches(CudaRecorder())
+            self.record_launches(CudaRecorder(self.runner.device))
         self.requests: dict[int, Request] = {}
         self.continuations: dict[int, Continuation] = {}
         self.num_sequences = self.num_requests = 0
