@@ -38,15 +38,17 @@ class Watchdog:
         self._doing, self._beaten_at = "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._heard_of = False
 
     def beat(self, doing: str) -> None:
         """This rank is alive and begins with `doing`, such as `step 12`."""
         self._doing, self._beaten_at = doing, time.monotonic()
+        if self._thread is not None and not self._heard_of:
+            self._write_note(0.0)  # a rank that freezes before the thread's first look must have been heard of too
 
     def __enter__(self) -> Watchdog:
         if self.timeout is not None:
-            self.beat("starting")
-            self._write_note(0.0)  # now: a rank that freezes before the thread's first look was heard of too
+            self._doing, self._beaten_at = "starting", time.monotonic()
             self._thread = threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -65,6 +67,7 @@ class Watchdog:
 
     def _write_note(self, silent: float) -> None:
         note = {"doing": self._doing, "seconds": round(silent, 1), "host": socket.gethostname(), "pid": os.getpid()}
+        self._heard_of = True
         try:
             self.directory.mkdir(exist_ok=True)
             draft = self.directory / f".{self.rank}"

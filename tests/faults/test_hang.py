@@ -124,11 +124,12 @@ def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
     assert [r["train/loss"] for r in trace(stopped).steps] == [r["train/loss"] for r in trace(config).steps]
 
 
-def test_a_rank_is_heard_of_from_the_start(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 1, 1000.0):
+def test_a_rank_is_heard_of_from_its_first_step_on(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 1, 1000.0) as watchdog:
+        assert not (tmp_path / "heartbeats").exists()
+        watchdog.beat("step 1")
         note = json.loads((tmp_path / "heartbeats" / "rank_1.json").read_text())
-    assert note["doing"] == "starting"
-    assert note["pid"] == os.getpid()
+    assert (note["doing"], note["pid"]) == ("step 1", os.getpid())
 
 
 def test_a_watchdog_that_is_beaten_or_switched_off_does_not_bite(

@@ -106,4 +106,4 @@ def test_a_checkpoint_says_where_it_comes_from(run: Config) -> None:
 
 def test_the_directory_holds_nothing_else(run: Config) -> None:
     found = {path.name for path in Path(directory_of(run)).iterdir()}
-    assert found == {"checkpoints", "metrics.jsonl", "tensorboard", "wandb"}
+    assert found == {"checkpoints", "heartbeats", "metrics.jsonl", "tensorboard", "wandb"}
