@@ -30,6 +30,8 @@ Prometheus. --policy full and shrink are there to compare with. SIGTERM or Ctrl-
 running ones finish, a second one ends at once.
 """
 END_TOKENS = ("<|endoftext|>", "</s>")
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients and proxies keep an idle connection, or it closes just when the next request is sent on it."""
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -136,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.port,
         log_level=arguments.log_level,
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
     )
     print(f"serving {loaded.origin} as {settings.model!r}; Ctrl-C ends", file=sys.stderr)

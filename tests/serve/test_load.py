@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -108,6 +109,16 @@ def test_slow_readers_hold_up_nobody(process: Process) -> None:
     for connection in idle:
         connection.close()
     check_nothing_is_held(process)
+
+
+def test_an_idle_connection_outlives_its_clients_patience(process: Process) -> None:
+    """httpx and many others give theirs up after 5 seconds: the server must not be the first."""
+    connection = HTTPConnection(urlsplit(process.url).netloc, timeout=30)
+    for pause in (6.0, 0.0):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        time.sleep(pause)
+    connection.close()
 
 
 def test_prompts_of_every_length_up_to_the_context(process: Process) -> None:
