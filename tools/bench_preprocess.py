@@ -168,7 +168,7 @@ class Bench:
     def _megatron_cases(self) -> list[tuple[str, str, list[str], int]]:
         """Their ordinary tool, and the one that holds everything in memory."""
         directory = self._folder / "tokenizer"
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         shutil.copy(self._args.tokenizer, directory / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -194,21 +194,27 @@ class Bench:
             for path in self.paths
         ]
         common = ["--tokenizer", self._args.tokenizer, "--workers", str(self._args.memory_workers), "--append-eod"]
+        cases = []
         for accelerator, files, size in (
             ("gigatoken", paths, self._args.copies * self._all_bytes),
             ("none", [str(self._few)], self._few_bytes),
         ):
             arguments = ["--input", *files, *common, "--output-prefix", str(self._folder / "memory")]
-            process = self._start(_TOOL, [*arguments, "--accelerator", accelerator])
+            label = f"tools/preprocess.py, {'tokenizers' if accelerator == 'none' else accelerator}"
+            cases.append((label, _TOOL, [*arguments, "--accelerator", accelerator], size))
+        if self._args.megatron:
+            cases.append(self._megatron_cases()[-1])
+        for label, program, arguments, size in cases:
+            process = self._start(program, arguments)
             peak = 0
             while process.poll() is None:
                 peak = max(peak, proportional_bytes(process.pid))
                 time.sleep(_SAMPLE_SECONDS)
             if process.returncode:
-                raise DataError(f"tools/preprocess.py failed: {process.communicate()[1]}")
+                raise DataError(f"{label} failed: {process.communicate()[1]}")
             yield {
-                "accelerator": accelerator,
-                "workers": self._args.memory_workers,
+                "label": label,
+                "workers": self._args.memory_workers if program is _TOOL else None,
                 "text_bytes": size,
                 "peak_bytes": peak,
             }
@@ -279,7 +285,7 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(table)
     for memory in report["memory"]:
         console.print(
-            f"peak memory with {memory['workers']} workers, accelerator {memory['accelerator']}, "
+            f"peak memory of {memory['label']}{f' with {n} workers' if (n := memory['workers']) else ''}, "
             f"{memory['text_bytes'] / 1e6:,.0f} MB of text: {memory['peak_bytes'] / 1e6:,.0f} MB"
         )
 

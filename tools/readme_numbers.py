@@ -196,14 +196,14 @@ def preprocess_tables(results: Path) -> Iterator[str]:
                 f"| {seconds['median']} ({seconds['q1']}–{seconds['q3']}) | {case['processor_seconds']['median']:.2f} |"
             )
         yield ""
-        memory = " and ".join(
-            f"{case['peak_bytes'] / 1e6:,.0f} MB on {case['text_bytes'] / 1e6:,.0f} MB of text "
-            f"({'with' if case['accelerator'] == 'gigatoken' else 'without'} gigatoken)"
+        memory = ", ".join(
+            f"{case['peak_bytes'] / 1e6:,.0f} MB on {case['text_bytes'] / 1e6:,.0f} MB of text ({case['label']}"
+            f"{f', {n} workers' if (n := case['workers']) else ''})"
             for case in report["memory"]
         )
         yield (
-            f"{report['workers']} threads, {report['tokenizer']}, {', '.join(report['input'])}. Peak memory with "
-            f"{report['memory'][0]['workers']} workers: {memory}. {machine['cpu']}, load "
+            f"{report['workers']} threads, {report['tokenizer']}, {', '.join(report['input'])}. Peak memory: "
+            f"{memory}. {machine['cpu']}, load "
             f"{machine['load_average']:.1f}, {report['date'][:10]}, tokenizers {versions['tokenizers']}, gigatoken "
             f"{versions['gigatoken']}, revision {commit['revision']}{' with changes' if commit['dirty'] else ''}."
         )
