@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--url", help="a running server")
     what.add_argument("--offline", action="store_true", help="the engine alone, in this process")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in --config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in --config, --vanilla")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
 
     load = parser.add_argument_group("with --url")
