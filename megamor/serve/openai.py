@@ -166,11 +166,12 @@ class ModelList(BaseModel):
 
 
 class TokenizeRequest(BaseModel):
-    """Body of `POST /tokenize`."""
+    """Body of `POST /tokenize`. Prompts of completions are read without special tokens."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: str
     model: str | None = None
+    add_special_tokens: bool = False
 
 
 class DetokenizeRequest(BaseModel):

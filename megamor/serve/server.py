@@ -227,7 +227,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        tokens = await run_in_threadpool(server.codec.encode, body.prompt)
+        tokens = await run_in_threadpool(server.codec.encode, body.prompt, body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.settings.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)

@@ -22,8 +22,8 @@ class TextCodec:
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; nothing is added.
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`; nothing is added unless asked for.
 
         Raises:
             RequestError: the text has half a surrogate pair, which is not Unicode.
@@ -32,7 +32,7 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt: character {error.start} is half a surrogate pair, not Unicode text") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `tokens`; bytes that are no character become U+FFFD."""

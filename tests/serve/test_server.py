@@ -208,6 +208,7 @@ def test_other_endpoints(server: Running) -> None:
     tokens = post(server, "/tokenize", prompt=TEXT).json()
     assert tokens["count"] == len(tokens["tokens"]) == len(TEXT.encode())
     assert post(server, "/detokenize", tokens=tokens["tokens"]).json() == {"prompt": TEXT}
+    assert post(server, "/tokenize", prompt=TEXT, model=MODEL, add_special_tokens=False).json() == tokens
     error_of(post(server, "/tokenize", prompt=3), 400)
     page = httpx.get(server.url + "/dashboard")
     assert page.headers["content-type"].startswith("text/html")
