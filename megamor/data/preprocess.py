@@ -316,7 +316,9 @@ class Run:
 
     def _write_tokenizer(self) -> None:
         if self._plan.tokenizer_path:
-            replace_file(self._plan.tokenizer_path, self._plan.tokenizer)
+            # The parts of an array share this file, and may end at the same moment.
+            draft = Path(f"{self._plan.prefixes[0]}.tokenizer.partial")
+            replace_file(self._plan.tokenizer_path, self._plan.tokenizer, draft)
 
     def _publish(self) -> None:
         self._write_tokenizer()

@@ -298,9 +298,12 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that there is the old one or the new one, whatever happens."""
-    draft = Path(f"{path}.partial")
+def replace_file(path: Path, content: bytes, draft: Path | None = None) -> None:
+    """Write a small file so that there is the old one or the new one, whatever happens.
+
+    Writers that may do so at the same time must each give a `draft` of their own, in the same directory.
+    """
+    draft = draft or Path(f"{path}.partial")
     with draft.open("wb") as file:
         file.write(content)
         _sync(file)

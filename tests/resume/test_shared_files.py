@@ -69,7 +69,7 @@ def test_no_rank_needs_to_see_what_another_has_just_written(
 def test_the_delay_is_one_that_matters(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for what another rank made, the run fails."""
     monkeypatch.setattr(manager, "_wait_until", lambda visible, directory: None)
-    with pytest.raises(RankFailed, match=r"CheckpointError: writing .* failed on rank"):
+    with pytest.raises(RankFailed, match=r"checkpoint/manager\.py"):  # in this step of a save or in that
         run_ranks(fit_with_delay, until(base, 4))
 
 

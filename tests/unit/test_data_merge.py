@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -279,3 +280,24 @@ def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert one is not None
         assert merged is not None
         assert replace(merged, tokenizer_name=None) == replace(one, tokenizer_name=None)
+
+
+def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the tokenizer's file; another part writes it while this one does."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 9}) + "\n")
+    command = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", "byte", "--output-prefix", str(tmp_path / "x")]
+    rename = os.replace
+
+    def with_the_other(draft: str, path: str) -> None:
+        if str(path) == str(tmp_path / "x.tokenizer.json"):
+            monkeypatch.setattr(os, "replace", rename)
+            preprocess.main([*command, "--shard", "1/2", "--workers", "1"])
+        rename(draft, path)
+
+    monkeypatch.setattr(os, "replace", with_the_other)
+    preprocess.main([*command, "--shard", "0/2", "--workers", "1"])
+    assert os.replace is rename, "the other part has run"
+    assert not list(tmp_path.glob("*.partial"))
+    merge_data.main(["--output-prefix", str(tmp_path / "x")])
+    assert documents_of(tmp_path / "x") == [[97] * 9, [98] * 9]
