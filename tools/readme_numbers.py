@@ -220,7 +220,8 @@ def serve_tables(results: Path) -> Iterator[str]:
     for path in paths:
         report = read_report(path, SERVE_SCHEMA)
         machine, commit, recursion = report["machine"], report["commit"], report["config"]["recursion"]
-        device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        device = machine["accelerator"] or f"{machine['cpu']}, {threads}"
         work, model = report["workload"], report["config"]["model"]
         lengths = "–".join(map(str, work["new_tokens"]))
         yield ""

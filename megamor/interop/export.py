@@ -1,6 +1,7 @@
 """Export to a directory that Hugging Face's `from_pretrained(..., trust_remote_code=True)` loads by itself.
 
-config.json              shapes under their usual names; the sections model, recursion and router under `megamor`
+config.json              shapes under their usual names; the sections model, recursion and router under `megamor`, and
+                         what of data decides how the model is evaluated
 generation_config.json
 model.safetensors        each weight once: shared blocks and the tied head have no copies
 modeling_megamor.py      megamor's own modules in one file, and transformers' interface to them
@@ -25,6 +26,8 @@ from megamor.interop.assemble import assemble
 from megamor.model import Transformer
 
 CODE_FILE, WEIGHTS_FILE, CONFIG_FILE = "modeling_megamor.py", "model.safetensors", "config.json"
+SECTIONS, DATA_SETTINGS = ("model", "recursion", "router"), ("seq_len", "document_mask")
+"""What `config.json` has of a run's configuration, and of its section data."""
 WEIGHTS_PREFIX = "model."
 """`MegamorForCausalLM` holds the `Transformer` under this name."""
 END_OF_TEXT = "<|endoftext|>"
@@ -104,7 +107,10 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
         "use_cache": True,
         "tie_word_embeddings": False,
         **special_ids(end_of_text),
-        "megamor": {name: values[name] for name in ("model", "recursion", "router")},
+        "megamor": {
+            **{name: values[name] for name in SECTIONS},
+            "data": {name: values["data"][name] for name in DATA_SETTINGS},
+        },
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import TypeVar
 
@@ -73,7 +74,7 @@ class Layers:
         """Blocks that a recursion applies."""
         return len(self.schedule[0])
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether all recursions go the same way through the same blocks and layers, so that one call fits all rows."""
         ways = {

@@ -22,12 +22,9 @@ GLOBAL_BATCH = 12
 COMPARED = ("train/loss", "train/aux_loss", "train/grad_norm")
 FSDP2 = ParallelConfig("fsdp2")
 ZERO_2, ZERO_3 = ParallelConfig("deepspeed", zero_stage=2), ParallelConfig("deepspeed", zero_stage=3)
+ZERO_1 = ParallelConfig("deepspeed", zero_stage=1)
+DDP, HSDP = ParallelConfig("ddp"), ParallelConfig("fsdp2", shard_degree=2)
 # Processes and backend of each launch; the first is what it is compared with.
-ZERO_1, DDP, HSDP = (
-    ParallelConfig("deepspeed", zero_stage=1),
-    ParallelConfig("ddp"),
-    ParallelConfig("fsdp2", shard_degree=2),
-)
 ROUTES = {
     "fsdp2": [(1, FSDP2), (2, FSDP2), (4, FSDP2), (3, FSDP2)],
     "zero 2": [(1, ZERO_2), (2, ZERO_2), (4, ZERO_2), (3, ZERO_2)],

@@ -238,6 +238,8 @@ def test_megamor_reads_it_back(name: str, exports: Path) -> None:
     loaded, model = load_model(exports / name, "cpu"), make_model(name)
     for section in ("model", "recursion", "router"):
         assert getattr(loaded.config, section) == getattr(model.config, section)
+    for setting in ("seq_len", "document_mask"):  # else a validation loss would be another
+        assert getattr(loaded.config.data, setting) == getattr(model.config.data, setting)
     torch.testing.assert_close(loaded.model.state_dict(), model.float().state_dict(), rtol=0, atol=0)
     assert (loaded.name, loaded.step) == (name, None)
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
@@ -255,13 +257,17 @@ def test_routers_are_not_rounded_when_loaded(exports: Path) -> None:
 
 
 def test_what_is_no_export_of_a_whole_model_is_refused(exports: Path, tmp_path: Path) -> None:
-    assert load_model(exports / "with_tokenizer", "cpu").tokenizer().get_vocab_size() > 0
+    whole = load_model(exports / "with_tokenizer", "cpu")
+    assert whole.config.data.tokenizer == str(whole.tokenizer_path)
+    assert whole.tokenizer().get_vocab_size() > 0
     weights = (exports / "vanilla" / "model.safetensors").read_bytes()
     settings = json.loads((exports / "vanilla" / "config.json").read_text())
     sections = settings["megamor"]
     narrower = {**settings, "megamor": {**sections, "model": {**sections["model"], "ffn_dim": 8}}}
     cases = (
         ({"model_type": "llama"}, weights, "'llama', not of megamor's"),
+        ({"model_type": "megamor"}, weights, "KeyError: 'megamor'"),
+        ([], weights, "can't be read as an exported model"),
         (settings, weights[:-100], "can't be read as an exported model"),
         (settings, None, "can't be read as an exported model"),
         (narrower, weights, "belongs to another model"),
