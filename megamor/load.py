@@ -12,10 +12,9 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from megamor.checkpoint import check_same_model, open_checkpoint
+from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.config import Config, config_from_dict
-from megamor.errors import CheckpointError
 from megamor.interop import is_export, read_export
 from megamor.model import Transformer, build_model
 
@@ -47,10 +46,7 @@ class LoadedModel:
         Raises:
             CheckpointError: it was saved without one.
         """
-        path = self.directory / TOKENIZER_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{self.directory} has no {TOKENIZER_FILE}; it was saved without one")
-        return path
+        return stored_file(self.directory, TOKENIZER_FILE)
 
     def tokenizer(self) -> Tokenizer:
         """That tokenizer; raises as `tokenizer_path`."""

@@ -4,7 +4,7 @@ from megamor.checkpoint.background import BackgroundSave
 from megamor.checkpoint.manager import CheckpointManager
 from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.ranks import Ranks
-from megamor.checkpoint.reader import Checkpoint, open_checkpoint
+from megamor.checkpoint.reader import Checkpoint, open_checkpoint, stored_file
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
 from megamor.checkpoint.trainer_state import TrainerState, code_revision, library_versions
@@ -26,6 +26,7 @@ __all__ = [
     "restore_rng",
     "rng_states",
     "state_shapes",
+    "stored_file",
     "verify",
     "weight_shapes",
     "write_rng",

@@ -32,7 +32,7 @@ class Checkpoint:
     @property
     def config_yaml(self) -> str:
         """The resolved configuration of the run, as YAML text."""
-        return self._file(layout.CONFIG_FILE).read_text(encoding="utf-8")
+        return stored_file(self.directory, layout.CONFIG_FILE).read_text(encoding="utf-8")
 
     @property
     def tokenizer_path(self) -> Path:
@@ -41,7 +41,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it was saved without one.
         """
-        return self._file(layout.TOKENIZER_FILE)
+        return stored_file(self.directory, layout.TOKENIZER_FILE)
 
     @property
     def trainer_state(self) -> TrainerState:
@@ -52,11 +52,17 @@ class Checkpoint:
         """Full CPU tensors by parameter name; see `load_weights`."""
         return load_weights(self.directory)
 
-    def _file(self, name: str) -> Path:
-        path = self.directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{self.directory} has no {name}; it was saved without one")
-        return path
+
+def stored_file(directory: Path, name: str) -> Path:
+    """The file of that name in a checkpoint's or an export's directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {name}; it was saved without one")
+    return path
 
 
 def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:

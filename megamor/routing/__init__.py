@@ -21,7 +21,7 @@ from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
 from megamor.routing.halting import HaltingRouter
-from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import MarkedSet, Mix, RoutingPlan, TokenSet
 from megamor.routing.random import RandomRouter
 from megamor.routing.router import DepthBounds, InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
 from megamor.routing.skip_forward_recurse import SkipForwardRecurseRouter
@@ -30,6 +30,7 @@ from megamor.routing.token_choice import TokenChoiceRouter
 __all__ = [
     "DepthBounds",
     "InferenceRule",
+    "MarkedSet",
     "Mix",
     "Mode",
     "Ratio",

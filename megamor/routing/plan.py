@@ -129,6 +129,35 @@ class TokenSet:
         return stream + values if self.index is None else stream.index_add(0, self.index, values)
 
 
+@dataclass(frozen=True)
+class MarkedSet(TokenSet):
+    """All rows of the stream, of which those `kept` [N] belong to the set: choosing among them moves none of them.
+
+    In the causal mode what is computed for the others is never looked at, and the device isn't asked how many there
+    are, as serving wants it. `places` [N] are those of all rows.
+    """
+
+    places: Tensor | None = None
+    kept: Tensor | None = None
+
+    @staticmethod
+    def of(places: Tensor) -> MarkedSet:
+        """Every row, [N] in all, as sequences of one token each."""
+        return MarkedSet(len(places), 1, 1, places=places)
+
+    def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
+        """As `TokenSet.where`, but the places are those of all rows."""
+        assert self.places is not None
+        return replace(self, kept=keep if self.kept is None else self.kept & keep), self.places
+
+    def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
+        """As `TokenSet.scatter`, from `values` [N, ...] of all rows."""
+        values = values.to(stream.dtype)
+        if self.kept is None:
+            return values
+        return torch.where(self.kept.view(-1, *(1,) * (stream.dim() - 1)), values, stream)
+
+
 Weight = Tensor | float | None
 
 

@@ -159,7 +159,6 @@ class ServingEngine:
             request.open.append(Continuation(request, index, state))
             self.continuations[state.number] = request.open[-1]
             self.scheduler.add(state)
-        self.total.prompt_tokens += len(prompt)
         return request.number
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
@@ -188,9 +187,6 @@ class ServingEngine:
         for continuation in list(found.open) if found else ():
             if index in (None, continuation.index):
                 self.release(continuation)
-        if found and not found.open:
-            del self.requests[request]
-            self.total.requests_aborted += 1
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -297,6 +293,7 @@ class ServingEngine:
             if reason is None and len(sequence.tokens) - sequence.prompt_length >= params.max_tokens:
                 reason = "length"
             if first:
+                self.total.prompt_tokens += sequence.prompt_length
                 self.total.cached_prompt_tokens += sequence.cached_tokens or 0
             found = logprobs[sampled[piece]] if piece in sampled else None
             outputs.append(
@@ -312,7 +309,7 @@ class ServingEngine:
                 )
             )
             if reason is not None:
-                self.finish(owner)
+                self.release(owner)
         return outputs
 
     def take_prompt_logprobs(self, owner: Continuation) -> tuple[TokenLogprob | None, ...] | None:
@@ -322,17 +319,12 @@ class ServingEngine:
         return None, *(owner.prompt_logprobs[place] for place in range(1, owner.sequence.prompt_length))
 
     def release(self, owner: Continuation) -> None:
-        """Free what a continuation holds."""
+        """A continuation has come to its end, one way or the other; free what it holds."""
         self.scheduler.remove(owner.sequence)
         del self.continuations[owner.sequence.number]
         owner.request.open.remove(owner)
-
-    def finish(self, owner: Continuation) -> None:
-        """A continuation has come to its end."""
-        self.release(owner)
         if not owner.request.open:
             del self.requests[owner.request.number]
-            self.total.requests_finished += 1
 
     def stats(self) -> EngineStats:
         """A snapshot."""

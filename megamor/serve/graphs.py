@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.blocks import rotary_angles
-from megamor.serve.paged_attention import PagedKeysValues, Reading, single_rows_layout
+from megamor.serve.paged_attention import PagedKeysValues, Reading, integers, single_rows_layout
 
 Store = tuple[Tensor, ...]
 """Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each."""
@@ -78,16 +78,16 @@ class LaunchGraphs:
         filler = [0, nowhere, 1, *[spare] * num_pages]
         launch = self.recorded.get((chain, width, num_pages))
         if launch is None:
-            launch = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), torch.tensor([filler] * width).T)
+            launch = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), integers([filler] * width, x.device).T)
             self.recorded[chain, width, num_pages] = launch
-        launch.numbers.copy_(torch.tensor(numbers + [filler] * (width - len(rows))).T)
+        launch.numbers.copy_(integers(numbers + [filler] * (width - len(rows)), x.device).T)
         launch.x[: len(x)] = x
         launch.replay()
         return launch.out[: len(x)].clone()  # the next graph may use the memory
 
     def make(self, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, numbers: Tensor) -> Recorded:
         """Record the blocks on x [width, dim] with `numbers`, which are of rows that do nothing."""
-        numbers = numbers.contiguous().to(x.device)
+        numbers = numbers.contiguous()
         head_dim, theta = self.config.head_dim, self.config.rope_theta
 
         def launch() -> Tensor:

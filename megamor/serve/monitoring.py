@@ -89,9 +89,7 @@ class _EngineCollector(Collector):
         yield _labelled_gauge("kv_pages_by_depth", "Pages of the core held at a depth.", "depth", depth)
         yield _counter("prompt_tokens", "Prompt tokens read.", stats.prompt_tokens)
         yield _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_prompt_tokens)
-        yield _counter(
-            "prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens + stats.cached_prompt_tokens
-        )
+        yield _counter("prefix_cache_queries", "Prompt tokens that might have been there.", stats.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated.", stats.generated_tokens)
         yield _counter("num_preemptions", "Sequences that had to give up their pages.", stats.preemptions)
         yield _counter("rows_saved", "Rows of the core that full depth would have taken more.", stats.rows_saved)

@@ -89,23 +89,25 @@ class PageBook:
         """Pages of each pool that `tables` lack for `num_tokens` more, all of which may take `max_depth` recursions."""
         needed = dict.fromkeys(self.pools, 0)
         for spec, table in zip(self.specs, tables, strict=True):
-            if spec.lists(max_depth):
-                needed[spec.pool] += max(0, self.pages_for(table.length + num_tokens) - len(table.pages))
+            count = self.pages_for(table.length + num_tokens) - len(table.pages)
+            if count > 0 and spec.lists(max_depth):
+                needed[spec.pool] += count
         return needed
 
     def reserve(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> None:
         """Take what is missing, which must be free."""
         for spec, table in zip(self.specs, tables, strict=True):
-            if spec.lists(max_depth):
-                count = self.pages_for(table.length + num_tokens) - len(table.pages)
-                table.pages += self.pools[spec.pool].take(max(0, count))
+            count = self.pages_for(table.length + num_tokens) - len(table.pages)
+            if count > 0 and spec.lists(max_depth):
+                table.pages += self.pools[spec.pool].take(count)
 
     def trim(self, tables: Sequence[PageTable]) -> None:
         """Give back pages that are reserved beyond the length."""
         for spec, table in zip(self.specs, tables, strict=True):
             kept = self.pages_for(table.length)
-            self.pools[spec.pool].release(table.pages[kept:])
-            del table.pages[kept:]
+            if kept < len(table.pages):
+                self.pools[spec.pool].release(table.pages[kept:])
+                del table.pages[kept:]
 
     def release(self, tables: Sequence[PageTable]) -> None:
         """Give back everything; the tables are empty afterwards."""

@@ -127,7 +127,8 @@ class EngineStats:
     Counters: `launches` and `rows` by kind ("entry", "core", "exit"), `seconds` by kind and of the "scheduler";
     `width_counts` of core launches by rows, `mixed_depths` of core launches by the number of different depths in them,
     `depth_counts` [Nr + 1] of read tokens by recursions taken, `rows_saved` (core rows that full depth would have
-    taken more).
+    taken more); `prompt_tokens` of continuations that have begun, `cached_prompt_tokens` of these from the
+    prefix cache.
     """
 
     resident: int = 0
@@ -148,8 +149,6 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
-    requests_finished: int = 0
-    requests_aborted: int = 0
     preemptions: int = 0
 
 

@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
-from megamor.routing import DepthBounds, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.serve.graphs import LaunchGraphs
 from megamor.serve.layers import LayerAccess, Layers
-from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, paged_layout
+from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, integers, paged_layout
 from megamor.serve.pages import EVERY_TOKEN
 from megamor.serve.prefix import Copy
 from megamor.serve.scheduler import Piece
 
 Layout = PagedLayout | KernelLayout
+FOREIGN_SET = (
+    "the plan for recursion {recursion} (counted from 0) has tokens that aren't from the candidates: when serving, a "
+    "router must select with candidates.where, see docs/routers.md"
+)
 WEIGHTS = tuple(field.name for field in fields(Mix))
 
 
@@ -76,6 +81,17 @@ class Binding:
     rows: Tensor | None
 
 
+Outcome = tuple[list[list[int]], Tensor | None]
+"""Rows of each piece, and which of all these go on, [N]; None for all."""
+
+
+def chosen(outcomes: Sequence[Outcome]) -> list[list[int]]:
+    """The rows of each piece that go on. The device is asked once."""
+    asked = [kept for _, kept in outcomes if kept is not None]
+    marks = iter(torch.cat(asked).tolist() if asked else ())
+    return [[row for row in some if kept is None or next(marks)] for rows, kept in outcomes for some in rows]
+
+
 class Runner:
     """A model with its pages, of which the last of each pool is nobody's.
 
@@ -98,6 +114,7 @@ class Runner:
             for pool, count in layers.in_pool.items()
         }
         self.slots = SlotTable(num_slots)
+        self.all_places = torch.arange(num_slots, device=self.device)
         self.mixes: dict[int, Mix] = {}
         self.session: RoutingSession | None = None
         self.graphs: LaunchGraphs | None = None
@@ -113,25 +130,21 @@ class Runner:
         """Embedding, prelude and the router's first word; the rows of each piece that take the first recursion."""
         slots = self.tensor([slot for piece in pieces for slot in piece.slots])
         ids = [token for p in pieces for token in p.sequence.tokens[p.start : p.start + p.length]]
-        positions = self.tensor([p.start + row for p in pieces for row in range(p.length)])
         x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), pieces, first_layer=0)
         self.slots.put("stream", slots, x)
         stage = self.model.stage
         if stage is None:
             return [[] for _ in pieces]
-        bounds = [p.sequence.bounds(p.start + row) for p in pieces for row in range(p.length)]
-        for name, values in (("least", [low for low, _ in bounds]), ("most", [high for _, high in bounds])):
-            self.slots.put(name, slots, self.tensor(values))
-        self.slots.put("position", slots, positions)
         self.slots.put("input", slots, x)
         if "emitted" in self.slots.tensors:
             self.slots.put("emitted", slots, torch.zeros_like(x))
-        session = self.session = stage.router.begin(x, self.context(slots, pieces))
         rows = [list(range(piece.length)) for piece in pieces]
-        going_on = self.route(session, 0, x, slots, pieces, rows)
+        positions = self.tensor([piece.start + row for piece in pieces for row in range(piece.length)])
+        session = self.session = stage.router.begin(x, self.context(pieces, rows, positions))
+        kept = self.route(session, 0, x, slots)
         for name in session.per_row:
             self.slots.put(f"router.{name}", slots, getattr(session, name))
-        return going_on
+        return chosen([(rows, kept)])
 
     def core(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """One recursion for every piece, which are sorted by it; the rows of each that take the next."""
@@ -139,26 +152,28 @@ class Runner:
         assert stage is not None
         parts = self.parts(pieces)
         rows = [(p, row) for part in parts for p, rows in zip(part.pieces, part.rows, strict=True) for row in rows]
-        slots = self.tensor([piece.slots[row] for piece, row in rows])
+        slots, positions = self.tensor(
+            [[piece.slots[row] for piece, row in rows], [piece.start + row for piece, row in rows]]
+        )
         x = self.slots.get("stream", slots)
         entered = x
         if stage.recursion_embedding is not None:
             added = [stage.recursion_embedding[part.recursion].expand(part.end - part.first, -1) for part in parts]
             x = x + torch.cat(added)
-        x = self.replay_core(parts, rows, x) if self.fits(len(rows)) else self.run_core(parts, x, slots)
-        going_on = []
+        x = self.replay_core(parts, rows, x) if self.fits(len(rows)) else self.run_core(parts, x, positions)
+        outcomes = []
         for part in parts:
-            y, before, where = x[part.first : part.end], entered[part.first : part.end], slots[part.first : part.end]
+            tensors = [tensor[part.first : part.end] for tensor in (entered, x, slots, positions)]
             if part.taking is not None:
-                y, before, where = (tensor.index_select(0, part.taking) for tensor in (y, before, where))
-            going_on += self.finish_recursion(part, before, y, where)
-        return going_on
+                tensors = [tensor.index_select(0, part.taking) for tensor in tensors]
+            outcomes.append(self.finish_recursion(part, *tensors))
+        return chosen(outcomes)
 
-    def run_core(self, parts: Sequence[Part], x: Tensor, slots: Tensor) -> Tensor:
-        """The core's blocks on x [N, dim], the rows of `parts`."""
+    def run_core(self, parts: Sequence[Part], x: Tensor, positions: Tensor) -> Tensor:
+        """The core's blocks on x [N, dim], the rows of `parts` with their `positions` [N]."""
         stage = self.model.stage
         assert stage is not None
-        angles = self.angles(self.slots.get("position", slots))
+        angles = self.angles(positions)
         bindings: dict[tuple[Any, ...], Binding] = {}
         for place in range(self.layers.num_places):
             outs = []
@@ -270,68 +285,53 @@ class Runner:
                 places += [self.places(pages, [entries[row]])[0] if row in entries else None for row in members]
         return places
 
-    def finish_recursion(self, part: Part, before: Tensor, y: Tensor, slots: Tensor) -> list[list[int]]:
+    def finish_recursion(self, part: Part, before: Tensor, y: Tensor, slots: Tensor, positions: Tensor) -> Outcome:
         """Combine the core's output [N, dim] with what went in, and ask the router who goes on."""
+        rows = [piece.active for piece in part.pieces]
         if len(y) == 0:
-            return [[] for _ in part.pieces]
+            return rows, None
         assert self.session is not None
-        context = self.context(slots, part.pieces)
         state = {name: self.slots.get(f"router.{name}", slots) for name in self.session.per_row}
-        session = self.session.regrouped(context, state)
-        everything = TokenSet.all(len(slots), 1)
+        session = self.session.regrouped(self.context(part.pieces, rows, positions), state)
         mix = self.mixes[part.recursion]
         tensors = [name for name in WEIGHTS if isinstance(getattr(mix, name), Tensor)]
         stored: dict[str, Any] = {name: self.slots.get(f"mix.{name}", slots) for name in tensors}
-        plan = RoutingPlan(everything, None, replace(mix, **stored))
+        plan = RoutingPlan(TokenSet.all(len(slots), 1), None, replace(mix, **stored))
         mix = session.mix(part.recursion, plan, y)
         if mix.emit is not None:
             emitted = weighted(mix.emit, y).to(y.dtype)
             if "emitted" in self.slots.tensors:
                 emitted = emitted + self.slots.get("emitted", slots)
             self.slots.put("emitted", slots, emitted)
-        x = combine(mix, before, y, self.slots.get("input", slots), plan)
+        stage_input = before if mix.from_input is None else self.slots.get("input", slots)
+        x = combine(mix, before, y, stage_input, plan)
         self.slots.put("stream", slots, x)
-        if part.recursion + 1 == self.layers.num_recursions:
-            going_on: list[list[int]] = [[] for _ in part.pieces]
-        else:
-            going_on = self.route(
-                session, part.recursion + 1, x, slots, part.pieces, [piece.active for piece in part.pieces]
-            )
+        outcome: Outcome = [[] for _ in rows], None
+        if part.recursion + 1 < self.layers.num_recursions:
+            outcome = rows, self.route(session, part.recursion + 1, x, slots)
         for name in session.per_row:
             self.slots.put(f"router.{name}", slots, getattr(session, name))
-        return going_on
+        return outcome
 
-    def route(
-        self,
-        session: RoutingSession,
-        recursion: int,
-        x: Tensor,
-        slots: Tensor,
-        pieces: Sequence[Piece],
-        rows: Sequence[Sequence[int]],
-    ) -> list[list[int]]:
-        """Which of the `rows` of each piece, with stream x [N, dim], take `recursion`; how is put into the slots."""
-        plan = session.route(recursion, x, TokenSet.all(len(slots), 1))
+    def route(self, session: RoutingSession, recursion: int, x: Tensor, slots: Tensor) -> Tensor | None:
+        """Which rows take `recursion`, [N], those with stream x [N, dim] in `slots`; None for all."""
+        plan = session.route(recursion, x, MarkedSet.of(self.all_places[: len(slots)]))
         self.mixes[recursion] = plan.mix
-        chosen = slots if plan.places is None else slots[plan.places]
         for name in WEIGHTS:
             weight = getattr(plan.mix, name)
             if isinstance(weight, Tensor):
-                self.slots.put(f"mix.{name}", chosen, weight)
-        if plan.places is None:
-            return [list(members) for members in rows]
-        goes_on = torch.zeros(len(slots), dtype=torch.bool, device=self.device).index_fill_(0, plan.places, True)
-        marks = iter(goes_on.tolist())
-        return [[row for row in members if next(marks)] for members in rows]
+                self.slots.put(f"mix.{name}", slots, weight)
+        if not isinstance(plan.tokens, MarkedSet):
+            raise ConfigError(FOREIGN_SET.format(recursion=recursion))
+        return plan.tokens.kept
 
-    def context(self, slots: Tensor, pieces: Sequence[Piece]) -> RoutingContext:
-        """For the rows of `slots`, which belong to `pieces`; bounds only where one of them has any."""
-        free = all(
-            piece.start >= len(piece.sequence.depths) and piece.sequence.max_depth == self.layers.num_recursions
-            for piece in pieces
-        )
-        bounds = None if free else DepthBounds(self.slots.get("least", slots), self.slots.get("most", slots))
-        return RoutingContext(len(slots), 1, "causal", 0, self.slots.get("position", slots), bounds)
+    def context(self, pieces: Sequence[Piece], rows: Sequence[Sequence[int]], positions: Tensor) -> RoutingContext:
+        """For `rows` of each piece, at `positions` [N]; with bounds only where one of them has any."""
+        bounds = None
+        if any(p.start < len(p.sequence.depths) or p.sequence.max_depth < self.layers.num_recursions for p in pieces):
+            pairs = [p.sequence.bounds(p.start + row) for p, some in zip(pieces, rows, strict=True) for row in some]
+            bounds = DepthBounds(*self.tensor([*zip(*pairs, strict=True)]))
+        return RoutingContext(len(positions), 1, "causal", 0, positions, bounds)
 
     def paged(self, readings: Sequence[Reading]) -> Layout:
         """The attention layout of rows that read these."""
@@ -348,6 +348,6 @@ class Runner:
         config = self.model.config.model
         return rotary_angles(positions, config.head_dim, config.rope_theta, self.dtype)
 
-    def tensor(self, numbers: Sequence[int]) -> Tensor:
+    def tensor(self, numbers: Sequence[Any]) -> Tensor:
         """Integers on the device."""
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        return integers(numbers, self.device)

@@ -272,12 +272,13 @@ class Scheduler:
 
     def reserve(self, sequence: SequenceState, count: int) -> bool:
         """Pages for `count` more tokens of a resident, if need be at the cost of younger ones."""
-        while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
+        while not self.make_room(needed := self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
                 return False
             self.preempt(youngest)
-        self.book.reserve(sequence.tables, count, sequence.max_depth)
+        if any(needed.values()):
+            self.book.reserve(sequence.tables, count, sequence.max_depth)
         return True
 
     def begin(self, sequence: SequenceState, count: int) -> Piece:
@@ -314,12 +315,12 @@ class Scheduler:
         self.free_slots += piece.slots
         sequence.piece = None
         for spec, table in zip(self.limits.tables, sequence.tables, strict=True):
-            table.length += sum(spec.lists(depth) for depth in piece.depths)
+            table.length += sum([spec.lists(depth) for depth in piece.depths])
         self.book.trim(sequence.tables)
-        for row, depth in enumerate(piece.depths):
+        known = max(0, len(sequence.depths) - piece.start)
+        for row, depth in enumerate(piece.depths[:known]):
             if depth < (least := sequence.bounds(piece.start + row)[0]):
                 raise ConfigError(BOUND_BROKEN.format(row=piece.start + row, depth=depth, bound=least))
-        known = max(0, len(sequence.depths) - piece.start)
         sequence.depths += piece.depths[known:]
         before, sequence.num_read = sequence.num_read, sequence.num_read + piece.length
         if self.limits.prefix_caching:

@@ -20,9 +20,9 @@ from megamor.config import (
 )
 from megamor.errors import ConfigError
 from megamor.model import ModelOutput, Transformer, build_model
-from megamor.routing import InferenceRule, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.routing import DepthBounds, InferenceRule, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.routing.expert_choice import warmed_up_capacity
-from megamor.routing.plan import Mix
+from megamor.routing.plan import MarkedSet, Mix
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
 
 
@@ -247,3 +247,55 @@ def test_picking_and_finding_agree() -> None:
     assert picked.find(ragged).tolist() == places.tolist() == [0, 2, 6, 7, 8]
     assert picked.rank_of(ragged, torch.device("cpu")).tolist() == [0, 2, 0, 1, 2]
     assert ragged.rank_of(ragged, torch.device("cpu")).tolist() == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choosing_in_place_is_choosing(router: str, bounded: bool) -> None:
+    """Serving leaves all rows where they are and marks the chosen ones: the same ones, with the same weights."""
+    stage = lively_model(tiny_config(ROUTERS[router])).eval().stage
+    states = torch.randn(4, 40, tiny_config(ROUTERS[router]).model.dim, generator=torch.Generator().manual_seed(3))
+    states = states.to(next(stage.parameters()).dtype)
+    most = torch.arange(40) % 3 + 1
+    context = RoutingContext(40, 1, "causal", 0, torch.arange(40), DepthBounds(most // 3, most) if bounded else None)
+    moved, marked = (stage.router.begin(states[0], context) for _ in range(2))
+    tokens, marks = TokenSet.all(40, 1), MarkedSet.of(torch.arange(40))
+    sizes = []
+    for recursion in range(stage.router.num_recursions):
+        plan = moved.route(recursion, tokens.gather(states[recursion]), tokens)
+        other = marked.route(recursion, states[recursion], marks)
+        tokens, marks = plan.tokens, other.tokens
+        rows = tokens.rows(torch.device("cpu"))
+        kept = torch.ones(40, dtype=torch.bool) if marks.kept is None else marks.kept
+        assert kept.nonzero().flatten().tolist() == rows.tolist()
+        mix = moved.mix(recursion, plan, states[recursion + 1][rows])
+        # Serving asks for the weights of what has run alone.
+        alone = marked.regrouped(
+            replace(context, batch=len(rows), positions=rows, bounds=bound_rows(context.bounds, rows)),
+            {name: getattr(marked, name)[rows] for name in marked.per_row},
+        )
+        executed = RoutingPlan(TokenSet.all(len(rows), 1), None, at_rows(other.mix, rows))
+        assert_same_mix(alone.mix(recursion, executed, states[recursion + 1][rows]), mix)
+        for name in marked.per_row:
+            setattr(marked, name, getattr(marked, name).index_copy(0, rows, getattr(alone, name)))
+        sizes.append(len(rows))
+    assert sizes[0] > 0
+    assert bounded or router.startswith(("fixed", "act_soft")) or min(sizes) < 40, sizes
+
+
+def bound_rows(bounds: DepthBounds | None, rows: Tensor) -> DepthBounds | None:
+    return None if bounds is None else DepthBounds(bounds.least[rows], bounds.most[rows])
+
+
+def at_rows(mix: Mix, rows: Tensor) -> Mix:
+    weights = {name: getattr(mix, name) for name in ("from_core", "from_stream", "from_input", "emit")}
+    return Mix(**{name: value[rows] if isinstance(value, Tensor) else value for name, value in weights.items()})
+
+
+def assert_same_mix(one: Mix, other: Mix) -> None:
+    for name in ("from_core", "from_stream", "from_input", "emit"):
+        a, b = getattr(one, name), getattr(other, name)
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        else:
+            assert a == b, name
