@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=30, help="of each engine (default: 30)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of each request (default: 64)")
     parser.add_argument("--new-tokens", type=_numbers, default=[96, 160], metavar="A,B", help="default: 96,160")
-    parser.add_argument("--page-size", type=int, default=16, help="256: read in place by the kernel (default: 16)")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="start every kernel by itself")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     parser.add_argument("--revision", metavar="REV", help="to record as the commit, where there is no git checkout")

@@ -93,7 +93,7 @@ class LaunchGraphs:
         def launch() -> Tensor:
             (positions, places, ends), tables = numbers[:3].unbind(), numbers[3:].T
             angles = rotary_angles(positions, head_dim, theta, x.dtype)
-            layout = single_rows_layout(tables, ends, self.page_size, head_dim, x.dtype)
+            layout = single_rows_layout(tables, ends, self.page_size, x.dtype)
             y = x
             for block, (k, v) in zip(blocks, stores, strict=True):
                 y, _ = block(y, angles, layout, PagedKeysValues(k, v, places, None))

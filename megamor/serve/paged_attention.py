@@ -2,7 +2,7 @@
 
 Every row sees the first so many entries of one virtual sequence: entries are in the order of their tokens, so nothing
 else is causal about it, and which depths the rows are at makes no difference. Pages are gathered into grids of rows
-with similarly many pages, one call of SDPA each; on a GPU, pages of 256 tokens can be read where they are.
+with similarly many pages, one call of SDPA each; on a GPU a kernel reads the pages where they are (`paged_kernel.py`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
-from megamor.model.attention import has_packed_kernel
 from megamor.model.blocks import KeysValues, KeyValue
 
 
@@ -135,77 +132,55 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group, alone: bool) -> 
     return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(size * length, -1)
 
 
-PAGE_MULTIPLE = 256
-"""Page sizes that flash attention's paged kernel takes are multiples of this (its blocks never straddle two pages)."""
-
-
 @dataclass(frozen=True)
 class KernelLayout:
-    """The same by the paged variable-length kernel, which reads the pages where they are.
+    """The same for the kernel that reads the pages where they are: row i sees ends[i] entries of tables[owners[i]].
 
-    Piece i is rows bounds[i] to bounds[i + 1]; its last row sees used[i] entries of the pages in tables[i], each row
-    before it one less. `longest` are upper bounds of a piece's rows and entries.
+    tables [M, pages], owners and ends [N], all int64.
     """
 
-    bounds: Tensor
     tables: Tensor
-    used: Tensor
-    longest: tuple[int, int]
+    owners: Tensor
+    ends: Tensor
 
     @staticmethod
     def of(readings: Sequence[Reading], page_size: int, device: torch.device) -> KernelLayout:
         """Tell the kernel about `readings`."""
-        # Causal attention is aligned at the last key; rows that skip entries (shared keys) are pieces of their own.
-        pieces = [piece for reading in readings for piece in consecutive(reading)]
-        lengths = [len(piece.ends) for piece in pieces]
-        longest = max(piece.ends[-1] for piece in pieces)
-        num_pages = -(-longest // page_size)
-        tables = [(piece.pages[:num_pages] + [0] * num_pages)[:num_pages] for piece in pieces]
-        bounds = integers([0, *accumulate(lengths)], device).int()
-        used = integers([piece.ends[-1] for piece in pieces], device).int()
-        return KernelLayout(bounds, integers(tables, device).int(), used, (max(lengths), num_pages * page_size))
+        longest = -(-max(max(reading.ends) for reading in readings) // page_size)
+        tables = [(reading.pages + [0] * longest)[:longest] for reading in readings]
+        rows = [(number, end) for number, reading in enumerate(readings) for end in reading.ends]
+        owners, ends = integers(rows, device).T
+        return KernelLayout(integers(tables, device), owners.contiguous(), ends.contiguous())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `PagedLayout.attend`."""
-        out: Any = varlen_attn(
-            q, k, v, self.bounds, None, *self.longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[2],
-            seqused_k=self.used, block_table=self.tables,
-        )  # fmt: skip
-        return out.flatten(1)
+        from megamor.serve.paged_kernel import paged_attention  # needs Triton, which comes with torch for GPUs
 
-
-def consecutive(reading: Reading) -> list[Reading]:
-    """`reading` in parts whose rows see one entry more each."""
-    cuts = [row for row in range(1, len(reading.ends)) if reading.ends[row] != reading.ends[row - 1] + 1]
-    edges = [0, *cuts, len(reading.ends)]
-    return [Reading(reading.pages, reading.ends[first:end]) for first, end in pairwise(edges)]
+        return paged_attention(q, k, v, self.tables, self.owners, self.ends).flatten(1)
 
 
 def paged_layout(
-    readings: Sequence[Reading], page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    readings: Sequence[Reading], page_size: int, dtype: torch.dtype, device: torch.device
 ) -> PagedLayout | KernelLayout:
-    """The layout for a launch: the kernel where there is one that takes such pages."""
-    if reads_in_place(page_size, head_dim, dtype, device):
+    """The layout for a launch."""
+    if reads_in_place(device):
         return KernelLayout.of(readings, page_size, device)
     return PagedLayout.of(readings, page_size, dtype, device)
 
 
-def single_rows_layout(
-    tables: Tensor, ends: Tensor, page_size: int, head_dim: int, dtype: torch.dtype
-) -> PagedLayout | KernelLayout:
+def single_rows_layout(tables: Tensor, ends: Tensor, page_size: int, dtype: torch.dtype) -> PagedLayout | KernelLayout:
     """Row i sees the first ends[i] entries of the pages in tables[i]: ends [N], tables [N, pages], both int64.
 
     What they hold needn't be known to the host.
     """
     count, num_pages = tables.shape
-    if reads_in_place(page_size, head_dim, dtype, tables.device):
-        bounds = torch.arange(count + 1, dtype=torch.int32, device=tables.device)
-        return KernelLayout(bounds, tables.int(), ends.int(), (1, num_pages * page_size))
     rows = torch.arange(count, device=tables.device)
+    if reads_in_place(tables.device):
+        return KernelLayout(tables, rows, ends)
     mask = beginnings(ends.unsqueeze(1), num_pages * page_size, dtype)
     return PagedLayout([Group(rows, tables.flatten(), mask)], None)
 
 
-def reads_in_place(page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a kernel that takes such pages where they are."""
-    return has_packed_kernel(device, dtype, head_dim) and page_size % PAGE_MULTIPLE == 0
+def reads_in_place(device: torch.device) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cuda"

@@ -335,8 +335,7 @@ class Runner:
 
     def paged(self, readings: Sequence[Reading]) -> Layout:
         """The attention layout of rows that read these."""
-        head_dim = self.model.config.model.head_dim
-        return paged_layout(readings, self.page_size, head_dim, self.dtype, self.device)
+        return paged_layout(readings, self.page_size, self.dtype, self.device)
 
     def places(self, pages: Sequence[int], entries: Sequence[int]) -> list[int]:
         """Where entries of a table lie, counted through all pages."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamor.model.attention import has_packed_kernel
-from megamor.serve.paged_attention import PAGE_MULTIPLE, KernelLayout, PagedLayout, Reading
+from megamor.serve.paged_attention import KernelLayout, PagedLayout, Reading
 from megamor.serve.scheduler import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import SERVED, Schedule, check, expected
@@ -18,17 +17,25 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("page_size", [16, 256])
 @pytest.mark.parametrize("kv_heads", [2, 6])
-def test_the_kernel_reads_pages(kv_heads: int) -> None:
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    assert has_packed_kernel(device, dtype, 64)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str
+)
+def test_the_kernel_reads_pages(dtype: torch.dtype, tolerance: float, kv_heads: int, page_size: int) -> None:
+    device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
-    readings = [Reading([3, 1], [300]), Reading([5, 0], list(range(250, 260))), Reading([2], [7, 9, 200])]
+    pages = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    readings = [
+        Reading(pages[:20], [300]),
+        Reading(pages[20:40], list(range(250, 260))),
+        Reading(pages[40:], [7, 9, 200]),
+    ]
     q = torch.randn(14, 6, 64, generator=generator, device=device, dtype=dtype)
-    k, v = (torch.randn(6, PAGE_MULTIPLE, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
-    found = KernelLayout.of(readings, PAGE_MULTIPLE, device).attend(q, k, v)
-    wanted = PagedLayout.of(readings, PAGE_MULTIPLE, dtype, device).attend(q, k, v)
-    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+    k, v = (torch.randn(60, page_size, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
+    found = KernelLayout.of(readings, page_size, device).attend(q, k, v)
+    wanted = PagedLayout.of(readings, page_size, dtype, device).attend(q, k, v)
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kv_policy", SERVED)

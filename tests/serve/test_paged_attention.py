@@ -1,16 +1,12 @@
-"""Paged attention: grids of gathered pages and the kernel's arguments give what a loop over the rows gives."""
+"""Paged attention: grids of gathered pages give what a loop over the rows gives."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve import paged_attention
-from megamor.serve.paged_attention import KernelLayout, PagedLayout, Reading
+from megamor.serve.paged_attention import PagedLayout, Reading
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 CPU = torch.device("cpu")
@@ -46,25 +42,6 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def kernel_by_the_book(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, other: None, max_q: int, max_k: int, **options: Any
-) -> Tensor:
-    """What torch documents of `varlen_attn` with a block table, as a loop."""
-    assert options["window_size"] == (-1, 0)
-    assert options["enable_gqa"]
-    outs = []
-    for piece, (table, used) in enumerate(zip(options["block_table"], options["seqused_k"].tolist(), strict=True)):
-        first, end = bounds[piece : piece + 2].tolist()
-        assert end - first <= max_q
-        assert used <= max_k
-        keys, values = (pages[table.long()].flatten(0, 1)[:used].transpose(0, 1) for pages in (k, v))
-        mask = torch.arange(used) <= torch.arange(used - (end - first), used).unsqueeze(1)
-        query = q[first:end].transpose(0, 1).unsqueeze(0)
-        out = F.scaled_dot_product_attention(query, keys.unsqueeze(0), values.unsqueeze(0), mask, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
 def test_gathered_pages() -> None:
     q, k, v = tensors()
     layout = PagedLayout.of(READINGS, PAGE, torch.float64, CPU)
@@ -80,11 +57,3 @@ def test_one_group_keeps_the_order() -> None:
         PagedLayout.of([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(readings)
     ]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-12, rtol=0)
-
-
-def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = tensors()
-    monkeypatch.setattr(paged_attention, "varlen_attn", kernel_by_the_book)
-    layout = KernelLayout.of(READINGS, PAGE, CPU)
-    assert len(layout.used) == 8
-    torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v), atol=1e-12, rtol=0)

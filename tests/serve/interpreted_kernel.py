@@ -1,0 +1,72 @@
+"""Cases of the paged kernel for Triton's interpreter, which runs it on a CPU; `test_paged_kernel.py` starts them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamor.serve import paged_attention as paths
+from megamor.serve.paged_attention import KernelLayout, PagedLayout, Reading
+from megamor.serve.paged_kernel import paged_attention
+from tests.combinations import ROUTERS, lively_model, tiny_config
+from tests.serve.test_equality import Schedule, check, expected
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}
+
+
+def by_row(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: list[int], ends: list[int]) -> Tensor:
+    """Row by row, in fp64."""
+    outs = []
+    for row, (owner, end) in enumerate(zip(owners, ends, strict=True)):
+        keys, values = (pages[tables[owner]].flatten(0, 1)[:end].transpose(0, 1).double() for pages in (k, v))
+        query = q[row].unsqueeze(1).double()
+        outs.append(F.scaled_dot_product_attention(query, keys, values, enable_gqa=True).squeeze(1))
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size"), [(6, 2, 8, 4), (15, 5, 64, 16), (3, 3, 80, 3), (8, 1, 64, 256)]
+)
+def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    k, v = (torch.randn(20, page_size, kv_heads, head_dim, generator=generator).to(dtype) for _ in "kv")
+    q = torch.randn(7, heads, head_dim, generator=generator).to(dtype)
+    tables = torch.stack([torch.randperm(20, generator=generator)[:3] for _ in range(4)])
+    owners, ends = [0, 0, 0, 1, 2, 3, 3], [1, 2, 2 * page_size, 3 * page_size, page_size + 1, 3, page_size - 1]
+    for layout in (tables, tables.T.contiguous().T):
+        found = paged_attention(q, k, v, layout, torch.tensor(owners), torch.tensor(ends))
+        wanted = by_row(q, k, v, tables, owners, ends)
+        torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_layouts_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    readings = [Reading([3], [2]), Reading([5, 1, 7], [9, 10, 11]), Reading([0, 9, 4], [3, 7, 12])]
+    q = torch.randn(7, 6, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(13, 4, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
+    wanted = PagedLayout.of(readings, 4, torch.float64, CPU).attend(q, k, v)
+    torch.testing.assert_close(KernelLayout.of(readings, 4, CPU).attend(q, k, v), wanted, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kv_policy", "recorded"), [("recursion_wise", False), ("share_first", True)], ids=["alone", "as a graph"]
+)
+def test_the_engine_answers_as_the_reference(kv_policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole schedule, with launches one by one and through the buffers of CUDA graphs."""
+    calls = list[int]()
+
+    def counted(layout: KernelLayout, *tensors: Tensor) -> Tensor:
+        calls.append(len(layout.ends))
+        return original(layout, *tensors)
+
+    original = KernelLayout.attend
+    monkeypatch.setattr(KernelLayout, "attend", counted)
+    monkeypatch.setattr(paths, "reads_in_place", lambda device: True)
+    model = lively_model(tiny_config(ROUTERS["token_choice"], kv_policy, "middle_cycle")).eval()
+    check(model, Schedule("depthwise", 3, 4, recorded=recorded), expected(model))
+    assert max(calls) > 4
+    assert min(calls) == 1

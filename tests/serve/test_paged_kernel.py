@@ -1,0 +1,45 @@
+"""The paged kernel without a GPU: run by Triton's interpreter, and compiled to machine code for GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from megamor.serve.paged_kernel import attend_row
+
+POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "head_dim": 64, "page_size": 16}
+
+
+def test_interpreted() -> None:
+    """`interpreted_kernel.py` in a process of its own: what `triton.jit` makes is decided when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    cases = Path(__file__).with_name("interpreted_kernel.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(cases)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "total"), [("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)])
+def test_compiles(name: str, total: tl.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes what the compiler refuses."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {**SIZES, "GROUP": 4, "DIMS": 64, "ENTRIES": 16, "SUM": total}
+    signature = {
+        **dict.fromkeys(POINTERS, f"*{name}"),
+        **dict.fromkeys(("tables", "owners", "ends"), "*i64"),
+        **dict.fromkeys(("table_stride", "page_stride"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    kernel = compile(ASTSource(attend_row, signature, constants), target=GPUTarget("cuda", capability, 32))
+    assert len(kernel.asm["cubin"]) > 1000
+    assert f"sm_{capability}" in kernel.asm["ptx"]
