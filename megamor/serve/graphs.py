@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.blocks import rotary_angles
-from megamor.serve.paged_attention import PagedKeysValues, Reading, integers, single_rows_layout
+from megamor.serve.paged_attention import PagedKeysValues, Reading, single_rows_layout
+from megamor.serve.transfer import to_device
 
 Store = tuple[Tensor, ...]
 """Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each."""
@@ -78,9 +79,9 @@ class LaunchGraphs:
         filler = [0, nowhere, 1, *[spare] * num_pages]
         launch = self.recorded.get((chain, width, num_pages))
         if launch is None:
-            launch = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), integers([filler] * width, x.device).T)
+            launch = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), to_device([filler] * width, x.device).T)
             self.recorded[chain, width, num_pages] = launch
-        launch.numbers.copy_(integers(numbers + [filler] * (width - len(rows)), x.device).T)
+        launch.numbers.copy_(to_device(numbers + [filler] * (width - len(rows)), x.device).T)
         launch.x[: len(x)] = x
         launch.replay()
         return launch.out[: len(x)].clone()  # the next graph may use the memory

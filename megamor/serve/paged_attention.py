@@ -10,19 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.model.blocks import KeysValues, KeyValue
-
-
-def integers(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Integers, or equally long lists of them, on the device. (NumPy reads lists several times faster than torch.)"""
-    return torch.from_numpy(np.array(numbers, np.int64)).to(device)
+from megamor.serve.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -104,9 +98,9 @@ def make_group(members: list[tuple[int, Reading]], page_size: int, dtype: torch.
     num_pages = -(-longest // page_size)
     rows = [first + row for first, reading in members for row in range(len(reading.ends))]
     pages = [page for _, reading in members for page in (reading.pages[:num_pages] + [0] * num_pages)[:num_pages]]
-    ends = integers([reading.ends for _, reading in members], device)
+    ends = to_device([reading.ends for _, reading in members], device)
     mask = beginnings(ends, num_pages * page_size, dtype)
-    return Group(integers(rows, device), integers(pages, device), mask)
+    return Group(to_device(rows, device), to_device(pages, device), mask)
 
 
 def beginnings(ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
@@ -149,8 +143,8 @@ class KernelLayout:
         longest = -(-max(max(reading.ends) for reading in readings) // page_size)
         tables = [(reading.pages + [0] * longest)[:longest] for reading in readings]
         rows = [(number, end) for number, reading in enumerate(readings) for end in reading.ends]
-        owners, ends = integers(rows, device).T
-        return KernelLayout(integers(tables, device), owners.contiguous(), ends.contiguous())
+        owners, ends = to_device(rows, device).T
+        return KernelLayout(to_device(tables, device), owners.contiguous(), ends.contiguous())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `PagedLayout.attend`."""

@@ -24,10 +24,11 @@ from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.serve.graphs import LaunchGraphs
 from megamor.serve.layers import LayerAccess, Layers
-from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, integers, paged_layout
+from megamor.serve.paged_attention import KernelLayout, PagedKeysValues, PagedLayout, Reading, paged_layout
 from megamor.serve.pages import EVERY_TOKEN
 from megamor.serve.prefix import Copy
 from megamor.serve.scheduler import Piece
+from megamor.serve.transfer import to_device
 
 Layout = PagedLayout | KernelLayout
 FOREIGN_SET = (
@@ -349,4 +350,4 @@ class Runner:
 
     def tensor(self, numbers: Sequence[Any]) -> Tensor:
         """Integers on the device."""
-        return integers(numbers, self.device)
+        return to_device(numbers, self.device)

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megamor.routing.random import uniform_hash
 from megamor.serve.request import SamplingParams, TokenLogprob
+from megamor.serve.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     noisy = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if not noisy:
         return logits.argmax(-1).tolist()
-    rows = torch.tensor(noisy, device=logits.device)
+    rows = to_device(noisy, logits.device)
     chosen = truncated(logits[rows], [draws[row].params for row in noisy])
     chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
     tokens = logits.argmax(-1).index_copy(0, rows, chosen.argmax(-1))
@@ -82,7 +84,7 @@ def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Logits [M, vocab] over the temperature, with what top-k, top-p and min-p leave out at -inf."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits.dtype, device=logits.device).unsqueeze(1)
+        return to_device(values, logits.device, np.float64).to(logits.dtype).unsqueeze(1)
 
     logits = logits / column([p.temperature for p in params])
     vocab = logits.shape[1]
@@ -106,14 +108,14 @@ def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def gumbel(keys: Sequence[int], like: Tensor) -> Tensor:
     """Gumbel noise [M, vocab]: argmax of logits plus noise is a sample of the softmax."""
     tokens = torch.arange(like.shape[1], device=like.device)
-    uniform = uniform_hash(torch.tensor(keys, device=like.device).unsqueeze(1) + tokens)
+    uniform = uniform_hash(to_device(keys, like.device).unsqueeze(1) + tokens)
     return -torch.log(-torch.log(uniform.clamp_min(2.0**-60))).to(like.dtype)
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
     """Log-probability of one token per row of logits [M, vocab], with the likeliest `num_top` beside each."""
     table = logits.log_softmax(-1)
-    chosen = table.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
+    chosen = table.gather(1, to_device(tokens, logits.device).unsqueeze(1))
     ranks = (table > chosen).sum(1) + 1
     top = table.topk(min(max(num_top), table.shape[1]), dim=-1)
     columns = chosen.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
