@@ -60,7 +60,7 @@ class SlotTable:
 class Part:
     """The rows `first` to `end` of a core launch stand before `recursion`; `rows` of each piece are in it.
 
-    `idle` says that rows are computed which nobody needs (policy full); `taking` are the others, as places [n] in the
+    Under the policy full there are rows among them that nobody needs; `taking` are the others, as places [n] in the
     part, None for all.
     """
 
