@@ -142,9 +142,9 @@ class KernelLayout:
         """Tell the kernel about `readings`."""
         longest = -(-max(max(reading.ends) for reading in readings) // page_size)
         tables = [(reading.pages + [0] * longest)[:longest] for reading in readings]
-        rows = [(number, end) for number, reading in enumerate(readings) for end in reading.ends]
-        owners, ends = to_device(rows, device).T
-        return KernelLayout(to_device(tables, device), owners.contiguous(), ends.contiguous())
+        owners = [number for number, reading in enumerate(readings) for _ in reading.ends]
+        ends = [end for reading in readings for end in reading.ends]
+        return KernelLayout(*(to_device(numbers, device) for numbers in (tables, owners, ends)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `PagedLayout.attend`."""

@@ -68,15 +68,17 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         draw, params = draws[row], draws[row].params
         if params.logits_processor:
             logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
-        logits[row, list(draw.banned)] = float("-inf")
+        if draw.banned:
+            logits[row].index_fill_(0, to_device(draw.banned, logits.device), float("-inf"))
         if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(draw.tokens)), device=logits.device)
+            seen = to_device(sorted(set(draw.tokens)), logits.device)
             old = logits[row, seen]
             logits[row, seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
         counts = Counter(draw.tokens[draw.prompt_length :])
         if counts and (params.presence_penalty or params.frequency_penalty):
             penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-            logits[row, list(counts)] -= torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
+            places = to_device([*counts], logits.device)
+            logits[row, places] -= to_device(penalties, logits.device, np.float64).to(logits.dtype)
     return logits
 
 

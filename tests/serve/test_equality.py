@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamor.config import RecursionConfig
 from megamor.errors import ConfigError
@@ -296,43 +294,6 @@ def test_one_continuation_is_given_up(policy: str) -> None:
         assert not engine.requests
         assert not engine.continuations
         assert len(engine.scheduler.free_slots) == engine.limits.max_rows
-
-
-class Questions(TorchDispatchMode):
-    """Counts what would make a host wait for its device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name == "index" and any(one is not None and one.dtype == torch.bool for one in args[1])
-        self.count += masks or name in ("_local_scalar_dense", "nonzero", "masked_select")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("router", ROUTERS)
-def test_the_device_is_asked_once_a_launch(router: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which rows go on is read by the host once, however many depths share the launch, and nothing else is."""
-    engine = ServingEngine(model_of(router, "recursion_wise", "middle_cycle"), EngineOptions(policy=policy))  # type: ignore[arg-type]
-    for prompt, params in REQUESTS[:3]:
-        engine.add_request(prompt, params)
-    lists, original = list[Tensor](), Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: (lists.append(tensor), original(tensor))[1])
-    depths = set()
-    while engine.has_work:
-        lists.clear()
-        in_core = {piece.recursion for piece in engine.scheduler.in_core}
-        before = engine.accounting.launches["core"]
-        with Questions() as questions:
-            engine.step()
-        if engine.accounting.launches["core"] > before:
-            depths.add(len(in_core))
-            assert len(lists) <= 1
-            assert questions.count == 0
-    assert policy != "depthwise" or router != "token_choice" or max(depths) > 1
 
 
 @pytest.mark.promise("R15")

@@ -18,7 +18,10 @@ POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "hea
 
 
 def test_interpreted() -> None:
-    """`interpreted_kernel.py` in a process of its own: what `triton.jit` makes is decided when it is imported."""
+    """`interpreted_kernel.py` in a process of its own: what `triton.jit` makes is decided when it is imported.
+
+    Before 3.7 the interpreter needs a NumPy before 2.4.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     cases = Path(__file__).with_name("interpreted_kernel.py")
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(cases)]

@@ -1,0 +1,95 @@
+"""The engine on a device that can't be looked into, as a stand-in for a GPU: torch's meta device.
+
+A tensor left on the host, or a look at the device's data, is an error there. What the host must know, which rows go on
+and which tokens were sampled, is made up.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamor.load import cast
+from megamor.model import build_model
+from megamor.routing import token_choice
+from megamor.serve import paged_attention, paged_kernel
+from megamor.serve.engine import EngineOptions, ServingEngine
+from megamor.serve.request import SamplingParams
+from megamor.serve.scheduler import POLICIES
+from tests.combinations import ROUTERS, tiny_config
+from tests.serve.test_equality import SERVED
+
+PROMPT = [1, 2, 3, 4, 5, 6, 7]
+REQUESTS = (
+    SamplingParams(max_tokens=6, temperature=0, logprobs=2),
+    SamplingParams(max_tokens=6, temperature=0.8, seed=1, top_k=5, top_p=0.9, min_p=0.1, n=2),
+    SamplingParams(max_tokens=6, temperature=1, seed=2, repetition_penalty=1.3, frequency_penalty=0.2),
+    SamplingParams(max_tokens=6, temperature=0, min_tokens=3, stop_token_ids=(5,), prompt_logprobs=1),
+)
+
+
+class Looks:
+    """Stands in for `Tensor.tolist`; counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.goes_on = True
+
+    def at(self, tensor: Tensor) -> Any:
+        """Numbers of the right shape: most rows go on, token 1 is sampled."""
+        assert tensor.device.type == "meta"
+        self.count += 1
+        if tensor.dtype == torch.bool:
+            return [self.goes_on and (row + self.count) % 3 > 0 for row in range(len(tensor))]
+        return torch.ones(tensor.shape).int().numpy().tolist()
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor) -> Tensor:
+    """Stands in for the paged kernel: what it relies on."""
+    assert {tensor.device.type for tensor in (q, k, v, tables, owners, ends)} == {"meta"}
+    assert {tables.dtype, owners.dtype, ends.dtype} == {torch.int64}
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    assert k.is_contiguous()
+    assert v.is_contiguous()
+    assert q.shape[0] == len(owners) == len(ends)
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_nothing_waits_but_for_rows_and_tokens(
+    router: str, policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host looks once a core launch, however many depths share it."""
+    looks = Looks()
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.at(tensor))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
+    monkeypatch.setattr(token_choice, "Incoming", lambda numbers: None)  # on its way, and never asked for here
+    monkeypatch.setattr(paged_attention, "reads_in_place", lambda device: True)
+    monkeypatch.setattr(paged_kernel, "paged_attention", kernel)
+    kv_policy = SERVED[POLICIES.index(policy) % 2]
+    model = cast(build_model(tiny_config(ROUTERS[router], kv_policy), device="meta"), torch.bfloat16)
+    engine = ServingEngine(model, EngineOptions(policy=policy, max_resident=3, chunk_size=4, kv_memory=1 << 22))  # type: ignore[arg-type]
+    if recorded:
+        engine.record_launches(lambda run: (run(), lambda: None))
+    for params in REQUESTS:
+        engine.add_request(PROMPT, params)
+    outputs, depths = [], set[int]()
+    while engine.has_work:
+        before = looks.count
+        depths.add(len({piece.recursion for piece in engine.scheduler.in_core}))
+        launches = engine.accounting.launches["core"]
+        outputs += engine.step()
+        if engine.accounting.launches["core"] > launches:
+            assert looks.count - before <= 1
+    assert sum(len(output.tokens) for output in outputs) == 5 * 6
+    looks.goes_on = False  # made-up rows know nothing of bounds
+    engine.add_request(PROMPT, SamplingParams(max_tokens=6, temperature=0, max_depth=2))
+    while engine.has_work:
+        engine.step()
+    assert policy != "depthwise" or router.startswith(("fixed", "act_soft")) or max(depths) > 1
