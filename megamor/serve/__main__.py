@@ -117,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Returns after SIGTERM or Ctrl-C, when what was running is finished."""
     arguments = parse_arguments(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     keys = read_keys(arguments.api_key_file)
     on_gpu = arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
     dtype = _DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import httpx
+import aiohttp
 import numpy as np
 from rich.progress import Progress
 
@@ -89,8 +89,10 @@ async def send(load: Load) -> list[Record]:
     records: list[Record] = []
     gate = asyncio.Semaphore(load.max_concurrency or load.num_requests)
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=None, limits=limits) as client:
+    session = aiohttp.ClientSession(
+        headers=headers, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+    )
+    async with session as client:
         with Progress(transient=True) as bar:
             task = bar.add_task("requests", total=load.num_requests)
 
@@ -107,7 +109,7 @@ async def send(load: Load) -> list[Record]:
     return records
 
 
-async def _stream(client: httpx.AsyncClient, load: Load, prompt: list[int]) -> Record:
+async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) -> Record:
     body = {
         "prompt": prompt,
         "max_tokens": load.output_tokens,
@@ -118,13 +120,13 @@ async def _stream(client: httpx.AsyncClient, load: Load, prompt: list[int]) -> R
     }
     record = Record(time.perf_counter())
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                record.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:200]}"
+        async with client.post(f"{load.url.rstrip('/')}/v1/completions", json=body) as response:
+            if response.status != 200:
+                record.error = f"{response.status}: {(await response.text(errors='replace'))[:200]}"
                 return record
-            async for line in response.aiter_lines():
-                event = line.removeprefix("data: ")
-                if not event or event == "[DONE]":
+            async for line in response.content:
+                event = line.strip().removeprefix(b"data: ")
+                if not event or event == b"[DONE]":
                     continue
                 content = json.loads(event)
                 if "error" in content:
@@ -134,7 +136,7 @@ async def _stream(client: httpx.AsyncClient, load: Load, prompt: list[int]) -> R
                     record.arrivals.append(time.perf_counter())
                 if content.get("usage"):
                     record.tokens = content["usage"]["completion_tokens"]
-    except httpx.HTTPError as error:
+    except aiohttp.ClientError as error:
         record.error = f"{type(error).__name__}: {error}"
     if record.error is None and not record.arrivals:
         record.error = "the stream ended without a token"

@@ -48,7 +48,7 @@ def test_errors_are_counted_not_hidden() -> None:
         assert [record.error for record in records] == [None, None]
     records = asyncio.run(send(Load("http://127.0.0.1:9", num_requests=1)))
     assert records[0].error is not None
-    assert "ConnectError" in records[0].error
+    assert "ClientConnectorError" in records[0].error
 
 
 def test_arrivals_are_poisson_and_reproducible() -> None:
