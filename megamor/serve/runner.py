@@ -322,7 +322,7 @@ class Runner:
             weight = getattr(plan.mix, name)
             if isinstance(weight, Tensor):
                 self.slots.put(f"mix.{name}", slots, weight)
-        if not isinstance(plan.tokens, MarkedSet):
+        if not isinstance(plan.tokens, MarkedSet) or plan.tokens.index is not None:
             raise ConfigError(FOREIGN_SET.format(recursion=recursion))
         return plan.tokens.kept
 

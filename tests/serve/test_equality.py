@@ -19,7 +19,8 @@ from torch import Tensor
 from megamor.config import RecursionConfig
 from megamor.errors import ConfigError
 from megamor.model import Transformer
-from megamor.routing import RoutingSession
+from megamor.routing import RoutingSession, TokenSet
+from megamor.routing.expert_choice import ExpertChoiceSession
 from megamor.serve.engine import EngineOptions, ServingEngine
 from megamor.serve.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.scheduler import POLICIES
@@ -294,6 +295,19 @@ def test_one_continuation_is_given_up(policy: str) -> None:
         assert not engine.requests
         assert not engine.continuations
         assert len(engine.scheduler.free_slots) == engine.limits.max_rows
+
+
+@pytest.mark.parametrize(
+    "made", [lambda tokens: tokens.pick(torch.zeros(1, 1).long()), lambda _: TokenSet(1, 1, 1, torch.zeros(1).long())]
+)
+def test_a_router_that_makes_sets_of_its_own(
+    made: Callable[[TokenSet], TokenSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExpertChoiceSession, "select_causal", lambda *arguments: (made(arguments[-1]), None))
+    engine = ServingEngine(model_of("expert_choice", "recursion_wise", "middle_cycle"))
+    engine.add_request(TEXT[:1], SamplingParams())
+    with pytest.raises(ConfigError, match=r"recursion 0 .*candidates\.where"):
+        engine.step()
 
 
 @pytest.mark.promise("R15")
