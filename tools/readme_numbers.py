@@ -37,6 +37,7 @@ TRAIN_SCHEMA = "megamor-bench-train/1"
 LOADER_SCHEMA = "megamor-bench-loader/1"
 PREPROCESS_SCHEMA = "megamor-bench-preprocess/1"
 SERVE_SCHEMA = "megamor-bench-serve-offline/1"
+LOAD_SCHEMA = "megamor-bench-serve-load/1"
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
@@ -250,6 +251,34 @@ def serve_tables(results: Path) -> Iterator[str]:
     yield ""
 
 
+def load_table(results: Path) -> Iterator[str]:
+    """Markdown of a server under load, a row for each result."""
+    paths = sorted(results.glob("serve_load_*.json"))
+    if not paths:
+        raise DataError(f"{results} holds no serve_load_*.json; write one with megamor.serve.bench --url --json")
+    yield ""
+    yield "| model, machine | requests, at a time | tokens each | requests/s | tokens/s | TTFT, ms | ITL, ms | failed |"
+    yield "|---|---|---|---|---|---|---|---|"
+    reports = [read_report(path, LOAD_SCHEMA) for path in paths]
+    for report in reports:
+        load, result, machine = report["load"], report["result"], report["machine"]
+        ttft, itl = (f"{result[n]['p50']:.0f} (p99 {result[n]['p99']:.0f})" for n in ("ttft_ms", "itl_ms"))
+        yield (
+            f"| {report['served_model']}, {machine['cores']} cores of {machine['cpu']} "
+            f"| {load['num_requests']:,}, {load['max_concurrency'] or 'all'} "
+            f"| {load['input_tokens']} + {load['output_tokens']} | {result['requests_per_second']:.0f} "
+            f"| {result['output_tokens_per_second']:,.0f} | {ttft} | {itl} | {result['failed']} |"
+        )
+    for report in reports:
+        commit = report["commit"]
+        yield ""
+        yield (
+            f"`{report['command']}` on the same machine; {report['date'][:10]}, torch {report['versions']['torch']}, "
+            f"revision {commit['revision']}{' with changes' if commit['dirty'] else ''}."
+        )
+    yield ""
+
+
 def read_report(path: Path, schema: str) -> dict[str, Any]:
     """A result file of the given schema."""
     try:
@@ -315,6 +344,7 @@ RENDERERS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-loader": loader_tables,
     "bench-preprocess": preprocess_tables,
     "bench-serve": serve_tables,
+    "bench-serve-load": load_table,
     "quickstart": quickstart_table,
     "reliability": reliability_table,
 }

@@ -22,7 +22,7 @@ from megamor.errors import ConfigError, user_errors
 from megamor.load import load_model
 from megamor.model import Transformer, build_model
 from megamor.origin import describe_origin
-from megamor.serve.client import Load, parse_limits, send, summarise
+from megamor.serve.client import Load, parse_limits, send, served_model, summarise
 from megamor.serve.offline import Workload, measure
 from megamor.serve.scheduler import POLICIES
 
@@ -100,7 +100,8 @@ def _range(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
-    report: dict[str, Any] = {"command": shlex.join(["python", "-m", "megamor.serve.bench", *(argv or sys.argv[1:])])}
+    command = shlex.join(["python", "-m", "megamor.serve.bench", *(argv or sys.argv[1:])])
+    report: dict[str, Any] = {"command": command.replace(arguments.api_key or "\0", "KEY")}
     if arguments.offline:
         report = {"schema": "megamor-bench-serve-offline/1"} | report | bench_offline(arguments)
         print_offline(report)
@@ -124,8 +125,9 @@ def bench_url(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.vocab_size,
         api_key=arguments.api_key,
     )
+    origin = {**describe_origin(torch.device("cpu")), "served_model": asyncio.run(served_model(load))}
     result = summarise(asyncio.run(send(load)), limits)
-    return {**describe_origin(torch.device("cpu")), "load": asdict(load) | {"api_key": None}, "result": result}
+    return {**origin, "load": asdict(load) | {"api_key": None}, "result": result}
 
 
 def bench_offline(arguments: argparse.Namespace) -> dict[str, Any]:

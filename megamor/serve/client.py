@@ -84,15 +84,30 @@ class Record:
         return np.diff(self.arrivals).tolist()
 
 
+def _session(load: Load) -> aiohttp.ClientSession:
+    headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(load.url.rstrip("/") + "/", headers=headers, timeout=timeout, connector=connector)
+
+
+async def served_model(load: Load) -> str:
+    """Name of the model behind the URL.
+
+    Raises:
+        DataError: the server doesn't answer, or not with a model.
+    """
+    try:
+        async with _session(load) as client, client.get("v1/models", raise_for_status=True) as response:
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{load.url}/v1/models names no model: {type(error).__name__}: {error}") from error
+
+
 async def send(load: Load) -> list[Record]:
     """Send everything; returns a record per request in the order of sending."""
     records: list[Record] = []
     gate = asyncio.Semaphore(load.max_concurrency or load.num_requests)
-    headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-    session = aiohttp.ClientSession(
-        headers=headers, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
-    )
-    async with session as client:
+    async with _session(load) as client:
         with Progress(transient=True) as bar:
             task = bar.add_task("requests", total=load.num_requests)
 
@@ -120,7 +135,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
     }
     record = Record(time.perf_counter())
     try:
-        async with client.post(f"{load.url.rstrip('/')}/v1/completions", json=body) as response:
+        async with client.post("v1/completions", json=body) as response:
             if response.status != 200:
                 record.error = f"{response.status}: {(await response.text(errors='replace'))[:200]}"
                 return record

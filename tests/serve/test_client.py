@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
 from megamor.errors import ConfigError, DataError
-from megamor.serve.client import Load, Record, parse_limits, send, summarise
-from tests.serve.fake import FakeEngine, serving
+from megamor.serve import bench
+from megamor.serve.client import Load, Record, parse_limits, send, served_model, summarise
+from tests.serve.fake import MODEL, FakeEngine, serving
+from tools import readme_numbers
 
 
 def test_measures_what_the_server_does() -> None:
@@ -49,6 +52,24 @@ def test_errors_are_counted_not_hidden() -> None:
     records = asyncio.run(send(Load("http://127.0.0.1:9", num_requests=1)))
     assert records[0].error is not None
     assert "ClientConnectorError" in records[0].error
+
+
+def test_a_result_becomes_a_row_of_the_readme(tmp_path: Path) -> None:
+    """The key isn't written anywhere."""
+    out = tmp_path / "serve_load_here.json"
+    with serving(FakeEngine(lambda *_: "abc"), api_keys=("hidden",)) as server:
+        options = ["--num-requests", "3", "--input-tokens", "2", "--output-tokens", "3", "--api-key", "hidden"]
+        bench.main(["--url", server.url, *options, "--json", str(out)])
+    assert "hidden" not in out.read_text()
+    table = "\n".join(readme_numbers.load_table(tmp_path))
+    assert f"| {MODEL}, " in table
+    assert "| 3, all | 2 + 3 | " in table
+    assert table.count("| 0 |") == 1, "none failed"
+
+
+def test_what_is_no_server_is_named() -> None:
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:9/v1/models .*ClientConnectorError"):
+        asyncio.run(served_model(Load("http://127.0.0.1:9", num_requests=1)))
 
 
 def test_arrivals_are_poisson_and_reproducible() -> None:
