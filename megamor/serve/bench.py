@@ -100,8 +100,9 @@ def _range(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
-    command = shlex.join(["python", "-m", "megamor.serve.bench", *(argv or sys.argv[1:])])
-    report: dict[str, Any] = {"command": command.replace(arguments.api_key or "\0", "KEY")}
+    # Before quoting, which may change how the key is spelt.
+    words = [word.replace(arguments.api_key or "\0", "KEY") for word in argv or sys.argv[1:]]
+    report: dict[str, Any] = {"command": shlex.join(["python", "-m", "megamor.serve.bench", *words])}
     if arguments.offline:
         report = {"schema": "megamor-bench-serve-offline/1"} | report | bench_offline(arguments)
         print_offline(report)

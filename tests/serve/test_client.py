@@ -57,8 +57,8 @@ def test_errors_are_counted_not_hidden() -> None:
 def test_a_result_becomes_a_row_of_the_readme(tmp_path: Path) -> None:
     """The key isn't written anywhere."""
     out = tmp_path / "serve_load_here.json"
-    with serving(FakeEngine(lambda *_: "abc"), api_keys=("hidden",)) as server:
-        options = ["--num-requests", "3", "--input-tokens", "2", "--output-tokens", "3", "--api-key", "hidden"]
+    with serving(FakeEngine(lambda *_: "abc"), api_keys=("it's hidden",)) as server:
+        options = ["--num-requests", "3", "--input-tokens", "2", "--output-tokens", "3", "--api-key", "it's hidden"]
         bench.main(["--url", server.url, *options, "--json", str(out)])
     assert "hidden" not in out.read_text()
     table = "\n".join(readme_numbers.load_table(tmp_path))
