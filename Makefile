@@ -17,7 +17,7 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 quickstart: install ## train, interrupt, resume, evaluate and sample a small model on real text (minutes)
-	@$(DEEPSPEED_ENV) $(BIN)/python -m tools.quickstart
+	@$(DEEPSPEED_ENV) $(BIN)/megamor quickstart
 
 serve-demo: quickstart ## serve the quickstart's model on port 8000
 	@echo
@@ -25,7 +25,7 @@ serve-demo: quickstart ## serve the quickstart's model on port 8000
 	@echo "  curl localhost:8000/v1/completions -d '{\"prompt\": \"def \", \"max_tokens\": 48, \"stream\": true}'"
 	@echo "  and http://localhost:8000/dashboard shows the engine at work"
 	@echo
-	@$(BIN)/python -m megamor.serve --checkpoint runs/quickstart/checkpoints/latest
+	@$(BIN)/megamor serve --checkpoint runs/quickstart/checkpoints/latest
 
 test: install lint types unit ## lint, types and the test suite
 
@@ -45,7 +45,7 @@ combinations: install ## run the tests of all combinations and write docs/combin
 
 reliability: install ## run the tests of every promise and update the README's table from their outcomes
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -q -m promise --reliability=benchmarks/results/reliability.json; \
-	    status=$$?; $(BIN)/python tools/readme_numbers.py --write && exit $$status
+	    status=$$?; $(BIN)/python -m megamor.bench.tables --write && exit $$status
 
 test-slow: install ## the slow cases alone
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -m slow

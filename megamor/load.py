@@ -1,6 +1,6 @@
 """A model out of a directory that carries everything needed: config, weights, tokenizer.
 
-That is a checkpoint of training, by whichever backend, or what `tools/export_hf.py` has written.
+That is a checkpoint of training, by whichever backend, or what `megamor export-hf` has written.
 """
 
 from __future__ import annotations

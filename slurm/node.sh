@@ -46,7 +46,7 @@ launch() {
     shift
     mkdir -p "$logs"
     if [[ $SLURM_NODEID = 0 ]]; then rm -f "$(run_dir "$@")/.job_$SLURM_JOB_ID"; fi
-    exec python "$root/tools/launch.py" --launcher "$LAUNCHER" --processes "$PROCESSES" --nodes "$SLURM_NNODES" \
+    exec python -m megamor launch --launcher "$LAUNCHER" --processes "$PROCESSES" --nodes "$SLURM_NNODES" \
         --node-rank "$SLURM_NODEID" --address "$MASTER_ADDR" --port "$MASTER_PORT" --logs "$logs" \
         "$root/pretrain.py" --config "$CONFIG" "$@"
 }

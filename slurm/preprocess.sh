@@ -63,7 +63,7 @@ merge() {
     local name found=0
     for name in "$1" "$1"_train "$1"_val "$1"_test; do
         if compgen -G "${name}_shard_*_of_$(printf %05d "$SHARDS").idx" >/dev/null; then
-            (cluster_exec python "$root/tools/merge_data.py" --output-prefix "$name")
+            (cluster_exec python -m megamor merge-data --output-prefix "$name")
             found=1
         fi
     done

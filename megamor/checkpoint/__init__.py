@@ -3,7 +3,6 @@
 from megamor.checkpoint.background import BackgroundSave
 from megamor.checkpoint.manager import CheckpointManager
 from megamor.checkpoint.manifest import find_damage, verify
-from megamor.checkpoint.ranks import Ranks
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint, stored_file
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
@@ -13,7 +12,6 @@ __all__ = [
     "BackgroundSave",
     "Checkpoint",
     "CheckpointManager",
-    "Ranks",
     "TrainerState",
     "check_same_model",
     "code_revision",

@@ -6,7 +6,6 @@ what may be left over, `sweep` puts it in order).
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -17,29 +16,7 @@ from megamor.checkpoint.layout import (
     WRITING_PREFIX,
     draft_of,
 )
-
-
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a new file and flush it to disk."""
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries to disk: a file's own fsync does not make its name durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(directory: Path) -> None:
-    """Flush the entries of `directory` and of every directory below it, the deepest first."""
-    for path, _, _ in os.walk(directory, topdown=False):
-        sync_directory(Path(path))
+from megamor.files import sync_directory
 
 
 def publish(draft: Path, final: Path) -> None:
@@ -60,14 +37,6 @@ def point(link: Path, name: str) -> None:
     draft.symlink_to(name)
     draft.replace(link)
     sync_directory(link.parent)
-
-
-def replace_durably(path: Path, content: str) -> None:
-    """Replace a file in one atomic step."""
-    draft = draft_of(path)
-    write_durably(draft, content)
-    draft.replace(path)
-    sync_directory(path.parent)
 
 
 def delete(checkpoint: Path) -> None:

@@ -19,9 +19,10 @@ from typing import TypeVar
 
 from megamor.checkpoint import commit, layout
 from megamor.checkpoint.manifest import create_manifest, find_damage, is_visible, summary
-from megamor.checkpoint.ranks import Ranks, describe
 from megamor.checkpoint.retention import Retention, read_losses, write_losses
 from megamor.errors import CheckpointError
+from megamor.files import sync_tree, write_durably
+from megamor.ranks import Ranks, describe
 
 log = logging.getLogger("megamor.checkpoint")
 
@@ -116,7 +117,7 @@ class CheckpointManager:
             checkpoint = self.directory / layout.step_name(step)
             damage = self._find_damage(checkpoint)
             if not damage:
-                self.ranks.together(f"looking for {checkpoint}", partial(_wait_until, is_visible, checkpoint))
+                self.ranks.run_on_all(f"looking for {checkpoint}", partial(_wait_until, is_visible, checkpoint))
                 return checkpoint
             self._damaged.add(step)
             if self.ranks.rank == 0:
@@ -154,10 +155,10 @@ class CheckpointManager:
 
     def _write(self, draft: Path, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> None:
         self._on_first_rank(f"creating {draft}", draft.mkdir)
-        self.ranks.together("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
+        self.ranks.run_on_all("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
         self.on_stage("started")
         for writer in writers:
-            self.ranks.together(f"writing {draft}", partial(_call, writer, draft))
+            self.ranks.run_on_all(f"writing {draft}", partial(_call, writer, draft))
         self._on_first_rank(f"writing {draft}", lambda: _add_files(draft, files))
 
     def _commit(self, draft: Path, step: int) -> Path:
@@ -165,8 +166,8 @@ class CheckpointManager:
         manifest = create_manifest(draft, self.ranks)
 
         def publish() -> None:
-            commit.write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())
-            commit.sync_tree(draft)
+            write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())
+            sync_tree(draft)
             self.on_stage("manifest")
             commit.publish(draft, final)
             self.on_stage("renamed")
@@ -190,7 +191,7 @@ class CheckpointManager:
     def _candidates(self) -> list[int]:
         """Steps with a checkpoint that any rank sees, or that `latest` names, best first."""
         root = self.directory
-        views = self.ranks.together(
+        views = self.ranks.run_on_all(
             "reading the directory", lambda: (layout.latest_step(root), layout.published_steps(root))
         )
         latest = next((named for named, _ in views if named is not None), None)
@@ -232,7 +233,7 @@ class CheckpointManager:
 
     def _on_first_rank(self, what: str, action: Callable[[], T]) -> T:
         """Result of `action` on rank 0, on every rank; a failure there is a failure everywhere."""
-        result: T = self.ranks.together(what, action if self.ranks.rank == 0 else None)[0]
+        result: T = self.ranks.run_on_all(what, action if self.ranks.rank == 0 else None)[0]
         return result
 
 
@@ -258,4 +259,4 @@ def _add_files(draft: Path, files: Mapping[str, str | bytes | Path]) -> None:
         if isinstance(content, Path):
             shutil.copyfile(content, draft / name)
         else:
-            commit.write_durably(draft / name, content)
+            write_durably(draft / name, content)

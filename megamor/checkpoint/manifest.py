@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megamor.checkpoint.layout import MANIFEST_FILE
-from megamor.checkpoint.ranks import Ranks
 from megamor.errors import CheckpointError
+from megamor.ranks import Ranks
 
 FORMAT = 1
 _CHUNK_BYTES = 4 << 20
@@ -68,11 +68,11 @@ def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
     On a network file system a rank may not see another's newest file yet, or see it short, so the list is the union
     of what all ranks see, and a file is read only by ranks that see its full size.
     """
-    seen = ranks.together(f"listing {directory}", lambda: list_sizes(directory))
+    seen = ranks.run_on_all(f"listing {directory}", lambda: list_sizes(directory))
     sizes = {name: max(view.get(name, -1) for view in seen) for view in seen for name in view}
     readers = {name: [r for r, view in enumerate(seen) if view.get(name) == size] for name, size in sizes.items()}
     mine = share_files(sizes, readers)[ranks.rank] if sizes else []
-    parts = ranks.together(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
+    parts = ranks.run_on_all(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
     return Manifest({name: record for part in parts for name, record in part.items()})
 
 

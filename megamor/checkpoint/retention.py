@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamor.checkpoint import commit
-from megamor.checkpoint.layout import LOSSES_FILE
+from megamor.checkpoint.layout import LOSSES_FILE, draft_of
 from megamor.errors import CheckpointError, ConfigError
+from megamor.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,4 @@ def read_losses(root: Path) -> dict[int, float]:
 def write_losses(root: Path, losses: Mapping[int, float]) -> None:
     """Replace what `read_losses` reads."""
     content = {str(step): loss for step, loss in sorted(losses.items())}
-    commit.replace_durably(root / LOSSES_FILE, json.dumps(content, indent=1) + "\n")
+    replace_file(root / LOSSES_FILE, json.dumps(content, indent=1) + "\n", draft_of(root / LOSSES_FILE))

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megamor.checkpoint.layout import STATE_DIR
 from megamor.checkpoint.manifest import summary
-from megamor.checkpoint.ranks import describe
 from megamor.errors import CheckpointError
+from megamor.ranks import describe
 
 MODEL_PREFIX = "model."
 

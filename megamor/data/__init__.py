@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from megamor.data.dataset import TrainingData
 from megamor.data.fingerprint import fingerprint
-from megamor.data.indexed import TokenShard, dtype_for_vocab
 from megamor.data.meta import ShardMeta, read_meta
 from megamor.data.phases import SampleOrder
-from megamor.data.writer import ShardWriter
+from megamor.data.shard import TokenShard, dtype_for_vocab
 
 if TYPE_CHECKING:
     from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet, open_validation_sets
@@ -24,7 +23,6 @@ __all__ = [
     "MicroBatch",
     "SampleOrder",
     "ShardMeta",
-    "ShardWriter",
     "TokenShard",
     "TrainingData",
     "TrainingLoader",

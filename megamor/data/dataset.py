@@ -12,10 +12,10 @@ import numpy as np
 from megamor.config.schema import DataConfig
 from megamor.data.epochs import shares
 from megamor.data.fingerprint import fingerprint
-from megamor.data.indexed import TokenShard
 from megamor.data.meta import ShardMeta, meta_path, read_meta, sha256_of_file
 from megamor.data.phases import SampleOrder
 from megamor.data.rows import Filling, Rows, fill_rows
+from megamor.data.shard import TokenShard
 from megamor.data.source import PackedSource, Source, StreamSource
 from megamor.errors import ConfigError, DataError
 

@@ -7,8 +7,8 @@ import os
 
 import numpy as np
 
-from megamor.data.indexed import TokenShard
 from megamor.data.meta import meta_path, sha256_of_file
+from megamor.data.shard import TokenShard
 
 _PROBES = 1024
 _PROBE_BYTES = 4096
@@ -20,7 +20,7 @@ def fingerprint(shard: TokenShard) -> str:
     SHA-256 over the side file, which has the hashes of everything, and over size and contents of `.idx` and `.bin`: the
     whole file up to 4 MiB, of a larger one 1,024 blocks of 4 KiB spread evenly, the first and last ones included. So
     data that was written anew is told apart by nearly every block, and a change in place of more than a thousandth of a
-    file is found wherever it is; a smaller one may lie between the blocks. tools/inspect_data.py --verify reads all.
+    file is found wherever it is; a smaller one may lie between the blocks. megamor inspect-data --verify reads all.
     """
     side_file = meta_path(shard.prefix)
     parts = [

@@ -16,9 +16,9 @@ from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig
 from megamor.data.dataset import TrainingData, open_shards
 from megamor.data.epochs import SourceUse, describe_use, forecast
-from megamor.data.indexed import TokenShard
 from megamor.data.phases import SampleOrder
 from megamor.data.rows import Filling, Rows, fill_rows
+from megamor.data.shard import TokenShard
 from megamor.data.source import Pieces
 from megamor.errors import ConfigError, DataError
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megamor.data.indexed import TokenShard
 from megamor.data.packing import ranges
+from megamor.data.shard import TokenShard
 from megamor.data.source import Pieces
 from megamor.errors import DataError
 

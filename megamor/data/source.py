@@ -18,9 +18,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megamor.data.indexed import TokenShard
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
 from megamor.data.packing import Packing, best_fit, count_bins, ranges
+from megamor.data.shard import TokenShard
 
 DOCUMENTS_PER_BLOCK = 2**19
 """Documents that are packed together. More would hardly save padding; a plan takes about 12 MB and a tenth of a second,

@@ -32,7 +32,7 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
         if settings["model_type"] != "megamor":
             raise CheckpointError(
                 f"{directory / CONFIG_FILE} is of a model of type {settings['model_type']!r}, not of megamor's: "
-                "give what tools/export_hf.py has written"
+                "give what megamor export-hf has written"
             )
         sections = {name: settings["megamor"][name] for name in (*SECTIONS, "data")}
         stored = load_file(directory / WEIGHTS_FILE)

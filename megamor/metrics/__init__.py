@@ -1,6 +1,6 @@
 """What a run measures and where it goes: sinks, throughput, memory, the progress display."""
 
-from megamor.metrics.gpu_peaks import peak_flops
+from megamor.metrics.gpus import peak_flops
 from megamor.metrics.memory import peak_memory, reset_peak_memory
 from megamor.metrics.progress import TrainingProgress, make_progress
 from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, MultiSink, TensorBoardSink, read_jsonl

@@ -16,7 +16,7 @@ from torch import Tensor
 from megamor.config import ModelConfig
 from megamor.model.attention import AttentionLayout, Grid, visibility_mask
 from megamor.model.blocks import KeysValues, KeyValue
-from megamor.model.geometry import BEYOND, Geometry
+from megamor.model.layouts import BEYOND, Geometry
 from megamor.routing import TokenSet
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import KeysValues, KeyValue, RefreshedKeysValues, RotaryAngles, StoredKeysValues
-from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
+from megamor.model.layouts import Geometry
 from megamor.routing import TokenSet
 
 

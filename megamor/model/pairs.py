@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megamor.model.geometry import Geometry, document_starts
+from megamor.model.layouts import Geometry, document_starts
 from megamor.routing import TokenSet
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from megamor.config import Config
 from megamor.model.blocks import Block, Differences
 from megamor.model.fan_out import fan_out
-from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import KVPolicy, Launch
+from megamor.model.layouts import Geometry
 from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerPlan

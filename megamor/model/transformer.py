@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from megamor.config import Config
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
-from megamor.model.geometry import Geometry
 from megamor.model.kv_cache import KVCache
+from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation

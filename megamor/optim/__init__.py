@@ -1,8 +1,7 @@
-"""Optimizer, parameter groups, learning-rate schedules and the non-finite guard."""
+"""Optimizer, parameter groups and learning-rate schedules."""
 
 from megamor.optim.adamw import build_adamw
 from megamor.optim.groups import ParamGroup, build_param_groups
-from megamor.optim.guard import Guard, Verdict
 from megamor.optim.schedule import lr_multiplier
 
-__all__ = ["Guard", "ParamGroup", "Verdict", "build_adamw", "build_param_groups", "lr_multiplier"]
+__all__ = ["ParamGroup", "build_adamw", "build_param_groups", "lr_multiplier"]

@@ -1,8 +1,8 @@
 """How a run is spread over processes: the `Backend` protocol and who fulfils it."""
 
-from megamor.parallel.backend import build_backend
+from megamor.parallel.backend import Backend, ParallelPlan
+from megamor.parallel.build import build_backend
 from megamor.parallel.mesh import World, close_world, init_world, launched_world_size, resolve_backend
-from megamor.parallel.protocol import Backend, ParallelPlan
 
 __all__ = [
     "Backend",

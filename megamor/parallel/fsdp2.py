@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megamor.config import Config
+from megamor.parallel.backend import BuildOptimizer, ParallelPlan
 from megamor.parallel.mesh import World
 from megamor.parallel.precision import fsdp_policy
-from megamor.parallel.protocol import BuildOptimizer, ParallelPlan
 from megamor.parallel.single import SingleBackend
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megamor.config import Config
+from megamor.parallel.backend import BuildOptimizer
 from megamor.parallel.mesh import World
 from megamor.parallel.precision import autocast
-from megamor.parallel.protocol import BuildOptimizer
 from megamor.parallel.slices import copied_to_host
 from megamor.parallel.state import StateCopy, collect_state, load_state, write_tensors
 

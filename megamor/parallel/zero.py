@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.errors import CheckpointError
+from megamor.parallel.backend import BuildOptimizer, ParallelPlan
 from megamor.parallel.mesh import World
-from megamor.parallel.protocol import BuildOptimizer, ParallelPlan
 from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
 from megamor.parallel.slices import copied_to_host
 from megamor.parallel.state import StateCopy, collect_state, load_state, read_tensors, write_tensors

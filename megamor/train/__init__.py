@@ -1,8 +1,7 @@
 """The trainer: composition root, loop, statistics, stopping, what goes into a checkpoint."""
 
 from megamor.train.build import build_trainer
-from megamor.train.failures import reported_once
 from megamor.train.stop import EXIT_INTERRUPTED, ignore_signals
 from megamor.train.trainer import Trainer
 
-__all__ = ["EXIT_INTERRUPTED", "Trainer", "build_trainer", "ignore_signals", "reported_once"]
+__all__ = ["EXIT_INTERRUPTED", "Trainer", "build_trainer", "ignore_signals"]

@@ -27,15 +27,16 @@ from megamor.metrics import (
     read_jsonl,
 )
 from megamor.model import build_model
-from megamor.optim import Guard, build_adamw
+from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
-from megamor.train.checkpointing import Origin, Progress, RunCheckpoints, Stateful, checkpoint_files
+from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
-from megamor.train.evaluation import VALIDATION
-from megamor.train.failures import from_first_rank, together
+from megamor.train.guard import Guard
 from megamor.train.recompiles import RecompileWatch
+from megamor.train.run_state import Origin, Progress, RunCheckpoints, Stateful, checkpoint_files
 from megamor.train.stop import StopRequest
 from megamor.train.trainer import Trainer
+from megamor.train.validation import VALIDATION
 from megamor.train.watchdog import Watchdog
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,8 +51,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """
     validate(config, world.size)
     derived = derive(config, world.size)
-    inputs = together(lambda: open_inputs(config, world), world.device)
-    directory = together(lambda: run_directory(config), world.device)
+    inputs = run_on_all_ranks(lambda: open_inputs(config, world), world.device)
+    directory = run_on_all_ranks(lambda: run_directory(config), world.device)
     keep = config.checkpoint
     manager = CheckpointManager(
         directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
@@ -87,7 +88,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         checkpoints=checkpoints,
         progress=progress,
         evaluated_step=evaluated_step,
-        sink=together(lambda: build_sink(config, world, progress, restored is not None), world.device),
+        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None), world.device),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=make_progress(
             total_steps=derived.total_steps,

@@ -19,8 +19,8 @@ from megamor.config import Alarm, Config, CustomRouterConfig, HaltingConfig, Ski
 from megamor.data import MicroBatch
 from megamor.errors import TrainingError
 from megamor.model.loss import IGNORE
-from megamor.optim import Guard
-from megamor.train.statistics import StepSummary
+from megamor.train.guard import Guard
+from megamor.train.step_statistics import StepSummary
 
 LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
 """Routers whose depth histogram is a result; that of the others follows from their capacity."""

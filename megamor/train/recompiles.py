@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from megamor.errors import TrainingError
-from megamor.train.failures import together
+from megamor.ranks import run_on_all_ranks
 
 
 class RecompileWatch:
@@ -36,7 +36,7 @@ class RecompileWatch:
         self.steps += 1
         new = compiled_graphs() - before
         if self.steps > self.settled_after:
-            together(lambda: self.refuse(number, new), self.device)
+            run_on_all_ranks(lambda: self.refuse(number, new), self.device)
 
     def refuse(self, number: int, new: int) -> None:
         """Raise if there are new graphs."""

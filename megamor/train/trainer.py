@@ -26,15 +26,16 @@ from megamor.metrics import Metrics, MetricSink, Throughput, TrainingProgress, p
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
-from megamor.optim import Guard, Verdict, lr_multiplier
+from megamor.optim import lr_multiplier
 from megamor.parallel import Backend
-from megamor.train.checkpointing import Progress, RunCheckpoints
+from megamor.ranks import run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
-from megamor.train.evaluation import validation_losses
-from megamor.train.failures import together
+from megamor.train.guard import Guard, Verdict
 from megamor.train.recompiles import RecompileWatch
-from megamor.train.statistics import StepStatistics, StepSummary
+from megamor.train.run_state import Progress, RunCheckpoints
+from megamor.train.step_statistics import StepStatistics, StepSummary
 from megamor.train.stop import Stopped, StopRequest
+from megamor.train.validation import validation_losses
 from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
@@ -125,7 +126,7 @@ class Trainer:
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
-        together(lambda: self.sink.rewind(restored.step), self.backend.device)
+        run_on_all_ranks(lambda: self.sink.rewind(restored.step), self.backend.device)
         self.announce(f"step {spiked_at}: the loss spikes; back to step {restored.step}, with the data from here on")
 
     def last_step(self) -> int:
@@ -151,7 +152,7 @@ class Trainer:
     def next_batches(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step, when every rank has its own; measures the wait."""
         started = time.perf_counter()
-        batches = together(self.loader.next_step, self.backend.device)
+        batches = run_on_all_ranks(self.loader.next_step, self.backend.device)
         self.data_wait = time.perf_counter() - started
         return batches
 
@@ -247,7 +248,7 @@ class Trainer:
                     "and go on from the last checkpoint"
                 ) from error
 
-        together(write, self.backend.device)
+        run_on_all_ranks(write, self.backend.device)
 
     def save(self, *, finish: bool = True) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, training goes on meanwhile unless told to `finish` it."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-import pretrain
+from megamor.cli import pretrain
 from megamor.config import config_to_yaml
 from megamor.data import ShardMeta
 from megamor.parallel import close_world

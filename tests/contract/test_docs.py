@@ -12,7 +12,7 @@ import torch
 
 from megamor.config import RouterConfig
 from megamor.metrics import Throughput, peak_memory
-from megamor.train.statistics import StepSummary
+from megamor.train.step_statistics import StepSummary
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megamor.data import ShardWriter, TokenShard
-from megamor.data.merge import merge_shards
-from megamor.data.verify import verify_index
+from megamor.corpus.merge import merge_shards
+from megamor.corpus.verify import verify_index
+from megamor.corpus.writer import ShardWriter
+from megamor.data import TokenShard
 
 DOCUMENTS = [[5, 6, 7], [], [8], list(range(300)), []]
 VARIABLES = {"megatron": "MEGAMOR_MEGATRON", "neox": "MEGAMOR_NEOX"}

@@ -15,25 +15,31 @@ ROOT = Path(__file__).parents[2]
 # Room of megamor -> rooms it may import, besides itself and `errors`.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
+    "ranks": set(),
     "config": set(),
     "routing": {"config"},
     "model": {"routing", "config"},
-    "data": {"config"},
+    "data": {"config", "files"},
+    "corpus": {"data", "config", "files", "metrics"},
     "optim": {"config"},
     "parallel": {"config"},
-    "checkpoint": {"config"},
-    "metrics": {"config"},
+    "checkpoint": {"config", "files", "ranks"},
+    "metrics": {"config", "files"},
     "load": {"model", "checkpoint", "config", "interop"},
-    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config"},
-    "analysis": {"load", "model", "routing", "data", "checkpoint", "config"},
-    "generate": {"load", "model", "routing", "data", "checkpoint", "config", "evaluate"},
-    "interop": {"model", "routing", "checkpoint", "config"},
-    "origin": {"checkpoint"},
-    "serve": {"load", "model", "routing", "checkpoint", "config", "origin"},
+    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
+    "interop": {"model", "routing", "checkpoint", "config", "files"},
+    "serve": {"load", "model", "routing", "checkpoint", "config"},
     "train": {
-        "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate",
+        "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate", "files",
+        "ranks",
     },
 }  # fmt: skip
+ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate"}
+ALLOWED["bench"] = {*ALLOWED} - {"bench"}
+ALLOWED["cli"] = {*ALLOWED}
+# The parts of a room that don't know each other: folder -> what nothing in it may import.
+FORBIDDEN: dict[str, tuple[str, ...]] = {"megamor/serve/engine": ("megamor.serve.http",)}
 LAZY = ("wandb", "deepspeed", "transformers", "datasets", "lm_eval")
 
 
@@ -84,21 +90,29 @@ def breaches(path: Path, source: str) -> list[str]:
         reason = _outside_reason(path, imported)
         if parts[0] == "megamor" and len(parts) > 1:
             room = parts[1]
-            reason = reason or _room_reason(room, imported) or _library_reason(room, path.name, imported)
+            reason = reason or _room_reason(path, room, imported) or _library_reason(room, path.name, imported)
         if reason:
             found.append(f"{path}:{imported.line}: imports {imported.target}: {reason}")
     return found
 
 
 def _outside_reason(path: Path, imported: Import) -> str | None:
-    if imported.package == "pretrain" or (imported.package == "tools" and path.parts[0] != "tools"):
-        return "entry points are for nobody to import"
+    if imported.package in ("pretrain", "tools"):
+        return "scripts are not importable: use megamor.cli"
+    from_a_room = path.parts[0] == "megamor" and path.parts[1] != "cli" and path.name != "__main__.py"
+    if from_a_room and imported.target.startswith("megamor.cli"):
+        return "nothing imports a command"
+    for folder, modules in FORBIDDEN.items():
+        if path.as_posix().startswith(folder) and imported.target.startswith(modules):
+            return f"{folder} doesn't know {imported.target}"
     if imported.package in LAZY and not imported.nested:
         return "only inside a function, so that nobody needs it who doesn't use it"
     return None
 
 
-def _room_reason(room: str, imported: Import) -> str | None:
+def _room_reason(path: Path, room: str, imported: Import) -> str | None:
+    if room == "__main__":
+        return None
     if room == "__init__" and imported.package == "megamor":
         return "the package itself imports no room"
     if imported.package != "megamor" or room == "__init__":
@@ -108,6 +122,8 @@ def _room_reason(room: str, imported: Import) -> str | None:
     if imported.target == "megamor":
         return "name the room: `from megamor.room import ...`"
     other = imported.target.split(".")[1]
+    if path.name == "__main__.py" and other == "cli":
+        return None
     return f"not for {room}" if other in ALLOWED and other not in {room, "errors"} | ALLOWED[room] else None
 
 
@@ -151,11 +167,14 @@ def test_an_optional_package_is_imported_in_one_file(package: str) -> None:
         ("megamor/model/a.py", "if True:\n    from megamor import parallel"),
         ("megamor/config/a.py", "import numpy"),
         ("megamor/data/a.py", "class A:\n    def f(self):\n        import torch"),
-        ("megamor/evaluate/__main__.py", "from megamor.parallel import build_backend"),
+        ("megamor/evaluate/a.py", "from megamor.parallel import build_backend"),
+        ("megamor/data/a.py", "from megamor.corpus.writer import ShardWriter"),
+        ("megamor/serve/engine/a.py", "from megamor.serve.http.server import Server"),
+        ("megamor/bench/a.py", "from megamor.cli import pretrain"),
         ("megamor/train/a.py", "from megamor.serve import engine"),
         ("megamor/unheard_of/a.py", "from megamor.config import Config"),
-        ("megamor/train/a.py", "from tools.bench import main"),
-        ("pretrain.py", "import tools.bench"),
+        ("megamor/train/a.py", "from megamor.cli.bench import main"),
+        ("pretrain.py", "import tools.preprocess"),
         ("tools/a.py", "from pretrain import main"),
         ("megamor/metrics/a.py", "import wandb"),
         ("megamor/data/a.py", "import importlib\nimportlib.import_module('megamor.model')"),
@@ -174,7 +193,9 @@ def test_a_breach_is_found(path: str, source: str) -> None:
         ("megamor/data/loader.py", "import torch"),
         ("megamor/metrics/a.py", "def f():\n    import wandb"),
         ("megamor/parallel/a.py", "import torch.distributed.checkpoint"),
-        ("tools/a.py", "from tools.b import c\nfrom megamor.train import step"),
+        ("tools/a.py", "from megamor.cli.preprocess import main"),
+        ("megamor/serve/__main__.py", "from megamor.cli.serve import main"),
+        ("megamor/serve/http/a.py", "from megamor.serve.engine.request import Engine"),
         ("megamor/evaluate/a.py", "import datasets_of_ours"),
     ],
 )

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def quickstart(root: Path) -> str:
-    command = [sys.executable, "-m", "tools.quickstart", "--short", "--root", str(root)]
+    command = [sys.executable, "-m", "megamor.cli.quickstart", "--short", "--root", str(root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megamor.data import ShardWriter, TokenShard
-from megamor.data.shards import shard_prefix
+from megamor.corpus.array import shard_prefix
+from megamor.corpus.writer import ShardWriter
+from megamor.data import TokenShard
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "preprocess.sh"

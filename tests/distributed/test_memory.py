@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 from megamor.config import Config, DataConfig, ModelConfig
-from megamor.train.memory import step_memory
+from megamor.plan.memory import step_memory
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import EXPERT_CHOICE, run_step, start, tiny
 from tests.live_bytes import LiveBytes

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megamor.config import Config
-from megamor.train.communication import Traffic, step_traffic
+from megamor.plan.traffic import Traffic, step_traffic
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import FIXED_DEPTH, preload_deepspeed, run_step, start, tiny
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from megamor.checkpoint import TrainerState
 from megamor.config import CheckpointConfig, Config, GuardConfig, ParallelConfig
 from megamor.errors import TrainingError
-from megamor.optim import Guard, Verdict
 from megamor.train import Trainer
+from megamor.train.guard import Guard, Verdict
 from tests.distributed.runs import stored_tensors
 from tests.resume.runs import (
     LOSS_FREE,

@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from megamor.config import Config, OptimConfig, ParallelConfig, TrainConfig
-from megamor.model import ModelOutput, Transformer, build_model, geometry
+from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model import layouts as geometry
 from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
 from megamor.model.loss import linear_cross_entropy
 from megamor.optim import build_adamw

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamor.serve.paged_attention import KernelLayout, PagedLayout, Reading
-from megamor.serve.scheduler import POLICIES
+from megamor.serve.engine.paged_attention import KernelLayout, PagedLayout, Reading
+from megamor.serve.engine.scheduler import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import SERVED, Schedule, check, expected
 

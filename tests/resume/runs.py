@@ -30,7 +30,8 @@ from megamor.config import (
     TokenChoiceConfig,
     TrainConfig,
 )
-from megamor.data import ShardMeta, ShardWriter
+from megamor.corpus.writer import ShardWriter
+from megamor.data import ShardMeta
 from megamor.errors import MegamorError
 from megamor.metrics import read_jsonl
 from megamor.parallel import init_world

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: element-wise equality with the optimizer's moments, one file of weights, errors."""
+"""megamor convert-checkpoint: element-wise equality with the optimizer's moments, one file of weights, errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megamor.cli import convert_checkpoint
 from megamor.config import Config, ParallelConfig, config_from_dict
 from megamor.model import build_model
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import digest, preload_deepspeed, stored_tensors
 from tests.resume.runs import LOSS_FREE, assert_same_run, directory_of, fit, named, tiny_run, trace, until
-from tools import convert_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""tools/verify_checkpoint.py and tools/verify_resume.py: what they find, and their exit statuses."""
+"""megamor verify-checkpoint and megamor verify-resume: what they find, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch.distributed.checkpoint as dcp
 
 from megamor.checkpoint import iterate_state
 from megamor.checkpoint.manifest import create_manifest
-from megamor.checkpoint.ranks import Ranks
+from megamor.cli import verify_checkpoint, verify_resume
 from megamor.config import CheckpointConfig, Config, config_to_yaml
+from megamor.ranks import Ranks
 from tests.distributed.runs import stored_tensors
 from tests.resume.runs import LOSS_FREE, directory_of, fit, tiny_run
-from tools import verify_checkpoint, verify_resume
 
 
 @pytest.fixture(scope="module")

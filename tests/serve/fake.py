@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.serve.request import EngineStats, RequestError, RequestOutput, SamplingParams, TokenLogprob
-from megamor.serve.server import ServerSettings, create_app
-from megamor.serve.shutdown import DrainingServer
-from megamor.serve.text import TextCodec
+from megamor.serve.engine.request import EngineStats, RequestError, RequestOutput, SamplingParams, TokenLogprob
+from megamor.serve.http.server import ServerSettings, create_app
+from megamor.serve.http.shutdown import DrainingServer
+from megamor.serve.http.text import TextCodec
 
 CONTEXT = 512
 MODEL = "tiny"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve import paged_attention as paths
-from megamor.serve.paged_attention import KernelLayout, PagedLayout, Reading
-from megamor.serve.paged_kernel import paged_attention
+from megamor.serve.engine import paged_attention as paths
+from megamor.serve.engine.paged_attention import KernelLayout, PagedLayout, Reading
+from megamor.serve.engine.paged_kernel import paged_attention
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import Schedule, check, expected
 

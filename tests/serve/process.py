@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from megamor.data import ShardWriter
+from megamor.corpus.writer import ShardWriter
 from megamor.parallel import init_world
 from megamor.train import build_trainer
 from tests.resume.runs import directory_of, tiny_run
@@ -74,7 +74,7 @@ class Process:
 
 @contextmanager
 def server_process(checkpoint: Path, directory: Path, *options: str) -> Iterator[Process]:
-    """`python -m megamor.serve` on a free port, ready to answer."""
+    """`megamor serve` on a free port, ready to answer."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "megamor.serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

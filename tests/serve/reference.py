@@ -11,7 +11,7 @@ import torch
 
 from megamor.model import Transformer
 from megamor.routing import DepthBounds
-from megamor.serve.request import SamplingParams
+from megamor.serve.engine.request import SamplingParams
 
 MASK = (1 << 64) - 1
 

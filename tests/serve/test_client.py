@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megamor.bench import serving as bench
+from megamor.bench import tables as readme_numbers
+from megamor.bench.load import Load, Record, parse_limits, send, served_model, summarise
 from megamor.errors import ConfigError, DataError
-from megamor.serve import bench
-from megamor.serve.client import Load, Record, parse_limits, send, served_model, summarise
 from tests.serve.fake import MODEL, FakeEngine, serving
-from tools import readme_numbers
 
 
 def test_measures_what_the_server_does() -> None:

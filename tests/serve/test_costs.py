@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megamor.serve.bench import main
-from megamor.serve.costs import Costs, LineFit
-from tools.readme_numbers import regenerate
+from megamor.bench.serving import main
+from megamor.bench.tables import regenerate
+from megamor.serve.engine.costs import Costs, LineFit
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from megamor.load import cast
 from megamor.model import build_model
 from megamor.routing import token_choice
-from megamor.serve import paged_attention, paged_kernel
-from megamor.serve.engine import EngineOptions, ServingEngine
-from megamor.serve.request import SamplingParams
-from megamor.serve.scheduler import POLICIES
+from megamor.serve.engine import paged_attention, paged_kernel
+from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine.request import SamplingParams
+from megamor.serve.engine.scheduler import POLICIES
 from tests.combinations import ROUTERS, tiny_config
 from tests.serve.test_equality import SERVED
 

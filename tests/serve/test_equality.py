@@ -21,9 +21,9 @@ from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
-from megamor.serve.engine import EngineOptions, ServingEngine
-from megamor.serve.request import RequestError, RequestOutput, SamplingParams
-from megamor.serve.scheduler import POLICIES
+from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
+from megamor.serve.engine.scheduler import POLICIES
 from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.serve.reference import Answer, answer
 

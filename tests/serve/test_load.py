@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 
-from megamor.serve.client import Load, send, summarise
+from megamor.bench.load import Load, send, summarise
 from tests.serve.process import CONTEXT, Process, server_process, trained_checkpoint
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve.paged_attention import PagedLayout, Reading
+from megamor.serve.engine.paged_attention import PagedLayout, Reading
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from megamor.serve.paged_kernel import attend_row
+from megamor.serve.engine.paged_kernel import attend_row
 
 POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "head_dim": 64, "page_size": 16}
 

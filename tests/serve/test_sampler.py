@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megamor.serve.request import SamplingParams
-from megamor.serve.sampler import Draw, logprobs_of, sample
+from megamor.serve.engine.request import SamplingParams
+from megamor.serve.engine.sampler import Draw, logprobs_of, sample
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -3.0, 1.9, 0.0], dtype=torch.float64)
 COUNT = 20_000

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamor.serve.pages import EVERY_TOKEN, TableSpec
-from megamor.serve.scheduler import POLICIES, Launch, Limits, Piece, Scheduler, SequenceState
+from megamor.serve.engine.pages import EVERY_TOKEN, TableSpec
+from megamor.serve.engine.scheduler import POLICIES, Launch, Limits, Piece, Scheduler, SequenceState
 
 NUM_RECURSIONS = 3
 EDGE = TableSpec("edge", EVERY_TOKEN)
@@ -281,5 +281,5 @@ def test_exits_are_held() -> None:
 
 
 def test_the_scheduler_knows_no_torch() -> None:
-    code = "import sys, megamor.serve.scheduler; sys.exit('torch' in sys.modules)"
+    code = "import sys, megamor.serve.engine.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

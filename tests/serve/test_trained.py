@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamor.cli import export_hf
+from megamor.cli.serve import build_engine, parse_arguments
 from megamor.load import load_model
-from megamor.serve.__main__ import build_engine, parse_arguments
-from megamor.serve.request import SamplingParams
-from megamor.serve.scheduler import POLICIES
+from megamor.serve.engine.request import SamplingParams
+from megamor.serve.engine.scheduler import POLICIES
 from tests.serve.process import TEXT, trained_checkpoint
 from tests.serve.reference import Answer, answer
-from tools import export_hf
 
 PARAMS = SamplingParams(max_tokens=12, temperature=0.8, seed=3, n=2)
 PROMPTS = (TEXT[:9], TEXT[:40], "lazy", "quick brown")

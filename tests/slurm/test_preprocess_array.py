@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megamor.cli import preprocess
 from tests.slurm.cluster import Cluster, missing_programs
-from tools import preprocess
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import varlen
 
-from megamor.model import attention, build_model, geometry
+from megamor.model import attention, build_model
+from megamor.model import layouts as geometry
 from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
 from megamor.model.buckets import Buckets
-from megamor.model.geometry import Geometry
+from megamor.model.layouts import Geometry
 from megamor.routing import TokenSet, plan, token_choice
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 

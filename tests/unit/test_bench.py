@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from megamor.bench import checkpointing as bench_checkpointing
+from megamor.bench import tables as readme_numbers
+from megamor.bench.cases import CASES, TrainingStep, make_batch, make_cases
+from megamor.bench.memory import step_memory
+from megamor.bench.train import Budget, measure_rounds
+from megamor.cli import bench
 from megamor.model.flops import nominal_flops
-from tools import bench, bench_checkpointing, readme_numbers
-from tools.bench_cases import CASES, TrainingStep, make_batch, make_cases
-from tools.bench_memory import step_memory
-from tools.bench_train import Budget, measure_rounds
 
 TINY = """
 model: {vocab_size: 64, dim: 48, num_layers: 8, num_heads: 4, num_kv_heads: 2, ffn_dim: 96, max_seq_len: 48}

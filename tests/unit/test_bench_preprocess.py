@@ -1,4 +1,4 @@
-"""tools/bench.py preprocess on a corpus of a few KiB, and the README's table from its report."""
+"""megamor bench preprocess on a corpus of a few KiB, and the README's table from its report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megamor.data.tokenizer import byte_tokenizer
-from tools import bench, readme_numbers
-from tools.bench_preprocess import SCHEMA
+from megamor.bench import tables as readme_numbers
+from megamor.bench.preprocess import SCHEMA
+from megamor.cli import bench
+from megamor.corpus.tokenizer import byte_tokenizer
 
 
 def test_report_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

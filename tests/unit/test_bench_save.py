@@ -1,4 +1,4 @@
-"""`tools/bench.py save`: a report with every field, and checkpoints that were really written."""
+"""`megamor bench save`: a report with every field, and checkpoints that were really written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import bench
+from megamor.cli import bench
 
 TINY = ("model.vocab_size=64", "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "model.ffn_dim=32")
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamor.data import ShardMeta, ShardWriter, TokenShard, dtype_for_vocab, fingerprint, read_meta
-from megamor.data import writer as writer_module
+from megamor.corpus import writer as writer_module
+from megamor.corpus.verify import verify_index, verify_tokens
+from megamor.corpus.writer import ShardWriter
+from megamor.data import ShardMeta, TokenShard, dtype_for_vocab, fingerprint, read_meta
 from megamor.data.meta import BlockHasher
-from megamor.data.verify import verify_index, verify_tokens
 from megamor.errors import DataError
 
 # Both foreign readers return exactly the documents [1, 2, 0] and [513, 0] from these.

@@ -19,13 +19,15 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from megamor.data import ShardWriter, TokenShard, text
-from megamor.data import preprocess as preprocess_module
-from megamor.data.journal import Journal, Progress
-from megamor.data.preprocess import Interrupted, StopSignals
-from megamor.data.text import Place
-from megamor.data.tokenizer import byte_tokenizer
-from tools import preprocess
+from megamor.cli import preprocess
+from megamor.corpus import preprocess as preprocess_module
+from megamor.corpus import text
+from megamor.corpus.journal import Journal, Progress
+from megamor.corpus.preprocess import Interrupted, StopSignals
+from megamor.corpus.text import Place
+from megamor.corpus.tokenizer import byte_tokenizer
+from megamor.corpus.writer import ShardWriter
+from megamor.data import TokenShard
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = random.Random(0)
@@ -37,7 +39,7 @@ SMALL_STEPS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from megamor.data import preprocess, text
-from tools.preprocess import main
+from megamor.cli.preprocess import main
 text.CHUNK_BYTES, preprocess.JOURNAL_SECONDS = 4000, 0
 main()
 """

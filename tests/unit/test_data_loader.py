@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
+from megamor.corpus.writer import ShardWriter
 from megamor.data import (
     MicroBatch,
     ShardMeta,
-    ShardWriter,
     TokenShard,
     TrainingData,
     TrainingLoader,

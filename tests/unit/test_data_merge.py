@@ -15,12 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamor.data import ShardMeta, ShardWriter, TokenShard, indexed, merge, read_meta, text
+from megamor.cli import inspect_data, merge_data, preprocess
+from megamor.corpus import merge, text
+from megamor.corpus.array import parse_shard, shard_prefix, split_shard_prefix
+from megamor.corpus.writer import ShardWriter
+from megamor.data import ShardMeta, TokenShard, read_meta
+from megamor.data import shard as indexed
 from megamor.data.meta import meta_path
-from megamor.data.shards import parse_shard, shard_prefix, split_shard_prefix
 from megamor.errors import ConfigError
 from tests.unit.test_data_format import make_idx, put
-from tools import inspect_data, merge_data, preprocess
 
 ROOT = Path(__file__).parents[2]
 META = ShardMeta(tokenizer_name="t.json", tokenizer_sha256="ab", vocab_size=100, eod_id=0, eod_appended=True)
@@ -237,7 +240,7 @@ def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
                 writer.add(zeros)
             writer.commit()
     code = (
-        "import resource, sys; from tools.merge_data import main; main(sys.argv[1:]);"
+        "import resource, sys; from megamor.cli.merge_data import main; main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
-from megamor.data import ShardWriter, TrainingData, TrainingLoader, open_validation_sets, source
+from megamor.corpus.writer import ShardWriter
+from megamor.data import TrainingData, TrainingLoader, open_validation_sets, source
 from megamor.data.packing import best_fit, count_bins
 from megamor.errors import DataError
 

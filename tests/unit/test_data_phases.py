@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from megamor.config import Config, DataConfig, RampConfig, SourceConfig, TrainConfig
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import derive
-from megamor.data import ShardMeta, ShardWriter, TokenShard, TrainingData, TrainingLoader, fingerprint
+from megamor.corpus.writer import ShardWriter
+from megamor.data import ShardMeta, TokenShard, TrainingData, TrainingLoader, fingerprint
 from megamor.data.epochs import shares
 from megamor.data.meta import meta_path
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
@@ -359,7 +360,7 @@ def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_hundred_million_documents_open_in_seconds(tmp_path: Path) -> None:
     """Takes 2 GB of disk. Opening is constant time and best fit a pass over all lengths; both bounds have slack."""
-    from tools.bench_loader import measure_documents, write_index
+    from megamor.bench.loader import measure_documents, write_index
 
     found = measure_documents(write_index(tmp_path / "x", 100_000_000))
     assert found["open_stream_seconds"] < 5

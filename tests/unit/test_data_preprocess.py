@@ -1,4 +1,4 @@
-"""tools/preprocess.py and tools/inspect_data.py, as a user runs them."""
+"""tools/preprocess.py and megamor inspect-data, as a user runs them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 import zstandard
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.data import TokenShard, read_meta, text
-from megamor.data.encode import TextEncoder
-from tools import inspect_data, preprocess
+from megamor.cli import inspect_data, preprocess
+from megamor.corpus import text
+from megamor.corpus.encode import TextEncoder
+from megamor.data import TokenShard, read_meta
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {n}: the quick brown fox, naïve café №{n} " + "jumps " * (n % 37) for n in range(400)]

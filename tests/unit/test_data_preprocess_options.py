@@ -17,15 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from megamor.data import TokenShard, accelerator, read_meta, text
-from megamor.data.accelerator import GigatokenEncoder, sample
-from megamor.data.cuts import cut, find_cuts, first_and_last, longest_part
-from megamor.data.dedup import SeenHashes
-from megamor.data.documents import document_hash
-from megamor.data.text import Place, Share, TextChunk, find_files
-from megamor.data.tokenizer import MAX_PART, TextEncoder, byte_tokenizer, char_tokenizer
+from megamor.cli import merge_data, preprocess
+from megamor.corpus import accelerator, text
+from megamor.corpus.accelerator import GigatokenEncoder, sample
+from megamor.corpus.cuts import cut, find_cuts, first_and_last, longest_part
+from megamor.corpus.dedup import SeenHashes
+from megamor.corpus.documents import document_hash
+from megamor.corpus.text import Place, Share, TextChunk, find_files
+from megamor.corpus.tokenizer import MAX_PART, TextEncoder, byte_tokenizer, char_tokenizer
+from megamor.data import TokenShard, read_meta
 from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, status, tokenizer
-from tools import merge_data, preprocess
 
 __all__ = ["corpus", "tokenizer"]  # fixtures
 
@@ -155,7 +156,7 @@ def test_char_vocabulary_is_of_all_inputs_and_splits(tmp_path: Path) -> None:
         assert (meta.tokenizer_name, meta.vocab_size) == ("x.tokenizer.json", len(characters) + 1)
         first = "".join([*characters, EOD][i] for i in shard.document(0))
         assert first.removesuffix(EOD) in TEXTS
-    from tools import inspect_data
+    from megamor.cli import inspect_data
 
     inspect_data.main([f"{out}_train"])  # finds and accepts the tokenizer beside it
 

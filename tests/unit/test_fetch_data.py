@@ -1,4 +1,4 @@
-"""tools/fetch_data.py against a server of its own, local copies, and no network at all."""
+"""megamor fetch-data against a server of its own, local copies, and no network at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from megamor.data.text import find_files
-from tools import fetch_data, fetch_sources, study_data
-from tools.download import git_id_of_file
-from tools.study_data import STUDY_SETS, wikitext_articles
+from megamor.cli import fetch_data
+from megamor.corpus import fetch_sources, study_data
+from megamor.corpus.download import git_id_of_file
+from megamor.corpus.study_data import STUDY_SETS, wikitext_articles
+from megamor.corpus.text import find_files
 
 PLAY = "".join(f"Line {number}: exit, pursued by a bear.\n" for number in range(100))
 PARTS = {

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import measure, memory, serve, train
-from benchmarks.gpu.cases import CASES, SIZES, plan_cases
+from megamor.bench import gpu_measure as measure
+from megamor.bench import gpu_memory as memory
+from megamor.bench import gpu_serve as serve
+from megamor.bench import gpu_train as train
+from megamor.bench.gpu_cases import CASES, SIZES, plan_cases
 from megamor.errors import ConfigError
 from megamor.parallel import World
 

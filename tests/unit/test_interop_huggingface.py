@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megamor.cli import export_hf
 from megamor.config import Config, CustomRouterConfig
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop import Imported, export_huggingface, save_imported
@@ -34,7 +35,6 @@ from tests.combinations import (
     tokens,
     vanilla_config,
 )
-from tools import export_hf
 
 pytest.importorskip("transformers")
 

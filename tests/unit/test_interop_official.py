@@ -11,12 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from megamor.cli import import_weights as tool
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop import import_official, read_state_dict, save_imported
 from megamor.load import load_model
 from megamor.model import build_model
 from tests.parity.reference import Case, cases
-from tools import import_official as tool
 
 CASES = cases()
 DIM, VOCAB = 16, 31

@@ -13,7 +13,7 @@ from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World
 from megamor.parallel.single import SingleBackend
-from megamor.train.memory import Memory, holding, step_memory
+from megamor.plan.memory import Memory, holding, step_memory
 from tests.combinations import ROUTERS
 from tests.live_bytes import LiveBytes
 

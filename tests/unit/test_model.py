@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config.derive import derive
-from megamor.model import Transformer, build_model, elementwise, geometry
+from megamor.model import Transformer, build_model, elementwise
+from megamor.model import layouts as geometry
 from megamor.model import loss as loss_module
 from megamor.model.blocks import rotary_angles
 from megamor.model.loss import linear_cross_entropy

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megamor.model.flops import executed_flops, nominal_flops
-from megamor.model.geometry import Geometry
+from megamor.model.layouts import Geometry
 from megamor.model.pairs import visible_pairs
 from megamor.routing import TokenSet
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config

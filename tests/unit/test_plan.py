@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megamor.bench import scaling_tables as plan_scaling
+from megamor.cli import plan
 from megamor.config import Config, config_from_dict, load_config
 from megamor.model.flops import nominal_flops
-from megamor.train.memory import step_memory
-from tools import plan, plan_scaling
-from tools.plan_estimate import (
+from megamor.plan.estimate import (
     ADAMW_BYTES,
     HOP_SECONDS,
     USABLE,
@@ -22,7 +22,8 @@ from tools.plan_estimate import (
     nearest_that_fits,
     parameters,
 )
-from tools.plan_gpus import GPUS
+from megamor.plan.gpus import GPUS
+from megamor.plan.memory import step_memory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = str(CONFIGS / "mor_1b.yaml")
@@ -117,7 +118,7 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
 
 def test_the_page_on_scaling_is_up_to_date() -> None:
     page = plan_scaling.PAGE.read_text(encoding="utf-8")
-    assert plan_scaling.updated(page) == page, "python tools/plan_scaling.py --write"
+    assert plan_scaling.updated(page) == page, "python megamor/bench/scaling_tables.py --write"
 
 
 @pytest.mark.parametrize("path", sorted(plan_scaling.RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, RecursionConfig, TrainConfig
 from megamor.model import build_model
-from megamor.train.dry_run import describe_run
+from megamor.plan.dry_run import describe_run
 
 
 def config(**train: Any) -> Config:

@@ -8,11 +8,11 @@ import io
 import pytest
 import torch
 
+from megamor import ranks
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError, DataError, MegamorError
 from megamor.parallel import init_world
-from megamor.train import failures
-from megamor.train.failures import from_first_rank, reported_once, together
+from megamor.ranks import from_first_rank, report_errors_once, run_on_all_ranks
 from tests.distributed.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def raise_mine(by_rank: Failures) -> str:
         return f"result {world.rank}"
 
     try:
-        return together(action, world.device)
+        return run_on_all_ranks(action, world.device)
     except MegamorError as error:
         return f"{type(error).__name__}: {error}"
 
@@ -50,7 +50,7 @@ def test_a_failure_is_everybodys(by_rank: Failures, said: list[str]) -> None:
 def test_alone_nothing_is_wrapped() -> None:
     error = DataError("a")
     with pytest.raises(DataError) as found:
-        together(lambda: (_ for _ in ()).throw(error), CPU)
+        run_on_all_ranks(lambda: (_ for _ in ()).throw(error), CPU)
     assert found.value is error
     assert from_first_rank(lambda: 3) == 3
 
@@ -65,12 +65,12 @@ def test_the_first_rank_knows() -> None:
 
 
 def print_mine(by_rank: Failures) -> tuple[object, str]:
-    failures.REPORT_SECONDS = 0.5
+    ranks.REPORT_SECONDS = 0.5
     world = init_world(ParallelConfig())
     printed, status = io.StringIO(), None
     with contextlib.redirect_stderr(printed):
         try:
-            with reported_once(world):
+            with report_errors_once(world):
                 mine = by_rank[world.rank]
                 if mine is not None:
                     raise mine

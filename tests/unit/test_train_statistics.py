@@ -10,7 +10,7 @@ import torch
 from megamor.evaluate.loss import perplexity
 from megamor.model import ModelOutput
 from megamor.routing import Ratio
-from megamor.train.statistics import StepStatistics, StepSummary
+from megamor.train.step_statistics import StepStatistics, StepSummary
 
 
 def output(loss: float, tokens: int, aux: float, agree: float, depth: list[int]) -> ModelOutput:

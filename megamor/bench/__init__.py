@@ -1,0 +1,1 @@
+"""Measurements of training, data, checkpoints and serving, and the tables made from them."""

@@ -1,0 +1,79 @@
+"""The `megamor` command. Each subcommand is one module here, imported only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from megamor import __version__
+
+
+class Command(NamedTuple):
+    """A subcommand: the module in `megamor.cli` whose `main` runs it, and a line about it for `megamor --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("quickstart", "train, interrupt, resume, evaluate and sample a small model in minutes"),
+    "fetch-data": Command("fetch_data", "download a public corpus"),
+    "preprocess": Command("preprocess", "tokenize text into memory-mapped shards"),
+    "merge-data": Command("merge_data", "merge shards into one data set"),
+    "inspect-data": Command("inspect_data", "show and check a shard"),
+    "plan": Command("plan", "estimate memory, traffic and time of a run on given GPUs"),
+    "pretrain": Command("pretrain", "train a model, or resume training"),
+    "launch": Command("launch", "start the training processes of one machine"),
+    "evaluate": Command("evaluate", "measure the validation loss of a checkpoint"),
+    "generate": Command("generate", "continue a prompt and show how deep each token went"),
+    "serve": Command("serve", "serve a checkpoint over HTTP (OpenAI completions API)"),
+    "export-hf": Command("export_hf", "export a checkpoint to Hugging Face format"),
+    "import": Command("import_weights", "import a checkpoint of the paper's authors"),
+    "convert-checkpoint": Command("convert_checkpoint", "convert to safetensors, or to and from DeepSpeed's layout"),
+    "verify-checkpoint": Command("verify_checkpoint", "check that a checkpoint is intact and loads"),
+    "verify-resume": Command("verify_resume", "check that a run resumes bitwise on this machine"),
+    "bench": Command("bench", "measure training, loading, preprocessing, saving and serving"),
+}
+
+
+def usage() -> str:
+    """The text of `megamor --help`."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: megamor <command> [options]",
+            "",
+            "Pretrain, study and serve Mixture-of-Recursions language models.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`megamor <command> --help` explains a command. Start with `megamor quickstart`.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand that the first argument names.
+
+    Raises:
+        SystemExit: status 2 for an unknown command; otherwise whatever the command exits with.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        print(f"megamor {__version__}")
+        return
+    if words[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean `megamor {near[0]}`?" if near else "`megamor --help` lists the commands"
+        print(f"megamor: unknown command {words[0]!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    import_module(f"megamor.cli.{COMMANDS[words[0]].module}").main(words[1:])

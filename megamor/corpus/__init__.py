@@ -1,0 +1,1 @@
+"""Turning text into token shards: reading, tokenizing, writing, merging and checking."""

@@ -1,0 +1,189 @@
+"""Tokenizers for corpora: where they come from, and text to ids without anything that belongs to prompts.
+
+Nothing is truncated, padded or added, and special tokens that a text happens to spell out (`<|endoftext|>` in a page
+about tokenizers) are encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from megamor.corpus.cuts import cut, find_cuts, longest_part
+from megamor.data.shard import dtype_for_vocab
+from megamor.errors import DataError
+
+DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>")
+BUILT_IN = ("char", "byte")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Characters in a part of a text, and in the parts that are encoded at a time: small enough for the processor's cache.
+_PART = 2**12
+_BATCH = 2**14
+# Parts that can't be cut further need memory: longer ones take turns, even longer ones are refused.
+_LARGE_PART = 2**18
+MAX_PART = 2**22
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer set up for corpora. `encode` may be called by several threads at a time."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    eod_token: str | None
+    eod_id: int | None
+
+    @classmethod
+    def load(cls, path: str, *, eod_token: str | None = None, need_eod: bool = False) -> TextEncoder:
+        """Read a `tokenizers` JSON file.
+
+        The end-of-document token is `eod_token`, or else the first of `DEFAULT_EOD_TOKENS` that the vocabulary has.
+        Raises DataError if the file isn't a tokenizer or has no such token although one is needed or named.
+        """
+        if not Path(path).is_file():
+            raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
+        try:
+            tokenizer = Tokenizer.from_file(path)
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"--tokenizer {path} is not a tokenizer.json of the tokenizers library: {error}") from error
+        return cls.of(tokenizer, path, eod_token=eod_token, need_eod=need_eod)
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, name: str, *, eod_token: str | None = None, need_eod: bool = False
+    ) -> TextEncoder:
+        """Set up `tokenizer`, called `name` in messages. Raises DataError as `load` does."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        candidates = (eod_token,) if eod_token else DEFAULT_EOD_TOKENS
+        found = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
+        if found is None and (eod_token or need_eod):
+            raise DataError(
+                f"{name} has no token {' or '.join(candidates)} to end documents with; name one of its own with "
+                "--eod-token"
+            )
+        if found is not None:
+            # Marked as special, or its spelling within a text would become an end of document.
+            tokenizer.add_special_tokens([AddedToken(found, special=True, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return cls(tokenizer, vocab_size, found, tokenizer.token_to_id(found) if found else None)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The item type of its ids."""
+        return dtype_for_vocab(self.vocab_size)
+
+    @cached_property
+    def cuts(self) -> re.Pattern[str] | None:
+        """Where long texts may be cut; see `megamor.corpus.cuts`."""
+        return find_cuts(self.tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray]:
+        """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false.
+
+        Raises DataError for more than `MAX_PART` characters without a place to cut.
+        """
+        arrays: list[list[NDArray]] = [[] for _ in texts]
+        parts = ((owner, part) for owner, text in enumerate(texts) for part in cut(text, _PART, self.cuts))
+        for batch in _batches(parts):
+            owners = [owner for owner, _ in batch]
+            for owner, ids in zip(owners, self._encode_parts([part for _, part in batch]), strict=True):
+                arrays[owner].append(ids)
+        return [own[0] if len(own) == 1 else np.concatenate(own) for own in arrays]
+
+    def require_cuttable(self, text: str) -> None:
+        """Raise DataError if `text` has more than `MAX_PART` characters without a place to cut."""
+        longest = longest_part(text, MAX_PART // 4, self.cuts) if len(text) > MAX_PART else 0
+        if longest > MAX_PART:
+            raise DataError(
+                f"{longest:,} characters without a space in a document that begins {text[:40]!r} are too much to "
+                f"tokenize in one piece (at most {MAX_PART:,}); split it, or take it out"
+            )
+
+    def _encode_parts(self, parts: list[str]) -> list[NDArray]:
+        largest = max(parts, key=len)
+        self.require_cuttable(largest)
+        with _one_at_a_time if len(largest) > _LARGE_PART else nullcontext():
+            encodings = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+
+def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[1])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def find_tokenizer(name: str) -> str:
+    """Path of the `tokenizer.json` that `name` stands for: a file, a directory or a repository of the hub.
+
+    Raises DataError if there is none, or if the hub can't be reached.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise DataError(f"--tokenizer {name}: there is no tokenizer.json in that directory")
+        return str(path / "tokenizer.json")
+    if path.exists() or path.suffix == ".json" or not _HUB_NAME.fullmatch(name):
+        return name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name, "tokenizer.json")
+    except Exception as error:  # of the network, of the hub, of a name it doesn't know: each library's own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"--tokenizer {name} is no file or directory here, and no tokenizer.json could be fetched under that name "
+            f"from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def built_in_tokenizer(name: str, texts: Callable[[], Iterable[str]], special: Sequence[str] = ()) -> Tokenizer:
+    """`char`, with the characters of `texts()`, or `byte`."""
+    return char_tokenizer(texts(), special) if name == "char" else byte_tokenizer(special)
+
+
+def char_tokenizer(texts: Iterable[str], special: Sequence[str] = ()) -> Tokenizer:
+    """A token for each character that occurs in `texts`, ids in the order of code points, `special` ones after them.
+
+    Encoding any other character is an error: no token means "unknown".
+    """
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {character: number for number, character in enumerate(sorted(characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
+
+
+def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:
+    """A token for each byte of UTF-8, the byte itself its id, `special` ones from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    # The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on, in order.
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in alphabet.items()}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer

@@ -1,0 +1,307 @@
+"""Atomic writer of token shards: nothing is under the final name unless it is complete and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megamor.data.meta import BlockHasher, ShardMeta, meta_path
+from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megamor.errors import DataError
+from megamor.files import sync_directory
+
+MAX_SEQUENCE_TOKENS = 2**31 - 1
+_FINALISE_CHUNK = 2**20
+
+
+class ShardWriter:
+    """Writes a data set that appears under its name only when complete.
+
+    One document is one sequence, unless `finish` is told where documents start.
+
+    Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
+    `commit` finishes and renames them, the `.idx`, without which nothing opens, last. As a context manager it removes
+    the partial files on every way out except a commit. Failing writes (disk full, no permission) raise DataError, and
+    so does a second writer on the same prefix.
+
+    To go on after an interruption: `sync` makes what there is durable, `keep_partial` leaves it behind, and a new
+    writer with `resume` finds it and must `rewind` to such a point before it adds anything.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODE_OF_DTYPE:
+            raise DataError(f"token ids can't be written as {self.dtype}; use uint16 or int32")
+        self.num_sequences = 0
+        self.num_tokens = 0
+        self.keep_partial = False
+        self._hasher = BlockHasher()
+        self._finished = False
+        self._files: list[BinaryIO] = []
+        try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open_locked(f"{self.prefix}.bin.partial")
+            self._idx = self._open_locked(f"{self.prefix}.idx.partial")
+            if not resume:
+                self.rewind(0, 0)
+        except DataError:
+            self.abort()
+            raise
+        except OSError as error:
+            self.abort()
+            raise self._failure(error) from error
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far, one a sequence."""
+        return self.num_sequences
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def add(self, tokens: ArrayLike) -> None:
+        """Append one document: ids [n]. Raises DataError for ids that the dtype can't hold."""
+        ids = np.asarray(tokens)
+        self.add_documents(ids if ids.size else ids.astype(self.dtype), np.array([ids.size]))
+
+    def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
+        """Append documents at once: their ids one after the other [sum(lengths)], and their lengths [n]."""
+        assert lengths.sum() == len(tokens), "lengths must add up to the tokens"
+        if len(lengths) and lengths.max() > MAX_SEQUENCE_TOKENS:
+            raise DataError(f"a document of {lengths.max()} tokens doesn't fit {self.prefix}.idx; split it")
+        self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: NDArray) -> None:
+        """Append ids [n] to the stream; `add_lengths` says how they are cut, before or after, in pieces of any size."""
+        data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
+        try:
+            self._bin.write(data)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._hasher.update(data)
+        self.num_tokens += len(tokens)
+
+    def add_lengths(self, lengths: NDArray) -> None:
+        """Append the lengths [n] of sequences whose ids go through `add_tokens`."""
+        try:
+            self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_sequences += len(lengths)
+
+    def rewind(self, num_sequences: int, num_tokens: int) -> bool:
+        """Go back to a state that was synced; False, and nothing is changed, if the partial files hold less than that.
+
+        Reads the tokens that stay, to hash them.
+        """
+        sizes = HEADER.size + 4 * num_sequences, num_tokens * self.dtype.itemsize
+        if num_sequences and any(
+            os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
+        ):
+            return False
+        try:
+            for file, size in zip((self._idx, self._bin), sizes, strict=True):
+                file.truncate(size)
+                file.seek(0)
+            self._idx.write(bytes(HEADER.size))
+            self._idx.seek(sizes[0])
+            self._hasher = BlockHasher()
+            while block := self._bin.read(2**20):
+                self._hasher.update(memoryview(block))
+        except OSError as error:
+            raise self._failure(error) from error
+        self.num_sequences, self.num_tokens = num_sequences, num_tokens
+        return True
+
+    def sync(self) -> None:
+        """Wait until everything added is on disk."""
+        try:
+            for file in (self._bin, self._idx):
+                _sync(file)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
+        """Finish the files and put them under their names."""
+        self.finish(meta, document_starts)
+        self.publish()
+
+    def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
+        """Complete the partial files and make them durable, still under their temporary names.
+
+        `document_starts` are pieces of the document index: the sequence at which each document starts, and at the end
+        the number of sequences. Writers of several splits all finish before the first is published: a full disk then
+        leaves none of them.
+        """
+        try:
+            documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
+            for file in (self._bin, self._idx):
+                _sync(file)
+            meta = replace(
+                meta or ShardMeta(),
+                dtype=self.dtype.name,
+                documents=documents,
+                tokens=self.num_tokens,
+                idx_sha256=_hash_open_file(self._idx),
+                bin_block_sha256=self._hasher.digests(),
+            )
+            with open(self._partial_meta, "wb") as side_file:
+                side_file.write(meta.to_json().encode())
+                _sync(side_file)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._finished = True
+
+    def publish(self) -> None:
+        """Rename the finished files into place, replacing an earlier data set of that name."""
+        assert self._finished, "publish() before finish()"
+        try:
+            publish_finished(self.prefix)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._close()
+
+    def abort(self) -> None:
+        """Remove the partial files unless they are kept; does nothing after `publish` or a second time."""
+        mine = [] if self.keep_partial else [file.name for file in self._files]
+        # Unlinked while still locked, so that another writer's fresh file is never the one removed.
+        for path in [*mine, self._partial_meta] if mine else []:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._close()
+
+    @property
+    def _partial_meta(self) -> str:
+        return f"{meta_path(self.prefix)}.partial"
+
+    def _open_locked(self, path: str) -> BinaryIO:
+        """Open for writing, holding a lock until closed; what a killed run left is still there."""
+        file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by _close)
+        try:
+            _lock(file)
+            # The holder before us may have renamed it between our opening and locking it: then it isn't ours.
+            if os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
+                raise BlockingIOError(errno.EWOULDBLOCK, "in use")
+        except BlockingIOError:
+            file.close()
+            raise DataError(f"another process is writing {self.prefix}; wait for it or choose another prefix") from None
+        self._files.append(file)
+        return file
+
+    def _close(self) -> None:
+        for file in self._files:
+            # Closing writes what is buffered, which on a full disk fails a second time.
+            with contextlib.suppress(OSError):
+                file.close()
+        self._files.clear()
+
+    def _narrow(self, tokens: NDArray) -> NDArray:
+        if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
+            limits = np.iinfo(self.dtype)
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < limits.min or high > limits.max:
+                raise DataError(f"token ids from {low} to {high} don't fit {self.dtype.name} of {self.prefix}.bin")
+        return tokens.astype(self.dtype, copy=False)
+
+    def _failure(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
+            "(nothing was left under that name)"
+        )
+
+
+def publish_finished(prefix: str) -> None:
+    """Rename the finished files of a writer into place; goes on where an earlier call was cut off."""
+    if not os.path.exists(f"{prefix}.idx.partial"):
+        return
+    # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for path in (f"{prefix}.bin", str(meta_path(prefix))):
+        if os.path.exists(f"{path}.partial"):
+            os.replace(f"{path}.partial", path)
+    os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
+    sync_directory(Path(prefix).parent)
+
+
+def write_index(
+    file: BinaryIO,
+    num_sequences: int,
+    num_tokens: int,
+    dtype: np.dtype,
+    document_starts: Iterable[NDArray] | None = None,
+) -> int:
+    """Complete an index that holds the lengths of sequences after room for the header; returns the document count.
+
+    Adds the offsets (64 bits: a running sum of bytes passes 2 GiB early), the document index (each sequence a document
+    unless `document_starts` says otherwise) and the header.
+    """
+    offset = 0
+    for first in range(0, num_sequences, _FINALISE_CHUNK):
+        size = min(_FINALISE_CHUNK, num_sequences - first)
+        file.seek(HEADER.size + 4 * first)
+        sizes = np.frombuffer(file.read(4 * size), "<i4").astype(np.int64) * dtype.itemsize
+        ends = offset + np.cumsum(sizes)
+        file.seek(HEADER.size + 4 * num_sequences + 8 * first)
+        file.write((ends - sizes).astype("<i8").tobytes())
+        offset = int(ends[-1])
+    assert offset == num_tokens * dtype.itemsize, "lengths must add up to the tokens"
+    file.seek(HEADER.size + 12 * num_sequences)
+    entries = 0
+    for starts in document_starts if document_starts is not None else _one_each(num_sequences):
+        file.write(np.ascontiguousarray(starts, "<i8").tobytes())
+        entries += len(starts)
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_sequences, entries))
+    return entries - 1
+
+
+def _one_each(num_sequences: int) -> Iterator[NDArray]:
+    """The document index of sequences that are documents."""
+    for first in range(0, num_sequences + 1, _FINALISE_CHUNK):
+        yield np.arange(first, min(first + _FINALISE_CHUNK, num_sequences + 1), dtype="<i8")
+
+
+def _create_without_truncating(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _lock(file: BinaryIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        # Some network file systems have no locks; there the protection against a second writer is missing.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _hash_open_file(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()

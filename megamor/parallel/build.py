@@ -1,0 +1,41 @@
+"""The function that picks the backend of a run and wraps the model for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megamor.config import Config
+from megamor.parallel.backend import Backend, BuildOptimizer, ParallelPlan
+from megamor.parallel.mesh import World, resolve_backend
+
+
+def build_backend(model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> Backend:
+    """Wrap `model` (on any device; it exports `parallel_plan()`) for this run.
+
+    `build_optimizer` is called with the wrapped module, once its parameters are final. The order matters: activation
+    checkpointing, compilation, sharding, optimizer.
+    """
+    model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
+    plan: ParallelPlan = model.parallel_plan()  # type: ignore[operator]
+    if config.train.compile:
+        # One graph for each size of recursion and way of attending; torch's own limit of 8 can be too few for Nr = 4.
+        torch._dynamo.config.recompile_limit = 32
+        for target in plan.compile_targets:
+            target.compile()
+    name = resolve_backend(config.parallel, world.size)
+    if name == "deepspeed":
+        from megamor.parallel.zero import ZeroBackend
+
+        return ZeroBackend(model, plan, config, world, build_optimizer)
+    if name == "fsdp2":
+        from megamor.parallel.fsdp2 import Fsdp2Backend
+
+        return Fsdp2Backend(model, plan, config, world, build_optimizer)
+    if name == "ddp":
+        from megamor.parallel.ddp import DdpBackend
+
+        return DdpBackend(model, config, world, build_optimizer)
+    from megamor.parallel.single import SingleBackend
+
+    return SingleBackend(model, config, world, build_optimizer)

@@ -1,0 +1,1 @@
+"""Estimates made before a run: memory, traffic, FLOPs, time."""

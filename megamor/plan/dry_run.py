@@ -1,0 +1,44 @@
+"""What a run would be, without running it: parameters, FLOPs and an estimate of memory, from a model of shapes only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megamor.config import Config, CustomRouterConfig
+from megamor.config.derive import derive
+from megamor.model import build_model
+from megamor.model.flops import nominal_flops
+from megamor.parallel import resolve_backend
+from megamor.plan.memory import step_memory
+
+GIB = 2**30
+
+
+def describe_run(config: Config, world_size: int) -> str:
+    """Aligned lines about a validated config on `world_size` devices; builds the model on the meta device."""
+    derived = derive(config, world_size)
+    model = build_model(config, device="meta")
+    counted = model.num_parameters()
+    own = counted - derived.unique_parameters_with_embedding
+    if isinstance(config.router, CustomRouterConfig):  # what a router of the user's has, only the model knows
+        derived = replace(
+            derived,
+            router_parameters=own,
+            unique_parameters=derived.unique_parameters + own,
+            effective_parameters=derived.effective_parameters + own,
+        )
+    else:
+        assert own == 0, f"the model has {own} parameters more than the formula"
+    flops = nominal_flops(config)
+    seq_len = config.data.seq_len
+    backend = resolve_backend(config.parallel, world_size)
+    memory = step_memory(config, world_size)
+    states = memory.parameters + memory.gradients + memory.optimizer + memory.gathered
+    lines = {
+        "FLOPs": f"{flops.training / seq_len:.3e} per token in training ({flops.forward / seq_len:.3e} forward), "
+        "at the configured capacities",
+        "memory": f"about {memory.total / GIB:.2f} GiB per device with {backend}: {states / GIB:.2f} weights, "
+        f"gradients and optimizer, {memory.activations / GIB:.2f} activations, {memory.loss / GIB:.2f} loss",
+    }
+    width = max(len(line.split("  ")[0]) for line in derived.describe().splitlines())
+    return "\n".join([derived.describe(), *(f"{name:<{width}}  {text}" for name, text in lines.items())])

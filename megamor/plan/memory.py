@@ -1,0 +1,182 @@
+"""Peak memory of a training step on one device, by part, for every backend: an estimate by walking through the step.
+
+Forward: activations add up, and the head's logits come on top. Backward: span by span, what a span saved (or computes
+again) goes, and the gradients of its weights come; those of the shared core come with its last recursion and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from torch import nn
+
+from megamor.config import Config
+from megamor.config.derive import derive
+from megamor.model import build_model
+from megamor.parallel import resolve_backend
+from megamor.plan.activations import Kernels, loss_bytes, spans
+
+FP32, BF16 = 4, 2
+MOMENTS = 8
+"""Bytes of AdamW's two moments, fp32, for each parameter."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the busiest moment of a step.
+
+    `parameters` are the slice (or copy) that lives through the step, in all its precisions; `gathered` whole weights
+    that exist for a while, and buffers of collectives; `activations` what is saved, computed again or in flight; `loss`
+    what head and cross-entropy hold.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
+    """Peak of one rank of `world_size`, at the configured capacities, eager, without the allocator's fragmentation."""
+    kernels = kernels_of(config, world_size, on_gpu)
+    moments = walk(config, kernels, holding(config, world_size), unit_parameters(config))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def kernels_of(config: Config, world_size: int, on_gpu: bool) -> Kernels:
+    """Element sizes: autocast (one process, DDP, ZeRO-0) keeps the stream in fp32."""
+    if config.train.precision == "fp32":
+        return Kernels(FP32, FP32, on_gpu)
+    backend = resolve_backend(config.parallel, world_size)
+    autocast = backend in ("single", "ddp") or (backend == "deepspeed" and config.parallel.zero_stage == 0)
+    return Kernels(FP32 if autocast else BF16, BF16, on_gpu)
+
+
+def unit_parameters(config: Config) -> dict[str, int]:
+    """Parameters of each of the parallel plan's units (prelude.0, core, coda.0 ...) and of the "root" around them."""
+    model = build_model(config, device="meta")
+    counts = {f"prelude.{number}": count(block) for number, block in enumerate(model.prelude)}
+    if model.stage is not None:
+        counts["core"] = count(model.stage)
+    counts |= {f"coda.{number}": count(block) for number, block in enumerate(model.coda)}
+    return counts | {"root": model.num_parameters() - sum(counts.values())}
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module, each once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes a parameter that a backend holds on each rank, in the units of its plan.
+
+    All through the step: `weights` and `optimizer` (slices or all), `whole` of weights gathered beside the slices,
+    `buckets` of gradients. From a parameter's backward pass on: `gradients`. Of the root, which stays gathered: `root`.
+    `copies`: those of autocast, until the backward pass or, with checkpointing, the forward pass is done.
+
+    Of a unit: `unit` while it or its neighbour computes, `fresh` for its gradients until they are reduced, `reduced`
+    while that is done.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buckets: float = 0.0
+    whole: float = 0.0
+    root: float = 0.0
+    copies: float = 0.0
+    unit: float = 0.0
+    fresh: float = 0.0
+    reduced: float = 0.0
+
+
+def holding(config: Config, world_size: int) -> Holding:
+    """What the configured backend holds.
+
+    Single and DDP keep everything, with autocast's bf16 copies. FSDP2 gathers a unit in the type of the products and
+    reduces its gradient in fp32. What has been accumulated is there from the beginning of a micro-batch on: whole under
+    FSDP2, beside the buckets that always exist under DDP. Each ZeRO stage divides one part more (arXiv 1910.02054,
+    section 5); its buckets hold more than the models of the paper have, so that the whole gradient is in one, and stage
+    3 keeps what it has gathered up to 1e9 parameters.
+    """
+    backend = resolve_backend(config.parallel, world_size)
+    element = BF16 if config.train.precision == "bf16" else FP32
+    copies = BF16 if element == BF16 else 0
+    accumulated = FP32 if derive(config, world_size).micro_batches > 1 else 0
+    if backend == "single":
+        return Holding(FP32, MOMENTS, FP32 - accumulated, buckets=accumulated, copies=copies)
+    if backend == "ddp":
+        return Holding(FP32, MOMENTS, 0, buckets=FP32 + accumulated, copies=copies)
+    if backend == "fsdp2":
+        shards = config.parallel.shard_degree or world_size
+        return Holding(
+            FP32 / shards,
+            MOMENTS / shards,
+            FP32 / shards,
+            buckets=accumulated,
+            whole=0 if config.parallel.reshard_after_forward else element,
+            root=element,
+            unit=element if config.parallel.reshard_after_forward else 0,
+            fresh=0 if accumulated == element else element,  # in fp32 they are added up in place
+            reduced=FP32,
+        )
+    stage = config.parallel.zero_stage
+    if stage == 0:
+        return Holding(FP32, MOMENTS, FP32, buckets=FP32, copies=copies)
+    master, slices = FP32 / world_size, MOMENTS / world_size
+    gradients = FP32 / world_size
+    if stage == 3:
+        return Holding(element / world_size + master, slices, gradients, buckets=element, whole=element)
+    return Holding(element + master, slices, gradients, buckets=element + FP32 if copies else element)
+
+
+def walk(config: Config, kernels: Kernels, held: Holding, counts: dict[str, int]) -> Iterator[Memory]:
+    """The step's moments that may be its peak."""
+    total, root = sum(counts.values()), counts["root"]
+    parts = spans(config, kernels)
+    loss, loss_widest = loss_bytes(config, kernels)
+    activations = sum(span.saved for span in parts)
+    always = Memory(
+        parameters=held.weights * total,
+        gradients=held.buckets * total,
+        optimizer=held.optimizer * total,
+        gathered=held.whole * (total - root) + held.root * root,
+        activations=0,
+        loss=0,
+    )
+    copies = held.copies * (total - root)
+    in_forward = replace(always, gathered=always.gathered + copies)
+    yield replace(in_forward, activations=activations, loss=loss + loss_widest)
+    if config.train.activation_checkpointing == "none":
+        always, copies = in_forward, 0.0
+    head = config.model.vocab_size * config.model.dim * kernels.products  # its gradient waits for the embedding's
+    hidden = config.train.micro_batch_size * config.data.seq_len * config.model.dim
+    yield replace(always, activations=activations, loss=loss + head + hidden * kernels.products)
+    gradients = always.gradients
+    left: dict[str, float] = dict(counts)
+    for index, span in reversed(list(enumerate(parts))):
+        size, used = counts[span.unit], counts[span.unit] * span.share
+        new = min(left[span.unit], used)
+        left[span.unit] -= new
+        gradients += held.gradients * new
+        next_unit = parts[index - 1].unit if index else "root"
+        is_done = next_unit != span.unit
+        gathered = always.gathered + held.unit * (size + (counts[next_unit] if is_done else 0))
+        gathered += held.fresh * (size - left[span.unit]) + (held.copies * used if copies else 0)
+        at_work = activations + span.recomputed + span.widest
+        yield replace(always, gradients=gradients, gathered=gathered, activations=at_work, loss=head)
+        activations -= span.saved
+        if is_done:
+            gathered += held.reduced * size
+            yield replace(always, gradients=gradients, gathered=gathered, activations=activations, loss=head)
+    gradients += held.gradients * root
+    yield replace(always, gradients=gradients, loss=head)

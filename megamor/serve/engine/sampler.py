@@ -1,0 +1,127 @@
+"""From logits to tokens: temperature, top-k, top-p, min-p, penalties, log-probabilities.
+
+The noise of a sample is a function of seed, continuation, position and token alone (the Gumbel-max trick on a hash), so
+that a continuation doesn't depend on what it was batched with, on the schedule, or on having been interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamor.routing.random import uniform_hash
+from megamor.serve.engine.request import SamplingParams, TokenLogprob
+from megamor.serve.engine.transfer import to_device
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to sample: after `tokens`, of which the first `prompt_length` were given; `banned` can't be chosen."""
+
+    params: SamplingParams
+    seed: int
+    index: int
+    tokens: Sequence[int]
+    prompt_length: int
+    banned: Sequence[int] = ()
+
+    @property
+    def noise_key(self) -> int:
+        """Int64 key of this place's noise."""
+        name = f"{self.seed},{self.index},{len(self.tokens)}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """A token for each row of logits [M, vocab], fp32 or fp64; the logits are left as they are."""
+    logits = adjusted(logits, draws)
+    noisy = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
+    if not noisy:
+        return logits.argmax(-1).tolist()
+    rows = to_device(noisy, logits.device)
+    chosen = truncated(logits[rows], [draws[row].params for row in noisy])
+    chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
+    tokens = logits.argmax(-1).index_copy(0, rows, chosen.argmax(-1))
+    return tokens.tolist()
+
+
+def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits after the requests' own processors, bans and penalties."""
+    special = [
+        row
+        for row, draw in enumerate(draws)
+        if draw.banned
+        or draw.params.logits_processor
+        or draw.params.repetition_penalty != 1
+        or draw.params.presence_penalty
+        or draw.params.frequency_penalty
+    ]
+    if special:
+        logits = logits.clone()
+    for row in special:
+        draw, params = draws[row], draws[row].params
+        if params.logits_processor:
+            logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
+        if draw.banned:
+            logits[row].index_fill_(0, to_device(draw.banned, logits.device), float("-inf"))
+        if params.repetition_penalty != 1:
+            seen = to_device(sorted(set(draw.tokens)), logits.device)
+            old = logits[row, seen]
+            logits[row, seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+        counts = Counter(draw.tokens[draw.prompt_length :])
+        if counts and (params.presence_penalty or params.frequency_penalty):
+            penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+            places = to_device([*counts], logits.device)
+            logits[row, places] -= to_device(penalties, logits.device, np.float64).to(logits.dtype)
+    return logits
+
+
+def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits [M, vocab] over the temperature, with what top-k, top-p and min-p leave out at -inf."""
+
+    def column(values: list[float]) -> Tensor:
+        return to_device(values, logits.device, np.float64).to(logits.dtype).unsqueeze(1)
+
+    logits = logits / column([p.temperature for p in params])
+    vocab = logits.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    if min(top_k) < vocab or any(p.top_p < 1 for p in params):
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= column([*top_k]), float("-inf"))
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        outside = before >= column([p.top_p for p in params])
+        outside[:, 0] = False
+        full = column([p.top_p for p in params]) >= 1
+        ordered = ordered.masked_fill(outside & ~full, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
+    if any(p.min_p > 0 for p in params):
+        floor = column([p.min_p for p in params]).log() + logits.amax(-1, keepdim=True)
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    return logits
+
+
+def gumbel(keys: Sequence[int], like: Tensor) -> Tensor:
+    """Gumbel noise [M, vocab]: argmax of logits plus noise is a sample of the softmax."""
+    tokens = torch.arange(like.shape[1], device=like.device)
+    uniform = uniform_hash(to_device(keys, like.device).unsqueeze(1) + tokens)
+    return -torch.log(-torch.log(uniform.clamp_min(2.0**-60))).to(like.dtype)
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability of one token per row of logits [M, vocab], with the likeliest `num_top` beside each."""
+    table = logits.log_softmax(-1)
+    chosen = table.gather(1, to_device(tokens, logits.device).unsqueeze(1))
+    ranks = (table > chosen).sum(1) + 1
+    top = table.topk(min(max(num_top), table.shape[1]), dim=-1)
+    columns = chosen.squeeze(1).tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist()
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token, count, logprob, rank, ids, values in zip(tokens, num_top, *columns, strict=True)
+    ]

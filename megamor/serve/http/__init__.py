@@ -1,0 +1,1 @@
+"""The HTTP server around the engine: OpenAI's completions API, text and token ids, monitoring."""

@@ -1,0 +1,184 @@
+"""What of a run goes into a checkpoint, and how it comes back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megamor.checkpoint import (
+    BackgroundSave,
+    CheckpointManager,
+    TrainerState,
+    check_same_model,
+    code_revision,
+    library_versions,
+    restore_rng,
+    rng_states,
+    weight_shapes,
+    write_rng,
+)
+from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.config import Config, config_to_yaml
+from megamor.data import TrainingLoader
+from megamor.errors import MegamorError
+from megamor.parallel import Backend, resolve_backend
+from megamor.ranks import run_on_all_ranks
+
+log = logging.getLogger("megamor.train")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from. Found out once a run: git and the package index of Python are slow to ask."""
+
+    data_fingerprints: dict[str, str]
+    code_revision: str = field(default_factory=code_revision)
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+
+@dataclass
+class Progress:
+    """How far a run is. `run_ids` are those of experiment trackers."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    run_ids: dict[str, str] = field(default_factory=dict)
+
+
+class Stateful(Protocol):
+    """Something that changes during training. Its state is plain data (JSON), the same on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
+
+    `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
+    as they are. `origin` are facts about code and data that a checkpoint records. `components` are whatever else
+    changes during training.
+    """
+
+    config: Config
+    manager: CheckpointManager
+    backend: Backend
+    loader: TrainingLoader
+    model_shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, str | bytes]
+    origin: Origin
+    components: Mapping[str, Stateful] = field(default_factory=dict)
+    background: BackgroundSave = field(default_factory=BackgroundSave)
+
+    def save(self, progress: Progress) -> Path | None:
+        """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
+
+        Only one is being written at a time: the one before is waited for.
+
+        Returns:
+            The checkpoint. None if it is being written: see `published` and `wait`.
+        """
+        self.wait()
+        state = TrainerState(
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            data=self.loader.state_dict(),
+            world_size=self.backend.world_size,
+            components={name: component.state_dict() for name, component in self.components.items()},
+            backend=resolve_backend(self.config.parallel, self.backend.world_size),
+            run_ids=progress.run_ids,
+            data_fingerprints=self.origin.data_fingerprints,
+            code_revision=self.origin.code_revision,
+            versions=self.origin.versions,
+        )
+        files = {**self.files, TRAINER_FILE: state.to_json()}
+        rng = partial(write_rng, states=rng_states(self.backend.world_size), rank=self.backend.rank)
+        if not self.config.checkpoint.asynchronous:
+            return self.manager.save(progress.step, [self.backend.save, rng], files)
+        write = partial(self.backend.copy_state().write, group=self.manager.ranks.group)
+        self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
+        return None
+
+    def published(self) -> Path | None:
+        """The checkpoint that was being written, if every rank has done its part since. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if writing it failed; `latest` is as it was.
+        """
+        if not self.background.is_pending:
+            return None
+        done = torch.tensor(float(self.background.is_done), device=self.backend.device)
+        if dist.is_initialized():
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return self.wait() if done.item() else None
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if any. Collective; raises what `published` raises."""
+        return self.background.wait()
+
+    def close(self) -> None:
+        """Let the checkpoint that is being written be finished, without hiding the error that ends the run."""
+        try:
+            self.wait()
+        except MegamorError as error:
+            log.error("a checkpoint was not written: %s", error)
+
+    def record_loss(self, step: int, loss: float) -> None:
+        """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
+        record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
+        run_on_all_ranks(record, self.backend.device)
+
+    def restore(self, at_most: int | None = None) -> Progress | None:
+        """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
+
+        Raises:
+            CheckpointError: it belongs to another model, or no checkpoint is whole.
+        """
+        self.wait()
+        directory = self.manager.latest_valid(at_most)
+        if directory is None:
+            return None
+        state = run_on_all_ranks(lambda: self._read(directory), self.backend.device)
+        self.backend.load(directory)
+        restore_rng(
+            directory,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            seed=self.config.run.seed,
+            step=state.step,
+        )
+        return Progress(state.step, state.tokens_seen, state.run_ids)
+
+    def _read(self, directory: Path) -> TrainerState:
+        """Everything that can be refused, before anything is overwritten; puts the loader in place."""
+        state = TrainerState.read(directory)
+        check_same_model(directory, weight_shapes(directory), self.model_shapes)
+        self.loader.load_state_dict(state.data)
+        for name, saved in state.components.items():
+            if name in self.components:
+                self.components[name].load_state_dict(saved)
+        return state
+
+
+def _nothing() -> None:
+    """What the other ranks do while the first one acts."""
+
+
+def checkpoint_files(config: Config) -> dict[str, str | bytes]:
+    """What makes a checkpoint independent of where it was trained: resolved configuration and tokenizer.
+
+    Read once at the start, so that a file that changes or goes during the run doesn't matter.
+    """
+    files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
+    if config.data.tokenizer:
+        files[TOKENIZER_FILE] = Path(config.data.tokenizer).read_bytes()
+    return files
