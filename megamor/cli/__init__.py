@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,6 +37,13 @@ COMMANDS: dict[str, Command] = {
     "verify-resume": Command("verify_resume", "check that a run resumes bitwise on this machine"),
     "bench": Command("bench", "measure training, loading, preprocessing, saving and serving"),
 }
+
+
+def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser for `megamor <name>` whose help shows `text` (a module's docstring, examples included) as written."""
+    return argparse.ArgumentParser(
+        prog=f"megamor {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def usage() -> str:
