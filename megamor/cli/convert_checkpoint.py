@@ -34,6 +34,7 @@ from megamor.checkpoint import CheckpointManager, TrainerState, open_checkpoint
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.config import Config, ParallelConfig, config_from_dict
 from megamor.errors import CheckpointError, ConfigError, user_errors
+from megamor.files import draft_for
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import build_backend, close_world, init_world
@@ -83,13 +84,8 @@ def to_safetensors(path: Path, output: Path, dtype: torch.dtype | None) -> None:
         name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in checkpoint.weights().items()
     }
-    draft = output.with_name(f".{output.name}.draft")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with draft_for(output) as draft:
         save_file(weights, draft, metadata={"step": str(checkpoint.step), "config": checkpoint.config_yaml})
-        draft.replace(output)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def to_deepspeed(path: Path, output: Path, stage: int, processes: int) -> None:

@@ -29,6 +29,7 @@ from megamor.cli.quickstart_report import make_report, show_report
 from megamor.config import Config, load_config
 from megamor.config.derive import total_steps
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
+from megamor.files import replace_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
@@ -202,10 +203,7 @@ class Quickstart:
 
     def mark_done(self, name: str, key: str) -> None:
         """Remember a finished step."""
-        path = self.root / "finished.json"
-        draft = path.with_suffix(".partial")
-        draft.write_text(json.dumps({**self.stamps(), name: hashed(key)}, indent=1))
-        os.replace(draft, path)
+        replace_file(self.root / "finished.json", json.dumps({**self.stamps(), name: hashed(key)}, indent=1))
 
 
 def hashed(key: str) -> str:

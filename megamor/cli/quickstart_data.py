@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megamor.files import draft_for
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_SAMPLE_CHARACTERS = 12_000_000
@@ -39,13 +40,11 @@ def source_files(limit_bytes: int | None = None) -> Iterator[tuple[str, str]]:
 def write_corpus(path: Path, limit_bytes: int | None = None) -> dict[str, int]:
     """Write the corpus as JSON lines, one document a file; returns the number of documents and characters."""
     documents = characters = 0
-    draft = path.with_suffix(".partial")
-    with draft.open("w", encoding="utf-8") as out:
+    with draft_for(path) as draft, draft.open("w", encoding="utf-8") as out:
         for name, text in source_files(limit_bytes):
             out.write(json.dumps({"text": text, "meta": {"path": name}}) + "\n")
             documents += 1
             characters += len(text)
-    os.replace(draft, path)
     return {"documents": documents, "characters": characters}
 
 
@@ -61,9 +60,8 @@ def train_tokenizer(corpus: Path, path: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample_documents(corpus), trainer)
-    draft = path.with_suffix(".partial")
-    tokenizer.save(str(draft))
-    os.replace(draft, path)
+    with draft_for(path) as draft:
+        tokenizer.save(str(draft))
 
 
 def sample_documents(corpus: Path) -> Iterator[str]:
