@@ -17,8 +17,8 @@ import zstandard
 from megamor.corpus.download import download, git_id_of_file, read_json
 from megamor.corpus.hub import DatasetInput
 from megamor.corpus.study_data import GitHubFiles, HubFiles, HubRows, StudySet
-from megamor.data.meta import sha256_of_file
 from megamor.errors import DataError
+from megamor.files import sha256_of_file
 from megamor.metrics.byte_progress import byte_progress
 
 GITHUB = "https://raw.githubusercontent.com"
