@@ -95,7 +95,7 @@ class TrainingLoader:
         self._batches = batches
         self._pinned = pinned
         order = SampleOrder.start(batches.at(0).global_batch_size, batches.at(0).seq_len, data.weights)
-        self._given = _Position(0, 0, order)
+        self._given = self._before = _Position(0, 0, order)
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[list[MicroBatch]], _Position]] = deque()
 
@@ -123,8 +123,13 @@ class TrainingLoader:
             future = self._thread.submit(self._load, at.sample, shape, order)
             self._pending.append((future, _Position(at.step + 1, at.sample + shape.global_batch_size, order)))
         batches = self._pending[0][0].result()
-        self._given = self._pending.popleft()[1]
+        self._before, self._given = self._given, self._pending.popleft()[1]
         return batches
+
+    def take_back(self) -> None:
+        """Undo the last `next_step`: its batches weren't trained on, and the next call will give them again."""
+        self.close()
+        self._given = self._before
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been read so far, by its short name."""
