@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from megamor.checkpoint import CheckpointManager, TrainerState, open_checkpoint
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
-from megamor.config import Config, ParallelConfig, config_from_dict
+from megamor.config import Config, ParallelConfig, config_from_yaml
 from megamor.errors import CheckpointError, ConfigError, user_errors
 from megamor.model import build_model
 from megamor.optim import build_adamw
@@ -179,7 +178,7 @@ def _read_engine(config: Config, path: Path, output: Path) -> None:
 def _read_config(path: Path) -> Config:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: without it the model isn't known")
-    return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return config_from_yaml(path.read_text(encoding="utf-8"), str(path))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from megamor.config import Config, load_config
-from megamor.config.validate import validate
+from megamor.config import Config, config_to_yaml, load_config
 from megamor.errors import ConfigError, user_errors
 
 EXAMPLES = """\
@@ -34,6 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; train nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher insists on it
     return parser.parse_intermixed_args(argv)
@@ -44,14 +44,12 @@ def read_config(arguments: argparse.Namespace) -> Config:
     from megamor.parallel import launched_world_size
 
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        validate(config, launched_world_size())
+        return load_config(arguments.config, arguments.overrides, launched_world_size())
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         time.sleep(SPEAKER_SECONDS)
         raise SystemExit(2) from None
-    return config
 
 
 @user_errors
@@ -61,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)
+    if arguments.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(config_to_yaml(config), end="")
+        return
 
     from megamor.parallel import close_world, init_world, launched_world_size
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
 from megamor.checkpoint import open_checkpoint
-from megamor.config import Config, config_from_dict
+from megamor.config import Config, config_from_yaml
 from megamor.data import TrainingData, open_validation_sets
 from megamor.evaluate.ngram import NGramModel
 
@@ -55,7 +54,7 @@ def make_report(checkpoint: Path, evaluation: Path, name: str, sequences: int) -
     """All figures of the run. `evaluation` is what `megamor.evaluate --json` wrote for the same sequences."""
     started = time.perf_counter()
     opened = open_checkpoint(checkpoint)
-    config = config_from_dict(yaml.safe_load(opened.config_yaml))
+    config = config_from_yaml(opened.config_yaml, str(opened.directory))
     config = replace(config, data=replace(config.data, tokenizer=str(opened.tokenizer_path)))
     network = json.loads(evaluation.read_text())
     figures = floors(config, opened.step, name, sequences)

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from megamor.checkpoint import iterate_state, open_checkpoint
 from megamor.config import load_config
-from megamor.config.validate import validate
 from megamor.errors import ConfigError, TrainingError, user_errors
 from megamor.metrics import read_jsonl
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.steps < 2:
         raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
-    validate(load_config(args.config, args.overrides), args.processes)
+    load_config(args.config, args.overrides, args.processes)  # reports errors before processes start
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="verify_resume_", dir=args.dir))

@@ -6,12 +6,13 @@ this file in its code, with the functions' bodies at the top level (see `export.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.config import config_from_dict
+from megamor.config import Config, DataConfig, ModelConfig, RecursionConfig, RouterConfig
 from megamor.errors import ConfigError
 from megamor.model import KVCache, Transformer
 from megamor.model.loss import IGNORE
@@ -28,6 +29,22 @@ def import_transformers() -> Any:
     except ImportError:
         raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
     return transformers
+
+
+def exported_config(sections: Mapping[str, Any]) -> Config:
+    """The configuration in the `config.json` of an export.
+
+    Its values are used as `config_to_dict` wrote them, so that an exported model needs no pydantic.
+    """
+    kind = sections["router"]["kind"]
+    (router,) = (member for member in get_args(RouterConfig) if member.kind == kind)
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in sections["router"].items()}
+    return Config(
+        model=ModelConfig(**sections["model"]),
+        recursion=RecursionConfig(**sections["recursion"]),
+        router=router(**settings),
+        data=DataConfig(**sections["data"]),
+    )
 
 
 class DecodingCache:
@@ -75,7 +92,7 @@ def model_class(MegamorConfig: Any) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.model = Transformer(config_from_dict(config.megamor, "config.json"))
+            self.model = Transformer(exported_config(config.megamor))
             if not self.model.embed.weight.is_meta:
                 self.model.init_weights()
             self.post_init()
