@@ -35,11 +35,11 @@ class ScoredRouter(Router):
         """z [N] of rows [N, dim]."""
         return self.heads[recursion](rows / self.config.temperature).squeeze(-1)
 
-    def mix(self, z: Tensor, places: Tensor | None) -> Mix:
+    def mix(self, z: Tensor, indices: Tensor | None) -> Mix:
         """How the selected ones of the scored tokens are combined."""
         if self.config.gating == "additive":
             return Mix(from_stream=1.0, from_core=1.0)
-        selected = z if places is None else z[places]
+        selected = z if indices is None else z[indices]
         return Mix(from_stream=1.0, from_core=self.config.alpha * ACTIVATIONS[self.config.activation](selected))
 
 

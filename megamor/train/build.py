@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from megamor.checkpoint import CheckpointManager, reseed
 from megamor.checkpoint.layout import CHECKPOINTS_DIR
@@ -20,14 +21,15 @@ from megamor.metrics import (
     MultiSink,
     TensorBoardSink,
     Throughput,
+    TrainingDisplay,
     WandbSink,
-    make_progress,
     peak_flops,
     read_jsonl,
 )
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
+from megamor.progress import ProgressDisplay
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
@@ -90,11 +92,16 @@ def build_trainer(config: Config, world: World) -> Trainer:
         evaluated_step=evaluated_step,
         sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None), world.device),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
-        display=make_progress(
-            total_steps=derived.total_steps,
-            start_step=progress.step,
-            name=config.run.name,
-            enabled=world.is_main and config.metrics.progress,
+        display=TrainingDisplay(
+            ProgressDisplay(
+                config.run.name,
+                derived.total_steps,
+                unit="steps",
+                start=progress.step,
+                enabled=world.is_main and config.metrics.progress,
+                log_first=True,  # compilation may make the first step take minutes
+                console=Console(highlight=False),
+            )
         ),
         stop=StopRequest(world.device),
         guard=guard,

@@ -22,7 +22,7 @@ from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import TrainingError
-from megamor.metrics import Metrics, MetricSink, Throughput, TrainingProgress, peak_memory
+from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
@@ -55,7 +55,7 @@ class Trainer:
     progress: Progress
     sink: MetricSink
     throughput: Throughput
-    display: TrainingProgress
+    display: TrainingDisplay
     stop: StopRequest
     guard: Guard
     diagnosis: Diagnosis

@@ -25,7 +25,7 @@ FORGOTTEN = {
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
     ("CheckpointManager", "last_saved_step"): "for whoever asks this launch",
     ("Throughput", "*"): "speed of this launch",
-    ("NoProgress", "*"): "display",
+    ("TrainingDisplay", "*"): "display",
     ("Watchdog", "*"): "when this launch last gave a sign of life",
     ("StopRequest", "*"): "signals to this launch",
     ("JsonlSink", "*"): "where the metrics file ends",
