@@ -54,7 +54,7 @@ class BatchSchedule:
         return self.shapes[bisect_right(self.ends, step)]
 
     def stages(self, start: int, end: int) -> Iterator[tuple[int, int, BatchShape]]:
-        """Yield (first step, end step, shape) for each stage between steps `start` and `end`."""
+        """Yield (start, end, shape) of each stage between `start` and `end` steps done."""
         for stage_end, shape in zip((*self.ends, end), self.shapes, strict=True):
             if start < min(stage_end, end):
                 yield start, min(stage_end, end), shape
@@ -66,10 +66,8 @@ class BatchSchedule:
 
     def steps_for(self, tokens: int) -> int:
         """The smallest number of steps with at least `tokens` training positions."""
-        done = 0
-        for end, shape in zip(self.ends, self.shapes, strict=False):
-            if tokens <= (end - done) * shape.tokens:
-                return done - (-tokens // shape.tokens)
-            tokens -= (end - done) * shape.tokens
-            done = end
-        return done - (-tokens // self.final.tokens)
+        for start, end, shape in self.stages(0, tokens):  # a step has at least one token
+            if tokens <= (end - start) * shape.tokens:
+                return start - (-tokens // shape.tokens)
+            tokens -= (end - start) * shape.tokens
+        return 0

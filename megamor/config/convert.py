@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,16 +43,16 @@ def config_from_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Confi
     """
     from pydantic import ValidationError
 
-    origins = _Origins(layers[0][0])
+    sources = {"": layers[-1][0]}  # dotted key -> where its value came from
     values: dict[str, Any] = {}
     for source, layer in layers:
-        values = _merge(values, layer, "", source, origins)
+        values = _merge(values, layer, "", source, sources)
     # Pydantic's strict mode converts lists to tuples and mappings to dataclasses only when it reads JSON.
     document = json.dumps(_spelled_out(values), default=repr)
     try:
         return _adapter().validate_json(document, strict=True, extra="forbid")
     except ValidationError as error:
-        problems = [_explain(problem, origins) for problem in error.errors(include_url=False)]
+        problems = [_explain(problem, sources) for problem in error.errors(include_url=False)]
     raise ConfigError("\n  ".join(["the configuration can't be read:", *problems]))
 
 
@@ -73,35 +73,19 @@ def _adapter() -> TypeAdapter[Config]:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Origins:
-    """Where each value came from, by dotted key; `default` for values that were never recorded."""
-
-    default: str
-    sources: dict[str, str] = field(default_factory=dict)
-
-    def of(self, key: str) -> str:
-        """The source of `key`, or of the nearest section around it."""
-        while key:
-            if key in self.sources:
-                return self.sources[key]
-            key = key[: max(key.rfind("."), key.rfind("["), 0)]
-        return self.default
-
-
 def _merge(
-    base: Mapping[str, Any], layer: Mapping[str, Any], key: str, source: str, origins: _Origins
+    base: Mapping[str, Any], layer: Mapping[str, Any], key: str, source: str, sources: dict[str, str]
 ) -> dict[str, Any]:
-    """`base` overridden by `layer`, both the section at dotted `key`; records where each value came from."""
+    """`base` overridden by `layer`, both the section at dotted `key`; `sources` records what came from `source`."""
     if key == "router" and layer.get("kind", base.get("kind")) != base.get("kind", FixedDepthConfig.kind):
         base = {}  # another kind of router: no setting of the old one may leak into it
     merged = dict(base)
     for name, value in layer.items():
         dotted = _join(key, name)
-        origins.sources[dotted] = source
+        sources[dotted] = source
         if isinstance(value, Mapping):
             below = merged.get(name)
-            value = _merge(below if isinstance(below, Mapping) else {}, value, dotted, source, origins)
+            value = _merge(below if isinstance(below, Mapping) else {}, value, dotted, source, sources)
         merged[name] = value
     return merged
 
@@ -165,7 +149,7 @@ def _taken_apart(hint: Any) -> tuple[Any, Any, bool]:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _explain(problem: Mapping[str, Any], origins: _Origins) -> str:
+def _explain(problem: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """A line about one of pydantic's problems: source, dotted key, value, and what to write instead."""
     key, section, hint = _locate(problem["loc"])
     found = problem["input"]
@@ -177,7 +161,10 @@ def _explain(problem: Mapping[str, Any], origins: _Origins) -> str:
         message = f"missing; give {describe_type(hint)}"
     else:
         message = f"found {found!r}, expected {describe_type(hint)}{_advice(found, _taken_apart(hint)[0])}"
-    return f"{origins.of(key)}: {key or 'the whole configuration'}: {message}"
+    recorded = key
+    while recorded not in sources:  # look at the section around it
+        recorded = recorded[: max(recorded.rfind("."), recorded.rfind("["), 0)]
+    return f"{sources[recorded]}: {key or 'the whole configuration'}: {message}"
 
 
 def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
@@ -221,7 +208,7 @@ def _suggest(name: Any, section: Any, key: str) -> str:
     prefix = key[: -len(str(name))]
     if close := _closest(name, field_types(section)):
         return f"did you mean {prefix}{close}?"
-    sections = {part.name: field_types(Config)[part.name] for part in fields(Config) if part.name != "router"}
+    sections = {outer: hint for outer, hint in field_types(Config).items() if outer != "router"}
     elsewhere = {inner: f"{outer}.{inner}" for outer, hint in sections.items() for inner in field_types(hint)}
     if close := _closest(name, elsewhere, cutoff=0.8):  # among so many keys a loose match would be chance
         return f"did you mean {elsewhere[close]}?"

@@ -39,7 +39,7 @@ class ScoredConfig:
     activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
     """Function that turns a score into a gate."""
     alpha: Positive = 0.1
-    """Factor of the gate."""
+    """Factor on the gate."""
     temperature: Positive = 1.0
     """The head's input is divided by this."""
     gating: Gating = "weighted"
@@ -75,7 +75,7 @@ class TokenChoiceConfig:
     activation: Literal["softmax", "sigmoid"] = "softmax"
     """Function that turns scores into gates."""
     alpha: Positive = 1.0
-    """Factor of the gate."""
+    """Factor on the gate."""
     temperature: Positive = 1.0
     """The head's input is divided by this."""
     gating: Gating = "weighted"
@@ -150,7 +150,7 @@ class HaltingConfig:
 
 @dataclass(frozen=True)
 class CustomRouterConfig:
-    """A router of your own; see docs/routers.md."""
+    """A router of your own; see [Routers](routers.md#bring-your-own-router)."""
 
     target: str
     """`package.module:Class`, called with (options, dim, num_recursions)."""

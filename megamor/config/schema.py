@@ -77,8 +77,8 @@ class ModelConfig:
 class RecursionConfig:
     """How layers are shared (paper section 2.2.1, table 1). One recursion with `sharing: none` is a vanilla model.
 
-    By default the recursions of a shared block differ in nothing. The last three settings give each recursion
-    parameters of its own.
+    By default all recursions of a shared block use the same parameters. With `recursion_embedding`, `separate_norms` or
+    `lora_rank` each recursion also has some of its own.
     """
 
     num_recursions: PositiveInt = 1
@@ -111,7 +111,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Token shards; see docs/data.md."""
+    """Training and validation data: shards, and how sequences are made of them; see [Data](data.md)."""
 
     train: tuple[SourceConfig, ...] = ()
     """Training data sets."""
@@ -218,7 +218,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is distributed over processes; see docs/training.md."""
+    """How the model is distributed over processes; see [Training](training.md#backends)."""
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     """`auto` is `fsdp2` with several processes and `single` with one."""
@@ -233,7 +233,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and which checkpoints to keep; see docs/checkpoints.md."""
+    """When to save, and which checkpoints to keep; see [Checkpoints](checkpoints.md)."""
 
     every_steps: PositiveInt = 500
     """Steps between checkpoints; the last step is saved too."""
@@ -270,7 +270,8 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class DiagnosisConfig:
-    """Alarms: `warn` prints a warning, `stop` ends the run with an explanation; see docs/training.md."""
+    """Alarms: `warn` prints a warning, `stop` ends the run with an explanation; see
+    [Training](training.md#alarms)."""
 
     steps: PositiveInt = 100
     """Consecutive steps that must show a symptom before its alarm is raised."""
