@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from tokenizers import Tokenizer
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.config import Config, config_from_dict
+from megamor.config import Config, config_from_yaml
 from megamor.interop import is_export, read_export
 from megamor.model import Transformer, build_model
 
@@ -75,7 +74,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     else:
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
-        config, weights = config_from_dict(yaml.safe_load(checkpoint.config_yaml)), checkpoint.weights()
+        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
     check_same_model(directory, stored, expected)

@@ -27,7 +27,6 @@ from megamor.plan.estimate import (
     USABLE,
     Cluster,
     Estimate,
-    check_batch,
     estimate,
     nearest_that_fits,
     parameters,
@@ -80,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """The report."""
-    config = load_config(args.config, args.overrides)
     per_node = args.gpus_per_node
     cluster = Cluster(find_gpu(args.gpu), args.gpus or args.nodes * per_node, per_node)
-    check_batch(config, cluster)
+    config = load_config(args.config, args.overrides, world_size=cluster.gpus)
     rows = [row(estimate(name, variant, cluster), cluster, args.mfu) for name, variant in variants(config, cluster)]
     return {
         "schema": SCHEMA,

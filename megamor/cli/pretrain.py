@@ -49,18 +49,15 @@ def read_config(arguments: argparse.Namespace) -> Config:
         SystemExit: the same, on the other processes of the machine.
     """
     from megamor.config import load_config
-    from megamor.config.validate import validate
     from megamor.parallel import launched_world_size
 
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        validate(config, launched_world_size())
+        return load_config(arguments.config, arguments.overrides, launched_world_size())
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         time.sleep(SECONDS_BEFORE_SILENT_EXIT)
         raise SystemExit(2) from None
-    return config
 
 
 def describe(config: Config, *, whole_config: bool) -> str:

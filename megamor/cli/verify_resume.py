@@ -59,12 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: status 2 if the runs differ, one of them fails, or the configuration is wrong.
     """
     from megamor.config import load_config
-    from megamor.config.validate import validate
 
     args = parse_arguments(argv)
     if args.steps < 2:
         raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
-    validate(load_config(args.config, args.overrides), args.processes)
+    load_config(args.config, args.overrides, args.processes)  # reports errors before processes start
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="verify_resume_", dir=args.dir))

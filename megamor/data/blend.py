@@ -29,13 +29,12 @@ class Blend:
     """A schedule of `len(weights)` sources; any position is found in constant time.
 
     `period` samples repeat for ever; `per_period` [k] counts the samples of each source in one period. Raises
-    ConfigError for weights that aren't positive or are too small to be scheduled.
+    ConfigError for weights that are too small to be scheduled.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         shares = np.asarray(weights, np.float64)
-        if not len(shares) or not np.isfinite(shares).all() or (shares <= 0).any():
-            raise ConfigError(f"data weights must be positive numbers, found {list(weights)}")
+        assert (shares > 0).all(), "the schema accepts positive weights only"
         shares = shares / shares.sum()
         if shares.min() * MAX_PERIOD < 1:
             raise ConfigError(

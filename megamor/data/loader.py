@@ -20,7 +20,7 @@ from megamor.data.phases import SampleOrder
 from megamor.data.rows import Filling, Rows, fill_rows
 from megamor.data.shard import TokenShard
 from megamor.data.source import Pieces
-from megamor.errors import ConfigError, DataError
+from megamor.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ class TrainingLoader:
         self, data: TrainingData, *, rank: int, world_size: int, batches: BatchSchedule, pinned: bool = False
     ) -> None:
         for shape in batches.shapes:
-            if shape.global_batch_size % (world_size * shape.micro_batch_size):
-                raise ConfigError(
-                    f"train.global_batch_size {shape.global_batch_size} is not a multiple of {world_size} ranks x "
-                    f"train.micro_batch_size {shape.micro_batch_size}; change one of them"
-                )
+            assert shape.global_batch_size % (world_size * shape.micro_batch_size) == 0, "validate() checks the batch"
         self._data = data
         self._rank, self._world_size = rank, world_size
         self._batches = batches

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from megamor.config import Config
 from megamor.config.derive import derive
-from megamor.errors import ConfigError
 from megamor.model.flops import nominal_flops
 from megamor.plan.gpus import Gpu
 from megamor.plan.memory import MOMENTS, Memory, step_memory, unit_parameters
@@ -161,20 +160,6 @@ def described_change(old: Config, new: Config) -> str:
         if getattr(new.train, name) != getattr(old.train, name):
             changes.append(f"train.{name}={getattr(new.train, name)}")
     return " ".join(changes)
-
-
-def check_batch(config: Config, cluster: Cluster) -> None:
-    """Refuse a global batch that these GPUs can't share.
-
-    Raises:
-        ConfigError: it isn't a multiple of micro-batch times GPUs.
-    """
-    unit = config.train.micro_batch_size * cluster.gpus
-    if config.train.global_batch_size % unit:
-        raise ConfigError(
-            f"train.global_batch_size = {config.train.global_batch_size} isn't divisible by train.micro_batch_size = "
-            f"{config.train.micro_batch_size} x {cluster.gpus} GPUs: give another --gpus or micro_batch_size"
-        )
 
 
 def parameters(config: Config) -> int:
