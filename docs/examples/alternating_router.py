@@ -42,11 +42,11 @@ class AlternatingSession(RoutingSession):
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """All candidates at first, then those at every `stride`-th position: x + gate · f(x)."""
-        tokens, places = candidates, None
+        tokens, indices = candidates, None
         if recursion > 0:
             position = candidates.gather(self.context.positions_of(rows.device))
             chosen = position % self.router.stride == 0
-            tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
-            rows = rows.index_select(0, places)
+            tokens, indices = candidates.where(self.bounded(recursion, chosen, candidates))
+            rows = rows.index_select(0, indices)
         gate = torch.sigmoid(self.router.head(rows).squeeze(-1))
-        return RoutingPlan(tokens, places, Mix(from_stream=1.0, from_core=gate))
+        return RoutingPlan(tokens, indices, Mix(from_stream=1.0, from_core=gate))

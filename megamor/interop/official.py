@@ -32,7 +32,7 @@ from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.official_config import Settings, Shape, config_of
 from megamor.model import build_model
-from megamor.model.sharing import layer_plan
+from megamor.model.sharing import layer_stack
 
 Untied = Literal["first", "mean"]
 
@@ -166,7 +166,7 @@ def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
 
 def applications(config: Config, routing: str | None) -> list[tuple[int, str, str]]:
     """Every application of a block, in order: recursion, megamor's prefix and the released code's."""
-    plan = layer_plan(config)
+    plan = layer_stack(config)
     found = [(0, f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
     for recursion, blocks in enumerate(plan.schedule):
         for place, block in enumerate(blocks):
@@ -189,7 +189,7 @@ def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
     """The routers' share of `sources_of`."""
     linear = getattr(config.router, "head", "linear") == "linear"
     parts = {"weight": "weight"} if linear else {"fc1.weight": "0.weight", "fc2.weight": "2.weight"}
-    num_prelude = layer_plan(config).num_prelude
+    num_prelude = layer_stack(config).num_prelude
     if routing == "token":
         stage = token_stage(num_prelude)
         sources = {f"stage.router.head.{p}": [f"{stage}.mor_router.router.{q}"] for p, q in parts.items()}

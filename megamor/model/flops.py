@@ -21,7 +21,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.config.derive import router_head_parameters
-from megamor.model.sharing import layer_plan
+from megamor.model.sharing import layer_stack
 from megamor.routing.scored import default_capacity
 
 Work = Sequence[tuple[float, float]]
@@ -82,7 +82,7 @@ def executed_flops(
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default, each sequence is one document.
     """
-    model, plan = config.model, layer_plan(config)
+    model, plan = config.model, layer_stack(config)
     seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len
     num_unshared = plan.num_prelude + plan.num_coda
@@ -174,7 +174,7 @@ def paper_flops(config: Config) -> float:
     """Forward FLOPs of one sequence as the paper counts them (appendix on FLOPs): no embedding, head or router, and
     keys and values at full width. Reproduces its tables; `executed_flops` is the honest count.
     """
-    model, plan, seq_len = config.model, layer_plan(config), config.data.seq_len
+    model, plan, seq_len = config.model, layer_stack(config), config.data.seq_len
     dim, ffn = model.dim, 3 * model.dim * model.ffn_dim
     total = (plan.num_prelude + plan.num_coda) * (2.0 * seq_len * (4 * dim**2 + ffn) + 2 * dim * seq_len**2)
     for recursion, (length, _) in enumerate(nominal_work(config, 1)):

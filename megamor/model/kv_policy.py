@@ -23,7 +23,7 @@ from megamor.routing import TokenSet
 
 @dataclass(frozen=True)
 class Shared:
-    """A block's first application: how the tokens of a launch attend to its keys, and their places [N] among them."""
+    """A block's first application: how the tokens of a call attend to its keys, and their places [N] among them."""
 
     keys: TokenSet
     layout: AttentionLayout
@@ -31,7 +31,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Launch:
+class CoreCall:
     """One run of the core's blocks on a set of tokens.
 
     `stored` are the blocks whose keys and values of an earlier recursion come in as tensors, `kept` those whose fresh
@@ -55,7 +55,7 @@ class Launch:
         return tuple(self.shared)
 
     def attention(self, place: int, available: dict[int, KeyValue]) -> tuple[KeysValues, AttentionLayout]:
-        """What the block at `place` of this launch attends to; `available` has the keys and values there are so far."""
+        """What the block at `place` of this call attends to; `available` has the keys and values there are so far."""
         block = self.blocks[place]
         first = block not in available
         shared = self.shared.get(block, Shared(self.tokens, self.own, None))
@@ -82,7 +82,7 @@ class KVPolicy:
         self.cache = cache
         self.store: dict[int, tuple[KeyValue, TokenSet]] = {}
 
-    def launch(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> Launch:
+    def core_call(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> CoreCall:
         """How the blocks of one recursion see keys and values."""
         angles, own = geometry.angles_of(tokens), geometry.layout(tokens, tokens)
         shared: dict[int, Shared] = {}
@@ -98,16 +98,16 @@ class KVPolicy:
                         layout = geometry.layout(tokens, keys)
                         by_keys[id(keys)] = Shared(keys, layout, keys.find(tokens))
                     shared[block] = by_keys[id(keys)]
-        return Launch(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
+        return CoreCall(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
 
-    def inputs(self, launch: Launch) -> list[Tensor]:
-        """Keys and values of the blocks `launch.stored`, flat."""
-        return [tensor for block in launch.stored for tensor in self.store[block][0]]
+    def inputs(self, call: CoreCall) -> list[Tensor]:
+        """Keys and values of the blocks `call.stored`, flat."""
+        return [tensor for block in call.stored for tensor in self.store[block][0]]
 
-    def keep(self, launch: Launch, tensors: list[Tensor]) -> None:
-        """Remember the fresh keys and values of the blocks `launch.kept`, flat."""
-        for block, key, value in zip(launch.kept, tensors[0::2], tensors[1::2], strict=True):
-            self.store[block] = (key, value), launch.tokens
+    def keep(self, call: CoreCall, tensors: list[Tensor]) -> None:
+        """Remember the fresh keys and values of the blocks `call.kept`, flat."""
+        for block, key, value in zip(call.kept, tensors[0::2], tensors[1::2], strict=True):
+            self.store[block] = (key, value), call.tokens
 
     def pass_by(self, recursion: int, blocks: tuple[int, ...], geometry: Geometry) -> None:
         """A recursion that no token takes. Under hybrid, tokens that sit it out are seen by later ones that don't."""
@@ -119,7 +119,7 @@ class KVPolicy:
                 store = self.cache.store((recursion, place))
                 store.write(store.admit(tokens, geometry), keys_values)
 
-    def keys_of(self, launch: Launch) -> TokenSet:
-        """The tokens whose keys the first block of `launch` attended to."""
-        shared = launch.shared.get(launch.blocks[0])
-        return launch.tokens if shared is None else shared.keys
+    def keys_of(self, call: CoreCall) -> TokenSet:
+        """The tokens whose keys the first block of `call` attended to."""
+        shared = call.shared.get(call.blocks[0])
+        return call.tokens if shared is None else shared.keys

@@ -18,7 +18,7 @@ BEYOND = torch.iinfo(torch.int64).max
 """Order of a key that doesn't exist."""
 
 
-ROWS_PER_PIECE, MAX_PIECES, KEY_MULTIPLE = 64, 8, 16
+ROWS_PER_CHUNK, MAX_CHUNKS, KEY_MULTIPLE = 64, 8, 16
 """Queries worth a call of their own for the sake of keys that they needn't be given; keys are rounded up."""
 
 
@@ -64,7 +64,7 @@ class Geometry:
         edges, kernel = None, has_packed_kernel(tokens.device, dtype, config.head_dim)
         bucketed = not kernel and tokens.device.type == "cpu"
         if kernel or bucketed:
-            edges = piece_edges(documents, batch, seq_len, tokens.device)
+            edges = segment_bounds(documents, batch, seq_len, tokens.device)
         documents = None if documents is None else documents.flatten()
         return Geometry(batch, seq_len, positions, angles, documents, start, dtype, edges, bucketed)
 
@@ -97,7 +97,7 @@ class Geometry:
         selected from S is only known to stand at place S - K + j at most.
         """
         length = query_order.shape[1]
-        count = max(1, min(MAX_PIECES, length // ROWS_PER_PIECE))
+        count = max(1, min(MAX_CHUNKS, length // ROWS_PER_CHUNK))
         bounds = [length * number // count for number in range(count + 1)]
         if query_order.device.type == "cpu":
             last = query_order[:, [end - 1 for end in bounds[1:]]].amax(0) - self.start + 1
@@ -136,7 +136,7 @@ def document_starts(documents: Tensor) -> Tensor:
     return places.masked_fill(~document_begins(documents), 0).cummax(dim=1).values
 
 
-def piece_edges(documents: Tensor | None, batch: int, seq_len: int, device: torch.device) -> Tensor:
+def segment_bounds(documents: Tensor | None, batch: int, seq_len: int, device: torch.device) -> Tensor:
     """Rows of a [B, S] stream at which documents (without any, sequences) begin, and its end.
 
     How many documents there are only the device knows: that is the one wait for it in a forward pass with documents.

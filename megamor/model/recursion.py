@@ -21,11 +21,11 @@ from megamor.config import Config
 from megamor.model.blocks import Block, Differences
 from megamor.model.fan_out import fan_out
 from megamor.model.kv_cache import KVCache
-from megamor.model.kv_policy import KVPolicy, Launch
+from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
-from megamor.model.sharing import LayerPlan
+from megamor.model.sharing import LayerStack
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
 from megamor.routing.plan import Weight
 
@@ -48,7 +48,7 @@ class StageOutput(NamedTuple):
 class RecursionStage(nn.Module):
     """Shared blocks and their router. See the module docstring."""
 
-    def __init__(self, config: Config, plan: LayerPlan) -> None:
+    def __init__(self, config: Config, plan: LayerStack) -> None:
         super().__init__()
         self.schedule = plan.schedule
         self.kv_policy = config.recursion.kv_policy
@@ -76,7 +76,7 @@ class RecursionStage(nn.Module):
         blocks = self.blocks_by_recursion()
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
-            x = rows if plan.places is None else rows.index_select(0, plan.places)
+            x = rows if plan.indices is None else rows.index_select(0, plan.indices)
             y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy, blocks[recursion])
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
@@ -91,7 +91,7 @@ class RecursionStage(nn.Module):
                 stream = self.touch_core(recursion, stream, geometry, blocks[recursion])
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
-            work.append(launch_work(plan.tokens, keys, geometry))
+            work.append(work_of(plan.tokens, keys, geometry))
         result = stream if emitted is None else emitted
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
@@ -117,11 +117,11 @@ class RecursionStage(nn.Module):
             return x, tokens
         if self.recursion_embedding is not None:
             x = x + self.recursion_embedding[recursion]
-        launch = policy.launch(recursion, order, tokens, geometry)
-        run = self.recomputation.recursion(partial(self.run_blocks, launch, blocks))
-        y, *kept = run(x, *policy.inputs(launch))
-        policy.keep(launch, kept)
-        return y, policy.keys_of(launch)
+        call = policy.core_call(recursion, order, tokens, geometry)
+        run = self.recomputation.recursion(partial(self.run_blocks, call, blocks))
+        y, *kept = run(x, *policy.inputs(call))
+        policy.keep(call, kept)
+        return y, policy.keys_of(call)
 
     def touch_core(
         self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
@@ -137,18 +137,18 @@ class RecursionStage(nn.Module):
         return stream + 0.0 * y.sum()
 
     def run_blocks(
-        self, launch: Launch, blocks: Sequence[Callable[..., Any]], x: Tensor, *stored: Tensor
+        self, call: CoreCall, blocks: Sequence[Callable[..., Any]], x: Tensor, *stored: Tensor
     ) -> tuple[Tensor, ...]:
         """Blocks in order. `stored` are keys and values that come in; those that go out follow the result."""
-        available = dict(zip(launch.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
-        for place, block in enumerate(launch.blocks):
-            keys_values, layout = launch.attention(place, available)
+        available = dict(zip(call.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
+        for place, block in enumerate(call.blocks):
+            keys_values, layout = call.attention(place, available)
             run = self.recomputation.block(blocks[block], in_core=True)
-            x, fresh = run(x, launch.angles, layout, keys_values, launch.recursion)
-            if block in launch.kept and block not in available:
+            x, fresh = run(x, call.angles, layout, keys_values, call.recursion)
+            if block in call.kept and block not in available:
                 assert fresh is not None
                 available[block] = fresh
-        return x, *(tensor for block in launch.kept for tensor in available[block])
+        return x, *(tensor for block in call.kept for tensor in available[block])
 
 
 def weighted(weight: Weight, values: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPl
     return total.to(x.dtype)
 
 
-def launch_work(tokens: TokenSet, keys: TokenSet, geometry: Geometry) -> Tensor:
-    """[2]: tokens in the launch, and the pairs of a query and a key that attention may not skip."""
+def work_of(tokens: TokenSet, keys: TokenSet, geometry: Geometry) -> Tensor:
+    """[2]: tokens in the call, and the pairs of a query and a key that attention may not skip."""
     pairs = visible_pairs(tokens, keys, geometry)
     return torch.stack((torch.full_like(pairs, len(tokens)), pairs))

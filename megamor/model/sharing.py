@@ -12,7 +12,7 @@ from megamor.config import Config
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerStack:
     """Layers of a model: unique blocks before and after the core, and the core's schedule (empty for vanilla)."""
 
     num_prelude: int
@@ -25,12 +25,12 @@ class LayerPlan:
         return len(self.schedule[0]) if self.schedule else 0
 
 
-def layer_plan(config: Config) -> LayerPlan:
+def layer_stack(config: Config) -> LayerStack:
     """The layer plan of a validated config."""
     sharing, num_recursions = config.recursion.sharing, config.recursion.num_recursions
     num_layers = config.model.num_layers
     if sharing == "none":
-        return LayerPlan(num_layers, (), 0)
+        return LayerStack(num_layers, (), 0)
     edge = 1 if sharing.startswith("middle") else 0
     num_unique = (num_layers - 2 * edge) // num_recursions
     steps = range(num_recursions)
@@ -38,4 +38,4 @@ def layer_plan(config: Config) -> LayerPlan:
         schedule = tuple(tuple(range(num_unique)) for _ in steps)
     else:
         schedule = tuple(tuple((r * num_unique + j) // num_recursions for j in range(num_unique)) for r in steps)
-    return LayerPlan(edge, schedule, edge)
+    return LayerStack(edge, schedule, edge)

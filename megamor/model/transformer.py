@@ -23,7 +23,7 @@ from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage
-from megamor.model.sharing import layer_plan
+from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
 
 
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        plan = layer_plan(config)
+        plan = layer_stack(config)
         self.embed = nn.Embedding(config.model.vocab_size, config.model.dim)
         self.prelude = nn.ModuleList(Block(config.model) for _ in range(plan.num_prelude))
         self.stage = RecursionStage(config, plan) if plan.schedule else None

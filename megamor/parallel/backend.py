@@ -15,7 +15,7 @@ from megamor.parallel.state import StateCopy
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-class ParallelPlan(Protocol):
+class ModelStructure(Protocol):
     """What a model says about its own structure, in forward order.
 
     `units` are gathered as a whole; the shared core is one of them, however often its forward loops. Parameters outside

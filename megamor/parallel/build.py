@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megamor.config import Config
-from megamor.parallel.backend import Backend, BuildOptimizer, ParallelPlan
+from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World, resolve_backend
 
 
@@ -17,7 +17,7 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
     checkpointing, compilation, sharding, optimizer.
     """
     model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
-    plan: ParallelPlan = model.parallel_plan()  # type: ignore[operator]
+    plan: ModelStructure = model.parallel_plan()  # type: ignore[operator]
     if config.train.compile:
         # One graph for each size of recursion and way of attending; torch's own limit of 8 can be too few for Nr = 4.
         torch._dynamo.config.recompile_limit = 32

@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megamor.config import Config
-from megamor.parallel.backend import BuildOptimizer, ParallelPlan
+from megamor.parallel.backend import BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World
 from megamor.parallel.precision import fsdp_policy
 from megamor.parallel.single import SingleBackend
 
 
-def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
+def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
     """Shard `model` in place over `mesh`: each unit of the plan as one group, the rest as the root's.
 
     The shared core is gathered once in each direction, however many recursions run, and ranks may stop at different
@@ -37,7 +37,7 @@ class Fsdp2Backend(SingleBackend):
     """
 
     def __init__(
-        self, model: nn.Module, plan: ParallelPlan, config: Config, world: World, build_optimizer: BuildOptimizer
+        self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
     ) -> None:
         self.plan = plan
         self.reshard, self.shard_degree = config.parallel.reshard_after_forward, config.parallel.shard_degree

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.errors import CheckpointError
-from megamor.parallel.backend import BuildOptimizer, ParallelPlan
+from megamor.parallel.backend import BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World
 from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
 from megamor.parallel.slices import copied_to_host
@@ -39,7 +39,7 @@ class ZeroBackend:
     """
 
     def __init__(
-        self, model: nn.Module, plan: ParallelPlan, config: Config, world: World, build_optimizer: BuildOptimizer
+        self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
     ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.stage = config.parallel.zero_stage

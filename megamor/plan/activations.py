@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
 from megamor.model.flops import nominal_work
 from megamor.model.loss import CHUNK_ELEMENTS
-from megamor.model.sharing import layer_plan
+from megamor.model.sharing import layer_stack
 
 INDEX, STATISTIC = 8, 4
 """Bytes of a place in the stream, and of a norm's or a softmax's statistic."""
@@ -50,7 +50,7 @@ class Span:
 
 def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     """One micro-batch at the configured capacities, in forward order; the loss is apart (`loss_bytes`)."""
-    plan = layer_plan(config)
+    plan = layer_stack(config)
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     everything = BlockRows(config, sizes, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
     found = [_unshared(f"prelude.{number}", everything) for number in range(plan.num_prelude)]

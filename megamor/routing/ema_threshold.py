@@ -1,9 +1,9 @@
 """EMA-threshold routing: expert-choice's capacities without looking ahead, in training and inference alike.
 
-Each recursion keeps an exponential moving average of the score that its share of the candidates lies above, and selects
-the tokens that score higher. A token's fate depends on its own score and on the past of the run, so that the rule is
-causal, needs no auxiliary loss, and lets the number of tokens vary around the capacity (after arXiv 2603.11535, where
-it is proposed for experts).
+Each recursion keeps an exponential moving average of the score that its fraction of the candidates lies above, and
+selects the tokens that score higher. A token's selection depends only on its own score and on the history of the run.
+The rule is therefore causal and needs no auxiliary loss; the number of selected tokens varies around the capacity
+(after arXiv 2603.11535, which proposes it for experts).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EmaThresholdRouter(ScoredRouter):
         seen = 1 - self.config.ema_decay ** self.num_updates[recursion]
         return self.quantiles[recursion] / seen.clamp_min(torch.finfo(seen.dtype).tiny)
 
-    def share_of_candidates(self, recursion: int) -> float:
+    def fraction_of_candidates(self, recursion: int) -> float:
         """Share of the candidates that keeps the capacity: they have been thinned out by the recursion before."""
         before = self.capacity[recursion - 1] if recursion else 1.0
         return self.capacity[recursion] / before
@@ -72,14 +72,14 @@ class EmaThresholdSession(ScoredSession):
         """Candidates above the threshold; all of them where the capacity takes all."""
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
-        share = self.router.share_of_candidates(recursion)
-        if share >= 1.0:
-            tokens, places = self.take_all(recursion, candidates)
-            return RoutingPlan(tokens, places, self.router.mix(z, places))
+        fraction = self.router.fraction_of_candidates(recursion)
+        if fraction >= 1.0:
+            tokens, indices = self.take_all(recursion, candidates)
+            return RoutingPlan(tokens, indices, self.router.mix(z, indices))
         if self.context.mode == "train" and z.numel():
-            rank = min(z.numel(), max(1, round((1 - share) * z.numel())))
+            rank = min(z.numel(), max(1, round((1 - fraction) * z.numel())))
             self.totals["threshold_quantiles"][recursion] = z.detach().kthvalue(rank).values
             self.totals["threshold_batches"][recursion] = 1
         chosen = z.detach() > self.router.threshold(recursion)
-        tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
-        return RoutingPlan(tokens, places, self.router.mix(z, places))
+        tokens, indices = candidates.where(self.bounded(recursion, chosen, candidates))
+        return RoutingPlan(tokens, indices, self.router.mix(z, indices))

@@ -71,14 +71,14 @@ class ExpertChoiceSession(ScoredSession):
             predictor = self.router.aux_router[recursion](rows.detach()).squeeze(-1)
 
         if self.context.mode == "causal":
-            tokens, places = self.select_causal(recursion, predictor, candidates)
+            tokens, indices = self.select_causal(recursion, predictor, candidates)
         else:
-            tokens, places = self.select_top_k(recursion, z, candidates)
+            tokens, indices = self.select_top_k(recursion, z, candidates)
         if self.context.mode == "train":
-            self.add_losses(z, predictor, places)
-        self.add_agreement(recursion, predictor, places)
+            self.add_losses(z, predictor, indices)
+        self.add_agreement(recursion, predictor, indices)
 
-        return RoutingPlan(tokens, places, self.router.mix(z, places))
+        return RoutingPlan(tokens, indices, self.router.mix(z, indices))
 
     def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
         """The k highest scores of each sequence, positions ascending."""
@@ -103,9 +103,9 @@ class ExpertChoiceSession(ScoredSession):
         assert threshold is not None
         return predictor.detach() >= math.log(threshold / (1 - threshold))
 
-    def add_losses(self, z: Tensor, predictor: Tensor, places: Tensor | None) -> None:
+    def add_losses(self, z: Tensor, predictor: Tensor, indices: Tensor | None) -> None:
         """BCE of the predictor against the selection (mean over the candidates), and the z-loss."""
-        target = torch.ones_like(z) if places is None else torch.zeros_like(z).index_fill(0, places, 1.0)
+        target = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
         bce = F.binary_cross_entropy_with_logits(predictor, target)
         if self.router.aux_router is None:
             self.add_loss("aux_loss", self.router.config.aux_coeff * bce)
@@ -114,10 +114,10 @@ class ExpertChoiceSession(ScoredSession):
             self.add_loss("aux_router_loss", bce)
         self.add_z_loss(z)
 
-    def add_agreement(self, recursion: int, predictor: Tensor, places: Tensor | None) -> None:
+    def add_agreement(self, recursion: int, predictor: Tensor, indices: Tensor | None) -> None:
         """Share of candidates for which the selection made here and the causal rule agree."""
         if recursion == 0 or self.context.mode == "causal":
             return
         causal = self.goes_on(predictor)
-        selected = torch.ones_like(causal) if places is None else torch.zeros_like(causal).index_fill(0, places, True)
+        selected = torch.ones_like(causal) if indices is None else torch.zeros_like(causal).index_fill(0, indices, True)
         self.add_ratio("topk_causal_agreement", (causal == selected).sum(), causal.numel())

@@ -61,8 +61,8 @@ class HaltingSession(RoutingSession):
         """soft: everything goes on; hard: what hasn't halted."""
         if self.router.config.mode == "soft" or recursion == 0:
             return RoutingPlan(*self.take_all(recursion, candidates), Mix())
-        tokens, places = candidates.where(~candidates.gather(self.halted))
-        return RoutingPlan(tokens, places, Mix())
+        tokens, indices = candidates.where(~candidates.gather(self.halted))
+        return RoutingPlan(tokens, indices, Mix())
 
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Emit p_n·s_n."""

@@ -55,18 +55,18 @@ class TokenSet:
         return TokenSet(batch, seq_len, seq_len)
 
     def pick(self, chosen: Tensor) -> TokenSet:
-        """The rows of this set at `chosen` [B, k]: per sequence, ascending places among its own rows (0-based).
+        """The rows of this set at `chosen` [B, k]: per sequence, ascending indices among its own rows (0-based).
 
         Needs a rectangular set; the result is rectangular.
         """
         assert self.lengths is None
         offsets = torch.arange(self.batch, device=chosen.device).unsqueeze(1) * self.max_length
-        places = (chosen + offsets).flatten()
-        index = places if self.index is None else self.index[places]
+        indices = (chosen + offsets).flatten()
+        index = indices if self.index is None else self.index[indices]
         return replace(self, max_length=chosen.shape[1], index=index)
 
     def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
-        """The rows of this set for which `keep` [N] is true, and their places [n] in this set. The result is ragged.
+        """The rows of this set for which `keep` [N] is true, and their indices [n] in this set. The result is ragged.
 
         `size` is how many there are, in all and at most in one sequence; a caller who knows it spares the device from
         being asked.
@@ -75,9 +75,9 @@ class TokenSet:
         lengths = kept_before[self.bounds(keep.device)].diff()
         count, longest = Incoming(torch.stack((kept_before[-1], lengths.max()))).tolist() if size is None else size
         # The i-th kept row is the first that has i before and including itself.
-        places = torch.searchsorted(kept_before[1:], torch.arange(1, count + 1, device=keep.device))
-        index = places if self.index is None else self.index[places]
-        return TokenSet(self.batch, self.seq_len, longest, index, lengths), places
+        indices = torch.searchsorted(kept_before[1:], torch.arange(1, count + 1, device=keep.device))
+        index = indices if self.index is None else self.index[indices]
+        return TokenSet(self.batch, self.seq_len, longest, index, lengths), indices
 
     def bounds(self, device: torch.device) -> Tensor:
         """Places [batch + 1] among the rows of this set at which the sequences begin, and the end."""
@@ -104,11 +104,11 @@ class TokenSet:
         """How many tokens of this set stand before each token of `subset` in its sequence, [n]."""
         rows = subset.rows(device)
         sequence = rows // self.seq_len
-        places = self.find(subset)
-        places = torch.arange(len(rows), device=device) if places is None else places
+        indices = self.find(subset)
+        indices = torch.arange(len(rows), device=device) if indices is None else indices
         if self.lengths is None:
-            return places - sequence * self.max_length
-        return places - (self.lengths.cumsum(0) - self.lengths)[sequence]
+            return indices - sequence * self.max_length
+        return indices - (self.lengths.cumsum(0) - self.lengths)[sequence]
 
     def rows(self, device: torch.device) -> Tensor:
         """The rows as a tensor [N], also where the set is everything."""
@@ -134,21 +134,21 @@ class MarkedSet(TokenSet):
     """All rows of the stream, of which those `kept` [N] belong to the set: choosing among them moves none of them.
 
     In the causal mode what is computed for the others is never looked at, and the device isn't asked how many there
-    are, as serving wants it. `places` [N] are those of all rows.
+    are, as serving wants it. `indices` [N] are those of all rows.
     """
 
-    places: Tensor | None = None
+    indices: Tensor | None = None
     kept: Tensor | None = None
 
     @staticmethod
-    def of(places: Tensor) -> MarkedSet:
+    def of(indices: Tensor) -> MarkedSet:
         """Every row, [N] in all, as sequences of one token each."""
-        return MarkedSet(len(places), 1, 1, places=places)
+        return MarkedSet(len(indices), 1, 1, indices=indices)
 
     def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
-        """As `TokenSet.where`, but the places are those of all rows."""
-        assert self.places is not None
-        return replace(self, kept=keep if self.kept is None else self.kept & keep), self.places
+        """As `TokenSet.where`, but the indices are those of all rows."""
+        assert self.indices is not None
+        return replace(self, kept=keep if self.kept is None else self.kept & keep), self.indices
 
     def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
         """As `TokenSet.scatter`, from `values` [N, ...] of all rows."""
@@ -190,11 +190,11 @@ class Idle:
 class RoutingPlan:
     """One recursion: the tokens that the core sees, and where they stand among the candidates.
 
-    `places` [N] are positions in the candidates' rows; None means that all candidates are selected. `idle` are
+    `indices` [N] are positions in the candidates' rows; None means that all candidates are selected. `idle` are
     candidates that are not selected, where the router learns from having left them alone.
     """
 
     tokens: TokenSet
-    places: Tensor | None
+    indices: Tensor | None
     mix: Mix
     idle: Idle | None = None

@@ -53,11 +53,11 @@ class RandomSession(ScoredSession):
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
         if self.router.capacity[recursion] >= 1.0:
-            tokens, places = self.take_all(recursion, candidates)
-            return RoutingPlan(tokens, places, self.router.mix(z, places))
+            tokens, indices = self.take_all(recursion, candidates)
+            return RoutingPlan(tokens, indices, self.router.mix(z, indices))
         chosen = candidates.gather(self.draw) < self.router.capacity[recursion]
-        tokens, places = candidates.where(self.bounded(recursion, chosen, candidates))
-        return RoutingPlan(tokens, places, self.router.mix(z, places))
+        tokens, indices = candidates.where(self.bounded(recursion, chosen, candidates))
+        return RoutingPlan(tokens, indices, self.router.mix(z, indices))
 
 
 def uniform_hash(keys: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class RoutingSession(ABC):
         return (chosen | (tokens.gather(bounds.least) > recursion)) & (tokens.gather(bounds.most) > recursion)
 
     def take_all(self, recursion: int, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """All candidates (and None for their places), but for those at their bound."""
+        """All candidates (and None for their indices), but for those at their bound."""
         bounds = self.context.bounds
         if bounds is None:
             return candidates, None

@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megamor.config import EmaThresholdConfig, ExpertChoiceConfig, RandomConfig
+from megamor.config import ScoredConfig
 from megamor.routing.heads import build_head
 from megamor.routing.plan import Mix
 from megamor.routing.router import Router, RoutingContext, RoutingSession
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
-
-ScoredConfig = ExpertChoiceConfig | EmaThresholdConfig | RandomConfig
 
 
 def default_capacity(num_recursions: int) -> tuple[float, ...]:
@@ -37,11 +35,11 @@ class ScoredRouter(Router):
         """z [N] of rows [N, dim]."""
         return self.heads[recursion](rows / self.config.temperature).squeeze(-1)
 
-    def mix(self, z: Tensor, places: Tensor | None) -> Mix:
+    def mix(self, z: Tensor, indices: Tensor | None) -> Mix:
         """How the selected ones of the scored tokens are combined."""
         if self.config.gating == "additive":
             return Mix(from_stream=1.0, from_core=1.0)
-        selected = z if places is None else z[places]
+        selected = z if indices is None else z[indices]
         return Mix(from_stream=1.0, from_core=self.config.alpha * ACTIVATIONS[self.config.activation](selected))
 
 

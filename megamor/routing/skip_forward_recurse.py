@@ -65,23 +65,23 @@ class SkipForwardRecurseSession(RoutingSession):
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Decide about the candidates that chose to recurse; take those that don't skip."""
-        deciding, deciding_places = candidates, None
+        deciding, deciding_indices = candidates, None
         if recursion > 0:
-            deciding, deciding_places = candidates.where(candidates.gather(self.goes_on))
-            rows = rows.index_select(0, deciding_places)
+            deciding, deciding_indices = candidates.where(candidates.gather(self.goes_on))
+            rows = rows.index_select(0, deciding_indices)
         logits = self.router.head(rows)
         probabilities, choice, chosen = self.choose(recursion, logits, deciding)
         self.add_expected_depth(recursion, probabilities)
 
         applies = choice != SKIP
-        tokens, places = deciding.where(applies)
-        skipping, skipping_places = deciding.where(~applies)
+        tokens, indices = deciding.where(applies)
+        skipping, skipping_indices = deciding.where(~applies)
         self.goes_on = deciding.scatter(self.goes_on, choice == RECURSE)
-        mix = Mix(from_core=chosen[:, FORWARD:].sum(-1)[places], from_stream=chosen[places, SKIP])
-        idle = Idle(skipping, chosen[skipping_places, SKIP])
-        if deciding_places is not None:
-            places = deciding_places[places]
-        return RoutingPlan(tokens, places, mix, idle)
+        mix = Mix(from_core=chosen[:, FORWARD:].sum(-1)[indices], from_stream=chosen[indices, SKIP])
+        idle = Idle(skipping, chosen[skipping_indices, SKIP])
+        if deciding_indices is not None:
+            indices = deciding_indices[indices]
+        return RoutingPlan(tokens, indices, mix, idle)
 
     def choose(self, recursion: int, logits: Tensor, deciding: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities [N, 3], choice [N], and one-hot choice whose gradient is that of the (tempered) softmax."""

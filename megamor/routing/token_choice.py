@@ -66,7 +66,7 @@ class TokenChoiceSession(RoutingSession):
         if config.gating == "additive":
             self.gate = torch.ones_like(self.gate)
         self.reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
-        self.sizes: Incoming | None = Incoming(self.launch_sizes())
+        self.sizes: Incoming | None = Incoming(self.sizes_by_recursion())
         self.add_balance(router, scores)
 
     def allowed(self, scores: Tensor) -> Tensor:
@@ -85,21 +85,21 @@ class TokenChoiceSession(RoutingSession):
         session.sizes = None
         return session
 
-    def launch_sizes(self) -> Tensor:
+    def sizes_by_recursion(self) -> Tensor:
         """Tokens of each recursion, in all and at most in one sequence, [Nr, 2]."""
         lengths = self.reaching.view(self.context.batch, self.context.seq_len, -1).sum(1)
         return torch.stack((lengths.sum(0), lengths.amax(0)), dim=1)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Tokens of depth >= recursion. Those that leave get x_in + gate·y, the others carry y on."""
-        tokens, places = candidates, None
+        tokens, indices = candidates, None
         if recursion > 0:
             # The sizes left before recursion 0 was given to the device, which is still busy with it.
             size = None if self.sizes is None else self.sizes.tolist()[recursion]
-            tokens, places = candidates.where(candidates.gather(self.reaching[:, recursion]), size)
+            tokens, indices = candidates.where(candidates.gather(self.reaching[:, recursion]), size)
         leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
         gate = tokens.gather(self.gate)
-        return RoutingPlan(tokens, places, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
+        return RoutingPlan(tokens, indices, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
 
     def add_balance(self, router: TokenChoiceRouter, scores: Tensor) -> None:
         """Balance loss, z-loss and load statistics."""

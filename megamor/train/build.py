@@ -13,7 +13,6 @@ from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
-from megamor.config.validate import validate
 from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
@@ -47,11 +46,12 @@ METRICS_FILE = "metrics.jsonl"
 def build_trainer(config: Config, world: World) -> Trainer:
     """Open the data, build and wrap the model, restore the newest checkpoint of the run if it has one. Collective.
 
+    `config` has been validated for `world.size` processes.
+
     Raises:
         ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts; on
             every rank, wherever it was found.
     """
-    validate(config, world.size)
     derived = derive(config, world.size)
     inputs = run_on_all_ranks(lambda: open_inputs(config, world))
     directory = run_on_all_ranks(lambda: run_directory(config))

@@ -179,10 +179,10 @@ def test_incoming_numbers_are_those_of_their_time() -> None:
 
 def test_where_on_the_device() -> None:
     keep = torch.rand(2, SEQ_LEN * 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    want, want_places = TokenSet.all(2, SEQ_LEN * 3).where(keep.flatten())
-    got, places = TokenSet.all(2, SEQ_LEN * 3).where(keep.flatten().to(CUDA))
+    want, want_indices = TokenSet.all(2, SEQ_LEN * 3).where(keep.flatten())
+    got, indices = TokenSet.all(2, SEQ_LEN * 3).where(keep.flatten().to(CUDA))
     assert torch.equal(got.index.cpu(), want.index)
-    assert torch.equal(places.cpu(), want_places)
+    assert torch.equal(indices.cpu(), want_indices)
     assert (got.max_length, got.lengths.tolist()) == (want.max_length, want.lengths.tolist())
 
 

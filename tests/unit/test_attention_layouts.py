@@ -91,7 +91,7 @@ def test_packed_equals_padded_and_masked(
 ) -> None:
     config = tiny_config(ROUTERS[router], kv_policy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "piece_edges", lambda *_: None)
+        patch.setattr(geometry, "segment_bounds", lambda *_: None)
         expected = [run(config, mode, documents) for mode in ("train", "causal")]
     in_buckets = [run(config, mode, documents) for mode in ("train", "causal")]
     calls = request.getfixturevalue("packed")
@@ -165,8 +165,8 @@ def test_segments_of_selected_rows(packed: list[Segments]) -> None:
     config = vanilla_config().model
     ids = tokens(batch=2, length=6)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
-    chosen, places = TokenSet.all(2, 6).where(torch.tensor([1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 1]) == 1)
-    assert places.tolist() == [0, 2, 7, 10, 11]
+    chosen, indices = TokenSet.all(2, 6).where(torch.tensor([1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1, 1]) == 1)
+    assert indices.tolist() == [0, 2, 7, 10, 11]
     layout = Geometry.of(ids, config, torch.float64, documents).layout(chosen, chosen)
     assert layout.segments is not None
     assert layout.segments.bounds.tolist() == [0, 2, 2, 2, 5]  # nothing of two of the documents
@@ -232,17 +232,17 @@ def test_where_keeps_what_it_is_told_to(seed: int) -> None:
         keep = torch.rand(len(chosen), generator=generator) < 0.6
         expected[chosen.rows(stream.device)[~keep]] = False
         old = chosen
-        chosen, places = old.where(keep)
+        chosen, indices = old.where(keep)
         assert torch.equal(chosen.gather(stream), stream[expected])
-        assert torch.equal(old.gather(stream)[places], chosen.gather(stream))
+        assert torch.equal(old.gather(stream)[indices], chosen.gather(stream))
         lengths = expected.view(3, SEQ_LEN).sum(1)
         assert chosen.lengths is not None
         assert torch.equal(chosen.lengths, lengths)
         assert chosen.max_length == int(lengths.max())
         known, _ = old.where(keep, (len(chosen), chosen.max_length))
         assert torch.equal(known.rows(stream.device), chosen.rows(stream.device))
-    nothing, places = chosen.where(torch.zeros(len(chosen), dtype=torch.bool))
-    assert (len(nothing), nothing.max_length, len(places)) == (0, 0, 0)
+    nothing, indices = chosen.where(torch.zeros(len(chosen), dtype=torch.bool))
+    assert (len(nothing), nothing.max_length, len(indices)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)

@@ -67,8 +67,8 @@ class PeekingSession(RoutingSession):
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         if recursion == 0:
             return RoutingPlan(candidates, None, Mix())
-        tokens, places = candidates.where(candidates.gather(self.goes_on))
-        return RoutingPlan(tokens, places, Mix())
+        tokens, indices = candidates.where(candidates.gather(self.goes_on))
+        return RoutingPlan(tokens, indices, Mix())
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)

@@ -13,7 +13,7 @@ from megamor.model import layouts as geometry
 from megamor.model import loss as loss_module
 from megamor.model.blocks import rotary_angles
 from megamor.model.loss import linear_cross_entropy
-from megamor.model.sharing import layer_plan
+from megamor.model.sharing import layer_stack
 from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
@@ -30,7 +30,7 @@ from tests.combinations import (
 def test_schedule_follows_the_papers_formulas(sharing: str) -> None:
     """Block of effective layer l, written out as in table 1 of the paper."""
     config = tiny_config(ROUTERS["fixed"], sharing=sharing)
-    plan, num_layers, num_recursions = layer_plan(config), config.model.num_layers, 3
+    plan, num_layers, num_recursions = layer_stack(config), config.model.num_layers, 3
     found = [block for recursion in plan.schedule for block in recursion]
     if sharing.startswith("middle"):
         middle = range(1, num_layers - 1)
@@ -265,7 +265,7 @@ def test_cutting_queries_into_pieces_changes_nothing(kv_policy: str, monkeypatch
     model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
     with torch.no_grad():
         whole = model(ids, mode="topk").logits
-        monkeypatch.setattr(geometry, "ROWS_PER_PIECE", 3)
+        monkeypatch.setattr(geometry, "ROWS_PER_CHUNK", 3)
         monkeypatch.setattr(geometry, "KEY_MULTIPLE", 1)
         cut = model(ids, mode="topk").logits
     torch.testing.assert_close(cut, whole, atol=1e-12, rtol=0)

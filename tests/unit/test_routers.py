@@ -214,8 +214,8 @@ class EveryOtherSession(RoutingSession):
         if recursion == 0:
             return RoutingPlan(candidates, None, Mix())
         position = candidates.gather(self.context.positions_of(rows.device))
-        chosen, places = candidates.where(position % self.stride == 0)
-        return RoutingPlan(chosen, places, Mix())
+        chosen, indices = candidates.where(position % self.stride == 0)
+        return RoutingPlan(chosen, indices, Mix())
 
 
 def test_a_router_of_ones_own() -> None:
@@ -242,9 +242,9 @@ def test_picking_and_finding_agree() -> None:
     chosen = torch.tensor([[1, 4, 7], [0, 2, 9], [3, 5, 11]])
     picked = everything.pick(chosen)
     assert picked.index.tolist() == [1, 4, 7, 24, 26, 33, 51, 53, 59]
-    ragged, places = picked.where(torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool))
+    ragged, indices = picked.where(torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool))
     assert ragged.lengths.tolist() == [2, 0, 3]
-    assert picked.find(ragged).tolist() == places.tolist() == [0, 2, 6, 7, 8]
+    assert picked.find(ragged).tolist() == indices.tolist() == [0, 2, 6, 7, 8]
     assert picked.rank_of(ragged, torch.device("cpu")).tolist() == [0, 2, 0, 1, 2]
     assert ragged.rank_of(ragged, torch.device("cpu")).tolist() == [0, 1, 0, 1, 2]
 
