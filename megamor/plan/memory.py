@@ -41,7 +41,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All parts together."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
 
 def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
