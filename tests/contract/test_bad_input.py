@@ -225,7 +225,7 @@ def test_full_disk(case: Case, capsys: pytest.CaptureFixture) -> None:
 
 def launch_here(arguments: list[str]) -> tuple[Any, str]:
     """Exit status and stderr of this rank."""
-    pretrain.SPEAKER_SECONDS = 0.0
+    pretrain.SECONDS_BEFORE_SILENT_EXIT = 0.0
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         try:
