@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and how it comes back."""
+"""What goes into a run's checkpoints, and how a run is restored from one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger("megamor.train")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from. Found out once a run: git and the package index of Python are slow to ask."""
+    """The code and data that a checkpoint comes from. Determined once per launch: asking git and pip is slow."""
 
     data_fingerprints: dict[str, str]
     code_revision: str = field(default_factory=code_revision)
@@ -42,7 +42,7 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """How far a run is. `run_ids` are those of experiment trackers."""
+    """How far a run is. `run_ids` are its ids in experiment trackers."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -50,7 +50,7 @@ class RunProgress:
 
 
 class Stateful(Protocol):
-    """Something that changes during training. Its state is plain data (JSON), the same on all ranks."""
+    """Something that changes during training. Its state is plain data (JSON) and the same on all ranks."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -59,11 +59,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
+    """Saves and restores a whole run: model, optimizer, random states, position in the data, progress.
 
-    `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
-    as they are. `origin` are facts about code and data that a checkpoint records. `components` are whatever else
-    changes during training.
+    `model_shapes` are the shapes of the model's state before it was distributed, by name. `files` are copied into every
+    checkpoint. `components` are all other objects that change during training.
     """
 
     config: Config
@@ -77,9 +76,9 @@ class RunCheckpoints:
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
     def save(self, progress: RunProgress) -> Path | None:
-        """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
+        """Write a checkpoint of `progress.step`; with `checkpoint.asynchronous`, start to. Collective.
 
-        Only one is being written at a time: the one before is waited for.
+        At most one is written at a time, so this waits for the previous one.
 
         Returns:
             The checkpoint; None while it is being written (see `wait`).
@@ -119,19 +118,19 @@ class RunCheckpoints:
         return self.background.wait()
 
     def close(self) -> None:
-        """Let the checkpoint that is being written be finished, without hiding the error that ends the run."""
+        """Finish the checkpoint that is being written, without hiding an error that already ends the run."""
         try:
             self.wait()
         except MegamorError as error:
             log.error("a checkpoint was not written: %s", error)
 
     def record_loss(self, step: int, loss: float) -> None:
-        """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
+        """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
         record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
         run_on_all_ranks(record)
 
     def restore(self, at_most: int | None = None) -> RunProgress | None:
-        """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
+        """Restore the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
 
         Raises:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
@@ -152,7 +151,7 @@ class RunCheckpoints:
         return RunProgress(state.step, state.tokens_seen, state.run_ids)
 
     def _read(self, directory: Path) -> TrainerState:
-        """Everything that can be refused, before anything is overwritten; puts the loader in place."""
+        """Read and check all that can be refused before weights are overwritten; restores loader and components."""
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self.loader.load_state_dict(state.data)
@@ -163,13 +162,13 @@ class RunCheckpoints:
 
 
 def _nothing() -> None:
-    """What the other ranks do while the first one acts."""
+    """The action of all ranks but the first."""
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:
-    """What makes a checkpoint independent of where it was trained: resolved configuration and tokenizer.
+    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer.
 
-    Read once at the start, so that a file that changes or goes during the run doesn't matter.
+    Read once at the start, so that changing or deleting the originals during the run does no harm.
     """
     files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
     if config.data.tokenizer:
