@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     loaded = load_model(arguments.checkpoint, arguments.device)
     results = {}
-    # On stderr, and gone at the end, so that what remains is the table alone.
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
             results[prefix] = dataset_losses(
                 loaded,

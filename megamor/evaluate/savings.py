@@ -24,7 +24,7 @@ def at_full_depth(model: Transformer) -> Transformer:
     return full.eval()
 
 
-def measure_savings(model: Transformer, batches: Iterable[Batch], rounds: int = 3) -> dict[str, float]:
+def measure_savings(model: Transformer, batches: Iterable[Batch], rounds: int = 4) -> dict[str, float]:
     """Compare forward passes under the inference rule with those at full depth.
 
     The two models take turns on every batch, so that a change in the machine's load affects both.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from megamor.config import Config
 from megamor.config.derive import derive
+from megamor.metrics.gpus import Gpu
 from megamor.model.flops import nominal_flops
-from megamor.plan.gpus import Gpu
 from megamor.plan.memory import MOMENTS, Memory, step_memory, unit_parameters
 from megamor.plan.traffic import Traffic, step_traffic
 
@@ -92,8 +92,8 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     gpu, train = cluster.gpu, config.train
     memory, traffic = step_memory(config, cluster.gpus), step_traffic(config, cluster.gpus)
     flops = nominal_flops(config, train.global_batch_size / cluster.gpus)
-    needed = flops.training / gpu.peak
-    compute = needed + flops.recomputed(train) / gpu.peak
+    needed = flops.training / gpu.bf16_peak
+    compute = needed + flops.recomputed(train) / gpu.bf16_peak
     communication = communication_seconds(traffic, cluster)
     held = memory.optimizer / MOMENTS  # parameters that this rank updates
     update = ADAMW_BYTES * held / gpu.memory_bandwidth
@@ -130,7 +130,7 @@ def run_seconds(found: Estimate, cluster: Cluster, mfu: float) -> float:
     config = found.config
     steps = derive(config, cluster.gpus).total_steps
     flops = nominal_flops(config, config.train.global_batch_size).training
-    return steps * flops / (cluster.gpus * cluster.gpu.peak * min(mfu, found.mfu_without_overlap))
+    return steps * flops / (cluster.gpus * cluster.gpu.bf16_peak * min(mfu, found.mfu_without_overlap))
 
 
 def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | None:

@@ -26,8 +26,8 @@ from megamor.data import (
     ValidationSet,
     open_validation_sets,
 )
-from megamor.data.phases import SampleOrder
-from megamor.data.rows import Rows
+from megamor.data.dataset import BatchArrays
+from megamor.data.order import SampleOrder
 from megamor.errors import ConfigError, DataError
 
 VOCAB = 30_000
@@ -206,7 +206,7 @@ def test_prefetch_is_bounded_and_changes_nothing(
     asked: list[int] = []
     original = TrainingData.fill
 
-    def counted(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
+    def counted(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
         asked.append(first)
         original(self, rows, first, order)
 
@@ -233,7 +233,7 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
 def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingData.fill
 
-    def failing_first(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
+    def failing_first(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
         if first == 0:
             raise DataError("disk gone")
         original(self, rows, first, order)
