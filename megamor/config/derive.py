@@ -70,11 +70,6 @@ class Derived:
         """Every parameter of the model, the tied head counted once."""
         return self.unique_parameters + self.embedding_parameters
 
-    @property
-    def effective_parameters_with_embedding(self) -> int:
-        """Parameters of the unrolled model, the tied head counted once."""
-        return self.effective_parameters + self.embedding_parameters
-
     def describe(self) -> str:
         """The quantities as aligned lines, one subject a line."""
         lines = {
