@@ -10,7 +10,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/nul
 # DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
 DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)
 
-.PHONY: help install quickstart serve-demo test lint types unit combinations reliability test-slow clean
+.PHONY: help install quickstart serve-demo test lint types unit combinations reliability test-slow docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -43,9 +43,13 @@ combinations: install ## run the tests of all combinations and write docs/combin
 	$(BIN)/python -m pytest -q tests/causality tests/decoding tests/learning tests/unit/test_model.py \
 	    --combinations docs/combinations.md
 
-reliability: install ## run the tests of every promise and update the README's table from their outcomes
+reliability: install ## run the tests of every promise and update docs/reliability.md from their outcomes
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -q -m promise --reliability=benchmarks/results/reliability.json; \
 	    status=$$?; $(BIN)/python -m megamor.bench.tables --write && exit $$status
+
+docs: install ## build the documentation site; a warning is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
 
 test-slow: install ## the slow cases alone
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -m slow

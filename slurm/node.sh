@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What slurm/train.sh runs on every node of a job: `check` looks whether it can train, `launch` starts its processes.
+# What slurm/train.sh runs in a job: `check` once on every node (can it train?), `rank` once for every process.
 #
-#   node.sh check|launch DIRECTORY_FOR_LOGS [key=value ...]
+#   node.sh check|rank DIRECTORY_FOR_LOGS [key=value ...]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -10,7 +10,7 @@ fail() {
     exit 2
 }
 
-# run.dir of the run; also the first to read the configuration.
+# Prints run.dir of the run. This is also where a mistake in the configuration is noticed first.
 run_dir() {
     python -c 'import sys
 from megamor.config import load_config
@@ -41,14 +41,26 @@ sys.exit(not all(map(modules.find_spec, ("torch", "megamor"))))' ||
     fi
 }
 
-launch() {
-    local logs=$1/node_$SLURM_NODEID
+# Runs one process of the run. Its output goes to a file of its own; rank 0's also to the job's log.
+rank() {
+    local logs=$1 directory=$1/node_$SLURM_NODEID status=0
     shift
-    mkdir -p "$logs"
-    if [[ $SLURM_NODEID = 0 ]]; then rm -f "$(run_dir "$@")/.job_$SLURM_JOB_ID"; fi
-    exec python -m megamor launch --launcher "$LAUNCHER" --processes "$PROCESSES" --nodes "$SLURM_NNODES" \
-        --node-rank "$SLURM_NODEID" --address "$MASTER_ADDR" --port "$MASTER_PORT" --logs "$logs" \
-        "$root/pretrain.py" --config "$CONFIG" "$@"
+    mkdir -p "$directory"
+    if [[ $SLURM_PROCID = 0 ]]; then rm -f "$(run_dir "$@")/.job_$SLURM_JOB_ID"; fi
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$PROCESSES
+    # Slurm signals every process of a task. Python saves and exits; this shell must outlive it to write down its status,
+    # and `tee` to write its last words. A handler that does nothing keeps the shell alive; Python resets it, `tee` ignores
+    # the signals altogether.
+    trap : USR1 TERM INT
+    if [[ $RANK = 0 ]]; then
+        python "$root/pretrain.py" --config "$CONFIG" "$@" \
+            > >(trap '' USR1 TERM INT && exec tee -a "$directory/rank_$RANK.log") 2>&1 || status=$?
+    else
+        python "$root/pretrain.py" --config "$CONFIG" "$@" >"$directory/rank_$RANK.log" 2>&1 || status=$?
+    fi
+    # When one rank exits with 75 or 2, others may die of it: srun reports the largest status, train.sh wants the cause.
+    echo "$status" >"$logs/status_$RANK"
+    exit "$status"
 }
 
 if [[ -z ${MEGAMOR_NODE:-} ]]; then # once more, in the environment of the settings

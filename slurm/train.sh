@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# What the training scripts of this directory have in common: sourced by each, with its arguments (key=value overrides).
+# What the training scripts of this directory have in common: each sources it with its arguments (key=value overrides).
 #
-# On a login node it submits the script with the settings of slurm/cluster.sh; within a job it checks the nodes, starts
-# one launcher on each, and asks slurm to start the job again when the run was stopped before its end.
+# On a login node it submits the script with the settings of slurm/cluster.sh. Within a job it checks the nodes, has
+# slurm start one process for each GPU, and asks slurm to requeue the job when the run was stopped before its end.
 #
 # Variables, all optional:
 #   CONFIG             another configuration on the same nodes, such as configs/vanilla_1b.yaml
 #   NODES, GPUS, TIME  nodes, GPUS of each, time limit; default: the #SBATCH lines of the script
-#   LAUNCHER           torchrun (default), or deepspeed: DeepSpeed's launcher and parallel.backend=deepspeed
+#   LAUNCHER           deepspeed adds DEEPSPEED_ARGS to the overrides; torchrun (default) adds nothing
 #   MARGIN             seconds before the time limit at which the run is asked to save and stop (default 600)
-#   MAX_REQUEUES       how often a job may be started again (default 100)
+#   MAX_REQUEUES       how often a job may be requeued (default 100)
 #   PROCESSES          processes on each node; default: its GPUs, or 1 without any
-#   MASTER_ADDR, MASTER_PORT  where the processes meet; default: the job's first node, a port made of the job's number
-#   DEEPSPEED_ARGS     what LAUNCHER=deepspeed adds to the overrides (default parallel.backend=deepspeed)
+#   MASTER_ADDR, MASTER_PORT  where the processes meet; default: the job's first node, a port derived from the job's id
+#   DEEPSPEED_ARGS     default parallel.backend=deepspeed
 
 : "${LAUNCHER:=torchrun}" "${NODES:=}" "${GPUS:=}" "${TIME:=}" "${MARGIN:=600}" "${MAX_REQUEUES:=100}"
 : "${DEEPSPEED_ARGS:=parallel.backend=deepspeed}" "${CONFIG:?the script that sources slurm/train.sh sets CONFIG}"
@@ -21,7 +21,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/cluster.sh
 source "$root/slurm/cluster.sh"
 
-requeue_status=75 # of a run that saved and stopped on request, or found itself hanging
+requeue_status=75 # of a run that saved and stopped on request, or whose watchdog found it hanging
+user_error=2
 stop_asked='' step='' step_status=0 repeater='' # state of a job
 
 fail() {
@@ -61,10 +62,11 @@ train() {
     echo "job $SLURM_JOB_ID, start $restarts: $CONFIG ${overrides[*]} with $LAUNCHER on $nodes nodes x $PROCESSES" \
         "processes ($SLURM_JOB_NODELIST); each rank's output in $rank_logs"
     trap stop_run USR1 TERM
-    run_step check "$rank_logs" "${overrides[@]}"
+    run_step 1 check "$rank_logs" "${overrides[@]}"
     if [[ $step_status = 0 && -z $stop_asked ]]; then
-        run_step launch "$rank_logs" "${overrides[@]}"
-    elif [[ -n $stop_asked && $step_status -ne 2 ]]; then
+        run_step "$PROCESSES" rank "$rank_logs" "${overrides[@]}"
+        step_status=$(telling_status "$step_status")
+    elif [[ -n $stop_asked && $step_status -ne $user_error ]]; then
         step_status=$requeue_status
     fi
     if [[ -n $stop_asked && $step_status -ge 128 ]]; then step_status=$requeue_status; fi
@@ -102,12 +104,16 @@ gpus_per_node() {
     fi
 }
 
-# Runs slurm/node.sh once on every node and waits for it; sets `step_status`. A node that has left with an error takes
-# the others along only after a minute: they may be about to leave with an error of their own, or to save.
+# Runs slurm/node.sh in so many processes on every node and waits for it; sets `step_status`. A process that exits with
+# an error ends the others only after a minute: they may be about to exit with a better explanation, or to save.
 run_step() {
+    local processes=$1 cpus=${SLURM_CPUS_PER_TASK:-0}
+    shift
     cluster_step_options
-    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 --kill-on-bad-exit=0 "${step_options[@]}" \
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$root/slurm/node.sh" "$@" &
+    step_options+=("--ntasks=$((SLURM_NNODES * processes))" "--ntasks-per-node=$processes")
+    # srun doesn't take over the job's CPUs per task, and they were asked for one task a node.
+    if ((cpus >= processes)); then step_options+=("--cpus-per-task=$((cpus / processes))"); else step_options+=(--overcommit); fi
+    srun --wait=60 --kill-on-bad-exit=0 "${step_options[@]}" bash "$root/slurm/node.sh" "$@" &
     step=$!
     step_status=0
     while true; do # a signal ends `wait` early
@@ -116,17 +122,27 @@ run_step() {
     done
 }
 
-# Asks the run to save and stop, again and again: a process that is just starting may not listen yet.
+# The status that explains the end of the run: srun's is the largest of all ranks, often that of a rank killed because
+# another one had exited.
+telling_status() {
+    local status
+    for status in "$requeue_status" "$user_error"; do
+        if grep -qsx "$status" "$rank_logs"/status_*; then echo "$status" && return; fi
+    done
+    echo "$1"
+}
+
+# Asks the run to save and stop, again and again: a signal that arrives while srun starts the processes is lost.
 stop_run() {
     if [[ -n $stop_asked ]]; then return; fi
     stop_asked=yes
-    echo "asked to stop: the run saves and leaves"
+    echo "asked to stop: the run saves and exits"
     if [[ -z $step ]]; then return; fi
     while kill -USR1 "$step" 2>/dev/null; do sleep 20; done &
     repeater=$!
 }
 
-# Ends the job: done, started again, or failed.
+# Ends the job: done, requeued, or failed.
 conclude() {
     local status=$1 restarts=$2
     if [[ -n $repeater ]]; then
@@ -138,12 +154,12 @@ conclude() {
         exit "$status"
     fi
     if [[ $restarts -ge $MAX_REQUEUES ]]; then
-        echo "job $SLURM_JOB_ID was started $((restarts + 1)) times and isn't started again (MAX_REQUEUES)" >&2
+        echo "job $SLURM_JOB_ID was started $((restarts + 1)) times and isn't requeued (MAX_REQUEUES)" >&2
         exit "$status"
     fi
     # A job that somebody has cancelled must stay cancelled.
     if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then exit "$status"; fi
-    echo "job $SLURM_JOB_ID is queued again after start $restarts"
+    echo "job $SLURM_JOB_ID is requeued after start $restarts"
     trap - USR1 TERM
     scontrol requeue "$SLURM_JOB_ID" || exit "$status"
     sleep 120 # slurm ends this script meanwhile

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages of all results of operations, and of the tensors that exist already.
 
     Storages are asked for their size again after each operation: FSDP frees what it has gathered by resizing it.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, weakref.ref[UntypedStorage]] = {}
         self.peak = 0
         for tensor in existing:

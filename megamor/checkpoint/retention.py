@@ -8,25 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamor.checkpoint.layout import LOSSES_FILE, draft_of
-from megamor.errors import CheckpointError, ConfigError
+from megamor.errors import CheckpointError
 from megamor.files import replace_file
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Kept are the newest `last`, those of every `every`-th step, and the `best` with the lowest validation loss.
-
-    Raises:
-        ConfigError: `last` below 1.
-    """
+    """Kept are the newest `last`, those of every `every`-th step, and the `best` with the lowest validation loss."""
 
     last: int
     every: int | None = None
     best: int = 0
-
-    def __post_init__(self) -> None:
-        if self.last < 1:
-            raise ConfigError(f"checkpoint.keep_last is {self.last}; at least 1 must be kept")
 
     def expired(self, steps: Sequence[int], damaged: Collection[int], losses: Mapping[int, float]) -> list[int]:
         """Those of the ascending `steps` to delete. A damaged one doesn't count among the newest, nor as a best."""

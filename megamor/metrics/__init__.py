@@ -1,8 +1,8 @@
-"""What a run measures and where it goes: sinks, throughput, memory, the progress display."""
+"""What a run measures and where it is written: sinks, throughput, memory, progress. Imports without torch."""
 
 from megamor.metrics.gpus import peak_flops
 from megamor.metrics.memory import peak_memory, reset_peak_memory
-from megamor.metrics.progress import TrainingProgress, make_progress
+from megamor.metrics.progress import TrainingDisplay
 from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, MultiSink, TensorBoardSink, read_jsonl
 from megamor.metrics.throughput import Throughput
 from megamor.metrics.wandb_sink import WandbSink
@@ -14,9 +14,8 @@ __all__ = [
     "MultiSink",
     "TensorBoardSink",
     "Throughput",
-    "TrainingProgress",
+    "TrainingDisplay",
     "WandbSink",
-    "make_progress",
     "peak_flops",
     "peak_memory",
     "read_jsonl",

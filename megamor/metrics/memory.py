@@ -6,8 +6,11 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    # This room is imported by commands that never use torch, which takes a second to import.
+    import torch
 
 _GIB = 2**30
 _STATUS = Path("/proc/self/status")
@@ -21,6 +24,8 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
     the allocator held on to (GPU only).
     """
     if device.type == "cuda":
+        import torch
+
         return {
             "memory/peak_gib": torch.cuda.max_memory_allocated(device) / _GIB,
             "memory/peak_reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB,
@@ -31,6 +36,8 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
 def reset_peak_memory(device: torch.device) -> bool:
     """Start a new peak; False where the system can't (a CPU without Linux's `clear_refs`): peaks then never fall."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:

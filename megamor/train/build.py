@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from megamor.checkpoint import CheckpointManager, reseed
 from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
-from megamor.config.validate import validate
 from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
@@ -21,20 +21,21 @@ from megamor.metrics import (
     MultiSink,
     TensorBoardSink,
     Throughput,
+    TrainingDisplay,
     WandbSink,
-    make_progress,
     peak_flops,
     read_jsonl,
 )
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
+from megamor.progress import ProgressDisplay
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
-from megamor.train.recompiles import RecompileWatch
-from megamor.train.run_state import Origin, Progress, RunCheckpoints, Stateful, checkpoint_files
+from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
 from megamor.train.stop import StopRequest
+from megamor.train.summary import LaunchSummary
 from megamor.train.trainer import Trainer
 from megamor.train.validation import VALIDATION
 from megamor.train.watchdog import Watchdog
@@ -45,14 +46,15 @@ METRICS_FILE = "metrics.jsonl"
 def build_trainer(config: Config, world: World) -> Trainer:
     """Open the data, build and wrap the model, restore the newest checkpoint of the run if it has one. Collective.
 
+    `config` has been validated for `world.size` processes.
+
     Raises:
         ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts; on
             every rank, wherever it was found.
     """
-    validate(config, world.size)
     derived = derive(config, world.size)
-    inputs = run_on_all_ranks(lambda: open_inputs(config, world), world.device)
-    directory = run_on_all_ranks(lambda: run_directory(config), world.device)
+    inputs = run_on_all_ranks(lambda: open_inputs(config, world))
+    directory = run_on_all_ranks(lambda: run_directory(config))
     keep = config.checkpoint
     manager = CheckpointManager(
         directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
@@ -69,7 +71,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin, components
     )
     restored = checkpoints.restore()
-    progress = restored or Progress()
+    progress = restored or RunProgress()
     if world.is_main:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
@@ -87,20 +89,26 @@ def build_trainer(config: Config, world: World) -> Trainer:
         validation=inputs.validation,
         checkpoints=checkpoints,
         progress=progress,
+        saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None), world.device),
+        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
-        display=make_progress(
-            total_steps=derived.total_steps,
-            start_step=progress.step,
-            name=config.run.name,
-            enabled=world.is_main and config.metrics.progress,
+        display=TrainingDisplay(
+            ProgressDisplay(
+                config.run.name,
+                derived.total_steps,
+                unit="steps",
+                start=progress.step,
+                enabled=world.is_main and config.metrics.progress,
+                log_first=True,  # compilation may make the first step take minutes
+                console=Console(highlight=False),
+            )
         ),
-        stop=StopRequest(world.device),
+        stop=StopRequest(),
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        recompiles=RecompileWatch(config.train.fail_on_recompile_after, world.device),
+        summary=LaunchSummary(config),
     )
 
 
@@ -143,7 +151,7 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def build_sink(config: Config, world: World, progress: Progress, resumed: bool) -> MetricSink:
+def build_sink(config: Config, world: World, progress: RunProgress, resumed: bool) -> MetricSink:
     """The first rank's sinks; the others keep nothing. The tracker's run id goes into `progress.run_ids`."""
     if not world.is_main:
         return MultiSink([])

@@ -91,13 +91,14 @@ def merge(kind: str, module: Any, checkout: str, folder: str, prefix: str) -> No
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the action that the command line names: read, write or merge."""
     kind, checkout, action, *arguments = sys.argv[1:]
     module = indexed_dataset(kind, checkout)
     if action == "read":
         print(json.dumps(read(kind, module, arguments[0])))
     elif action == "write":
-        write(kind, module, *arguments, json.load(sys.stdin))
+        prefix, dtype = arguments
+        write(kind, module, prefix, dtype, json.load(sys.stdin))
     else:
         merge(kind, module, checkout, *arguments)
 

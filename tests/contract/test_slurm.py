@@ -147,3 +147,22 @@ def test_merge_job(cluster: Cluster) -> None:
     nothing = cluster.run(SCRIPT, "merge", cluster.folder / "y", SHARDS=2)
     assert nothing.returncode == 2
     assert "there is no shard" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "srun", "telling"),
+    [
+        ([75, 1], 137, 75),  # one rank saved and stopped, another died of it
+        ([1, 2], 137, 2),  # one rank found a mistake of the user's, the other was killed in a collective
+        ([1, 1], 1, 1),
+        ([], 143, 143),
+    ],
+)
+def test_the_status_of_a_job_is_the_one_that_explains_it(
+    tmp_path: Path, ranks: list[int], srun: int, telling: int
+) -> None:
+    for rank, status in enumerate(ranks):
+        (tmp_path / f"status_{rank}").write_text(f"{status}\n")
+    functions = f"source <(sed -n '/^telling_status/,/^}}/p; /^requeue_status/p; /^user_error/p' {ROOT}/slurm/train.sh)"
+    command = ["bash", "-c", f"{functions}; rank_logs={tmp_path}; telling_status {srun}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{telling}\n"

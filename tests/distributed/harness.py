@@ -28,7 +28,9 @@ class RankFailed(AssertionError):
     """A process raised, died or didn't finish; the message names its rank and carries its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = DEFAULT_TIMEOUT) -> list:
+def run_ranks(
+    function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = DEFAULT_TIMEOUT
+) -> list[Any]:
     """Call `function(*args)` on `world_size` processes and return their results by rank.
 
     Each finds the environment that a launcher would give it; the process group is `function`'s to join (`init_world`)
@@ -66,10 +68,10 @@ def free_port() -> int:
     """A TCP port on localhost that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
-def _collect(receivers: list[Connection], deadline: float) -> list:
+def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         waiting = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in results}
@@ -88,7 +90,9 @@ def _collect(receivers: list[Connection], deadline: float) -> list:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _run_rank(sender: Connection, rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+def _run_rank(
+    sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and kills
     os.environ.update(
         RANK=str(rank),

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megamor.config import (
     Config,
@@ -52,7 +53,7 @@ def tiny(
     backend: str,
     *,
     router: RouterConfig = EXPERT_CHOICE,
-    precision: str = "fp32",
+    precision: Literal["bf16", "fp32"] = "fp32",
     micro_batch_size: int = 1,
     **parallel: Any,
 ) -> Config:
@@ -92,7 +93,7 @@ def global_batch(step: int, config: Config) -> Tensor:
 def micro_batches(backend: Backend, step: int, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (inputs, labels), each [micro batch, seq_len]."""
     mine = global_batch(step, config).chunk(backend.world_size)[backend.rank]
-    for sequences in mine.split(config.train.micro_batch_size):
+    for sequences in torch.split(mine, config.train.micro_batch_size):
         yield sequences[:, :-1], sequences[:, 1:]
 
 
@@ -164,7 +165,7 @@ def mark_buffers(backend: Backend) -> None:
 
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of `directory/state`, read by one process without a process group."""
-    reader = dcp.FileSystemReader(directory / "state")
+    reader = FileSystemReader(directory / "state")
     stored = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -173,7 +174,7 @@ def stored_tensors(directory: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

@@ -62,7 +62,7 @@ class DelayedView:
         if self.is_hidden(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
-    def looking(self, function: Callable) -> Callable:
+    def looking(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(path, ...)` fails for what is hidden."""
 
         def look(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ class DelayedView:
 
         return look
 
-    def making(self, function: Callable, result: int) -> Callable:
+    def making(self, function: Callable[..., Any], result: int) -> Callable[..., Any]:
         """`function(...)` makes the path that is its argument number `result`."""
 
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class DelayedView:
 
         return make
 
-    def opening(self, function: Callable) -> Callable:
+    def opening(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`open`: reading looks, writing makes."""
 
         def open_(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ class DelayedView:
 
         return open_
 
-    def listing(self, function: Callable) -> Callable:
+    def listing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`os.scandir` leaves hidden entries out."""
 
         def scan(path: Any = ".") -> Entries:
@@ -108,13 +108,13 @@ class DelayedView:
 class Entries:
     """What `os.scandir` returns: an iterator that can be closed."""
 
-    def __init__(self, entries: Iterator[os.DirEntry]) -> None:
+    def __init__(self, entries: Iterator[os.DirEntry[str]]) -> None:
         self.entries = entries
 
     def __iter__(self) -> Entries:
         return self
 
-    def __next__(self) -> os.DirEntry:
+    def __next__(self) -> os.DirEntry[str]:
         return next(self.entries)
 
     def __enter__(self) -> Entries:

@@ -1,4 +1,4 @@
-"""Real launches: `torchrun` forwards Ctrl-C, a signal to one worker ends all with status 75, errors are said once."""
+"""Real launches by torchrun and `megamor launch`: signals save and stop all ranks, errors are printed once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megamor.config import Config, OptimConfig, config_to_yaml
+from tests.distributed.harness import free_port
 from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace, until
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +29,16 @@ def config(tmp_path: Path) -> Config:
     return replace(tiny_run(tmp_path, max_steps=100_000, eval_every=200_000), optim=optim)
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain.py"))
+
+
 @contextmanager
-def launched(config: Config) -> Iterator[subprocess.Popen]:
-    """`torchrun` on two processes; killed with all its workers if it's still there at the end."""
+def launched(config: Config, launcher: Sequence[str] = TORCHRUN) -> Iterator[subprocess.Popen]:
+    """Two processes of a launcher; killed with all its workers if it's still there at the end."""
     file = Path(config.run.dir) / f"{config.run.name}.yaml"
     file.write_text(config_to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        [*command, str(ROOT / "pretrain.py"), "--config", str(file)],
+        [sys.executable, "-m", *launcher, "--config", str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -99,6 +102,18 @@ def test_a_signal_to_one_worker(config: Config) -> None:
     assert printed.count("stopped on request after step") == 1
     assert "exitcode  : 75" in printed
     assert "exitcode  : -" not in printed  # nobody was killed
+    assert_saved_and_continues(config)
+
+
+@pytest.mark.promise("R4")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGUSR1])
+def test_launch_passes_a_signal_on_and_exits_with_the_workers_status(config: Config, stop: signal.Signals) -> None:
+    with launched(config, ("megamor", "launch", "--processes", "2", "--port", str(free_port()))) as process:
+        wait_for_steps(config, 3)
+        process.send_signal(stop)
+        printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert printed.count("stopped on request after step") == 1
+    assert process.returncode == 75
     assert_saved_and_continues(config)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -59,11 +60,12 @@ class Process:
         text = Path(f"/proc/{self.popen.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", text)[1])  # type: ignore[index]
 
-    def stats(self) -> dict:
+    def stats(self) -> dict[str, Any]:
         """The engine's figures."""
-        return httpx.get(self.url + "/stats", timeout=30).json()
+        answer: dict[str, Any] = httpx.get(self.url + "/stats", timeout=30).json()
+        return answer
 
-    def wait_until_idle(self, seconds: float = 30.0) -> dict:
+    def wait_until_idle(self, seconds: float = 30.0) -> dict[str, Any]:
         """Figures once nothing runs any more; fails after `seconds`."""
         end = time.monotonic() + seconds
         while (stats := self.stats())["requests_running"] or stats["resident"] or stats["waiting"]:

@@ -70,7 +70,8 @@ def sample(
     order = sorted(range(len(z)), key=lambda token: -z[token])
     kept = order[: params.top_k] if params.top_k > 0 else order
     total, highest = sum(math.exp(z[token] - z[order[0]]) for token in kept), z[order[0]]
-    nucleus, mass = [], 0.0
+    nucleus: list[int] = []
+    mass = 0.0
     for token in kept:
         if nucleus and params.top_p < 1 and mass >= params.top_p:
             break

@@ -20,8 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from tests.distributed.harness import free_port
+
+T = TypeVar("T")
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 NODES = ("n1", "n2")
@@ -172,7 +175,7 @@ class Cluster:
             time.sleep(0.5)
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 180.0) -> object:
+def wait_until(condition: Callable[[], T | None], what: str, timeout: float = 180.0) -> T:
     """Ask again and again; the first true answer."""
     deadline = time.monotonic() + timeout
     while not (answer := condition()):

@@ -69,12 +69,12 @@ def log_of(config: Config) -> str:
 
 @pytest.mark.promise("R4", backend="slurm")
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
-def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
+def test_a_preempted_job_is_requeued_and_resumes(cluster: Cluster, base: Config, launcher: str) -> None:
     config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
     job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
     wait_for_steps(config, 3)
     cluster.signal(job, "USR1")
-    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued")
     (stopped_at,) = [name for name in checkpoint_names(config) if name.startswith("step")]
     assert stopped_at != "step_00000120"
     cluster.wait_for(job, "COMPLETED", "FAILED")
@@ -103,7 +103,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None
     cluster.wait_for(job, "CANCELLED")
     time.sleep(8)  # longer than slurm waits before it starts a job again
     assert cluster.job(job)["JobState"] == "CANCELLED"
-    assert "queued again" not in log_of(config)
+    assert "is requeued" not in log_of(config)
 
 
 def test_the_number_of_starts_is_bounded(cluster: Cluster, base: Config) -> None:
@@ -112,7 +112,7 @@ def test_the_number_of_starts_is_bounded(cluster: Cluster, base: Config) -> None
     wait_for_steps(config, 3)
     cluster.signal(job, "USR1")
     assert cluster.wait_for(job, "FAILED")["ExitCode"] == "75:0"
-    assert "isn't started again" in log_of(config)
+    assert "isn't requeued" in log_of(config)
 
 
 def test_a_sweep_trains_one_run_for_each_line(cluster: Cluster, base: Config) -> None:

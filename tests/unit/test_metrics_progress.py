@@ -1,16 +1,17 @@
-"""The progress display on a terminal, in a log file, and off."""
+"""The progress display on a terminal, in a log file, and switched off."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
+import subprocess
+import sys
 
-import pytest
 from rich.console import Console
 
-from megamor.metrics import make_progress
-from megamor.metrics.progress import PlainProgress, ProgressState, Smoothed, format_count, format_duration
+from megamor.metrics import TrainingDisplay
+from megamor.progress import LOG_SECONDS, ProgressDisplay, format_bytes, format_count, format_duration
 
 METRICS = {
     "train/loss": 5.4321,
@@ -40,85 +41,98 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_live_display_fits_100_columns_and_tells_everything() -> None:
-    console = terminal()
-    with make_progress(
-        total_steps=200000, start_step=0, name="a-very-long-name-of-a-run-with-many-words", console=console
-    ) as progress:
+def test_a_training_run_fits_100_columns_and_shows_its_figures() -> None:
+    console, clock = terminal(), Clock()
+    bar = ProgressDisplay(
+        "a-very-long-name-of-a-run-with-many-words",
+        200000,
+        unit="steps",
+        start=119000,
+        console=console,
+        clock=clock,
+    )
+    with TrainingDisplay(bar) as progress:
+        progress.update(119500, METRICS)
+        clock.now += 500
         progress.update(120000, METRICS)
         progress.message("checkpoint saved [step 120000]")
     screen = written(console)
     assert "checkpoint saved [step 120000]" in screen
-    lines = [line for line in screen.splitlines() if "120000/200000" in line]
-    assert lines
+    lines = [line for line in screen.splitlines() if "120000/200000 steps" in line]
     assert "…" in lines[-1]
+    assert "1 steps/s  eta 22h13m" in lines[-1]
     assert "loss 5.4321  lr 3.00e-03  grad 1.20  tok/s 14.2k  depth 2.01  mem 1.25 GiB  mfu n/a" in screen
     drawn = re.split(r"[\r\n]|\x1b\[\??\d+[A-Za-z]", screen)
     assert 90 <= max(len(line) for line in drawn) <= 100
 
 
-def test_plain_lines_come_at_intervals_and_the_last_is_not_lost() -> None:
+def test_a_log_file_gets_a_line_now_and_then_and_the_last_state() -> None:
     clock, console = Clock(), Console(file=io.StringIO())
-    state = ProgressState("run", 100, 40, clock)
-    with PlainProgress(state, console, seconds_between_lines=10) as progress:
+    bar = ProgressDisplay("run", 100, unit="steps", start=40, log_first=True, console=console, clock=clock)
+    with TrainingDisplay(bar) as progress:
         for step in range(41, 66):
-            clock.now += 1
+            clock.now += LOG_SECONDS / 10
             progress.update(step, {"train/loss": 2.0, "throughput/mfu": 0.415})
         progress.message("saved")
-    lines = written(console).splitlines()
-    assert lines == [
-        "step 41/100  loss 2.0000  mfu 41.5%  eta 59s",
-        "step 51/100  loss 2.0000  mfu 41.5%  eta 49s",
-        "step 61/100  loss 2.0000  mfu 41.5%  eta 39s",
+    assert written(console).splitlines() == [
+        "run: 41/100 steps  eta ?  loss 2.0000  mfu 41.5%",
+        "run: 51/100 steps  0.33 steps/s  eta 2m27s  loss 2.0000  mfu 41.5%",
+        "run: 61/100 steps  0.33 steps/s  eta 1m57s  loss 2.0000  mfu 41.5%",
         "saved",
-        "step 65/100  loss 2.0000  mfu 41.5%  eta 35s",
+        "run: 65/100 steps  0.33 steps/s  eta 1m45s  loss 2.0000  mfu 41.5%",
     ]
 
 
-def test_a_file_gets_plain_lines_and_other_ranks_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with make_progress(total_steps=2, start_step=0, name="run") as progress:
-        progress.update(1, METRICS)
-    with make_progress(total_steps=2, start_step=0, name="run", enabled=False) as silent:
+def test_a_pass_over_bytes_in_a_log_file() -> None:
+    clock, console = Clock(), Console(file=io.StringIO())
+    with ProgressDisplay("merging", 4e9, console=console, clock=clock) as progress:
+        for _ in range(4):
+            clock.now += LOG_SECONDS / 2
+            progress.advance(1e9)
+    with ProgressDisplay("fetching", console=console, clock=clock) as progress:
+        clock.now += LOG_SECONDS
+        progress.advance(2.5e6)
+    assert written(console).splitlines() == [
+        "merging: 50.0% of 4.00 GB  66.7 MB/s  eta 30s",
+        "merging: 100.0% of 4.00 GB  66.7 MB/s  eta 0s",
+        "fetching: 2.5 MB",
+    ]
+
+
+def test_short_work_and_other_ranks_log_nothing() -> None:
+    console = Console(file=io.StringIO())
+    with ProgressDisplay("verifying", 10, console=console) as progress:
+        progress.advance(10)
+    with TrainingDisplay(ProgressDisplay("run", 2, unit="steps", enabled=False, console=console)) as silent:
         silent.update(1, METRICS)
         silent.message("never")
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("step 1/2  loss 5.4321  lr 3.00e-03")
+    with ProgressDisplay("run", 2, enabled=False, console=terminal()) as progress:
+        progress.advance()
+        progress.message("never")
+    assert written(console) == ""
 
 
 def test_loss_is_smoothed_but_nan_is_seen_at_once() -> None:
-    state = ProgressState("run", 10, 0, Clock())
-    for step, loss in enumerate((4.0, 2.0), start=1):
-        state.update(step, {"train/loss": loss})
-    assert dict(state.readings())["loss"] == f"{(0.9 * 4 + 2) / 1.9:.4f}"
-    state.update(3, {"train/loss": math.nan})
-    assert dict(state.readings())["loss"] == "nan"
-    state.update(4, {"train/lr": 0.1})
-    assert dict(state.readings())["lr"] == "1.00e-01"
-    state.update(5, {"train/loss": 2.0})
-    assert float(dict(state.readings())["loss"]) < 3
-
-
-def test_remaining_time_follows_the_recent_pace_from_the_resumed_step() -> None:
+    console = Console(file=io.StringIO())
     clock = Clock()
-    state = ProgressState("run", 100, 50, clock)
-    assert state.remaining_seconds() is None
-    clock.now += 20
-    state.update(60, {})  # ten steps at once, two seconds each
-    assert state.remaining_seconds() == pytest.approx(80)
-    state.update(60, {})  # metrics of an evaluation
-    assert state.remaining_seconds() == pytest.approx(80)
-
-
-def test_smoothed_is_unbiased() -> None:
-    smoothed = Smoothed(0.9)
-    assert smoothed.value is None
-    smoothed.add(3.0)
-    assert smoothed.value == pytest.approx(3.0)
-    smoothed.add(math.inf)
-    assert smoothed.value == pytest.approx(3.0)
+    display = TrainingDisplay(ProgressDisplay("run", 10, unit="steps", console=console, clock=clock))
+    for step, loss in enumerate((4.0, 2.0, math.nan, 2.0), start=1):
+        clock.now += LOG_SECONDS
+        display.update(step, {"train/loss": loss})
+    shown = [re.search(r"loss (\S+)", line)[1] for line in written(console).splitlines()]  # type: ignore[index]
+    mean = (0.9 * 4 + 2) / 1.9
+    assert shown == ["4.0000", f"{mean:.4f}", "nan", f"{(0.9 * (0.9 * 4 + 2) + 2) / (0.81 + 0.9 + 1):.4f}"]
 
 
 def test_formats() -> None:
     durations = (None, -1, 42, 60, 185, 3599.6, 7620, 90000)
     assert [format_duration(s) for s in durations] == ["?", "0s", "42s", "1m00s", "3m05s", "1h00m", "2h07m", "1d01h"]
-    assert [format_count(v) for v in (0.4, 950, 14234, 3.1e6, 1.25e9)] == ["0", "950", "14.2k", "3.10M", "1.25G"]
+    counts = (0, 0.417, 9.5, 950, 14234, 3.1e6, 1.25e9)
+    assert [format_count(v) for v in counts] == ["0", "0.42", "9.5", "950", "14.2k", "3.10M", "1.25G"]
+    sizes = (12, 14234, 3.1e6, 1.25e9, 2e12)
+    assert [format_bytes(v) for v in sizes] == ["12 B", "14.2 kB", "3.1 MB", "1.25 GB", "2.00 TB"]
+
+
+def test_metrics_and_progress_are_imported_without_torch() -> None:
+    code = "import megamor.metrics, megamor.progress, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
