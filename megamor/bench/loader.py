@@ -154,7 +154,7 @@ def measure_shape(prefix: str, shape: BatchShape, seconds: float) -> Iterator[di
     def arithmetic(number: int) -> None:
         first = number * shape.global_batch_size
         _, positions = order.locate(np.arange(first, first + shape.global_batch_size))
-        source.pieces(positions, np.arange(shape.global_batch_size) * shape.seq_len, shape.seq_len, data.seed)
+        source.spans(positions, np.arange(shape.global_batch_size) * shape.seq_len, shape.seq_len, data.seed)
 
     tokens = source.shard.tokens
     windows = as_strided(

@@ -10,7 +10,6 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,10 @@ from typing import Any
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
+from megamor.files import sha256_of_file
 from megamor.ranks import Ranks
 
 FORMAT = 1
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -149,16 +148,7 @@ def assign_files(sizes: Mapping[str, int], readers: Mapping[str, Sequence[int]])
 def _record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         os.fsync(file.fileno())  # torch doesn't flush what it writes
-    return FileRecord(path.stat().st_size, sha256(path))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return FileRecord(path.stat().st_size, sha256_of_file(path))
 
 
 def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
@@ -173,7 +163,7 @@ def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
 
 def _fault(checkpoint: Path, name: str, manifest: Manifest) -> str | None:
     try:
-        same = sha256(checkpoint / name) == manifest.files[name].sha256
+        same = sha256_of_file(checkpoint / name) == manifest.files[name].sha256
     except OSError as error:
         return f"can't be read ({error})"
     return None if same else "has changed since it was written (SHA-256 differs)"

@@ -20,9 +20,6 @@ class Retention:
     every: int | None = None
     best: int = 0
 
-    def __post_init__(self) -> None:
-        assert self.last >= 1, "the configuration requires checkpoint.keep_last of at least 1"
-
     def expired(self, steps: Sequence[int], damaged: Collection[int], losses: Mapping[int, float]) -> list[int]:
         """Those of the ascending `steps` to delete. A damaged one doesn't count among the newest, nor as a best."""
         whole = [step for step in steps if step not in damaged]

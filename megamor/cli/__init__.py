@@ -46,6 +46,11 @@ def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 document`, `1,204 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def usage() -> str:
     """The text of `megamor --help`."""
     width = max(map(len, COMMANDS))

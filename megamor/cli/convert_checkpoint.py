@@ -48,19 +48,15 @@ def to_safetensors(path: Path, output: Path, dtype: str | None) -> None:
     from safetensors.torch import save_file
 
     from megamor.checkpoint import open_checkpoint
+    from megamor.files import draft_for
 
     checkpoint = open_checkpoint(path)
     weights = {
         name: tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
         for name, tensor in checkpoint.weights().items()
     }
-    draft = output.with_name(f".{output.name}.draft")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with draft_for(output) as draft:
         save_file(weights, draft, metadata={"step": str(checkpoint.step), "config": checkpoint.config_yaml})
-        draft.replace(output)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

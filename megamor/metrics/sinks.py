@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamor.errors import ConfigError
+from megamor.files import replace_file
 
 log = logging.getLogger("megamor.metrics")
 
@@ -157,9 +157,4 @@ def _drop_after(path: Path, resume_step: int | None) -> None:
     log.warning(
         "%s: %d of %d lines removed, they are of steps to be done again", path, len(lines) - len(kept), len(lines)
     )
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    replace_file(path, "".join(kept))

@@ -72,17 +72,22 @@ class Throughput:
         finally:
             self._mark += self._clock() - entered
 
-    def step(self, *, tokens: int, model_flops: float, hardware_flops: float) -> None:
-        """End a step.
+    def lap(self) -> float:
+        """Seconds since the previous call, or since `start`, without the excluded ones."""
+        now = self._clock()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def add(self, *, seconds: float, tokens: int, model_flops: float, hardware_flops: float) -> None:
+        """Count one optimizer step.
 
         Args:
+            seconds: it took, from `lap`.
             tokens: of all ranks.
             model_flops: executed by all ranks, forward and backward, without recomputation.
             hardware_flops: the same with recomputation.
         """
-        now = self._clock()
-        step = _Step(now - self._mark, tokens, model_flops, hardware_flops)
-        self._mark = now
+        step = _Step(seconds, tokens, model_flops, hardware_flops)
         self._recent.append(step)
         self._total += step
 

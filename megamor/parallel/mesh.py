@@ -42,18 +42,10 @@ def launched_world_size() -> int:
 
 
 def resolve_backend(config: ParallelConfig, world_size: int) -> str:
-    """Name of the backend to use: `auto` becomes `fsdp2` for several processes and `single` for one.
-
-    Raises:
-        ConfigError: `single` with several processes, each of which would train a model of its own.
-    """
+    """Name of the backend to use: `auto` becomes `fsdp2` for several processes and `single` for one."""
     if config.backend == "auto":
         return "fsdp2" if world_size > 1 else "single"
-    if config.backend == "single" and world_size > 1:
-        raise ConfigError(
-            f"parallel.backend is single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto, "
-            "or start one process"
-        )
+    assert config.backend != "single" or world_size == 1, "validate() refuses several processes that train alone"
     return config.backend
 
 

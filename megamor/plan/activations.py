@@ -17,7 +17,7 @@ INDEX, STATISTIC = 8, 4
 
 
 @dataclass(frozen=True)
-class Kernels:
+class ElementSizes:
     """How the step computes: bytes of an element of the `stream` and of the `products`, and on which device.
 
     Under autocast the stream is fp32 and each product has its own copy of its input, `copies` of the normed one.
@@ -48,11 +48,11 @@ class Span:
     widest: float
 
 
-def spans(config: Config, kernels: Kernels) -> list[Span]:
+def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     """One micro-batch at the configured capacities, in forward order; the loss is apart (`loss_bytes`)."""
     plan = layer_stack(config)
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
-    everything = Rows(config, kernels, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
+    everything = BlockRows(config, sizes, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
     found = [_unshared(f"prelude.{number}", everything) for number in range(plan.num_prelude)]
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
     policy = config.recursion.kv_policy
@@ -60,21 +60,21 @@ def spans(config: Config, kernels: Kernels) -> list[Span]:
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
         keeps = recursion == 0 and policy != "recursion_wise"
-        rows = Rows(config, kernels, selected, keys, uneven, policy if later else "", keeps)
+        rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, plan.num_core)
     return found + [_unshared(f"coda.{number}", everything) for number in range(plan.num_coda)]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows that go through blocks together: `count` queries to `keys` keys.
+class BlockRows:
+    """BlockRows that go through blocks together: `count` queries to `keys` keys.
 
     `uneven`: sequences or documents of different lengths. `shares`: the KV policy by which keys and values come from an
     earlier recursion ("" where they are the rows' own); `keeps`: later ones will use these.
     """
 
     config: Config
-    kernels: Kernels
+    sizes: ElementSizes
     count: float
     keys: float
     uneven: bool = False
@@ -84,19 +84,19 @@ class Rows:
     @property
     def stream(self) -> float:
         """The rows themselves."""
-        return self.count * self.config.model.dim * self.kernels.stream
+        return self.count * self.config.model.dim * self.sizes.stream
 
     @property
     def keys_values(self) -> float:
         """Keys and values of the rows."""
         model = self.config.model
-        return 2 * self.count * model.num_kv_heads * model.head_dim * self.kernels.products
+        return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
-        model, size = self.config.model, self.kernels.products
-        normed = 5 if self.kernels.autocast else 2  # autocast copies it for each of q, k, v, gate and up
-        if self.kernels.autocast and self.shares == "share_first":
+        model, size = self.config.model, self.sizes.products
+        normed = 5 if self.sizes.autocast else 2  # autocast copies it for each of q, k, v, gate and up
+        if self.sizes.autocast and self.shares == "share_first":
             normed = 3
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # with queries and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
@@ -105,9 +105,9 @@ class Rows:
             saved += self.keys_values
         elif self.shares == "hybrid":
             saved += self.keys_values * self.keys / self.count
-        if self.shares and self.kernels.on_gpu and model.num_kv_heads < model.num_heads:
+        if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             saved += 2 * self.keys * model.dim * size  # a head of keys and values for each of the queries
-        if not self.kernels.on_gpu and (self.uneven or self.shares):
+        if not self.sizes.on_gpu and (self.uneven or self.shares):
             saved += self.count * model.dim * size  # attention's output as its pieces, and put together
         return saved
 
@@ -121,7 +121,7 @@ class Rows:
             results = self._results()
             kept += sum(results[op] for op in train.selective_ops)
             if "mm" in train.selective_ops:  # of which the backward pass needs the ends of neither half
-                kept += 2 * self.count * self.config.model.dim * self.kernels.products
+                kept += 2 * self.count * self.config.model.dim * self.sizes.products
         return kept
 
     def block_recomputed(self) -> float:
@@ -136,7 +136,7 @@ class Rows:
 
     def _results(self) -> dict[str, float]:
         """Results of a block's operations that the backward pass needs, by their names in `train.selective_ops`."""
-        model, size = self.config.model, self.kernels.products
+        model, size = self.config.model, self.sizes.products
         fresh = 0.0 if self.shares == "share_first" else self.keys_values
         return {
             "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
@@ -146,7 +146,7 @@ class Rows:
 
     def widest(self) -> float:
         """Gradients in flight in the middle of SwiGLU, and that of the residual stream."""
-        return 2 * self.count * self.config.model.ffn_dim * self.kernels.products + 2 * self.stream
+        return 2 * self.count * self.config.model.ffn_dim * self.sizes.products + 2 * self.stream
 
     def launch(self) -> float:
         """What a recursion saves around its blocks: its result, the combined rows, what scores them, angles, places."""
@@ -156,15 +156,15 @@ class Rows:
         streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
         saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:  # attention's mask
-            saved += self.count * self.config.data.seq_len * self.kernels.products
+            saved += self.count * self.config.data.seq_len * self.sizes.products
         return saved
 
 
-def _unshared(unit: str, rows: Rows) -> Span:
+def _unshared(unit: str, rows: BlockRows) -> Span:
     return Span(unit, 1.0, rows.block_kept(), rows.block_recomputed(), rows.widest())
 
 
-def _recursion(rows: Rows, num_blocks: int) -> list[Span]:
+def _recursion(rows: BlockRows, num_blocks: int) -> list[Span]:
     if rows.config.train.activation_checkpointing == "recursion":
         kept = rows.stream + (num_blocks * rows.keys_values if rows.keeps else 0.0)
         again = num_blocks * rows.block_saved() - rows.stream
@@ -173,7 +173,7 @@ def _recursion(rows: Rows, num_blocks: int) -> list[Span]:
     return [replace(block, saved=block.saved + rows.launch()), *[block] * (num_blocks - 1)]
 
 
-def loss_bytes(config: Config, kernels: Kernels) -> tuple[float, float]:
+def loss_bytes(config: Config, sizes: ElementSizes) -> tuple[float, float]:
     """(kept for backward, beyond that at the busiest moment) of final norm, head and cross-entropy.
 
     Kept are the norm's input and the finished gradients with respect to the hidden states and the head's weights.
@@ -182,6 +182,6 @@ def loss_bytes(config: Config, kernels: Kernels) -> tuple[float, float]:
     hidden = tokens * model.dim
     weight = model.vocab_size * model.dim
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // model.vocab_size)) * model.vocab_size
-    kept = hidden * (kernels.stream + kernels.products) + weight * kernels.products
-    logits = chunk * (4 if kernels.products == 4 else 4 + kernels.products)
-    return kept, logits + hidden * kernels.products + weight * 4
+    kept = hidden * (sizes.stream + sizes.products) + weight * sizes.products
+    logits = chunk * (4 if sizes.products == 4 else 4 + sizes.products)
+    return kept, logits + hidden * sizes.products + weight * 4

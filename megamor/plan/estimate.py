@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from megamor.config import Config
 from megamor.config.derive import derive
-from megamor.errors import ConfigError
+from megamor.metrics.gpus import Gpu
 from megamor.model.flops import nominal_flops
-from megamor.plan.gpus import Gpu
 from megamor.plan.memory import MOMENTS, Memory, step_memory, unit_parameters
 from megamor.plan.traffic import Traffic, step_traffic
 
@@ -93,8 +92,8 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     gpu, train = cluster.gpu, config.train
     memory, traffic = step_memory(config, cluster.gpus), step_traffic(config, cluster.gpus)
     flops = nominal_flops(config, train.global_batch_size / cluster.gpus)
-    needed = flops.training / gpu.peak
-    compute = needed + flops.recomputed(train) / gpu.peak
+    needed = flops.training / gpu.bf16_peak
+    compute = needed + flops.recomputed(train) / gpu.bf16_peak
     communication = communication_seconds(traffic, cluster)
     held = memory.optimizer / MOMENTS  # parameters that this rank updates
     update = ADAMW_BYTES * held / gpu.memory_bandwidth
@@ -131,7 +130,7 @@ def run_seconds(found: Estimate, cluster: Cluster, mfu: float) -> float:
     config = found.config
     steps = derive(config, cluster.gpus).total_steps
     flops = nominal_flops(config, config.train.global_batch_size).training
-    return steps * flops / (cluster.gpus * cluster.gpu.peak * min(mfu, found.mfu_without_overlap))
+    return steps * flops / (cluster.gpus * cluster.gpu.bf16_peak * min(mfu, found.mfu_without_overlap))
 
 
 def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | None:
@@ -161,20 +160,6 @@ def described_change(old: Config, new: Config) -> str:
         if getattr(new.train, name) != getattr(old.train, name):
             changes.append(f"train.{name}={getattr(new.train, name)}")
     return " ".join(changes)
-
-
-def check_batch(config: Config, cluster: Cluster) -> None:
-    """Refuse a global batch that these GPUs can't share.
-
-    Raises:
-        ConfigError: it isn't a multiple of micro-batch times GPUs.
-    """
-    unit = config.train.micro_batch_size * cluster.gpus
-    if config.train.global_batch_size % unit:
-        raise ConfigError(
-            f"train.global_batch_size = {config.train.global_batch_size} isn't divisible by train.micro_batch_size = "
-            f"{config.train.micro_batch_size} x {cluster.gpus} GPUs: give another --gpus or micro_batch_size"
-        )
 
 
 def parameters(config: Config) -> int:

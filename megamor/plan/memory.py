@@ -15,7 +15,7 @@ from megamor.config import Config
 from megamor.config.derive import derive
 from megamor.model import build_model
 from megamor.parallel import resolve_backend
-from megamor.plan.activations import Kernels, loss_bytes, spans
+from megamor.plan.activations import ElementSizes, loss_bytes, spans
 
 FP32, BF16 = 4, 2
 MOMENTS = 8
@@ -46,18 +46,18 @@ class Memory:
 
 def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
     """Peak of one rank of `world_size`, at the configured capacities, eager, without the allocator's fragmentation."""
-    kernels = kernels_of(config, world_size, on_gpu)
-    moments = walk(config, kernels, holding(config, world_size), unit_parameters(config))
+    sizes = element_sizes(config, world_size, on_gpu)
+    moments = step_moments(config, sizes, bytes_per_parameter(config, world_size), unit_parameters(config))
     return max(moments, key=lambda memory: memory.total)
 
 
-def kernels_of(config: Config, world_size: int, on_gpu: bool) -> Kernels:
+def element_sizes(config: Config, world_size: int, on_gpu: bool) -> ElementSizes:
     """Element sizes: autocast (one process, DDP, ZeRO-0) keeps the stream in fp32."""
     if config.train.precision == "fp32":
-        return Kernels(FP32, FP32, on_gpu)
+        return ElementSizes(FP32, FP32, on_gpu)
     backend = resolve_backend(config.parallel, world_size)
     autocast = backend in ("single", "ddp") or (backend == "deepspeed" and config.parallel.zero_stage == 0)
-    return Kernels(FP32 if autocast else BF16, BF16, on_gpu)
+    return ElementSizes(FP32 if autocast else BF16, BF16, on_gpu)
 
 
 def unit_parameters(config: Config) -> dict[str, int]:
@@ -76,7 +76,7 @@ def count(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Holding:
+class BytesPerParameter:
     """Bytes a parameter that a backend holds on each rank, in the units of its plan.
 
     All through the step: `weights` and `optimizer` (slices or all), `whole` of weights gathered beside the slices,
@@ -99,7 +99,7 @@ class Holding:
     reduced: float = 0.0
 
 
-def holding(config: Config, world_size: int) -> Holding:
+def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
     """What the configured backend holds.
 
     Single and DDP keep everything, with autocast's bf16 copies. FSDP2 gathers a unit in the type of the products and
@@ -113,12 +113,12 @@ def holding(config: Config, world_size: int) -> Holding:
     copies = BF16 if element == BF16 else 0
     accumulated = FP32 if derive(config, world_size).micro_batches > 1 else 0
     if backend == "single":
-        return Holding(FP32, MOMENTS, FP32 - accumulated, buckets=accumulated, copies=copies)
+        return BytesPerParameter(FP32, MOMENTS, FP32 - accumulated, buckets=accumulated, copies=copies)
     if backend == "ddp":
-        return Holding(FP32, MOMENTS, 0, buckets=FP32 + accumulated, copies=copies)
+        return BytesPerParameter(FP32, MOMENTS, 0, buckets=FP32 + accumulated, copies=copies)
     if backend == "fsdp2":
         shards = config.parallel.shard_degree or world_size
-        return Holding(
+        return BytesPerParameter(
             FP32 / shards,
             MOMENTS / shards,
             FP32 / shards,
@@ -131,19 +131,21 @@ def holding(config: Config, world_size: int) -> Holding:
         )
     stage = config.parallel.zero_stage
     if stage == 0:
-        return Holding(FP32, MOMENTS, FP32, buckets=FP32, copies=copies)
+        return BytesPerParameter(FP32, MOMENTS, FP32, buckets=FP32, copies=copies)
     master, slices = FP32 / world_size, MOMENTS / world_size
     gradients = FP32 / world_size
     if stage == 3:
-        return Holding(element / world_size + master, slices, gradients, buckets=element, whole=element)
-    return Holding(element + master, slices, gradients, buckets=element + FP32 if copies else element)
+        return BytesPerParameter(element / world_size + master, slices, gradients, buckets=element, whole=element)
+    return BytesPerParameter(element + master, slices, gradients, buckets=element + FP32 if copies else element)
 
 
-def walk(config: Config, kernels: Kernels, held: Holding, counts: dict[str, int]) -> Iterator[Memory]:
+def step_moments(
+    config: Config, sizes: ElementSizes, held: BytesPerParameter, counts: dict[str, int]
+) -> Iterator[Memory]:
     """The step's moments that may be its peak."""
     total, root = sum(counts.values()), counts["root"]
-    parts = spans(config, kernels)
-    loss, loss_widest = loss_bytes(config, kernels)
+    parts = spans(config, sizes)
+    loss, loss_widest = loss_bytes(config, sizes)
     activations = sum(span.saved for span in parts)
     always = Memory(
         parameters=held.weights * total,
@@ -158,9 +160,9 @@ def walk(config: Config, kernels: Kernels, held: Holding, counts: dict[str, int]
     yield replace(in_forward, activations=activations, loss=loss + loss_widest)
     if config.train.activation_checkpointing == "none":
         always, copies = in_forward, 0.0
-    head = config.model.vocab_size * config.model.dim * kernels.products  # its gradient waits for the embedding's
+    head = config.model.vocab_size * config.model.dim * sizes.products  # its gradient waits for the embedding's
     hidden = config.train.micro_batch_size * config.data.seq_len * config.model.dim
-    yield replace(always, activations=activations, loss=loss + head + hidden * kernels.products)
+    yield replace(always, activations=activations, loss=loss + head + hidden * sizes.products)
     gradients = always.gradients
     left: dict[str, float] = dict(counts)
     for index, span in reversed(list(enumerate(parts))):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config.derive import HIDDEN_MULTIPLIER
-from megamor.config.schema import RouterHead
+from megamor.config.routers import RouterHead
 
 
 class RouterLinear(nn.Linear):

@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megamor.config import EmaThresholdConfig, ExpertChoiceConfig, RandomConfig
+from megamor.config import ScoredConfig
 from megamor.routing.heads import build_head
 from megamor.routing.plan import Mix
 from megamor.routing.router import Router, RoutingContext, RoutingSession
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
-
-ScoredConfig = ExpertChoiceConfig | EmaThresholdConfig | RandomConfig
 
 
 def default_capacity(num_recursions: int) -> tuple[float, ...]:

@@ -61,10 +61,8 @@ class Diagnosis:
         self.in_a_row = dict.fromkeys(ADVICE, 0)
         self.warnings: list[str] = []
 
-    def observe(
-        self, step: int, summary: StepSummary, grad_norm: float, guard: Guard, batches: list[MicroBatch]
-    ) -> list[str]:
-        """Look at the step after which `step` are done; returns warnings. Collective every `diagnosis.steps` steps.
+    def observe(self, step: int, summary: StepSummary, guard: Guard, batches: list[MicroBatch]) -> list[str]:
+        """Look at step number `step`; returns warnings. Collective every `diagnosis.steps` steps.
 
         Raises:
             TrainingError: an alarm that is set to `stop`; on every rank.
@@ -72,6 +70,7 @@ class Diagnosis:
         if self.tokens is not None:
             self.tokens.add(batches)
         self.warnings = []
+        grad_norm = summary.grad_norm
         if not math.isfinite(grad_norm):
             return []
         self._note("dead_router", step, self._dead(summary), f"gradient 0 in {self.config.steps} steps")
@@ -150,7 +149,7 @@ class ScoreGradient:
 
     def _on_output(self, module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(self._on_gradient)
+            output.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, gradient: Tensor) -> None:
         if gradient.numel():

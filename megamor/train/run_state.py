@@ -9,9 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
-
 from megamor.checkpoint import (
     BackgroundSave,
     CheckpointManager,
@@ -45,7 +42,7 @@ class Origin:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is. `run_ids` are those of experiment trackers."""
 
     step: int = 0
@@ -80,13 +77,13 @@ class RunCheckpoints:
     components: Mapping[str, Stateful] = field(default_factory=dict)
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
-    def save(self, progress: Progress) -> Path | None:
+    def save(self, progress: RunProgress) -> Path | None:
         """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
 
         Only one is being written at a time: the one before is waited for.
 
         Returns:
-            The checkpoint. None if it is being written: see `published` and `wait`.
+            The checkpoint; None while it is being written (see `wait`).
         """
         self.wait()
         state = TrainerState(
@@ -109,21 +106,17 @@ class RunCheckpoints:
         self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
         return None
 
-    def published(self) -> Path | None:
-        """The checkpoint that was being written, if every rank has done its part since. Collective.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint in the background."""
+        return self.background.is_pending and not self.background.is_done
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint that is being written; None if there is none. Collective.
 
         Raises:
             CheckpointError: on every rank, if writing it failed; `latest` is as it was.
         """
-        if not self.background.is_pending:
-            return None
-        done = torch.tensor(float(self.background.is_done), device=self.backend.device)
-        if dist.is_initialized():
-            dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return self.wait() if done.item() else None
-
-    def wait(self) -> Path | None:
-        """Wait for the checkpoint that is being written, if any. Collective; raises what `published` raises."""
         return self.background.wait()
 
     def close(self) -> None:
@@ -136,9 +129,9 @@ class RunCheckpoints:
     def record_loss(self, step: int, loss: float) -> None:
         """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
         record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
-        run_on_all_ranks(record, self.backend.device)
+        run_on_all_ranks(record)
 
-    def restore(self, at_most: int | None = None) -> Progress | None:
+    def restore(self, at_most: int | None = None) -> RunProgress | None:
         """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
 
         Raises:
@@ -148,7 +141,7 @@ class RunCheckpoints:
         directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
-        state = run_on_all_ranks(lambda: self._read(directory), self.backend.device)
+        state = run_on_all_ranks(lambda: self._read(directory))
         self.backend.load(directory)
         restore_rng(
             directory,
@@ -158,7 +151,7 @@ class RunCheckpoints:
             step=state.step,
             draws_random=draws_random(self.config.router),
         )
-        return Progress(state.step, state.tokens_seen, state.run_ids)
+        return RunProgress(state.step, state.tokens_seen, state.run_ids)
 
     def _read(self, directory: Path) -> TrainerState:
         """Everything that can be refused, before anything is overwritten; puts the loader in place."""

@@ -40,7 +40,7 @@ class ValidationLosses:
         return found
 
     def lines(self) -> Iterator[str]:
-        """For people, a line for each set."""
+        """A line to print for each set."""
         for name, losses in self.of_set.items():
             shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
             if "topk" in losses:

@@ -131,8 +131,8 @@ def _room_reason(path: Path, room: str, imported: Import) -> str | None:
 
 
 def _library_reason(room: str, file: str, imported: Import) -> str | None:
-    if room == "config" and imported.package not in {"megamor", "yaml"} | sys.stdlib_module_names:
-        return "config has the standard library and yaml only"
+    if room == "config" and imported.package not in {"megamor", "yaml", "pydantic"} | sys.stdlib_module_names:
+        return "config has the standard library, yaml and pydantic only"
     if room == "model" and f"{imported.target}.".startswith("torch.distributed."):
         return "the model knows nothing of processes"
     if room == "data" and file != "loader.py" and imported.package == "torch":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megamor.model import Transformer, build_model
 from megamor.model import recursion as recursion_module
-from megamor.model.fan_out import _call
+from megamor.model.recursion import _call_with
 from tests.combinations import ROUTERS, SEQ_LEN, tiny_config, tokens
 
 RECURSIONS = 3
@@ -50,7 +50,10 @@ def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.Mo
                 of_blocks.append({n: w.detach().clone().requires_grad_() for n, w in block.named_parameters()})
             copies.append(of_blocks)
         return [
-            [lambda *args, b=block, w=weights: _call(b, w, *args) for block, weights in zip(blocks, own, strict=True)]
+            [
+                lambda *args, b=block, w=weights: _call_with(b, w, *args)
+                for block, weights in zip(blocks, own, strict=True)
+            ]
             for own in copies
         ]
 

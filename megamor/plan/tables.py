@@ -1,8 +1,8 @@
 """The tables of docs/scaling.md, one after the other on standard output, or compared with the file.
 
 examples:
-  python megamor/bench/scaling_tables.py            # print the tables
-  python megamor/bench/scaling_tables.py --write    # put them into docs/scaling.md
+  python -m megamor.plan.tables            # print the tables
+  python -m megamor.plan.tables --write    # put them into docs/scaling.md
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megamor.config import Config, load_config
 from megamor.errors import user_errors
+from megamor.metrics.gpus import GPUS
 from megamor.plan.estimate import Cluster, Estimate, estimate, variants
-from megamor.plan.gpus import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -136,7 +136,7 @@ def updated(page: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="plan_scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m megamor.plan.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="update docs/scaling.md")
     if parser.parse_args(argv).write:
