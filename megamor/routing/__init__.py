@@ -40,6 +40,7 @@ __all__ = [
     "RoutingSession",
     "TokenSet",
     "build_router",
+    "draws_random",
 ]
 
 
@@ -66,6 +67,14 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
             return HaltingRouter(config, dim, num_recursions)
         case CustomRouterConfig():
             return import_router(config.target)(dict(config.options), dim, num_recursions)
+
+
+def draws_random(config: RouterConfig) -> bool:
+    """Whether training draws from the random states of the process. A custom router is assumed to.
+
+    No other part of a model does: there is no dropout, and `RandomRouter` hashes positions instead.
+    """
+    return isinstance(config, SkipForwardRecurseConfig | CustomRouterConfig)
 
 
 def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]:

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "files"},
     "corpus": {"data", "config", "files", "metrics", "progress"},
     "optim": {"config"},
-    "parallel": {"config"},
+    "parallel": {"checkpoint", "config"},
     "checkpoint": {"config", "files", "ranks"},
     "metrics": {"config", "files", "progress"},
     "load": {"model", "checkpoint", "config", "interop"},
