@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and the validation losses that the choice depends on."""
+"""Which checkpoints of a run are kept, and the validation losses that the choice depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megamor.files import replace_file
 
 @dataclass(frozen=True)
 class Retention:
-    """Kept are the newest `last`, those of every `every`-th step, and the `best` with the lowest validation loss."""
+    """Keeps the newest `last` checkpoints, those of every `every`-th step, and the `best` by validation loss."""
 
     last: int
     every: int | None = None
@@ -46,10 +46,12 @@ def read_losses(root: Path) -> dict[int, float]:
     try:
         return {int(step): float(loss) for step, loss in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it to forget which were best") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it, and `best` is chosen from the losses of later evaluations"
+        ) from error
 
 
 def write_losses(root: Path, losses: Mapping[int, float]) -> None:
-    """Replace what `read_losses` reads."""
+    """Replace the file that `read_losses` reads."""
     content = {str(step): loss for step, loss in sorted(losses.items())}
     replace_file(root / LOSSES_FILE, json.dumps(content, indent=1) + "\n", draft_of(root / LOSSES_FILE))

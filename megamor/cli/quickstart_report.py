@@ -22,7 +22,7 @@ from megamor.load import load_model
 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 SAVINGS_BATCH = 8
-SAVINGS_SEQUENCES = 32
+SAVINGS_SEQUENCES = 16
 
 
 def make_report(checkpoint: Path, network: Mapping[str, float], validation_name: str, sequences: int) -> dict[str, Any]:

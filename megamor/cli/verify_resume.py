@@ -53,11 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train both runs, compare them, and print the result.
-
-    Raises:
-        SystemExit: status 2 if the runs differ, one of them fails, or the configuration is wrong.
-    """
+    """Train both runs, compare them, and print the result."""
     from megamor.config import load_config
 
     args = parse_arguments(argv)
@@ -144,7 +140,3 @@ def differing_tensors(straight: Mapping[str, Tensor], restarted: Mapping[str, Te
             off = (tensor.double() - restarted[name].double()).abs()
             yield f"{name} differs in {int(off.count_nonzero())} of {off.numel()} values, by at most {off.max():.3g}"
     yield from (f"{name} is only there after the restart" for name in restarted if name not in straight)
-
-
-if __name__ == "__main__":
-    main()

@@ -176,7 +176,7 @@ def recursion_parameters(config: Config) -> int:
 
 
 def router_parameters(config: Config) -> int:
-    """Parameters of all routers. Expert-choice has a head per recursion (two with `aux_router`), others one in all."""
+    """Parameters of all heads: one per recursion (two with `aux_router`) where recursions are scored one by one."""
     heads = config.recursion.num_recursions
     match config.router:
         case ExpertChoiceConfig(sampling="aux_router"):

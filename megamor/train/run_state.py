@@ -27,6 +27,7 @@ from megamor.data import TrainingLoader
 from megamor.errors import MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.ranks import run_on_all_ranks
+from megamor.routing import draws_random
 
 log = logging.getLogger("megamor.train")
 
@@ -147,6 +148,7 @@ class RunCheckpoints:
             world_size=self.backend.world_size,
             seed=self.config.run.seed,
             step=state.step,
+            draws_random=draws_random(self.config.router),
         )
         return RunProgress(state.step, state.tokens_seen, state.run_ids)
 

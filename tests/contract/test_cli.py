@@ -128,8 +128,8 @@ def test_every_command_exists() -> None:
 
 
 def test_evaluation_names_data_sets_briefly() -> None:
-    names = evaluate.short_names(["/a/b/train/pile_val", "/a/b/test/pile_val", "books"])
-    assert names == ["train/pile_val", "test/pile_val", "books"]
+    names = evaluate.short_names(["/a/b/train/pile_val", "/a/b/test/pile_val", "/a/c4"])
+    assert names == ["/a/b/train/pile_val", "/a/b/test/pile_val", "c4"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
