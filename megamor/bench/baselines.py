@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamor.config import Config
-from megamor.interop.huggingface import import_transformers
+from megamor.errors import ConfigError
 from megamor.model import ModelOutput
 from megamor.model.loss import IGNORE
 
@@ -23,7 +23,10 @@ def build_baseline(name: str, config: Config, device: torch.device) -> nn.Module
         ConfigError: transformers is not installed.
     """
     assert name == "hf-llama"
-    transformers = import_transformers()
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
     torch.manual_seed(config.run.seed)
     shape: dict[str, Any] = {
         "vocab_size": config.model.vocab_size,

@@ -19,7 +19,7 @@ from megamor.errors import ConfigError
 from megamor.model import ModelOutput, build_model
 from megamor.model.flops import executed_flops, nominal_flops
 from megamor.optim import build_adamw
-from megamor.parallel.precision import autocast
+from megamor.parallel.mesh import autocast
 
 REFERENCE = "vanilla"
 _RECURSION_WISE = "recursion.kv_policy=recursion_wise"

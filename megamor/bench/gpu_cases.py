@@ -21,7 +21,7 @@ class Size:
     micro_batch: int
 
 
-SIZES = {"360m": Size("360m", 16), "135m": Size("135m", 32), "1.7b": Size("1b", 8)}
+SIZES = {"360m": Size("360m", 16), "135m": Size("135m", 32), "1.7b": Size("1.7b", 8)}
 """By name, most important first."""
 
 _CACHE, _SHARE = "recursion.kv_policy=recursion_wise", "recursion.kv_policy=share_first"

@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("serve", "serve a checkpoint over HTTP (OpenAI completions API)"),
     "export-hf": Command("export_hf", "export a checkpoint to Hugging Face format"),
     "import": Command("import_weights", "import a checkpoint of the paper's authors"),
-    "convert-checkpoint": Command("convert_checkpoint", "convert to safetensors, or to and from DeepSpeed's layout"),
+    "convert-checkpoint": Command("convert_checkpoint", "convert a checkpoint to one safetensors file"),
     "verify-checkpoint": Command("verify_checkpoint", "check that a checkpoint is intact and loads"),
     "verify-resume": Command("verify_resume", "check that a run resumes bitwise on this machine"),
     "bench": Command("bench", "measure training, loading, preprocessing, saving and serving"),

@@ -29,13 +29,12 @@ class Blend:
     """A schedule of `len(weights)` sources; any position is found in constant time.
 
     The first `period` samples repeat indefinitely; `per_period` [k] counts the samples of each source in a period.
-    Raises ConfigError for weights that aren't positive or are too small to be scheduled.
+    Raises ConfigError for weights that are too small to be scheduled.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         fractions = np.asarray(weights, np.float64)
-        if not len(fractions) or not np.isfinite(fractions).all() or (fractions <= 0).any():
-            raise ConfigError(f"data weights must be positive numbers, found {list(weights)}")
+        assert (fractions > 0).all(), "the schema accepts positive weights only"
         fractions = fractions / fractions.sum()
         if fractions.min() * MAX_PERIOD < 1:
             raise ConfigError(

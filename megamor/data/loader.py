@@ -27,7 +27,7 @@ from megamor.data.dataset import (
 from megamor.data.order import SampleOrder
 from megamor.data.shard import TokenShard
 from megamor.data.source import Spans
-from megamor.errors import ConfigError, DataError
+from megamor.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,13 @@ class TrainingLoader:
         self, data: TrainingData, *, rank: int, world_size: int, batches: BatchSchedule, pinned: bool = False
     ) -> None:
         for shape in batches.shapes:
-            if shape.global_batch_size % (world_size * shape.micro_batch_size):
-                raise ConfigError(
-                    f"train.global_batch_size {shape.global_batch_size} is not a multiple of {world_size} ranks x "
-                    f"train.micro_batch_size {shape.micro_batch_size}; change one of them"
-                )
+            assert shape.global_batch_size % (world_size * shape.micro_batch_size) == 0, "validate() checks the batch"
         self._data = data
         self._rank, self._world_size = rank, world_size
         self._batches = batches
         self._pinned = pinned
         order = SampleOrder.start(batches.at(0).global_batch_size, batches.at(0).seq_len, data.weights)
-        self._given = _Position(0, 0, order)
+        self._given = self._before = _Position(0, 0, order)
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[list[MicroBatch]], _Position]] = deque()
 
@@ -130,8 +126,13 @@ class TrainingLoader:
             future = self._thread.submit(self._load, at.sample, shape, order)
             self._pending.append((future, _Position(at.step + 1, at.sample + shape.global_batch_size, order)))
         batches = self._pending[0][0].result()
-        self._given = self._pending.popleft()[1]
+        self._before, self._given = self._given, self._pending.popleft()[1]
         return batches
+
+    def take_back(self) -> None:
+        """Undo the last `next_step`: its batches weren't trained on, and the next call will give them again."""
+        self.close()
+        self._given = self._before
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been read so far, by its short name."""
