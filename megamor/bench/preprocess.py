@@ -226,8 +226,8 @@ class Bench:
             for chunk in find_files(self.paths).chunks():
                 documents = parse_chunk(chunk, "text")
                 for text, data in zip(documents.texts, documents.encoded, strict=True):
-                    if sizes[chunk.place.source] < limit:
-                        sizes[chunk.place.source] += len(data)
+                    if sizes[chunk.id.source] < limit:
+                        sizes[chunk.id.source] += len(data)
                         file.write(json.dumps({"text": text}) + "\n")
         return path, sum(sizes.values())
 
