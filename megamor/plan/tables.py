@@ -110,7 +110,8 @@ def measured_policies() -> Iterator[str]:
                 f"| {peak / 1e6:.0f} | {estimated / 1e6:.0f} | {estimated / peak:.2f} |"
             )
         yield ""
-        yield f"`{report['command']}`"
+        # Reports from before the commands were united name a script that is gone.
+        yield f"`{report['command'].replace('python tools/bench.py', 'megamor bench')}`"
         yield ""
 
 

@@ -132,6 +132,10 @@ class Trainer:
                 if self.is_time_to_evaluate() and verdict is not Verdict.SPIKE:
                     self.evaluate()
             self.finish()
+        if self.stopping:
+            self.announce(f"stopped on request after step {self.progress.step}: rerun the same command to resume")
+        else:
+            self.announce(self.summary.describe(self.progress, self.checkpoints.manager.directory))
         return not self.stopping
 
     def next_batch(self) -> StepBatch | None:
@@ -412,16 +416,12 @@ class Trainer:
             raise Stopped
 
     def finish(self) -> None:
-        """Save the last step unless that is done, wait until all is written, and sum the launch up. Collective."""
+        """Save the last step unless that is done, and wait until all is written. Collective."""
         self.read_figures()
         if self.saved_step != self.progress.step:
             self.save(finish=True)
         self.report_saved(self.checkpoints.wait())
         run_on_all_ranks(self.check_written)  # no further vote will tell
-        if self.stopping:
-            self.announce(f"stopped on request after step {self.progress.step}: rerun the same command to resume")
-        else:
-            self.announce(self.summary.describe(self.progress, self.checkpoints.manager.directory))
 
     def check_written(self) -> None:
         """Raises TrainingError if metrics couldn't be written here."""
