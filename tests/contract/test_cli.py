@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.bench import tables as readme_numbers
+from megamor.bench import tables
 from megamor.cli import (
     COMMANDS,
     bench,
@@ -51,7 +51,7 @@ MAINS = {
     "megamor fetch-data": fetch_data.main,
     "megamor bench": bench.main,
     "megamor plan": plan.main,
-    "megamor/bench/tables.py": readme_numbers.main,
+    "megamor.bench.tables": tables.main,
     "megamor export-hf": export_hf.main,
     "megamor import": import_official.main,
     "megamor convert-checkpoint": convert_checkpoint.main,
