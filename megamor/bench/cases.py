@@ -32,24 +32,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 BASELINES = {"hf-llama": "Hugging Face Llama, SDPA"}
 """Other implementations of vanilla: label by name."""
 
-PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
-    REFERENCE: ("", ()),
-    "mor3_expert": ("_mor3", (_EXPERT, _CACHE)),
-    "mor2_expert": ("_mor2", (_EXPERT, _CACHE)),
-    "mor3_expert_share": ("_mor3", (_EXPERT, _SHARE)),
-    "mor3_token": ("_mor3", (_TOKEN, _CACHE)),
-    "mor4_expert": ("_mor4", (_EXPERT, _CACHE)),
-    "rec3": ("_rec3", (_CACHE,)),
-    "mor3_token_share": ("_mor3", (_TOKEN, _SHARE)),
-    "mor2_expert_share": ("_mor2", (_EXPERT, _SHARE)),
-    "mor4_expert_share": ("_mor4", (_EXPERT, _SHARE)),
-    "mor2_token": ("_mor2", (_TOKEN, _CACHE)),
-    "mor4_token": ("_mor4", (_TOKEN, _CACHE)),
-    "rec2": ("_rec2", (_CACHE,)),
-    "rec4": ("_rec4", (_CACHE,)),
-}
-"""Cases of a published size: suffix of the file in configs/model and overrides by name, most important first."""
-PUBLISHED_DEFAULT = tuple(PUBLISHED)[:7]
+PUBLISHED = (
+    REFERENCE,
+    *("mor3_expert", "mor2_expert", "mor3_expert_share", "mor3_token", "mor4_expert", "rec3", "mor3_token_share"),
+    *("mor2_expert_share", "mor4_expert_share", "mor2_token", "mor4_token", "rec2", "rec4"),
+)
+"""Cases of a published size, most important first: file in configs/model, router, `share` for share-first."""
 SIZES = {"360m": ("360m", 16), "135m": ("135m", 32), "1.7b": ("1b", 8)}
 """Prefix of the files in configs/model, and the sequences of a micro-batch to begin with; most important first."""
 
@@ -83,10 +71,6 @@ class Case:
         if micro_batch is not None:
             fixed += [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch}"]
         return load_config(self.path, [*self.overrides, *fixed])
-
-    def changed(self, *overrides: str) -> Case:
-        """The same model with further overrides."""
-        return replace(self, overrides=(*self.overrides, *overrides))
 
 
 def cases_of_config(
@@ -124,10 +108,13 @@ def cases_of_size(size: str, overrides: Sequence[str], names: Sequence[str]) -> 
 
 def published(size: str, name: str, overrides: Sequence[str]) -> Case:
     """One case of a published size."""
-    suffix, own = PUBLISHED[name]
+    shape, *words = name.split("_")
+    own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
+    own += [_TOKEN if "token" in words else _EXPERT] if words else []
     # The files describe a shape alone; what else a run must say has no effect here.
-    rest = ("train.max_steps=1", "optim.warmup_steps=0")
-    return Case(name, f"{size} {name}", MODELS / f"{SIZES[size][0]}{suffix}.yaml", (*own, *rest, *overrides))
+    own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
+    suffix = "" if shape == REFERENCE else f"_{shape}"
+    return Case(name, f"{size} {name}", MODELS / f"{SIZES[size][0]}{suffix}.yaml", tuple(own))
 
 
 def micro_batch_of(size: str) -> int:
@@ -144,7 +131,8 @@ def with_policy(case: Case, policy: str) -> Case:
     """`case` under an activation checkpointing policy such as `block` or `selective:sdpa+mm`."""
     mode, _, kept = policy.partition(":")
     operations = [f"train.selective_ops=[{kept.replace('+', ',')}]"] if kept else []
-    return replace(case.changed(f"train.activation_checkpointing={mode}", *operations), policy=policy)
+    own = (*case.overrides, f"train.activation_checkpointing={mode}", *operations)
+    return replace(case, overrides=own, policy=policy)
 
 
 def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:

@@ -23,8 +23,9 @@ from megamor.bench.report import Column, Row, Table, number, provenance, quartil
 from megamor.config import DataConfig, SourceConfig
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.corpus.writer import ShardWriter
+from megamor.corpus.writer import write_index as complete_index
 from megamor.data import TokenShard, TrainingData, TrainingLoader
-from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megamor.data.shard import HEADER
 
 SCHEMA = "megamor-bench-loader/1"
 VOCABULARY = 50_304
@@ -60,23 +61,18 @@ def write_documents(prefix: Path, num_tokens: float) -> str:
 
 def write_index(prefix: Path, num_documents: int) -> str:
     """Write an index of so many documents; its tokens are a hole in a file, all of them 0. Returns its prefix."""
-    generator = np.random.default_rng(1)
-    # In chunks: several arrays of 8 bytes a document would not fit into memory for hundreds of millions of them.
-    counts = [min(_WRITE_CHUNK, num_documents - done) for done in range(0, num_documents, _WRITE_CHUNK)]
-    lengths = np.concatenate([document_lengths(count, generator) for count in counts])
-    dtype = np.dtype("<u2")
-    with open(f"{prefix}.idx", "wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_documents, num_documents + 1))
-        lengths.tofile(index)
-        total = 0
-        for start in range(0, num_documents, _WRITE_CHUNK):
-            ends = total + np.cumsum(lengths[start : start + _WRITE_CHUNK], dtype=np.int64) * dtype.itemsize
-            np.concatenate(([total], ends[:-1])).astype("<i8").tofile(index)
-            total = int(ends[-1])
-        for start in range(0, num_documents + 1, _WRITE_CHUNK):
-            np.arange(start, min(start + _WRITE_CHUNK, num_documents + 1), dtype="<i8").tofile(index)
+    generator, dtype = np.random.default_rng(1), np.dtype("<u2")
+    total = 0
+    with open(f"{prefix}.idx", "w+b") as index:
+        index.seek(HEADER.size)
+        # In chunks: the arrays of hundreds of millions of documents would not all fit into memory.
+        for done in range(0, num_documents, _WRITE_CHUNK):
+            lengths = document_lengths(min(_WRITE_CHUNK, num_documents - done), generator)
+            index.write(lengths.tobytes())
+            total += int(lengths.sum(dtype=np.int64))
+        complete_index(index, num_documents, total, dtype)
     with open(f"{prefix}.bin", "wb") as tokens:
-        os.truncate(tokens.fileno(), total)
+        os.truncate(tokens.fileno(), total * dtype.itemsize)
     return str(prefix)
 
 

@@ -31,7 +31,6 @@ from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend, init_world
 
 NUM_BATCHES = 8
-MEMORY_STEPS = 3
 _RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """Settings of glibc under which freed tensors leave the resident set at once, so that its peak is that of live ones."""
 
@@ -133,7 +132,7 @@ def world_for(config: Config, device: torch.device) -> World:
     return World(0, 1, 0, device) if config.parallel.backend == "single" else init_world(config.parallel)
 
 
-def peak_in_fresh_process(case: Case, device: torch.device, threads: int) -> int | None:
+def peak_in_fresh_process(case: Case, device: torch.device, threads: int, micro_batch: int) -> int | None:
     """`Training.peak_bytes` of a few steps in a process of their own, where no allocator remembers another case.
 
     Raises:
@@ -143,7 +142,7 @@ def peak_in_fresh_process(case: Case, device: torch.device, threads: int) -> int
     os.environ.update(_RETURN_FREED_MEMORY)  # glibc reads them when the child starts
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_peak_of, case, device, threads).result()
+            return pool.submit(_peak_of, case, device, threads, micro_batch).result()
     except BrokenProcessPool:
         message = f"the process that measures the memory of {case.name} died; lower train.micro_batch_size"
         raise TrainingError(message) from None
@@ -152,21 +151,23 @@ def peak_in_fresh_process(case: Case, device: torch.device, threads: int) -> int
         os.environ.update(saved)
 
 
-def _peak_of(case: Case, device: torch.device, threads: int) -> int | None:
+def _peak_of(case: Case, device: torch.device, threads: int, micro_batch: int) -> int | None:
     torch.set_num_threads(threads)
-    config = case.config()
+    config = case.config(micro_batch)
     model = build_case(case, config, device)
     # One pass over a few tokens, so that code and workspaces of the kernels are not counted as the step's.
     inputs, labels = make_batch(config, 0, device)
     model(inputs[:1, :8], labels[:1, :8], mode="train", step=0).loss_sum.backward()
     model.zero_grad(set_to_none=True)
     training = Training(config, world_for(config, device), model)
-    for _ in range(MEMORY_STEPS):
+    for _ in range(3):
         training.step()
     return training.peak_bytes()
 
 
-def within_memory(run: Callable[[int], dict[str, Any]], micro_batch: int, device: torch.device) -> dict[str, Any]:
+def within_memory(
+    run: Callable[[int], list[dict[str, Any]]], micro_batch: int, device: torch.device
+) -> list[dict[str, Any]]:
     """`run(micro_batch)`, with half as many sequences whenever memory runs out; `out_of_memory_at` lists what failed.
 
     Raises:
@@ -175,7 +176,7 @@ def within_memory(run: Callable[[int], dict[str, Any]], micro_batch: int, device
     too_large: list[int] = []
     while True:
         try:
-            return {**run(micro_batch), "out_of_memory_at": too_large}
+            return [result | {"out_of_memory_at": too_large} for result in run(micro_batch)]
         except torch.OutOfMemoryError:
             if micro_batch == 1:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,6 @@ from megamor.errors import DataError
 from megamor.files import replace_file
 
 Row = Mapping[str, Any]
-_UNKNOWN = ("", "n/a")
-_FILE_WIDTH = 160
-"""Columns of text where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -36,56 +34,38 @@ class Table:
     title: str = ""
     notes: Sequence[str] = ()
 
-    def cells(self) -> tuple[list[Column], list[list[str]]]:
-        """The columns that are shown, and a list of cells for each row."""
-        filled = [[column.cell(row) for row in self.rows] for column in self.columns]
-        shown = [number for number, cells in enumerate(filled) if not all(cell in _UNKNOWN for cell in cells)]
-        rows = [[filled[number][row] for number in shown] for row in range(len(self.rows))]
-        return [self.columns[number] for number in shown], rows
+    def filled(self) -> tuple[list[Column], list[list[str]]]:
+        """The columns that are shown, and the cells of each row."""
+        cells = [[column.cell(row) for column in self.columns] for row in self.rows]
+        shown = [index for index in range(len(self.columns)) if any(row[index] not in ("", "n/a") for row in cells)]
+        return [self.columns[index] for index in shown], [[row[index] for index in shown] for row in cells]
 
     def markdown(self) -> Iterator[str]:
         """Lines of Markdown; the first is empty."""
-        columns, rows = self.cells()
+        columns, rows = self.filled()
         if self.title:
             yield from ("", self.title)
         yield ""
         yield f"| {' | '.join(column.header for column in columns)} |"
         yield f"|{'|'.join('---' if column.left else '---:' for column in columns)}|"
-        for cells in rows:
-            yield f"| {' | '.join(cells)} |"
+        yield from (f"| {' | '.join(cells)} |" for cells in rows)
         for note in self.notes:
             yield from ("", note)
 
     def show(self) -> None:
         """Print the table to the terminal."""
-        import rich.console
-        import rich.table
+        from rich.console import Console
+        from rich.table import Table as RichTable
 
-        console = rich.console.Console(markup=False, highlight=False)
-        if not console.is_terminal:
-            console = rich.console.Console(markup=False, highlight=False, width=_FILE_WIDTH)
-        columns, rows = self.cells()
-        console.print(self.title)
-        table = rich.table.Table()
+        # A file has no width of its own, and 80 columns would wrap the headers.
+        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+        columns, rows = self.filled()
+        table = RichTable()
         for column in columns:
             table.add_column(column.header, justify="left" if column.left else "right")
         for cells in rows:
             table.add_row(*cells)
-        console.print(table)
-        for note in self.notes:
-            console.print(note)
-
-
-def value_of(row: Row, path: str) -> Any:
-    """The value at a dotted path such as `time_ratio.median`.
-
-    Raises:
-        LookupError: the row has no such field.
-    """
-    value: Any = row
-    for name in path.split("."):
-        value = value[name]
-    return value
+        console.print(self.title, table, *self.notes, sep="\n")
 
 
 def text(path: str) -> Callable[[Row], str]:
@@ -93,20 +73,20 @@ def text(path: str) -> Callable[[Row], str]:
     return number(path, "")
 
 
-def number(path: str, form: str, scale: float = 1) -> Callable[[Row], str]:
-    """Cells that show a field, times `scale`, in a format such as `.2f`.
+def number(path: str, form: str, scale: float = 1, null: str = "n/a") -> Callable[[Row], str]:
+    """Cells that show the field at a dotted path, times `scale`, in a format such as `.2f`.
 
-    A field is missing in older files and in cases that failed: the cell is empty. Null (not measurable) shows as n/a.
+    The cell is empty where a row lacks the field (older files, cases that failed), and `null` where its value is None.
     """
 
     def cell(row: Row) -> str:
+        value: Any = row
         try:
-            value = value_of(row, path)
+            for name in path.split("."):
+                value = value[name]
         except LookupError:
             return ""
-        if value is None:
-            return "n/a"
-        return format(value if scale == 1 else value * scale, form)
+        return null if value is None else format(value if scale == 1 else value * scale, form)
 
     return cell
 

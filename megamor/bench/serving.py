@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from megamor.bench.cases import SIZES, check_names, published
+from megamor.bench.cases import check_names
 from megamor.bench.measure import release
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, text
-from megamor.config import Config, config_to_dict, load_config
+from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError
 from megamor.load import cast, load_model
 from megamor.model import Transformer, build_model
@@ -77,63 +77,42 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Measure every model with every number of residents.
 
     Raises:
-        ConfigError: an unknown policy or size, or texts that don't fit into the model's context.
+        ConfigError: an unknown policy, overrides for a checkpoint, or texts that don't fit into the model's context.
     """
     check_names(args.policies, POLICIES, "policy")
-    device, report["settings"] = torch.device(args.device), []
-    for label, model, vanilla in models(args, device):
+    report["settings"] = []
+    vanilla = build(args.vanilla, args) if args.vanilla else None
+    for kv_policy in args.kv_policies or [None]:
+        model = build(args.config, args, *([f"recursion.kv_policy={kv_policy}"] if kv_policy else []))
+        context = min(other.config.model.max_seq_len for other in (model, vanilla or model))
         for residents in args.residents:
-            work = Workload(
-                residents,
-                args.turns,
-                args.prompt_tokens,
-                args.new_tokens,
-                args.hold,
-                args.page_size,
-                not args.no_cuda_graphs,
-            )
-            context = min(other.config.model.max_seq_len for other in (model, vanilla or model))
+            lengths = args.prompt_tokens, args.new_tokens
+            work = Workload(residents, args.turns, *lengths, args.hold, args.page_size, not args.no_cuda_graphs)
             if work.longest > context:
                 raise ConfigError(
                     f"--prompt-tokens {work.prompt_tokens} and --new-tokens up to {work.new_tokens[1]} don't fit into "
                     f"the model's context of {context}"
                 )
-            setting = {"model": label, "config": config_to_dict(model.config)}
+            setting = {"model": model.config.run.name, "config": config_to_dict(model.config)}
             report["settings"].append(setting | measure(model, args.policies, work, vanilla))
             save()
-            release(device)
+            release(torch.device(args.device))
 
 
-def models(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Transformer, Transformer | None]]:
-    """Each model with its label and the vanilla model beside it, if there is one. Weights are random without
-    `--checkpoint`.
+def build(config: str | None, args: argparse.Namespace, *own: str) -> Transformer:
+    """The model of a configuration file, with random weights; of `--checkpoint` if there is none.
 
     Raises:
-        ConfigError: an unknown size, or overrides for a checkpoint.
+        ConfigError: overrides for a checkpoint.
     """
     # On a GPU in the precision that a server uses there; a CPU has no fast bf16.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def build(config: Config) -> Transformer:
-        return cast(build_model(config, device=device), dtype).eval()
-
-    if args.size:
-        check_names([args.size], SIZES, "size")
-        vanilla = build(published(args.size, VANILLA, args.overrides).config())
-        for policy in args.kv_policies:
-            own = [f"recursion.kv_policy={policy}", "router.inference_threshold=0.5", *args.overrides]
-            case = published(args.size, f"mor{args.recursions}_expert", own)
-            yield f"{case.label}, {policy}", build(case.config()), vanilla
-        return
-    if args.checkpoint and args.overrides and not args.vanilla:
-        raise ConfigError(f"{args.overrides[0]}: a checkpoint has its settings; key=value is for --config")
-    other = build(load_config(args.vanilla, args.overrides)) if args.vanilla else None
-    if args.checkpoint:
-        loaded = load_model(args.checkpoint, str(device), dtype)
-        yield loaded.name, loaded.model, other
-    else:
-        config = load_config(args.config, args.overrides)
-        yield config.run.name, build(config), other
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    if config:
+        model = build_model(load_config(config, [*args.overrides, *own]), device=args.device)
+        return cast(model, dtype).eval()
+    if own or (args.overrides and not args.vanilla):
+        raise ConfigError(f"{[*own, *args.overrides][0]}: a checkpoint has its settings; key=value is for --config")
+    return load_model(args.checkpoint, args.device, dtype).model
 
 
 @dataclass

@@ -26,8 +26,7 @@ from megamor.errors import DataError, user_errors
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "reliability", "scaling"))]
-OPENING = re.compile(r"<!-- generated: (\S+) -->")
-CLOSING = "<!-- /generated -->"
+MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
@@ -75,27 +74,22 @@ def regenerate(page: str, results: Path, name: str = "README.md") -> str:
         DataError: a block without an end, an end without a beginning, a block of an unknown name, no block at all, or
             results that are missing or not in the expected form.
     """
-    lines, block, found = [], "", False
-    for line_number, line in enumerate(page.splitlines(), start=1):
-        opening = OPENING.fullmatch(line.strip())
-        closing = line.strip() == CLOSING
-        if (opening and block) or (closing and not block):
-            what = "is open" if block else "has no beginning"
-            raise DataError(f"{name}:{line_number}: {line.strip()} where a block {what}")
-        if opening:
-            block, found = opening[1], True
-            if block not in BLOCKS:
-                raise DataError(f"{name}:{line_number}: nothing generates {block!r}; choose from {', '.join(BLOCKS)}")
-            lines += [line, *BLOCKS[block](results), ""]
-        if closing:
-            block = ""
-        if not block:
-            lines.append(line)
-    if block:
-        raise DataError(f"{name}: the block {block!r} has no end; add a line {CLOSING}")
-    if not found:
-        raise DataError(f"{name} has no generated block; add the lines <!-- generated: bench-train --> and {CLOSING}")
-    return "\n".join(lines) + "\n"
+    marks = list(MARK.finditer(page))
+    # Marks alternate: a beginning, which has a name, then an end, which has none.
+    for index, mark in enumerate(marks):
+        if bool(mark[1]) == index % 2:
+            where = f"{name}:{page[: mark.start()].count(chr(10)) + 1}"
+            raise DataError(f"{where}: {mark[0]} where a block {'is open' if mark[1] else 'has no beginning'}")
+        if mark[1] and mark[1] not in BLOCKS:
+            raise DataError(f"{name}: nothing generates {mark[1]!r}; choose from {', '.join(BLOCKS)}")
+    if not marks or len(marks) % 2:
+        what = f"the block {marks[-1][1]!r} has no end" if marks else "no generated block"
+        raise DataError(f"{name}: {what}; add the lines <!-- generated: NAME --> and <!-- /generated -->")
+    parts, end = [], 0
+    for opening, closing in zip(marks[::2], marks[1::2], strict=True):
+        parts += [page[end : opening.end()], "\n", *(f"{line}\n" for line in BLOCKS[opening[1]](results)), "\n"]
+        end = closing.start()
+    return "".join([*parts, page[end:]])
 
 
 def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ examples:
   megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json
   megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
   megamor bench serve --config configs/bench/serve_cpu.yaml --threads 1
-  megamor bench serve --size 360m --residents 32,128 --device cuda
+  megamor bench serve --checkpoint runs/x/checkpoints/latest --residents 16,64
   megamor bench load --url http://localhost:8000 --rate 8 --goodput ttft:500
 
 Every report ends as tables in the terminal and, with --json, as a file. Absolute times suffer from other load on the
@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, PUBLISHED_DEFAULT, SIZES
+from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
 from megamor.cli import command_parser
@@ -70,30 +70,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     subparsers = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for what, (summary, declare) in SUBCOMMANDS.items():
         sub = subparsers.add_parser(what, help=summary, description=summary)
-        declare(sub.add_argument)
+        declare(sub)
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
-    # argparse can't intermix options and positional words in subparsers, so overrides are what remains.
+    # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.
     args, rest = parser.parse_known_args(argv)
-    args.overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    args.overrides = [word for word in rest if re.match(r"[\w.]+=", word)] if "config" in args else []
     unknown = [word for word in rest if word not in args.overrides]
-    if unknown or (rest and "config" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
-def train_options(add: Callable[..., Any]) -> None:
+def train_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench train`."""
-    models = "key=value arguments change settings of all cases."
-    add("--config", metavar="FILE", help=f"a recursive model, such as configs/bench/cpu.yaml. {models}")
-    add("--sizes", type=names, metavar="A,B", help=f"published sizes instead, one case at a time: {', '.join(SIZES)}")
-    add(
-        "--cases",
-        type=names,
-        metavar="A,B",
-        help=f"with --config: {', '.join(CASES)} (default: all); with --sizes: {', '.join(PUBLISHED)} "
-        f"(default: the first {len(PUBLISHED_DEFAULT)})",
+    add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--config", metavar="FILE", help="a recursive model; key=value changes settings of all cases")
+    models.add_argument(
+        "--sizes", type=names, metavar="A,B", help=f"published sizes, one case at a time: {','.join(SIZES)}"
     )
+    cases = f"with --config: {', '.join(CASES)} (default: all); with --sizes: {', '.join(PUBLISHED)} (default: first 7)"
+    add("--cases", type=names, metavar="A,B", help=cases)
     add("--policies", type=names, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
     add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
@@ -103,23 +100,25 @@ def train_options(add: Callable[..., Any]) -> None:
     add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
     add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
     add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
-    add("--time-limit", type=float, metavar="T", help="with --sizes: start no case that would end later")
-    add("--profile", action="store_true", help="with --sizes: list the kernels that take most time")
+    add("--time-limit", type=float, metavar="T", help="start nothing that would end later, as far as is known")
+    add("--profile", action="store_true", help="list the kernels that take most time")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
     add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
 
 
-def loader_options(add: Callable[..., Any]) -> None:
+def loader_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench loader`."""
+    add = parser.add_argument
     add("--seconds", type=float, default=3.0, metavar="T", help="per case and batch shape (default: 3)")
     add("--tokens", type=float, default=128e6, metavar="N", help="of the real data set (default: 128e6)")
     add("--documents", type=positive, default=1_000_000, metavar="N", help="of the index (default: 1000000)")
     add("--directory", type=Path, metavar="DIR", help="for temporary files")
 
 
-def preprocess_options(add: Callable[..., Any]) -> None:
+def preprocess_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench preprocess`."""
+    add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="texts, as for megamor preprocess")
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
     add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)")
@@ -131,8 +130,9 @@ def preprocess_options(add: Callable[..., Any]) -> None:
     add("--directory", type=Path, metavar="DIR", help="for temporary files")
 
 
-def save_options(add: Callable[..., Any]) -> None:
+def save_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench save`."""
+    add = parser.add_argument
     add("--config", default="configs/vanilla_135m.yaml", metavar="FILE", help="model (default: %(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="with each kind of save in a round (default: 8)")
     add("--rounds", type=int, default=3, metavar="N", help="default: 3")
@@ -140,15 +140,14 @@ def save_options(add: Callable[..., Any]) -> None:
     add("--device", metavar="D", help="cpu or cuda (default: cpu, with one sequence of 128 tokens a step)")
 
 
-def serve_options(add: Callable[..., Any]) -> None:
+def serve_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench serve`."""
-    add("--config", metavar="FILE", help="a model with random weights. key=value arguments change its settings")
-    add("--checkpoint", help="instead: a checkpoint, `latest`, the directory of a run or of an export")
-    add("--size", choices=list(SIZES), help="instead: a published size with random weights, beside its vanilla model")
-    add("--recursions", type=int, choices=[2, 3, 4], default=3, help="with --size (default: 3)")
-    add("--kv-policies", type=names, default=["recursion_wise", "share_first"], metavar="A,B", help="with --size")
+    add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--config", metavar="FILE", help="a model with random weights; key=value changes its settings")
+    models.add_argument("--checkpoint", help="a checkpoint, `latest`, the directory of a run or of an export")
     add("--vanilla", metavar="FILE", help="configuration of a model without recursions, to compare with")
     add("--policies", type=names, default=list(SCHEDULING), metavar="A,B", help=f"default: {','.join(SCHEDULING)}")
+    add("--kv-policies", type=names, metavar="A,B", help="with --config: recursion_wise, share_first … in turn")
     add("--residents", type=numbers, default=[32], metavar="N,M", help="sequences at work at once (default: 32)")
     add("--turns", type=positive, default=30, metavar="N", help="of each engine (default: 30)")
     add("--prompt-tokens", type=positive, default=4, metavar="N", help="of each request (default: 4)")
@@ -160,38 +159,26 @@ def serve_options(add: Callable[..., Any]) -> None:
     add("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
 
 
-def load_options(add: Callable[..., Any]) -> None:
+def load_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench load`."""
+    add = parser.add_argument
     add("--url", required=True, help="of a running server")
-    add("--num-requests", type=positive, default=Load.num_requests, metavar="N", help="default: %(default)s")
-    add("--rate", type=float, default=Load.rate, help="mean arrivals per second (default: all at once)")
+    counts = {
+        "num_requests": "how many",
+        "input_tokens": "of a prompt",
+        "output_tokens": "of an answer",
+        "vocab_size": "prompts are ids below this",
+    }
+    for name, meaning in counts.items():
+        default, option = getattr(Load, name), f"--{name.replace('_', '-')}"
+        add(option, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    add("--rate", type=float, default=Load.rate, metavar="R", help="mean arrivals per second (default: all at once)")
     add("--max-concurrency", type=positive, metavar="N", help="requests under way at once (default: no limit)")
-    add(
-        "--input-tokens",
-        type=positive,
-        default=Load.input_tokens,
-        metavar="N",
-        help="of a prompt (default: %(default)s)",
-    )
-    add(
-        "--output-tokens",
-        type=positive,
-        default=Load.output_tokens,
-        metavar="N",
-        help="of an answer (default: %(default)s)",
-    )
-    add(
-        "--vocab-size",
-        type=positive,
-        default=Load.vocab_size,
-        metavar="N",
-        help="prompts are ids below (default: %(default)s)",
-    )
     add("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 tpot:50")
     add("--api-key", help="sent as a bearer token; never written to the report")
 
 
-SUBCOMMANDS: dict[str, tuple[str, Callable[[Callable[..., Any]], None]]] = {
+SUBCOMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("Time, memory and FLOPs of a training step, for models or checkpointing policies.", train_options),
     "loader": ("How fast batches come from token shards.", loader_options),
     "preprocess": ("How fast text becomes token shards, and how much memory that takes.", preprocess_options),
@@ -199,28 +186,6 @@ SUBCOMMANDS: dict[str, tuple[str, Callable[[Callable[..., Any]], None]]] = {
     "serve": ("The serving engine alone: scheduling policies on the same requests.", serve_options),
     "load": ("Send requests to a running server and measure what its users would experience.", load_options),
 }
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse combinations of options that argparse can't, and fill in the device.
-
-    Raises:
-        ConfigError: no model or several, or a GPU that torch doesn't see.
-    """
-    given = [f"--{name}" for name in ("config", "sizes", "size", "checkpoint") if getattr(args, name, None)]
-    if args.what in ("train", "serve") and len(given) != 1:
-        models = "--config or --sizes" if args.what == "train" else "--config, --checkpoint or --size"
-        raise ConfigError(f"megamor bench {args.what} needs one of {models}; there are {', '.join(given) or 'none'}")
-    if getattr(args, "device", None) is None:
-        import torch
-
-        gpu = torch.cuda.is_available() if args.what == "serve" else bool(getattr(args, "sizes", None))
-        args.device = "cuda" if gpu else "cpu"
-    if args.device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(f"torch sees no CUDA device for {args.device}; give --device cpu or install a CUDA build")
 
 
 @user_errors
@@ -232,11 +197,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(words)
-    check(args)
     import torch
 
     from megamor.bench.origin import describe_origin
 
+    if getattr(args, "device", None) is None:
+        gpu = torch.cuda.is_available() if args.what == "serve" else bool(getattr(args, "sizes", None))
+        args.device = "cuda" if gpu else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     bench = import_module(f"megamor.bench.{MODULES.get(args.what, args.what)}")

@@ -91,7 +91,7 @@ def test_recursive_cases_have_fewer_weights(report: dict[str, Any]) -> None:
 def test_peak_memory_is_that_of_gradients_moments_and_activations(config_file: Path) -> None:
     overrides = ["model.dim=192", "model.ffn_dim=512", "data.seq_len=256", "model.max_seq_len=256"]
     cases = cases_of_config(config_file, overrides, ["vanilla", "mor_expert"])
-    vanilla, mor = (peak_in_fresh_process(case, CPU, threads=1) for case in cases)
+    vanilla, mor = (peak_in_fresh_process(case, CPU, 1, 2) for case in cases)
     if vanilla is None or mor is None:
         pytest.skip("this system can't reset a process's peak memory")
     state = 3 * 4 * Training.of(cases[0], WORLD).num_parameters
@@ -141,16 +141,18 @@ def test_a_step_trains_but_leaves_the_weights(config_file: Path) -> None:
 
 def test_the_order_rotates_on_equal_batches(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = [Training.of(case, WORLD) for case in cases_of_config(config_file, [], ["vanilla", "recursive"])]
-    seen = []
-    step = Training.step
-    monkeypatch.setattr(
-        Training, "step", lambda self: (seen.append((trainings.index(self), self.number)), step(self))[1]
-    )
-    train.take_turns(trainings, 3, 0, lambda _: None)
+    seen, step = [], Training.step
+
+    def noted(training: Training) -> Any:
+        seen.append((trainings.index(training), training.number))
+        return step(training)
+
+    monkeypatch.setattr(Training, "step", noted)
+    train.take_turns(trainings, 3, 0)
     assert seen == [(0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2)]
     for ours, theirs in zip(*(training.batches for training in trainings), strict=True):
         assert all(map(torch.equal, ours, theirs))
-    assert len(train.take_turns(trainings, None, 0.0, lambda _: None)[0]) == 1, "however little time there is"
+    assert len(train.take_turns(trainings, None, 0.0)[0]) == 1, "however little time there is"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_the_order_rotates_on_equal_batches(config_file: Path, monkeypatch: pyte
         (["router.capacty=3"], "capacity"),
         (["--policies", "none,sometimes"], "sometimes"),
         (["--policies", "selective:sin"], "sin"),
-        (["--sizes", "360m"], "one of --config or --sizes"),
+        (["--sizes", "360m"], "not allowed with argument --config"),
         (["--threads", "1", "vanilla"], "unrecognized arguments: vanilla"),
     ],
 )

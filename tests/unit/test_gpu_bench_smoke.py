@@ -56,7 +56,7 @@ def test_speed_beside_vanilla_on_both_sides(tmp_path: Path) -> None:
 
 def test_published_models_load_with_every_case() -> None:
     for size in SIZES:
-        for case in cases_of_size(size, ["parallel.backend=fsdp2"], list(PUBLISHED)):
+        for case in cases_of_size(size, ["parallel.backend=fsdp2"], PUBLISHED):
             config = case.config(4)
             assert config.data.seq_len == 2048
             assert (config.recursion.num_recursions == 1) == (case.name == "vanilla")
@@ -71,12 +71,12 @@ def test_unknown_names_are_refused(names: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_memory_that_runs_out_halves_the_micro_batch() -> None:
-    def run(micro_batch: int) -> dict[str, Any]:
+    def run(micro_batch: int) -> list[dict[str, Any]]:
         if micro_batch > 4:
             raise torch.OutOfMemoryError("full")
-        return {"micro_batch": micro_batch}
+        return [{"micro_batch": micro_batch}]
 
-    assert within_memory(run, 16, torch.device("cpu")) == {"micro_batch": 4, "out_of_memory_at": [16, 8]}
+    assert within_memory(run, 16, torch.device("cpu")) == [{"micro_batch": 4, "out_of_memory_at": [16, 8]}]
     with pytest.raises(torch.OutOfMemoryError):
         within_memory(lambda _: run(5), 3, torch.device("cpu"))
 
@@ -116,12 +116,13 @@ def test_profile(tmp_path: Path) -> None:
 
 def test_serving_beside_vanilla(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    arguments = ["serve", "--device", "cpu", "--size", "135m", "--residents", "2,4", "--turns", "2", "--json", str(out)]
-    bench.main([*arguments, "--prompt-tokens", "3", "--new-tokens", "4-9", *TINY])
+    models = ["--config", "configs/bench/serve_360m.yaml", "--vanilla", "configs/bench/serve_360m_vanilla.yaml"]
+    arguments = ["--residents", "2,4", "--turns", "2", "--prompt-tokens", "3", "--new-tokens", "4-9"]
+    policies = ["--kv-policies", "recursion_wise,share_first", "--device", "cpu", "--json", str(out)]
+    bench.main(["serve", *models, *arguments, *policies, *TINY])
     settings = json.loads(out.read_text())["settings"]
-    assert [
-        (setting["config"]["recursion"]["kv_policy"], setting["workload"]["residents"]) for setting in settings
-    ] == [(policy, count) for policy in ("recursion_wise", "share_first") for count in (2, 4)]
+    found = [(setting["config"]["recursion"]["kv_policy"], setting["workload"]["residents"]) for setting in settings]
+    assert found == [(policy, count) for policy in ("recursion_wise", "share_first") for count in (2, 4)]
     for setting in settings:
         cases = {case["case"]: case for case in setting["cases"]}
         assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
