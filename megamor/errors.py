@@ -1,6 +1,7 @@
-"""Errors that are the user's to mend. Each says what is wrong, the value found, and the fix.
+"""Errors the user can fix. Each message says what is wrong, the value found, and the fix.
 
-Entry points print such an error as one line and exit with status 2; anything else is a bug and keeps its traceback.
+Commands print such an error without a traceback and exit with status 2. Any other exception is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class MegamorError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class ConfigError(MegamorError):
-    """A configuration that can't be run: unknown key, wrong type, or fields that contradict each other."""
+    """A configuration that can't be run: an unknown key, a wrong type, or settings that contradict each other."""
 
 
 class DataError(MegamorError):
@@ -31,29 +32,24 @@ class CheckpointError(MegamorError):
 
 
 class TrainingError(MegamorError):
-    """A run that can't go on, such as a non-finite gradient."""
+    """A run that can't continue, for example after a non-finite gradient."""
 
 
 def print_error(error: MegamorError, rank: int | None = None) -> None:
-    """Print `error` as one message on stderr, with the number of the rank that it concerns."""
+    """Print `error` on stderr, naming the rank that it concerns if one is given."""
     origin = "" if rank is None else f"rank {rank}: "
     print(f"{origin}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def report_and_exit(error: MegamorError) -> NoReturn:
-    """Print `error` and leave with status 2."""
-    print_error(error)
-    raise SystemExit(2)
-
-
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorate an entry point so that a `MegamorError` ends it with one message instead of a traceback."""
+    """Decorate a command's `main` so that a `MegamorError` ends it with a message instead of a traceback."""
 
     @wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
         except MegamorError as error:
-            report_and_exit(error)
+            print_error(error)
+            raise SystemExit(2) from None
 
     return wrapped

@@ -1,8 +1,11 @@
-"""Durable writes: a file is either complete and on disk under its name, or not there."""
+"""Durable writes and file hashes: a file is either complete under its name, or not there at all."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -35,3 +38,30 @@ def replace_file(path: Path, content: str | bytes, draft: Path | None = None) ->
     write_durably(draft, content)
     draft.replace(path)
     sync_directory(path.parent)
+
+
+@contextmanager
+def draft_for(path: Path) -> Iterator[Path]:
+    """Yield `<path>.partial` to write to; it becomes `path` when the block ends, and is removed after an error.
+
+    For files that are too large for `replace_file`, or that a library writes. Creates the directory if needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".partial")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_directory(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's contents in hexadecimal. Raises OSError if it can't be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""A model out of a directory that carries everything needed: config, weights, tokenizer.
+"""Load a trained model from a directory that holds its config, weights and tokenizer.
 
-That is a checkpoint of training, by whichever backend, or what `megamor export-hf` has written.
+The directory is a checkpoint written by training with any backend, or an export written by `megamor export-hf`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from tokenizers import Tokenizer
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.config import Config, config_from_dict
+from megamor.config import Config, config_from_yaml
 from megamor.interop import is_export, read_export
 from megamor.model import Transformer, build_model
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its config and origin. `step` is None where that isn't known (an export)."""
+    """A model in evaluation mode with its config and the directory it came from; `step` is None for an export."""
 
     model: Transformer
     config: Config
@@ -31,12 +30,12 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The run's name; of an export, its directory's."""
+        """The run's name, or that of an export's directory."""
         return self.directory.name if self.step is None else self.config.run.name
 
     @property
     def origin(self) -> str:
-        """Directory and step, for a person to read."""
+        """Directory and step, for a message."""
         return str(self.directory) if self.step is None else f"{self.directory} (step {self.step})"
 
     @property
@@ -44,21 +43,24 @@ class LoadedModel:
         """`tokenizer.json` of the tokenizer that the model was trained with.
 
         Raises:
-            CheckpointError: it was saved without one.
+            CheckpointError: the model was saved without a tokenizer.
         """
         return stored_file(self.directory, TOKENIZER_FILE)
 
     def tokenizer(self) -> Tokenizer:
-        """That tokenizer; raises as `tokenizer_path`."""
+        """Load the tokenizer; raises what `tokenizer_path` raises."""
         return Tokenizer.from_file(str(self.tokenizer_path))
 
 
 def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load the model of a checkpoint, of a run's `latest` or of an export onto `device` (default: the GPU if there is
-    one).
+    """Load a model from a checkpoint, a run's directory, its `latest` or an export.
+
+    Args:
+        device: where to put the weights (default: the GPU if there is one).
+        dtype: data type of the weights, see `cast`.
 
     Raises:
-        CheckpointError: nothing there is whole, or its weights are not of the model its config describes.
+        CheckpointError: there is no intact checkpoint, or its weights don't fit the model that its config describes.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if is_export(Path(path)):
@@ -67,7 +69,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     else:
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
-        config, weights = config_from_dict(yaml.safe_load(checkpoint.config_yaml)), checkpoint.weights()
+        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+    # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
     check_same_model(directory, stored, expected)
@@ -77,7 +80,10 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """`model` with weights of type `dtype`; its router's stay in fp32 at least, since near ties would flip."""
+    """Convert the weights to `dtype` in place and return the model.
+
+    The router's weights stay in fp32 or wider: rounding them would change decisions between nearly equal scores.
+    """
     model.to(dtype)
     if model.stage is not None and dtype.itemsize < torch.float32.itemsize:
         model.stage.router.float()

@@ -1,12 +1,12 @@
-"""What the processes of a run tell each other: small Python objects over gloo, and failures of any one of them."""
+"""How the ranks of a run agree: small numbers and Python objects over gloo, and failures of any one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,8 @@ from megamor.errors import CheckpointError, MegamorError, print_error
 T = TypeVar("T")
 
 REPORT_SECONDS = 10.0
-"""How long a rank that failed waits to hear whether the others failed too."""
+"""Other ranks wait this long before exiting: the launcher kills all ranks when one exits, so the rank that prints must
+exit first."""
 
 # What a failing disk or a refused request looks like; any other exception is a bug and keeps its traceback.
 _EXPECTED = (OSError, RuntimeError, MegamorError, CheckpointException)
@@ -25,7 +26,7 @@ _EXPECTED = (OSError, RuntimeError, MegamorError, CheckpointException)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that write one checkpoint together, seen from one of them."""
+    """This process among all that write one checkpoint."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +36,7 @@ class Ranks:
     def current(cls) -> Ranks:
         """All processes of the run, or this one alone without `torch.distributed`. Collective.
 
-        A gloo group of its own keeps this talk apart from the gradients' collectives, and off the GPUs.
+        A gloo group of its own: saving in the background must not interleave with the gradients' collectives.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
@@ -50,11 +51,11 @@ class Ranks:
         return values
 
     def run_on_all(self, what: str, action: Callable[[], Any] | None) -> list[Any]:
-        """Run `action` here (None: nothing) and return every rank's result; if it failed anywhere, fail everywhere.
+        """Run `action` here (None: nothing) and return every rank's result; if it fails on one rank, fail on all.
 
         Raises:
-            CheckpointError: on every rank, naming `what`, the ranks that failed and why. A rank that failed by a bug
-                raises its own exception instead.
+            CheckpointError: on every rank; names `what`, the ranks that failed and why. A rank with a bug raises its
+                own exception instead.
         """
         result, failure = None, None
         try:
@@ -71,7 +72,7 @@ class Ranks:
 
 
 def describe(error: BaseException) -> str:
-    """One line on `error`; of a collective failure in torch.distributed.checkpoint, the first rank's cause."""
+    """`error` in one line. For a collective failure in torch.distributed.checkpoint, the first rank's cause."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"{describe(cause)} (in rank {rank}'s part)"
@@ -81,26 +82,41 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, MegamorError) else f"{type(error).__name__}: {text}"
 
 
-def run_on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
-    """Result of `action` on this rank; if it fails on any rank, every rank raises. Collective.
+def sum_over_ranks(values: Sequence[int]) -> list[int]:
+    """Sum each of `values` over all ranks. Collective.
 
-    While all is well this costs one reduction of a number. Only errors that a user can cause are shared; a bug raises
-    where it is.
+    The sums travel between hosts, over gloo: a rank waits for the other ranks, but never for its GPU.
+    """
+    sums = torch.tensor(values, dtype=torch.int64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return [int(value) for value in sums.tolist()]
+
+
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return this rank's result; if it fails on any rank, every rank raises. Collective.
+
+    Without a failure this costs one reduction of a number. Only errors that a user can cause are shared between the
+    ranks; a bug raises on the rank that has it.
 
     Raises:
         MegamorError: of the kind of the first failure, with the message of every rank that failed.
     """
-    if not dist.is_initialized():
-        return action()
     failure: MegamorError | None = None
     try:
         result = action()
     except MegamorError as error:
         failure = error
-    failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(failed)
-    if not failed.item():
-        return result
+    if any(sum_over_ranks([failure is not None])):
+        raise_on_all_ranks(failure)
+    return result
+
+
+def raise_on_all_ranks(failure: MegamorError | None) -> NoReturn:
+    """Raise one error for the failures of all ranks, at least one of which has one; None is no failure. Collective."""
+    if not dist.is_initialized():
+        assert failure is not None
+        raise failure
     found: list[tuple[type[MegamorError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (type(failure), str(failure)) if failure else None)
     raise _joined(found) from failure
@@ -110,17 +126,17 @@ def from_first_rank(action: Callable[[], T]) -> T:
     """Result of `action` on rank 0, on every rank; plain data. Collective."""
     if not dist.is_initialized():
         return action()
-    result: list = [action() if dist.get_rank() == 0 else None]
+    result: list[Any] = [action() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(result, src=0)
-    return result[0]
+    return cast(T, result[0])
 
 
 @contextmanager
 def report_errors_once() -> Iterator[None]:
-    """Inside, an error that every rank raises alike is printed by one of them; others carry the number of their rank.
+    """Print an error that all ranks raise once; errors that differ are printed by each rank with its number.
 
-    Entering is collective. The ranks compare their errors in a group of its own, so that one that fails while the
-    others are in the middle of a step waits for a few seconds only.
+    Entering is collective. The ranks compare their errors in a group of its own with a short timeout: a rank that fails
+    alone, while the others are in the middle of a step, prints after a few seconds.
 
     Raises:
         SystemExit: status 2, for every MegamorError.
@@ -135,12 +151,13 @@ def report_errors_once() -> Iterator[None]:
             print_error(error, rank=rank)
         elif said.index(str(error)) == rank:
             print_error(error, rank=rank if len(set(said)) > 1 else None)
-        _exchange("", group, size)  # a launcher ends everybody with the first that leaves
+        # The launcher kills all ranks when one exits, so nobody exits before the ranks that print have printed.
+        _exchange("", group, size)
         raise SystemExit(2) from error
 
 
 def _joined(found: list[tuple[type[MegamorError], str] | None]) -> MegamorError:
-    """One error for what the ranks found, by rank."""
+    """One error for all: the plain message if every rank has the same, else each message with its rank."""
     failures = {rank: failure for rank, failure in enumerate(found) if failure is not None}
     kind, message = next(iter(failures.values()))
     if len(failures) == len(found) and len(set(failures.values())) == 1:
@@ -149,7 +166,7 @@ def _joined(found: list[tuple[type[MegamorError], str] | None]) -> MegamorError:
 
 
 def _exchange(message: str, group: dist.ProcessGroup | None, world_size: int) -> list[str] | None:
-    """Every rank's message, or None if one of them doesn't come."""
+    """Every rank's message; None if a rank doesn't answer within the group's timeout."""
     if group is None:
         return [message]
     messages = [""] * world_size

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.errors import ConfigError
-from megamor.interop.huggingface import import_transformers
 from megamor.model import ModelOutput
 from megamor.model.loss import IGNORE
 
@@ -24,7 +23,10 @@ class HuggingFaceLlama(nn.Module):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__()
-        transformers = import_transformers()
+        try:
+            import transformers
+        except ImportError:
+            raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
         torch.manual_seed(config.run.seed)
         shape: dict[str, Any] = {
             "vocab_size": config.model.vocab_size,
@@ -43,7 +45,8 @@ class HuggingFaceLlama(nn.Module):
             "use_cache": False,
             "attn_implementation": "sdpa",
         }
-        self.model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device)
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        self.model = model.to(device)
 
     def forward(self, inputs: Tensor, labels: Tensor, **_: object) -> ModelOutput:
         """inputs [B, S], labels [B, S] of the next tokens. Mode and step make no difference here."""

@@ -38,8 +38,8 @@ PUBLISHED = (
     *("mor2_expert_share", "mor4_expert_share", "mor2_token", "mor4_token", "rec2", "rec4"),
 )
 """Cases of a published size, most important first: file in configs/model, router, `share` for share-first."""
-SIZES = {"360m": ("360m", 16), "135m": ("135m", 32), "1.7b": ("1b", 8)}
-"""Prefix of the files in configs/model, and the sequences of a micro-batch to begin with; most important first."""
+SIZES = {"360m": 16, "135m": 32, "1.7b": 8}
+"""Sequences of a micro-batch to begin with, by prefix of the files in configs/model; most important first."""
 
 POLICIES = ("none", "selective:sdpa+mm", "selective:sdpa", "recursion", "block")
 """Activation checkpointing policies; after the colon, the operations whose results `selective` keeps."""
@@ -114,7 +114,7 @@ def published(size: str, name: str, overrides: Sequence[str]) -> Case:
     # The files describe a shape alone; what else a run must say has no effect here.
     own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
     suffix = "" if shape == REFERENCE else f"_{shape}"
-    return Case(name, f"{size} {name}", MODELS / f"{SIZES[size][0]}{suffix}.yaml", tuple(own))
+    return Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own))
 
 
 def micro_batch_of(size: str) -> int:
@@ -124,7 +124,7 @@ def micro_batch_of(size: str) -> int:
         ConfigError: an unknown size.
     """
     check_names([size], SIZES, "size")
-    return SIZES[size][1]
+    return SIZES[size]
 
 
 def with_policy(case: Case, policy: str) -> Case:

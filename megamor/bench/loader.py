@@ -102,7 +102,7 @@ def measure_shape(prefix: str, shape: BatchShape, seconds: float) -> Iterator[di
 
     def arithmetic(step: int) -> None:
         _, positions = order.locate(np.arange(step * batch, (step + 1) * batch))
-        source.pieces(positions, np.arange(batch) * shape.seq_len, shape.seq_len, data.seed)
+        source.spans(positions, np.arange(batch) * shape.seq_len, shape.seq_len, data.seed)
 
     tokens = source.shard.tokens
     windows = as_strided(

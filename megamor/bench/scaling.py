@@ -8,8 +8,8 @@ from typing import Any
 
 from megamor.bench.report import Column, Table, number, text
 from megamor.config import load_config
+from megamor.metrics.gpus import GPUS
 from megamor.plan.estimate import Cluster, estimate, variants
-from megamor.plan.gpus import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NODES = (1, 2, 4, 8, 16, 32, 64)

@@ -27,10 +27,10 @@ from megamor.errors import ConfigError
 from megamor.load import cast, load_model
 from megamor.model import Transformer, build_model
 from megamor.serve.engine.costs import Costs, LineFit
-from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.request import SamplingParams
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES, EngineOptions
 
 SCHEMA = "megamor-bench-serve-offline/2"
 OLD_SCHEMA = "megamor-bench-serve-offline/1"
@@ -70,7 +70,8 @@ class Workload:
         rng = random.Random(0)
         while True:
             prompt, seed = rng.choices(range(vocab_size), k=self.prompt_tokens), rng.getrandbits(32)
-            yield prompt, SamplingParams(max_tokens=rng.randint(*self.new_tokens), ignore_eos=True, seed=seed)
+            settings = {"max_tokens": rng.randint(*self.new_tokens), "ignore_eos": True, "seed": seed}
+            yield prompt, SamplingParams.model_validate(settings)
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
@@ -212,14 +213,14 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
     launches, num_recursions = max(1, stats.launches.get("core", 0)), engine.layers.num_recursions
 
     def predicted(other: Contestant) -> float:
-        policy, depth = other.engine.limits.policy, other.engine.accounting.mean_depth
+        policy, depth = other.engine.options.policy, other.engine.accounting.mean_depth
         return costs.token_seconds(policy, other.residents, num_recursions, depth, work.hold)
 
     # The launches of vanilla were not timed, so nothing is predicted for it.
     seconds = None if name == VANILLA else predicted(case)
     report: dict[str, Any] = {
         "case": name,
-        "policy": engine.limits.policy,
+        "policy": engine.options.policy,
         "residents": case.residents,
         "tokens_per_second": 1 / median(case.seconds),
         "mean_depth": engine.accounting.mean_depth,

@@ -1,4 +1,4 @@
-"""A save that goes on in a thread while training does."""
+"""Saving in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class BackgroundSave:
-    """At most one save at a time. What it raises, it raises in the thread that waits for it."""
+    """Runs at most one save at a time. An error in the thread is raised in the thread that calls `wait`."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -16,20 +16,20 @@ class BackgroundSave:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a save was started and `wait` not called since."""
+        """Whether a save was started and `wait` hasn't been called since."""
         return self._pending is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether the pending save has ended here, well or badly."""
+        """Whether the pending save has ended on this rank, successfully or not."""
         return self._pending is not None and self._pending.done()
 
     def start(self, save: Callable[[], Path]) -> None:
-        """Run `save` in the thread; `wait` must have been called for the one before."""
+        """Run `save` in the thread. The save before must have been waited for."""
         assert self._pending is None, "a save is in flight"
         self._pending = self._thread.submit(save)
 
     def wait(self) -> Path | None:
-        """The published checkpoint when the pending save has ended; None if there is none. Raises what it raised."""
+        """Wait for the pending save; returns its checkpoint, or None if there was none. Raises what it raised."""
         pending, self._pending = self._pending, None
         return pending.result() if pending else None

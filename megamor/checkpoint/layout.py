@@ -1,18 +1,19 @@
-"""Names and places of checkpoints: the one module that knows them.
+"""Names of the files and directories of checkpoints. No other module spells them out.
 
 checkpoints/
   latest -> step_00000200          relative symlink, moved atomically
-  best -> step_00000100            the one with the lowest validation loss; only with `checkpoint.keep_best`
+  best -> step_00000100            the checkpoint with the lowest validation loss; only with `checkpoint.keep_best`
   validation.json                  validation loss by step, for `best`
   step_00000100/
   step_00000200/
-    state/                         torch.distributed.checkpoint: `model.*` and the optimizer
-    rng/rank_00000.pt              random states, one file a rank
+    state/                         weights, moments and step counts: see `state`
+    rng/rank_00000.pt              random states, one file for each rank
     config.yaml  tokenizer.json  trainer.json
-    manifest.json                  every other file with its size and SHA-256; without it nothing is a checkpoint
-  .writing_step_00000300/          not yet published; removed at the next start
-  .replaced_step_00000200/         stepping aside for a new one of the same step; put back at the next start if needed
-  .deleting_step_00000100/         expired; removed at the next start
+    manifest.json                  every other file with its size and SHA-256; a directory without it is no checkpoint
+  .writing_step_00000300/          not published; deleted at the next start
+  .replaced_step_00000200/         renamed to make way for a new checkpoint of the same step; deleted at the next start,
+                                   or renamed back if there is no new one
+  .deleting_step_00000100/         expired; deleted at the next start
 """
 
 from __future__ import annotations
@@ -46,23 +47,23 @@ def step_name(step: int) -> str:
 
 
 def parse_step(name: str) -> int | None:
-    """Step of a published checkpoint's directory name, or None for any other name."""
+    """Step in the directory name of a published checkpoint, or None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 def draft_of(path: Path) -> Path:
-    """Where a link or a file in the directory of checkpoints is made before it replaces the one at `path`."""
+    """Where a new link or file is prepared before it replaces the one at `path`."""
     return path.with_name(f".{path.name}{DRAFT_SUFFIX}")
 
 
 def rng_path(checkpoint: Path, rank: int) -> Path:
-    """Where `rank` keeps its random states."""
+    """File with the random states of `rank`."""
     return checkpoint / RNG_DIR / f"rank_{rank:05d}.pt"
 
 
 def published_steps(root: Path) -> list[int]:
-    """Steps of the published checkpoints in `root`, ascending; complete or damaged is not looked at."""
+    """Steps of the published checkpoints in `root`, ascending, damaged ones included."""
     if not root.is_dir():
         return []
     steps = (parse_step(entry.name) for entry in root.iterdir() if entry.is_dir() and not entry.is_symlink())
@@ -78,6 +79,6 @@ def latest_step(root: Path) -> int | None:
 def by_preference(steps: Collection[int], latest: int | None) -> list[int]:
     """Published `steps`, best first: the one that `latest` names, then older ones, newest first.
 
-    Steps above `latest` come last: `latest` may have been moved back on purpose, to leave them behind.
+    Steps above `latest` come last: a user may have moved `latest` back on purpose, to discard them.
     """
     return sorted(steps, key=lambda step: (latest is not None and step > latest, -step))

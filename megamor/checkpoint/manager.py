@@ -1,8 +1,13 @@
-"""Saving, finding and expiring the checkpoints of one run.
+"""Saving, finding and deleting the checkpoints of one run.
 
-A checkpoint comes into being in this order, and a kill at any moment leaves at least one whole checkpoint: write all
-files to a temporary directory; flush them; record every file's size and checksum in the manifest; rename the directory;
-move `latest`; read it back whole; only then delete expired ones.
+A checkpoint is saved in this order, so that a kill at any moment leaves at least one whole checkpoint:
+
+1. write all files to a temporary directory and flush them,
+2. record every file's size and checksum in the manifest,
+3. rename the directory to its final name,
+4. move `latest`,
+5. read the new checkpoint back and compare it with the manifest,
+6. only then delete old ones.
 """
 
 from __future__ import annotations
@@ -30,26 +35,25 @@ T = TypeVar("T")
 Writer = Callable[[Path], None]
 VISIBILITY_TIMEOUT_SECONDS = 60.0
 SETTLING_SECONDS = 10.0
-"""How long files that are missing may still turn up before a checkpoint counts as damaged."""
+"""Files that are missing may appear for this long before a checkpoint counts as damaged."""
 
 
 class CheckpointManager:
-    """Checkpoints of one run in one directory, shared by all ranks. Methods are collective where nothing else is said.
+    """Checkpoints of one run in one directory, which all ranks see. Methods are collective unless they say otherwise.
 
-    The ranks talk through a group of their own, so that `save` may run in another thread while training goes on; one
-    method at a time.
+    The ranks communicate through a process group of their own, so `save` can run in a thread while training continues.
+    Only one method may run at a time.
 
     Args:
-        directory: on a file system that every rank sees; created if missing. Leftovers of an interrupted save go.
+        directory: created if missing. What an interrupted save left in it is cleared away.
         keep_last, keep_every, keep_best: see `Retention`.
-        ranks: who saves together; all processes of the run by default.
-        on_stage: told the name of each stage of a save as it is reached: `"started"`, `"written"`, `"manifest"`,
-            `"renamed"`, `"latest"`, `"verified"`, `"expiring"` (each), `"done"`; those between `"written"` and
-            `"done"` but `"verified"` on rank 0 alone. Must not raise.
+        ranks: the ranks that save together; all processes of the run by default.
+        on_stage: called with the name of each stage of a save: `"started"`, `"written"`, `"manifest"`, `"renamed"`,
+            `"latest"`, `"verified"`, `"expiring"` (for each deletion), `"done"`; on rank 0 alone for `"manifest"`,
+            `"renamed"`, `"latest"` and `"expiring"`. It must not raise.
 
     Raises:
-        ConfigError: `keep_last` below 1.
-        CheckpointError: the directory can't be written.
+        CheckpointError: the directory can't be written to.
     """
 
     def __init__(
@@ -60,31 +64,32 @@ class CheckpointManager:
         keep_every: int | None = None,
         keep_best: int = 0,
         ranks: Ranks | None = None,
-        on_stage: Callable[[str], None] | None = None,
+        on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.directory = directory
         self.keep = Retention(keep_last, keep_every, keep_best)
         self.ranks = ranks or Ranks.current()
         self.last_saved_step: int | None = None
-        self.on_stage = on_stage or _ignore
+        self.on_stage = on_stage
         self._damaged: set[int] = set()
+        # `best` is moved by saves, possibly in a thread, and by `record_loss`.
         self._best_lock = threading.Lock()
         self._on_first_rank(f"preparing {directory}", self._prepare)
 
     def save(self, step: int, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> Path:
-        """Save and publish the checkpoint of `step`; on failure nothing of it stays and `latest` is untouched.
+        """Save and publish the checkpoint of `step`. After a failure nothing of it is left and `latest` is unchanged.
 
         Args:
-            step: optimizer steps done. One of the same step is replaced.
-            writers: called one after the other on every rank with the directory to write to; the ranks agree after
-                each that it succeeded everywhere, so a writer may use collectives.
-            files: what the first rank adds: name → text, bytes, or a file to copy.
+            step: optimizer steps done. An existing checkpoint of the same step is replaced.
+            writers: called one after the other on every rank with the directory to write to. After each, the ranks
+                agree that it succeeded everywhere, so a writer may use collectives.
+            files: written by rank 0: name → text, bytes, or a file to copy.
 
         Returns:
             The published directory.
 
         Raises:
-            CheckpointError: on every rank, when any rank failed (full disk, unwritable directory).
+            CheckpointError: on every rank, if any rank failed (full disk, directory that can't be written to).
         """
         draft = self.directory / (layout.WRITING_PREFIX + layout.step_name(step))
         try:
@@ -92,7 +97,7 @@ class CheckpointManager:
             self.on_stage("written")
             final = self._commit(draft, step)
         except Exception:
-            # Every rank is here and none writes any more: a failure was agreed on by all of them.
+            # All ranks agreed on the failure before it was raised, so none of them is still writing to `draft`.
             self._on_first_rank("clearing away a failed save", self._clear)
             raise
         self.last_saved_step = step
@@ -101,11 +106,10 @@ class CheckpointManager:
         return final
 
     def latest_valid(self, at_most: int | None = None) -> Path | None:
-        """The checkpoint to go on from: that of `latest`, or the newest before it that is whole. None if there is none.
+        """The checkpoint to resume from: the one that `latest` names or, if it is damaged, the newest whole one before.
 
-        With `at_most`, only those of that step and earlier ones count.
-
-        Every file is read and compared with the manifest; damage is reported through logging (stderr by default).
+        Every file is read and compared with the manifest; damage is logged. None if there are no checkpoints (of step
+        `at_most` or below).
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
@@ -123,6 +127,7 @@ class CheckpointManager:
             if self.ranks.rank == 0:
                 log.error("%s is damaged and not used: %s", checkpoint, summary(damage))
         if candidates:
+            # Starting over would look like success, and its saves would replace what may still be recoverable.
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints in {self.directory} is whole; restore one from a copy, "
                 "or move the directory away to start from the beginning"
@@ -130,7 +135,7 @@ class CheckpointManager:
         return None
 
     def record_loss(self, step: int, loss: float) -> None:
-        """Remember the validation loss of `step`, saved or not, for `keep_best`. For rank 0 alone, from any thread.
+        """Store the validation loss of `step`, saved or not, for `keep_best`. For rank 0 alone, from any thread.
 
         Raises:
             CheckpointError: it can't be written.
@@ -141,7 +146,7 @@ class CheckpointManager:
                     write_losses(self.directory, {**read_losses(self.directory), step: loss})
                 self._point_best()
             except OSError as error:
-                raise CheckpointError(f"can't keep the validation loss of step {step}: {describe(error)}") from error
+                raise CheckpointError(f"can't store the validation loss of step {step}: {describe(error)}") from error
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -150,7 +155,7 @@ class CheckpointManager:
     def _clear(self) -> None:
         try:
             commit.sweep(self.directory)
-        except OSError as error:  # must not hide the failure that led here
+        except OSError as error:  # raising would hide the failure of the save
             log.error("can't clear away a failed save: %s", describe(error))
 
     def _write(self, draft: Path, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> None:
@@ -163,14 +168,17 @@ class CheckpointManager:
 
     def _commit(self, draft: Path, step: int) -> Path:
         final = self.directory / layout.step_name(step)
-        manifest = create_manifest(draft, self.ranks)
+        manifest = create_manifest(draft, self.ranks)  # flushes the files
 
         def publish() -> None:
+            # Killed before the rename: `draft` is deleted at the next start, which resumes from the old `latest`.
             write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())
             sync_tree(draft)
             self.on_stage("manifest")
             commit.publish(draft, final)
             self.on_stage("renamed")
+            # Killed here: the new checkpoint is whole, but `latest` names the one before, and resuming from either is
+            # right. Were `latest` moved first, it could name a checkpoint that never came to be.
             commit.point(self.directory / layout.LATEST, final.name)
             self.on_stage("latest")
 
@@ -178,15 +186,16 @@ class CheckpointManager:
         return final
 
     def _expire(self, newest: int) -> None:
-        """Delete what needn't be kept, once the checkpoint that takes its place has been read back whole."""
+        """Delete old checkpoints, after the new one has been read back whole."""
         expired = self._on_first_rank("looking for old checkpoints", lambda: self._expired(newest))
         if not expired:
             return
+        # The old ones are the only other copies: a new one that a faulty disk has changed must not replace them.
         damage = self._find_damage(self.directory / layout.step_name(newest))
         if damage:
             raise CheckpointError(f"the checkpoint of step {newest} can't be read back: {summary(damage)}")
         self.on_stage("verified")
-        self._on_first_rank("expiring old checkpoints", lambda: self._delete(expired))
+        self._on_first_rank("deleting old checkpoints", lambda: self._delete(expired))
 
     def _candidates(self) -> list[int]:
         """Steps with a checkpoint that any rank sees, or that `latest` names, best first."""
@@ -195,21 +204,23 @@ class CheckpointManager:
             "reading the directory", lambda: (layout.latest_step(root), layout.published_steps(root))
         )
         latest = next((named for named, _ in views if named is not None), None)
+        # A step that `latest` names and whose directory is gone counts as damaged: it must not be ignored silently.
         steps = {step for _, published in views for step in published} | ({latest} if latest is not None else set())
         return layout.by_preference(steps, latest)
 
     def _find_damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with `checkpoint`. What no rank sees is waited for a little: it may be on its way."""
+        """What is wrong with `checkpoint`. With several ranks, missing files get a few seconds to become visible."""
         deadline = time.monotonic() + (SETTLING_SECONDS if self.ranks.world_size > 1 else 0.0)
         while find_damage(checkpoint, self.ranks, hashes=False):
+            # Clocks differ, so rank 0 decides when all stop waiting.
             if self._on_first_rank("waiting for files", lambda: time.monotonic() > deadline):
                 break
             time.sleep(0.1)
         return find_damage(checkpoint, self.ranks)
 
     def _expired(self, newest: int) -> list[int]:
-        """Steps above `newest` belong to a line of training that was left behind; they stay until they are replaced."""
         self._point_best()
+        # Steps above `newest` are from before `latest` was moved back. They stay until the run replaces them.
         steps = [step for step in layout.published_steps(self.directory) if step <= newest]
         losses = read_losses(self.directory) if self.keep.best else {}
         return self.keep.expired(steps, self._damaged - {newest}, losses)
@@ -219,11 +230,11 @@ class CheckpointManager:
             self.on_stage("expiring")
             try:
                 commit.delete(self.directory / layout.step_name(step))
-            except OSError as error:
+            except OSError as error:  # costs disk space, but the save has succeeded
                 log.error("can't delete the expired checkpoint of step %d: %s", step, describe(error))
 
     def _point_best(self) -> None:
-        """Move `best` to the published checkpoint with the lowest loss."""
+        """Let `best` point to the published checkpoint with the lowest loss."""
         if not self.keep.best:
             return
         with self._best_lock:
@@ -238,19 +249,18 @@ class CheckpointManager:
 
 
 def _call(writer: Writer, draft: Path) -> None:
-    writer(draft)  # whatever it returns is not for the other ranks
-
-
-def _ignore(stage: str) -> None:
-    """Nobody wants to know how far a save is."""
+    writer(draft)  # the result isn't returned: `run_on_all` would send it to the other ranks
 
 
 def _wait_until(visible: Callable[[Path], bool], directory: Path) -> None:
-    """Wait for a directory that another node made: network file systems cache what is not there."""
+    """Wait for a directory that another node made: network file systems cache that a name doesn't exist."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT_SECONDS
     while not visible(directory):
         if time.monotonic() > deadline:
-            raise CheckpointError(f"{directory} is not visible here; checkpoints need a directory that all nodes share")
+            raise CheckpointError(
+                f"{directory} is not visible on this node after {VISIBILITY_TIMEOUT_SECONDS:.0f} s; set run.dir to a "
+                "directory that all nodes share"
+            )
         time.sleep(0.05)
 
 

@@ -1,12 +1,15 @@
-"""The manifest: every file of a checkpoint with its size and SHA-256, and the check against it.
+"""The manifest: the size and SHA-256 of every file of a checkpoint, and the check against it.
 
-Format of `manifest.json`: `{"format": 1, "files": {"state/__0_0.distcp": {"size": 1234, "sha256": "…"}}}`,
-paths relative to the checkpoint with forward slashes. The manifest itself is not listed.
+Format of `manifest.json`: `{"format": 1, "files": {"state/__0_0.distcp": {"size": 1234, "sha256": "…"}}}`. Paths are
+relative to the checkpoint, with forward slashes. The manifest itself is not listed.
+
+On a network file system a rank may see a file that another has just written short, or not at all. So ranks first
+exchange what each of them sees; a file has the largest size that any rank sees, and only ranks that see this size read
+it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,15 +19,15 @@ from typing import Any
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
+from megamor.files import sha256_of_file
 from megamor.ranks import Ranks
 
 FORMAT = 1
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and SHA-256 in hexadecimal."""
+    """Size of a file in bytes and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -46,7 +49,7 @@ class Manifest:
         """Read `manifest.json` of `checkpoint`.
 
         Raises:
-            CheckpointError: there is none, it can't be parsed, or it is of a newer format.
+            CheckpointError: it is missing, damaged, or in a format that this version doesn't know.
         """
         path = checkpoint / MANIFEST_FILE
         try:
@@ -63,24 +66,20 @@ class Manifest:
 
 
 def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
-    """Flush every file below `directory` to disk and record it. Collective; the ranks share the reading.
-
-    On a network file system a rank may not see another's newest file yet, or see it short, so the list is the union
-    of what all ranks see, and a file is read only by ranks that see its full size.
-    """
+    """Flush every file below `directory` to disk and record it. Collective; each rank reads some of the files."""
     seen = ranks.run_on_all(f"listing {directory}", lambda: list_sizes(directory))
     sizes = {name: max(view.get(name, -1) for view in seen) for view in seen for name in view}
     readers = {name: [r for r, view in enumerate(seen) if view.get(name) == size] for name, size in sizes.items()}
-    mine = share_files(sizes, readers)[ranks.rank] if sizes else []
-    parts = ranks.run_on_all(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
-    return Manifest({name: record for part in parts for name, record in part.items()})
+    mine = assign_files(sizes, readers)[ranks.rank] if sizes else []
+    # The files are read back because torch wrote most of them, which doesn't compute checksums.
+    records = ranks.run_on_all(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
+    return Manifest({name: record for part in records for name, record in part.items()})
 
 
 def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> list[str]:
-    """What is wrong with `checkpoint`, a line each; empty when it is whole. Collective over `ranks`, if given.
+    """What is wrong with `checkpoint`, one line for each fault; empty for a whole one. Collective over `ranks`.
 
-    A file counts as it is seen by the rank that sees it best, and is read by ranks that see its full size: on a network
-    file system some may not see it yet. Without `hashes` only presence and sizes are looked at, which takes no time.
+    Without `hashes` only presence and sizes are compared, which reads none of the files.
     """
     ranks = ranks or Ranks()
     views = ranks.gather(_view(checkpoint))
@@ -94,9 +93,9 @@ def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = 
             size = max(sizes.get(name, -1) for _, sizes in views)
             damage[name] = "is missing" if size < 0 else f"has {size} bytes instead of {record.size}"
     if hashes:
-        whole = {name: record.size for name, record in manifest.files.items() if readers[name]}
-        shares = share_files(whole, readers) + [[]] * ranks.world_size
-        changed = {name: fault for name in shares[ranks.rank] if (fault := _fault(checkpoint, name, manifest))}
+        sizes = {name: record.size for name, record in manifest.files.items() if readers[name]}
+        assigned = assign_files(sizes, readers) + [[]] * ranks.world_size  # ranks that can't read anything get nothing
+        changed = {name: fault for name in assigned[ranks.rank] if (fault := _fault(checkpoint, name, manifest))}
         for part in ranks.gather(changed):
             damage |= part
     return [f"{checkpoint / name} {fault}" for name, fault in sorted(damage.items())]
@@ -108,19 +107,19 @@ def is_visible(checkpoint: Path) -> bool:
     return isinstance(found, Manifest) and all(sizes.get(name) == record.size for name, record in found.files.items())
 
 
-def verify(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> None:
-    """Check `checkpoint` against its manifest. Collective over `ranks`, if given.
+def verify(checkpoint: Path, *, hashes: bool = True) -> None:
+    """Check `checkpoint` against its manifest, in one process.
 
     Raises:
         CheckpointError: naming the files that are missing, short or changed.
     """
-    damage = find_damage(checkpoint, ranks, hashes=hashes)
+    damage = find_damage(checkpoint, hashes=hashes)
     if damage:
         raise CheckpointError(f"{checkpoint} is damaged: {summary(damage)}")
 
 
 def summary(lines: Sequence[str], limit: int = 5) -> str:
-    """The first lines joined, and how many more there are."""
+    """The first `limit` lines in one, and the number of the others."""
     more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
     return "; ".join(lines[:limit]) + more
 
@@ -131,36 +130,29 @@ def list_sizes(directory: Path) -> dict[str, int]:
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
-def share_files(sizes: Mapping[str, int], readers: Mapping[str, Sequence[int]]) -> list[list[str]]:
-    """Deal files to ranks, largest first, each to the least loaded of its `readers`; the same answer on every rank."""
+def assign_files(sizes: Mapping[str, int], readers: Mapping[str, Sequence[int]]) -> list[list[str]]:
+    """The files that each rank is to read: the largest first, each by the one of its `readers` with the least to do.
+
+    The result is the same on every rank. Ranks after the last reader are left out.
+    """
     num_ranks = 1 + max((rank for ranks in readers.values() for rank in ranks), default=0)
     load = [0] * num_ranks
-    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[str]] = [[] for _ in range(num_ranks)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         rank = min(readers[name], key=lambda rank: load[rank])
         load[rank] += sizes[name]
-        shares[rank].append(name)
-    return shares
+        assigned[rank].append(name)
+    return assigned
 
 
 def _record(path: Path) -> FileRecord:
-    """Flush `path` to disk, then read it."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return FileRecord(path.stat().st_size, sha256(path))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        os.fsync(file.fileno())  # torch doesn't flush what it writes
+    return FileRecord(path.stat().st_size, sha256_of_file(path))
 
 
 def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
-    """What this process sees: the manifest, or what is wrong with it; the sizes of the files."""
+    """The manifest (or what is wrong with it) and the sizes of the files, as this process sees them."""
     try:
         return Manifest.read(checkpoint), list_sizes(checkpoint)
     except CheckpointError as error:
@@ -171,7 +163,7 @@ def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
 
 def _fault(checkpoint: Path, name: str, manifest: Manifest) -> str | None:
     try:
-        same = sha256(checkpoint / name) == manifest.files[name].sha256
+        same = sha256_of_file(checkpoint / name) == manifest.files[name].sha256
     except OSError as error:
         return f"can't be read ({error})"
     return None if same else "has changed since it was written (SHA-256 differs)"

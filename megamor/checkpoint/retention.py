@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and the validation losses that the choice depends on."""
+"""Which checkpoints of a run are kept, and the validation losses that the choice depends on."""
 
 from __future__ import annotations
 
@@ -8,25 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamor.checkpoint.layout import LOSSES_FILE, draft_of
-from megamor.errors import CheckpointError, ConfigError
+from megamor.errors import CheckpointError
 from megamor.files import replace_file
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Kept are the newest `last`, those of every `every`-th step, and the `best` with the lowest validation loss.
-
-    Raises:
-        ConfigError: `last` below 1.
-    """
+    """Keeps the newest `last` checkpoints, those of every `every`-th step, and the `best` by validation loss."""
 
     last: int
     every: int | None = None
     best: int = 0
-
-    def __post_init__(self) -> None:
-        if self.last < 1:
-            raise ConfigError(f"checkpoint.keep_last is {self.last}; at least 1 must be kept")
 
     def expired(self, steps: Sequence[int], damaged: Collection[int], losses: Mapping[int, float]) -> list[int]:
         """Those of the ascending `steps` to delete. A damaged one doesn't count among the newest, nor as a best."""
@@ -54,10 +46,12 @@ def read_losses(root: Path) -> dict[int, float]:
     try:
         return {int(step): float(loss) for step, loss in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it to forget which were best") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it, and `best` is chosen from the losses of later evaluations"
+        ) from error
 
 
 def write_losses(root: Path, losses: Mapping[int, float]) -> None:
-    """Replace what `read_losses` reads."""
+    """Replace the file that `read_losses` reads."""
     content = {str(step): loss for step, loss in sorted(losses.items())}
     replace_file(root / LOSSES_FILE, json.dumps(content, indent=1) + "\n", draft_of(root / LOSSES_FILE))

@@ -1,7 +1,7 @@
 """Random states of one rank: Python, NumPy, torch on the CPU and on this rank's GPU.
 
-They are restored as they were when the number of ranks is the same. Otherwise there is no right state to restore, so
-every rank draws a new one from (seed, step, rank): defined, repeatable, and different on every rank.
+With an unchanged number of ranks they are restored exactly. With another number there are no states that would continue
+the run, so every rank sets its own from (seed, step, rank): repeatable, and different on every rank.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def rng_states(world_size: int) -> dict[str, Any]:
     states: dict[str, Any] = {
         "world_size": world_size,
         "python": random.getstate(),
+        # A tensor instead of an array, so that the file can be read with `weights_only`, which runs no foreign code.
         "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
     }
@@ -44,22 +45,32 @@ def write_rng(checkpoint: Path, states: Mapping[str, Any], *, rank: int) -> None
     torch.save(states, path)
 
 
-def restore_rng(checkpoint: Path, *, rank: int, world_size: int, seed: int, step: int) -> bool:
-    """Restore this rank's random states; True if they are exactly those that were saved.
+def restore_rng(
+    checkpoint: Path, *, rank: int, world_size: int, seed: int, step: int, draws_random: bool = True
+) -> bool:
+    """Restore this rank's random states; returns whether they are exactly the saved ones.
 
-    After a change of world size, or from a CPU to a GPU, the states are drawn from (seed, step, rank) and it is logged.
+    After a change of world size, or from a CPU to a GPU, the states are set from (seed, step, rank). Rank 0 logs it,
+    as a warning if training draws random numbers (`draws_random`).
 
     Raises:
-        CheckpointError: the file of an unchanged world size can't be read.
+        CheckpointError: the world size is unchanged and the file can't be read.
     """
+    level = logging.WARNING if draws_random and rank == 0 else logging.DEBUG
     path = rng_path(checkpoint, rank)
-    if not path.exists():
-        _reseed_loudly(f"there is none for rank {rank}", seed, step, rank)
-        return False
     try:
-        states = torch.load(path, map_location="cpu", weights_only=True)
-        if states["world_size"] != world_size:
-            _reseed_loudly(f"they are of {states['world_size']} ranks, not {world_size}", seed, step, rank)
+        states = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if states is None or states["world_size"] != world_size:
+            saved = states["world_size"] if states else "no"
+            log.log(
+                level,
+                "random states set anew from seed %d and step %d: saved by %s ranks, now %d",
+                seed,
+                step,
+                saved,
+                world_size,
+            )
+            reseed(seed, step, rank)
             return False
         name, keys, *rest = states["numpy"]
         random.setstate(states["python"])
@@ -70,8 +81,8 @@ def restore_rng(checkpoint: Path, *, rank: int, world_size: int, seed: int, step
     if not torch.cuda.is_available():
         return True
     if "cuda" not in states:
+        log.log(level, "GPU random state set anew from seed %d and step %d: saved on a CPU", seed, step)
         torch.cuda.manual_seed(_derived_seed(seed, step, rank))
-        log.warning("the checkpoint has no GPU random state; drawn from seed %d, step %d, rank %d", seed, step, rank)
         return False
     torch.cuda.set_rng_state(states["cuda"])
     return True
@@ -86,10 +97,6 @@ def reseed(seed: int, step: int, rank: int) -> None:
 
 
 def _derived_seed(seed: int, step: int, rank: int) -> int:
+    # Hashed, so that neighbouring steps and ranks don't get correlated streams, as seed + step + rank would.
     words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     return int(words[0]) >> 1  # torch takes signed 64 bits
-
-
-def _reseed_loudly(reason: str, seed: int, step: int, rank: int) -> None:
-    log.warning("random states not restored: %s; drawn from seed %d, step %d, rank %d", reason, seed, step, rank)
-    reseed(seed, step, rank)

@@ -1,19 +1,25 @@
-"""Weights out of `state/`, in one process and without a process group, whatever number of ranks wrote them.
+"""The directory `state/` of a checkpoint: named tensors in the format of torch.distributed.checkpoint.
 
-`state/` is in the format of torch.distributed.checkpoint; weights are its tensors named `model.<parameter>`.
+`model.<name>` are parameters and persistent buffers, `optimizer.state.<name>.<moment>` the optimizer's. Tensors are
+whole in meaning and fp32 whatever backend and number of ranks wrote them, so any other can read them. Hyperparameters
+are not state: a resumed run takes those of its configuration.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megamor.checkpoint.layout import STATE_DIR
 from megamor.checkpoint.manifest import summary
@@ -21,47 +27,79 @@ from megamor.errors import CheckpointError
 from megamor.ranks import describe
 
 MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
+
+
+def write_state(checkpoint: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write named tensors: sharded ones slice by slice, replicated ones by one rank.
+
+    Collective over `group` (default: all ranks), if there is a process group.
+    """
+    writer = FileSystemWriter(checkpoint / STATE_DIR)
+    with _one_process_allowed():
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+
+
+def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill named tensors in place: all weights and moments of a run. Collective, if there is a process group.
+
+    Raises:
+        CheckpointError: `state/` can't be read, belongs to another model, or has no optimizer state.
+    """
+    # Every rank compares all names and shapes first, and gets the same answer: nothing is overwritten by a checkpoint
+    # that is refused, and no rank enters the collective load alone.
+    stored = state_shapes(checkpoint)
+    if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
+        raise CheckpointError(
+            f"{checkpoint} has weights without optimizer state: it can be evaluated or exported, not resumed"
+        )
+    check_same_model(checkpoint, stored, {name: tensor.size() for name, tensor in tensors.items()})
+    reader = FileSystemReader(checkpoint / STATE_DIR)
+    with _one_process_allowed():
+        load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, torch.Size]:
-    """Name and full shape of every weight in `checkpoint`; reads no tensor.
+    """Name (without `model.`) and full shape of every weight and buffer; reads no tensor.
 
     Raises:
-        CheckpointError: there is no readable `state/`.
+        CheckpointError: `state/` can't be read, or has no weights.
     """
-    return {name: entry.size for name, entry in _weight_entries(checkpoint).items()}
+    return {name.removeprefix(MODEL_PREFIX): entry.size for name, entry in _weight_entries(checkpoint).items()}
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Every weight of `checkpoint` as a full CPU tensor in the stored type, by parameter name without `model.`.
+    """Every weight and buffer as a full CPU tensor in the stored type, by name without `model.`.
+
+    For one process, with or without a process group.
 
     Raises:
-        CheckpointError: there is no readable `state/`, or no weight in it.
+        CheckpointError: `state/` can't be read, or has no weights.
     """
-    entries = {MODEL_PREFIX + name: entry for name, entry in _weight_entries(checkpoint).items()}
-    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in _read(checkpoint, entries).items()}
+    tensors = _read(checkpoint, _weight_entries(checkpoint))
+    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def state_shapes(checkpoint: Path) -> dict[str, torch.Size]:
-    """Stored name and full shape of every tensor in `state/`, moments included; reads no tensor.
+    """Stored name and full shape of every tensor, moments included; reads no tensor.
 
     Raises:
-        CheckpointError: there is no readable `state/`.
+        CheckpointError: `state/` can't be read.
     """
     return {name: entry.size for name, entry in _entries(checkpoint).items()}
 
 
-def iterate_state(checkpoint: Path, at_once_bytes: int = 2**31) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in `state/` under its stored name; about so many bytes of them are in memory at a time.
+def iterate_state(checkpoint: Path, batch_bytes: int = 2**31) -> Iterator[tuple[str, Tensor]]:
+    """Stored name and full CPU tensor of everything, with at most about `batch_bytes` in memory at a time.
 
     Raises:
-        CheckpointError: there is no readable `state/`, or a tensor in it can't be read.
+        CheckpointError: `state/` can't be read.
     """
     batch: dict[str, TensorStorageMetadata] = {}
     waiting = 0
     for name, entry in _entries(checkpoint).items():
         size = entry.size.numel() * entry.properties.dtype.itemsize
-        if batch and waiting + size > at_once_bytes:
+        if batch and waiting + size > batch_bytes:
             yield from _read(checkpoint, batch).items()
             batch, waiting = {}, 0
         batch[name] = entry
@@ -70,16 +108,17 @@ def iterate_state(checkpoint: Path, at_once_bytes: int = 2**31) -> Iterator[tupl
 
 
 def check_same_model(origin: Path, stored: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights of `origin` that are not those of the model at hand.
+    """Refuse a checkpoint whose tensors don't fit the model.
 
     Args:
-        stored: full (unsharded) shape of each of the weights there, by name.
-        expected: that of each of the model's.
+        origin: the checkpoint, for the message.
+        stored: full (unsharded) shape of each of its tensors, by name.
+        expected: full shape of each of the model's.
 
     Raises:
-        CheckpointError: naming the first few weights that are missing, left over or of another shape.
+        CheckpointError: naming the first few tensors that are missing, unknown to the model, or of another shape.
     """
-    missing = [f"{name} {tuple(expected[name])} is not in it" for name in expected if name not in stored]
+    missing = [f"it lacks {name} {tuple(expected[name])}" for name in expected if name not in stored]
     extra = [f"{name} {tuple(stored[name])} is not in the model" for name in stored if name not in expected]
     other = [
         f"{name} is {tuple(stored[name])} instead of {tuple(shape)}"
@@ -95,14 +134,9 @@ def check_same_model(origin: Path, stored: Mapping[str, Sequence[int]], expected
 
 
 def _weight_entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
-    """Metadata of the weights, by name without `model.`."""
-    entries = {
-        name.removeprefix(MODEL_PREFIX): entry
-        for name, entry in _entries(checkpoint).items()
-        if name.startswith(MODEL_PREFIX)
-    }
+    entries = {name: entry for name, entry in _entries(checkpoint).items() if name.startswith(MODEL_PREFIX)}
     if not entries:
-        raise CheckpointError(f"{checkpoint / STATE_DIR} holds no weights (no tensor is named {MODEL_PREFIX}…)")
+        raise CheckpointError(f"{checkpoint / STATE_DIR} has no weights (no tensor is named {MODEL_PREFIX}…)")
     return entries
 
 
@@ -110,21 +144,27 @@ def _entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """Metadata of all tensors, by stored name."""
     state = checkpoint / STATE_DIR
     try:
-        metadata: Metadata = dcp.FileSystemReader(state).read_metadata()
-    except Exception as error:  # damaged pickles raise nearly anything
+        found = FileSystemReader(state).read_metadata().state_dict_metadata
+    except Exception as error:  # the metadata are a pickle, and a damaged pickle can raise nearly anything
         raise CheckpointError(f"{state} has no readable state: {describe(error)}") from error
-    found = metadata.state_dict_metadata.items()
-    return {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
+    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _read(checkpoint: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-    """Full CPU tensors of `entries` in the stored type."""
+    """Full CPU tensors of `entries` in the stored type, read by this process alone."""
     state = checkpoint / STATE_DIR
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
-            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(state), no_dist=True)
+        with _one_process_allowed():
+            load(dict(tensors), storage_reader=FileSystemReader(state), no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"can't read the weights in {state}: {describe(error)}") from error
     return tensors
+
+
+@contextmanager
+def _one_process_allowed() -> Iterator[None]:
+    """Silence torch's warning that a checkpoint is saved or loaded by one process, which is intended here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

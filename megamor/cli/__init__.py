@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("serve", "serve a checkpoint over HTTP (OpenAI completions API)"),
     "export-hf": Command("export_hf", "export a checkpoint to Hugging Face format"),
     "import": Command("import_weights", "import a checkpoint of the paper's authors"),
-    "convert-checkpoint": Command("convert_checkpoint", "convert to safetensors, or to and from DeepSpeed's layout"),
+    "convert-checkpoint": Command("convert_checkpoint", "convert a checkpoint to one safetensors file"),
     "verify-checkpoint": Command("verify_checkpoint", "check that a checkpoint is intact and loads"),
     "verify-resume": Command("verify_resume", "check that a run resumes bitwise on this machine"),
     "bench": Command("bench", "measure training, loading, preprocessing, saving and serving"),
@@ -44,6 +44,11 @@ def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"megamor {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 document`, `1,204 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def usage() -> str:

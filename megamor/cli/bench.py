@@ -32,7 +32,7 @@ from megamor.bench.load import Load
 from megamor.bench.report import write_report
 from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
-from megamor.serve.engine.scheduler import POLICIES as SCHEDULING
+from megamor.serve.options import POLICIES as SCHEDULING
 
 MODULES = {"serve": "serving"}
 """Modules of megamor.bench that are not named as their subcommand."""

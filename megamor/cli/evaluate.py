@@ -1,93 +1,91 @@
-"""Validation loss of a checkpoint: `megamor evaluate --checkpoint runs/x/checkpoints/latest --data x_val`."""
+"""Measure the validation loss of a checkpoint, per token.
+
+example:
+  megamor evaluate --checkpoint runs/quickstart/checkpoints/latest --data runs/quickstart/data/stdlib_val
+
+Routers that look ahead in training get two rows. `top-k` is the routing of training: it sees later tokens, so it can't
+generate text. `causal` is the inference rule, and the only figure to quote. The smaller the gap between the two, the
+better the router has learned to decide without looking ahead.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from megamor.data import open_validation_sets
+from megamor.cli import command_parser
 from megamor.errors import user_errors
-from megamor.evaluate.loss import modes_of, perplexity, summed_loss
-from megamor.load import LoadedModel, load_model
-
-EXAMPLE = """\
-example:
-  megamor evaluate --checkpoint runs/quickstart/checkpoints/latest --data runs/quickstart/data/stdlib_val
-
-Two losses are reported for routers that look ahead in training: top-k is the routing of training, which sees the
-future and can't be used to generate; causal is the inference rule, and the only one to quote. Their gap says how
-well the router has learned to decide without looking ahead.
-"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="megamor.evaluate",
-        description="Validation loss of a checkpoint, per token, under each way of routing.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """Read the options."""
+    parser = command_parser("evaluate", __doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint, `latest`, a run's directory or a Hugging Face export"
     )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, `latest`, a run's or an export's directory")
-    parser.add_argument("--data", required=True, nargs="+", help="prefixes of .bin/.idx pairs")
-    parser.add_argument("--sequences", type=int, help="how many windows to measure (default: all)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows at a time (default: 16)")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix"
+    )
+    parser.add_argument("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     return parser.parse_args(argv)
 
 
-def evaluate(loaded: LoadedModel, prefix: str, sequences: int | None, batch_size: int) -> dict[str, float]:
-    """Losses (nats per token), perplexities and mean depths of one data set."""
-    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
-    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
-    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
-    figures: dict[str, float] = {}
-    for mode in modes_of(loaded.model):
-        batches = data.batches(0, 1, batch_size, sequences)
-        total = summed_loss(loaded.model, track(list(batches), f"{prefix} ({mode})"), mode, loaded.device)
-        loss, tokens, recursions = total.tolist()
-        figures["tokens"] = tokens
-        figures[f"loss_{mode}"] = loss / tokens
-        figures[f"perplexity_{mode}"] = perplexity(loss / tokens)
-        figures[f"mean_depth_{mode}"] = recursions / tokens
-    if "loss_topk" in figures:
-        figures["gap"] = figures["loss_causal"] - figures["loss_topk"]
-    return figures
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Name data sets by the last component of their paths, or by the whole path where two would get the same name."""
+    names = [Path(path).name for path in paths]
+    return [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
-def show(results: dict[str, dict[str, float]], title: str) -> None:
-    """Print the figures as a table, a row for each data set and way of routing."""
-    table = Table(title=title)
-    for column in ("data", "routing", "loss (nats/token)", "perplexity", "mean depth", "tokens"):
-        table.add_column(column, justify="left" if column in ("data", "routing") else "right")
-    for prefix, figures in results.items():
-        for mode in ("topk", "causal"):
+def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
+    """Print a row for each data set and way of routing; fits 80 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"validation loss of {origin}", markup=False, soft_wrap=True)
+    table = Table()
+    table.add_column("data", overflow="fold")
+    table.add_column("routing")
+    for column in ("nats/token", "perplexity", "mean depth", "tokens"):
+        table.add_column(column, justify="right")
+    for name, figures in zip(short_names([*results]), results.values(), strict=True):
+        for mode, label in (("topk", "top-k"), ("causal", "causal")):
             if f"loss_{mode}" in figures:
-                values = [figures[f"{name}_{mode}"] for name in ("loss", "perplexity", "mean_depth")]
-                loss, ppl, depth = values
-                table.add_row(prefix, mode, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
-    Console().print(table)
+                loss, ppl, depth = (figures[f"{figure}_{mode}"] for figure in ("loss", "perplexity", "mean_depth"))
+                table.add_row(name, label, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
+    console.print(table)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Measure every data set, print the table, and write the JSON file if asked to."""
     arguments = parse_arguments(argv)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megamor.evaluate.loss import dataset_losses
+    from megamor.load import load_model
+
     loaded = load_model(arguments.checkpoint, arguments.device)
-    results = {prefix: evaluate(loaded, prefix, arguments.sequences, arguments.batch_size) for prefix in arguments.data}
+    results = {}
+    # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        for prefix in arguments.data:
+            results[prefix] = dataset_losses(
+                loaded,
+                prefix,
+                sequences=arguments.sequences,
+                batch_size=arguments.batch_size,
+                watch=lambda batches, total, label: progress.track(batches, total=total, description=label),
+            )
     show(results, loaded.origin)
     if arguments.json:
-        single = next(iter(results.values())) if len(results) == 1 else results
-        arguments.json.write_text(json.dumps(single, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        only = results[arguments.data[0]] if len(results) == 1 else results
+        arguments.json.write_text(json.dumps(only, indent=1) + "\n")

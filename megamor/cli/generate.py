@@ -1,4 +1,12 @@
-"""Continue a prompt: `python -m megamor.cli.generate --checkpoint runs/x/checkpoints/latest --prompt 'def '`."""
+"""Continue a prompt with a trained model, and show how many recursions each token took.
+
+example:
+  megamor generate --checkpoint runs/quickstart/checkpoints/latest \\
+      --prompt 'def main():' --max-tokens 64 --show-depth --depth-image depth.svg
+
+Tokens are routed by the inference rule, which never looks ahead. --show-depth colours each token by the number of
+recursions that the model spent on reading it.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +14,31 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from tokenizers import Tokenizer
-
+from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
-from megamor.evaluate.depth_map import render_terminal, save_png
-from megamor.evaluate.sampling import Continuation, generate
-from megamor.load import load_model
-
-EXAMPLE = """\
-example:
-  python -m megamor.cli.generate --checkpoint runs/quickstart/checkpoints/latest \\
-      --prompt 'def main():' --max-tokens 64 --show-depth --depth-png depth.png
-
-Tokens are routed by the inference rule, which never looks ahead. --show-depth colours every token by the number of
-recursions that the model spent on reading it.
-"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="megamor.cli.generate",
-        description="Continue a prompt with a trained model.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """Read the options and check their values."""
+    parser = command_parser("generate", __doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint, `latest`, a run's directory or a Hugging Face export"
     )
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, `latest`, a run's or an export's directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to add (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
-    parser.add_argument("--show-depth", action="store_true", help="colour every token by its depth")
-    parser.add_argument("--depth-png", type=Path, metavar="FILE", help="also save the depth map as a picture")
+    parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to add (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample only from the likeliest tokens that have this probability together (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
+    parser.add_argument("--depth-image", type=Path, metavar="FILE.svg", help="also save the depth map as a picture")
+    parser.add_argument("--depth-png", dest="depth_image", type=Path, help=argparse.SUPPRESS)  # its former name
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     arguments = parser.parse_args(argv)
     for option, low in (("max_tokens", 1), ("temperature", 0)):
@@ -47,13 +46,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} must be at least {low}")
     if not 0 < arguments.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
+    if arguments.depth_image and arguments.depth_image.suffix != ".svg":
+        parser.error(f"the depth map is an SVG file: give --depth-image {arguments.depth_image.with_suffix('.svg')}")
     return arguments
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
+
+    from rich.console import Console
+
+    from megamor.evaluate.depth_map import DepthMap
+    from megamor.evaluate.sampling import generate
+    from megamor.load import load_model
+
     loaded = load_model(arguments.checkpoint, arguments.device)
     tokenizer = loaded.tokenizer()
     prompt = tokenizer.encode(arguments.prompt).ids
@@ -69,22 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop_id=tokenizer.token_to_id("<|endoftext|>"),
     )
     console = Console()
-    num_recursions = loaded.config.recursion.num_recursions
-    pieces = token_texts(tokenizer, result)
+    # The last token was sampled but never read, so it has no depth.
+    texts = [tokenizer.decode([token]) for token in result.ids[: len(result.depths)]]
+    depth_map = DepthMap(texts, result.depths, loaded.config.recursion.num_recursions, result.prompt_length)
     if arguments.show_depth:
-        render_terminal(pieces, result.depths, num_recursions, console)
+        depth_map.print(console)
     else:
         console.print(tokenizer.decode(result.ids), markup=False, highlight=False)
-    if arguments.depth_png:
-        title = f"recursions per token, {loaded.origin}"
-        save_png(pieces, result.depths, num_recursions, arguments.depth_png, title)
-        console.print(f"depth map: {arguments.depth_png}")
-
-
-def token_texts(tokenizer: Tokenizer, result: Continuation) -> list[str]:
-    """Text of every token whose depth is known."""
-    return [tokenizer.decode([token]) for token in result.ids[: len(result.depths)]]
-
-
-if __name__ == "__main__":
-    main()
+    if arguments.depth_image:
+        depth_map.save_svg(arguments.depth_image, f"Recursions per token: {loaded.name}")
+        console.print(f"depth map: {arguments.depth_image}", markup=False, highlight=False, soft_wrap=True)

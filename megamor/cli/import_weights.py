@@ -1,4 +1,13 @@
-"""Import a model trained with the paper authors' released code into a checkpoint of megamor."""
+"""Import a model trained with the paper authors' released code as a megamor checkpoint.
+
+example:
+  megamor import --state-dict official/checkpoint-14161/pytorch_model.bin \\
+      --config official/conf/pretrain/my_run.yaml --tokenizer tokenizer.json --output runs/official/checkpoints
+  megamor evaluate --checkpoint runs/official/checkpoints --data data/fineweb_val
+
+The released expert-choice code unties the attention weights of the recursions. megamor has no exact counterpart for
+such weights and refuses them; `--untied first` or `--untied mean` imports an approximation to continue training from.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +16,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.console import Console
-
+from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
-from megamor.interop import import_official, read_state_dict, save_imported
-
-EXAMPLE = """\
-example:
-  megamor import --state-dict official/checkpoint-14161/pytorch_model.bin \\
-      --config official/conf/pretrain/my_run.yaml --tokenizer tokenizer.json --output runs/official/checkpoints
-  megamor evaluate --checkpoint runs/official/checkpoints --data data/fineweb_val
-
-The released expert-choice code un-ties attention between recursions. Such weights have no exact counterpart and are
-refused; --untied first or mean imports an approximation to train on from.
-"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="megamor import",
-        description="Import a model trained with the released Mixture-of-Recursions code.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Read the options."""
+    parser = command_parser("import", __doc__)
     parser.add_argument(
         "--state-dict", required=True, type=Path, help="pytorch_model.bin, model.safetensors, or their directory"
     )
     parser.add_argument("--config", required=True, type=Path, help="the YAML file of the run")
     parser.add_argument(
-        "--model-config",
-        type=Path,
-        help="Hugging Face config.json of the backbone, if the run starts from another than SmolLM",
+        "--model-config", type=Path, help="Hugging Face config.json of the backbone, if it isn't SmolLM"
     )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to put into the checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to store in the checkpoint")
     parser.add_argument(
-        "--output", required=True, type=Path, help="directory of checkpoints to write; must be new or empty"
+        "--output", required=True, type=Path, help="checkpoints directory to write; must be new or empty"
     )
     parser.add_argument(
-        "--untied", choices=("first", "mean"), help="what to do with un-tied attention (default: refuse)"
+        "--untied",
+        choices=("first", "mean"),
+        help="for untied attention: take the first recursion's weights, or the mean of all (default: refuse)",
     )
     return parser.parse_args(argv)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A YAML (or JSON) file that holds a mapping.
+    """Read a YAML or JSON file that holds a mapping.
 
     Raises:
-        ConfigError: it can't be read or holds something else.
+        ConfigError: the file can't be read or holds something else.
     """
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -68,8 +61,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Convert the weights, write a checkpoint, and say how exact it is."""
     arguments = parse_arguments(argv)
+
+    from rich.console import Console
+
+    from megamor.interop import import_official, read_state_dict, save_imported
+
     settings = read_settings(arguments.config)
     if arguments.model_config is not None:
         # The run's own `model_config` changes the published backbone, so it wins.
@@ -81,12 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"{checkpoint}: {count:,} parameters", markup=False, soft_wrap=True)
     if imported.untied:
         console.print(
-            f"{len(imported.untied)} attention weights were un-tied (now: {arguments.untied}); "
+            f"{len(imported.untied)} attention weights were untied and are now shared (--untied {arguments.untied}): "
             "this is not the model that was trained",
             markup=False,
             soft_wrap=True,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ import numpy as np
 
 from megamor.corpus.encode import TextEncoder
 from megamor.corpus.verify import index_faults, token_faults
-from megamor.data.meta import ShardMeta, read_meta, sha256_of_file
+from megamor.data.meta import ShardMeta, read_meta
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError, user_errors
 from megamor.metrics.byte_progress import byte_progress
@@ -124,7 +124,7 @@ def first_documents(
 
 def written_with(tokenizer: str, meta: ShardMeta | None) -> bool:
     """Whether the file `tokenizer` wrote the data, as far as the side file knows."""
-    return not meta or not meta.tokenizer_sha256 or sha256_of_file(tokenizer) == meta.tokenizer_sha256
+    return not meta or meta.written_with(tokenizer)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,4 +1,14 @@
-"""Pretrain a language model from a configuration: the entry point for one process, torchrun, deepspeed and slurm."""
+"""Pretrain a language model, or resume a run that was interrupted.
+
+examples:
+  megamor pretrain --config configs/mor_135m.yaml --dry-run
+  megamor pretrain --config configs/quickstart.yaml optim.lr=1e-3 run.name=lower_lr
+  torchrun --nproc-per-node 8 pretrain.py --config configs/mor_360m.yaml
+  deepspeed pretrain.py --config configs/mor_360m.yaml parallel.backend=deepspeed parallel.zero_stage=2
+
+A run resumes from its newest checkpoint (in run.dir/run.name/checkpoints) if there is one. On Ctrl-C, SIGTERM or
+SIGUSR1 it saves a checkpoint and exits with status 75; rerun the same command to resume.
+"""
 
 from __future__ import annotations
 
@@ -7,70 +17,78 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from megamor.config import Config, load_config
-from megamor.config.validate import validate
+from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
 
-EXAMPLES = """\
-examples:
-  python pretrain.py --config configs/mor_135m.yaml --dry-run
-  torchrun --nproc-per-node 2 pretrain.py --config configs/quickstart.yaml
-  torchrun --nproc-per-node 8 pretrain.py --config configs/mor_360m.yaml optim.lr=2e-3 run.name=lower_lr
-  deepspeed pretrain.py --config configs/mor_360m.yaml parallel.backend=deepspeed parallel.zero_stage=2
+if TYPE_CHECKING:
+    from megamor.config import Config
 
-A run goes on from its newest checkpoint (run.dir/run.name/checkpoints) if it has one. Ctrl-C, SIGTERM and SIGUSR1 save
-and stop with status 75; the same command goes on.
-"""
-
-SPEAKER_SECONDS = 10.0
-"""How long silent processes stay: a launcher ends everybody with the first that leaves, which must be the speaker."""
+SECONDS_BEFORE_SILENT_EXIT = 10.0
+"""Other ranks wait this long before exiting: the launcher kills all ranks when one exits, so the rank that prints the
+error must exit first."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain a language model.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Read the options; the overrides may stand before, between or after them."""
+    parser = command_parser("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; train nothing")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher insists on it
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
+    parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_intermixed_args(argv)
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The validated configuration. The processes of one machine read the same one, so the first speaks for all."""
+    """Load and validate the configuration; only the first process of each machine reports an error in it.
+
+    Raises:
+        ConfigError: the file, an override or a rule between settings is wrong.
+        SystemExit: the same, on the other processes of the machine.
+    """
+    from megamor.config import load_config
     from megamor.parallel import launched_world_size
 
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        validate(config, launched_world_size())
+        return load_config(arguments.config, arguments.overrides, launched_world_size())
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        time.sleep(SPEAKER_SECONDS)
+        time.sleep(SECONDS_BEFORE_SILENT_EXIT)
         raise SystemExit(2) from None
-    return config
+
+
+def describe(config: Config, *, whole_config: bool) -> str:
+    """Return what --print-config or --dry-run prints."""
+    if whole_config:
+        from megamor.config import config_to_yaml
+
+        return config_to_yaml(config)
+    from megamor.parallel import launched_world_size
+    from megamor.plan.dry_run import describe_run
+
+    return describe_run(config, launched_world_size())
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, validate, start the processes' group, train."""
+    """Train to the end, or until a signal asks the run to stop.
+
+    Raises:
+        SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
+    """
     arguments = parse_arguments(argv)
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)
-
-    from megamor.parallel import close_world, init_world, launched_world_size
-
-    if arguments.dry_run:
-        from megamor.plan.dry_run import describe_run
-
+    if arguments.dry_run or arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
-            print(describe_run(config, launched_world_size()))
+            print(describe(config, whole_config=arguments.print_config))
         return
 
+    from megamor.parallel import close_world, init_world
     from megamor.ranks import report_errors_once
     from megamor.train import EXIT_INTERRUPTED, build_trainer, ignore_signals
 
@@ -79,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with report_errors_once():
             finished = build_trainer(config, world).fit()
         if not finished:
+            # Launchers send SIGTERM to all other ranks when the first one exits; each must exit with its own status.
             ignore_signals()
     finally:
         close_world()

@@ -1,77 +1,78 @@
-"""The main job from end to end on two processes: real text in, a trained checkpoint out, resumed, evaluated, sampled.
+"""Train a small Mixture-of-Recursions model from end to end: data, training, interruption, resume, evaluation, text.
 
-Run it with `make quickstart`. Everything it makes is under runs/quickstart; steps that are finished are recognised, so
-that running it again is quick, and an interrupted one goes on.
+example:
+  megamor quickstart            # some minutes on two cores; writes to runs/quickstart
+
+It trains in two processes on the Python standard library, stops halfway, resumes, and compares the result with n-gram
+models. Finished steps are recognised when you run it again, and an interrupted training run resumes.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.rule import Rule
-
-from megamor.bench.origin import describe_origin
-from megamor.checkpoint import open_checkpoint
-from megamor.cli.quickstart_data import standard_library, train_tokenizer, write_corpus
-from megamor.cli.quickstart_report import make_report, show_report
-from megamor.config import Config, load_config
-from megamor.config.derive import total_steps
+from megamor.cli import command_parser
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
+from megamor.files import replace_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
+if TYPE_CHECKING:
+    from megamor.config import Config
+
+# In a checkout this is a link to configs/quickstart.yaml; a wheel contains the file itself.
+CONFIG = Path(__file__).with_name("quickstart.yaml")
 PROCESSES = 2
 SCHEMA = "megamor-quickstart/1"
 SHORT_OVERRIDES = ("train.max_steps=8", "train.eval_every=4", "optim.warmup_steps=2", "checkpoint.every_steps=4")
-SHORT_CORPUS_BYTES = 1_500_000
-
-console = Console(highlight=False)
+SHORT_CORPUS_CHARACTERS = 1_500_000
+TOKENIZER_SAMPLE_CHARACTERS = 12_000_000
+END_OF_TEXT = "<|endoftext|>"
+PROMPT = 'def read_lines(path):\n    """Return'
 
 
 @dataclass
 class Quickstart:
-    """The seven steps. `short` takes a slice of the corpus and a handful of training steps, for the test suite."""
+    """The seven steps, below `root`. `short` takes a slice of the corpus and 8 training steps, to try the path."""
 
     root: Path
     short: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        """All steps in order; prints where the time went."""
+        """Run all steps in order and print where the time went.
+
+        Raises:
+            TrainingError: a step failed, or the trained model is no better than a bigram model.
+        """
+        from megamor.config.derive import total_steps
+
         self.root.mkdir(parents=True, exist_ok=True)
+        steps = total_steps(self.config)
         self.step("1 corpus", self.corpus)
         self.step("2 tokenizer", self.tokenizer)
         self.step("3 shards", self.shards)
-        half = total_steps(self.config) // 2
-        self.step("4 train to the middle", lambda: self.train(half))
-        self.step("5 resume and finish", lambda: self.train(total_steps(self.config)))
+        self.step("4 train to the middle", lambda: self.train(steps // 2))
+        self.step("5 resume and finish", lambda: self.train(steps))
         self.step("6 evaluate", self.evaluate)
         self.step("7 generate", self.generate)
-        total = sum(self.seconds.values())
-        console.print(Rule(f"done in {total:.0f} s", style="green"))
-        console.print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
-        report = json.loads((self.root / "report.json").read_text())
-        report = {"seconds": self.seconds, **report}  # those of the launch that made it
-        report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
-        (self.root / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        if report["beats_bigram_by"] <= 0 and not self.short:
-            raise TrainingError("the network has not learned more than a bigram knows; this should not happen")
+        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        print(f"── done in {sum(self.seconds.values()):.0f} s: {took}")
+        self.finish_report()
 
     def step(self, name: str, action: Callable[[], None]) -> None:
-        """Announce, do and time a step."""
-        console.print(Rule(name, align="left"))
+        """Announce a step, run it and record its time."""
+        print(f"── {name} ".ljust(80, "─"))
         started = time.perf_counter()
         action()
         self.seconds[name] = time.perf_counter() - started
@@ -91,145 +92,195 @@ class Quickstart:
     @property
     def config(self) -> Config:
         """The configuration of the run."""
+        from megamor.config import load_config
+
         return load_config(CONFIG, self.overrides)
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run saves."""
+        """The directory of the run's checkpoints."""
         return self.root / "checkpoints"
 
     def corpus(self) -> None:
-        """The standard library's source files, one document each."""
-        key = f"{sys.version} {standard_library()} {self.short}"
-        if self.is_done("corpus", key, self.root / "corpus.jsonl"):
-            return
-        found = write_corpus(self.root / "corpus.jsonl", SHORT_CORPUS_BYTES if self.short else None)
-        console.print(f"{found['documents']:,} files, {found['characters'] / 1e6:.1f} million characters of Python")
-        self.mark_done("corpus", key)
+        """Write the standard library's source files as JSON lines, one document per file."""
+        corpus = self.root / "corpus.jsonl"
+
+        def write() -> None:
+            documents = [*source_files(SHORT_CORPUS_CHARACTERS if self.short else None)]
+            lines = [json.dumps({"text": text, "meta": {"path": name}}) + "\n" for name, text in documents]
+            replace_file(corpus, "".join(lines))
+            characters = sum(len(text) for _, text in documents)
+            print(f"{len(documents):,} files, {characters / 1e6:.1f} million characters of Python")
+
+        self.once("corpus", f"{sys.version} {standard_library()} {self.short}", corpus, write)
 
     def tokenizer(self) -> None:
-        """A byte-level BPE tokenizer of the corpus."""
-        key = f"{self.stamps()['corpus']} {self.config.model.vocab_size}"
-        if self.is_done("tokenizer", key, self.root / "tokenizer.json"):
-            return
-        train_tokenizer(self.root / "corpus.jsonl", self.root / "tokenizer.json", self.config.model.vocab_size)
-        console.print(f"{self.config.model.vocab_size:,} entries: {self.root / 'tokenizer.json'}")
-        self.mark_done("tokenizer", key)
+        """Train a byte-level BPE tokenizer on documents spread evenly over the corpus."""
+        path, vocab_size = self.root / "tokenizer.json", self.config.model.vocab_size
+
+        def train() -> None:
+            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[END_OF_TEXT],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
+            replace_file(path, tokenizer.to_str(pretty=True))
+            print(f"{vocab_size:,} entries: {path}")
+
+        self.once("tokenizer", f"{self.stamps()['corpus']} {vocab_size}", path, train)
 
     def shards(self) -> None:
-        """Training and validation shards."""
-        key = self.stamps()["tokenizer"]
-        index = self.root / "data" / "stdlib_train.idx"
-        if self.is_done("shards", key, index):
-            return
-        # A run on other data can't be continued on these.
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        command = [sys.executable, "-m", "megamor.cli.preprocess", "--input", str(self.root / "corpus.jsonl")]
-        command += [
-            "--tokenizer",
-            str(self.root / "tokenizer.json"),
-            "--append-eod",
-            "--split",
-            "0.9,0.1" if self.short else "0.97,0.03",
-        ]
-        self.call([*command, "--output-prefix", str(self.root / "data" / "stdlib"), "--workers", str(PROCESSES)])
-        self.mark_done("shards", key)
+        """Tokenize the corpus into training and validation shards."""
+
+        def preprocess() -> None:
+            # A run that was trained on other shards can't resume on these.
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            options = ["--input", f"{self.root}/corpus.jsonl", "--tokenizer", f"{self.root}/tokenizer.json"]
+            options += ["--append-eod", "--split", "0.9,0.1" if self.short else "0.97,0.03"]
+            options += ["--output-prefix", f"{self.root}/data/stdlib", "--workers", str(PROCESSES)]
+            self.call(["megamor", "preprocess", *options])
+
+        self.once("shards", self.stamps()["tokenizer"], self.root / "data" / "stdlib_train.idx", preprocess)
 
     def train(self, until_step: int) -> None:
-        """Train to `until_step` from wherever the run is."""
+        """Train from the newest checkpoint, if any, to `until_step`."""
         if self.finished_steps() >= until_step:
-            console.print(f"already done: {self.finished_steps()} steps")
+            print(f"already done: {self.finished_steps()} steps")
             return
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-        script = [str(REPOSITORY / "pretrain.py"), "--config", str(CONFIG), *self.overrides]
-        self.call([*launcher, *script, f"train.stop_at_step={until_step}"])
+        # Two processes whatever the machine has, so that the result is the same everywhere.
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m"]
+        command = ["megamor", "pretrain", "--config", str(CONFIG), *self.overrides]
+        self.call([*launcher, *command, f"train.stop_at_step={until_step}"])
 
     def finished_steps(self) -> int:
-        """Optimizer steps in the newest checkpoint."""
+        """Number of optimizer steps in the newest checkpoint; 0 without one."""
+        from megamor.checkpoint import open_checkpoint
+
         try:
             return open_checkpoint(self.checkpoints / "latest").step
         except CheckpointError:
             return 0
 
     def evaluate(self) -> None:
-        """Loss under both ways of routing, beside count-based models."""
-        latest, evaluation, report = (
-            self.checkpoints / "latest",
-            self.root / "evaluation.json",
-            self.root / "report.json",
-        )
-        key = hashlib.sha256((latest / "manifest.json").read_bytes()).hexdigest()
-        if not self.is_done("report", key, report):
-            sequences = str(self.config.train.eval_sequences)
-            module = [sys.executable, "-m", "megamor.evaluate", "--checkpoint", str(latest), "--json", str(evaluation)]
-            self.call([*module, "--data", f"{self.root}/data/stdlib_val", "--sequences", sequences], threads=PROCESSES)
-            console.print("counting n-grams of the tokens that the network has seen ...")
-            figures = make_report(latest, evaluation, "stdlib", self.config.train.eval_sequences)
-            report.write_text(json.dumps(figures, indent=1) + "\n")
-            self.mark_done("report", key)
-        show_report(json.loads(report.read_text()), console)
+        """Measure loss in both routing modes, n-gram models to compare with, and what routing saves."""
+        from megamor.cli.quickstart_report import make_report, show_report
+
+        latest, losses, report = self.checkpoints / "latest", self.root / "evaluation.json", self.root / "report.json"
+
+        def measure() -> None:
+            sequences = self.config.train.eval_sequences
+            options = ["--checkpoint", str(latest), "--json", str(losses), "--data", f"{self.root}/data/stdlib_val"]
+            self.call(["megamor", "evaluate", *options, "--sequences", str(sequences)], threads=PROCESSES)
+            print("counting the n-grams that the network has seen ...")
+            figures = make_report(latest, json.loads(losses.read_text()), "stdlib", sequences)
+            replace_file(report, json.dumps(figures, indent=1) + "\n")
+
+        # The format is an input too: a report that an older version made lacks figures.
+        self.once("report", f"{SCHEMA} {(latest / 'manifest.json').read_text()}", report, measure)
+        show_report(json.loads(report.read_text()))
 
     def generate(self) -> None:
-        """A continuation, with the depth of every token."""
-        picture = self.root / "depth.png"
-        module = [sys.executable, "-m", "megamor.cli.generate", "--checkpoint", str(self.checkpoints / "latest")]
-        prompt = 'def read_lines(path):\n    """Return'
-        options = ["--prompt", prompt, "--max-tokens", "96", "--show-depth", "--depth-png", str(picture)]
-        self.call([*module, *options], threads=PROCESSES)
+        """Continue a prompt and show the depth of each token."""
+        options = ["--checkpoint", str(self.checkpoints / "latest"), "--prompt", PROMPT, "--max-tokens", "96"]
+        options += ["--show-depth", "--depth-image", str(self.root / "depth.svg")]
+        self.call(["megamor", "generate", *options], threads=PROCESSES)
 
-    def call(self, command: Sequence[str], threads: int = 1) -> None:
-        """Run a command of this project, its output live.
+    def finish_report(self) -> None:
+        """Add times, machine and versions to report.json, and check that the model has learned something."""
+        import torch
+
+        from megamor.bench.origin import describe_origin
+
+        path = self.root / "report.json"
+        # A repeated quickstart finds all steps done: the times of the one that made the report stay.
+        report = {"seconds": self.seconds, **json.loads(path.read_text())}
+        report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
+        replace_file(path, json.dumps(report, indent=1) + "\n")
+        if report["beats_bigram_by"] <= 0 and not self.short:
+            raise TrainingError("the network has not learned more than a bigram model; this should not happen")
+
+    def call(self, module: Sequence[str], threads: int = 1) -> None:
+        """Run `python -m <module>` with its output shown.
 
         Raises:
-            TrainingError: it failed, and has said why.
+            TrainingError: it failed, and has printed why.
         """
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        status = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+        status = subprocess.run([sys.executable, "-m", *module], env=environment, check=False).returncode
         if status:
-            raise TrainingError(f"this step ended with status {status}; its message is above. Run the command again")
+            raise TrainingError(
+                f"this step exited with status {status}; its message is above. Rerun the same command to resume"
+            )
 
     def stamps(self) -> dict[str, str]:
-        """Keys of the finished steps."""
+        """For each finished step, the hash of its inputs."""
         path = self.root / "finished.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        stamps: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        return stamps
 
-    def is_done(self, name: str, key: str, product: Path) -> bool:
-        """Whether a step was finished with these inputs and its product is still there."""
-        done = self.stamps().get(name) == hashed(key) and product.exists()
-        if done:
-            console.print(f"already done: {product}")
-        return done
-
-    def mark_done(self, name: str, key: str) -> None:
-        """Remember a finished step."""
-        path = self.root / "finished.json"
-        draft = path.with_suffix(".partial")
-        draft.write_text(json.dumps({**self.stamps(), name: hashed(key)}, indent=1))
-        os.replace(draft, path)
+    def once(self, name: str, inputs: str, product: Path, make: Callable[[], None]) -> None:
+        """Call `make` unless an earlier quickstart made `product` from the same `inputs`."""
+        stamp = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+        if self.stamps().get(name) == stamp and product.exists():
+            print(f"already done: {product}")
+            return
+        make()
+        replace_file(self.root / "finished.json", json.dumps({**self.stamps(), name: stamp}, indent=1))
 
 
-def hashed(key: str) -> str:
-    """A short name of a step's inputs."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+def standard_library() -> Path:
+    """Return the directory of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def source_files(limit_characters: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the standard library's Python files, sorted by name, without those that aren't UTF-8."""
+    root, total = standard_library(), 0
+    for path in sorted(root.rglob("*.py")):
+        # Some systems keep third-party packages inside the standard library's directory.
+        if {"site-packages", "dist-packages"} & set(path.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield str(path.relative_to(root)), text
+            total += len(text)
+            if limit_characters is not None and total >= limit_characters:
+                return
+
+
+def sample_documents(corpus: Path) -> Iterator[str]:
+    """Yield every n-th document, with n such that about `TOKENIZER_SAMPLE_CHARACTERS` are taken."""
+    stride = max(1, corpus.stat().st_size // TOKENIZER_SAMPLE_CHARACTERS)
+    with corpus.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if number % stride == 0:
+                document: dict[str, Any] = json.loads(line)
+                yield document["text"]
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="megamor.cli.quickstart",
-        description="Train, interrupt, resume, evaluate and sample a small Mixture-of-Recursions model.",
-        epilog="example:\n  python -m megamor.cli.quickstart            # minutes on two cores, under runs/quickstart",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """Run the quickstart."""
+    parser = command_parser("quickstart", __doc__)
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/quickstart"), help="directory to write (default: %(default)s)"
     )
-    parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="where everything goes")
-    parser.add_argument("--short", action="store_true", help="a few training steps on little data, to try the path")
+    parser.add_argument("--short", action="store_true", help="8 training steps on little data, to try the path")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a log file too, each step's heading must precede what its processes print.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         Quickstart(arguments.root.resolve(), arguments.short).run()
     except OSError as error:
         raise MegamorError(f"can't write to {arguments.root}: {error}; give another --root") from error
-
-
-if __name__ == "__main__":
-    main()

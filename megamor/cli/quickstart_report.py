@@ -1,92 +1,96 @@
-"""What the quickstart's network has learned, beside count-based models of exactly the tokens that it has seen."""
+"""What the quickstart's network has learned and saved: n-gram models of the same tokens, and the full depth."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
-from megamor.checkpoint import open_checkpoint
-from megamor.config import Config, config_from_dict
-from megamor.data import TrainingData, open_validation_sets
+from megamor.config import Config
+from megamor.data import TrainingData, ValidationSet, open_validation_sets
 from megamor.evaluate.ngram import NGramModel
+from megamor.evaluate.savings import measure_savings
+from megamor.load import load_model
 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
+SAVINGS_BATCH = 8
+SAVINGS_SEQUENCES = 16
+
+
+def make_report(checkpoint: Path, network: Mapping[str, float], validation_name: str, sequences: int) -> dict[str, Any]:
+    """Compute all figures of the run. `network` holds the losses that `megamor evaluate` measured on `sequences`."""
+    loaded = load_model(checkpoint, "cpu")
+    assert loaded.step is not None
+    config = replace(loaded.config, data=replace(loaded.config.data, tokenizer=str(loaded.tokenizer_path)))
+    data = open_validation_sets(config.data, vocab_size=config.model.vocab_size)[validation_name]
+    started = time.perf_counter()
+    seen, held_out = seen_windows(config, loaded.step), validation_windows(data, sequences)
+    floors = {order: NGramModel.fit(seen, n, config.model.vocab_size).nll(held_out) for order, n in ORDERS.items()}
+    floor_seconds = time.perf_counter() - started
+    # One character of a byte-level token's name stands for one byte.
+    tokenizer = loaded.tokenizer()
+    lengths = np.array([len(tokenizer.id_to_token(token) or "") for token in range(config.model.vocab_size)])
+    bytes_per_token = float(lengths[held_out[:, 1:]].mean())
+    return {
+        "step": loaded.step,
+        "tokens_seen": seen.shape[0] * (seen.shape[1] - 1),
+        "network": network,
+        "floors": floors,
+        "bits_per_byte": network["loss_causal"] / math.log(2) / bytes_per_token,
+        "beats_bigram_by": floors["bigram"] - network["loss_causal"],
+        "distance_to_trigram": network["loss_causal"] - floors["trigram"],
+        "floor_seconds": floor_seconds,
+        "savings": measure_savings(loaded.model, data.batches(0, 1, SAVINGS_BATCH, SAVINGS_SEQUENCES)),
+    }
 
 
 def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
-    """The training windows [n, S + 1] of the first `steps` optimizer steps."""
+    """Return the training windows [n, S + 1] of the first `steps` optimizer steps."""
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
     rows = data.samples(0, steps * config.train.global_batch_size)
     return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
 
 
-def validation_windows(config: Config, name: str, sequences: int) -> NDArray[np.int64]:
-    """The windows that `megamor.evaluate --sequences` measures."""
-    data = open_validation_sets(config.data, vocab_size=config.model.vocab_size)[name]
+def validation_windows(data: ValidationSet, sequences: int) -> NDArray[np.int64]:
+    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures."""
     batches = data.batches(0, 1, 1, sequences)
     windows = np.concatenate([np.concatenate((b.inputs[:, :1], b.labels), axis=1) for b in batches])
+    # A short last window is padded with -100, which the n-gram models don't know.
     return windows[(windows >= 0).all(1)]
 
 
-def floors(config: Config, steps: int, name: str, sequences: int) -> dict[str, float]:
-    """Losses (nats per token) of unigram, bigram and trigram, and bytes per token of the validation windows."""
-    seen, held_out = seen_windows(config, steps), validation_windows(config, name, sequences)
-    figures = {order: NGramModel.fit(seen, n, config.model.vocab_size).nll(held_out) for order, n in ORDERS.items()}
-    assert config.data.tokenizer is not None
-    tokenizer = Tokenizer.from_file(config.data.tokenizer)
-    # One character of a byte-level token's name stands for one byte.
-    lengths = np.array([len(tokenizer.id_to_token(i) or "") for i in range(config.model.vocab_size)])
-    figures["bytes_per_token"] = float(lengths[held_out[:, 1:]].mean())
-    return figures
-
-
-def make_report(checkpoint: Path, evaluation: Path, name: str, sequences: int) -> dict[str, Any]:
-    """All figures of the run. `evaluation` is what `megamor.evaluate --json` wrote for the same sequences."""
-    started = time.perf_counter()
-    opened = open_checkpoint(checkpoint)
-    config = config_from_dict(yaml.safe_load(opened.config_yaml))
-    config = replace(config, data=replace(config.data, tokenizer=str(opened.tokenizer_path)))
-    network = json.loads(evaluation.read_text())
-    figures = floors(config, opened.step, name, sequences)
-    return {
-        "step": opened.step,
-        "tokens_seen": opened.trainer_state.tokens_seen,
-        "network": network,
-        "floors": {order: figures[order] for order in ORDERS},
-        "bits_per_byte": network["loss_causal"] / math.log(2) / figures["bytes_per_token"],
-        "beats_bigram_by": figures["bigram"] - network["loss_causal"],
-        "distance_to_trigram": network["loss_causal"] - figures["trigram"],
-        "floor_seconds": time.perf_counter() - started,
-    }
-
-
-def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print the comparison and the verdict."""
+def show_report(report: Mapping[str, Any]) -> None:
+    """Print the comparison as a table, what the network has learned, and what routing saves."""
+    console = Console(highlight=False)
     table = Table(title=f"validation loss after {report['tokens_seen']:,} tokens")
     table.add_column("model")
     table.add_column("nats/token", justify="right")
     table.add_column("perplexity", justify="right")
-    rows = {"unigram": report["floors"]["unigram"], "bigram": report["floors"]["bigram"]}
-    rows["trigram"] = report["floors"]["trigram"]
-    rows["network, top-k routing (sees the future)"] = report["network"]["loss_topk"]
-    rows["network, causal routing"] = report["network"]["loss_causal"]
+    network = report["network"]
+    rows = {order: report["floors"][order] for order in ORDERS}
+    rows["network, top-k routing (sees the future)"] = network["loss_topk"]
+    rows["network, causal routing"] = network["loss_causal"]
     for label, loss in rows.items():
         style = "bold" if "causal" in label else ""
         table.add_row(label, f"{loss:.4f}", f"{math.exp(loss):.1f}", style=style)
     console.print(table)
-    console.print(f"{report['bits_per_byte']:.3f} bits per byte under causal routing")
+    console.print(f"{report['bits_per_byte']:.3f} bits per byte with causal routing")
     gain, distance = report["beats_bigram_by"], report["distance_to_trigram"]
     verdict = f"better than the bigram by {gain:.3f}" if gain > 0 else f"WORSE than the bigram by {-gain:.3f}"
     side = f"{distance:.3f} behind" if distance > 0 else f"{-distance:.3f} ahead of"
     console.print(f"the network is {verdict} nats/token, and {side} the trigram", style="bold")
+    savings = report["savings"]
+    console.print(
+        f"routing gives a token {network['mean_depth_causal']:.2f} recursions on average: a forward pass executes "
+        f"{savings['flops_per_token'] / 1e6:.2f} MFLOPs per token, {savings['flops_ratio']:.0%} of the same model at "
+        f"full depth, in {savings['time_ratio']:.0%} of its time",
+        style="bold",
+    )

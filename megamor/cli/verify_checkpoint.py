@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 
 from megamor.checkpoint import TrainerState, find_damage, iterate_state, state_shapes
 from megamor.checkpoint.layout import CONFIG_FILE, latest_step, parse_step, published_steps, rng_path, step_name
-from megamor.config import Config, config_from_dict
+from megamor.config import Config, config_from_yaml
 from megamor.config.derive import derive
 from megamor.errors import CheckpointError, MegamorError, user_errors
 from megamor.model import build_model
@@ -83,8 +82,8 @@ def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
     except MegamorError as error:
         yield str(error)
     try:
-        config = config_from_dict(yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (MegamorError, OSError, ValueError, yaml.YAMLError) as error:
+        config = config_from_yaml((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"), CONFIG_FILE)
+    except (MegamorError, OSError, ValueError) as error:
         yield f"{checkpoint / CONFIG_FILE} can't be read: {error}"
     if trainer is not None:
         yield from _trainer_faults(checkpoint, trainer)

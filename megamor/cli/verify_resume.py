@@ -1,4 +1,4 @@
-"""Check on this machine that a run of yours resumes bitwise: N steps in one go against N/2, a restart, and N/2 more.
+"""Check on this machine that your run resumes bitwise: N steps without a break against N/2, a restart, and N/2 more.
 
 examples:
   megamor verify-resume --config configs/quickstart.yaml
@@ -6,13 +6,14 @@ examples:
   megamor verify-resume --config configs/mor_135m.yaml --processes 2 train.global_batch_size=8 \\
       train.micro_batch_size=2 checkpoint.asynchronous=true
 
-The run is yours in everything but its length: model, data, batch, backend, precision. Shrink the batch by overrides if
-steps take long; the schedule isn't shortened. Both runs are launched as yours would be, in new processes, below --dir,
-which is removed afterwards (kept with --keep). Compared are every figure of every step (loss, gradient norm, depths,
-learning rate) and every bit of weights and moments at the end. Exit status 0 if all are equal, 2 otherwise.
+Model, data, batch, backend and precision are those of the configuration; only the number of steps differs. If steps
+take long, make the batch smaller with overrides. The learning-rate schedule stays that of the whole run. Both runs
+start in new processes and write to a new directory under --dir, which is removed at the end unless you give --keep.
+They must agree in every metric of every step (loss, gradient norm, depths, learning rate) and in every bit of the
+final weights and optimizer state. Exit status 0 if they do, 2 otherwise.
 
-A difference means that something isn't restored, or that your setting computes differently each time (a GPU kernel
-that isn't deterministic): run it with --again, which compares two runs in one go instead.
+If they differ, either something isn't restored, or this machine computes a step differently each time (some GPU
+kernels are not deterministic). --again tells which: it runs the same steps twice without a restart.
 """
 
 from __future__ import annotations
@@ -24,88 +25,88 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from megamor.checkpoint import iterate_state, open_checkpoint
-from megamor.config import load_config
-from megamor.config.validate import validate
+from megamor.cli import command_parser
 from megamor.errors import ConfigError, TrainingError, user_errors
-from megamor.metrics import read_jsonl
 
-PRETRAIN = Path(__file__).resolve().parents[2] / "pretrain.py"
-OF_THE_MOMENT = ("time", "throughput/", "memory/")
-"""Metrics that depend on the clock and the machine."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLOCK_METRICS = ("time", "throughput/", "memory/")
+"""Prefixes of metrics that depend on the clock and the machine, and so may differ."""
+MAX_DIFFERENCES_SHOWN = 20
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="verify_resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as for pretrain.py")
+    """Read the options; the overrides may stand before, between or after them."""
+    parser = command_parser("verify-resume", __doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as for megamor pretrain")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="how many in all, at least 2 (default: 4)")
-    parser.add_argument("--processes", type=int, default=1, metavar="P", help="on this machine (default: 1)")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="where to work (default: a new one under the system's)")
-    parser.add_argument("--keep", action="store_true", help="leave both runs there")
-    parser.add_argument("--again", action="store_true", help="don't restart: is the run the same when run twice?")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of each run, at least 2 (default: 4)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes to train with (default: 1)")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="where to work (default: the system's temporary one)")
+    parser.add_argument("--keep", action="store_true", help="keep both runs' directories")
+    parser.add_argument("--again", action="store_true", help="compare two runs without a restart")
     return parser.parse_intermixed_args(argv)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Train both runs, compare them, and print the result."""
+    from megamor.config import load_config
+
     args = parse_arguments(argv)
     if args.steps < 2:
         raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
-    validate(load_config(args.config, args.overrides), args.processes)
+    load_config(args.config, args.overrides, args.processes)  # reports errors before processes start
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="verify_resume_", dir=args.dir))
     half = args.steps // 2
     try:
-        launch(args, directory, "straight", args.steps)
+        train_until(args, directory, "straight", args.steps)
         if not args.again:
-            launch(args, directory, "restarted", half)
-        launch(args, directory, "restarted", args.steps)
-        faults = [*differences(directory / "straight", directory / "restarted")]
+            train_until(args, directory, "restarted", half)
+        train_until(args, directory, "restarted", args.steps)
+        found = [*differences(directory / "straight", directory / "restarted")]
     finally:
         if args.keep:
             print(f"both runs are in {directory}")
         else:
             shutil.rmtree(directory)
-    what = (
-        f"two runs of {args.steps} steps"
-        if args.again
-        else f"{args.steps} steps and {half} + {args.steps - half} steps"
-    )
-    if faults:
-        raise TrainingError("\n  ".join([f"{what} differ:", *faults[:20], *(["..."] if len(faults) > 20 else [])]))
-    print(f"{what} are the same to the last bit")
+    compared = f"{args.steps} steps and {half} + {args.steps - half} steps"
+    if args.again:
+        compared = f"two runs of {args.steps} steps"
+    if found:
+        more = ["..."] if len(found) > MAX_DIFFERENCES_SHOWN else []
+        raise TrainingError("\n  ".join([f"{compared} differ:", *found[:MAX_DIFFERENCES_SHOWN], *more]))
+    print(f"{compared} are the same to the last bit")
 
 
-def launch(args: argparse.Namespace, directory: Path, name: str, stop: int) -> None:
-    """Train until step `stop` under `directory`/`name`, in new processes.
+def train_until(args: argparse.Namespace, directory: Path, name: str, stop: int) -> None:
+    """Train in new processes, in `directory`/`name`, until step `stop`.
 
     Raises:
-        TrainingError: they left with an error.
+        TrainingError: a process failed.
     """
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
-    settings = [f"run.dir={directory}", f"run.name={name}", f"train.stop_at_step={stop}", "metrics.wandb=false"]
-    command += [str(PRETRAIN), "--config", str(args.config), *args.overrides, *settings, "metrics.log_every=1"]
-    print(f"{name}: until step {stop}", flush=True)
+    command += ["-m", "megamor", "pretrain", "--config", str(args.config), *args.overrides]
+    command += [f"run.dir={directory}", f"run.name={name}", f"train.stop_at_step={stop}"]
+    command += ["metrics.wandb=false", "metrics.log_every=1"]
+    print(f"{name}: training until step {stop}", flush=True)
     status = subprocess.run(command, check=False).returncode
     if status != 0:
-        raise TrainingError(f"the launch left with status {status}; its messages are above")
+        raise TrainingError(f"training exited with status {status}; its messages are above")
 
 
 def differences(straight: Path, restarted: Path) -> Iterator[str]:
-    """What differs between two runs' directories, a line each."""
+    """Yield a line for each difference between the two runs' metrics and last checkpoints."""
+    from megamor.checkpoint import iterate_state, open_checkpoint
+    from megamor.metrics import read_jsonl
+
     yield from differing_metrics(*(read_jsonl(run / "metrics.jsonl") for run in (straight, restarted)))
     last = [open_checkpoint(run) for run in (straight, restarted)]
     if last[0].step != last[1].step:
@@ -115,7 +116,8 @@ def differences(straight: Path, restarted: Path) -> Iterator[str]:
 
 
 def differing_metrics(straight: Sequence[Mapping[str, Any]], restarted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Figures that differ, by step."""
+    """Yield a line for each metric that differs, step by step."""
+    # A step has two records, the training metrics and the validation metrics: told apart by the loss.
     found = {(record["step"], "train/loss" in record): record for record in restarted}
     for record in straight:
         other = found.get((record["step"], "train/loss" in record))
@@ -123,20 +125,18 @@ def differing_metrics(straight: Sequence[Mapping[str, Any]], restarted: Sequence
             yield f"step {record['step']} is missing"
             continue
         for name, value in record.items():
-            if not name.startswith(OF_THE_MOMENT) and other.get(name) != value:
+            if not name.startswith(CLOCK_METRICS) and other.get(name) != value:
                 yield f"step {record['step']}: {name} is {other.get(name)} instead of {value}"
 
 
 def differing_tensors(straight: Mapping[str, Tensor], restarted: Mapping[str, Tensor]) -> Iterator[str]:
-    """Weights and moments that differ."""
+    """Yield a line for each tensor of weights or optimizer state that differs."""
+    import torch
+
     for name, tensor in straight.items():
         if name not in restarted:
             yield f"{name} is missing"
         elif not torch.equal(tensor, restarted[name]):
             off = (tensor.double() - restarted[name].double()).abs()
             yield f"{name} differs in {int(off.count_nonzero())} of {off.numel()} values, by at most {off.max():.3g}"
-    yield from (f"{name} is there after the restart only" for name in restarted if name not in straight)
-
-
-if __name__ == "__main__":
-    main()
+    yield from (f"{name} is only there after the restart" for name in restarted if name not in straight)

@@ -1,4 +1,4 @@
-"""Shape of the batch of every step: constant, or growing at the start of the run by `train.ramp`."""
+"""Batch size and sequence length of every step: constant, or changing at the start of the run by `train.ramp`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megamor.config.schema import Config
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sequences of all ranks in a step, of one rank in a micro-batch, and tokens in a sequence."""
+    """Sequences per step over all ranks, sequences per micro-batch of a rank, and tokens per sequence."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -19,20 +19,20 @@ class BatchShape:
 
     @property
     def tokens(self) -> int:
-        """Training positions of a step."""
+        """Training positions per step."""
         return self.global_batch_size * self.seq_len
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """`shapes[i]` holds until `ends[i]` steps are done, the last one for ever."""
+    """`shapes[i]` is used until `ends[i]` steps are done; the last shape has no end."""
 
     shapes: tuple[BatchShape, ...]
     ends: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> BatchSchedule:
-        """The stages of `train.ramp`, each with the final value of what it doesn't name, and the final shape."""
+        """The stages of `train.ramp`, where what a stage leaves out has its final value, and then the final shape."""
         final = BatchShape(config.train.global_batch_size, config.train.micro_batch_size, config.data.seq_len)
         stages = [
             BatchShape(
@@ -50,11 +50,11 @@ class BatchSchedule:
         return self.shapes[-1]
 
     def at(self, step: int) -> BatchShape:
-        """The shape of the step after `step` steps."""
+        """The shape of the next step when `step` steps are done."""
         return self.shapes[bisect_right(self.ends, step)]
 
     def stages(self, start: int, end: int) -> Iterator[tuple[int, int, BatchShape]]:
-        """(steps done before, steps done after, shape) of each stretch of equal shape between two numbers of steps."""
+        """Yield (start, end, shape) of each stage between `start` and `end` steps done."""
         for stage_end, shape in zip((*self.ends, end), self.shapes, strict=True):
             if start < min(stage_end, end):
                 yield start, min(stage_end, end), shape
@@ -65,11 +65,9 @@ class BatchSchedule:
         return sum((end - start) * shape.tokens for start, end, shape in self.stages(0, steps))
 
     def steps_for(self, tokens: int) -> int:
-        """The least number of steps with at least `tokens` training positions."""
-        done = 0
-        for end, shape in zip(self.ends, self.shapes, strict=False):
-            if tokens <= (end - done) * shape.tokens:
-                return done - (-tokens // shape.tokens)
-            tokens -= (end - done) * shape.tokens
-            done = end
-        return done - (-tokens // self.final.tokens)
+        """The smallest number of steps with at least `tokens` training positions."""
+        for start, end, shape in self.stages(0, tokens):  # a step has at least one token
+            if tokens <= (end - start) * shape.tokens:
+                return start - (-tokens // shape.tokens)
+            tokens -= (end - start) * shape.tokens
+        return 0

@@ -1,29 +1,21 @@
-"""What follows from a configuration: steps, batches, schedule, layer counts and parameter counts.
-
-Everything is arithmetic on numbers that `validate` accepts. Which effective layer uses which unique block is for the
-model to say; only how many there are of each is here.
-"""
+"""What follows from a validated configuration: steps, batches, schedule, layer counts and parameter counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megamor.config.batches import BatchSchedule
-from megamor.config.schema import (
-    Config,
+from megamor.config.routers import (
     CustomRouterConfig,
-    EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
-    ModelConfig,
-    OptimConfig,
-    RandomConfig,
-    RecursionConfig,
     RouterHead,
+    ScoredConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
 )
+from megamor.config.schema import Config, ModelConfig, OptimConfig, RecursionConfig
 
 HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
 """Width of a router's hidden layer as a multiple of the model's."""
@@ -31,11 +23,11 @@ HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
 
 @dataclass(frozen=True)
 class Derived:
-    """Quantities printed at the start of a run. Tokens are training positions; parameters are counted once each.
+    """Quantities printed at the start of a run.
 
-    `unique_parameters` and `effective_parameters` leave the embedding (which is also the head) out, as the paper's
-    tables do; the effective count unrolls the recursions. `core_layers` are the unique blocks that each recursion runs.
-    What is said of a step and of micro-batches holds after `train.ramp`; `batches` knows the rest.
+    `unique_parameters` counts each parameter once; `effective_parameters` counts a shared block once per recursion.
+    Like the paper's tables, both leave out the embedding, which is also the output head. `core_layers` are the unique
+    blocks that each recursion runs. `tokens_per_step` and `micro_batches` are those after `train.ramp`.
     """
 
     world_size: int
@@ -44,10 +36,10 @@ class Derived:
     tokens_per_step: int
     total_tokens: int
     micro_batches: int
-    """Micro-batches that each rank accumulates in one optimizer step."""
+    """Micro-batches that each rank accumulates per optimizer step."""
     warmup_steps: int
     decay_start: int
-    """Steps done when the learning rate starts to fall; equal to `total_steps` where it never does."""
+    """Steps done when the learning rate starts to fall; `total_steps` if it never does."""
     decay_steps: int
     num_recursions: int
     prelude_layers: int
@@ -67,16 +59,11 @@ class Derived:
 
     @property
     def unique_parameters_with_embedding(self) -> int:
-        """Every parameter of the model, the tied head counted once."""
+        """All parameters of the model; the tied output head isn't counted again."""
         return self.unique_parameters + self.embedding_parameters
 
-    @property
-    def effective_parameters_with_embedding(self) -> int:
-        """Parameters of the unrolled model, the tied head counted once."""
-        return self.effective_parameters + self.embedding_parameters
-
     def describe(self) -> str:
-        """The quantities as aligned lines, one subject a line."""
+        """The quantities as aligned lines of text."""
         lines = {
             "steps": f"{self._describe_steps()} = {self.total_tokens:,} tokens",
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
@@ -109,17 +96,16 @@ class Derived:
 
 
 def derive(config: Config, world_size: int) -> Derived:
-    """Everything that follows from a configuration which `validate(config, world_size)` accepted."""
+    """Everything that follows from a configuration that `validate(config, world_size)` accepts."""
     steps = total_steps(config)
     batches = BatchSchedule.of(config)
     warmup_steps, decay = schedule_steps(config.optim, steps)
     prelude, core, coda = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
-    differences = core * difference_parameters(config)
     routers = router_parameters(config)
-    beside_the_layers = config.model.dim + routers + differences  # the final norm and what isn't in a layer
+    outside_layers = config.model.dim + routers + core * recursion_parameters(config)  # dim: the final norm
     if config.recursion.recursion_embedding:
-        beside_the_layers += config.recursion.num_recursions * config.model.dim
+        outside_layers += config.recursion.num_recursions * config.model.dim
     return Derived(
         world_size=world_size,
         total_steps=steps,
@@ -137,13 +123,13 @@ def derive(config: Config, world_size: int) -> Derived:
         num_layers=config.model.num_layers,
         embedding_parameters=config.model.vocab_size * config.model.dim,
         router_parameters=routers,
-        unique_parameters=(prelude + core + coda) * per_layer + beside_the_layers,
-        effective_parameters=config.model.num_layers * per_layer + beside_the_layers,
+        unique_parameters=(prelude + core + coda) * per_layer + outside_layers,
+        effective_parameters=config.model.num_layers * per_layer + outside_layers,
     )
 
 
 def total_steps(config: Config) -> int:
-    """Optimizer steps of the whole run; the last one that `max_tokens` asks for is taken in full."""
+    """Optimizer steps of the whole run; `max_tokens` is rounded up to whole steps."""
     train = config.train
     if train.max_steps is not None:
         return train.max_steps
@@ -154,14 +140,15 @@ def total_steps(config: Config) -> int:
 def schedule_steps(optim: OptimConfig, steps: int) -> tuple[int, int]:
     """(warm-up steps, decay steps) of a run of `steps`; the decay ends with the run.
 
-    Trapezoid (WSD): the last int(decay_fraction * steps). Cosine: everything after the warm-up. Constant: none.
+    `wsd` decays over the last int(decay_fraction * steps) steps (arXiv 2507.10524, appendix B), `cosine` over all steps
+    after the warm-up, `constant` never.
     """
     decay = {"wsd": int(optim.decay_fraction * steps), "cosine": steps - optim.warmup_steps, "constant": 0}
     return optim.warmup_steps, decay[optim.schedule]
 
 
 def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, int, int]:
-    """(prelude, core, coda): unique blocks around and in the recursion (paper, table 1). Vanilla is all prelude."""
+    """Numbers of unique blocks before, in and after the recursion (paper table 1). A vanilla model is all prelude."""
     if recursion.sharing == "none":
         return model.num_layers, 0, 0
     outside = 1 if recursion.sharing.startswith("middle") else 0
@@ -169,22 +156,27 @@ def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, i
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one block: query and output, key and value, SwiGLU, two norms."""
+    """Parameters of one block: query and output projections, keys and values, SwiGLU, two norms."""
     kv_dim = model.num_kv_heads * model.head_dim
     return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
 
 
-def difference_parameters(config: Config) -> int:
-    """What one shared block has beyond its own parameters to tell its recursions apart."""
+def recursion_parameters(config: Config) -> int:
+    """Parameters that a shared block has in addition for its recursions: separate norms and low-rank updates.
+
+    A low-rank update of an n x m matrix has rank * (n + m) parameters (arXiv 2410.20672).
+    """
     model, recursion = config.model, config.recursion
     kv_dim = model.num_kv_heads * model.head_dim
+    # n + m of each matrix: query and output, key and value, the three of SwiGLU.
     sides = 2 * (model.dim + model.dim) + 2 * (model.dim + kv_dim) + 3 * (model.dim + model.ffn_dim)
+    # The block's own pair of norms serves the first recursion.
     norms = (recursion.num_recursions - 1) * 2 * model.dim if recursion.separate_norms else 0
     return norms + recursion.num_recursions * recursion.lora_rank * sides
 
 
 def router_parameters(config: Config) -> int:
-    """Parameters of the routers: one head for each recursion (two with auxiliary routers), or one for all of them."""
+    """Parameters of all heads: one per recursion (two with `aux_router`) where recursions are scored one by one."""
     heads = config.recursion.num_recursions
     match config.router:
         case ExpertChoiceConfig(sampling="aux_router"):
@@ -195,10 +187,10 @@ def router_parameters(config: Config) -> int:
 
 
 def router_head_parameters(config: Config) -> int:
-    """Parameters of one scoring head; each decision on a token costs twice as many FLOPs. 0 for custom routers."""
+    """Parameters of one head, which costs 2 FLOPs per parameter and token; 0 for custom routers."""
     router, dim = config.router, config.model.dim
     match router:
-        case ExpertChoiceConfig() | EmaThresholdConfig() | RandomConfig():
+        case ScoredConfig():
             return head_parameters(router.head, dim, outputs=1)
         case TokenChoiceConfig():
             return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
@@ -211,7 +203,7 @@ def router_head_parameters(config: Config) -> int:
 
 
 def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:
-    """Parameters of one router, which has no biases: dim -> outputs, or with one hidden layer."""
+    """Parameters of a head `dim -> outputs`, directly or through one hidden layer; heads have no biases."""
     if head == "linear":
         return dim * outputs
     hidden = HIDDEN_MULTIPLIER[head] * dim

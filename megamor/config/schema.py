@@ -1,50 +1,71 @@
 """Every setting of a run, as frozen dataclasses. Defaults follow the recipe of arXiv 2507.10524 where it has one.
 
-A section whose type is a union (`router`) is told apart by its `kind`. Loading and overlays are in `load.py`, what must
-hold between fields in `validate.py`, what follows from them in `derive.py`.
+The string below a field is its documentation: docs/settings.md is generated from it. `load.py` reads configuration
+files, `convert.py` checks them against the types declared here, `validate.py` checks the rules between settings, and
+`derive.py` computes what follows from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from megamor.config.constraints import (
+    BelowOne,
+    ByKind,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    ZeroStage,
+)
+from megamor.config.routers import FixedDepthConfig, RouterConfig
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
-RouterHead = Literal["linear", "mlp", "wide_mlp"]
-Gating = Literal["weighted", "additive"]
 SelectiveOp = Literal["sdpa", "mm", "silu"]
 Alarm = Literal["off", "warn", "stop"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what makes it repeatable."""
+    """Name, location and seed."""
 
     name: str = "run"
+    """Checkpoints and metrics are written to the directory `dir`/`name`."""
     dir: str = "runs"
-    seed: int = 0
+    """Directory of all runs; on several machines, on a file system that all of them see."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights, the order of the data and the routers' noise."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Llama backbone (paper section 3; no biases, no dropout, head tied to the embedding).
+    """Llama backbone (paper section 3): no biases, no dropout, output head tied to the embedding."""
 
-    `num_layers` is the effective depth: the number of blocks a token of full depth passes through. `document_positions`
-    says whether positions start anew with each document where documents are kept apart.
-    """
-
-    vocab_size: int = 49152
-    dim: int = 576
-    num_layers: int = 30
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    ffn_dim: int = 1536
-    max_seq_len: int = 2048
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    vocab_size: PositiveInt = 49152
+    """Rows of the embedding; at least the size of the tokenizer's vocabulary."""
+    dim: PositiveInt = 576
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 30
+    """Effective depth: the number of blocks that a token passes through at full depth."""
+    num_heads: PositiveInt = 9
+    """Query heads; `dim` is split evenly among them."""
+    num_kv_heads: PositiveInt = 3
+    """Key and value heads (grouped-query attention); a divisor of `num_heads`."""
+    ffn_dim: PositiveInt = 1536
+    """Width of the SwiGLU hidden layer."""
+    max_seq_len: PositiveInt = 2048
+    """Longest sequence that the model accepts."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary position embeddings."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights."""
     document_positions: Literal["continue", "restart"] = "continue"
+    """Whether positions restart at each document; matters with `data.document_mask` only."""
 
     @property
     def head_dim(self) -> int:
@@ -54,335 +75,250 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RecursionConfig:
-    """How layers are shared (paper section 2.2.1, table 1). `num_recursions: 1` with `sharing: none` is vanilla.
+    """How layers are shared (paper section 2.2.1, table 1). One recursion with `sharing: none` is a vanilla model.
 
-    Three options tell the recursions of a shared block apart: an embedding of the recursion added to the core's input,
-    norms of their own, and low-rank updates of the shared matrices (relaxed recursive transformers, arXiv 2410.20672).
+    By default all recursions of a shared block use the same parameters. With `recursion_embedding`, `separate_norms` or
+    `lora_rank` each recursion also has some of its own.
     """
 
-    num_recursions: int = 1
+    num_recursions: PositiveInt = 1
+    """How often the shared core is applied at full depth (Nr)."""
     sharing: Sharing = "none"
+    """Order of the shared layers: the core as a whole repeats (`cycle`), or each of its layers (`sequence`). The
+    `middle_` variants keep the first and the last layer unshared."""
     kv_policy: Literal["recursion_wise", "share_first", "hybrid"] = "recursion_wise"
+    """Keys and values that a recursion attends to (paper section 2.2.2): those of its own tokens, those of the first
+    recursion, or the latter updated with its own tokens' (`hybrid`)."""
     recursion_embedding: bool = False
+    """Add a learned vector per recursion to the core's input."""
     separate_norms: bool = False
-    lora_rank: int = 0
-
-
-@dataclass(frozen=True)
-class FixedDepthConfig:
-    """Every token takes the same number of recursions (all of them unless `depth` says fewer)."""
-
-    kind: Literal["fixed"] = "fixed"
-    depth: int | None = None
-
-
-@dataclass(frozen=True)
-class ExpertChoiceConfig:
-    """Each recursion picks its top-k tokens among those of the recursion before (paper section 2.2.1).
-
-    `capacity` is the share of the sequence at each recursion; unset means (Nr - r) / Nr. At inference a token goes on
-    if the sigmoid of its score is at least `inference_threshold`.
-    """
-
-    kind: Literal["expert_choice"] = "expert_choice"
-    head: RouterHead = "linear"
-    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
-    alpha: float = 0.1
-    temperature: float = 1.0
-    gating: Gating = "weighted"
-    capacity: tuple[float, ...] | None = None
-    capacity_warmup_steps: int = 0
-    sampling: Literal["aux_loss", "aux_router"] = "aux_loss"
-    aux_coeff: float = 0.001
-    inference_threshold: float = 0.5
-    z_coeff: float = 0.0
-
-
-@dataclass(frozen=True)
-class TokenChoiceConfig:
-    """Each token picks its depth once, before the first recursion (paper section 2.2.1)."""
-
-    kind: Literal["token_choice"] = "token_choice"
-    head: RouterHead = "linear"
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-    alpha: float = 1.0
-    temperature: float = 1.0
-    gating: Gating = "weighted"
-    balancing: Literal["loss", "loss_free", "none"] = "loss"
-    balance_coeff: float = 0.1
-    bias_update_rate: float = 0.001
-    balance_warmup_steps: int = 0
-    z_coeff: float = 0.0
-
-
-@dataclass(frozen=True)
-class EmaThresholdConfig:
-    """Expert-choice with a threshold instead of a top-k, causal in training too (after arXiv 2603.11535, for experts).
-
-    Each recursion follows, with an exponential moving average of decay `ema_decay`, the score above which its share of
-    the tokens lies, and takes the tokens above it; `capacity` holds on average.
-    """
-
-    kind: Literal["ema_threshold"] = "ema_threshold"
-    head: RouterHead = "linear"
-    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
-    alpha: float = 0.1
-    temperature: float = 1.0
-    gating: Gating = "weighted"
-    capacity: tuple[float, ...] | None = None
-    ema_decay: float = 0.95
-    z_coeff: float = 0.0
-
-
-@dataclass(frozen=True)
-class RandomConfig:
-    """A control: expert-choice's gates, but tokens are selected at random, so that `capacity` holds on average."""
-
-    kind: Literal["random"] = "random"
-    head: RouterHead = "linear"
-    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
-    alpha: float = 0.1
-    temperature: float = 1.0
-    gating: Gating = "weighted"
-    capacity: tuple[float, ...] | None = None
-    z_coeff: float = 0.0
-
-
-@dataclass(frozen=True)
-class SkipForwardRecurseConfig:
-    """Before each application a token skips it (and leaves), takes it and leaves, or takes it and decides again.
-
-    Decisions are straight-through Gumbel-softmax samples in training (arXiv 1611.01144), whose temperature falls
-    linearly from `temperature_start` to `temperature_end` over `temperature_steps`, and the likeliest choice at
-    inference.
-    `depth_coeff` weighs the expected depth, or with `target_depth` its squared distance from that.
-    """
-
-    kind: Literal["skip_forward_recurse"] = "skip_forward_recurse"
-    hidden: int = 128
-    depth_coeff: float = 0.01
-    target_depth: float | None = None
-    temperature_start: float = 1.0
-    temperature_end: float = 0.5
-    temperature_steps: int = 1000
-
-
-@dataclass(frozen=True)
-class HaltingConfig:
-    """Adaptive computation time (arXiv 1603.08983): halting probabilities add up, the output is their weighted mean.
-
-    soft: every token runs all recursions; hard: a halted token leaves, which saves its compute. `ponder_coeff` weighs
-    the ponder cost (updates + remainder).
-    """
-
-    kind: Literal["act"] = "act"
-    mode: Literal["soft", "hard"] = "hard"
-    epsilon: float = 0.01
-    ponder_coeff: float = 0.001
-
-
-@dataclass(frozen=True)
-class CustomRouterConfig:
-    """A router of your own: `target` is `package.module:Class`, called with (options, dim, num_recursions)."""
-
-    target: str
-    kind: Literal["custom"] = "custom"
-    options: Mapping[str, float] = field(default_factory=dict)
-
-
-RouterConfig = (
-    FixedDepthConfig
-    | ExpertChoiceConfig
-    | TokenChoiceConfig
-    | EmaThresholdConfig
-    | RandomConfig
-    | SkipForwardRecurseConfig
-    | HaltingConfig
-    | CustomRouterConfig
-)
+    """Give each recursion its own norms."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of the low-rank update that each recursion adds to the shared matrices (arXiv 2410.20672); 0: none."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One training data set: the `<prefix>.bin`/`<prefix>.idx` pair and its share of the samples.
-
-    The share is `weight` out of the sum of weights, or `tokens` out of the sum of all sources' budgets.
-    """
+    """A training data set. An item may also be the bare prefix."""
 
     prefix: str
-    weight: float = 1.0
-    tokens: float | None = None
+    """Path of the pair `<prefix>.bin` and `<prefix>.idx`."""
+    weight: Positive = 1.0
+    """Fraction of the samples, relative to the weights of the other sources."""
+    tokens: Positive | None = None
+    """Instead of the weight: a token budget, relative to the budgets of the other sources."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Token shards. `tokenizer` is copied into every checkpoint and must be the one that wrote the shards.
-
-    `packing` says what a window of training holds: a stretch of the documents one after the other (`stream`), whole
-    documents and padding (`best_fit`), or one document and padding (`document`). With `document_mask` attention stays
-    inside each document. With `blend_temperature` T, weights are multiplied by size^(1/T). Windows are shuffled in
-    chunks of `chunk_len` tokens (default: `seq_len` at the start of the run), which are better not shorter than any
-    `seq_len` that the run will have. A source that has been read is read again, or ends the run (`on_exhausted`).
-    """
+    """Training and validation data: shards, and how sequences are made of them; see [Data](data.md)."""
 
     train: tuple[SourceConfig, ...] = ()
+    """Training data sets."""
     validation: Mapping[str, str] = field(default_factory=dict)
+    """Validation sets: the name used in metrics, and the prefix."""
     tokenizer: str | None = None
-    seq_len: int = 2048
+    """The `tokenizer.json` that wrote the shards; it is copied into every checkpoint."""
+    seq_len: PositiveInt = 2048
+    """Tokens per training sequence."""
     packing: Literal["stream", "best_fit", "document"] = "stream"
+    """What a training sequence holds: consecutive documents cut anywhere (`stream`), whole documents and padding
+    (`best_fit`), or one document and padding."""
     document_mask: bool = True
-    chunk_len: int | None = None
-    blend_temperature: float | None = None
+    """Keep attention within each document."""
+    chunk_len: PositiveInt | None = None
+    """Tokens per chunk; shuffling moves whole chunks. Null: the `seq_len` of the first step. Should not be shorter than
+    any `seq_len` of the run."""
+    blend_temperature: Positive | None = None
+    """Multiply each source's weight by size^(1/T)."""
     on_exhausted: Literal["repeat", "stop"] = "repeat"
-    prefetch_steps: int = 2
+    """When a source has been read to its end, read it again or end the run."""
+    prefetch_steps: NonNegativeInt = 2
+    """Batches prepared ahead of the step that uses them."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with the paper's trapezoid (WSD) schedule (appendix B)."""
+    """AdamW and the learning-rate schedule (paper appendix B)."""
 
-    lr: float = 3e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    lr: Positive = 3e-3
+    """Peak learning rate."""
+    beta1: BelowOne = 0.9
+    """Decay of the first moment."""
+    beta2: BelowOne = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of the matrices."""
+    grad_clip: Positive = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup_steps: int = 57
-    decay_fraction: float = 0.2
-    min_lr_ratio: float = 0.0
-    aux_router_lr_multiplier: float = 10.0
+    """Shape after the warm-up: constant with a linear decay at the end (`wsd`), half a cosine, or constant."""
+    warmup_steps: NonNegativeInt = 57
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_fraction: Fraction = 0.2
+    """Fraction of the run over which `wsd` decays."""
+    min_lr_ratio: Fraction = 0.0
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    aux_router_lr_multiplier: Positive = 10.0
+    """Factor on the learning rate of auxiliary routers."""
 
 
 @dataclass(frozen=True)
 class RampConfig:
-    """Batches of the steps before `until_step`; what isn't given is as in the rest of the run."""
+    """A stage at the start of the run. What a stage leaves out has the run's final value."""
 
-    until_step: int
-    global_batch_size: int | None = None
-    micro_batch_size: int | None = None
-    seq_len: int | None = None
+    until_step: PositiveInt
+    """Step at which the stage ends; stages are listed in ascending order."""
+    global_batch_size: PositiveInt | None = None
+    """As in `train`."""
+    micro_batch_size: PositiveInt | None = None
+    """As in `train`."""
+    seq_len: PositiveInt | None = None
+    """As in `data`; at most its value."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and shape of the run. Batches are counted in sequences of `data.seq_len` tokens.
+    """Length of the run, batch, precision and memory. Exactly one of `max_steps` and `max_tokens` is required."""
 
-    `ramp` are stages at the start of the run with smaller batches or shorter sequences, in order. Give exactly one of
-    `max_steps` and `max_tokens`. `stop_at_step` ends this launch early at a checkpoint without changing the schedule; a
-    later launch goes on. Under activation checkpointing `selective`, the results of `selective_ops` are kept and the
-    rest of each block is computed again. In bf16, the gradients of a shared weight are added up over the recursions in
-    bf16, or with `add_shared_gradients_in_fp32` in fp32 and rounded once. A process that doesn't get on for
-    `hang_timeout_seconds` leaves with the status that asks for another start; null: it waits for ever. With
-    `fail_on_recompile_after`, a training step that compiles anything after so many steps of a launch ends the run.
-    """
-
-    global_batch_size: int = 1024
-    micro_batch_size: int = 16
-    max_steps: int | None = None
-    max_tokens: int | None = None
-    stop_at_step: int | None = None
+    global_batch_size: PositiveInt = 1024
+    """Sequences per optimizer step, over all processes; a multiple of `micro_batch_size` x processes."""
+    micro_batch_size: PositiveInt = 16
+    """Sequences that a process computes at a time; gradients accumulate until the global batch is complete."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps of the run."""
+    max_tokens: PositiveInt | None = None
+    """Training tokens of the run; rounded up to whole steps."""
+    stop_at_step: PositiveInt | None = None
+    """Save and stop at this step; the schedule stays that of the whole run, and a later start resumes it."""
     ramp: tuple[RampConfig, ...] = ()
+    """Stages at the start of the run with smaller batches or shorter sequences."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the computation; weights, moments and gradient reductions are fp32 in either case."""
     activation_checkpointing: Literal["none", "recursion", "block", "selective"] = "none"
+    """What is recomputed in the backward pass to save memory: nothing, whole recursions, whole blocks, or all of a
+    block but the results of `selective_ops`."""
     selective_ops: tuple[SelectiveOp, ...] = ("sdpa", "mm")
+    """Results that `selective` keeps: attention (`sdpa`), projections (`mm`), SwiGLU's activation (`silu`)."""
     add_shared_gradients_in_fp32: bool = False
+    """Add up the gradients of a shared weight over the recursions in fp32 instead of bf16."""
     compile: bool = False
-    fail_on_recompile_after: int | None = None
-    eval_every: int = 500
-    eval_sequences: int = 512
-    hang_timeout_seconds: float | None = 540.0
+    """Compile each block with torch.compile."""
+    fail_on_recompile_after: PositiveInt | None = None
+    """End the run if a training step compiles anything later than this many steps after the start."""
+    eval_every: PositiveInt = 500
+    """Steps between validations; there is one at the end too."""
+    eval_sequences: PositiveInt = 512
+    """Sequences of each validation set that a validation reads, at most."""
+    hang_timeout_seconds: Positive | None = 540.0
+    """A rank that makes no progress for this long exits with the requeue status (75); null disables the watchdog."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Who holds what. `auto` is `fsdp2` with more than one process, else `single`.
-
-    FSDP2 shards over groups of `shard_degree` neighbouring processes and replicates over these groups (HSDP); unset
-    means that all processes are one group. With the processes of a machine as a group, weights are gathered within it.
-    """
+    """How the model is distributed over processes; see [Training](training.md#backends)."""
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    shard_degree: int | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    """`auto` is `fsdp2` with several processes and `single` with one."""
+    shard_degree: PositiveInt | None = None
+    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: all
+    processes are one group."""
+    zero_stage: ZeroStage = 2
+    """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
     reshard_after_forward: bool = True
+    """FSDP2: free the gathered weights after the forward pass and gather them again for the backward pass."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, whether training goes on meanwhile, and which complete checkpoints to keep.
+    """When to save, and which checkpoints to keep; see [Checkpoints](checkpoints.md)."""
 
-    Kept are the newest `keep_last`, those of every `keep_every`-th step, and the `keep_best` with the lowest validation
-    loss (under the inference rule, mean over the sets).
-    """
-
-    every_steps: int = 500
+    every_steps: PositiveInt = 500
+    """Steps between checkpoints; the last step is saved too."""
     asynchronous: bool = False
-    keep_last: int = 3
-    keep_every: int | None = None
-    keep_best: int = 0
+    """Write in the background while training continues."""
+    keep_last: PositiveInt = 3
+    """Keep this many of the newest checkpoints."""
+    keep_every: PositiveInt | None = None
+    """Also keep the checkpoints whose step is a multiple of this."""
+    keep_best: NonNegativeInt = 0
+    """Also keep this many with the lowest validation loss (under the inference rule, mean over the sets)."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What happens when a step goes wrong. As it stands, a step that isn't finite ends the run, weights untouched.
+    """What happens when a step goes wrong. By default a loss or gradient that isn't finite ends the run, and the
+    weights keep their values."""
 
-    `skip_non_finite` goes on without such a step, as long as at most `max_skips_in_a_row` follow one another. With
-    `spike_threshold`, losses more than so many standard deviations above the mean of the last `window` ones in
-    `spike_steps` steps in a row send the run back to the newest checkpoint at least `rollback_steps` older; the data
-    since then are left out. At most `max_rollbacks` times.
-    """
-
-    window: int = 100
+    window: PositiveInt = 100
+    """Recent losses and gradient norms that a new one is compared with."""
     skip_non_finite: bool = False
-    max_skips_in_a_row: int = 10
-    spike_threshold: float | None = None
-    spike_steps: int = 3
-    rollback_steps: int = 100
-    max_rollbacks: int = 3
+    """Skip a step whose gradient isn't finite instead of ending the run."""
+    max_skips_in_a_row: PositiveInt = 10
+    """End the run when more consecutive steps than this had to be skipped."""
+    spike_threshold: Positive | None = None
+    """A loss this many standard deviations above the mean of the window is a spike; null: losses aren't checked."""
+    spike_steps: PositiveInt = 3
+    """Roll back after this many spikes in a row."""
+    rollback_steps: PositiveInt = 100
+    """Roll back to the newest checkpoint that is at least this many steps older; the data read since are left out."""
+    max_rollbacks: NonNegativeInt = 3
+    """End the run at the next spike after this many rollbacks."""
 
 
 @dataclass(frozen=True)
 class DiagnosisConfig:
-    """Alarms about the run, for a sign in `steps` steps in a row; `stop` ends it with an explanation.
+    """Alarms: `warn` prints a warning, `stop` ends the run with an explanation; see
+    [Training](training.md#alarms)."""
 
-    dead_router: no gradient at the router's scores. pinned_depth: a share of at least `pinned_share` of the tokens at
-    one depth, where the router decides about depth. unigram_plateau: after `plateau_after_step`, losses within
-    `plateau_margin` nats of the entropy of single tokens. exploding_norm: gradient norms more than `norm_factor` times
-    the median of the guard's window.
-    """
-
-    steps: int = 100
+    steps: PositiveInt = 100
+    """Consecutive steps that must show a symptom before its alarm is raised."""
     dead_router: Alarm = "stop"
+    """No gradient reaches the router's scores."""
     pinned_depth: Alarm = "warn"
-    pinned_share: float = 0.9999
+    """Nearly all tokens take the same depth (routers that decide about depth only)."""
+    pinned_share: Fraction = 0.9999
+    """Fraction of the tokens at one depth that raises `pinned_depth`."""
     unigram_plateau: Alarm = "warn"
-    plateau_margin: float = 0.02
-    plateau_after_step: int = 1000
+    """The loss stays at the entropy of single tokens: the model ignores the context."""
+    plateau_margin: Positive = 0.02
+    """Distance from that entropy, in nats, that raises `unigram_plateau`."""
+    plateau_after_step: NonNegativeInt = 1000
+    """First step at which `unigram_plateau` is checked."""
     exploding_norm: Alarm = "warn"
-    norm_factor: float = 100.0
+    """The gradient norm is far above its usual value."""
+    norm_factor: Positive = 100.0
+    """Multiple of the median norm in the guard's window that raises `exploding_norm`."""
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """`metrics.jsonl` is always written; the rest is on request."""
+    """Where metrics go. `metrics.jsonl` in the run's directory is always written."""
 
-    log_every: int = 1
+    log_every: PositiveInt = 1
+    """Steps between records."""
     progress: bool = True
+    """Show progress on the terminal."""
     tensorboard: bool = False
+    """Write TensorBoard files."""
     wandb: bool = False
+    """Send to Weights & Biases."""
     wandb_project: str = "megamor"
+    """Project at Weights & Biases."""
     wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` keeps the records for `wandb sync`."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
-    router: RouterConfig = field(default_factory=FixedDepthConfig)
+    router: Annotated[RouterConfig, ByKind()] = field(default_factory=FixedDepthConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -15,7 +15,7 @@ from megamor.corpus.array import require_complete
 from megamor.corpus.verify import block_faults, verify_index
 from megamor.corpus.writer import ShardWriter
 from megamor.data.meta import BlockHasher, ShardMeta, meta_path, read_meta
-from megamor.data.shard import HEADER, TokenShard, read_pieces
+from megamor.data.shard import HEADER, TokenShard, read_blocks
 from megamor.errors import DataError
 
 # What describes a shard itself. All other fields of the side file describe how it was made, which must be the same.
@@ -116,10 +116,10 @@ def _require_mergeable(shard: TokenShard, first: TokenShard) -> None:
 
 def _append(writer: ShardWriter, shard: TokenShard, meta: ShardMeta | None, advance: Callable[[int], None]) -> None:
     """Copy lengths and tokens. Raises DataError if the tokens aren't those that the side file describes."""
-    for lengths in read_pieces(f"{shard.prefix}.idx", "<i4", shard.num_sequences, HEADER.size):
+    for lengths in read_blocks(f"{shard.prefix}.idx", "<i4", shard.num_sequences, HEADER.size):
         writer.add_lengths(lengths)
     hasher = BlockHasher(meta.bin_block_bytes) if meta else None
-    for tokens in read_pieces(f"{shard.prefix}.bin", shard.dtype, shard.num_tokens):
+    for tokens in read_blocks(f"{shard.prefix}.bin", shard.dtype, shard.num_tokens):
         writer.add_tokens(tokens)
         if hasher:
             hasher.update(tokens.view(np.uint8).data)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from megamor.data.meta import BlockHasher, ShardMeta, sha256_of_file
-from megamor.data.shard import HEADER, TokenShard, read_pieces
+from megamor.data.meta import BlockHasher, ShardMeta
+from megamor.data.shard import HEADER, TokenShard, read_blocks
 from megamor.errors import DataError
+from megamor.files import sha256_of_file
 
 _CHUNK = 2**22
 
@@ -58,7 +59,7 @@ def token_faults(
     limit = meta.vocab_size if meta else None
     hasher = BlockHasher(meta.bin_block_bytes) if meta else None
     position, outside, example = 0, 0, ""
-    for tokens in read_pieces(path, shard.dtype, shard.num_tokens):
+    for tokens in read_blocks(path, shard.dtype, shard.num_tokens):
         if hasher:
             hasher.update(tokens.view(np.uint8).data)
         if int(tokens.min()) < 0 or (limit and int(tokens.max()) >= limit):

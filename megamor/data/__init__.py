@@ -1,4 +1,4 @@
-"""Token shards on disk, the order of samples, blends, and loaders.
+"""Token shards on disk, the order of samples, blends and loaders: everything that training reads.
 
 The loaders need torch and are imported on first use, so that preprocessing starts without it.
 """
@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megamor.data.dataset import TrainingData
-from megamor.data.fingerprint import fingerprint
-from megamor.data.meta import ShardMeta, read_meta
-from megamor.data.phases import SampleOrder
+from megamor.data.meta import ShardMeta, fingerprint, read_meta
+from megamor.data.order import SampleOrder
 from megamor.data.shard import TokenShard, dtype_for_vocab
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The training data of a run: its sources, checked against the model and each other, in the order of the run."""
+"""The training data of a run: sources checked against the model and each other, and batches filled from them."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megamor.config.batches import BatchSchedule
 from megamor.config.schema import DataConfig
-from megamor.data.epochs import shares
-from megamor.data.fingerprint import fingerprint
-from megamor.data.meta import ShardMeta, meta_path, read_meta, sha256_of_file
-from megamor.data.phases import SampleOrder
-from megamor.data.rows import Filling, Rows, fill_rows
+from megamor.data.meta import ShardMeta, fingerprint, meta_path, read_meta, sha256_of_tokenizer
+from megamor.data.order import SampleOrder
+from megamor.data.packing import ranges
 from megamor.data.shard import TokenShard
-from megamor.data.source import PackedSource, Source, StreamSource
+from megamor.data.source import PackedSource, Source, Spans, StreamSource
 from megamor.errors import ConfigError, DataError
+
+IGNORED_LABEL = -100
 
 
 def open_shards(prefixes: Mapping[str, str], config: DataConfig, *, vocab_size: int) -> dict[str, TokenShard]:
     """Open the shards of `prefixes`, keyed alike, and check their side files against model, tokenizer and each other.
 
-    Raises DataError if a shard is damaged, was written with a larger vocabulary, with another tokenizer than
-    `config.tokenizer`, or if two were written with different ones.
+    Raises DataError if a shard is damaged, was written with a larger vocabulary than the model's or with another
+    tokenizer than `config.tokenizer`, or if two shards were written with different tokenizers.
     """
-    tokenizer = sha256_of_file(config.tokenizer) if config.tokenizer else None
+    tokenizer = sha256_of_tokenizer(config.tokenizer) if config.tokenizer else None
     shards: dict[str, TokenShard] = {}
     first: tuple[str, ShardMeta] | None = None
     for key, prefix in prefixes.items():
         shards[key], meta = TokenShard.open(prefix), read_meta(prefix)
-        if meta is None:  # of other projects, which don't say
-            continue
-        if meta.vocab_size and meta.vocab_size > vocab_size:
+        if meta and meta.vocab_size and meta.vocab_size > vocab_size:
             raise DataError(
                 f"{meta_path(prefix)}: the tokenizer has {meta.vocab_size} entries, more than model.vocab_size "
                 f"{vocab_size}; raise model.vocab_size or preprocess with the model's tokenizer"
             )
-        if not meta.tokenizer_sha256:
+        if not meta or not meta.tokenizer_sha256:  # other projects don't record the tokenizer
             continue
         if tokenizer and meta.tokenizer_sha256 != tokenizer:
             raise DataError(
@@ -62,11 +62,10 @@ def make_source(shard: TokenShard, packing: str, chunk_len: int) -> Source:
     """The shard in chunks of `chunk_len` pairs, packed as `data.packing` says. Raises DataError if there are none."""
     if packing == "stream":
         source: Source = StreamSource(shard, chunk_len)
-        few = shard.num_tokens <= chunk_len
     else:
         source = PackedSource(shard, chunk_len, join=packing == "best_fit")
-        few = shard.num_tokens < 2
-    if few or not source.num_chunks:
+    # The first condition spares the pass over all documents that num_chunks of a packed source needs.
+    if shard.num_tokens < 2 or not source.num_chunks:
         raise DataError(
             f"{shard.prefix} has {shard.num_tokens} tokens, too few for one window of {chunk_len} tokens and its last "
             "label; shorten data.seq_len (or data.chunk_len) or add data"
@@ -75,10 +74,38 @@ def make_source(shard: TokenShard, packing: str, chunk_len: int) -> Source:
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """All training sources of a run. Sources are known by the fingerprint of their contents, so data may be moved.
+class BatchArrays:
+    """Arrays of a batch, [n, seq_len] int64 and contiguous: `inputs`, the token after each (`labels`), `documents`.
 
-    `weights` are their shares of the samples up to a factor, `names` what metrics call them.
+    Equal document numbers in a row mean the same document; numbers ascend through the rows and have no other meaning.
+    Padding has input 0, label -100 and a document number of its own.
+    """
+
+    inputs: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    documents: NDArray[np.int64] | None = None
+
+    @classmethod
+    def empty(cls, num_rows: int, seq_len: int, *, documents: bool) -> BatchArrays:
+        """Uninitialised arrays."""
+        inputs, labels, numbers = np.empty((3, num_rows, seq_len), np.int64)
+        return cls(inputs, labels, numbers if documents else None)
+
+
+@dataclass(frozen=True)
+class ShardSpans:
+    """The spans of a batch that come from one shard. `inside_documents`: no span crosses into another document."""
+
+    shard: TokenShard
+    spans: Spans
+    inside_documents: bool
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All training sources of a run, keyed by the fingerprint of their contents, so that data may be moved.
+
+    `weights` are their fractions of the samples up to a common factor, `names` what metrics call them.
     """
 
     config: DataConfig
@@ -92,17 +119,14 @@ class TrainingData:
     def open(cls, config: DataConfig, *, seed: int, vocab_size: int) -> TrainingData:
         """Open `config.train` for a run with this seed and a model of `vocab_size` entries.
 
-        Raises ConfigError if no source is named or one twice, DataError if one is damaged, doesn't fit the model or
-        the tokenizer, or is too short for one chunk, or if sources don't fit each other.
+        Raises ConfigError if no source is named or one is named twice, DataError if one is damaged, doesn't fit the
+        model or the tokenizer, or is too short for one chunk, or if sources don't fit each other.
         """
         if not config.train:
             raise ConfigError("data.train names no data set; give at least one prefix")
         prefixes = [source.prefix for source in config.train]
-        opened = open_shards(
-            {**{prefix: prefix for prefix in prefixes}, **{p: p for p in config.validation.values()}},
-            config,
-            vocab_size=vocab_size,
-        )
+        # Validation sets are opened only to be checked along with the training data, before anything is computed.
+        opened = open_shards({p: p for p in (*prefixes, *config.validation.values())}, config, vocab_size=vocab_size)
         shards: dict[str, TokenShard] = {}
         for prefix in prefixes:
             key = fingerprint(opened[prefix])
@@ -113,12 +137,10 @@ class TrainingData:
                 )
             shards[key] = opened[prefix]
         chunk_len = config.chunk_len or config.seq_len
-        sources = {key: make_source(shard, config.packing, chunk_len) for key, shard in shards.items()}
-        weights = shares(config, [shard.num_tokens for shard in shards.values()])
         return cls(
             config,
-            sources,
-            dict(zip(shards, weights, strict=True)),
+            {key: make_source(shard, config.packing, chunk_len) for key, shard in shards.items()},
+            dict(zip(shards, source_weights(config, [s.num_tokens for s in shards.values()]), strict=True)),
             dict(zip(shards, short_names(prefixes), strict=True)),
             seed,
             vocab_size,
@@ -137,25 +159,26 @@ class TrainingData:
         """The order of a run that begins with the sequence length and the weights of the configuration."""
         return SampleOrder.start(global_batch_size, self.config.seq_len, self.weights)
 
-    def samples(self, first_sample: int, count: int, order: SampleOrder | None = None) -> Rows:
+    def samples(self, first_sample: int, count: int, order: SampleOrder | None = None) -> BatchArrays:
         """Samples `first_sample` to `first_sample + count - 1`, all of one sequence length.
 
-        `order` is that of the run's loader; without it, that of a run in which nothing ever changed.
+        `order` is that of the run's loader; None stands for a run whose settings never changed.
         """
         order = order or self.order()
-        rows = Rows.empty(count, order.seq_len_at(first_sample), documents=self.config.document_mask)
-        self.fill(rows, first_sample, order)
-        return rows
+        batch = BatchArrays.empty(count, order.seq_len_at(first_sample), documents=self.config.document_mask)
+        self.fill(batch, first_sample, order)
+        return batch
 
-    def fill(self, rows: Rows, first_sample: int, order: SampleOrder) -> None:
-        """Write the samples from `first_sample` on into `rows`.
+    def fill(self, batch: BatchArrays, first_sample: int, order: SampleOrder) -> None:
+        """Write the samples from `first_sample` on into `batch`.
 
-        Raises DataError if a token id is outside the vocabulary, or a source of that time isn't named any more.
+        Raises DataError if a token id is outside the vocabulary, or if the samples come from a data set that isn't
+        listed any more.
         """
-        count, seq_len = rows.inputs.shape
+        count, seq_len = batch.inputs.shape
         samples = np.arange(first_sample, first_sample + count)
         indices, positions = order.locate(samples)
-        fillings = []
+        found = []
         for index in np.unique(indices):
             source = self.sources.get(order.sources[index])
             if source is None:
@@ -164,14 +187,14 @@ class TrainingData:
                     f"data.train no longer names (fingerprint {order.sources[index][:12]}…); add it again to read them"
                 )
             chosen = np.flatnonzero(indices == index)
-            pieces = source.pieces(positions[chosen], chosen * seq_len, seq_len, self.seed)
-            fillings.append(Filling(source.shard, pieces, source.inside_documents))
-        fill_rows(rows, fillings, self.vocab_size)
+            spans = source.spans(positions[chosen], chosen * seq_len, seq_len, self.seed)
+            found.append(ShardSpans(source.shard, spans, source.inside_documents))
+        fill_batch(batch, found, self.vocab_size)
 
     def resumed(self, state: Mapping[str, Any]) -> TrainingData:
-        """The same data in the chunks of the run whose loader gave `state`.
+        """The same data in the chunks of the run whose loader saved `state`.
 
-        Raises an error naming the cause if that run has other data, another seed, packing or chunk length.
+        Raises ConfigError or DataError if that run has other data, another seed, packing or chunk length.
         """
         for name, value in (
             ("run.seed", self.seed),
@@ -181,7 +204,7 @@ class TrainingData:
             if state[name] != value:
                 raise ConfigError(
                     f"the run was started with {name} {state[name]}, not {value}; the order of samples depends on it: "
-                    "put the old value back or start a new run"
+                    "restore the old value or start a new run"
                 )
         for prefix, current in self.fingerprints().items():
             saved = state["fingerprints"].get(prefix, current)
@@ -200,10 +223,179 @@ class TrainingData:
 
 
 def short_names(prefixes: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many of them as are needed to tell all of them apart."""
+    """The last components of paths, as few as are needed to tell all of them apart."""
     longest = max(len(Path(prefix).parts) for prefix in prefixes)
     for length in range(1, longest):
         names = ["/".join(Path(prefix).parts[-length:]) for prefix in prefixes]
         if len(set(names)) == len(names):
             return names
     return list(prefixes)
+
+
+def source_weights(config: DataConfig, sizes: Sequence[int]) -> list[float]:
+    """Weight of each source of `config.train`, of `sizes` tokens: its fraction of the samples, up to a common factor.
+
+    Token budgets serve as weights unchanged. A temperature T multiplies weights by size^(1/T): with T = 1 sources of
+    equal weight are read equally often, with a larger T their fractions become more equal.
+    """
+    weights = [source.weight if source.tokens is None else source.tokens for source in config.train]
+    if config.blend_temperature is None:
+        return weights
+    return [weight * size ** (1 / config.blend_temperature) for weight, size in zip(weights, sizes, strict=True)]
+
+
+def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int) -> None:
+    """Copy the spans of `found` into `batch` and fill the rest with padding.
+
+    Raises DataError naming the file if a token id isn't in the model's vocabulary.
+    """
+    inputs, labels = batch.inputs.ravel(), batch.labels.ravel()
+    if not inputs.size:
+        return
+    for each in found:
+        # Plain integers: slicing with NumPy scalars would take most of the time of short spans.
+        columns = (each.spans.slots.tolist(), each.spans.starts.tolist(), each.spans.lengths.tolist())
+        for slot, start, length in zip(*columns, strict=True):
+            inputs[slot : slot + length] = each.shard.tokens[start : start + length]
+            labels[slot : slot + length] = each.shard.tokens[start + 1 : start + length + 1]
+    padding = _gaps(found, inputs.size)
+    for start, end in padding:
+        inputs[start:end] = labels[start:end] = 0
+    _check_batch_ids(batch, found, vocab_size)
+    # Only now, since -100 is no token id.
+    for start, end in padding:
+        labels[start:end] = IGNORED_LABEL
+    if batch.documents is not None:
+        _number_documents(batch.documents, found)
+
+
+def _gaps(found: Sequence[ShardSpans], size: int) -> list[tuple[int, int]]:
+    """Ranges (first slot, end) of the batch that no span fills."""
+    slots = np.concatenate([each.spans.slots for each in found])
+    lengths = np.concatenate([each.spans.lengths for each in found])
+    if lengths.sum() == size:
+        return []
+    order = np.argsort(slots)
+    ends = np.concatenate(([0], (slots + lengths)[order]))
+    begins = np.concatenate((slots[order], [size]))
+    return [(int(end), int(begin)) for end, begin in zip(ends, begins, strict=True) if end < begin]
+
+
+def _check_batch_ids(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int) -> None:
+    if all(each.shard.dtype.kind == "u" and np.iinfo(each.shard.dtype).max < vocab_size for each in found):
+        return
+    # One pass for the usual case that all is well: negative ids are huge as unsigned ones, and an input is also the
+    # label before it, except for the first one of a span.
+    highest = int(batch.labels.view(np.uint64).max())
+    for each in found:
+        highest = max(highest, int(batch.inputs.ravel()[each.spans.slots].view(np.uint64).max(initial=0)))
+    if highest < vocab_size:
+        return
+    for each in found:
+        for start, length in zip(each.spans.starts, each.spans.lengths, strict=True):
+            tokens = each.shard.tokens[start : start + length + 1]
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= vocab_size:
+                raise DataError(
+                    f"{each.shard.prefix}.bin holds token id {low if low < 0 else high}, but the model's ids are 0 to "
+                    f"{vocab_size - 1} (model.vocab_size); raise it or preprocess with the model's tokenizer"
+                )
+
+
+def _number_documents(documents: NDArray[np.int64], found: Sequence[ShardSpans]) -> None:
+    """Mark every slot at which another document (or span, or padding) begins, and count the marks."""
+    begins = documents.ravel()
+    begins[:] = 0
+    documents[:, 0] = 1
+    for each in found:
+        spans = each.spans
+        ends = spans.slots + spans.lengths
+        begins[spans.slots] = 1
+        begins[ends[ends < len(begins)]] = 1
+        if not each.inside_documents:
+            begins[_document_begins(each.shard, spans)] = 1
+    np.cumsum(begins, out=begins)
+
+
+def _document_begins(shard: TokenShard, spans: Spans) -> NDArray[np.int64]:
+    """Slots inside `spans` at which a document begins."""
+    both = shard.documents_at(np.concatenate((spans.starts, spans.starts + spans.lengths - 1)))
+    first, last = both[: len(spans.starts)], both[len(spans.starts) :]
+    documents, _ = ranges(first + 1, last - first)
+    shift = np.repeat(spans.slots - spans.starts, last - first)
+    return shard.starts_of(documents) + shift
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What a run reads from one source. `repeats_in_step` is the first step (from 1) that needs a second epoch."""
+
+    key: str
+    fraction: float
+    tokens: int
+    epochs: float
+    repeats_in_step: int | None
+
+
+def forecast(
+    order: SampleOrder,
+    weights: Mapping[str, float],
+    batches: BatchSchedule,
+    epoch_tokens: Mapping[str, int],
+    *,
+    step: int,
+    sample: int,
+    total_steps: int,
+) -> list[SourceUse]:
+    """The use of each source of `weights` by the end of a run that is at `step` and `sample`.
+
+    Pure arithmetic: a few evaluations of the blend for each range of steps with equal batches.
+    """
+    repeats: dict[str, int] = {}
+    order = order.changed_at(sample, batches.at(step).global_batch_size, batches.at(step).seq_len, weights)
+    for first, end, shape in batches.stages(step, total_steps):
+        order = order.changed_at(sample, shape.global_batch_size, shape.seq_len, weights)
+        after = order.consumed_at(sample + (end - first) * shape.global_batch_size)
+        for key in weights.keys() - repeats.keys():
+            if after[key] > epoch_tokens[key]:
+                # Bisection: after `high` steps the source is used up, after `low` it is not.
+                low, high = first, end
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    used = order.consumed_at(sample + (middle - first) * shape.global_batch_size)[key]
+                    low, high = (low, middle) if used > epoch_tokens[key] else (middle, high)
+                repeats[key] = high
+        sample += (end - first) * shape.global_batch_size
+    tokens = order.consumed_at(sample)
+    total = sum(weights.values())
+    return [
+        SourceUse(key, weights[key] / total, tokens[key], tokens[key] / epoch_tokens[key], repeats.get(key))
+        for key in weights
+    ]
+
+
+def describe_use(uses: Sequence[SourceUse], data: TrainingData) -> list[str]:
+    """What a run will read, a line for each source, and a warning for each that is used up before the end."""
+    lines, warnings = [], []
+    width = max(map(len, data.names.values()))
+    for use in uses:
+        source, name = data.sources[use.key], data.names[use.key]
+        packed = data.config.packing != "stream"
+        padding = f", {1 - source.num_pairs / source.epoch_tokens:.2%} padding" if packed else ""
+        lines.append(
+            f"data  {name:<{width}}  {use.fraction:7.2%} of the samples, {use.tokens:,} tokens, {use.epochs:.2f} "
+            f"epochs of {source.epoch_tokens:,}{padding}"
+        )
+        if use.repeats_in_step is not None and data.config.on_exhausted == "repeat":
+            warnings.append(
+                f"warning: {name} is used up in step {use.repeats_in_step:,} and then read again, {use.epochs:.2f} "
+                "times in the whole run (data.on_exhausted: stop ends the run there)"
+            )
+        elif use.repeats_in_step is not None:
+            last = use.repeats_in_step - 1
+            warnings.append(
+                f"warning: the run ends early, after step {last:,}, because {name} is used up (data.on_exhausted: "
+                f"stop; all steps would read it {use.epochs:.2f} times). The learning rate won't have finished its "
+                f"schedule by then unless train.max_steps is {last}"
+            )
+    return lines + warnings

@@ -1,4 +1,4 @@
-"""Batches for the trainer and the evaluator, as torch tensors. The only file of this package that knows torch."""
+"""Batches as torch tensors, for training and validation. The only module of `megamor.data` that imports torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from torch import Tensor
 
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig
-from megamor.data.dataset import TrainingData, open_shards
-from megamor.data.epochs import SourceUse, describe_use, forecast
-from megamor.data.phases import SampleOrder
-from megamor.data.rows import Filling, Rows, fill_rows
+from megamor.data.dataset import (
+    BatchArrays,
+    ShardSpans,
+    SourceUse,
+    TrainingData,
+    describe_use,
+    fill_batch,
+    forecast,
+    open_shards,
+)
+from megamor.data.order import SampleOrder
 from megamor.data.shard import TokenShard
-from megamor.data.source import Pieces
-from megamor.errors import ConfigError, DataError
+from megamor.data.source import Spans
+from megamor.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class MicroBatch:
     """`inputs` [b, S] and, for each position, the token that follows: `labels` [b, S], -100 where there is none.
 
     `documents` [b, S] numbers the documents; None unless `data.document_mask`. All are int64, and in pinned memory if
-    the loader was asked for that.
+    the loader has `pinned`.
     """
 
     inputs: Tensor
@@ -37,33 +44,30 @@ class MicroBatch:
 
     @classmethod
     def empty(cls, rows: int, seq_len: int, *, documents: bool, pinned: bool = False) -> MicroBatch:
-        """Tensors of any contents."""
+        """Uninitialised tensors."""
         shape = (3 if documents else 2, rows, seq_len)
         if pinned:
             block = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        else:  # NumPy asks for huge pages: a fresh block of small ones costs more than all that is written into it
+        else:
+            # NumPy asks for huge pages. With small ones, the page faults of a fresh block cost more than filling it.
             block = torch.from_numpy(np.empty(shape, np.int64))
         return cls(*block)
 
-    @property
-    def rows(self) -> Rows:
-        """The same memory as arrays."""
-        return Rows(
-            self.inputs.numpy(), self.labels.numpy(), None if self.documents is None else self.documents.numpy()
-        )
+    def arrays(self) -> BatchArrays:
+        """The same memory as NumPy arrays."""
+        documents = None if self.documents is None else self.documents.numpy()
+        return BatchArrays(self.inputs.numpy(), self.labels.numpy(), documents)
 
     def split(self, size: int) -> list[MicroBatch]:
-        """Micro-batches of `size` rows each, of the same memory."""
-        documents = self.documents.split(size) if self.documents is not None else [None] * (len(self.inputs) // size)
-        return [
-            MicroBatch(*parts)
-            for parts in zip(self.inputs.split(size), self.labels.split(size), documents, strict=True)
-        ]
+        """Micro-batches of `size` rows each, views of the same memory."""
+        tensors = [tensor for tensor in (self.inputs, self.labels, self.documents) if tensor is not None]
+        firsts = range(0, len(self.inputs), size)
+        return [MicroBatch(*(tensor[first : first + size] for tensor in tensors)) for first in firsts]
 
 
 @dataclass(frozen=True)
 class _Position:
-    """How far the run has come: steps done, samples used by them, phases so far."""
+    """Progress of a run through the data: steps done, samples they used, phases so far."""
 
     step: int
     sample: int
@@ -73,35 +77,31 @@ class _Position:
 class TrainingLoader:
     """The micro-batches of one rank, step by step, prepared in a thread `data.prefetch_steps` ahead.
 
-    Step s of a run takes the next `global_batch_size` samples; rank r of R gets the r-th of R equal contiguous slices,
-    cut into micro-batches in order. So all ranks' micro-batches, rank by rank, are the global batch in order, whatever
-    the number of ranks and the size of micro-batches. What `batches` says of a step, and the blend of the
-    configuration, opens a new phase wherever it differs from what was before, at a resume as in the middle of a run.
+    Each step takes the next `global_batch_size` samples. Rank r of R gets the r-th of R equal contiguous slices, cut
+    into micro-batches in order. All ranks' micro-batches, rank by rank, are therefore the global batch in order,
+    whatever the number of ranks and the micro-batch size. A new phase starts wherever the blend, or the global batch
+    size or sequence length that `batches` gives for a step, differs from the previous step, also when a run resumes.
 
-    `pinned` puts batches into page-locked memory, from which they can be copied to a GPU while it works.
+    `pinned` puts batches into page-locked memory, from which they are copied to a GPU while it computes.
     """
 
     def __init__(
         self, data: TrainingData, *, rank: int, world_size: int, batches: BatchSchedule, pinned: bool = False
     ) -> None:
         for shape in batches.shapes:
-            if shape.global_batch_size % (world_size * shape.micro_batch_size):
-                raise ConfigError(
-                    f"train.global_batch_size {shape.global_batch_size} is not a multiple of {world_size} ranks x "
-                    f"train.micro_batch_size {shape.micro_batch_size}; change one of them"
-                )
+            assert shape.global_batch_size % (world_size * shape.micro_batch_size) == 0, "validate() checks the batch"
         self._data = data
         self._rank, self._world_size = rank, world_size
         self._batches = batches
         self._pinned = pinned
         order = SampleOrder.start(batches.at(0).global_batch_size, batches.at(0).seq_len, data.weights)
-        self._given = _Position(0, 0, order)
+        self._given = self._before = _Position(0, 0, order)
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[Future[list[MicroBatch]], _Position]] = deque()
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of all ranks that `next_step` has given out so far: the position in the data."""
+        """Samples of all ranks that `next_step` has returned so far: the position in the data."""
         return self._given.sample
 
     @property
@@ -112,10 +112,12 @@ class TrainingLoader:
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next optimizer step.
 
-        Raises DataError if a token id is outside the vocabulary. An error stays: the next call raises it again.
+        Raises DataError if a token id is outside the vocabulary. So does every later call: the position stays at the
+        step that failed.
         """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        # The order is extended here, in the caller's thread: only filling the tensors is left to the other one.
         while len(self._pending) <= self._data.config.prefetch_steps:
             at = self._pending[-1][1] if self._pending else self._given
             shape = self._batches.at(at.step)
@@ -123,8 +125,13 @@ class TrainingLoader:
             future = self._thread.submit(self._load, at.sample, shape, order)
             self._pending.append((future, _Position(at.step + 1, at.sample + shape.global_batch_size, order)))
         batches = self._pending[0][0].result()
-        self._given = self._pending.popleft()[1]
+        self._before, self._given = self._given, self._pending.popleft()[1]
         return batches
+
+    def take_back(self) -> None:
+        """Undo the last `next_step`: its batches weren't trained on, and the next call will give them again."""
+        self.close()
+        self._given = self._before
 
     def epochs(self) -> dict[str, float]:
         """How often each source has been read so far, by its short name."""
@@ -135,7 +142,7 @@ class TrainingLoader:
         }
 
     def forecast(self, total_steps: int) -> list[SourceUse]:
-        """What the run will have taken from each source after `total_steps`, going on from where it is."""
+        """What the run will have read from each source after `total_steps`, counted from the current position."""
         return forecast(
             self._given.order,
             self._data.weights,
@@ -147,18 +154,18 @@ class TrainingLoader:
         )
 
     def describe(self, total_steps: int) -> list[str]:
-        """Lines on what the run will have read after `total_steps`, and what to be warned of."""
-        lines = describe_use(self.forecast(total_steps), self._data.sources, self._data.names, self._data.config)
+        """Lines on what the run will have read after `total_steps`, followed by warnings."""
+        lines = describe_use(self.forecast(total_steps), self._data)
         longest = max(shape.seq_len for shape in self._batches.shapes)
         if longest > self._data.chunk_len:
             lines.append(
-                f"warning: the run was started with chunks of {self._data.chunk_len} tokens: sequences of {longest} "
-                "are joined from several of them (data.chunk_len, at the start of a run, is the remedy)"
+                f"warning: the run was started with chunks of {self._data.chunk_len} tokens, so sequences of {longest} "
+                "are joined from several unrelated chunks (set data.chunk_len when starting a run to avoid this)"
             )
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data as plain data (JSON). The same on all ranks; knows nothing of ranks."""
+        """The position in the data as plain data (JSON). The same on all ranks, and valid for any number of them."""
         return {
             "steps": self._given.step,
             "consumed_samples": self._given.sample,
@@ -170,9 +177,9 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was saved; another batch, sequence length or blend than the last opens a new phase there.
+        """Continue where `state` was saved; another batch size, sequence length or blend starts a new phase there.
 
-        Raises DataError if a data set of that name has other contents now, ConfigError for another seed, packing or
+        Raises DataError if a data set has the same prefix but other contents, ConfigError for another seed, packing or
         chunk length.
         """
         self._data = self._data.resumed(state)
@@ -183,7 +190,7 @@ class TrainingLoader:
         )
 
     def close(self) -> None:
-        """End the thread. `next_step` may still be called: it starts another."""
+        """Stop the thread and drop prefetched batches. A later `next_step` starts another thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
@@ -197,13 +204,14 @@ class TrainingLoader:
         batch = MicroBatch.empty(
             num_rows, shape.seq_len, documents=self._data.config.document_mask, pinned=self._pinned
         )
-        self._data.fill(batch.rows, first_sample + self._rank * num_rows, order)
+        self._data.fill(batch.arrays(), first_sample + self._rank * num_rows, order)
         return batch.split(shape.micro_batch_size)
 
 
 class ValidationSet:
-    """A shard read in order, for evaluation, whatever the packing of training: every token but the first is a label
-    once. Its last window may be short; positions beyond the end have label -100.
+    """A shard read in order in windows of `seq_len`, for evaluation. Every token but the first is a label once.
+
+    Packing doesn't apply. The last window may be short; positions beyond the end have label -100.
     """
 
     def __init__(
@@ -219,7 +227,7 @@ class ValidationSet:
 
     @property
     def num_sequences(self) -> int:
-        """Windows in the whole set, the last one possibly short: every token but the first is a target once."""
+        """Windows in the whole set, the last one possibly short."""
         return -(-(self._shard.num_tokens - 1) // self._seq_len)
 
     def batches(
@@ -228,7 +236,7 @@ class ValidationSet:
         """This rank's batches [micro_batch_size, S], in the same order every time.
 
         With `max_sequences`, that many windows spread evenly over the set. Every rank gets the same number of batches,
-        so that collectives match; rows beyond the last window are all padding (label -100).
+        so that collectives match; rows beyond the last window are padding (label -100).
         """
         count = min(self.num_sequences, max_sequences or self.num_sequences)
         chosen = np.arange(count) * self.num_sequences // count
@@ -237,14 +245,14 @@ class ValidationSet:
             first = start + rank * micro_batch_size
             starts = chosen[first : first + micro_batch_size] * self._seq_len
             lengths = np.minimum(self._shard.num_tokens - 1 - starts, self._seq_len)
-            pieces = Pieces(np.arange(len(starts)) * self._seq_len, starts, lengths)
+            spans = Spans(np.arange(len(starts)) * self._seq_len, starts, lengths)
             batch = MicroBatch.empty(micro_batch_size, self._seq_len, documents=self._document_mask)
-            fill_rows(batch.rows, [Filling(self._shard, pieces, inside_documents=False)], self._vocab_size)
+            fill_batch(batch.arrays(), [ShardSpans(self._shard, spans, inside_documents=False)], self._vocab_size)
             yield batch
 
 
 def open_validation_sets(config: DataConfig, *, vocab_size: int) -> dict[str, ValidationSet]:
-    """The sets of `config.validation` by name, checked like training data."""
+    """The sets of `config.validation` by name. Raises DataError as `open_shards` does."""
     shards = open_shards(config.validation, config, vocab_size=vocab_size)
     return {
         name: ValidationSet(

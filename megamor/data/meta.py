@@ -1,31 +1,38 @@
-"""The side file `<prefix>.meta.json`: what the `.bin`/`.idx` pair itself can't say.
+"""The side file `<prefix>.meta.json`, which describes what the `.bin`/`.idx` pair can't, and fingerprints of shards.
 
-Which tokenizer wrote the ids, whether documents end with an end-of-document token, which texts went in, and the hashes
-that prove the pair is still what was written. Pairs from Megatron-LM and GPT-NeoX have none and are accepted.
+The side file names the tokenizer that wrote the ids, the end-of-document token, the texts that went in, and hashes to
+check the pair against. Pairs from Megatron-LM and GPT-NeoX have no side file and are accepted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megamor.data.shard import TokenShard
 from megamor.errors import DataError
+from megamor.files import sha256_of_file
 
 FORMAT = "megamor-token-shard"
 BLOCK_BYTES = 64 * 2**20
+_PROBES = 1024
+_PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """Contents of `<prefix>.meta.json`. Token and document counts and hashes are filled in by the writer.
+    """Contents of `<prefix>.meta.json`. The writer fills in token and document counts and hashes.
 
-    None is what isn't known, such as the tokenizer of merged foreign data. `sources` lists the texts in order, each
-    with at least a `name`. `bin_block_sha256` has one SHA-256 for each `bin_block_bytes` bytes of the `.bin` file, the
-    last block shorter.
+    None means unknown, such as the tokenizer of merged foreign data. `sources` lists the texts in order, each with at
+    least a `name`. `bin_block_sha256` has one SHA-256 for each `bin_block_bytes` bytes of the `.bin` file, the last
+    block shorter.
     """
 
     tokenizer_name: str | None = None
@@ -44,20 +51,24 @@ class ShardMeta:
     format: str = field(default=FORMAT)
 
     def to_json(self) -> str:
-        """The text of the side file: a function of the contents alone, so equal data gives equal bytes."""
+        """The text of the side file. It depends on the contents alone, so equal data gives equal bytes."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def written_with(self, tokenizer: str | Path) -> bool:
+        """Whether the tokenizer file `tokenizer` wrote the data; true if unknown. DataError if it can't be read."""
+        return not self.tokenizer_sha256 or sha256_of_tokenizer(tokenizer) == self.tokenizer_sha256
 
 
 def meta_path(prefix: str) -> Path:
-    """Where the side file of `prefix` lives."""
+    """Path of the side file of `prefix`."""
     return Path(f"{prefix}.meta.json")
 
 
 def read_meta(prefix: str) -> ShardMeta | None:
     """Read `<prefix>.meta.json`, or None for a foreign pair that has no such file.
 
-    Raises DataError if the file is there but isn't a megamor side file. Keys this version doesn't know are ignored, so
-    that files of a later version can still be read.
+    Raises DataError if the file is there but isn't a megamor side file. Unknown keys are ignored, so that files of a
+    later version can still be read.
     """
     path = meta_path(prefix)
     try:
@@ -76,8 +87,16 @@ def read_meta(prefix: str) -> ShardMeta | None:
     return ShardMeta(**{key: value for key, value in content.items() if key in known})
 
 
+def sha256_of_tokenizer(path: str | Path) -> str:
+    """SHA-256 of a tokenizer file. Raises DataError if it can't be read."""
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"tokenizer {path} can't be read: {error.strerror}; correct the path") from error
+
+
 class BlockHasher:
-    """SHA-256 of every `block_bytes` bytes of a stream, fed piece by piece."""
+    """SHA-256 of every `block_bytes` bytes of a stream that arrives in buffers of any size."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
@@ -96,7 +115,7 @@ class BlockHasher:
                 self._close_block()
 
     def digests(self) -> list[str]:
-        """The hashes of all blocks so far; ends the stream."""
+        """The hashes of all blocks so far, the unfinished one included; no `update` may follow."""
         if self._filled:
             self._close_block()
         return self._digests
@@ -107,13 +126,31 @@ class BlockHasher:
         self._filled = 0
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal. Raises DataError if it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
+def fingerprint(shard: TokenShard) -> str:
+    """Identify the contents of a shard, wherever its files are, in bounded time.
+
+    SHA-256 over the side file, which has the hashes of everything, and over size and contents of `.idx` and `.bin`: all
+    of a file up to 4 MiB; of a larger one 1,024 blocks of 4 KiB spread evenly, the first and last ones included. Data
+    that was written anew differs in nearly every block. A change in place of more than a thousandth of a file is always
+    found, a smaller one may lie between the blocks: `megamor inspect-data --verify` reads everything.
+    """
+    side_file = meta_path(shard.prefix)
+    digests = [
+        sha256_of_file(side_file) if side_file.exists() else "no side file",
+        _sampled_sha256(f"{shard.prefix}.idx"),
+        _sampled_sha256(f"{shard.prefix}.bin"),
+    ]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _sampled_sha256(path: str) -> str:
+    # Read, not mapped: a page fault would bring in many pages around each block.
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= _PROBES * _PROBE_BYTES:
+            digest.update(file.read())
+        else:
+            for start in np.linspace(0, size - _PROBE_BYTES, _PROBES, dtype=np.int64).tolist():
+                digest.update(os.pread(file.fileno(), _PROBE_BYTES, start))
     return digest.hexdigest()

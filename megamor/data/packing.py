@@ -1,10 +1,10 @@
 """Best-fit decreasing bin packing, as a function of how many items there are of each size.
 
 Items are taken from the largest to the smallest, each into the fullest bin that still has room for it, or into a new
-one (Johnson 1973; as a way to cut no document, Ding et al. 2024, arXiv 2404.10830). Bins that hold the same sizes are
-kept as one group with a count, so the work grows with the number of different sizes, not of items: a million documents
-take about as long as ten thousand. The result is the one that placing items one by one would give, bins of equal
-contents being interchangeable.
+one (Johnson 1973; used to avoid cutting documents by Ding et al. 2024, arXiv 2404.10830). Bins that hold the same sizes
+are kept as one group with a count, so the work grows with the number of different sizes, not of items: a million
+documents take about as long as ten thousand. The result is the same as placing items one by one, up to the order of
+bins with equal contents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Packing:
 
 
 def count_bins(counts: NDArray[np.int64]) -> int:
-    """Bins that best-fit decreasing needs for `counts[s]` items of each size s; a bin holds `len(counts) - 1`."""
+    """Bins that best-fit decreasing needs for `counts[s]` items of each size s, with bins of size `len(counts) - 1`."""
     return sum(number for _, number in _Groups.fill(counts).all())
 
 
@@ -38,13 +38,13 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
     """Pack items of `sizes` [n], each from 1 to `capacity`, into bins of `capacity`."""
     counts = np.bincount(sizes, minlength=capacity + 1)
     groups = _Groups.fill(counts)
-    # Items of one size are interchangeable: they are dealt out in ascending order of their number.
+    # Items of one size are interchangeable, so each step takes the next ones of its size, in ascending order.
     by_size = np.argsort(sizes.astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
     next_of_size = (np.cumsum(counts) - counts).tolist()
     first_bins, firsts, per_bin, numbers = [], [], [], []
     num_bins = 0
     for step, number in groups.all():
-        while step != _NO_STEP:
+        while step != _NO_STEP:  # walk back through the steps that filled these bins
             size, copies, step = groups.steps[step]
             first_bins.append(num_bins)
             firsts.append(next_of_size[size])
@@ -52,11 +52,11 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
             numbers.append(number)
             next_of_size[size] += number * copies
         num_bins += number
-    together = np.array(per_bin, np.int64)
-    totals = together * np.array(numbers, np.int64)
-    places, within = ranges(np.array(firsts, np.int64), totals)
-    bins = np.repeat(np.array(first_bins, np.int64), totals) + within // np.repeat(together, totals)
-    items = by_size[places]
+    copies_of = np.array(per_bin, np.int64)
+    totals = copies_of * np.array(numbers, np.int64)
+    positions, within = ranges(np.array(firsts, np.int64), totals)
+    bins = np.repeat(np.array(first_bins, np.int64), totals) + within // np.repeat(copies_of, totals)
+    items = by_size[positions]
     order = np.lexsort((items, -sizes[items], bins))
     bounds = np.zeros(num_bins + 1, np.int64)
     np.cumsum(np.bincount(bins, minlength=num_bins), out=bounds[1:])
@@ -64,23 +64,24 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
 
 
 def ranges(firsts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`firsts[i]`, `firsts[i] + 1`, … for `lengths[i]` numbers each, one after the other; and each one's place."""
+    """Concatenated ranges of `lengths[i]` numbers from `firsts[i]` up, and each number's index within its range."""
     before = np.cumsum(lengths) - lengths
     within = np.arange(lengths.sum()) - np.repeat(before, lengths)
     return np.repeat(firsts, lengths) + within, within
 
 
 class _Groups:
-    """Bins with equal contents, by the room that is left in them.
+    """Bins with equal contents, by the room left in them.
 
-    A group is (last step, number of bins); its contents are the steps that led to it: `steps[i]` is (size, copies put
-    into each bin, the step before).
+    A group is (last step, number of bins). Its contents are the steps that led to it, as a linked list: `steps[i]` is
+    (size, copies put into each bin, previous step).
     """
 
     def __init__(self, capacity: int) -> None:
         self.steps: list[tuple[int, int, int]] = []
         self._by_room: list[list[tuple[int, int]]] = [[] for _ in range(capacity + 1)]
-        self._rooms = 0  # bit r is set if there are bins with room r
+        # Bit r is set if there are bins with room r: finding the tightest fit is then one operation on an integer.
+        self._rooms = 0
 
     @classmethod
     def fill(cls, counts: NDArray[np.int64]) -> _Groups:
@@ -91,12 +92,14 @@ class _Groups:
             count = int(counts[size])
             while count:
                 room, step, number = groups._tightest(size) or (capacity, _NO_STEP, count)
-                # The bin that was just used is the tightest for its like, until it has no room for one more.
+                # After an item goes in, that bin is again the tightest for the next one of this size, until there is no
+                # room for one more. So each bin takes `copies` at once, and `used` equal bins are filled in one step.
                 copies = room // size
                 used = min(number, count // copies)
                 if used:
                     groups._add(step, size, copies, used, room)
                     count -= used * copies
+                # What is left doesn't fill a whole bin's worth: it goes into one more bin of the group.
                 rest = count if used < number else 0
                 if rest and rest < copies:
                     groups._add(step, size, rest, 1, room)
@@ -126,5 +129,5 @@ class _Groups:
 
     def _put(self, room: int, step: int, number: int) -> None:
         self._by_room[room].append((step, number))
-        if room:  # a full bin is never asked for again
+        if room:  # a full bin is never searched for again
             self._rooms |= 1 << room

@@ -2,7 +2,7 @@
 
 `.bin` is the ids of all sequences one after the other. `.idx` is a header of 34 bytes, then for S sequences and D - 1
 documents: lengths (int32 [S]), byte offsets (int64 [S]) and the sequence at which each document starts (int64 [D]).
-All is little-endian and unpadded, so the size of both files follows from the header; opening checks it.
+Everything is little-endian and unpadded, so the sizes of both files follow from the header; opening checks them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,18 +23,18 @@ MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-# Codes 6 and 7 are floats, and swapped between the two projects: neither is token ids.
+# Codes 6 and 7 are floats, swapped between the two projects, and no type for token ids.
 DTYPE_OF_CODE = {
     code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 }
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
-# The bound of both projects for two-byte ids: a little under 2^16.
+# Below this, both projects use two-byte ids; a little under 2^16.
 UINT16_VOCAB_LIMIT = 65_500
-_PIECE_BYTES = 2**22
+_READ_BYTES = 2**22
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
-    """The item type for ids of `vocab_size` entries: uint16 while both foreign readers would agree, else int32."""
+    """The item type for ids of `vocab_size` entries: uint16 below `UINT16_VOCAB_LIMIT`, else int32."""
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
@@ -47,14 +48,14 @@ class TokenShard:
     """
 
     prefix: str
-    tokens: NDArray
+    tokens: NDArray[Any]
     lengths: NDArray[np.int32]
     offsets: NDArray[np.int64]
     document_index: NDArray[np.int64] | None
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> TokenShard:
-        """Map `<prefix>.bin` and `<prefix>.idx`. Constant time: only sizes and the ends of the index are looked at.
+        """Map `<prefix>.bin` and `<prefix>.idx`. Constant time: only sizes and the ends of the index are checked.
 
         Raises DataError naming the file if either is missing, of another format, or not of the size the index says.
         """
@@ -97,7 +98,7 @@ class TokenShard:
         return self.num_sequences if self.document_index is None else len(self.document_index) - 1
 
     def starts_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Token at which each of `documents` [n] starts; the number of documents stands for the end of the stream."""
+        """Token at which each of `documents` [n] starts; for document `num_documents`, the end of the stream."""
         sequences = documents if self.document_index is None else self.document_index[documents]
         starts = np.full(len(sequences), self.num_tokens, np.int64)
         inside = sequences < self.num_sequences
@@ -105,7 +106,7 @@ class TokenShard:
         return starts
 
     def lengths_of(self, documents: slice) -> NDArray[np.int64]:
-        """Tokens of a range of documents."""
+        """Number of tokens of each document in a range [n]."""
         if self.document_index is None:
             return self.lengths[documents].astype(np.int64)
         numbers = np.arange(*documents.indices(self.num_documents))
@@ -116,13 +117,13 @@ class TokenShard:
         sequences = _last_up_to(self.offsets, tokens * self.dtype.itemsize)
         return sequences if self.document_index is None else _last_up_to(self.document_index[:-1], sequences)
 
-    def sequence(self, number: int) -> NDArray:
-        """The ids of one sequence, a view of the map."""
+    def sequence(self, number: int) -> NDArray[Any]:
+        """The ids of one sequence, a view of the mapped file."""
         start = int(self.offsets[number]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[number])]
 
-    def document(self, number: int) -> NDArray:
-        """The ids of one document, a view of the map: its sequences lie one after the other."""
+    def document(self, number: int) -> NDArray[Any]:
+        """The ids of one document, a view of the mapped file; its sequences are contiguous."""
         if self.document_index is None:
             return self.sequence(number)
         first, end = self.document_index[number], self.document_index[number + 1]
@@ -133,10 +134,8 @@ class TokenShard:
 
 
 def _last_up_to(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index of the last entry that isn't above each of `values` [n]; the first entry is above none of them.
-
-    np.searchsorted would do, but nothing in an `.idx` is aligned to 8 bytes, and it copies the whole of such an array.
-    """
+    """Index of the last entry that isn't above each of `values` [n]; the first entry must not be above any of them."""
+    # Not np.searchsorted: nothing in an `.idx` is aligned to 8 bytes, and it would copy such an array as a whole.
     low = np.zeros(len(values), np.int64)
     high = np.full(len(values), len(ascending), np.int64)
     for _ in range(len(ascending).bit_length()):
@@ -146,22 +145,22 @@ def _last_up_to(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDAr
     return low
 
 
-def read_pieces(path: str, dtype: DTypeLike, count: int, start: int = 0) -> Iterator[NDArray]:
+def read_blocks(path: str, dtype: DTypeLike, count: int, start: int = 0) -> Iterator[NDArray[Any]]:
     """The `count` items of a file from byte `start` on, in arrays of a few MiB.
 
-    Read, not mapped, so that a pass over a large file doesn't fill the memory of the process. Raises DataError if the
-    file ends before.
+    Read, not mapped, so that a pass over a large file doesn't fill the process's memory. Raises DataError if the file
+    ends too early or can't be read.
     """
     dtype = np.dtype(dtype)
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
             while count:
-                piece = np.fromfile(file, dtype, min(count, _PIECE_BYTES // dtype.itemsize))
-                if not len(piece):
+                block = np.fromfile(file, dtype, min(count, _READ_BYTES // dtype.itemsize))
+                if not len(block):
                     raise DataError(f"{path} became shorter while it was read; is another process writing it?")
-                count -= len(piece)
-                yield piece
+                count -= len(block)
+                yield block
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
 
@@ -170,7 +169,7 @@ def _map_bytes(path: str, prefix: str) -> NDArray[np.uint8]:
     try:
         if os.path.getsize(path) == 0:
             return np.empty(0, np.uint8)
-        # A plain array over the map: np.memmap itself makes every slice several times dearer.
+        # A plain array over the map: slicing an np.memmap itself is several times slower.
         return np.asarray(np.memmap(path, np.uint8, "r"))
     except FileNotFoundError:
         raise DataError(f"{path} doesn't exist{_hint(prefix)}") from None
@@ -186,15 +185,15 @@ def _hint(prefix: str) -> str:
     others = sorted(str(p.with_suffix("")) for p in parent.glob("*.idx")) if parent.is_dir() else []
     if others:
         return f"; data sets in that directory: {', '.join(others[:4])}{', …' if len(others) > 4 else ''}"
-    return "; write it with megamor preprocess or correct the prefix"
+    return "; write it with megamor preprocess, or correct the prefix"
 
 
 def _parse_header(index: NDArray[np.uint8], path: str) -> tuple[np.dtype, int, int]:
-    """Item type, S and D; refuses anything that isn't exactly an index of that size."""
+    """Item type, S and D. Raises DataError unless the file is an index of exactly the size its header implies."""
     start = index[: HEADER.size].tobytes()
     if start.startswith(OLD_MAGIC):
         raise DataError(
-            f"{path} is in the TNTIDX format of 2019 and before; write the data anew with megamor preprocess"
+            f"{path} is in the TNTIDX format (2019 and earlier); preprocess the data again with megamor preprocess"
         )
     if not start.startswith(MAGIC):
         raise DataError(f"{path} is not a Megatron index: it starts with {start[:9]!r}, not {MAGIC!r}")
@@ -216,7 +215,7 @@ def _parse_header(index: NDArray[np.uint8], path: str) -> tuple[np.dtype, int, i
     return DTYPE_OF_CODE[code], num_sequences, index_length
 
 
-def _map_tokens(prefix: str, dtype: np.dtype, lengths: NDArray, offsets: NDArray) -> NDArray:
+def _map_tokens(prefix: str, dtype: np.dtype, lengths: NDArray[Any], offsets: NDArray[Any]) -> NDArray[Any]:
     data = _map_bytes(f"{prefix}.bin", prefix)
     expected = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
     if len(data) != expected or (len(offsets) and offsets[0] != 0):

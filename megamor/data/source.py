@@ -1,11 +1,11 @@
 """A data set as an endless shuffled stream of pairs, an input token and the token that follows it, cut into samples.
 
-The stream is made of *chunks* of `chunk_len` pairs, shuffled anew in each epoch. A sample of `seq_len` pairs is what
-stands at its place in that stream, whatever the sequence length, so a position counted in tokens is the whole state of
-a source: the sequence length may change anywhere without a pair that is lost or seen twice. With `seq_len` equal to
-`chunk_len`, or a divisor of it, a sample is a run of neighbours; else it may be joined from pieces of several chunks.
+The stream consists of *chunks* of `chunk_len` pairs, shuffled anew in each epoch. A sample of `seq_len` pairs is the
+next `seq_len` pairs of that stream. A position counted in tokens is therefore the whole state of a source, and the
+sequence length may change anywhere without losing or repeating a pair. If `seq_len` equals `chunk_len` or divides it, a
+sample is one run of neighbours on disk; otherwise it may be joined from several chunks.
 
-What a chunk is depends on the packing: a stretch of the data set as it lies on disk, or a bin filled with documents.
+What a chunk is depends on the packing: a range of the data set as it is on disk, or a bin filled with documents.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from megamor.data.packing import Packing, best_fit, count_bins, ranges
 from megamor.data.shard import TokenShard
 
 DOCUMENTS_PER_BLOCK = 2**19
-"""Documents that are packed together. More would hardly save padding; a plan takes about 12 MB and a tenth of a second,
-and the first pass over all lengths takes longer the more blocks there are."""
-_PLANS_KEPT = 2
+"""Documents that are packed together. More would hardly save padding. A packed block takes about 12 MB and a tenth of a
+second to compute, and the more blocks there are, the longer the first pass over all lengths takes."""
+_BLOCKS_KEPT = 2
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Runs of neighbouring pairs: `lengths[i]` pairs from token `starts[i]` of the shard on go to `places[i]` and on.
+class Spans:
+    """What to copy: `lengths[i]` pairs that start at token `starts[i]` of the shard, to slot `slots[i]` and following.
 
-    Places count through the rows of a batch one after the other; they ascend.
+    Slots number the positions of a batch row after row; `slots` ascends.
     """
 
-    places: NDArray[np.int64]
+    slots: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Samples cut where chunks meet: `lengths[i]` pairs from `offsets[i]` of the chunk whose turn is `turns[i]`."""
+class _ChunkSpans:
+    """Samples cut at chunk boundaries: `lengths[i]` pairs from `offsets[i]` of the chunk at `positions[i]`.
 
-    places: NDArray[np.int64]
-    turns: NDArray[np.int64]
+    `positions` count chunks in the shuffled order; which chunk that is, only the source knows.
+    """
+
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
@@ -53,7 +56,7 @@ class _Parts:
 class Source(ABC):
     """A shard whose chunks of `chunk_len` pairs are read in shuffled order.
 
-    `inside_documents`: no piece reaches from one document into another.
+    `inside_documents`: no span crosses from one document into the next.
     """
 
     inside_documents: bool
@@ -77,28 +80,29 @@ class Source(ABC):
         """Length of an epoch in the stream, padding included."""
         return self.num_chunks * self.chunk_len
 
-    def pieces(self, positions: NDArray[np.int64], places: NDArray[np.int64], seq_len: int, seed: int) -> Pieces:
-        """Samples that begin at `positions` [n] of the stream, to be written to `places` [n] and on."""
-        return self._find(_parts(positions, places, seq_len, self.chunk_len), seed)
+    def spans(self, positions: NDArray[np.int64], slots: NDArray[np.int64], seq_len: int, seed: int) -> Spans:
+        """Samples of `seq_len` pairs that begin at `positions` [n] of the stream, to be written from `slots` [n] on."""
+        return self._find(_cut_at_chunks(positions, slots, seq_len, self.chunk_len), seed)
 
     @abstractmethod
-    def _find(self, parts: _Parts, seed: int) -> Pieces:
-        """Where the parts lie in the shard."""
+    def _find(self, wanted: _ChunkSpans, seed: int) -> Spans:
+        """Where `wanted` is in the shard."""
 
 
-def _parts(positions: NDArray[np.int64], places: NDArray[np.int64], seq_len: int, chunk_len: int) -> _Parts:
+def _cut_at_chunks(positions: NDArray[np.int64], slots: NDArray[np.int64], seq_len: int, chunk_len: int) -> _ChunkSpans:
     first, last = positions // chunk_len, (positions + seq_len - 1) // chunk_len
-    turns, within = ranges(first, last - first + 1)
+    chunks, within = ranges(first, last - first + 1)
     sample = np.repeat(np.arange(len(positions)), last - first + 1)
-    begins = np.where(within == 0, positions[sample], turns * chunk_len)
-    ends = np.minimum((turns + 1) * chunk_len, positions[sample] + seq_len)
-    return _Parts(places[sample] + begins - positions[sample], turns, begins - turns * chunk_len, ends - begins)
+    # The first span of a sample starts where the sample does, the others at the start of their chunk.
+    begins = np.where(within == 0, positions[sample], chunks * chunk_len)
+    ends = np.minimum((chunks + 1) * chunk_len, positions[sample] + seq_len)
+    return _ChunkSpans(slots[sample] + begins - positions[sample], chunks, begins - chunks * chunk_len, ends - begins)
 
 
 class StreamSource(Source):
-    """Documents one after the other, as they lie on disk; chunk i is the pairs from token i * chunk_len on.
+    """Documents one after the other as they are on disk; chunk i is the pairs from token i * chunk_len on.
 
-    Every token but the first is a label exactly once an epoch. The tail that doesn't fill a chunk is left out.
+    Every token but the first is a label exactly once per epoch. A tail that doesn't fill a chunk is left out.
     """
 
     inside_documents = False
@@ -107,16 +111,17 @@ class StreamSource(Source):
     def num_chunks(self) -> int:
         return max(0, (self.shard.num_tokens - 1) // self.chunk_len)
 
-    def _find(self, parts: _Parts, seed: int) -> Pieces:
-        chunks = shuffled_windows(parts.turns, self.num_chunks, seed)
-        return Pieces(parts.places, chunks * self.chunk_len + parts.offsets, parts.lengths)
+    def _find(self, wanted: _ChunkSpans, seed: int) -> Spans:
+        chunks = shuffled_windows(wanted.positions, self.num_chunks, seed)
+        return Spans(wanted.slots, chunks * self.chunk_len + wanted.offsets, wanted.lengths)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The bins of one block of documents: `packing` of pieces, listed in its order.
+class _PackedBlock:
+    """The bins of one block of documents. Items are documents or parts of long ones, listed bin by bin.
 
-    Pieces begin at `starts` [n] of the shard, at `columns` [n] of their bin, and have `lengths` [n] pairs.
+    `bounds` [bins + 1] are the item numbers at which the bins begin. Item i starts at token `starts[i]` of the shard,
+    at column `columns[i]` of its bin, and has `lengths[i]` pairs.
     """
 
     bounds: NDArray[np.int64]
@@ -128,11 +133,11 @@ class _Plan:
 class PackedSource(Source):
     """Chunks are bins of whole documents, padded at the end; only documents longer than a chunk are cut.
 
-    A document of n tokens has n - 1 pairs; it is cut into as many full chunks as it fills, and a rest. With `join` the
-    rests are packed by best fit, else each has a chunk of its own. Packing is done block by block: document d is in
-    block d modulo the number of blocks, so that every block is a fair sample of the data set. The number of bins in
-    each is found by a pass over the lengths of all documents when it is first needed; which document is in which bin
-    of a block, when the block is read.
+    A document of n tokens has n - 1 pairs. It is cut into as many full chunks as it fills, and a rest. With `join` the
+    rests are packed by best fit, otherwise each has a chunk of its own. Packing works block by block: document d is in
+    block d modulo the number of blocks, so every block is a fair sample of the data set. The number of bins of all
+    blocks is found by a pass over the lengths of all documents when it is first needed; the contents of a block's bins
+    are computed when the block is read.
     """
 
     inside_documents = True
@@ -141,7 +146,7 @@ class PackedSource(Source):
         super().__init__(shard, chunk_len)
         self._join = join
         self._num_blocks = -(-shard.num_documents // DOCUMENTS_PER_BLOCK)
-        self._plans: OrderedDict[int, _Plan] = OrderedDict()
+        self._packed: OrderedDict[int, _PackedBlock] = OrderedDict()
 
     @property
     def num_chunks(self) -> int:
@@ -168,46 +173,49 @@ class PackedSource(Source):
         lengths = self.shard.lengths_of(slice(block, None, self._num_blocks))
         return np.maximum(lengths - 1, 0)
 
-    def _plan(self, block: int) -> _Plan:
-        if block in self._plans:
-            self._plans.move_to_end(block)
+    def _block(self, block: int) -> _PackedBlock:
+        """A packed block, from the cache if it was read recently."""
+        if block in self._packed:
+            self._packed.move_to_end(block)
         else:
-            self._plans[block] = self._make_plan(block)
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return self._plans[block]
+            self._packed[block] = self._pack(block)
+            while len(self._packed) > _BLOCKS_KEPT:
+                self._packed.popitem(last=False)
+        return self._packed[block]
 
-    def _make_plan(self, block: int) -> _Plan:
+    def _pack(self, block: int) -> _PackedBlock:
         pairs = self._pairs_of(block)
         starts = self.shard.starts_of(np.arange(block, self.shard.num_documents, self._num_blocks))
-        num_cuts = -(-pairs // self.chunk_len)
-        document = np.repeat(np.arange(len(pairs)), num_cuts)
-        number, _ = ranges(np.zeros_like(pairs), num_cuts)
+        # Items first: a document of up to one chunk is one, a longer one is cut into several.
+        num_items = -(-pairs // self.chunk_len)
+        document = np.repeat(np.arange(len(pairs)), num_items)
+        number, _ = ranges(np.zeros_like(pairs), num_items)
         lengths = np.minimum(pairs[document] - number * self.chunk_len, self.chunk_len)
         if self._join:
             packing = best_fit(lengths, self.chunk_len)
         else:
             packing = Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
+        # Then the column of each item: pairs before it in the list, less those before its bin.
         items, bounds = packing.items, packing.bounds
         before = np.cumsum(lengths[items]) - lengths[items]
         columns = before - np.repeat(before[bounds[:-1]], np.diff(bounds))
         starts = (starts[document] + number * self.chunk_len)[items]
-        return _Plan(bounds, starts, columns.astype(np.int32), lengths[items].astype(np.int32))
+        return _PackedBlock(bounds, starts, columns.astype(np.int32), lengths[items].astype(np.int32))
 
-    def _find(self, parts: _Parts, seed: int) -> Pieces:
-        blocks, bins = shuffled_in_blocks(parts.turns, self._bins_and_pairs[0], seed)
+    def _find(self, wanted: _ChunkSpans, seed: int) -> Spans:
+        blocks, bins = shuffled_in_blocks(wanted.positions, self._bins_and_pairs[0], seed)
         found = []
         for block in np.unique(blocks):
-            plan, of_block = self._plan(int(block)), np.flatnonzero(blocks == block)
-            first, end = plan.bounds[bins[of_block]], plan.bounds[bins[of_block] + 1]
-            counts = end - first
-            pieces, _ = ranges(first, counts)
-            part = np.repeat(of_block, counts)
-            columns, begins = plan.columns[pieces], parts.offsets[part]
-            shown = np.maximum(columns, begins)
-            lengths = np.minimum(columns + plan.lengths[pieces], begins + parts.lengths[part]) - shown
-            found.append((parts.places[part] + shown - begins, plan.starts[pieces] + shown - columns, lengths))
-        places, starts, lengths = map(np.concatenate, zip(*found, strict=True))
-        order = np.argsort(places)
+            packed, of_block = self._block(int(block)), np.flatnonzero(blocks == block)
+            first, end = packed.bounds[bins[of_block]], packed.bounds[bins[of_block] + 1]
+            items, _ = ranges(first, end - first)
+            owner = np.repeat(of_block, end - first)
+            # Columns of the bin that were asked for, cut to what each item covers; items outside get length <= 0.
+            columns, begins = packed.columns[items], wanted.offsets[owner]
+            visible = np.maximum(columns, begins)
+            lengths = np.minimum(columns + packed.lengths[items], begins + wanted.lengths[owner]) - visible
+            found.append((wanted.slots[owner] + visible - begins, packed.starts[items] + visible - columns, lengths))
+        slots, starts, lengths = map(np.concatenate, zip(*found, strict=True))
+        order = np.argsort(slots)
         order = order[lengths[order] > 0]
-        return Pieces(places[order], starts[order], lengths[order])
+        return Spans(slots[order], starts[order], lengths[order])

@@ -1,1 +1,1 @@
-"""What a trained model is worth: loss under both routing rules, floors to compare with, depth maps, generation."""
+"""Evaluate a trained model: loss in both routing modes, n-gram baselines, saved work, generation, depth maps."""

@@ -1,4 +1,4 @@
-"""`megamor evaluate` is `megamor evaluate`."""
+"""`python -m megamor.evaluate` runs `megamor evaluate`."""
 
 from megamor.cli.evaluate import main
 

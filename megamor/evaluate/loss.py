@@ -1,34 +1,28 @@
-"""Loss of a model over a validation set, under the routing of training and under the inference rule."""
+"""Loss of a model over a validation set, with the routing of training and with the inference rule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megamor.data import open_validation_sets
 from megamor.model import ModelOutput, Transformer
 from megamor.routing import Mode
 
-
-class Batch(Protocol):
-    """Token ids [B, S], ids to predict [B, S] (-100 where none is), document numbers [B, S] if masked."""
-
-    @property
-    def inputs(self) -> Tensor: ...
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    @property
-    def documents(self) -> Tensor | None: ...
+if TYPE_CHECKING:
+    from megamor.data import MicroBatch
+    from megamor.load import LoadedModel
 
 
 def modes_of(model: Transformer) -> tuple[Mode, ...]:
-    """The ways of routing worth measuring: only routers that look ahead in training have two."""
+    """List the routing modes to measure: two for routers that look ahead in training, one for the others."""
     looks_ahead = model.stage is not None and not model.stage.router.causal_in_training
     return ("topk", "causal") if looks_ahead else ("causal",)
 
@@ -36,14 +30,15 @@ def modes_of(model: Transformer) -> tuple[Mode, ...]:
 @torch.no_grad()
 def summed_loss(
     model: Callable[..., ModelOutput],
-    batches: Iterable[Batch],
+    batches: Iterable[MicroBatch],
     mode: Mode,
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
-    """[3] in fp64 on `device`: summed negative log-likelihood (nats), tokens counted, recursions taken by all tokens.
+    """Sum over all tokens, [3] in fp64 on `device`: negative log-likelihood in nats, tokens, recursions taken.
 
-    Sums rather than means, so that ranks and batches can be added up.
+    These are sums, not means, so that results of several ranks or batches can be added. Each forward pass runs inside
+    a new `context()`, such as autocast.
     """
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
@@ -60,8 +55,46 @@ def summed_loss(
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where that is beyond floating point, as early in a bad run."""
+    """Return exp(loss in nats), or infinity where that overflows, as it can early in a bad run."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def dataset_losses(
+    loaded: LoadedModel,
+    prefix: str,
+    *,
+    sequences: int | None = None,
+    batch_size: int = 16,
+    watch: Callable[[Iterable[MicroBatch], int, str], Iterable[MicroBatch]] = lambda batches, total, label: batches,
+) -> dict[str, float]:
+    """Measure a model on the data set `prefix` (.bin/.idx), in each of its routing modes.
+
+    Args:
+        sequences: how many sequences to measure, evenly spread over the set; None for all.
+        watch: wraps the batches of one mode to show progress, given also their number and a label.
+
+    Returns:
+        `tokens`; for each mode (`topk`, `causal`) `loss_<mode>` in nats per token, `perplexity_<mode>`, and
+        `mean_depth_<mode>` in recursions per token; and `gap`, causal loss minus top-k loss, where both exist.
+
+    Raises:
+        DataError: the data set is missing, damaged, or was written with another tokenizer.
+    """
+    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
+    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
+    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
+    num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
+    figures: dict[str, float] = {}
+    for mode in modes_of(loaded.model):
+        batches = watch(data.batches(0, 1, batch_size, sequences), num_batches, f"{Path(prefix).name}, {mode}")
+        loss, tokens, recursions = summed_loss(loaded.model, batches, mode, loaded.device).tolist()
+        figures["tokens"] = tokens
+        figures[f"loss_{mode}"] = loss / tokens
+        figures[f"perplexity_{mode}"] = perplexity(loss / tokens)
+        figures[f"mean_depth_{mode}"] = recursions / tokens
+    if "loss_topk" in figures:
+        figures["gap"] = figures["loss_causal"] - figures["loss_topk"]
+    return figures

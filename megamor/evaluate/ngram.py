@@ -1,12 +1,12 @@
-"""N-gram language models: the floor that a trained network has to beat.
+"""N-gram language models: the baseline that a trained network has to beat.
 
-A model of order n is estimated from the very windows that the network was trained on and is judged on the very
-positions at which the network is judged, so that their losses can be set side by side. Smoothing is interpolated
-Kneser-Ney with three discounts per order (Chen and Goodman 1999, "An empirical study of smoothing techniques for
-language modeling", sections 4.1.6 and 4.1.7), which is hard to improve on at these orders.
+A model of order n is estimated from the windows that the network was trained on and evaluated at the positions where
+the network is evaluated, so their losses can be compared directly. Smoothing is interpolated Kneser-Ney with three
+discounts per order (Chen and Goodman 1999, "An empirical study of smoothing techniques for language modeling",
+sections 4.1.6 and 4.1.7), which is hard to improve on at these orders.
 
-An n-gram is one int64, its tokens read as digits in base `vocab_size`; a table is a sorted array of such keys, so that
-counting is a sort and looking up is a binary search.
+An n-gram is stored as one int64 key: its tokens are the digits of a number in base `vocab_size`. A table is a sorted
+array of keys, so counting is a sort and a lookup is a binary search.
 """
 
 from __future__ import annotations
@@ -23,38 +23,37 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Windows = npt.NDArray[np.integer] | Iterable[npt.NDArray[np.integer]]
 
-_NLL_CHUNK_WINDOWS = 4096
-
 
 @dataclass(frozen=True)
 class _Level:
-    """p(token | context) of one context length, still to be interpolated with the next shorter context.
+    """p(token | context) for one context length, before interpolation with the next shorter context.
 
-    `grams` and `contexts` are sorted keys; `share[i]` is (count - discount) / total of gram i, and `backoff[j]` is what
-    the discounts of context j leave for the shorter context.
+    `grams` and `contexts` are sorted keys. `weight[i]` is (count - discount) / total of gram i, and `backoff[j]` is the
+    probability mass that the discounts take from context j and give to the shorter context.
     """
 
     grams: IntArray
-    share: FloatArray
+    weight: FloatArray
     contexts: IntArray
     backoff: FloatArray
 
     @classmethod
     def from_counts(cls, grams: IntArray, counts: IntArray, vocab_size: int) -> _Level:
         discounts = _discounts(counts)[np.minimum(counts, 3)]
+        # Keys are sorted, so the grams of one context are neighbours: `first` is where each context begins.
         contexts, first = np.unique(grams // vocab_size, return_index=True)
         if not len(grams):
             return cls(grams, np.zeros(0), contexts, np.zeros(0))
         totals = np.add.reduceat(counts, first)
         members = np.diff(np.append(first, len(grams)))
-        share = (counts - discounts) / np.repeat(totals, members)
-        return cls(grams, share, contexts, np.add.reduceat(discounts, first) / totals)
+        weight = (counts - discounts) / np.repeat(totals, members)
+        return cls(grams, weight, contexts, np.add.reduceat(discounts, first) / totals)
 
     def interpolate(self, grams: IntArray, shorter: FloatArray, vocab_size: int) -> FloatArray:
-        """Mix this level's estimate of each gram with the `shorter` context's; an unseen context leaves `shorter`."""
-        share = _look_up(self.grams, self.share, grams, missing=0.0)
+        """Mix this level's estimate of each gram with that of the `shorter` context; unseen contexts get only that."""
+        weight = _look_up(self.grams, self.weight, grams, missing=0.0)
         backoff = _look_up(self.contexts, self.backoff, grams // vocab_size, missing=1.0)
-        return share + backoff * shorter
+        return weight + backoff * shorter
 
 
 class NGramModel:
@@ -70,12 +69,12 @@ class NGramModel:
     def fit(cls, windows: Windows, order: int, vocab_size: int) -> NGramModel:
         """Estimate from `windows` [n, seq_len + 1] of token ids.
 
-        Counted are the tokens that a network predicts from a window, positions 1 to seq_len, each with up to
-        `order - 1` tokens before it in the same window. Neighbouring windows share one token, which is thus a target in
-        one and only a context in the other. Give each window once, even where the network has seen it in two epochs.
+        Counts the tokens that a network predicts, positions 1 to seq_len of each window, each with up to `order - 1`
+        tokens before it in the same window. Neighbouring windows overlap by one token: it is a target in one and only
+        context in the other. Pass each window once, even if the network has seen it in two epochs.
 
         Raises:
-            DataError: no windows, windows too short, or a token outside the vocabulary.
+            DataError: there are no windows, they are too short, or a token lies outside the vocabulary.
         """
         return cls._fit_checked(_checked(windows, vocab_size), order, vocab_size)
 
@@ -87,7 +86,7 @@ class NGramModel:
             # Kneser-Ney: a shorter gram counts once for each different token that it follows.
             grams, counts = np.unique(grams % vocab_size**length, return_counts=True)
             levels.append(_Level.from_counts(grams, counts, vocab_size))
-        # The window's first targets have fewer than order - 1 tokens before them: a model of that order predicts them.
+        # The first targets of a window have fewer than order - 1 tokens before them: a lower order predicts them.
         shorter = cls._fit_checked(windows, order - 1, vocab_size) if order > 1 else None
         return cls(levels[::-1], vocab_size, shorter)
 
@@ -102,19 +101,17 @@ class NGramModel:
     def nll(self, windows: Windows) -> float:
         """Mean nats per predicted token over `windows` [n, seq_len + 1]: positions 1 to seq_len, as in `fit`."""
         checked = _checked(windows, self.vocab_size)
-        total = sum(
-            self._nll_sum(checked[start : start + _NLL_CHUNK_WINDOWS])
-            for start in range(0, len(checked), _NLL_CHUNK_WINDOWS)
-        )
-        return total / (checked.shape[0] * (checked.shape[1] - 1))
+        return self._nll_sum(checked) / float(len(checked) * (checked.shape[1] - 1))
 
     def _nll_sum(self, windows: IntArray) -> float:
         nats = -float(np.log(self._probabilities(_grams(windows, self.order, self.vocab_size))).sum())
+        # The first targets of a window have too few tokens before them: the next lower order predicts those.
         if self._shorter is not None and self.order > 2:
             nats += self._shorter._nll_sum(windows[:, : self.order - 1])
         return nats
 
     def _probabilities(self, grams: IntArray) -> FloatArray:
+        # From the uniform distribution up: each level corrects the estimate of the one below.
         probability = np.full(len(grams), 1.0 / self.vocab_size)
         for length, level in enumerate(self._levels, start=1):
             probability = level.interpolate(grams % self.vocab_size**length, probability, self.vocab_size)
@@ -139,7 +136,7 @@ def _checked(windows: Windows, vocab_size: int) -> IntArray:
 
 
 def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:
-    """Keys of all targets that have `order - 1` tokens before them in their window, as a flat array.
+    """Return the keys of all targets that have `order - 1` tokens before them in their window, as a flat array.
 
     Position 0 is never a target, so unigrams are counted from position 1.
     """
@@ -155,21 +152,21 @@ def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:
 def _discounts(counts: IntArray) -> FloatArray:
     """Discounts for counts 0, 1, 2 and 3-or-more, from the counts of counts (Chen and Goodman 1999, equation 26).
 
-    Where a small corpus leaves one of the four counts of counts empty, the single discount of Ney takes their place;
-    0.5 where even that can't be estimated.
+    If one of the four counts of counts is zero, as in a small corpus, all three are Ney's single discount instead, or
+    0.5 if even that can't be estimated.
     """
     n1, n2, n3, n4 = (int((counts == count).sum()) for count in (1, 2, 3, 4))
     single = n1 / (n1 + 2 * n2) if n1 and n2 else 0.5
     if not (n1 and n2 and n3 and n4):
         return np.array([0.0, single, single, single])
     estimates = [1 - 2 * single * n2 / n1, 2 - 3 * single * n3 / n2, 3 - 4 * single * n4 / n3]
-    # At least a little must be left over, or a token unseen after its context has probability 0.
+    # The discount must stay positive, or a token never seen after its context would get probability 0.
     return np.array([0.0, *(min(max(estimate, 0.05), bound) for bound, estimate in enumerate(estimates, start=1))])
 
 
 def _look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float) -> FloatArray:
-    """`values` of the `wanted` keys, `missing` for those that the sorted `keys` lack."""
+    """Return `values` at the `wanted` keys, `missing` where the sorted `keys` lack one."""
     if not len(keys):
         return np.full(len(wanted), missing)
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], missing)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[index] == wanted, values[index], missing)

@@ -1,4 +1,4 @@
-"""Continuing a text token by token under the inference rule, and at what depth each token was read."""
+"""Continue a text token by token, routed by the inference rule, and record how deep each token went."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megamor.model import KVCache, Transformer
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """Token ids [T] of prompt and continuation, and the recursions that each took (0 for models without recursion).
+class GeneratedText:
+    """Token ids [T] of prompt and continuation, and the recursions of each but the last [T - 1].
 
-    The last token has been sampled but not read, so its depth isn't known; `depths` has one entry fewer than `ids`.
+    The last token was sampled but never read, so it has no depth. Models without recursion have depth 0 everywhere.
     """
 
     ids: list[int]
@@ -33,16 +33,17 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
-) -> Continuation:
-    """Continue `prompt` by up to `max_tokens` tokens; ends early at `stop_id`. Temperature 0 takes the likeliest token.
+) -> GeneratedText:
+    """Continue `prompt` by up to `max_tokens` tokens, fewer if `stop_id` is sampled.
 
-    Each token is read once: keys and values of earlier ones are kept, at the depths to which they were routed.
+    Temperature 0 always takes the likeliest token. Each token is read once; a cache keeps the keys and values of
+    earlier tokens at the depths to which they were routed.
 
     Raises:
-        ConfigError: prompt and continuation together are longer than the model's `max_seq_len`.
+        ConfigError: prompt and continuation don't fit into the model's `max_seq_len`.
     """
     length, longest = len(prompt) + max_tokens, model.config.model.max_seq_len
-    if length > longest + 1:
+    if length > longest + 1:  # the last token is never read, so it needs no position
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens and {max_tokens} more don't fit into the model's context of {longest}: "
             "shorten the prompt or generate fewer"
@@ -52,7 +53,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     depths: list[int] = []
-    unread = prompt
+    unread = prompt  # the whole prompt in the first pass, then one token each
     for _ in range(max_tokens):
         out = model(torch.tensor([unread], device=weight.device), mode="causal", cache=cache)
         assert out.logits is not None
@@ -61,14 +62,15 @@ def generate(
         unread = ids[-1:]
         if ids[-1] == stop_id:
             break
-    return Continuation(ids, depths, len(prompt))
+    return GeneratedText(ids, depths, len(prompt))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token id from logits [vocab], with nucleus sampling (arXiv 1904.09751)."""
+    """Draw a token id from `logits` [vocab] by nucleus sampling (arXiv 1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = (logits / temperature).softmax(-1)
     ordered, ids = probabilities.sort(descending=True)
+    # A token stays if those before it have less than `top_p` together, so that the likeliest one always stays.
     ordered[ordered.cumsum(-1) - ordered > top_p] = 0
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])

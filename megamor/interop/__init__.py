@@ -1,7 +1,6 @@
 """Checkpoints of other code: import from the paper authors' release, export to Hugging Face and back."""
 
-from megamor.interop.export import export_huggingface
-from megamor.interop.exported import is_export, read_export
+from megamor.interop.export import export_huggingface, is_export, read_export
 from megamor.interop.official import Imported, import_official, read_state_dict, save_imported
 
 __all__ = [

@@ -1,35 +1,40 @@
-"""Export to a directory that Hugging Face's `from_pretrained(..., trust_remote_code=True)` loads by itself.
+"""Export to a directory that Hugging Face's `from_pretrained(..., trust_remote_code=True)` loads, and reading it back.
 
-config.json              shapes under their usual names; the sections model, recursion and router under `megamor`, and
-                         what of data decides how the model is evaluated
+config.json              shapes under their usual names; under `megamor` the run's sections model, recursion and router,
+                         and the two settings of `data` that evaluation depends on
 generation_config.json
-model.safetensors        each weight once: shared blocks and the tied head have no copies
-modeling_megamor.py      megamor's own modules in one file, and transformers' interface to them
+model.safetensors        each weight once: shared blocks and the tied head are not repeated
+modeling_megamor.py      transformers' interface to the model, and beside it a copy of every module that the model needs
 tokenizer.json           and tokenizer_config.json, if the checkpoint has a tokenizer
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+from dataclasses import replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from megamor.config import Config, CustomRouterConfig, config_to_dict
-from megamor.errors import ConfigError
-from megamor.interop.assemble import assemble
+from megamor.checkpoint.layout import TOKENIZER_FILE
+from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
+from megamor.errors import CheckpointError, ConfigError
 from megamor.model import Transformer
 
-CODE_FILE, WEIGHTS_FILE, CONFIG_FILE = "modeling_megamor.py", "model.safetensors", "config.json"
+PACKAGE = Path(__file__).parents[1]
+CODE_MODULE = "megamor.interop.modeling_megamor"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SECTIONS, DATA_SETTINGS = ("model", "recursion", "router"), ("seq_len", "document_mask")
-"""What `config.json` has of a run's configuration, and of its section data."""
-WEIGHTS_PREFIX = "model."
-"""`MegamorForCausalLM` holds the `Transformer` under this name."""
+WEIGHTS_PREFIX = "model."  # the attribute of `MegamorForCausalLM` that is the `Transformer`
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -41,53 +46,74 @@ def export_huggingface(
     Args:
         directory: must be new or empty.
         tokenizer: a `tokenizer.json`.
-        dtype: what the weights are stored and loaded in, routers aside, which stay in fp32.
+        dtype: type in which weights are stored and loaded; routers stay in fp32.
 
     Raises:
-        ConfigError: `directory` is in use, or the router is custom (its code is not megamor's to carry along).
+        ConfigError: `directory` is in use, or the router is custom: its code is not part of megamor.
     """
     config = model.config
     if isinstance(config.router, CustomRouterConfig):
         raise ConfigError(
-            f"router.target = {config.router.target} can't be exported: the code file holds megamor's own routers only"
+            f"router.target = {config.router.target} can't be exported: an export contains megamor's own routers only"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
     directory.mkdir(parents=True, exist_ok=True)
-    code, weights = directory / CODE_FILE, directory / WEIGHTS_FILE
-    code.write_text(modeling_source(), encoding="utf-8")
+    for name, source in code_files().items():
+        (directory / name).write_text(source, encoding="utf-8")
     state = {
         WEIGHTS_PREFIX + name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype)
         for name, value in model.state_dict().items()
     }
+    weights = directory / WEIGHTS_FILE
     save_file(state, weights, metadata={"format": "pt"})
-    weights.chmod(code.stat().st_mode)  # safetensors leaves it readable by its owner alone
+    weights.chmod((directory / name).stat().st_mode)  # safetensors makes it readable by its owner alone
     end_of_text = None
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, directory / "tokenizer.json")
+        shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
         end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
         _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text is not None))
     _write_json(directory / CONFIG_FILE, model_settings(config, dtype, end_of_text))
-    generation = {"use_cache": True, **special_ids(end_of_text)}
-    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
     return sorted(directory.iterdir())
 
 
-def modeling_source() -> str:
-    """Text of `modeling_megamor.py`."""
-    version = metadata.version("megamor")
-    note = f"# Generated by megamor {version} from the modules named below. Change them there and export again.\n"
-    return note + assemble(
-        "megamor.interop.huggingface",
-        unwrap=("configuration_class", "model_class"),
-        drop=("import_transformers",),
-    )
+def is_export(directory: Path) -> bool:
+    """Whether `directory` has a Hugging Face `config.json`; the rest may be missing or damaged."""
+    return (directory / CONFIG_FILE).is_file()
+
+
+def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Config and weights of an exported directory, without transformers.
+
+    Sections that an export doesn't contain have their defaults. Weights are on the CPU in the stored type, by
+    parameter name.
+
+    Raises:
+        CheckpointError: the directory contains another kind of model, or can't be read.
+    """
+    try:
+        settings = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        if settings["model_type"] != "megamor":
+            raise CheckpointError(
+                f"{directory / CONFIG_FILE} describes a model of type {settings['model_type']!r}, not 'megamor': "
+                "give a directory written by `megamor export-hf`"
+            )
+        sections = {name: settings["megamor"][name] for name in (*SECTIONS, "data")}
+        stored = load_file(directory / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory} can't be read as an exported model: {cause}; export it again") from error
+    config = config_from_dict(sections, str(directory / CONFIG_FILE))
+    tokenizer = directory / TOKENIZER_FILE
+    if tokenizer.is_file():
+        config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
+    return config, {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in stored.items()}
 
 
 def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) -> dict[str, Any]:
-    """`config.json`. What is beside `megamor` is for tools that look there for the shape of a model."""
-    module = CODE_FILE.removesuffix(".py")
-    values = config_to_dict(config)
+    """Content of `config.json`. Tools that show a model's shape read the keys beside `megamor`."""
+    module, values = _flat_name(CODE_MODULE), config_to_dict(config)
     return {
         "architectures": ["MegamorForCausalLM"],
         "model_type": "megamor",
@@ -106,7 +132,7 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
         "max_position_embeddings": config.model.max_seq_len,
         "use_cache": True,
         "tie_word_embeddings": False,
-        **special_ids(end_of_text),
+        **_special_ids(end_of_text),
         "megamor": {
             **{name: values[name] for name in SECTIONS},
             "data": {name: values["data"][name] for name in DATA_SETTINGS},
@@ -114,13 +140,8 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
     }
 
 
-def special_ids(end_of_text: int | None) -> dict[str, int]:
-    """Ends a text, and fills up finished ones in a batch."""
-    return {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
-
-
 def tokenizer_settings(config: Config, has_end_of_text: bool) -> dict[str, Any]:
-    """`tokenizer_config.json`. No text is changed on the way in or out."""
+    """Content of `tokenizer_config.json`. Text is neither normalised when encoded nor cleaned up when decoded."""
     special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT} if has_end_of_text else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -128,6 +149,67 @@ def tokenizer_settings(config: Config, has_end_of_text: bool) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **special,
     }
+
+
+def code_files() -> dict[str, str]:
+    """Source of `modeling_megamor.py` and of every module it needs, by file name.
+
+    transformers follows relative imports only within one directory, so `megamor.model.blocks` becomes
+    `model_blocks.py` and its imports from megamor become relative ones.
+    """
+    note = f"# Copied by megamor {metadata.version('megamor')} from %s. Change it there and export again.\n"
+    files: dict[str, str] = {}
+    waiting = [CODE_MODULE]
+    while waiting:
+        module = waiting.pop()
+        path = _source_path(module)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in reversed(_own_imports(module)):  # the last first, so that earlier line numbers stay right
+            # A package's `__init__` would draw in modules that the model never uses (reading YAML, for one), so each
+            # name is imported from the module that defines it.
+            homes: dict[str, list[str]] = {}
+            for alias in node.names:
+                homes.setdefault(_defining_module(node.module or "", alias.name), []).append(ast.unparse(alias))
+            lines[node.lineno - 1 : node.end_lineno] = [
+                f"{' ' * node.col_offset}from .{_flat_name(home)} import {', '.join(names)}"
+                for home, names in homes.items()
+            ]
+            waiting += [home for home in homes if f"{_flat_name(home)}.py" not in files]
+        origin = path.relative_to(PACKAGE.parent).as_posix()
+        files[f"{_flat_name(module)}.py"] = "\n".join([note % origin + lines[0], *lines[1:]]) + "\n"
+    return files
+
+
+def _flat_name(module: str) -> str:
+    # The code module keeps its short name, under which `config.json` refers to it.
+    return "modeling_megamor" if module == CODE_MODULE else module.partition(".")[2].replace(".", "_")
+
+
+def _source_path(module: str) -> Path:
+    stem = PACKAGE.parent.joinpath(*module.split("."))
+    return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+
+
+@cache
+def _own_imports(module: str) -> list[ast.ImportFrom]:
+    """The statements `from megamor.… import …` of a module, nested ones included, in the order of their lines."""
+    tree = ast.parse(_source_path(module).read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    own = (node for node in found if (node.module or "").split(".")[0] == PACKAGE.name)
+    return sorted(own, key=lambda node: node.lineno)
+
+
+def _defining_module(module: str, name: str) -> str:
+    """The module that defines `name`, which `module` defines or imports from there."""
+    for node in _own_imports(module):
+        if any(alias.name == name for alias in node.names):
+            return _defining_module(node.module or "", name)
+    return module
+
+
+def _special_ids(end_of_text: int | None) -> dict[str, int]:
+    """The end of text also pads finished sequences of a batch while others are still generated."""
+    return {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions
-from megamor.checkpoint.layout import CONFIG_FILE, STATE_DIR, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.state import MODEL_PREFIX, write_state
 from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.official_config import Settings, Shape, config_of
@@ -277,9 +276,6 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
         files[TOKENIZER_FILE] = tokenizer
 
     def write_weights(draft: Path) -> None:
-        state = {f"model.{name}": weight for name, weight in imported.weights.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is wanted
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(draft / STATE_DIR), no_dist=True)
+        write_state(draft, {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()})
 
     return CheckpointManager(directory, keep_last=1).save(0, [write_weights], files)

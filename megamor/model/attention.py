@@ -1,14 +1,15 @@
-"""One attention function for dense, ragged and cached layouts.
+"""Scaled dot-product attention over flat rows [N, ...], for dense, routed and cached tokens.
 
-Blocks work on flat rows [N, ...]; only attention cares which sequence a row belongs to. An `AttentionLayout` is built
-once per launch of a stack of blocks and used by each of them: it brings queries and keys into [batch, heads, length,
-head_dim], calls SDPA and flattens the result. Routed tokens keep their original order, so that attention among them is
-causal in the order of the rows; a mask is needed only where queries meet keys of other tokens (shared or cached keys)
-or where documents must not see each other.
+Blocks work on flat rows; only attention needs to know which sequence a row belongs to. An `AttentionLayout` holds that
+knowledge. It is built once per call of a stack of blocks and used by every block: it brings queries and keys into
+[batch, heads, length, head_dim], calls SDPA and flattens the result. Selected tokens keep their original order, so
+attention among them is causal in row order and needs no mask. A mask is needed only where queries meet the keys of
+other tokens (shared or cached keys), or where documents must not see each other.
 
-Where there is a kernel for it (`has_packed_kernel`), sequences of different lengths and documents are neither padded
-nor masked: the rows stay flat, and the kernel is told at which of them each piece begins. On a CPU, buckets of pieces
-of similar length do the same (`megamor/model/buckets.py`).
+Ragged sequences and packed documents take a faster path where there is one. On GPUs with a variable-length kernel
+(`has_packed_kernel`) the rows stay flat and the kernel gets the boundaries of the segments; on a CPU, segments of
+similar length are computed together (`megamor/model/buckets.py`). Neither pads to the longest sequence nor builds a
+mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from megamor.routing import TokenSet
 
 @dataclass(frozen=True)
 class Grid:
-    """Flat rows [N] seen as [batch, length]. `slots` [N] places ragged rows; None where N = batch·length exactly."""
+    """Flat rows [N] seen as [batch, length].
+
+    `slots` [N] gives each row's index in the flattened grid where sequences have different lengths; None means that the
+    rows fill the grid exactly (N = batch · length), so that padding is a view and costs nothing.
+    """
 
     batch: int
     length: int
@@ -40,6 +45,7 @@ class Grid:
         if tokens.lengths is None:
             return Grid(tokens.batch, tokens.max_length)
         assert tokens.index is not None
+        # Ragged: a row's cell is given by its sequence and the number of the set's tokens before it there.
         sequence = tokens.index // tokens.seq_len
         rank = tokens.rank_of(tokens, tokens.index.device)
         return Grid(tokens.batch, tokens.max_length, sequence * tokens.max_length + rank)
@@ -59,10 +65,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Segments:
-    """Flat rows as pieces that don't see each other: piece i is rows bounds[i] to bounds[i + 1], causal inside.
+    """Flat rows cut into segments that cannot see each other; attention is causal inside each.
 
-    `bounds` [pieces + 1] is int32 and ascending, pieces may be empty; `longest` is an upper bound of their lengths,
-    which needn't be tight. `buckets` are there where no kernel is.
+    Segment i holds rows bounds[i] to bounds[i + 1]. `bounds` [segments + 1] is int32 and ascending; a segment may be
+    empty. `longest` is an upper bound of the lengths and need not be tight. `buckets` is set on a CPU only.
     """
 
     bounds: Tensor
@@ -72,17 +78,19 @@ class Segments:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Who sees whom. `mask` [batch, 1, queries, keys] is additive; None means causal among the rows themselves.
+    """Which rows see which keys.
 
-    `keys` None means that keys and values arrive as [batch, length, kv_heads, head_dim] already (a cache).
-    `pieces` cut the queries into parts (first, end, keys), each of which is given only the first so many keys.
-    With `segments` the rows attend to each other inside each piece, and nothing else counts.
+    With `segments`, the rows attend to each other inside each segment and the other fields are unused. Otherwise
+    `mask` [batch, 1, queries, keys] is added to the scores; None means causal attention among the rows themselves.
+    `keys` is None where keys and values arrive as [batch, length, kv_heads, head_dim] already (from a cache).
+    `chunks` cut the masked queries into ranges (first, end, num_keys), each of which needs only its first `num_keys`
+    keys.
     """
 
     queries: Grid
     keys: Grid | None
     mask: Tensor | None = None
-    pieces: tuple[tuple[int, int, int], ...] = ()
+    chunks: tuple[tuple[int, int, int], ...] = ()
     segments: Segments | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,34 +98,41 @@ class AttentionLayout:
         if self.segments is not None:
             return packed_attention(q, k, v, self.segments).flatten(1)
         q_BHTD = self.queries.pad(q).transpose(1, 2)
-        k_BHTD = (k if self.keys is None else self.keys.pad(k)).transpose(1, 2)
-        v_BHTD = (v if self.keys is None else self.keys.pad(v)).transpose(1, 2)
-        grouped = q.shape[1] != k.shape[-2]
+        k_BHTD, v_BHTD = ((x if self.keys is None else self.keys.pad(x)).transpose(1, 2) for x in (k, v))
         if self.mask is None:
+            grouped = q.shape[1] != k.shape[-2]
             out = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
         else:
-            if grouped and q.is_cuda:
-                # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
-                k_BHTD, v_BHTD = (one_per_head(x, q.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
-                grouped = False
-            pieces = self.pieces or ((0, *self.mask.shape[2:]),)
-            num_keys = [keys for _, _, keys in pieces]
-            rows = q_BHTD.split([end - first for first, end, _ in pieces], dim=2)
-            parts = []
-            for (first, end, keys), query, key, value in zip(
-                pieces, rows, prefixes(k_BHTD, num_keys), prefixes(v_BHTD, num_keys), strict=True
-            ):
-                mask = self.mask[:, :, first:end, :keys].to(q.dtype)
-                parts.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped))
-            out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+            out = self._attend_masked(q_BHTD, k_BHTD, v_BHTD, self.mask)
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
+
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention of [batch, heads, length, head_dim], one chunk of queries at a time."""
+        # SDPA computes all scores under a mask and cannot know which are -inf. Chunks leave out keys that are certainly
+        # masked for all their queries.
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.is_cuda:
+            # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
+            k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
+            grouped = False
+        chunks = self.chunks or ((0, *mask.shape[2:]),)
+        num_keys = [keys for _, _, keys in chunks]
+        queries = torch.split(q, [end - first for first, end, _ in chunks], dim=2)
+        outputs = []
+        for (first, end, keys), query, key, value in zip(
+            chunks, queries, prefixes(k, num_keys), prefixes(v, num_keys), strict=True
+        ):
+            bias = mask[:, :, first:end, :keys].to(q.dtype)
+            outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 class _Prefixes(torch.autograd.Function):
-    """Adds up the gradients in one tensor, where slicing would give each slice a tensor of full size."""
+    """Slices whose gradients are summed in one tensor; plain slicing would allocate a full-size tensor for each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
+        # Views, not copies: SDPA takes any strides, and the shape is all that the backward pass needs.
         ctx.shape = x.shape
         return tuple(x[:, :, :count] for count in num_keys)
 
@@ -130,38 +145,39 @@ class _Prefixes(torch.autograd.Function):
 
 
 def prefixes(x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
-    """x [batch, heads, keys, head_dim] cut to its first keys, once for each of `num_keys`."""
-    return (x,) if num_keys == [x.shape[2]] else _Prefixes.apply(x, num_keys)
+    """The first keys of x [batch, heads, keys, head_dim], once for each count in `num_keys`."""
+    return (x,) if num_keys == [x.shape[2]] else _Prefixes.apply(x, num_keys)  # type: ignore[no-untyped-call]
 
 
 def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
-    """Keys or values whose heads, at `dim`, are repeated so that each query head has its own."""
+    """Keys or values with the heads at `dim` repeated, so that each query head has its own."""
     return x.repeat_interleave(num_heads // x.shape[dim], dim=dim)
 
 
+# `varlen_attn` is experimental: how to ask for causality, and whether heads may be grouped, depends on torch's version.
 _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
 _TAKES_GROUPS = "enable_gqa" in _VARLEN_OPTIONS
 
 
 def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `packed_attention` runs: flash attention, in 16 bits, on GPUs since NVIDIA's Ampere."""
+    """Whether the variable-length kernel runs: flash attention in 16 bits, on NVIDIA GPUs from Ampere on."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Causal attention inside each piece: q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
+    """Causal attention inside each segment: q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
     if segments.buckets is not None:
-        return segments.buckets.attend(q, k, v)
+        return segments.buckets.attend(q, k, v)  # type: ignore[no-any-return]
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _TAKES_GROUPS:
         k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
     options = {"enable_gqa": True, **_CAUSAL} if grouped and _TAKES_GROUPS else _CAUSAL
     bounds, longest = segments.bounds, segments.longest
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    return out
+    return out  # type: ignore[no-any-return]
 
 
 def visibility_mask(
@@ -171,16 +187,16 @@ def visibility_mask(
     key_document: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Additive mask [B, 1, Q, K]: a query sees keys of its own document whose order is not above its own.
+    """Additive mask [B, 1, Q, K]: a query sees the keys of its own document that are not after it.
 
-    Orders are places in the sequence, [B, Q] and [B, K]; keys that don't exist carry an order above every query's.
-    Padded queries carry a negative order and see nothing of the real keys; they are given the first key so that their
-    row of the softmax stays finite.
+    `query_order` [B, Q] and `key_order` [B, K] are positions in the sequence. Empty key slots have an order above every
+    query's; padded queries have a negative order.
     """
     visible = key_order.unsqueeze(1) <= query_order.unsqueeze(2)
     if query_document is not None and key_document is not None:
         visible &= query_document.unsqueeze(2) == key_document.unsqueeze(1)
-    nothing = ~visible.any(-1)
-    visible[..., 0] |= nothing
+    # A padded query sees no key, and a softmax over -inf alone is NaN, which would reach the gradients of real keys.
+    # It gets the first key instead; its result is dropped by `Grid.unpad`.
+    visible[..., 0] |= ~visible.any(-1)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)

@@ -1,8 +1,7 @@
-"""The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3, model of section
-B).
+"""The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3 and appendix B).
 
-A block is told from outside which keys and values to use (`KeysValues`), so that one piece of code serves every sharing
-of keys and values, activation checkpointing and cached decoding.
+The caller tells a block which keys and values to attend to (`KeysValues`) and who sees whom (`AttentionLayout`). The
+same block code therefore serves every KV policy, activation checkpointing, cached decoding and serving.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """cos and sin (its first half negated) of the rows' positions, fp32 [N, 1, head_dim].
+    """cos and sin (its first half negated) of the rows' positions, fp32 [N, 1, head_dim]."""
 
-    Wrapped, so that no precision policy casts them.
-    """
-
+    # Not two bare tensors: FSDP2's mixed precision casts every tensor argument of a module to bf16, which is too coarse
+    # for the angles of a long context. It does not look into dataclasses.
     cos: Tensor
     signed_sin: Tensor
 
@@ -36,12 +34,12 @@ class RotaryAngles:
         return rotate(x, self.cos, self.signed_sin)
 
     def select(self, rows: Tensor | None) -> RotaryAngles:
-        """The angles of some of the rows; None means all."""
+        """The angles of the given rows [n]; None means all."""
         return self if rows is None else RotaryAngles(self.cos[rows], self.signed_sin[rows])
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
-    """Angles of `positions` [N]; computed in fp64 for fp64 models, fp32 otherwise."""
+    """Angles of `positions` [N], in fp64 for fp64 models and fp32 otherwise."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
     angles = torch.outer(positions.to(dtype), 1.0 / theta**exponents).unsqueeze(1)
@@ -50,7 +48,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 
 class KeysValues:
-    """Which keys and values one application of a layer attends to. The default: those of the rows themselves."""
+    """Which keys and values one application of a block attends to; by default those of the rows themselves."""
 
     needs_fresh = True
 
@@ -61,7 +59,7 @@ class KeysValues:
 
 
 class StoredKeysValues(KeysValues):
-    """Those of an earlier application; the rows' own are not even projected."""
+    """Those of an earlier application; the rows' own keys and values are not projected at all."""
 
     needs_fresh = False
 
@@ -69,12 +67,16 @@ class StoredKeysValues(KeysValues):
         self.stored = stored
 
     def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """The stored ones."""
+        """The stored keys and values."""
         return self.stored
 
 
 class RefreshedKeysValues(KeysValues):
-    """Those of an earlier application, with the current rows replaced by fresh ones; not written back."""
+    """Those of an earlier application, with the current rows replaced by fresh ones.
+
+    `rows` [N] are the current rows' indices among the stored ones (None: the same rows). The stored tensors stay as
+    they are.
+    """
 
     def __init__(self, stored: KeyValue, rows: Tensor | None) -> None:
         self.stored = stored
@@ -90,7 +92,7 @@ class RefreshedKeysValues(KeysValues):
 
 @dataclass(frozen=True)
 class Differences:
-    """What tells the recursions of a shared block apart; none of it in blocks that are not shared."""
+    """What distinguishes the recursions of a shared block; by default nothing (unshared blocks)."""
 
     num_recursions: int = 1
     separate_norms: bool = False
@@ -98,7 +100,7 @@ class Differences:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics in fp32 (arXiv 1910.07467). `others` are the weights of later recursions."""
+    """Root-mean-square norm, statistics in fp32 (arXiv 1910.07467). `others` are the weights of later recursions."""
 
     def __init__(self, dim: int, eps: float, num_weights: int = 1) -> None:
         super().__init__()
@@ -113,11 +115,11 @@ class RMSNorm(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """A projection that starts at zero."""
+    """A projection initialised to zero, so that a low-rank update starts as no update."""
 
 
 class SharedLinear(nn.Linear):
-    """A projection without bias; where asked for, with a low-rank update for each recursion (arXiv 2410.20672)."""
+    """A projection without bias, optionally with a low-rank update for each recursion (arXiv 2410.20672)."""
 
     def __init__(self, in_features: int, out_features: int, differences: Differences) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -146,7 +148,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the freshly projected keys and values [N, kv_heads, head_dim] if any."""
+        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        # Keys are stored rotated: their positions are those of the tokens, whatever later attends to them.
         q = angles.rotate(self.heads(self.q_proj(x, recursion)))
         fresh = None
         if keys_values.needs_fresh:
@@ -157,7 +160,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[N, heads · head_dim] to [N, heads, head_dim]."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        return torch.unflatten(x, -1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -171,7 +174,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
-        return self.down_proj(F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion), recursion)
+        hidden = F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion)
+        return self.down_proj(hidden, recursion)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -195,13 +199,14 @@ class Block(nn.Module):
         keys_values: KeysValues,
         recursion: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the keys and values that were projected for the rows of x."""
-        return self.recomputation.inside_block(self.compute)(x, angles, layout, keys_values, recursion)
+        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        run = self.recomputation.inside_block(self.compute)
+        return run(x, angles, layout, keys_values, recursion)  # type: ignore[no-any-return]
 
     def compute(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
-        """The forward pass itself."""
+        """The forward pass that `recomputation` may run a second time."""
         normed = self.attention_norm(x, recursion)
         attended, fresh = self.attention(normed, angles, layout, keys_values, recursion)
         x = x + attended

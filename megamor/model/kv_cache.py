@@ -1,8 +1,8 @@
 """Keys and values of earlier tokens, for decoding.
 
-Every application of a layer has a store of its own, into which only the tokens that take part are written: at recursion
-r a token sees the tokens of its sequence that reached recursion r, at their original places. What is missing was never
-there.
+Every application of a layer has its own store, and only the tokens that take part in the application are written to it.
+At recursion r a token therefore sees exactly the tokens of its sequence that reached recursion r, at their original
+positions, as in a full pass; there are no gaps to mask.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from megamor.routing import TokenSet
 
 @dataclass
 class CacheStore:
-    """Keys and values of one application: [batch, capacity, kv_heads, head_dim], filled from the front of each
-    sequence.
+    """Keys and values of one application, [batch, capacity, kv_heads, head_dim], each sequence filled from the front.
 
-    `order` [batch, capacity] is each entry's place in its sequence (beyond every place where empty), `lengths` [batch]
-    says how many entries there are.
+    `order` [batch, capacity] is each entry's position in its sequence (`BEYOND` in empty slots); `lengths` [batch] is
+    the number of entries.
     """
 
     k: Tensor
@@ -35,7 +34,8 @@ class CacheStore:
     lengths: Tensor
 
     def admit(self, tokens: TokenSet, geometry: Geometry) -> Tensor:
-        """Make room for `tokens` after what is there; returns their flat slots [N]."""
+        """Reserve slots for `tokens` after the existing entries; returns the flat slots [N]."""
+        # Sequences fill at different speeds, as routing sends different numbers of their tokens here.
         rows = tokens.rows(self.order.device)
         sequence = rows // tokens.seq_len
         counts = torch.bincount(sequence, minlength=tokens.batch)
@@ -51,28 +51,19 @@ class CacheStore:
 
 
 class CachedKeysValues(KeysValues):
-    """What `inner` resolves to is added to a store, and the whole store is attended to."""
+    """The first `length` slots of a store, after what `added` resolves to has been written to `slots` [N].
 
-    def __init__(self, inner: KeysValues, store: CacheStore, slots: Tensor, length: int) -> None:
-        self.inner, self.store, self.slots, self.length = inner, store, slots, length
-        self.needs_fresh = inner.needs_fresh
+    `added` None reads the store as an earlier application filled it.
+    """
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """Add, then return all as [batch, length, kv_heads, head_dim]."""
-        self.store.write(self.slots, self.inner.resolve(fresh))
-        return self.store.k[:, : self.length], self.store.v[:, : self.length]
-
-
-class ReadOnlyKeysValues(KeysValues):
-    """A store that an earlier application has filled."""
-
-    needs_fresh = False
-
-    def __init__(self, store: CacheStore, length: int) -> None:
-        self.store, self.length = store, length
+    def __init__(self, store: CacheStore, length: int, added: KeysValues | None, slots: Tensor | None) -> None:
+        self.store, self.length, self.added, self.slots = store, length, added, slots
+        self.needs_fresh = added is not None and added.needs_fresh
 
     def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """All of the store as [batch, length, kv_heads, head_dim]."""
+        """Keys and values [batch, length, kv_heads, head_dim], old and new."""
+        if self.added is not None and self.slots is not None:
+            self.store.write(self.slots, self.added.resolve(fresh))
         return self.store.k[:, : self.length], self.store.v[:, : self.length]
 
 
@@ -80,7 +71,8 @@ class ReadOnlyKeysValues(KeysValues):
 class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
-    `num_tokens` have been read so far. Feed the cache to `Transformer.forward` with only the new tokens.
+    `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
+    only.
     """
 
     config: ModelConfig
@@ -95,6 +87,7 @@ class KVCache:
         """The store of an application, created on first use."""
         if key not in self.stores:
             shape = (self.batch, self.capacity, self.config.num_kv_heads, self.config.head_dim)
+            # Empty slots are after every query, so the mask hides them without looking at `lengths`.
             order = torch.full(shape[:2], BEYOND, dtype=torch.int64, device=self.device)
             lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
             k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -102,27 +95,25 @@ class KVCache:
         return self.stores[key]
 
     def add(
-        self, key: Hashable, inner: KeysValues, queries: TokenSet, keys: TokenSet, geometry: Geometry
+        self, key: Hashable, added: KeysValues, queries: TokenSet, keys: TokenSet, geometry: Geometry
     ) -> tuple[KeysValues, AttentionLayout]:
         """`queries` attend to the store of `key` after `keys` have been added to it."""
         store = self.store(key)
+        # Slots are reserved before the layout is made, so that the new keys are in the mask; they are written when the
+        # block has projected them.
         slots = store.admit(keys, geometry)
-        length = self.num_tokens + geometry.seq_len
-        return CachedKeysValues(inner, store, slots, length), self._layout(store, queries, geometry)
+        return self._view(store, queries, geometry, added, slots)
 
     def read(self, key: Hashable, queries: TokenSet, geometry: Geometry) -> tuple[KeysValues, AttentionLayout]:
         """`queries` attend to the store of `key` as it is."""
-        store = self.store(key)
+        return self._view(self.store(key), queries, geometry, None, None)
+
+    def _view(
+        self, store: CacheStore, queries: TokenSet, geometry: Geometry, added: KeysValues | None, slots: Tensor | None
+    ) -> tuple[KeysValues, AttentionLayout]:
+        # No sequence can have more entries than tokens, so the rest of the store need not be looked at.
         length = self.num_tokens + geometry.seq_len
-        return ReadOnlyKeysValues(store, length), self._layout(store, queries, geometry)
-
-    def num_bytes(self) -> int:
-        """Bytes of the entries that are in use."""
-        per_entry = 2 * self.config.num_kv_heads * self.config.head_dim * torch.finfo(self.dtype).bits // 8
-        return sum(int(store.lengths.sum()) for store in self.stores.values()) * per_entry
-
-    def _layout(self, store: CacheStore, queries: TokenSet, geometry: Geometry) -> AttentionLayout:
         grid = Grid.of(queries)
         query_order = grid.pad(geometry.order_of(queries), -1)
-        key_order = store.order[:, : self.num_tokens + geometry.seq_len]
-        return AttentionLayout(grid, None, visibility_mask(query_order, key_order))
+        mask = visibility_mask(query_order, store.order[:, :length])
+        return CachedKeysValues(store, length, added, slots), AttentionLayout(grid, None, mask)

@@ -1,11 +1,8 @@
 """Which keys and values a recursion reads and writes (paper section 2.2.2).
 
-recursion_wise: each application has its own, of the tokens that take part. share_first: those of a block's first
-application serve all later ones, which project queries only. hybrid: the same, with the rows of the tokens that take
-part replaced by fresh keys and values for that application alone.
-
-Keys and values that are used again go in and out of a recursion as plain tensors, so that recomputing a recursion in
-backward sees them as inputs.
+recursion_wise: each application of a block has its own, those of the tokens that take part. share_first: the keys and
+values of a block's first application serve all later ones, which project queries only. hybrid: as share_first, but with
+the rows of the tokens that take part replaced by fresh keys and values, for that application alone.
 """
 
 from __future__ import annotations
@@ -23,19 +20,22 @@ from megamor.routing import TokenSet
 
 @dataclass(frozen=True)
 class Shared:
-    """A block's first application: how the tokens of a call attend to its keys, and their places [N] among them."""
+    """How a call's tokens attend to the stored keys of a block's first application.
+
+    `indices` [N] are the tokens' rows among `keys`; None means that both are the same set.
+    """
 
     keys: TokenSet
     layout: AttentionLayout
-    places: Tensor | None
+    indices: Tensor | None
 
 
 @dataclass(frozen=True)
 class CoreCall:
-    """One run of the core's blocks on a set of tokens.
+    """One pass of `tokens` through the core: the blocks of one recursion, in order.
 
-    `stored` are the blocks whose keys and values of an earlier recursion come in as tensors, `kept` those whose fresh
-    ones go out; both in the order of the tensors.
+    `stored` are the blocks whose keys and values from an earlier recursion enter as tensors, `kept` those whose fresh
+    ones leave as tensors, both in the order of the tensors.
     """
 
     recursion: int
@@ -51,31 +51,36 @@ class CoreCall:
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """Blocks whose keys and values come in."""
+        """Blocks whose keys and values enter."""
         return tuple(self.shared)
 
-    def attention(self, place: int, available: dict[int, KeyValue]) -> tuple[KeysValues, AttentionLayout]:
-        """What the block at `place` of this call attends to; `available` has the keys and values there are so far."""
-        block = self.blocks[place]
+    def attention(self, layer: int, available: dict[int, KeyValue]) -> tuple[KeysValues, AttentionLayout]:
+        """What the `layer`-th block of this call attends to; `available` holds stored keys and values by block."""
+        block = self.blocks[layer]
+        # A block may run several times within one recursion (sharing `sequence`): then its first application is in this
+        # very call, and `available` has it although `shared` does not.
         first = block not in available
         shared = self.shared.get(block, Shared(self.tokens, self.own, None))
-        inner: KeysValues
+        source: KeysValues
         if first:
-            inner = KeysValues()
+            source = KeysValues()
         elif self.policy == "share_first":
-            inner = StoredKeysValues(available[block])
+            source = StoredKeysValues(available[block])
         else:
-            inner = RefreshedKeysValues(available[block], shared.places)
+            source = RefreshedKeysValues(available[block], shared.indices)
         if self.cache is None:
-            return inner, shared.layout
+            return source, shared.layout
+        # Decoding. Under share_first one store per block serves all its applications, and only the first adds to it.
+        # Otherwise each application has a store of its own; under hybrid it must hold what the tokens of this step that
+        # skip the recursion had at the block's first application too, which is why `shared.keys` are added.
         if self.policy == "share_first" and not first:
             return self.cache.read(("block", block), self.tokens, self.geometry)
-        key = ("block", block) if self.policy == "share_first" else (self.recursion, place)
-        return self.cache.add(key, inner, self.tokens, shared.keys, self.geometry)
+        key = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
+        return self.cache.add(key, source, self.tokens, shared.keys, self.geometry)
 
 
 class KVPolicy:
-    """A policy at work in one forward pass: remembers the keys and values of first applications."""
+    """A policy during one forward pass; remembers the keys and values of each block's first application."""
 
     def __init__(self, policy: str, cache: KVCache | None) -> None:
         self.policy = policy
@@ -83,13 +88,14 @@ class KVPolicy:
         self.store: dict[int, tuple[KeyValue, TokenSet]] = {}
 
     def core_call(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> CoreCall:
-        """How the blocks of one recursion see keys and values."""
+        """The call of `blocks` on `tokens`, with the layouts of everything that they attend to."""
         angles, own = geometry.angles_of(tokens), geometry.layout(tokens, tokens)
         shared: dict[int, Shared] = {}
         kept: tuple[int, ...] = ()
         if self.policy != "recursion_wise":
             unique = tuple(dict.fromkeys(blocks))
             kept = tuple(block for block in unique if block not in self.store)
+            # Blocks that first ran together stored keys of the same tokens: their layout (a mask) is built once.
             by_keys: dict[int, Shared] = {}
             for block in unique:
                 if block in self.store:
@@ -100,6 +106,9 @@ class KVPolicy:
                     shared[block] = by_keys[id(keys)]
         return CoreCall(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
 
+    # Stored keys and values enter and leave a call as tensors: `run_blocks` never reads or writes `store` itself.
+    # Activation checkpointing runs a call a second time in the backward pass, when `store` already holds what this call
+    # and later ones have added. A call that looked there would take other branches than in its first run.
     def inputs(self, call: CoreCall) -> list[Tensor]:
         """Keys and values of the blocks `call.stored`, flat."""
         return [tensor for block in call.stored for tensor in self.store[block][0]]
@@ -109,17 +118,19 @@ class KVPolicy:
         for block, key, value in zip(call.kept, tensors[0::2], tensors[1::2], strict=True):
             self.store[block] = (key, value), call.tokens
 
-    def pass_by(self, recursion: int, blocks: tuple[int, ...], geometry: Geometry) -> None:
-        """A recursion that no token takes. Under hybrid, tokens that sit it out are seen by later ones that don't."""
+    def skip(self, recursion: int, blocks: tuple[int, ...], geometry: Geometry) -> None:
+        """Account for a recursion that no token takes."""
+        # Under hybrid, tokens that skip a recursion are visible there, with the keys of their first application, to
+        # later tokens that take it. While decoding, a step in which all tokens skip must still add them to the cache.
         if self.policy != "hybrid" or self.cache is None:
             return
-        for place, block in enumerate(blocks):
+        for layer, block in enumerate(blocks):
             if block in self.store:
                 keys_values, tokens = self.store[block]
-                store = self.cache.store((recursion, place))
+                store = self.cache.store((recursion, layer))
                 store.write(store.admit(tokens, geometry), keys_values)
 
     def keys_of(self, call: CoreCall) -> TokenSet:
-        """The tokens whose keys the first block of `call` attended to."""
+        """The tokens whose keys the first block of `call` attended to; FLOPs are counted for all blocks from it."""
         shared = call.shared.get(call.blocks[0])
         return call.tokens if shared is None else shared.keys

@@ -1,7 +1,7 @@
 """Linear projection and cross-entropy in one, chunk by chunk.
 
-Logits of a 49k vocabulary are the largest tensor of a training step. Here they exist for one chunk of tokens at a time:
-the forward pass computes the chunk's loss and, when gradients are wanted, at once its gradients, so that nothing is
+The logits of a 49k vocabulary are the largest tensor of a training step. Here they exist for one chunk of tokens at a
+time: the forward pass computes the chunk's loss and, if gradients are wanted, its gradients as well. Nothing is
 recomputed and no logits are kept.
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 25
-"""Logits that may stand in memory at once (128 MiB in fp32)."""
+"""Most logits in memory at once (128 MiB in fp32)."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -33,11 +33,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_z = logits.logsumexp(1)
             loss += ((log_z - logits.gather(1, target).squeeze(1)) * valid).sum()
             if grad_hidden is not None and grad_weight is not None:
+                # d loss / d logits = softmax - one_hot(target), computed in the memory of the logits.
                 grad = logits.sub_(log_z.unsqueeze(1)).exp_()
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
                 grad = grad.mul_(valid.unsqueeze(1)).to(hidden.dtype)
                 grad_hidden[rows] = grad @ weight
                 grad_weight += grad.t() @ hidden[rows]
+        # grad_weight is summed over the chunks in fp32 and rounded once: in bf16 late chunks would vanish in the sum.
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
@@ -45,6 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        # The gradients were computed for a loss with gradient 1, so the one that arrives is a common factor.
         scale = grads[0]
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
 
@@ -52,8 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of the logits hidden · weightᵀ.
 
-    hidden [N, dim], weight [vocab, dim], labels [N] with -100 where a position doesn't count; returns a scalar in fp32
-    (fp64 for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
+    hidden [N, dim], weight [vocab, dim], labels [N] with -100 at positions to ignore; returns a scalar in fp32 (in fp64
+    for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -61,4 +64,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, want_gradients)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, want_gradients)  # type: ignore[no-untyped-call]
+        return loss

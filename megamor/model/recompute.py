@@ -1,8 +1,7 @@
-"""Activation checkpointing: what is kept for the backward pass, and what is computed again there (arXiv 1604.06174).
+"""Activation checkpointing: what is kept for the backward pass, and what is recomputed there (arXiv 1604.06174).
 
-`recursion` keeps the input of each recursion (of each block outside the core), `block` that of each block, and
-`selective` in addition the results of chosen operations in each block, so that the cheap rest alone is computed again.
-Nothing here draws random numbers, so no state of a generator is kept.
+`recursion` keeps the input of each recursion (and of each block outside the core), `block` the input of each block.
+`selective` keeps in addition the results of chosen operations in each block, so that only the cheap rest is recomputed.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "mm": ("aten::mm",),
     "silu": ("aten::silu",),
 }
-"""What torch calls each of `train.selective_ops`: attention by all its kernels, projections, SwiGLU's activation."""
+"""torch's operators by the names of `train.selective_ops`: all attention kernels, projections, SwiGLU's activation."""
 
+# Nothing in a block draws random numbers, so generator states need not be saved and restored.
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -45,23 +45,24 @@ class Recomputation:
         return Recomputation(policy, frozenset(name for op in selective_ops for name in OPERATORS[op]))
 
     def recursion(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A recursion's `run` (tensors in, tensors out), as the policy wants it."""
+        """A recursion's `run` (tensors in, tensors out), recomputed if the policy says so."""
         return partial(_recompute, run) if self.policy == "recursion" else run
 
     def block(self, run: Callable[..., Any], in_core: bool) -> Callable[..., Any]:
-        """A block's call, as the policy wants it; those outside the core are recomputed when recursions are."""
+        """A block's call, recomputed under `block` and, outside the core, under `recursion`."""
         whole = self.policy == "block" or (self.policy == "recursion" and not in_core)
         return partial(_recompute, run) if whole else run
 
     def inside_block(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's forward pass, as the policy wants it: compiled with the block, which then knows what to keep."""
+        """A block's forward pass under `selective`; compiled with the block, so that the compiler can plan for it."""
         return partial(self._selective, run) if self.policy == "selective" else run
 
     def _selective(self, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         contexts = partial(create_selective_checkpoint_contexts, partial(_decide, self.keep))
         if torch.compiler.is_compiling():
             return _recompute(run, x, *args, context_fn=contexts)
-        # Autocast casts a weight once for all recursions; the same operations again would then be one more.
+        # Autocast caches its cast of a weight. The first run may hit a cache that an earlier recursion filled, and the
+        # second run would then perform one cast more: the operators would no longer match those that were kept.
         device = x.device.type
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):

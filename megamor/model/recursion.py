@@ -1,60 +1,59 @@
-"""The recursion stage: a shared core of blocks applied up to Nr times, where a router decides token by token how deep.
+"""The recursion stage: a shared core of blocks applied up to Nr times, to the tokens that a router selects.
 
-Each recursion: the router selects among the tokens that passed the one before, the selected rows are gathered, the core
-runs on them alone, and the result is combined into the stream with the weights of the plan. Tokens that are not
-selected are not in the tensor that the core sees, so their compute is really saved.
+In each recursion, the router selects among the tokens that passed the recursion before; the selected rows are gathered;
+the core runs on them alone; and the result is combined into the stream with the weights of the routing plan. Tokens
+that are not selected are not in the tensor that the core sees, so their compute is really saved.
 
-The stage is one module whose forward loops over the recursions, so that sharded training gathers its weights once per
-pass however many recursions run, and ranks whose tokens reach different depths still issue the same collectives.
+The stage is one module whose forward loops over the recursions. Sharded training therefore gathers its weights once per
+pass, however many recursions run, and ranks whose tokens reach different depths still issue the same collectives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megamor.config import Config
 from megamor.model.blocks import Block, Differences
-from megamor.model.fan_out import fan_out
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
-from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerStack
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
-from megamor.routing.plan import Weight
 
 
 class StageOutput(NamedTuple):
-    """The stage's result and what the routers did.
+    """The stream [B·S, dim] after the stage, and what the router did.
 
-    `depth` [B·S] counts the recursions that each token took; `work` [Nr, 2] holds per recursion the tokens that the
-    core has seen and the query-key pairs that attention may not skip (causal, inside documents).
+    `depth` [B·S] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
+    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); both are None
+    without a stage.
     """
 
     stream: Tensor
     losses: dict[str, Tensor]
     ratios: dict[str, Ratio]
     totals: dict[str, Tensor]
-    depth: Tensor
-    work: Tensor
+    depth: Tensor | None
+    work: Tensor | None
 
 
 class RecursionStage(nn.Module):
-    """Shared blocks and their router. See the module docstring."""
+    """Shared blocks and their router; see the module docstring."""
 
-    def __init__(self, config: Config, plan: LayerStack) -> None:
+    def __init__(self, config: Config, layers: LayerStack) -> None:
         super().__init__()
-        self.schedule = plan.schedule
+        self.schedule = layers.schedule
         self.kv_policy = config.recursion.kv_policy
-        recursion, num_recursions = config.recursion, len(plan.schedule)
+        recursion, num_recursions = config.recursion, len(layers.schedule)
         differences = Differences(num_recursions, recursion.separate_norms, recursion.lora_rank)
-        self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(plan.num_core))
+        self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(layers.num_core))
         self.recursion_embedding: nn.ParameterList | None = None
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
@@ -68,6 +67,8 @@ class RecursionStage(nn.Module):
         """stream [B·S, dim] through up to Nr recursions."""
         session = self.router.begin(stream, context)
         policy = KVPolicy(self.kv_policy, cache)
+        # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
+        # before. A token that drops out keeps its row of the stream as it is.
         candidates = TokenSet.all(geometry.batch, geometry.seq_len)
         stage_input = rows = stream
         emitted: Tensor | None = None
@@ -78,6 +79,7 @@ class RecursionStage(nn.Module):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.indices is None else rows.index_select(0, plan.indices)
             y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy, blocks[recursion])
+            # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
                 emitted = torch.zeros_like(stream) if emitted is None else emitted
@@ -88,15 +90,17 @@ class RecursionStage(nn.Module):
                 idle = plan.idle.tokens
                 stream = idle.scatter(stream, weighted(plan.idle.weight, idle.gather(stream)))
             if len(plan.tokens) == 0 and torch.is_grad_enabled():
+                # `len` is known to the host: the router has already read the size where the set is ragged.
                 stream = self.touch_core(recursion, stream, geometry, blocks[recursion])
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
-            work.append(work_of(plan.tokens, keys, geometry))
+            pairs = geometry.visible_pairs(plan.tokens, keys)
+            work.append(torch.stack((torch.full_like(pairs, len(plan.tokens)), pairs)))
         result = stream if emitted is None else emitted
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
     def blocks_by_recursion(self) -> list[Sequence[Callable[..., Any]]]:
-        """[recursion][block]: what calls the core's blocks in each recursion."""
+        """[recursion][block]: the callables that run the core's blocks in each recursion."""
         if self.adds_in_fp32 and torch.is_grad_enabled():
             return [*fan_out(self.blocks, self.router.num_recursions)]
         return [list(self.blocks)] * self.router.num_recursions
@@ -110,10 +114,10 @@ class RecursionStage(nn.Module):
         policy: KVPolicy,
         blocks: Sequence[Callable[..., Any]],
     ) -> tuple[Tensor, TokenSet]:
-        """The core's `blocks` in the order of `recursion` on x [N, dim], and the tokens whose keys they attended to."""
+        """The core on the selected rows x [N, dim]: its output [N, dim], and the tokens whose keys it attended to."""
         order = self.schedule[recursion]
         if len(tokens) == 0:
-            policy.pass_by(recursion, order, geometry)
+            policy.skip(recursion, order, geometry)
             return x, tokens
         if self.recursion_embedding is not None:
             x = x + self.recursion_embedding[recursion]
@@ -126,11 +130,10 @@ class RecursionStage(nn.Module):
     def touch_core(
         self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
     ) -> Tensor:
-        """`stream` unchanged, with gradient zero for what a recursion uses: where no token of this rank takes part in
-        it.
-
-        Sharded training needs the same parameters used on every rank (ZeRO-3 would even apply an old gradient).
-        """
+        """`stream` unchanged in value, with a gradient of zero for the parameters of a recursion that no token took."""
+        # Sharded training needs every rank to use the same parameters in a step. A rank that skips a recursion would
+        # not join the reduction of its gradients, and ZeRO-3 would even apply the gradient of an earlier step. One row
+        # is enough; it has a policy of its own, so that no other token sees its keys.
         alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(torch.zeros_like(geometry.positions[:1])))
         policy = KVPolicy("recursion_wise", None)
         y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, policy, blocks)
@@ -139,10 +142,16 @@ class RecursionStage(nn.Module):
     def run_blocks(
         self, call: CoreCall, blocks: Sequence[Callable[..., Any]], x: Tensor, *stored: Tensor
     ) -> tuple[Tensor, ...]:
-        """Blocks in order. `stored` are keys and values that come in; those that go out follow the result."""
+        """The blocks of `call` in order, on x [N, dim].
+
+        `stored` are the keys and values that enter (`CoreCall.stored`); those that leave (`CoreCall.kept`) follow the
+        result.
+        """
+        # Activation checkpointing may run this a second time in the backward pass: it depends on its arguments alone,
+        # and everything that the rest of the stage needs from it is a tensor in its result.
         available = dict(zip(call.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
-        for place, block in enumerate(call.blocks):
-            keys_values, layout = call.attention(place, available)
+        for layer, block in enumerate(call.blocks):
+            keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
             x, fresh = run(x, call.angles, layout, keys_values, call.recursion)
             if block in call.kept and block not in available:
@@ -151,30 +160,54 @@ class RecursionStage(nn.Module):
         return x, *(tensor for block in call.kept for tensor in available[block])
 
 
-def weighted(weight: Weight, values: Tensor) -> Tensor:
-    """weight · values, where a tensor weight [N] applies row by row."""
+def weighted(weight: Tensor | float, values: Tensor) -> Tensor:
+    """weight · values; a tensor weight [N] applies row by row."""
     if isinstance(weight, Tensor):
         return weight.unsqueeze(-1) * values
-    assert weight is not None
     return values if weight == 1.0 else weight * values
 
 
 def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPlan) -> Tensor:
     """The selected rows after a recursion, [N, dim], in the type of the stream."""
-    terms = []
-    if mix.from_core is not None:
-        terms.append(weighted(mix.from_core, y))
-    if mix.from_stream is not None:
-        terms.append(weighted(mix.from_stream, x))
-    if mix.from_input is not None:
-        terms.append(weighted(mix.from_input, plan.tokens.gather(stage_input)))
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total.to(x.dtype)
+    x_in = x if mix.from_input is None else plan.tokens.gather(stage_input)
+    terms = ((mix.from_core, y), (mix.from_stream, x), (mix.from_input, x_in))
+    return reduce(torch.add, (weighted(weight, rows) for weight, rows in terms if weight is not None)).to(x.dtype)
 
 
-def work_of(tokens: TokenSet, keys: TokenSet, geometry: Geometry) -> Tensor:
-    """[2]: tokens in the call, and the pairs of a query and a key that attention may not skip."""
-    pairs = visible_pairs(tokens, keys, geometry)
-    return torch.stack((torch.full_like(pairs, len(tokens)), pairs))
+class _FanOut(torch.autograd.Function):
+    """A weight as `count` views of itself, whose gradients are summed in fp32 and rounded once."""
+
+    # Without it, autograd sums the recursions' gradients in the type of the weights they used. In mixed precision that
+    # is bf16, where the sum of many small terms loses them.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+        # A recursion that did not use the weight then has None for a gradient instead of a tensor of zeros.
+        ctx.set_materialize_grads(False)
+        return tuple(weight.view_as(weight) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        present = [grad for grad in grads if grad is not None]
+        if not present:
+            return None, None
+        total = present[0].to(torch.promote_types(present[0].dtype, torch.float32), copy=True)
+        for grad in present[1:]:
+            total += grad
+        return total.to(present[0].dtype), None
+
+
+def fan_out(blocks: nn.ModuleList, count: int) -> list[list[Callable[..., Any]]]:
+    """[recursion][block]: the blocks, each recursion with its own views of all their weights."""
+    apply: Callable[[Tensor, int], tuple[Tensor, ...]] = _FanOut.apply
+    views = [{name: apply(weight, count) for name, weight in block.named_parameters()} for block in blocks]
+    return [
+        [
+            partial(_call_with, block, {name: weights[recursion] for name, weights in own.items()})
+            for block, own in zip(blocks, views, strict=True)
+        ]
+        for recursion in range(count)
+    ]
+
+
+def _call_with(block: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
+    return functional_call(block, weights, args)

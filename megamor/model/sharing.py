@@ -1,7 +1,7 @@
 """Which block runs where: parameter-sharing strategies (paper section 2.2.1, table 1).
 
-The effective depth L splits into prelude, core and coda. The core's L_core = Nr · n applications come in Nr recursions
-of n blocks each; `schedule[r][j]` is the unique block that runs as j-th block of recursion r.
+The effective depth L splits into prelude, core and coda. The core's L_core = Nr · n layers are Nr recursions of n
+layers each; `schedule[r][j]` is the unique block that runs as layer j of recursion r.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megamor.config import Config
 
 @dataclass(frozen=True)
 class LayerStack:
-    """Layers of a model: unique blocks before and after the core, and the core's schedule (empty for vanilla)."""
+    """The layers of a model: how many blocks come before and after the core, and its schedule (empty for vanilla)."""
 
     num_prelude: int
     schedule: tuple[tuple[int, ...], ...]
@@ -26,11 +26,12 @@ class LayerStack:
 
 
 def layer_stack(config: Config) -> LayerStack:
-    """The layer plan of a validated config."""
+    """The layers of a validated config."""
     sharing, num_recursions = config.recursion.sharing, config.recursion.num_recursions
     num_layers = config.model.num_layers
     if sharing == "none":
         return LayerStack(num_layers, (), 0)
+    # The middle variants leave the first and the last layer unshared.
     edge = 1 if sharing.startswith("middle") else 0
     num_unique = (num_layers - 2 * edge) // num_recursions
     steps = range(num_recursions)

@@ -1,7 +1,11 @@
 """The model: embedding, prelude, recursion stage, coda, final norm, tied head. Vanilla is a prelude without a stage.
 
-The model knows one device and no parallelism; it exports a `ParallelPlan` that says what may be sharded as one unit,
-and
+One token's way through it: its id becomes a row [dim] of the stream (`embed`); the prelude's blocks update the row,
+attending to all earlier tokens; the stage applies the shared core to it as often as the router decides
+(`model/recursion.py`); the coda's blocks and the final norm follow; the row times the embedding's transpose gives the
+logits of the next token.
+
+The model knows one device and no parallelism. It exports a `ParallelPlan` that says what may be sharded as one unit;
 `megamor/parallel` applies it from outside.
 """
 
@@ -20,20 +24,20 @@ from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, linear_cross_entropy
-from megamor.model.pairs import visible_pairs
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage
+from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass returns. `logits` [B, S, vocab] only without labels, `loss_sum` and `num_tokens` only with.
+    """What a forward pass returns.
 
-    `router_losses` have their coefficients applied and are means over the micro-batch. `depth` [B, S] counts
-    recursions;
-    `work` [Nr, 2] is explained at `StageOutput`, `pairs` (with labels) are the same of a block that sees every token;
-    `ratios` and `totals` are the router's statistics.
+    Without labels, `logits` [B, S, vocab]; with labels, `loss_sum` (nats, summed) over `num_tokens` valid positions.
+    `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
+    router's statistics. `depth` [B, S] counts the recursions of each token and `work` [Nr, 2] is explained at
+    `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that sees every
+    token.
     """
 
     logits: Tensor | None
@@ -49,11 +53,11 @@ class ModelOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How the model may be taken apart.
+    """How the model may be sharded and compiled.
 
-    `units`: modules to shard as one group each, in forward order; the shared core is one of them, so that its weights
-    are gathered once per pass. Embedding and final norm stay with the root. `shared_core`: the module that holds the
-    loop whose depth may differ between ranks. `compile_targets`: modules worth compiling one by one.
+    `units` are modules to shard as one group each, in forward order. The shared core is one of them, so that its
+    weights are gathered once per pass; embedding and final norm stay with the root. `shared_core` is the module whose
+    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one.
     """
 
     units: list[nn.Module]
@@ -67,11 +71,11 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        plan = layer_stack(config)
+        layers = layer_stack(config)
         self.embed = nn.Embedding(config.model.vocab_size, config.model.dim)
-        self.prelude = nn.ModuleList(Block(config.model) for _ in range(plan.num_prelude))
-        self.stage = RecursionStage(config, plan) if plan.schedule else None
-        self.coda = nn.ModuleList(Block(config.model) for _ in range(plan.num_coda))
+        self.prelude = nn.ModuleList(Block(config.model) for _ in range(layers.num_prelude))
+        self.stage = RecursionStage(config, layers) if layers.schedule else None
+        self.coda = nn.ModuleList(Block(config.model) for _ in range(layers.num_coda))
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
 
@@ -85,60 +89,56 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         bounds: DepthBounds | None = None,
     ) -> ModelOutput:
-        """inputs [B, S] token ids; labels [B, S] are the ids to predict at each position, -100 where none is.
+        """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
-        `mode` chooses training-time routing with losses ("train"), the same routing for evaluation ("topk"), or the
+        `mode` selects training-time routing with losses ("train"), the same routing for evaluation ("topk"), or the
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
-        [B, S] are ids that attention must not cross. With `cache`, inputs are the tokens that follow those in it, and
-        its num_tokens grows by S; needs a causal mode and no documents. `bounds` limit the recursions of each token, in
-        the causal mode.
+        [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
+        its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
+        token, in the causal mode.
         """
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         start = 0 if cache is None else cache.num_tokens
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start)
+        # From here on a row [dim] per token: [B·S, dim]. Only attention needs to know the sequences (`Geometry`).
         x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
-        routed = None
+        routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
             context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions, bounds)
             routed = self.stage(x, geometry, context, cache)
-            x = routed.stream
-        x = self.norm(self.run_unshared("coda", x, geometry, cache))
+        x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
-        everything = TokenSet.all(geometry.batch, geometry.seq_len)
 
-        logits = loss_sum = num_tokens = None
+        logits = loss_sum = num_tokens = pairs = None
         if labels is None:
-            logits = F.linear(x, self.embed.weight).unflatten(0, inputs.shape)
+            # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
+            logits = torch.unflatten(F.linear(x, self.embed.weight), 0, inputs.shape)
         else:
             loss_sum = linear_cross_entropy(x, self.embed.weight, labels.flatten())
             num_tokens = (labels != IGNORE).sum()
-        return ModelOutput(
-            logits,
-            loss_sum,
-            num_tokens,
-            routed.losses if routed else {},
-            routed.ratios if routed else {},
-            routed.totals if routed else {},
-            routed.depth.view(inputs.shape) if routed else None,
-            routed.work if routed else None,
-            visible_pairs(everything, everything, geometry) if labels is not None else None,
-        )
+            everything = TokenSet.all(geometry.batch, geometry.seq_len)
+            pairs = geometry.visible_pairs(everything, everything)
+        depth = None if routed.depth is None else routed.depth.view(inputs.shape)
+        _, losses, ratios, totals, _, work = routed
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
 
-    def run_unshared(self, part: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
-        """x [B·S, dim] through the blocks of `prelude` or `coda`, which see every token."""
+    def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+        """x [B·S, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""
         everything = TokenSet.all(geometry.batch, geometry.seq_len)
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
-        for number, block in enumerate(getattr(self, part)):
+        for number, block in enumerate(getattr(self, group)):
             if cache is not None:
-                keys_values, layout = cache.add((part, number), KeysValues(), everything, everything, geometry)
+                keys_values, layout = cache.add((group, number), KeysValues(), everything, everything, geometry)
             x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
         return x
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, init_std) for matrices (projections, embedding, routers), ones for norms, zeros for
-        buffers; routers initialise what else they have."""
+        """Draw all parameters: Normal(0, init_std) for matrices (projections, embedding, routers), one for norms.
+
+        Buffers and recursion embeddings become zero; routers initialise whatever else they have (`Router.reset`).
+        """
         for buffer in self.buffers():
             buffer.zero_()
         for module in self.modules():
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
                 parameter.zero_()
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:
-        """Keep less for the backward pass and compute it again there: see `Recomputation`."""
+        """Keep less for the backward pass and recompute it there; see `Recomputation`."""
         recomputation = Recomputation.of(policy, selective_ops)
         for module in self.modules():
             if isinstance(module, Transformer | RecursionStage | Block):
@@ -165,6 +165,7 @@ class Transformer(nn.Module):
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""
         stage = [] if self.stage is None else [self.stage]
+        # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         core_blocks = [] if self.stage is None else list(self.stage.blocks)
         blocks = [*self.prelude, *core_blocks, *self.coda]
         return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks)
@@ -177,13 +178,13 @@ class Transformer(nn.Module):
 def build_model(config: Config, *, device: str | torch.device = "cpu", seed: int | None = None) -> Transformer:
     """The model of a validated config.
 
-    On the meta device it has shapes only. Elsewhere its weights are drawn from `seed` (default: `run.seed`), always on
-    the CPU, so that they are the same whatever the device.
+    On the meta device it has shapes only. Elsewhere the weights are drawn from `seed` (default: `run.seed`).
     """
     with torch.device("meta"):
         model = Transformer(config)
     if torch.device(device).type == "meta":
         return model
+    # Drawn on the CPU whatever the device, so that a seed gives the same weights everywhere.
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(config.run.seed if seed is None else seed)
     model.init_weights(generator)

@@ -1,4 +1,4 @@
-"""How a run is spread over processes: the `Backend` protocol and who fulfils it."""
+"""Training on one or more processes: the `Backend` protocol and its implementations (single, ddp, fsdp2, zero)."""
 
 from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.build import build_backend

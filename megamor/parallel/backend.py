@@ -18,9 +18,9 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class ModelStructure(Protocol):
     """What a model says about its own structure, in forward order.
 
-    `units` are gathered as a whole; the shared core is one of them, however often its forward loops. Parameters outside
-    every unit (embedding with its tied head, final norm, routers) stay with the root. `compile_targets` may be compiled
-    each on its own.
+    `units` are sharded and gathered as a whole; the shared core is one of them, however often its forward pass loops.
+    Parameters outside every unit (embedding with its tied head, final norm, routers) belong to the root.
+    `compile_targets` can be compiled one by one.
     """
 
     @property
@@ -34,9 +34,9 @@ class ModelStructure(Protocol):
 
 
 class Backend(Protocol):
-    """A wrapped model with its optimizer. All methods but `set_lr` are collective: every rank calls them alike.
+    """A wrapped model with its optimizer. All methods except `set_lr` are collective: all ranks call them in one order.
 
-    Gradients are averaged over ranks, whatever the backend. One optimizer step is
+    Every backend averages gradients over ranks. One optimizer step is
 
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
@@ -45,15 +45,15 @@ class Backend(Protocol):
             backend.backward(loss, last_micro_batch=last)
         grad_norm = backend.step(max_grad_norm)
 
-    A parameter that took no part in a step has gradient zero: its moments and weight decay as usual. Every rank must
-    use the same parameters in a step, if only by adding zero times the output of an idle module.
+    A parameter that a step didn't use has gradient zero: its moments and weight decay continue as usual. All ranks must
+    use the same parameters in a step; a rank that needs a module for no token adds zero times its output.
     """
 
     rank: int
     world_size: int
     device: torch.device
     model: nn.Module
-    """Call this one. Under FSDP2 and ZeRO-3 a forward pass is collective, evaluation included."""
+    """The module to call. Under FSDP2 and ZeRO-3 a forward pass is collective, in evaluation too."""
     module: nn.Module
     """The model as it was built, for its methods and buffers."""
 
@@ -61,27 +61,26 @@ class Backend(Protocol):
         """Context of a forward pass: precision, and whether its backward pass will communicate."""
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate, times each group's `lr_multiplier`."""
+        """Set the learning rate of every parameter group to `lr` times its `lr_multiplier`."""
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        """Add the gradient of `loss` (scalar) to what the step has gathered so far."""
+        """Add the gradient of `loss` (scalar) to the gradients of the step."""
 
     def step(self, max_grad_norm: float) -> Tensor:
-        """Clip to `max_grad_norm`, update, forget the gradients. Returns the global norm before clipping (fp32 scalar).
+        """Clip to `max_grad_norm`, update, clear the gradients. Returns the global norm before clipping (fp32 scalar).
 
         When that norm isn't finite, weights and moments stay bitwise as they were, on every rank.
         """
 
     def save(self, directory: Path) -> None:
-        """Write model and optimizer into `directory`, which exists. `state/` always holds the weights as `model.<name>`
-        in the format of torch.distributed.checkpoint, unsharded in meaning and fp32."""
+        """Write model and optimizer to `state/` in the existing `directory`: see `megamor.checkpoint.state`."""
 
     def copy_state(self) -> StateCopy:
-        """Copy what `save` would write into host memory, to be written while training goes on."""
+        """Copy what `save` would write to host memory; training can continue while it is written."""
 
     def load(self, directory: Path) -> None:
         """Restore what any backend's `save` wrote: bitwise at the same world size.
 
         Raises:
-            CheckpointError: another model's state, or one without the optimizer's.
+            CheckpointError: the state belongs to another model, or has no optimizer state.
         """

@@ -1,4 +1,4 @@
-"""The function that picks the backend of a run and wraps the model for it."""
+"""Choose the backend of a run and wrap the model with it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from megamor.parallel.mesh import World, resolve_backend
 
 
 def build_backend(model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> Backend:
-    """Wrap `model` (on any device; it exports `parallel_plan()`) for this run.
+    """Wrap `model` (on any device; it has `parallel_plan()`) for this run.
 
-    `build_optimizer` is called with the wrapped module, once its parameters are final. The order matters: activation
-    checkpointing, compilation, sharding, optimizer.
+    `build_optimizer` is called with the wrapped module, when its parameters are final.
     """
+    # The order matters: what is compiled includes recomputation, and what is sharded is already compiled; FSDP2
+    # replaces parameters, so the optimizer comes last.
     model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
     plan: ModelStructure = model.parallel_plan()  # type: ignore[operator]
     if config.train.compile:
-        # One graph for each size of recursion and way of attending; torch's own limit of 8 can be too few for Nr = 4.
+        # One graph for each size of recursion and each attention layout; torch's limit of 8 can be too few for Nr = 4.
         torch._dynamo.config.recompile_limit = 32
         for target in plan.compile_targets:
             target.compile()

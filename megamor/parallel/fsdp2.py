@@ -11,30 +11,28 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megamor.config import Config
 from megamor.parallel.backend import BuildOptimizer, ModelStructure
-from megamor.parallel.mesh import World
-from megamor.parallel.precision import fsdp_policy
+from megamor.parallel.mesh import World, fsdp_policy
 from megamor.parallel.single import SingleBackend
 
 
 def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
-    """Shard `model` in place over `mesh`: each unit of the plan as one group, the rest as the root's.
+    """Shard `model` in place over `mesh`: each unit of `plan` is one group of parameters, the rest is the root's.
 
-    The shared core is gathered once in each direction, however many recursions run, and ranks may stop at different
-    depths. The root is the first and the last to compute, so it stays gathered between forward and backward pass.
+    With `reshard` a unit's weights are freed after its forward pass and gathered again for its backward pass.
     Parameters on the meta device stay there, sharded, until `to_empty`.
     """
     policy = fsdp_policy(precision)
+    # A gather waits for all ranks, and ranks may run different numbers of recursions. So the shared core is one unit:
+    # one gather in each direction, whatever happens between. A unit for each block inside it would deadlock.
     for unit in plan.units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The root (embedding, which is the head too) computes last in the forward pass and first in the backward pass:
+    # freeing it between them would only gather it twice.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 class Fsdp2Backend(SingleBackend):
-    """Fulfils `Backend` with `fully_shard`. Every rank builds the same model and keeps its slice.
-
-    With gradient accumulation the ranks talk in the last micro-batch only. Until then each holds the whole model's
-    gradient (fp32), which saves the reductions and costs 4 bytes a parameter.
-    """
+    """`Backend` with `fully_shard`. Every rank builds the same model and keeps its slice."""
 
     def __init__(
         self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
@@ -45,13 +43,14 @@ class Fsdp2Backend(SingleBackend):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard over all ranks or over groups of them, then move buffers and slices to the device."""
-        # Units return keys and values as views, and nobody writes into them.
+        # Units return keys and values as views, which FSDP2 warns about because writing into them would be lost.
+        # Nothing here does.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         shard(model, self.plan, self.mesh(), self.precision, self.reshard)
         return model.to(self.device)
 
     def mesh(self) -> DeviceMesh:
-        """All ranks in a row, or with `shard_degree` in rows: sharded along a row, replicated along a column (HSDP)."""
+        """All ranks in one dimension. With `shard_degree` (HSDP) two: shard along rows, replicate along columns."""
         if self.shard_degree is None:
             return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
         shape = (self.world_size // self.shard_degree, self.shard_degree)
@@ -62,5 +61,7 @@ class Fsdp2Backend(SingleBackend):
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         assert isinstance(self.model, FSDPModule)  # fully_shard changes the class in place
+        # Gradients are reduced in the last micro-batch only. Until then each rank holds the whole model's gradient in
+        # fp32 (4 bytes a parameter), which saves a reduction for every other micro-batch.
         self.model.set_requires_gradient_sync(last_micro_batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -1,16 +1,21 @@
-"""The processes of a run: who they are, on which device, and the group they talk through.
+"""The processes of a run: ranks, devices, the group they communicate through, and where bf16 is used.
 
 torchrun and the deepspeed launcher both describe the world in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT. Without them the world is this process alone, and nothing has to be started.
+MASTER_PORT. Without them the world is this process alone, and no other has to be waited for.
+
+Weights and optimizer state are fp32 with every backend. For bf16, `single` and `ddp` cast at each operation (autocast),
+FSDP2 casts the gathered weights, and DeepSpeed keeps a bf16 copy. fp16 isn't offered.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
@@ -18,7 +23,7 @@ from megamor.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """Place of this process among all of them. `local_rank` counts within the machine."""
+    """This process among all of a run. `local_rank` counts within the machine."""
 
     rank: int
     size: int
@@ -27,7 +32,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes what only one may write."""
+        """Whether this is the process that prints, and writes the files that only one process may write."""
         return self.rank == 0
 
 
@@ -37,25 +42,18 @@ def launched_world_size() -> int:
 
 
 def resolve_backend(config: ParallelConfig, world_size: int) -> str:
-    """Name of the backend that runs: `auto` becomes `fsdp2` for several processes and `single` for one.
-
-    Raises:
-        ConfigError: `single` was asked for in a launch of several processes, which would each train on their own.
-    """
+    """Name of the backend to use: `auto` becomes `fsdp2` for several processes and `single` for one."""
     if config.backend == "auto":
         return "fsdp2" if world_size > 1 else "single"
-    if config.backend == "single" and world_size > 1:
-        raise ConfigError(
-            f"parallel.backend is single in a launch of {world_size} processes: use ddp, fsdp2, deepspeed or auto, "
-            "or start one process"
-        )
+    assert config.backend != "single" or world_size == 1, "validate() refuses several processes that train alone"
     return config.backend
 
 
 def init_world(config: ParallelConfig) -> World:
-    """Find this process's place and, unless the backend is `single`, join the process group (gloo, and NCCL on GPUs).
+    """Find this process's rank and device and, unless the backend is `single`, join the process group.
 
-    A group that already exists is used as it is. Collective over all processes of the launch.
+    The group uses gloo on CPUs and NCCL on GPUs. One that exists already is used as it is. Collective over all
+    processes of the launch.
 
     Raises:
         ConfigError: the launcher's variables are incomplete, or there are more processes than GPUs on this machine.
@@ -65,12 +63,13 @@ def init_world(config: ParallelConfig) -> World:
     local_rank = _env_int("LOCAL_RANK", default=None if size > 1 else 0)
     device = _select_device(local_rank)
     if resolve_backend(config, size) != "single" and not dist.is_initialized():
+        # One process without a launcher has no address to meet at; a store in memory does for it.
         alone = size == 1 and "MASTER_ADDR" not in os.environ
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=rank,
             world_size=size,
-            store=dist.HashStore() if alone else None,
+            store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
             device_id=device if device.type == "cuda" else None,
         )
     return World(rank, size, local_rank, device)
@@ -82,12 +81,25 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Context of a forward pass with fp32 weights: bf16 matrix products, or nothing for fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def fsdp_policy(precision: str) -> MixedPrecisionPolicy:
+    """FSDP2's policy: bf16 gathers and compute with fp32 gradient reduction, or fp32 throughout."""
+    if precision == "fp32":
+        return MixedPrecisionPolicy()
+    # Inputs of the units are not cast: hidden states are bf16 from the embedding on, and rotary angles must stay fp32.
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
 def _select_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"process {local_rank} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; "
+            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
             "start at most one process for each GPU"
         )
     torch.cuda.set_device(local_rank)

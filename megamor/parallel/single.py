@@ -1,4 +1,4 @@
-"""One process, plain PyTorch; also what DDP and FSDP2 have in common with it."""
+"""One process with plain PyTorch, and what DDP and FSDP2 have in common with it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megamor.checkpoint.state import write_state
 from megamor.config import Config
 from megamor.parallel.backend import BuildOptimizer
-from megamor.parallel.mesh import World
-from megamor.parallel.precision import autocast
-from megamor.parallel.slices import copied_to_host
-from megamor.parallel.state import StateCopy, collect_state, load_state, write_tensors
+from megamor.parallel.mesh import World, autocast
+from megamor.parallel.state import StateCopy, collect_state, load_state
 
 
 class SingleBackend:
-    """Fulfils `Backend` for one process. Weights are fp32, bf16 comes by autocast."""
+    """`Backend` for one process, with bf16 by autocast. `DdpBackend` and `Fsdp2Backend` inherit from it."""
 
     def __init__(self, model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
@@ -29,7 +28,7 @@ class SingleBackend:
         allocate_optimizer_state(self.optimizer)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device; subclasses also distribute it."""
+        """Move `model` to the device; subclasses also distribute it. The result is what the training loop calls."""
         return model.to(self.device)
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
@@ -39,27 +38,29 @@ class SingleBackend:
         set_group_lr(self.optimizer, lr)
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, max_grad_norm: float) -> Tensor:
         norm = clip_gradients(self.optimizer, max_grad_norm)
+        # The norm is of all ranks' gradients, so all ranks decide alike. A skipped step must leave every bit as it
+        # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0.
         if norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def save(self, directory: Path) -> None:
-        write_tensors(directory / "state", self.tensors())
+        write_state(directory, self.tensors())
 
     def copy_state(self) -> StateCopy:
-        return StateCopy(copied_to_host(self.tensors(), self.rank, self.world_size))
+        return StateCopy.of(self.tensors(), self.rank, self.world_size)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state by stored name, as it is in memory."""
+        """All state by stored name, sharing memory with model and optimizer."""
         return collect_state(self.module, self.optimizer)
 
     def load(self, directory: Path) -> None:
-        load_state(directory / "state", self.module, self.optimizer)
+        load_state(directory, self.module, self.optimizer)
 
 
 def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -71,7 +72,7 @@ def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Scale all gradients of `optimizer` so that their global norm is at most `max_norm`; return the norm before.
 
-    Parameters without a gradient get zeros first, which is what their gradient is.
+    Parameters without a gradient get zeros first: their moments then decay as under backends that always have one.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
@@ -82,19 +83,21 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 
 
 def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the moments (zero) and step counts (zero) now, so that memory runs out at the start or not at all, and a
-    checkpoint of step 0 is like any other.
+    """Create moments and step counts now, all zero.
 
-    Left to itself, torch.distributed.checkpoint creates missing state by a step of its own and counts it.
+    So a GPU runs out of memory at the start or not at all, and a checkpoint of step 0 is like any other. Left to
+    itself, torch.distributed.checkpoint creates missing state by an optimizer step of its own, which it counts.
     """
+    # torch creates the state in the first step. A step with gradient 0 and learning rate 0 changes no weight (weight
+    # decay is times the learning rate) and leaves the moments 0; only the counts have to be set back.
+    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"], lr = 0.0, group["lr"]
+        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        group["initial_lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("initial_lr")
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     for state in optimizer.state.values():
         state["step"].zero_()

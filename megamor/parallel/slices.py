@@ -1,12 +1,12 @@
-"""A tensor of which this rank holds some boxes: what torch.distributed.checkpoint is given where DTensor doesn't fit.
+"""A tensor of which this rank holds some boxes, for torch.distributed.checkpoint where DTensor doesn't fit.
 
-That is so for ZeRO, whose ranks hold ranges of flattened parameters, and for copies in host memory that are written
-while training goes on. A box is where it begins in the whole tensor and its values.
+ZeRO's ranks hold ranges of flattened parameters, which are not boxes of the parameter and so no DTensor; a copy in
+host memory isn't one either. A box is its offsets in the whole tensor and its values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
 
 Box = tuple[tuple[int, ...], Tensor]
 
 
 class Slices(torch.Tensor):
-    """Stands for a tensor of shape `size`; holds `boxes`, which may be none, and computes nothing.
+    """Stands for a tensor of shape `size` of which this rank holds `boxes` (possibly none). It can't compute.
 
-    Fulfils the protocol by which torch.distributed.checkpoint asks a tensor what it has: to write it, and to read into
-    it in place.
+    The three methods at the end are torch.distributed.checkpoint's protocol: it asks a tensor what there is to write,
+    and for the memory to read into.
     """
 
     boxes: Sequence[Box]
@@ -62,16 +61,17 @@ class Slices(torch.Tensor):
 
 
 def boxes_of_range(flat: Tensor, start: int, shape: Sequence[int]) -> Iterator[Box]:
-    """The range of a flattened tensor of `shape` that begins at `start`, as boxes: views of `flat` [n].
+    """The range of a flattened tensor of `shape` that begins at element `start`, as boxes: views of `flat` [n].
 
-    At most 2·dimensions - 1 of them: the end of a row, whole rows, the beginning of a row, and so on within each.
+    There are at most 2·dimensions - 1 of them. In two dimensions these are the end of a row, whole rows, and the
+    beginning of a row; in more, the two incomplete ones are divided again.
     """
     if len(shape) < 2:
         yield (start,) * len(shape), flat.view(shape if len(shape) == 0 else -1)
         return
     row = prod(shape[1:])
     first, skipped = divmod(start, row)
-    if skipped or len(flat) < row:
+    if skipped or len(flat) < row:  # an incomplete row comes first: it is a range of a smaller tensor
         count = min(row - skipped, len(flat))
         for offsets, values in boxes_of_range(flat[:count], skipped, shape[1:]):
             yield (first, *offsets), values.unsqueeze(0)
@@ -82,30 +82,3 @@ def boxes_of_range(flat: Tensor, start: int, shape: Sequence[int]) -> Iterator[B
     yield (first,) + (0,) * (len(shape) - 1), flat[: rows * row].view(rows, *shape[1:])
     if rows * row < len(flat):
         yield from boxes_of_range(flat[rows * row :], start + rows * row, shape)
-
-
-def copied_to_host(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
-    """What this rank has to write of `tensors`, in host memory of its own: later changes don't show in it.
-
-    Of tensors that every rank holds whole, each is taken by one of them.
-    """
-    copies: dict[str, Tensor] = {}
-    load = [0] * world_size
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            (chunk,) = tensor.__create_chunk_list__()
-            boxes = [(tuple(chunk.offsets), _copy(tensor.to_local()))] if chunk.sizes.numel() else []
-            copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
-        elif isinstance(tensor, Slices):
-            boxes = [(offsets, _copy(values)) for offsets, values in tensor.boxes]
-            copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
-        else:
-            owner = load.index(min(load))
-            load[owner] += tensor.numel()
-            if owner == rank:
-                copies[name] = _copy(tensor)
-    return copies
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -1,24 +1,19 @@
-"""Model and optimizer state in the format of torch.distributed.checkpoint, independent of how it was sharded.
+"""Weights and optimizer state of a backend as named tensors: what a checkpoint's `state/` holds, however it is sharded.
 
-Every backend reads what any of them wrote, at any world size. Keys: `model.<name>` for parameters and
-persistent buffers, `optimizer.state.<name>.<moment>` for the optimizer. Hyperparameters are not state: those of the
-running configuration hold.
+DTensor (FSDP2) and `Slices` (ZeRO, copies in host memory) tell torch.distributed.checkpoint which part of the whole
+tensor a rank holds, so every backend reads what any of them wrote, at any number of ranks.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,106 +21,80 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from megamor.errors import CheckpointError
+from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, write_state
+from megamor.parallel.slices import Slices
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-@dataclass(frozen=True)
-class StateCopy:
-    """A copy of a backend's state in host memory, which training no longer changes."""
-
-    tensors: Mapping[str, Tensor]
-
-    def write(self, directory: Path, group: dist.ProcessGroup | None) -> None:
-        """What `Backend.save` does, from any thread. Collective over `group`, which nobody else may use meanwhile."""
-        write_tensors(directory / "state", self.tensors, group)
-
-
 def collect_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights, buffers and optimizer state of `module` under the names they are stored by. Collective."""
-    model_state, optimizer_state = _model_state(module), _optimizer_state(module, optimizer)
-    return _prefixed("model", model_state) | _prefixed("optimizer", _moments(optimizer_state))
+    """Weights, buffers and moments under their stored names, sharing memory with `module` and `optimizer`. Collective.
+
+    `module` may be wrapped by DDP, sharded by FSDP2, or neither.
+    """
+    weights = get_model_state_dict(module, options=OPTIONS)
+    return _named(weights, get_optimizer_state_dict(module, optimizer, options=OPTIONS))
 
 
-def load_state(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the state in `directory` into `module` and `optimizer`, wrapped in any way. Collective.
+def load_state(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the state of `checkpoint` into `module` and `optimizer`. Collective.
 
     Raises:
-        CheckpointError: the state belongs to another model, or holds no optimizer state.
+        CheckpointError: as `read_state`.
     """
-    model_state, optimizer_state = _model_state(module), _optimizer_state(module, optimizer)
-    moments = _moments(optimizer_state)
-    read_tensors(directory, _prefixed("model", model_state) | _prefixed("optimizer", moments))
-    set_model_state_dict(module, model_state, options=OPTIONS)
+    weights = get_model_state_dict(module, options=OPTIONS)
+    optimizer_state = get_optimizer_state_dict(module, optimizer, options=OPTIONS)
+    read_state(checkpoint, _named(weights, optimizer_state))  # in place: the values are now in both dictionaries
+    set_model_state_dict(module, weights, options=OPTIONS)
     set_optimizer_state_dict(module, optimizer, optimizer_state, options=OPTIONS)
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Write named tensors: sharded ones slice by slice, replicated ones by one rank.
-
-    Collective over `group`, or over all ranks.
-    """
-    writer = dcp.FileSystemWriter(directory)
-    with _silence_about_one_process():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+def _named(weights: Mapping[str, Any], optimizer_state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Both under their stored names, without the hyperparameters of the optimizer's groups."""
+    moments = {key: value for key, value in optimizer_state.items() if key.startswith("state.")}
+    return {MODEL_PREFIX + name: value for name, value in weights.items()} | {
+        OPTIMIZER_PREFIX + name: value for name, value in moments.items()
+    }
 
 
-def read_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill named tensors in place from `directory`. Collective.
+@dataclass(frozen=True)
+class StateCopy:
+    """A copy of a backend's state in host memory. Training can continue while it is written."""
 
-    Raises:
-        CheckpointError: `directory` has no complete state, or lacks one of the names or shapes.
-    """
-    _check_fits(directory, tensors)
-    with _silence_about_one_process():
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(directory), no_dist=not dist.is_initialized())
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> StateCopy:
+        """Copy what this rank has to write of `tensors`."""
+        copies: dict[str, Tensor] = {}
+        load = [0] * world_size
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+                # A rank whose slice of a short tensor is empty has nothing to write.
+                boxes = [(tuple(chunk.offsets), _to_host(tensor.to_local()))] if chunk.sizes.numel() else []
+                copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
+            elif isinstance(tensor, Slices):
+                boxes = [(offsets, _to_host(values)) for offsets, values in tensor.boxes]
+                copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
+            else:
+                # Every rank holds this tensor whole (DDP). One of them copies and writes it, the one with the least
+                # to write so far, so that neither host memory nor time is spent world_size times.
+                owner = load.index(min(load))
+                load[owner] += tensor.numel()
+                if owner == rank:
+                    copies[name] = _to_host(tensor)
+        return cls(copies)
+
+    def write(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+        """Write what `Backend.save` writes, from any thread.
+
+        Collective over `group`, which must not be in use by another thread: the order of its collectives would mix.
+        """
+        write_state(checkpoint, self.tensors, group)
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under `prefix.<name>`."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _silence_about_one_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-def _model_state(module: nn.Module) -> dict[str, Any]:
-    return get_model_state_dict(module, options=OPTIONS)
-
-
-def _optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return get_optimizer_state_dict(module, optimizer, options=OPTIONS)
-
-
-def _moments(optimizer_state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a flattened optimizer state, without the hyperparameters of its groups."""
-    return {key: value for key, value in optimizer_state.items() if key.startswith("state.")}
-
-
-def _check_fits(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with the stored ones, the same on every rank, before anything is overwritten."""
-    if not (directory / ".metadata").is_file():
-        raise CheckpointError(f"{directory} holds no complete state (.metadata is missing): choose another checkpoint")
-    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    if not any(key.startswith("optimizer.") for key in stored) and any(key.startswith("optimizer.") for key in tensors):
-        raise CheckpointError(f"{directory} holds weights without optimizer state: it is there to load, not to resume")
-    for key, tensor in tensors.items():
-        found = stored.get(key)
-        if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"{directory} lacks {key}: it belongs to a model of another configuration")
-        if found.size != tensor.size():
-            raise CheckpointError(
-                f"{key} has shape {tuple(found.size)} in {directory} and {tuple(tensor.size())} in this run: "
-                "use the configuration that the checkpoint was trained with"
-            )
-    unknown = sorted(key for key in stored if key.startswith("model.") and key not in tensors)
-    if unknown and any(key.startswith("optimizer.") for key in tensors):
-        raise CheckpointError(
-            f"{directory} has {unknown[0]}, which this model lacks: use the checkpoint's configuration"
-        )
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,7 +1,10 @@
 """DeepSpeed ZeRO, stages 0 to 3, through its engine. The only file that imports deepspeed.
 
-The engine owns master weights, moments, communication and clipping; `optim` supplies the optimizer, the loop decides
-when a step is complete. Stage 0 keeps everything on every rank and leaves clipping to this file.
+The engine owns the fp32 master weights, the moments, communication and clipping. The optimizer comes from `optim`, and
+the training loop decides when a step is complete. At stage 0 every rank holds everything, and this file clips.
+
+At stages 1 to 3 the engine keeps weights and moments in flat buffers, of which each rank holds a range. `ZeroState`
+maps the ranges back to parameters, so that checkpoints are those of any other backend.
 """
 
 from __future__ import annotations
@@ -10,32 +13,34 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, write_state
 from megamor.config import Config
-from megamor.errors import CheckpointError
 from megamor.parallel.backend import BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World
 from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
-from megamor.parallel.slices import copied_to_host
-from megamor.parallel.state import StateCopy, collect_state, load_state, read_tensors, write_tensors
-from megamor.parallel.zero_state import ZeroState
+from megamor.parallel.slices import Slices, boxes_of_range
+from megamor.parallel.state import StateCopy, collect_state, load_state
 
-# Stage 3 leaves parameters below this many elements on every rank: norms, whose gathers would cost more than they save.
+# Stage 3 keeps parameters with fewer elements than this whole on every rank: gathering a norm costs more than the
+# memory it saves.
 PERSIST_BELOW = 10_000
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroBackend:
-    """Fulfils `Backend` with a DeepSpeed engine. bf16 means a bf16 model with fp32 master weights (stage 0: autocast).
+    """`Backend` with a DeepSpeed engine. In bf16 the model is bf16 with fp32 master weights (stage 0: autocast).
 
-    Gradients are reduced in fp32; from stage 2 on in every micro-batch, so that no rank holds a whole gradient.
+    Gradients are reduced in fp32. From stage 2 on every micro-batch reduces them, so that no rank holds the gradient of
+    the whole model.
     """
 
     def __init__(
@@ -44,15 +49,17 @@ class ZeroBackend:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.stage = config.parallel.zero_stage
         deepspeed = import_deepspeed(world.device)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine insists on it
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine fails without it
         if not deepspeed.comm.is_initialized():
             deepspeed.comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if self.stage == 3 and plan.shared_core is not None:
-            # Ranks may stop at different depths: the core is gathered once, around its loop, not block by block.
+            # Stage 3 gathers a module's parameters when the module is called, and a gather waits for all ranks. Ranks
+            # may run different numbers of recursions, so gathers inside the loop would deadlock. A leaf module is
+            # gathered whole before its forward pass, once, however often its blocks run.
             deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
         self.module = model.to(world.device)
         optimizer = build_optimizer(self.module)
-        with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines on memory
+        with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
             self.model, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
             )
@@ -79,18 +86,19 @@ class ZeroBackend:
             self.model.zero_grad()
             return norm
         self.optimizer.clip_grad = max_grad_norm
-        self.model.step()
+        self.model.step()  # the engine itself leaves out the update when the norm isn't finite
         if self.stage == 3:
-            # A parameter that the next step leaves out would otherwise be updated with this step's gradient once more.
+            # The engine overwrites the gradients of the parameters that a step uses and keeps the others', which would
+            # update a parameter that the next step leaves out with this step's gradient once more.
             self.optimizer.grad_partitions_flat_buffer.zero_()
         norm = self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
     def save(self, directory: Path) -> None:
-        write_tensors(directory / "state", self.tensors())
+        write_state(directory, self.tensors())
 
     def copy_state(self) -> StateCopy:
-        return StateCopy(copied_to_host(self.tensors(), self.rank, self.world_size))
+        return StateCopy.of(self.tensors(), self.rank, self.world_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by stored name: the engine's own memory."""
@@ -98,35 +106,93 @@ class ZeroBackend:
 
     def load(self, directory: Path) -> None:
         if self.state is None:
-            load_state(directory / "state", self.module, self.optimizer)
+            load_state(directory, self.module, self.optimizer)
             return
         tensors = self.tensors()
-        read_tensors(directory / "state", tensors)
+        read_state(directory, tensors)
         self.state.after_reading(tensors)
 
-    def save_engine(self, directory: Path, tag: str) -> None:
-        """Write DeepSpeed's own layout, bound to the number of processes, the stage and the precision."""
-        self.model.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
-    def load_engine(self, directory: Path, tag: str) -> None:
-        """Read DeepSpeed's own layout.
+class ZeroState:
+    """Weights and moments of a ZeRO engine (stages 1 to 3) by parameter: the ranges that this rank holds.
 
-        Raises:
-            CheckpointError: it's not there, or of another layout.
-        """
-        try:
-            path, _ = self.model.load_checkpoint(str(directory), tag=tag)
-        except (AssertionError, RuntimeError, ValueError, OSError) as error:  # whatever the engine stumbles over
-            raise CheckpointError(f"DeepSpeed can't load {directory / tag}: {error}") from error
-        if path is None:
-            raise CheckpointError(f"DeepSpeed finds nothing to load in {directory / tag}")
-        if self.state is not None:
-            self.state.link_moments()
+    DeepSpeed has no public interface for this, so the private attributes it uses are named here and nowhere else.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any, stage: int) -> None:
+        self.module, self.zero, self.stage = module, optimizer, stage
+        self.torch_optimizer: torch.optim.Optimizer = optimizer.optimizer
+        self._allocate_moments()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by stored name: `Slices` that share the engine's memory, and buffers as they are."""
+        persistent = self.module.state_dict().keys()
+        found = {MODEL_PREFIX + name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        step = self._step_counts()[0]
+        for name, parameter in self.module.named_parameters():
+            # Stage 3 replaces a parameter by an empty tensor while it isn't gathered; `ds_shape` is the whole one's.
+            shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+            stored: dict[str | None, str] = {None: f"{MODEL_PREFIX}{name}"}
+            stored |= {key: f"{OPTIMIZER_PREFIX}state.{name}.{key}" for key in MOMENTS}
+            for moment, key in stored.items():
+                ranges = self._held_ranges(parameter, moment)
+                boxes = [box for start, flat in ranges for box in boxes_of_range(flat, start, shape)]
+                found[key] = Slices(shape, torch.float32, boxes)
+            # The engine has one count for all; the common format has one for each parameter.
+            found[f"{OPTIMIZER_PREFIX}state.{name}.step"] = step.clone()
+        return found
+
+    def after_reading(self, tensors: dict[str, Tensor]) -> None:
+        """Bring the engine in line with what was read into `tensors()`: step counts and the model's own weights."""
+        counts = {int(tensor) for name, tensor in tensors.items() if name.endswith(".step")}
+        assert len(counts) == 1, f"parameters have taken different numbers of steps: {sorted(counts)}"
+        for count in self._step_counts():
+            count.fill_(min(counts))
+        # Reading filled the fp32 master weights. The forward pass uses others, made from them: bf16 copies at stages 1
+        # and 2, partitions at stage 3, and there also the parameters that stay whole on every rank.
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for number in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if persistent := self.zero.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _held_ranges(self, parameter: nn.Parameter, moment: str | None) -> Iterator[tuple[int, Tensor]]:
+        """(First element, values [n]) that this rank holds of the flattened parameter, or of one of its moments."""
+        if self.stage < 3:
+            held = parameter._hp_mapping  # type: ignore[attr-defined]
+            if held is not None:
+                yield held.lp_fragment_address.start, held.get_hp_fragment(moment)
+            return
+        # Every rank has an equal partition of each parameter; the last ones are padded.
+        flat, _ = self.zero._get_fp32_opt_state_partition(parameter, False, moment)
+        start = flat.numel() * self.zero._get_param_partition_rank(parameter)
+        count = min(flat.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if count > 0:
+            yield start, flat[:count]
+
+    def _step_counts(self) -> list[Tensor]:
+        return [state["step"] for state in self.torch_optimizer.state.values()]
+
+    def _allocate_moments(self) -> None:
+        """Create zero moments at once, as the other backends do, and let parameters refer to them."""
+        if self.stage < 3:
+            allocate_optimizer_state(self.torch_optimizer)
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+        else:  # the optimizer has the fp32 partitions as its parameters only during a step
+            self.zero._set_fp32_optimizer_param_groups()
+            allocate_optimizer_state(self.torch_optimizer)
+            self.zero._clear_fp32_optimizer_param_groups()
 
 
 def engine_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. Accumulation is the loop's affair: to the engine every step has one micro-batch,
-    and losses arrive scaled."""
+    """DeepSpeed's settings for a run.
+
+    The training loop accumulates gradients and scales losses, so to the engine every step has one micro-batch.
+    """
     stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -135,15 +201,14 @@ def engine_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
         "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
-        "checkpoint": {"tag_validation": "Ignore"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": None,
     }
 
 
-def import_deepspeed(device: torch.device) -> ModuleType:
-    """Import deepspeed without its chatter and without compiling its shared-memory collectives, which takes minutes."""
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, without its log messages and without its shared-memory collectives, which compile for minutes."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

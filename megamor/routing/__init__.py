@@ -1,4 +1,4 @@
-"""Routers: which tokens take part in which recursion. One file per router, one protocol (`router.py`, `plan.py`)."""
+"""Routers: which tokens take which recursion. One file per router; the protocol is in `router.py` and `plan.py`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ __all__ = [
     "RoutingSession",
     "TokenSet",
     "build_router",
+    "draws_random",
 ]
 
 
@@ -47,7 +48,7 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
     """The router that `config.kind` names, for hidden states of width `dim`.
 
     Raises:
-        ConfigError: a custom router that can't be imported or isn't a `Router`.
+        ConfigError: a custom router that cannot be imported or is not a `Router`.
     """
     match config:
         case FixedDepthConfig():
@@ -68,8 +69,16 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
             return import_router(config.target)(dict(config.options), dim, num_recursions)
 
 
+def draws_random(config: RouterConfig) -> bool:
+    """Whether training draws from the random states of the process. A custom router is assumed to.
+
+    No other part of a model does: there is no dropout, and `RandomRouter` hashes positions instead.
+    """
+    return isinstance(config, SkipForwardRecurseConfig | CustomRouterConfig)
+
+
 def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]:
-    """The class named by `package.module:Class`."""
+    """The router class named by `package.module:Class`."""
     module, _, name = target.partition(":")
     try:
         found = getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""The composition root: a configuration becomes a trainer that is ready to `fit`."""
+"""The composition root: builds a trainer that is ready to `fit` from a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
-from megamor.config.validate import validate
 from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
@@ -34,9 +33,9 @@ from megamor.progress import ProgressDisplay
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
-from megamor.train.recompiles import RecompileWatch
-from megamor.train.run_state import Origin, Progress, RunCheckpoints, Stateful, checkpoint_files
+from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
 from megamor.train.stop import StopRequest
+from megamor.train.summary import LaunchSummary
 from megamor.train.trainer import Trainer
 from megamor.train.validation import VALIDATION
 from megamor.train.watchdog import Watchdog
@@ -47,14 +46,15 @@ METRICS_FILE = "metrics.jsonl"
 def build_trainer(config: Config, world: World) -> Trainer:
     """Open the data, build and wrap the model, restore the newest checkpoint of the run if it has one. Collective.
 
+    `config` has been validated for `world.size` processes.
+
     Raises:
-        ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts; on
-            every rank, wherever it was found.
+        ConfigError, DataError, CheckpointError: on every rank, for anything found on any rank that would make the run
+            fail.
     """
-    validate(config, world.size)
     derived = derive(config, world.size)
-    inputs = run_on_all_ranks(lambda: open_inputs(config, world), world.device)
-    directory = run_on_all_ranks(lambda: run_directory(config), world.device)
+    inputs = run_on_all_ranks(lambda: open_inputs(config, world))
+    directory = run_on_all_ranks(lambda: run_directory(config))
     keep = config.checkpoint
     manager = CheckpointManager(
         directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
@@ -71,7 +71,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin, components
     )
     restored = checkpoints.restore()
-    progress = restored or Progress()
+    progress = restored or RunProgress()
     if world.is_main:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
@@ -89,8 +89,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
         validation=inputs.validation,
         checkpoints=checkpoints,
         progress=progress,
+        saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None), world.device),
+        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=TrainingDisplay(
             ProgressDisplay(
@@ -103,17 +104,17 @@ def build_trainer(config: Config, world: World) -> Trainer:
                 console=Console(highlight=False),
             )
         ),
-        stop=StopRequest(world.device),
+        stop=StopRequest(),
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        recompiles=RecompileWatch(config.train.fail_on_recompile_after, world.device),
+        summary=LaunchSummary(config),
     )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: data, and the files and facts that go into its checkpoints."""
+    """What a run reads: training and validation data, and what goes into its checkpoints unchanged."""
 
     loader: TrainingLoader
     validation: dict[str, ValidationSet]
@@ -122,7 +123,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """Open everything that can be missing, damaged or of another model."""
+    """Open all data, and check that it exists, is intact and belongs to this model."""
     vocab_size = config.model.vocab_size
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
     loader = TrainingLoader(
@@ -137,7 +138,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
 
 
 def run_directory(config: Config) -> Path:
-    """Where the run keeps checkpoints and metrics.
+    """Create the directory for the run's checkpoints and metrics, and return it.
 
     Raises:
         ConfigError: the directory can't be created.
@@ -150,8 +151,8 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def build_sink(config: Config, world: World, progress: Progress, resumed: bool) -> MetricSink:
-    """The first rank's sinks; the others keep nothing. The tracker's run id goes into `progress.run_ids`."""
+def build_sink(config: Config, world: World, progress: RunProgress, resumed: bool) -> MetricSink:
+    """The first rank's sinks; other ranks write nothing. Puts the tracker's run id into `progress.run_ids`."""
     if not world.is_main:
         return MultiSink([])
     directory = run_directory(config)
@@ -177,7 +178,7 @@ def build_sink(config: Config, world: World, progress: Progress, resumed: bool) 
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:
-    """The newest step up to `step` whose validation losses are in the file `metrics`; None if there is none."""
+    """The newest step up to `step` with validation losses in the file `metrics`; None if there is none."""
     if not metrics.exists():
         return None
     evaluated = (record["step"] for record in read_jsonl(metrics) if any(k.startswith(VALIDATION) for k in record))

@@ -1,8 +1,8 @@
-"""What happens when a step goes wrong: it isn't finite, or the loss jumps.
+"""What happens when a step goes wrong: its gradient isn't finite, or the loss jumps.
 
-The backends leave weights and moments alone when the gradient norm isn't finite, on every rank and without asking
-anybody; the policy is here. All figures that the guard sees are reduced over ranks already, so every rank comes to the
-same conclusion by itself.
+The backends leave weights and moments as they were when the gradient norm isn't finite; this module decides what
+follows from that. All figures that the guard sees are already reduced over ranks, so every rank reaches the same
+verdict without asking the others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megamor.errors import TrainingError
 
 
 class Verdict(Enum):
-    """On a step that was done."""
+    """What the guard thinks of a finished step."""
 
     GOOD = "good"
     SKIPPED = "skipped"
     """Weights and moments are as they were before it."""
     SPIKE = "spike"
-    """The last of so many steps with too high a loss that the run should go back."""
+    """The loss has been too high for `guard.spike_steps` steps: go back to an earlier checkpoint."""
 
 
 class Guard:
@@ -38,7 +38,15 @@ class Guard:
         self.skipped = self.skipped_in_a_row = 0
         self.spiking = 0
         self.left_out: list[tuple[int, int]] = []
-        """For each rollback, the samples that the run won't see: the first, and the one after the last."""
+        """For each rollback, the samples that the run won't see: first, and last + 1."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether a step's figures may change what happens next, other than by ending the run with an error.
+
+        If so, the trainer reads them at once. If not, it reads them one step late and doesn't wait for the device.
+        """
+        return self.config.skip_non_finite or self.config.spike_threshold is not None
 
     @property
     def rollbacks(self) -> int:
@@ -46,10 +54,10 @@ class Guard:
         return len(self.left_out)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """What to do about the step that followed `step` others.
+        """What to do about step number `step`.
 
         Raises:
-            TrainingError: it isn't finite and mustn't be skipped, or too many in a row were.
+            TrainingError: a figure isn't finite and the step mustn't be skipped, or too many in a row were.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skip(step, loss, grad_norm)
@@ -64,10 +72,10 @@ class Guard:
         return Verdict.GOOD
 
     def roll_back(self, step: int, samples: tuple[int, int]) -> None:
-        """Note that the run went back because of the loss after `step` steps and leaves `samples` out.
+        """Record that the run went back because of the loss of step `step`, and leaves `samples` out.
 
         Raises:
-            TrainingError: there have been `guard.max_rollbacks`.
+            TrainingError: there have been `guard.max_rollbacks` already.
         """
         if self.rollbacks >= self.config.max_rollbacks:
             raise TrainingError(
@@ -78,7 +86,7 @@ class Guard:
         self.spiking = 0
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Counts, of what is switched on."""
+        """Counts of skips and rollbacks, for what is switched on."""
         counts: dict[str, float | int | None] = {}
         if self.config.skip_non_finite:
             counts["guard/skipped_steps"] = self.skipped
@@ -98,7 +106,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was saved; the window may have another length now."""
+        """Restore what `state_dict` returned; the window may have another length now."""
         self.losses = deque(state["losses"], maxlen=self.config.window)
         self.grad_norms = deque(state["grad_norms"], maxlen=self.config.window)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -111,7 +119,8 @@ class Guard:
         remedy = (
             "resume from the last checkpoint with a lower optim.lr, a longer optim.warmup_steps or train.precision=fp32"
         )
-        if not self.config.skip_non_finite or math.isfinite(grad_norm):  # with a finite norm the step was taken
+        # With a finite norm the backend has updated the weights already: there is nothing left to skip.
+        if not self.config.skip_non_finite or math.isfinite(grad_norm):
             raise TrainingError(f"{trouble}: {remedy}")
         self.skipped += 1
         self.skipped_in_a_row += 1

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and how it comes back."""
+"""What goes into a run's checkpoints, and how a run is restored from one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-import torch.distributed as dist
 
 from megamor.checkpoint import (
     BackgroundSave,
@@ -30,13 +27,14 @@ from megamor.data import TrainingLoader
 from megamor.errors import MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.ranks import run_on_all_ranks
+from megamor.routing import draws_random
 
 log = logging.getLogger("megamor.train")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from. Found out once a run: git and the package index of Python are slow to ask."""
+    """The code and data that a checkpoint comes from. Determined once per launch: asking git and pip is slow."""
 
     data_fingerprints: dict[str, str]
     code_revision: str = field(default_factory=code_revision)
@@ -44,8 +42,8 @@ class Origin:
 
 
 @dataclass
-class Progress:
-    """How far a run is. `run_ids` are those of experiment trackers."""
+class RunProgress:
+    """How far a run is. `run_ids` are its ids in experiment trackers."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -53,7 +51,7 @@ class Progress:
 
 
 class Stateful(Protocol):
-    """Something that changes during training. Its state is plain data (JSON), the same on all ranks."""
+    """Something that changes during training. Its state is plain data (JSON) and the same on all ranks."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -62,11 +60,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
+    """Saves and restores a whole run: model, optimizer, random states, position in the data, progress.
 
-    `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
-    as they are. `origin` are facts about code and data that a checkpoint records. `components` are whatever else
-    changes during training.
+    `model_shapes` are the shapes of the model's state before it was distributed, by name. `files` are copied into every
+    checkpoint. `components` are all other objects that change during training.
     """
 
     config: Config
@@ -79,13 +76,13 @@ class RunCheckpoints:
     components: Mapping[str, Stateful] = field(default_factory=dict)
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
-    def save(self, progress: Progress) -> Path | None:
-        """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
+    def save(self, progress: RunProgress) -> Path | None:
+        """Write a checkpoint of `progress.step`; with `checkpoint.asynchronous`, start to. Collective.
 
-        Only one is being written at a time: the one before is waited for.
+        At most one is written at a time, so this waits for the previous one.
 
         Returns:
-            The checkpoint. None if it is being written: see `published` and `wait`.
+            The checkpoint; None while it is being written (see `wait`).
         """
         self.wait()
         state = TrainerState(
@@ -108,37 +105,33 @@ class RunCheckpoints:
         self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
         return None
 
-    def published(self) -> Path | None:
-        """The checkpoint that was being written, if every rank has done its part since. Collective.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing a checkpoint in the background."""
+        return self.background.is_pending and not self.background.is_done
+
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint that is being written; None if there is none. Collective.
 
         Raises:
             CheckpointError: on every rank, if writing it failed; `latest` is as it was.
         """
-        if not self.background.is_pending:
-            return None
-        done = torch.tensor(float(self.background.is_done), device=self.backend.device)
-        if dist.is_initialized():
-            dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return self.wait() if done.item() else None
-
-    def wait(self) -> Path | None:
-        """Wait for the checkpoint that is being written, if any. Collective; raises what `published` raises."""
         return self.background.wait()
 
     def close(self) -> None:
-        """Let the checkpoint that is being written be finished, without hiding the error that ends the run."""
+        """Finish the checkpoint that is being written, without hiding an error that already ends the run."""
         try:
             self.wait()
         except MegamorError as error:
             log.error("a checkpoint was not written: %s", error)
 
     def record_loss(self, step: int, loss: float) -> None:
-        """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
+        """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
         record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
-        run_on_all_ranks(record, self.backend.device)
+        run_on_all_ranks(record)
 
-    def restore(self, at_most: int | None = None) -> Progress | None:
-        """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
+    def restore(self, at_most: int | None = None) -> RunProgress | None:
+        """Restore the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
 
         Raises:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
@@ -147,7 +140,7 @@ class RunCheckpoints:
         directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
-        state = run_on_all_ranks(lambda: self._read(directory), self.backend.device)
+        state = run_on_all_ranks(lambda: self._read(directory))
         self.backend.load(directory)
         restore_rng(
             directory,
@@ -155,11 +148,12 @@ class RunCheckpoints:
             world_size=self.backend.world_size,
             seed=self.config.run.seed,
             step=state.step,
+            draws_random=draws_random(self.config.router),
         )
-        return Progress(state.step, state.tokens_seen, state.run_ids)
+        return RunProgress(state.step, state.tokens_seen, state.run_ids)
 
     def _read(self, directory: Path) -> TrainerState:
-        """Everything that can be refused, before anything is overwritten; puts the loader in place."""
+        """Read and check all that can be refused before weights are overwritten; restores loader and components."""
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self.loader.load_state_dict(state.data)
@@ -170,13 +164,13 @@ class RunCheckpoints:
 
 
 def _nothing() -> None:
-    """What the other ranks do while the first one acts."""
+    """The action of all ranks but the first."""
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:
-    """What makes a checkpoint independent of where it was trained: resolved configuration and tokenizer.
+    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer.
 
-    Read once at the start, so that a file that changes or goes during the run doesn't matter.
+    Read once at the start, so that changing or deleting the originals during the run does no harm.
     """
     files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
     if config.data.tokenizer:

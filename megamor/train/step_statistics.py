@@ -1,4 +1,4 @@
-"""Statistics of one optimizer step: summed over micro-batches on the device, over ranks in one reduction."""
+"""Figures of one optimizer step: summed over micro-batches on the device, then over ranks in one reduction."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from megamor.model import ModelOutput
 
+DEAD_SHARE = 1e-3
+"""A depth is called dead if fewer than this fraction of the tokens end there."""
+
 
 @dataclass(frozen=True)
 class StepSummary:
-    """Global figures of a step. `work` holds (tokens, pairs) per recursion, `totals` the router's own sums."""
+    """Figures of a step over all ranks. `work` holds (tokens, query-key pairs) of each recursion."""
 
     loss: float
     num_tokens: int
@@ -22,11 +25,12 @@ class StepSummary:
     ratios: dict[str, float]
     depth_counts: list[float]
     work: list[tuple[float, float]]
-    totals: dict[str, Tensor]
     score_gradient: float | None = None
-    """Largest gradient at the router's scores, summed over ranks; None if nobody looked."""
+    """Largest gradient at the router's scores, summed over ranks; None if it isn't watched."""
     pairs: float | None = None
     """Query-key pairs of a block that sees every token."""
+    grad_norm: float = math.nan
+    """Global norm before clipping."""
 
     @property
     def mean_depth(self) -> float | None:
@@ -49,19 +53,44 @@ class StepSummary:
         return metrics | {f"routing/{name}": value for name, value in self.ratios.items()}
 
 
-DEAD_SHARE = 1e-3
-"""A depth at which fewer tokens than this share end is called dead."""
+@dataclass(frozen=True)
+class PendingSummary:
+    """The figures of a step that the device may still be computing.
+
+    `totals` are the router's own sums over all ranks, on the device: the router can use them without waiting.
+    """
+
+    totals: dict[str, Tensor]
+    _figures: dict[str, Tensor]
+    _arrived: torch.cuda.Event | None
+
+    def wait(self) -> StepSummary:
+        """The figures, once the device has computed them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found = self._figures
+        return StepSummary(
+            loss=_quotient(found["loss"]),
+            num_tokens=int(found["loss"][1]),
+            router_losses={name: _quotient(value) for name, value in _under("router_loss/", found).items()},
+            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items()},
+            depth_counts=found["depth"].tolist() if "depth" in found else [],
+            work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
+            score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
+            pairs=float(found["pairs"]) if "pairs" in found else None,
+            grad_norm=float(found["grad_norm"]),
+        )
 
 
 class StepStatistics:
-    """Adds up what `ModelOutput`s say, without synchronising with the device."""
+    """Adds up what `ModelOutput`s report, without synchronising with the device."""
 
     def __init__(self, num_recursions: int) -> None:
         self.num_depths = num_recursions + 1
         self.sums: dict[str, Tensor] = {}
 
     def add(self, out: ModelOutput) -> None:
-        """One micro-batch."""
+        """Add one micro-batch."""
         assert out.loss_sum is not None
         assert out.num_tokens is not None
         self._sum("loss", torch.stack((out.loss_sum.detach().double(), out.num_tokens.double())))
@@ -78,31 +107,33 @@ class StepStatistics:
             self._sum("work", out.work.double())
 
     def add_score_gradient(self, largest: Tensor | None) -> None:
-        """Of the whole step, this rank's."""
+        """Add this rank's largest gradient at the router's scores, of the whole step."""
         if largest is not None:
             self._sum("score_gradient", largest.double())
 
-    def reduce(self) -> StepSummary:
-        """Sum over ranks (collective) and bring the figures to the host (synchronises)."""
+    def reduce(self, grad_norm: Tensor) -> PendingSummary:
+        """Sum over ranks and start the copy to the host, without waiting for either. Collective.
+
+        `grad_norm` is the same on every rank already and only travels along.
+        """
         flat = torch.cat([value.flatten() for value in self.sums.values()])
         if dist.is_initialized():
             dist.all_reduce(flat)
-        sizes = [value.numel() for value in self.sums.values()]
-        found = {
-            name: part.view_as(value).cpu()
-            for (name, value), part in zip(self.sums.items(), flat.split(sizes), strict=True)
-        }
-        return StepSummary(
-            loss=_quotient(found["loss"]),
-            num_tokens=int(found["loss"][1]),
-            router_losses={name: _quotient(value) for name, value in _under("router_loss/", found).items()},
-            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items()},
-            depth_counts=found["depth"].tolist() if "depth" in found else [],
-            work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
-            totals=_under("total/", found),
-            score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
-            pairs=float(found["pairs"]) if "pairs" in found else None,
-        )
+        totals = _under("total/", self._split(flat))
+        flat = torch.cat([flat, grad_norm.detach().double().reshape(1)])
+        host = flat.to("cpu", non_blocking=True)
+        arrived = None
+        if flat.is_cuda:
+            # The host's copy is only valid once this event has passed. Waiting for the event, unlike a blocking copy,
+            # doesn't wait for the work of the next step, which is in the same stream by then.
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        return PendingSummary(totals, {**self._split(host[:-1]), "grad_norm": host[-1]}, arrived)
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The concatenated sums by name."""
+        parts = torch.split(flat, [value.numel() for value in self.sums.values()])
+        return {name: part.view_as(value) for (name, value), part in zip(self.sums.items(), parts, strict=True)}
 
     def _sum(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C, SIGTERM or SIGUSR1 to any rank, agreed on by all of them between steps."""
+"""Stopping on request: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, all ranks stop between the same two steps."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from megamor.ranks import sum_over_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75
-"""Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h: start it again to go on)."""
+"""Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): rerun it to resume."""
 
 PATIENCE_SECONDS = 3.0
-"""Launchers pass a terminal's Ctrl-C on to processes that have received it already; those echoes are ignored."""
+"""Launchers forward a terminal's Ctrl-C to processes that have already received it; such echoes are ignored."""
 
 
 def ignore_signals() -> None:
-    """Let nothing disturb a process that has saved and is about to leave with its own status.
+    """Ignore stop signals from now on, in a process that has saved and is about to exit with its own status.
 
-    Launchers send SIGTERM to the other ranks as soon as the first one has left.
+    Launchers send SIGTERM to the other ranks as soon as the first one has exited.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Stopped(Exception):
-    """Raised on every rank where something is given up because the ranks agreed to stop."""
+    """Raised on every rank to abandon what it is doing because the ranks agreed to stop."""
 
 
 class StopRequest:
-    """While active, a signal is remembered until the ranks agree.
+    """While this context is active, a signal is only recorded, until the ranks agree to stop.
 
-    A second Ctrl-C, seconds after the first signal, acts as usual: somebody is at the keyboard and doesn't want to
-    wait. SIGTERM and SIGUSR1 that come again are schedulers and launchers repeating themselves, and change nothing.
+    A second Ctrl-C some seconds after the first signal acts as usual: someone at the keyboard doesn't want to wait.
+    Repeated SIGTERM and SIGUSR1 change nothing: schedulers and launchers repeat themselves.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -55,10 +53,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective: every rank gets the same answer."""
-        flag = torch.tensor(float(self.received is not None), device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return any(sum_over_ranks([self.received is not None]))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -1,44 +1,76 @@
 """The training loop.
 
-While steps remain: fetch the batch of this step, run the step, log; if it is time or a signal was agreed on, save; if
-it is time, evaluate.
+While steps remain: fetch the batch of this step and vote; run the step; read the figures of the step before; if the
+guard asks for it, go back; if it is time, save; if it is time, evaluate. When the ranks agree to stop, save and leave.
+
+Beside the gradients, the ranks talk twice a step. The *vote* is one reduction of five integers between the hosts: who
+failed, who was asked to stop, whose checkpoint is still being written, and how many labels the step has. The *figures*
+are one reduction on the devices. They are read one step late, when they have long been computed, so that the host
+prepares a step while the device works on the one before. They are read at once where something depends on them: before
+a checkpoint or an evaluation, and in every step if the guard may skip it or go back.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megamor.config import Config
 from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
-from megamor.errors import TrainingError
+from megamor.errors import MegamorError, TrainingError
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
 from megamor.optim import lr_multiplier
 from megamor.parallel import Backend
-from megamor.ranks import run_on_all_ranks
+from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard, Verdict
-from megamor.train.recompiles import RecompileWatch
-from megamor.train.run_state import Progress, RunCheckpoints
-from megamor.train.step_statistics import StepStatistics, StepSummary
+from megamor.train.run_state import RunCheckpoints, RunProgress
+from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary
 from megamor.train.stop import Stopped, StopRequest
+from megamor.train.summary import LaunchSummary
 from megamor.train.validation import validation_losses
 from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's micro-batches of a step, and the labels in the whole step, over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    labels: int
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
+
+    `number` counts steps from 1; `seconds` is the time of its turn of the loop.
+    """
+
+    number: int
+    shape: BatchShape
+    micro_batches: list[MicroBatch]
+    lr: float
+    tokens_seen: int
+    epochs: dict[str, float]
+    data_wait: float
+    seconds: float
+    figures: PendingSummary
 
 
 @dataclass
@@ -52,7 +84,7 @@ class Trainer:
     loader: TrainingLoader
     validation: Mapping[str, ValidationSet]
     checkpoints: RunCheckpoints
-    progress: Progress
+    progress: RunProgress
     sink: MetricSink
     throughput: Throughput
     display: TrainingDisplay
@@ -60,13 +92,18 @@ class Trainer:
     guard: Guard
     diagnosis: Diagnosis
     watchdog: Watchdog
-    recompiles: RecompileWatch
+    summary: LaunchSummary
     stopping: bool = False
     """Whether the ranks have agreed to stop."""
+    saved_step: int = 0
+    """The newest step that is in a checkpoint or was handed over to be written; 0 before the first."""
     evaluated_step: int | None = None
     """The newest step with validation losses in the metrics."""
     data_wait: float = 0.0
     """Seconds until every rank had the batches of the latest step."""
+    unread: deque[UnreadStep] = field(default_factory=deque)
+    unwritten: TrainingError | None = None
+    """Why this rank couldn't write metrics; the next vote tells the others."""
 
     def fit(self) -> bool:
         """Train to the last step of this launch. Returns False if a signal ended it early (after saving).
@@ -79,36 +116,190 @@ class Trainer:
             if self.progress.step >= last_step:
                 self.announce(f"step {self.progress.step} is done and the last one asked for is {last_step}: finished")
             if self.is_time_to_evaluate():
-                self.evaluate()  # the launch before was stopped when only this was missing
+                self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
             while self.progress.step < last_step and not self.stopping:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
-                shape = self.derived.batches.at(self.progress.step)
-                batches = self.next_batches()
-                with self.recompiles.step(self.progress.step + 1):
-                    summary, lr, grad_norm, verdict = self.train_step(batches)
-                self.progress.step += 1
-                self.progress.tokens_seen += shape.tokens
-                self.log_step(shape, summary, lr, grad_norm)
-                for warning in self.diagnosis.observe(self.progress.step, summary, grad_norm, self.guard, batches):
-                    self.announce(f"warning: {warning}")
-                self.report_saved(self.checkpoints.published())
-                self.stopping = self.stop.agreed()
+                batch = self.next_batch()
+                if batch is None:
+                    break
+                verdict = self.train_step(batch)
                 if verdict is Verdict.SPIKE:
                     self.roll_back()
-                is_last = self.stopping or self.progress.step == last_step
+                is_last = self.progress.step == last_step
                 if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
                     self.save(finish=is_last)
-                if self.is_time_to_evaluate() and not self.stopping and verdict is not Verdict.SPIKE:
+                if self.is_time_to_evaluate() and verdict is not Verdict.SPIKE:
                     self.evaluate()
-                    if self.stopping:
-                        self.save()
-            if self.stopping:
-                self.announce(f"stopped on request after step {self.progress.step}: the same command goes on from here")
+            self.finish()
         return not self.stopping
 
+    def next_batch(self) -> StepBatch | None:
+        """Fetch the next batch and vote; None if the ranks agreed to stop instead. Collective.
+
+        The vote comes before the step because a rank without a batch can't take part in the step's collectives.
+
+        Raises:
+            MegamorError: on every rank, if any couldn't read its batch or write metrics.
+            CheckpointError: on every rank, if writing a checkpoint in the background failed.
+        """
+        started = time.perf_counter()
+        unreadable: MegamorError | None = None
+        micro_batches: list[MicroBatch] = []
+        try:
+            micro_batches = self.loader.next_step()
+        except MegamorError as error:
+            unreadable = error
+        any_unwritten, any_unreadable, any_stop, any_saving, labels = sum_over_ranks(
+            [
+                self.unwritten is not None,
+                unreadable is not None,
+                self.stop.received is not None,
+                self.checkpoints.is_writing,
+                # Integers, counted on the host where the batch is: fp32 is exact up to 2^24 tokens only.
+                sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
+            ]
+        )
+        self.data_wait = time.perf_counter() - started
+        if any_unwritten:
+            raise_on_all_ranks(self.unwritten)
+        if not any_saving:
+            self.report_saved(self.checkpoints.wait())
+        if any_stop:
+            self.stopping = True
+            if micro_batches:
+                self.loader.take_back()
+            return None
+        if any_unreadable:
+            raise_on_all_ranks(unreadable)
+        return StepBatch(micro_batches, labels)
+
+    def train_step(self, batch: StepBatch) -> Verdict:
+        """Do one optimizer step, and read the figures of the previous one or, where the guard decides, of this one."""
+        number = self.progress.step + 1
+        shape = self.derived.batches.at(self.progress.step)
+        lr = self.config.optim.lr * lr_multiplier(self.progress.step, self.config.optim, self.derived.total_steps)
+        with self.without_recompiling():
+            figures = self.run_micro_batches(batch, lr)
+        if not self.guard.decides and self.model.stage is not None:
+            self.model.stage.router.update(figures.totals)
+        self.progress.step = number
+        self.progress.tokens_seen += shape.tokens
+        self.unread.append(
+            UnreadStep(
+                number=number,
+                shape=shape,
+                micro_batches=batch.micro_batches,
+                lr=lr,
+                tokens_seen=self.progress.tokens_seen,
+                epochs=self.loader.epochs(),
+                data_wait=self.data_wait,
+                seconds=self.throughput.lap(),
+                figures=figures,
+            )
+        )
+        return self.read_figures(all_but=0 if self.guard.decides else 1)
+
+    def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
+        """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
+        statistics = StepStatistics(self.config.recursion.num_recursions)
+        token_weight = self.to_device((self.backend.world_size / torch.tensor(batch.labels).double()).float())
+        for number, micro_batch in enumerate(batch.micro_batches, start=1):
+            is_last = number == len(batch.micro_batches)
+            inputs, labels = self.to_device(micro_batch.inputs), self.to_device(micro_batch.labels)
+            documents = None if micro_batch.documents is None else self.to_device(micro_batch.documents)
+            with self.backend.forward_context(last_micro_batch=is_last):
+                out = self.backend.model(inputs, labels, mode="train", step=self.progress.step, documents=documents)
+                loss = self.total_loss(out, token_weight, len(batch.micro_batches))
+            self.backend.backward(loss, last_micro_batch=is_last)
+            statistics.add(out)
+        self.backend.set_lr(lr)
+        grad_norm = self.backend.step(self.config.optim.grad_clip)
+        if self.diagnosis.gradient is not None:
+            statistics.add_score_gradient(self.diagnosis.gradient.take())
+        return statistics.reduce(grad_norm)
+
+    def total_loss(self, out: ModelOutput, token_weight: Tensor, num_micro_batches: int) -> Tensor:
+        """This micro-batch's part of the step's loss.
+
+        Backends average gradients over ranks and sum them over micro-batches. The language-model loss is divided by the
+        labels of the whole step (`token_weight` is ranks / labels), so that every token counts the same wherever it
+        is; router losses are means over a micro-batch and are averaged over micro-batches and ranks.
+        """
+        assert out.loss_sum is not None
+        loss = out.loss_sum * token_weight
+        for router_loss in out.router_losses.values():
+            loss = loss + router_loss / num_micro_batches
+        return loss
+
+    def read_figures(self, all_but: int = 0) -> Verdict:
+        """Wait for the figures of unread steps, `all_but` the newest ones; judge and log them. Collective.
+
+        Returns:
+            The verdict on the last step read; GOOD if none was.
+
+        Raises:
+            TrainingError: on every rank, if the guard or an alarm ends the run.
+        """
+        verdict = Verdict.GOOD
+        while len(self.unread) > all_but:
+            step = self.unread.popleft()
+            summary = step.figures.wait()
+            verdict = self.guard.judge(step.number, summary.loss, summary.grad_norm)
+            if verdict is Verdict.SKIPPED:
+                self.announce(
+                    f"step {step.number} is skipped: gradient norm {summary.grad_norm} "
+                    f"({self.guard.skipped} skipped so far)"
+                )
+            elif self.guard.decides and self.model.stage is not None:
+                # A skipped step must leave the router's buffers alone too, hence only now.
+                self.model.stage.router.update(step.figures.totals)
+            self.log_step(step, summary)
+            for warning in self.diagnosis.observe(step.number, summary, self.guard, step.micro_batches):
+                self.announce(f"warning: {warning}")
+        return verdict
+
+    def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
+        """Write the metrics of `step` and show them."""
+        shape = step.shape
+        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len, summary.pairs)
+        self.throughput.add(
+            seconds=step.seconds,
+            tokens=shape.tokens,
+            model_flops=flops.training,
+            hardware_flops=flops.training + flops.recomputed(self.config.train),
+        )
+        self.summary.add(summary, shape, step.seconds, flops)
+        if step.number % self.config.metrics.log_every and step.number != self.derived.total_steps:
+            return
+        metrics: dict[str, float | int | None] = {
+            "train/loss": summary.loss,
+            "train/lr": step.lr,
+            "train/grad_norm": summary.grad_norm,
+            "train/tokens_seen": step.tokens_seen,
+            **{f"train/{name}": value for name, value in summary.router_losses.items()},
+            **summary.routing_metrics(),
+            **self.throughput.metrics(),
+            "throughput/data_wait_seconds": step.data_wait,
+            **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
+            **self.guard.metrics(),
+            **peak_memory(self.backend.device),
+        }
+        self.write_metrics(step.number, metrics)
+        self.display.update(step.number, metrics)
+
+    def write_metrics(self, step: int, metrics: Metrics) -> None:
+        """Write figures of `step`. A failure is raised by the next vote, on every rank."""
+        try:
+            self.sink.log(step, metrics)
+        except OSError as error:
+            self.unwritten = self.unwritten or TrainingError(
+                f"can't write the metrics of step {step}: {error}; free space under run.dir and rerun the same command "
+                "to resume from the last checkpoint"
+            )
+
     def roll_back(self) -> None:
-        """Go back to an earlier checkpoint, but not in the data: those since then are left out. Collective.
+        """Go back to an earlier checkpoint, but not in the data: samples since then are left out. Collective.
 
         Raises:
             TrainingError: there is no such checkpoint, or this has happened too often.
@@ -121,13 +312,15 @@ class Trainer:
                 f"the loss spikes at step {spiked_at}, and no checkpoint is {self.config.guard.rollback_steps} steps "
                 "older: lower guard.rollback_steps or checkpoint.every_steps, or start with a lower optim.lr"
             )
-        self.guard.left_out = left_out  # those of the checkpoint may be fewer
+        self.guard.left_out = left_out  # the checkpoint may know fewer of them
         self.guard.roll_back(spiked_at, (self.loader.consumed_samples, position["consumed_samples"]))
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
-        run_on_all_ranks(lambda: self.sink.rewind(restored.step), self.backend.device)
-        self.announce(f"step {spiked_at}: the loss spikes; back to step {restored.step}, with the data from here on")
+        run_on_all_ranks(lambda: self.sink.rewind(restored.step))
+        self.announce(
+            f"step {spiked_at}: the loss spikes; back to the weights of step {restored.step}, with the data that follow"
+        )
 
     def last_step(self) -> int:
         """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
@@ -149,115 +342,43 @@ class Trainer:
         due = step == self.derived.total_steps or (step > 0 and self.is_time(self.config.train.eval_every))
         return due and bool(self.validation) and self.evaluated_step != step
 
-    def next_batches(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step, when every rank has its own; measures the wait."""
-        started = time.perf_counter()
-        batches = run_on_all_ranks(self.loader.next_step, self.backend.device)
-        self.data_wait = time.perf_counter() - started
-        return batches
-
-    def train_step(self, batches: list[MicroBatch]) -> tuple[StepSummary, float, float, Verdict]:
-        """One optimizer step over this rank's micro-batches: global figures, learning rate, gradient norm, verdict."""
-        step = self.progress.step
-        statistics = StepStatistics(self.config.recursion.num_recursions)
-        token_weight = self.token_weight(batches)
-        for number, batch in enumerate(batches):
-            is_last = number == len(batches) - 1
-            inputs, labels = self.to_device(batch.inputs), self.to_device(batch.labels)
-            documents = None if batch.documents is None else self.to_device(batch.documents)
-            with self.backend.forward_context(last_micro_batch=is_last):
-                out = self.backend.model(inputs, labels, mode="train", step=step, documents=documents)
-                loss = self.total_loss(out, token_weight, len(batches))
-            self.backend.backward(loss, last_micro_batch=is_last)
-            statistics.add(out)
-        lr = self.config.optim.lr * lr_multiplier(step, self.config.optim, self.derived.total_steps)
-        self.backend.set_lr(lr)
-        grad_norm = self.backend.step(self.config.optim.grad_clip).item()
-        if self.diagnosis.gradient is not None:
-            statistics.add_score_gradient(self.diagnosis.gradient.take())
-        summary = statistics.reduce()
-        verdict = self.guard.judge(step, summary.loss, grad_norm)
-        if verdict is Verdict.SKIPPED:
-            self.announce(
-                f"step {step + 1} is skipped: gradient norm {grad_norm} ({self.guard.skipped} skipped so far)"
-            )
-        elif self.model.stage is not None:
-            self.model.stage.router.update(summary.totals)
-        return summary, lr, grad_norm, verdict
-
-    def total_loss(self, out: ModelOutput, token_weight: Tensor, num_micro_batches: int) -> Tensor:
-        """This micro-batch's share of the step's loss.
-
-        Backends average gradients over ranks and sum them over micro-batches. The language-model loss is divided by the
-        tokens of the whole step, so that every token counts the same wherever it is; router losses are means over a
-        micro-batch and are averaged over micro-batches and ranks.
-        """
-        assert out.loss_sum is not None
-        loss = out.loss_sum * token_weight
-        for router_loss in out.router_losses.values():
-            loss = loss + router_loss / num_micro_batches
-        return loss
-
-    def token_weight(self, batches: list[MicroBatch]) -> Tensor:
-        """fp32 scalar: ranks / labels that count in the whole step. Counted in integers: fp32 ends at 2^24 tokens."""
-        count = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).sum().to(self.backend.device)
-        if dist.is_initialized():
-            dist.all_reduce(count)
-        return (self.backend.world_size / count.double()).float()
-
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to this rank's device without waiting."""
         return tensor.to(self.backend.device, non_blocking=True)
 
-    def log_step(self, shape: BatchShape, summary: StepSummary, lr: float, grad_norm: float) -> None:
-        """Metrics of the step that has just been done, with a batch of `shape`."""
-        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len, summary.pairs)
-        recomputed = flops.recomputed(self.config.train)
-        self.throughput.step(
-            tokens=shape.tokens,
-            model_flops=flops.training,
-            hardware_flops=flops.training + recomputed,
-        )
-        if not self.is_time(self.config.metrics.log_every) and self.progress.step != self.derived.total_steps:
+    @contextmanager
+    def without_recompiling(self) -> Iterator[None]:
+        """Refuse to compile anything inside, once the first `train.fail_on_recompile_after` steps of a launch are done.
+
+        Raises:
+            TrainingError: on the rank that would have compiled; the others wait in a collective until the launcher
+                ends them.
+        """
+        settled_after = self.config.train.fail_on_recompile_after
+        if settled_after is None or self.summary.steps + len(self.unread) < settled_after:
+            yield
             return
-        metrics: dict[str, float | int | None] = {
-            "train/loss": summary.loss,
-            "train/lr": lr,
-            "train/grad_norm": grad_norm,
-            "train/tokens_seen": self.progress.tokens_seen,
-            **{f"train/{name}": value for name, value in summary.router_losses.items()},
-            **summary.routing_metrics(),
-            **self.throughput.metrics(),
-            "throughput/data_wait_seconds": self.data_wait,
-            **{f"data/epochs/{name}": epochs for name, epochs in self.loader.epochs().items()},
-            **self.guard.metrics(),
-            **peak_memory(self.backend.device),
-        }
-        self.write_metrics(metrics)
-        self.display.update(self.progress.step, metrics)
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                yield
+        except RuntimeError as error:
+            if "fail_on_recompile" not in str(error):
+                raise
+            raise TrainingError(
+                f"step {self.progress.step + 1} needs a recompilation, and train.fail_on_recompile_after = "
+                f"{settled_after}: {error}\nRaise the number if shapes change on purpose (train.ramp, warm-ups)"
+            ) from error
 
-    def write_metrics(self, metrics: Metrics) -> None:
-        """Keep figures of the steps done so far. Collective."""
-
-        def write() -> None:
-            try:
-                self.sink.log(self.progress.step, metrics)
-            except OSError as error:
-                raise TrainingError(
-                    f"can't write the metrics of step {self.progress.step}: {error}; make room under run.dir "
-                    "and go on from the last checkpoint"
-                ) from error
-
-        run_on_all_ranks(write, self.backend.device)
-
-    def save(self, *, finish: bool = True) -> None:
-        """Write a checkpoint. With `checkpoint.asynchronous`, training goes on meanwhile unless told to `finish` it."""
+    def save(self, *, finish: bool) -> None:
+        """Write a checkpoint. With `checkpoint.asynchronous`, only start to, unless told to `finish` it."""
         self.watchdog.beat("saving")
+        self.read_figures()  # no checkpoint of a step that turns out to have failed
         with self.throughput.excluded():
             self.report_saved(self.checkpoints.wait())
             path = self.checkpoints.save(self.progress)
             if finish:
                 path = path or self.checkpoints.wait()
+        self.saved_step = self.progress.step
         self.report_saved(path)
 
     def report_saved(self, path: Path | None) -> None:
@@ -266,8 +387,9 @@ class Trainer:
             self.display.message(f"step {self.progress.step}: saved {path}")
 
     def evaluate(self) -> None:
-        """Losses on the validation sets. Given up if the ranks agree to stop meanwhile: the next launch does it."""
+        """Compute and write validation losses. Abandoned if the ranks agree to stop; the next launch does it then."""
         step = self.progress.step
+        self.read_figures()
         with self.throughput.excluded():
             try:
                 losses = validation_losses(
@@ -278,8 +400,9 @@ class Trainer:
                 return
             for line in losses.lines():
                 self.display.message(f"step {step}: {line}")
-            self.write_metrics(losses.metrics())
+            self.write_metrics(step, losses.metrics())
             self.checkpoints.record_loss(step, losses.mean)
+        self.summary.validation = losses
         self.evaluated_step = step
 
     def stop_between_batches(self) -> None:
@@ -287,6 +410,23 @@ class Trainer:
         self.watchdog.beat(f"evaluating after step {self.progress.step}")
         if self.stop.agreed():
             raise Stopped
+
+    def finish(self) -> None:
+        """Save the last step unless that is done, wait until all is written, and sum the launch up. Collective."""
+        self.read_figures()
+        if self.saved_step != self.progress.step:
+            self.save(finish=True)
+        self.report_saved(self.checkpoints.wait())
+        run_on_all_ranks(self.check_written)  # no further vote will tell
+        if self.stopping:
+            self.announce(f"stopped on request after step {self.progress.step}: rerun the same command to resume")
+        else:
+            self.announce(self.summary.describe(self.progress, self.checkpoints.manager.directory))
+
+    def check_written(self) -> None:
+        """Raises TrainingError if metrics couldn't be written here."""
+        if self.unwritten is not None:
+            raise self.unwritten
 
     def announce(self, text: str) -> None:
         """Print a line, once, even where progress isn't shown."""
@@ -297,10 +437,15 @@ class Trainer:
 
     @contextmanager
     def closed_at_the_end(self) -> Iterator[None]:
-        """End the thread that reads ahead and write out the metrics, without hiding the error that led here."""
+        """End the thread that reads ahead and write the last metrics, without hiding the error that led here."""
         try:
             yield
         finally:
+            # After an error the ranks may be in different places, so nothing here is collective.
+            with suppress(RuntimeError):  # a device that failed has no figures any more
+                while self.unread:
+                    step = self.unread.popleft()
+                    self.log_step(step, step.figures.wait())
             self.loader.close()
             self.checkpoints.close()
             try:

@@ -108,7 +108,7 @@ def test_missing_key_of_a_source(case: Case, capsys: pytest.CaptureFixture) -> N
 def test_depth_not_divisible_by_the_recursions(case: Case, capsys: pytest.CaptureFixture) -> None:
     message = case.refused(capsys, "model.num_layers=7")
     assert "model.num_layers = 7" in message
-    assert "take num_layers 5 or 8" in message
+    assert "use num_layers 5 or 8" in message
     assert case.nothing_was_written()
 
 
@@ -225,7 +225,7 @@ def test_full_disk(case: Case, capsys: pytest.CaptureFixture) -> None:
 
 def launch_here(arguments: list[str]) -> tuple[Any, str]:
     """Exit status and stderr of this rank."""
-    pretrain.SPEAKER_SECONDS = 0.0
+    pretrain.SECONDS_BEFORE_SILENT_EXIT = 0.0
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         try:
@@ -244,7 +244,7 @@ def launch_here(arguments: list[str]) -> tuple[Any, str]:
         ("model.num_layers=7", "model.num_layers = 7"),
         ("data.train=[nowhere]", "nowhere.idx"),
         ("model.vocab_size=100", "holds token id"),
-        ("parallel.backend=single", "parallel.backend = single in a launch of 2 processes"),
+        ("parallel.backend=single", "parallel.backend = single with 2 processes"),
     ],
 )
 def test_two_ranks_speak_with_one_voice(case: Case, override: str, said: str) -> None:

@@ -1,8 +1,8 @@
-"""Every setting does something: each field of the schema is read by code other than its loading and validation.
+"""Every setting does something and is documented.
 
-The check goes by name. A field counts as read in a file that reads an attribute of its name and also names its section
-(`optim`) or its class (`OptimConfig`). Two fields of one name in such a file can therefore vouch for each other; what a
-field *does* is for the tests of the room that reads it.
+A setting does something if code other than its loading and validation reads it. The check goes by name: a field counts
+as read in a file that reads an attribute of its name and also mentions its section (`optim`) or class (`OptimConfig`).
+So it can miss an unused field if another one of the same name is used; what a field does is tested by its room.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megamor.config import Config, RampConfig, SourceConfig
+from megamor.config import Config, RampConfig, SourceConfig, reference
 
 ROOT = Path(__file__).parents[2]
 NESTED: dict[str, list[Any]] = {"data": [SourceConfig], "train": [RampConfig]}
-NOT_READERS = {"schema.py", "load.py", "convert.py", "validate.py", "__init__.py"}
+NOT_READERS = {"schema.py", "routers.py", "load.py", "convert.py", "validate.py", "reference.py", "__init__.py"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,15 @@ def readers() -> list[Names]:
 def test_every_setting_is_read(readers: list[Names]) -> None:
     unread = [f"{s}.{name} ({owner.__name__})" for s, owner, name in settings() if not is_read(s, owner, name, readers)]
     assert not unread, "these settings change nothing: " + ", ".join(unread)
+
+
+def test_every_setting_is_documented() -> None:
+    undocumented = [f"{s}.{name}" for s, owner, name in settings() if name not in reference.documentation(owner)]
+    assert not undocumented, "put a string below these fields: " + ", ".join(undocumented)
+
+
+def test_the_reference_is_current() -> None:
+    assert reference.PAGE.read_text() == reference.page(), "run python -m megamor.config.reference --write"
 
 
 @pytest.mark.parametrize(

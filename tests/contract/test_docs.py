@@ -29,7 +29,7 @@ def test_router_keys(config: type) -> None:
 
 
 def test_metrics() -> None:
-    summary = StepSummary(1.0, 1, {}, {}, [0.0, 1.0, 1.0], [], {})
+    summary = StepSummary(1.0, 1, {}, {}, [0.0, 1.0, 1.0], [])
     names = {*summary.routing_metrics(), *Throughput(peak_flops=None, world_size=1).metrics()}
     names |= peak_memory(torch.device("cpu")).keys()
     documented = text("training.md")

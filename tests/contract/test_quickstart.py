@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def quickstart(root: Path) -> str:
-    command = [sys.executable, "-m", "megamor.cli.quickstart", "--short", "--root", str(root)]
+    command = [sys.executable, "-m", "megamor", "quickstart", "--short", "--root", str(root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -30,7 +30,10 @@ def test_quickstart_runs_and_runs_again(tmp_path: Path) -> None:
     assert {"loss_topk", "loss_causal"} <= report["network"].keys()
     assert report["floors"]["trigram"] <= report["floors"]["bigram"] < report["floors"]["unigram"]
     assert report["network"]["loss_causal"] < 8.31  # ln 4096: it has learned something
-    assert (root / "depth.png").stat().st_size > 10_000
+    assert 0.3 < report["savings"]["flops_ratio"] <= 1
+    assert report["savings"]["time_ratio"] > 0
+    assert "of the same model at full depth" in " ".join(first.split())
+    assert (root / "depth.svg").stat().st_size > 10_000
     steps = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps if "train/loss" in step] == list(range(1, 9))
 

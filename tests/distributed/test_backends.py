@@ -139,25 +139,6 @@ def test_ddp_resumes_bitwise_on_three_ranks(tmp_path: Path) -> None:
     assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
 
 
-def test_any_backend_reads_what_any_wrote(tmp_path: Path) -> None:
-    """Written by one, read and written again by the next at another world size: the bits stay."""
-    run(tiny("fsdp2"), run_and_save, tmp_path / "first", tmp_path / "unused")
-    written = digest(stored_tensors(tmp_path / "first"))
-    source = "first"
-    for backend, world_size in (("single", 1), ("ddp", 2), ("fsdp2", 3), ("ddp", 1), ("fsdp2", 1)):
-        target = f"{backend}{world_size}"
-        run_ranks(_copy, tiny(backend), tmp_path / source, tmp_path / target, world_size=world_size)
-        assert digest(stored_tensors(tmp_path / target)) == written
-        source = target
-
-
-def _copy(config: Config, source: Path, target: Path) -> None:
-    backend = start(config)
-    backend.load(source)
-    target.mkdir(exist_ok=True)
-    backend.save(target)
-
-
 @pytest.mark.promise("R9", "R10", backend="fsdp2")
 def test_state_holds_each_unique_parameter_once(tmp_path: Path) -> None:
     config = tiny("fsdp2")
@@ -192,10 +173,14 @@ def test_another_model_is_refused_before_anything_is_read(tmp_path: Path) -> Non
     wider = tiny("single")
     wider = replace(wider, model=replace(wider.model, ffn_dim=96))
     vanilla = replace(tiny("single", router=FIXED_DEPTH), recursion=RecursionConfig())
-    for config, named in ((wider, "shape"), (vanilla, "prelude.1"), (tiny("single", router=FIXED_DEPTH), "router")):
+    for config, named in (
+        (wider, "instead of"),
+        (vanilla, "prelude.1"),
+        (tiny("single", router=FIXED_DEPTH), "router"),
+    ):
         with pytest.raises(RankFailed, match=rf"CheckpointError: .*{named}"):
             run(config, _load_and_train, tmp_path)
-    with pytest.raises(RankFailed, match=r"CheckpointError: .*\.metadata is missing"):
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*no readable state"):
         run(tiny("single"), _load_and_train, tmp_path / "nowhere")
 
 

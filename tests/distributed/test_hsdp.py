@@ -85,7 +85,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     checked("fsdp2", 3)
     checked("auto", 1)
     for backend, world_size in (("fsdp2", 4), ("fsdp2", 1), ("auto", 2)):
-        with pytest.raises(ConfigError, match=r"shard_degree = 3 doesn't divide a launch"):
+        with pytest.raises(ConfigError, match=r"shard_degree = 3 doesn't divide"):
             checked(backend, world_size)
-    with pytest.raises(ConfigError, match=r"shard_degree = 3 is for fsdp2, and parallel.backend is ddp"):
+    with pytest.raises(ConfigError, match=r"shard_degree = 3 needs fsdp2, but parallel.backend = ddp"):
         checked("ddp", 3)

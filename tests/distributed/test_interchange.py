@@ -9,7 +9,8 @@ import torch
 
 from megamor.config import Config
 from megamor.parallel import zero
-from megamor.parallel.slices import Slices, boxes_of_range, copied_to_host
+from megamor.parallel.slices import Slices, boxes_of_range
+from megamor.parallel.state import StateCopy
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import LOSS_FREE, digest, preload_deepspeed, run_and_save, save, start, stored_tensors, tiny
 
@@ -27,6 +28,8 @@ CHAIN = [
     ("zero 1 in bf16", tiny("deepspeed", router=LOSS_FREE, zero_stage=1, precision="bf16"), 2),
     ("zero 3 in bf16", tiny("deepspeed", router=LOSS_FREE, zero_stage=3, precision="bf16"), 2),
     ("fsdp2 in bf16", tiny("fsdp2", router=LOSS_FREE, precision="bf16"), 2),
+    ("ddp on one", tiny("ddp", router=LOSS_FREE), 1),
+    ("fsdp2 on one", tiny("fsdp2", router=LOSS_FREE), 1),
 ]
 
 
@@ -44,6 +47,7 @@ def copy(config: Config, source: Path, target: Path, aside: bool) -> None:
     state.write(target, None)
 
 
+@pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"))
 @pytest.mark.parametrize("origin", ["fsdp2", pytest.param("zero 2", marks=pytest.mark.slow)])
 def test_state_passes_through_every_backend_unchanged(
     origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +88,7 @@ def test_a_copy_takes_each_replicated_tensor_once_and_keeps_its_values() -> None
     tensors = {"a": torch.ones(8), "b": torch.ones(5), "c": torch.ones(4)}
     boxes = [((1, 0), torch.ones(2, 3))]
     tensors["d"] = Slices((4, 3), torch.float32, boxes)
-    copies = [copied_to_host(tensors, rank, 2) for rank in range(2)]
+    copies = [StateCopy.of(tensors, rank, 2).tensors for rank in range(2)]
     assert [sorted(copy) for copy in copies] == [["a", "d"], ["b", "c", "d"]]
     for tensor in (*list(tensors.values())[:3], boxes[0][1]):
         tensor.zero_()

@@ -112,7 +112,7 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
     first, second = fit_to_failure(config, spoil=spoiled_loss(3, 4, 5), on_rank=1)
     assert first == second
     assert "so were those of the 2 steps before" in first
-    assert "the gradient norm of step 5 is nan" in first
+    assert "the gradient norm of step 6 is nan" in first
 
 
 def test_without_the_setting_the_first_one_ends_the_run() -> None:

@@ -138,15 +138,14 @@ def signal_after(step: int, number: signal.Signals) -> Spoil:
     """The rank gets a signal in the middle of the step after `step`."""
 
     def spoil(trainer: Trainer) -> None:
-        next_step = trainer.loader.next_step
+        update = trainer.backend.step
 
-        def interrupted() -> Any:
-            batches = next_step()
+        def interrupted(max_grad_norm: float) -> Tensor:
             if trainer.progress.step == step:
                 os.kill(os.getpid(), number)
-            return batches
+            return update(max_grad_norm)
 
-        trainer.loader.next_step = interrupted  # type: ignore[method-assign]
+        trainer.backend.step = interrupted  # type: ignore[method-assign]
 
     return spoil
 

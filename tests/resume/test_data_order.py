@@ -80,7 +80,7 @@ def test_a_run_ends_where_its_data_does_if_asked(tmp_path: Path, capfd: pytest.C
     stop = named(replace(base, data=replace(base.data, on_exhausted="stop")), "stop", micro_batch_size=160)
     assert fit(stop, world_size=1) == [True]
     printed = capfd.readouterr().out
-    assert "warning: the run ends early, after step 3, because train is used up then" in printed
+    assert "warning: the run ends early, after step 3, because train is used up" in printed
     assert [record["step"] for record in trace(stop).steps] == [1, 2, 3]
     assert checkpoint_names(stop) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
     assert fit(stop, world_size=1) == [True]

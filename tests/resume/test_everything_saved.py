@@ -23,6 +23,8 @@ from tests.resume.runs import LOSS_FREE, tiny_run, until
 FORGOTTEN = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
+    ("Trainer", "saved_step"): "the restored step, at a restart",
+    ("LaunchSummary", "*"): "sums over this launch",
     ("CheckpointManager", "last_saved_step"): "for whoever asks this launch",
     ("Throughput", "*"): "speed of this launch",
     ("TrainingDisplay", "*"): "display",
@@ -107,9 +109,9 @@ def unsaved(config: Config, stray: str) -> set[tuple[str, str]]:
         memory = Stray()
         log_step = trainer.log_step
 
-        def log_and_remember(shape: Any, summary: Any, *rest: Any) -> None:
+        def log_and_remember(step: Any, summary: Any) -> None:
             memory.losses.append(summary.loss)
-            log_step(shape, summary, *rest)
+            log_step(step, summary)
 
         trainer.log_step = log_and_remember  # type: ignore[method-assign]
         trainer.memory = memory  # type: ignore[attr-defined]

@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from megamor.config.validate import validate
-from megamor.data import MicroBatch
 from megamor.errors import ConfigError
 from megamor.train import Trainer
-from megamor.train.recompiles import compiled_graphs
 from tests.distributed.harness import RankFailed
 from tests.resume.runs import directory_of, fit, named, tiny_run
 
@@ -39,10 +37,10 @@ def forget_graphs(trainer: Trainer) -> None:
     """As if a shape were new in one step."""
     train_step = trainer.train_step
 
-    def step(batches: list[MicroBatch]) -> Any:
+    def step(batch: Any) -> Any:
         if trainer.progress.step == FORGETS_AT:
             torch._dynamo.reset()
-        return train_step(batches)
+        return train_step(batch)
 
     trainer.train_step = step  # type: ignore[method-assign]
 
@@ -53,7 +51,7 @@ def test_a_recompilation_on_one_rank_ends_the_run_when_asked(tmp_path: Path) -> 
     late = named(base, "late", fail_on_recompile_after=FORGETS_AT + 1)
     assert fit(late, spoil=forget_graphs, on_rank=1) == [True, True]
     strict = named(base, "strict", fail_on_recompile_after=2)
-    with pytest.raises(RankFailed, match=rf"TrainingError: (.|\n)*step {FORGETS_AT + 1} compiled \d+ graphs"):
+    with pytest.raises(RankFailed, match=rf"TrainingError: step {FORGETS_AT + 1} needs a recompilation"):
         fit(strict, spoil=forget_graphs, on_rank=1)
     assert not list((directory_of(strict) / "checkpoints").glob("step_*"))
 
@@ -62,14 +60,6 @@ def test_a_recompilation_on_one_rank_ends_the_run_when_asked(tmp_path: Path) -> 
 def test_evaluation_may_compile(tmp_path: Path) -> None:
     base = tiny_run(tmp_path, compile=True, fail_on_recompile_after=2, eval_every=4)
     assert fit(base, world_size=1) == [True]
-
-
-def test_graphs_are_counted() -> None:
-    before = compiled_graphs()
-    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
-    for length, new in ((2, 1), (2, 1), (3, 2)):
-        double(torch.zeros(length))
-        assert compiled_graphs() - before == new
 
 
 def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:

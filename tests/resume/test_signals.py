@@ -115,12 +115,12 @@ MOMENTS: dict[str, tuple[Spoil, int, int]] = {
         f"step {step + 1} on rank {rank}": (signal_after(step, signal.SIGUSR1), rank, step + 1)
         for step, rank in ((Random(7).randrange(0, 7), 0), (Random(8).randrange(0, 7), 1))
     },
-    "data loading": (raised_within("loader", "next_step", 3), 1, 3),
-    "a periodic save": (raised_within("checkpoints.backend", "save", 1), 1, 4),
-    "a periodic save's publishing": (raised_within("checkpoints.manager", "_expire", 1), 0, 4),
+    "data loading": (raised_within("loader", "next_step", 3), 1, 2),
+    "a periodic save": (raised_within("checkpoints.backend", "save", 1), 1, 3),
+    "a periodic save's publishing": (raised_within("checkpoints.manager", "_expire", 1), 0, 3),
     "the evaluation after step 4": (raised_within("", "stop_between_batches", 3), 1, 4),
     "the backward pass": (raised_within("backend", "backward", 5), 1, 3),
-    "the metrics": (raised_within("sink", "log", 2), 0, 2),
+    "the metrics": (raised_within("sink", "log", 2), 0, 3),
 }
 
 
@@ -140,6 +140,6 @@ def test_a_signal_while_a_checkpoint_is_written_in_the_background(base: Config, 
     asynchronous = replace(base.checkpoint, every_steps=3, asynchronous=True)
     config = replace(named(base, "in the background"), checkpoint=asynchronous)
     assert fit(config, spoil=raised_within("checkpoints.background", "start", 1), on_rank=1) == [False, False]
-    assert checkpoint_names(config) == ["latest", "step_00000003", "step_00000004"]
+    assert checkpoint_names(config) == ["latest", "step_00000003"]
     assert fit(config) == [True, True]
     assert_same_run(straight, trace(config))

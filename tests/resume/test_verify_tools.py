@@ -104,7 +104,7 @@ def test_state_of_another_model_is_found_though_every_file_is_whole(
 
 def test_state_is_read_in_batches(checkpoint: Path) -> None:
     whole = stored_tensors(checkpoint)
-    in_parts = dict(iterate_state(checkpoint, at_once_bytes=1000))
+    in_parts = dict(iterate_state(checkpoint, batch_bytes=1000))
     assert in_parts.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in in_parts.items())
 

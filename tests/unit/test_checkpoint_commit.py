@@ -16,8 +16,8 @@ import pytest
 
 from megamor.checkpoint import CheckpointManager, TrainerState, open_checkpoint, verify
 from megamor.checkpoint.layout import LATEST, published_steps, step_name
-from megamor.checkpoint.manifest import share_files
-from megamor.errors import CheckpointError, ConfigError
+from megamor.checkpoint.manifest import assign_files
+from megamor.errors import CheckpointError
 
 
 def content(step: int) -> bytes:
@@ -166,11 +166,6 @@ def test_saving_the_same_step_replaces_it(manager: CheckpointManager) -> None:
     verify(path)
 
 
-def test_keep_last_below_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="keep_last is 0"):
-        CheckpointManager(tmp_path, keep_last=0)
-
-
 def test_unusable_directory_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"preparing .*file/checkpoints failed on rank 0: NotADirectoryError"):
@@ -193,13 +188,13 @@ def test_full_disk_leaves_nothing_half_written(manager: CheckpointManager) -> No
     save(manager, 20)
 
 
-@pytest.mark.parametrize("function", ["write_durably", "sync_tree", "point"])
+@pytest.mark.parametrize("function", ["manager.write_durably", "manager.sync_tree", "commit.point"])
 def test_failing_to_publish_keeps_the_old_one(
     manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     good = save(manager, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(f"megamor.checkpoint.commit.{function}", lambda *args: no_space())
+        patch.setattr(f"megamor.checkpoint.{function}", lambda *args: no_space())
         with pytest.raises(CheckpointError, match="No space left on device"):
             save(manager, 20)
     assert manager.latest_valid() == good
@@ -343,12 +338,12 @@ def test_file_size_limit_in_a_real_process(tmp_path: Path) -> None:
     verify(tmp_path / LATEST)
 
 
-def test_files_are_shared_among_ranks_by_size() -> None:
+def test_files_are_divided_among_ranks_by_size() -> None:
     sizes = {"a": 8, "b": 5, "c": 4, "d": 1}
-    shares = share_files(sizes, dict.fromkeys(sizes, range(2)))
-    assert [sum(sizes[name] for name in share) for share in shares] == [9, 9]
-    only_second = share_files(sizes, dict.fromkeys(sizes, range(1, 2)))
-    assert [sorted(share) for share in only_second] == [[], ["a", "b", "c", "d"]]
+    assigned = assign_files(sizes, dict.fromkeys(sizes, range(2)))
+    assert [sum(sizes[name] for name in files) for files in assigned] == [9, 9]
+    only_second = assign_files(sizes, dict.fromkeys(sizes, range(1, 2)))
+    assert [sorted(files) for files in only_second] == [[], ["a", "b", "c", "d"]]
 
 
 class TestOpening:

@@ -10,7 +10,7 @@ import pytest
 from megamor.checkpoint import CheckpointManager, manager, verify
 from megamor.checkpoint.layout import BEST, LATEST, published_steps, step_name
 from megamor.checkpoint.retention import Retention, read_losses
-from megamor.errors import CheckpointError, ConfigError
+from megamor.errors import CheckpointError
 
 
 def save(manager: CheckpointManager, step: int) -> Path:
@@ -99,8 +99,3 @@ def test_a_step_that_latest_names_and_that_is_gone_is_not_a_fresh_start(
     (tmp_path / LATEST).symlink_to(step_name(5))
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         CheckpointManager(tmp_path, keep_last=1).latest_valid()
-
-
-def test_bad_settings(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="keep_last is 0"):
-        CheckpointManager(tmp_path, keep_last=0, keep_every=2)

@@ -27,6 +27,8 @@ from megamor.checkpoint import (
 )
 from megamor.checkpoint.layout import latest_step, parse_step, step_name
 from megamor.errors import CheckpointError
+from megamor.routing import draws_random
+from tests.combinations import ROUTERS
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
@@ -68,7 +70,7 @@ def test_another_model_is_refused_with_the_differences(checkpoint: Path) -> None
         check_same_model(checkpoint, stored, expected)
     message = str(caught.value)
     assert "embed.weight is (7, 3) instead of (9, 3)" in message
-    assert "head.weight (2, 2) is not in it" in message
+    assert "it lacks head.weight (2, 2)" in message
     assert "router.bias (4,) is not in the model" in message
     assert "norm.weight" not in message
 
@@ -87,7 +89,7 @@ def test_unreadable_state_is_one_error(tmp_path: Path, checkpoint: Path) -> None
 
 def test_state_without_a_model(tmp_path: Path) -> None:
     write_state(tmp_path, {"other": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match="has no weights"):
         load_weights(tmp_path)
 
 
@@ -114,13 +116,22 @@ def test_other_world_size_reseeds_by_seed_step_and_rank(tmp_path: Path, caplog: 
         for rank in range(3):
             assert not restore_rng(tmp_path, rank=rank, world_size=3, seed=1, step=7)
             drawn.append(draw())
-    assert "they are of 2 ranks, not 3" in caplog.text
-    assert "there is none for rank 2" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "random states set anew from seed 1 and step 7: saved by 2 ranks, now 3"
+    ]
     assert len(set(drawn)) == 3
     reseed(1, 7, 2)
     assert draw() == drawn[2]
     reseed(1, 8, 2)
     assert draw() != drawn[2]
+
+
+def test_no_warning_when_nothing_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rng(tmp_path, rng_states(2), rank=0)
+    assert not restore_rng(tmp_path, rank=0, world_size=3, seed=1, step=7, draws_random=False)
+    assert caplog.records == []
+    drawing = {kind for kind, config in ROUTERS.items() if draws_random(config)}
+    assert drawing == {"skip_forward_recurse", "custom"}
 
 
 def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:

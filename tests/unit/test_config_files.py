@@ -22,7 +22,7 @@ TABLE = {
     "135m": ("106", 30), "135m_2": ("57", 30), "135m_3": ("42", 32), "135m_4": ("31.9", 30),
     "360m": ("315", 32), "360m_2": ("167", 32), "360m_3": ("118", 32), "360m_4": ("98", 34),
     "730m": ("654", 26), "730m_2": ("352", 26), "730m_3": ("252", 26), "730m_4": ("201", 26),
-    "1b": ("1610", 24), "1b_2": ("870", 24), "1b_3": ("670", 26), "1b_4": ("540", 26),
+    "1.7b": ("1610", 24), "1.7b_2": ("870", 24), "1.7b_3": ("670", 26), "1.7b_4": ("540", 26),
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_a_model_has_the_size_of_the_table(path: Path, tmp_path: Path) -> None:
     millions, num_layers = TABLE[f"{size}_{recursions}" if variant else size]
     config = load_overlay(path, tmp_path)
     derived = derive(config, world_size=1)
-    step = {"31.9": 0.1}.get(millions, 10 if size == "1b" else 1)
+    step = {"31.9": 0.1}.get(millions, 10 if size == "1.7b" else 1)
     assert round(derived.unique_parameters / 1e6 / step) == round(float(millions) / step)
     assert (config.model.num_layers, config.recursion.num_recursions) == (num_layers, recursions)
     assert config.recursion.sharing == ("middle_cycle" if variant else "none")

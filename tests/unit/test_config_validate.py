@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 
 from megamor.config import Config, config_from_dict
-from megamor.config import validate as rules
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
 
@@ -62,37 +60,28 @@ def test_the_edge_of_what_is_allowed(sections: dict[str, Any]) -> None:
     ("sections", "message"),
     [
         ({"model": {"dim": 575}}, "model.dim = 575 can't be split into model.num_heads = 9 heads of even width"),
-        ({"model": {"dim": 576 + 9}}, "take dim 576 or 594"),
-        ({"model": {"num_kv_heads": 2}}, "by model.num_kv_heads = 2: take num_kv_heads 1 or 3 or 9"),
+        ({"model": {"dim": 576 + 9}}, "use dim 576 or 594"),
+        ({"model": {"num_kv_heads": 2}}, "by model.num_kv_heads = 2: use num_kv_heads 1 or 3 or 9"),
         ({"data": {"seq_len": 2049}}, "data.seq_len = 2049 is longer than model.max_seq_len = 2048"),
         ({"recursion": {"sharing": "none"}}, "num_recursions = 3 with recursion.sharing = none: choose a sharing"),
         ({"recursion": {"num_recursions": 1}, "router": {}}, "set sharing: none"),
-        ({"model": {"num_layers": 33}}, "isn't a multiple of recursion.num_recursions = 3; take num_layers 32 or 35"),
-        ({"model": {"num_layers": 4}}, "= 2 isn't a multiple of recursion.num_recursions = 3; take num_layers 5"),
-        ({"model": {"num_layers": 2}}, "take num_layers 5"),
-        ({"model": {"num_layers": 1}}, "take num_layers 5"),
+        ({"model": {"num_layers": 33}}, "isn't a multiple of recursion.num_recursions = 3; use num_layers 32 or 35"),
+        ({"model": {"num_layers": 4}}, "= 2 isn't a multiple of recursion.num_recursions = 3; use num_layers 5"),
+        ({"model": {"num_layers": 2}}, "use num_layers 5"),
+        ({"model": {"num_layers": 1}}, "use num_layers 5"),
         ({"recursion": {"sharing": "cycle"}}, "model.num_layers = 32 isn't a multiple"),
-        ({"recursion": {"sharing": "sequence"}}, "take num_layers 30 or 33"),
+        ({"recursion": {"sharing": "sequence"}}, "use num_layers 30 or 33"),
         ({"router": {"kind": "fixed", "depth": 4}}, "router.depth = 4 is more than recursion.num_recursions = 3"),
-        ({"router": {"kind": "fixed", "depth": 0}}, "router.depth = 0: give a positive number"),
         ({"router": {"kind": "expert_choice", "capacity": [1, 0.5]}}, "has 2 entries for recursion.num_recursions = 3"),
-        ({"router": {"kind": "expert_choice", "capacity": [1, 0.5, 0]}}, "above 0 and at most 1"),
-        ({"router": {"kind": "expert_choice", "capacity": [1.5, 1, 1]}}, "above 0 and at most 1"),
-        ({"router": {"kind": "expert_choice", "capacity": [0.5, 0.6, 0.1]}}, "give shares that never rise"),
+        ({"router": {"kind": "expert_choice", "capacity": [0.5, 0.6, 0.1]}}, "give fractions that never rise"),
         ({"router": {"kind": "expert_choice", "capacity_warmup_steps": 1001}}, "capacity_warmup_steps = 1001"),
         ({"router": {"kind": "token_choice", "balance_warmup_steps": 1001}}, "balance_warmup_steps = 1001"),
         ({"train": {"max_tokens": 5}}, "found both (1000 and 5); give exactly one"),
         ({"train": {"max_steps": None}}, "found neither; give exactly one"),
         ({"train": {"stop_at_step": 1001}}, "train.stop_at_step = 1001 is after the run's last step 1000"),
-        ({"train": {"micro_batch_size": 3}}, "by train.micro_batch_size = 3: take global_batch_size 1023 or 1026"),
+        ({"train": {"micro_batch_size": 3}}, "by train.micro_batch_size = 3: use global_batch_size 1023 or 1026"),
         ({"optim": {"warmup_steps": 801}}, "optim.warmup_steps = 801 and a decay of 200 steps"),
         ({"optim": {"warmup_steps": 1001, "schedule": "cosine"}}, "optim.warmup_steps = 1001 is more than the run's"),
-        ({"optim": {"beta2": 1.0}}, "optim.beta2 = 1.0: give a number from 0 to just below 1"),
-        ({"optim": {"decay_fraction": 1.1}}, "optim.decay_fraction = 1.1: give a number from 0 to 1"),
-        ({"optim": {"lr": float("nan")}}, "optim.lr = nan: give a positive number"),
-        ({"optim": {"lr": float("inf")}}, "optim.lr = inf: give a positive number"),
-        ({"optim": {"weight_decay": -0.1}}, "optim.weight_decay = -0.1: give zero or a positive number"),
-        ({"data": {"train": [{"prefix": "a", "weight": 0}]}}, "data.train[0].weight = 0.0 (a)"),
         ({"data": {"validation": {"a/b": "c"}}}, "'a/b'"),
         ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
         ({"run": {"name": ".."}}, "run.name = '..'"),
@@ -117,47 +106,24 @@ def test_the_world_divides_the_batch() -> None:
     validate(config)
     validate(config, world_size=8)
     (line,) = violations(config, world_size=3)
-    assert "= 32 isn't divisible by train.micro_batch_size = 4 x 3 processes: take global_batch_size 24 or 36" in line
+    assert "= 32 isn't divisible by train.micro_batch_size = 4 x 3 processes: use global_batch_size 24 or 36" in line
 
 
 def test_one_process_for_the_single_backend() -> None:
     config = changed(parallel={"backend": "single"})
     validate(config, world_size=1)
     (line,) = violations(config, world_size=2)
-    assert "parallel.backend = single in a launch of 2 processes" in line
+    assert "parallel.backend = single with 2 processes" in line
 
 
 def test_all_violations_are_reported_at_once() -> None:
     config = changed(
         model={"num_layers": 33, "num_kv_heads": 2},
         router={"kind": "expert_choice", "capacity": [1]},
-        optim={"lr": -1, "beta1": 2},
         train={"max_tokens": 1, "micro_batch_size": 3},
         run={"name": "/"},
     )
-    assert len(violations(config)) == 8
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"model": {"num_heads": 0}},
-        {"model": {"num_kv_heads": 0}},
-        {"recursion": {"num_recursions": 0}},
-        {"train": {"micro_batch_size": 0}},
-        {"train": {"max_steps": None, "max_tokens": 5, "global_batch_size": 0}},
-        {"data": {"seq_len": 0}, "train": {"max_steps": None, "max_tokens": 5}},
-    ],
-)
-def test_a_zero_is_reported_and_not_divided_by(sections: dict[str, Any]) -> None:
-    assert all(": give a positive number" in line for line in violations(changed(**sections), world_size=2))
-
-
-def test_bounds_name_fields_that_exist() -> None:
-    hints = get_type_hints(Config)
-    owners = {name: [hint] if is_dataclass(hint) else get_args(hint) for name, hint in hints.items()}
-    known = {f"{name}.{item.name}" for name, members in owners.items() for member in members for item in fields(member)}
-    assert known >= rules.NON_NEGATIVE | rules.FRACTIONS | rules.BELOW_ONE
+    assert len(violations(config)) == 6
 
 
 @pytest.mark.parametrize(
@@ -167,21 +133,24 @@ def test_bounds_name_fields_that_exist() -> None:
             {"train": {"ramp": [{"until_step": 5, "global_batch_size": 24}]}},
             "train.ramp[0]: train.global_batch_size = 24 isn't",
         ),
-        ({"train": {"ramp": [{"until_step": 5, "seq_len": 0}]}}, "train.ramp[0].seq_len = 0: give a positive number"),
         ({"train": {"ramp": [{"until_step": 5, "seq_len": 4096}]}}, "more than data.seq_len = 2048"),
         (
             {"train": {"ramp": [{"until_step": 5}, {"until_step": 5}]}},
             "train.ramp[1].until_step = 5 isn't after step 5",
         ),
-        ({"train": {"ramp": [{"until_step": 1000}]}}, "train.ramp ends at step 1000 and the run after 1000 steps"),
-        ({"data": {"train": [{"prefix": "x", "tokens": 0}]}}, "data.train[0].tokens = 0.0 (x): give a positive number"),
-        ({"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}}, "tokens = 5.0 (x) beside weight = 2.0"),
-        ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens and others have"),
+        (
+            {"train": {"ramp": [{"until_step": 1000}]}},
+            "ramp ends at step 1000, but the run ends after 1000",
+        ),
+        (
+            {"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}},
+            "(x) has tokens = 5.0 and weight = 2.0",
+        ),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens, but others do"),
         (
             {"data": {"train": [{"prefix": "x", "tokens": 5}], "blend_temperature": 2.0}},
-            "data.blend_temperature = 2.0 beside budgets",
+            "data.blend_temperature = 2.0 can't be combined with token budgets",
         ),
-        ({"data": {"chunk_len": 0}}, "data.chunk_len = 0: give a positive number"),
     ],
 )
 def test_data_and_ramps(sections: dict[str, Any], says: str) -> None:

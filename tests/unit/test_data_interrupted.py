@@ -38,7 +38,7 @@ OPTIONS = ["--append-eod", "--split", "0.9,0.1", "--deduplicate", "--min-length"
 SMALL_STEPS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from megamor.data import preprocess, text
+from megamor.corpus import preprocess, text
 from megamor.cli.preprocess import main
 text.CHUNK_BYTES, preprocess.JOURNAL_SECONDS = 4000, 0
 main()

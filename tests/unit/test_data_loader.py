@@ -26,8 +26,8 @@ from megamor.data import (
     ValidationSet,
     open_validation_sets,
 )
-from megamor.data.phases import SampleOrder
-from megamor.data.rows import Rows
+from megamor.data.dataset import BatchArrays
+from megamor.data.order import SampleOrder
 from megamor.errors import ConfigError, DataError
 
 VOCAB = 30_000
@@ -206,7 +206,7 @@ def test_prefetch_is_bounded_and_changes_nothing(
     asked: list[int] = []
     original = TrainingData.fill
 
-    def counted(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
+    def counted(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
         asked.append(first)
         original(self, rows, first, order)
 
@@ -233,7 +233,7 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
 def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingData.fill
 
-    def failing_first(self: TrainingData, rows: Rows, first: int, order: SampleOrder) -> None:
+    def failing_first(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
         if first == 0:
             raise DataError("disk gone")
         original(self, rows, first, order)
@@ -251,11 +251,6 @@ def test_vocabulary_bound_is_exact(tmp_path: Path) -> None:
     assert TrainingData.open(config, seed=0, vocab_size=SEQ_LEN + 1).samples(0, 1).labels.max() == SEQ_LEN
     with pytest.raises(DataError, match=f"token id {SEQ_LEN}, "):
         TrainingData.open(config, seed=0, vocab_size=SEQ_LEN).samples(0, 1)
-
-
-def test_uneven_batch_is_refused(data: TrainingData) -> None:
-    with pytest.raises(ConfigError, match=r"24 is not a multiple of 5 ranks x train\.micro_batch_size 1"):
-        loaders(data, 5, 1)
 
 
 def change(config: DataConfig, **fields: object) -> DataConfig:

@@ -63,7 +63,7 @@ def test_merged_is_what_one_run_would_write(
     """Empty shards and empty documents included; in pieces of a few items, so that every loop runs several times."""
     folder = tmp_path_factory.mktemp("merge")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "_PIECE_BYTES", 12)
+        patch.setattr(indexed, "_READ_BYTES", 12)
         patch.setattr(merge, "_ENTRIES", 2)
         for index, documents in enumerate(parts):
             source = [{"name": "all", "documents": len(documents), "tokens": sum(map(len, documents))}]

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamor.data.blend import MAX_PERIOD, Blend
-from megamor.data.order import shuffled_windows
-from megamor.data.phases import SampleOrder
+from megamor.data.order import SampleOrder, shuffled_windows
 from megamor.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import derive
 from megamor.corpus.writer import ShardWriter
 from megamor.data import ShardMeta, TokenShard, TrainingData, TrainingLoader, fingerprint
-from megamor.data.epochs import shares
+from megamor.data.dataset import source_weights
 from megamor.data.meta import meta_path
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
 from megamor.errors import ConfigError, DataError
@@ -176,7 +176,7 @@ def test_phases_of_steps_that_were_only_prefetched_are_not_saved(folder: Path) -
     loader.close()
 
 
-def test_a_run_goes_on_with_the_chunks_it_was_started_with(folder: Path) -> None:
+def test_a_run_resumes_with_the_chunks_it_was_started_with(folder: Path) -> None:
     data = opened(folder, "best_fit", {"c": 1})
     loader = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, CHUNK),)))
     loader.next_step()
@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_the_chunks_it_was_started_with(folder: Path) -> None
     resumed = TrainingLoader(longer, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),)))
     resumed.load_state_dict(state)
     assert resumed.state_dict()["data.chunk_len"] == CHUNK
-    assert any("chunks of 8 tokens: sequences of 16 are joined" in line for line in resumed.describe(10))
+    assert any("chunks of 8 tokens, so sequences of 16 are joined" in line for line in resumed.describe(10))
     said = TrainingData.open(replace(data.config, seq_len=16, chunk_len=16), seed=5, vocab_size=5000)
     with pytest.raises(ConfigError, match=r"data\.chunk_len 8, not 16"):
         TrainingLoader(said, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),))).load_state_dict(
@@ -246,12 +246,12 @@ def config_of(folder: Path, *sources: SourceConfig, **changes: object) -> DataCo
 
 def test_shares(folder: Path) -> None:
     budgets = config_of(folder, SourceConfig("a", tokens=3e9), SourceConfig("b", tokens=1e9))
-    assert shares(budgets, [10, 20]) == [3e9, 1e9]
+    assert source_weights(budgets, [10, 20]) == [3e9, 1e9]
     weights = (SourceConfig("a", 2.0), SourceConfig("b"))
-    assert shares(config_of(folder, *weights), [10, 1000]) == [2, 1]
-    assert shares(config_of(folder, *weights, blend_temperature=1.0), [10, 1000]) == pytest.approx([20, 1000])
-    assert shares(config_of(folder, *weights, blend_temperature=2.0), [100, 400]) == pytest.approx([20, 20])
-    even = shares(config_of(folder, *weights, blend_temperature=1e9), [10, 1000])
+    assert source_weights(config_of(folder, *weights), [10, 1000]) == [2, 1]
+    assert source_weights(config_of(folder, *weights, blend_temperature=1.0), [10, 1000]) == pytest.approx([20, 1000])
+    assert source_weights(config_of(folder, *weights, blend_temperature=2.0), [100, 400]) == pytest.approx([20, 20])
+    even = source_weights(config_of(folder, *weights, blend_temperature=1e9), [10, 1000])
     assert even == pytest.approx([2, 1], rel=1e-6)
 
 
@@ -292,7 +292,7 @@ def test_the_forecast_is_what_happens(
         name = data.names[use.key]
         assert use.epochs == loader.epochs()[name]
         assert use.repeats_in_step == repeats.get(name)
-    assert sum(use.share for use in forecast) == pytest.approx(1)
+    assert sum(use.fraction for use in forecast) == pytest.approx(1)
     loader.close()
 
 

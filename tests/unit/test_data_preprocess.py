@@ -345,6 +345,6 @@ def test_inspect_exits_with_an_error_for_damage(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for tool, example in ((preprocess, "--split 0.99,0.01"), (inspect_data, "inspect_data.py data/x_train")):
+    for tool, example in ((preprocess, "--split 0.99,0.01"), (inspect_data, "inspect-data data/x_train")):
         assert status(tool.main, ["--help"]) == 0
         assert example in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Gradients of shared weights under bf16: added up over the recursions in fp32 where asked for."""
+"""Gradients of shared weights under bf16 are summed over the recursions in fp32 if configured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megamor.model import Transformer, build_model
 from megamor.model import recursion as recursion_module
-from megamor.model.fan_out import _call
+from megamor.model.recursion import _call_with
 from tests.combinations import ROUTERS, SEQ_LEN, tiny_config, tokens
 
 RECURSIONS = 3
@@ -50,7 +50,10 @@ def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.Mo
                 of_blocks.append({n: w.detach().clone().requires_grad_() for n, w in block.named_parameters()})
             copies.append(of_blocks)
         return [
-            [lambda *args, b=block, w=weights: _call(b, w, *args) for block, weights in zip(blocks, own, strict=True)]
+            [
+                lambda *args, b=block, w=weights: _call_with(b, w, *args)
+                for block, weights in zip(blocks, own, strict=True)
+            ]
             for own in copies
         ]
 
@@ -69,13 +72,13 @@ def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("policy", ["none", "recursion", "block", "selective"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 def test_recursions_are_added_in_fp32(autocast: bool, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit for weights in bf16, rounded once; for fp32 weights under autocast as well."""
+    """Bit-equal for weights in bf16, rounded once, and for fp32 weights under autocast."""
     dtype = torch.float32 if autocast else torch.bfloat16
-    parts = of_each_recursion(built(dtype, True), autocast, monkeypatch)
+    separate = of_each_recursion(built(dtype, True), autocast, monkeypatch)
     found = core_gradients(built(dtype, True, policy), autocast)
     plain = core_gradients(built(dtype, False), autocast)
-    exact = {name: sum(part[name].float() for part in parts) for name in found}
-    assert len(parts) == RECURSIONS
+    exact = {name: sum(gradients[name].float() for gradients in separate) for name in found}
+    assert len(separate) == RECURSIONS
     for name, gradient in found.items():
         assert torch.equal(gradient, exact[name].to(dtype)), name
     assert distance(found, exact) < (1e-6 if autocast else 0.9) * distance(plain, exact)

@@ -15,9 +15,8 @@ import pytest
 import zstandard
 
 from megamor.cli import fetch_data
-from megamor.corpus import fetch_sources, study_data
-from megamor.corpus.download import git_id_of_file
-from megamor.corpus.study_data import STUDY_SETS, wikitext_articles
+from megamor.corpus import fetch as fetching
+from megamor.corpus.corpora import CORPORA, GitHubFiles, wikitext_articles
 from megamor.corpus.text import find_files
 
 PLAY = "".join(f"Line {number}: exit, pursued by a bear.\n" for number in range(100))
@@ -33,32 +32,50 @@ def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def use_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let GitHub and the hub be at `url`. The hub's client reads HF_ENDPOINT when it is imported."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(fetching, "GITHUB", url)
+
+
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A server with `files`, by path; `asked` lists requests, `cut` breaks answers off after that many bytes."""
-    state = SimpleNamespace(files={}, asked=[], cut=None)
+    """A server with `files`, by path; `asked` lists requests, `cut` breaks one answer off after so many bytes."""
+    state = SimpleNamespace(files={}, asked=[], cut={})
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(state.files.get(self.path), 0)
+
         def do_GET(self) -> None:
-            start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+            start = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])
             state.asked.append((self.path, start))
             content = state.files.get(self.path)
-            if content is None or (start and start >= len(content)):
-                self.send_error(404 if content is None else 416)
+            self.answer(content, start)
+            if content is not None:
+                self.wfile.write(content[start : state.cut.pop(self.path, None)])
+
+        def answer(self, content: bytes | None, start: int) -> None:
+            if content is None:
+                self.send_error(404)
                 return
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", self.path.split("/")[-2] if "/resolve/" in self.path else "")
             self.end_headers()
-            self.wfile.write(content[start : state.cut])
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr(fetch_sources, "GITHUB", url)
+    use_server(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     yield state
     server.shutdown()
     server.server_close()
@@ -66,19 +83,18 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens at these addresses."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(fetch_sources, "GITHUB", "http://127.0.0.1:9")
+    """Nothing listens at this address."""
+    use_server(monkeypatch, "http://127.0.0.1:9")
 
 
 def small_play(monkeypatch: pytest.MonkeyPatch) -> str:
     """Puts `PLAY` in the place of Tiny Shakespeare; returns its path at the publisher's."""
     path = "data/tinyshakespeare/input.txt"
-    chosen = STUDY_SETS["tiny-shakespeare"]
-    assert isinstance(chosen.source, study_data.GitHubFiles)
+    chosen = CORPORA["tiny-shakespeare"]
+    assert isinstance(chosen.source, GitHubFiles)
     parts = {split: (path, git_id(PLAY.encode()), part) for split, (_, _, part) in chosen.source.splits.items()}
     changed = replace(chosen, source=replace(chosen.source, splits=parts))
-    monkeypatch.setitem(STUDY_SETS, "tiny-shakespeare", changed)
+    monkeypatch.setitem(CORPORA, "tiny-shakespeare", changed)
     return f"/karpathy/char-rnn/{chosen.source.commit}/{path}"
 
 
@@ -99,17 +115,17 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("name", STUDY_SETS)
+@pytest.mark.parametrize("name", CORPORA)
 @pytest.mark.usefixtures("no_network")
 def test_without_a_network_it_says_so_and_leaves_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(name, "--output-dir", tmp_path / "raw") == 2
     message = capsys.readouterr().err
-    source = STUDY_SETS[name].source
-    assert message.startswith("DataError: http://127.0.0.1:9/")
-    assert (source.repository if isinstance(source, study_data.GitHubFiles) else source.dataset) in message
-    assert "check the network, or give a local copy with --from PATH" in message
+    source = CORPORA[name].source
+    assert (source.repository if isinstance(source, GitHubFiles) else source.dataset) in message
+    assert "can't be fetched" in message
+    assert "give a local copy with --from PATH" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -141,49 +157,60 @@ def test_a_file_that_was_changed_is_refused(
     assert names(tmp_path) == []
 
 
-def test_files_as_they_are_resumed_and_checked(
-    web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    commit = "3be90335b66f24456a5d6659d9c8d208c0357119"
+PILE = "/datasets/monology/pile-uncopyrighted"
+PILE_COMMIT = "3be90335b66f24456a5d6659d9c8d208c0357119"
+
+
+def serve_the_pile(web: SimpleNamespace) -> None:
     siblings = [
-        {"rfilename": name, "size": len(content), "lfs": {"sha256": hashlib.sha256(content).hexdigest()}}
+        {
+            "rfilename": name,
+            "size": len(content),
+            "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1},
+        }
         for name, content in PARTS.items()
     ]
-    repository = "/datasets/monology/pile-uncopyrighted"
-    api = f"/api{repository}/revision/{commit}?blobs=true"
-    web.files[api] = json.dumps({"sha": commit, "siblings": siblings}).encode()
-    web.files |= {f"{repository}/resolve/{commit}/{name}": content for name, content in PARTS.items()}
-    arguments = ["pile", "--splits", "train", "--output-dir", tmp_path]
-    broken = f"{repository}/resolve/{commit}/train/01.jsonl.zst"
-    whole = web.files[broken]
-    web.files[broken] = whole[:-1] + b"?"
-    assert run(*arguments) == 2
-    assert "came damaged" in capsys.readouterr().err
-    assert names(tmp_path / "pile") == ["train/00.jsonl.zst"]
-    web.files[broken] = whole
-    (tmp_path / "pile/train/01.jsonl.zst.partial").write_bytes(whole[:20])
+    info = {"id": PILE[10:], "sha": PILE_COMMIT, "siblings": siblings}
+    web.files[f"/api{PILE}/revision/{PILE_COMMIT}?blobs=true"] = json.dumps(info).encode()
+    web.files |= {f"{PILE}/resolve/{PILE_COMMIT}/{name}": content for name, content in PARTS.items()}
+
+
+def test_hub_files_are_taken_unchanged(
+    web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_the_pile(web)
+    assert run("pile", "--splits", "train", "--output-dir", tmp_path) == 0
+    assert names(tmp_path / "pile") == ["source.json", "train/00.jsonl.zst", "train/01.jsonl.zst"]
     web.asked.clear()
-    assert run(*arguments) == 0
-    assert web.asked == [(api, 0), (broken, 20)]
-    assert (tmp_path / "pile/train/01.jsonl.zst").read_bytes() == whole
     assert run("pile", "--splits", "train", "validation", "--output-dir", tmp_path) == 0
-    assert names(tmp_path / "pile") == ["source.json", "train/00.jsonl.zst", "train/01.jsonl.zst", "val.jsonl.zst"]
+    assert not [path for path, _ in web.asked if "/train/" in path]
     record = json.loads((tmp_path / "pile/source.json").read_text())
     assert [file["split"] for file in record["files"]] == ["train", "train", "validation"]
+    assert {file["revision"] for file in record["files"]} == {PILE_COMMIT}
     assert len(find_files([f"{tmp_path}/pile/train/*.jsonl.zst"]).names) == 2
     assert run("pile", "--splits", "test", "--output-dir", tmp_path) == 2
     assert "has no test.jsonl.zst" in capsys.readouterr().err
 
 
-def test_a_connection_that_breaks(web: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = small_play(monkeypatch)
-    web.files[path] = PLAY.encode()
-    web.cut = 1000
-    assert run("tiny-shakespeare", "--output-dir", tmp_path) == 2
-    assert names(tmp_path) == ["tiny-shakespeare/input.txt.partial"]
-    web.cut = None
-    assert run("tiny-shakespeare", "--output-dir", tmp_path) == 0
-    assert web.asked[:2] == [(path, 0), (path, 1000)]
+def test_a_damaged_hub_file_is_removed(
+    web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_the_pile(web)
+    damaged = f"{PILE}/resolve/{PILE_COMMIT}/train/01.jsonl.zst"
+    web.files[damaged] = web.files[damaged][:-1] + b"?"
+    assert run("pile", "--splits", "train", "--output-dir", tmp_path) == 2
+    assert "was damaged on the way" in capsys.readouterr().err
+    assert not (tmp_path / "pile/train/01.jsonl.zst").exists()
+    assert not (tmp_path / "pile/source.json").exists()
+
+
+def test_a_broken_download_is_tried_again(web: SimpleNamespace, tmp_path: Path) -> None:
+    serve_the_pile(web)
+    path = f"{PILE}/resolve/{PILE_COMMIT}/val.jsonl.zst"
+    web.cut[path] = 10
+    assert run("pile", "--splits", "validation", "--output-dir", tmp_path) == 0
+    assert [asked for asked, _ in web.asked].count(path) == 2  # from its last 10 MB on, so here from the start
+    assert (tmp_path / "pile/val.jsonl.zst").read_bytes() == PARTS["val.jsonl.zst"]
 
 
 def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,9 +268,3 @@ def test_names_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ):
         assert run(*arguments, "--output-dir", tmp_path) == 2
         assert says in capsys.readouterr().err
-
-
-def test_git_ids(tmp_path: Path) -> None:
-    """The ids that `git hash-object` prints."""
-    (tmp_path / "a").write_bytes(b"hello\n")
-    assert git_id_of_file(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from megamor.cli import export_hf
 from megamor.config import Config, CustomRouterConfig
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop import Imported, export_huggingface, save_imported
-from megamor.interop.assemble import Assembly, Module
-from megamor.interop.export import modeling_source
+from megamor.interop.export import code_files
 from megamor.load import load_model
 from megamor.model import Transformer
 from tests.combinations import (
@@ -138,7 +137,7 @@ def make_model(name: str) -> Transformer:
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of single bytes and an end of text."""
+    """A tokenizer whose entries are single bytes and an end of text."""
     alphabet = [*map(chr, range(33, 127)), "Ġ"]  # printable ASCII; Ġ is the space
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -185,7 +184,8 @@ def expected_logits(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_the_same(name: str, found: dict[str, Any]) -> None:
-    torch.testing.assert_close(found[name], expected_logits(name), atol=1e-5, rtol=0)
+    # The code is the same; a process's memory alignment decides how products round, by 1e-6 at most.
+    torch.testing.assert_close(found[name], expected_logits(name), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -265,7 +265,7 @@ def test_what_is_no_export_of_a_whole_model_is_refused(exports: Path, tmp_path: 
     sections = settings["megamor"]
     narrower = {**settings, "megamor": {**sections, "model": {**sections["model"], "ffn_dim": 8}}}
     cases = (
-        ({"model_type": "llama"}, weights, "'llama', not of megamor's"),
+        ({"model_type": "llama"}, weights, "'llama', not 'megamor'"),
         ({"model_type": "megamor"}, weights, "KeyError: 'megamor'"),
         ([], weights, "can't be read as an exported model"),
         (settings, weights[:-100], "can't be read as an exported model"),
@@ -311,52 +311,19 @@ def test_refused_exports(tmp_path: Path, exports: Path, capsys: pytest.CaptureFi
     assert "not an empty directory" in capsys.readouterr().err
 
 
-def test_all_exports_have_the_same_code_file(exports: Path) -> None:
-    assert len({(exports / name / "modeling_megamor.py").read_text() for name in CONFIGS}) == 1
+def test_all_exports_have_the_same_code(exports: Path) -> None:
+    for name in CONFIGS:
+        assert {path.name: path.read_text() for path in (exports / name).glob("*.py")} == code_files()
 
 
-def test_the_code_file_is_made_of_megamors_sources() -> None:
-    source = modeling_source()
-    assert "from megamor" not in source
-    assert "import megamor" not in source
-    for module in ("megamor/model/transformer.py", "megamor/routing/__init__.py", "megamor/routing/plan.py"):
-        assert f" {module} " in source
-    body = Path("megamor/model/kv_policy.py")
-    original = (Path(__file__).parents[2] / body).read_text()
-    assert original[original.index("class KVPolicy:") :].strip() in source
+def test_the_code_is_copied_from_megamors_modules() -> None:
+    files = code_files()
+    assert not [name for name, source in files.items() if re.search(r"^\s*(from|import) megamor", source, re.MULTILINE)]
+    original = (Path(__file__).parents[2] / "megamor" / "model" / "kv_policy.py").read_text()
+    assert original[original.index("class KVPolicy:") :].strip() in files["model_kv_policy.py"]
 
 
-def test_no_name_of_the_code_file_is_undefined(tmp_path: Path) -> None:
-    if shutil.which("ruff", path=str(Path(sys.executable).parent)) is None:
-        pytest.skip("ruff is not installed")
-    (tmp_path / "modeling_megamor.py").write_text(modeling_source())
-    command = [str(Path(sys.executable).parent / "ruff"), "check", "--isolated", "--select", "F821,F811,F823,F402"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "match"),
-    [
-        ("LIMIT = 1", "LIMIT = 2", "LIMIT is both a and b"),
-        ("from math import log", "def log(): ...", "log is both math.log and b"),
-        ("import numpy as np", "import torch as np", "np is both numpy and torch"),
-    ],
-)
-def test_a_name_with_two_meanings_is_noticed(first: str, second: str, match: str) -> None:
-    assembly = Assembly({"a": Module("a", "a.py", first), "b": Module("b", "b.py", second)})
-    with pytest.raises(AssertionError, match=match):
-        assembly.check_names()
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import megamor.model",
-        "from megamor.model import build_model as build",
-        "def f():\n    from megamor.model import build_model",
-    ],
-)
-def test_an_import_that_cannot_be_taken_out_is_noticed(source: str) -> None:
-    with pytest.raises(AssertionError, match=r"a\.py"):
-        list(Module("a", "a.py", textwrap.dedent(source)).own_imports())
+def test_an_export_in_one_code_file_is_read(exports: Path, tmp_path: Path) -> None:
+    """Until 0.1 the code was a single file; configuration and weights are the same."""
+    shutil.copytree(exports / "vanilla", tmp_path / "old", ignore=shutil.ignore_patterns("model_*.py", "routing*.py"))
+    assert torch.equal(load_model(tmp_path / "old", "cpu").model(tokens()).logits, expected_logits("vanilla"))

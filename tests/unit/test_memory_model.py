@@ -13,7 +13,7 @@ from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World
 from megamor.parallel.single import SingleBackend
-from megamor.plan.memory import Memory, holding, step_memory
+from megamor.plan.memory import Memory, bytes_per_parameter, step_memory
 from tests.combinations import ROUTERS
 from tests.live_bytes import LiveBytes
 
@@ -94,7 +94,7 @@ def test_peak_of_a_step(size: str, precision: str, model: str, policy: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("backend", "options", "precision", "bytes_per_parameter"),
+    ("backend", "options", "precision", "expected"),
     [
         ("single", {}, "fp32", 4 + 8 + 4),
         ("single", {}, "bf16", 4 + 8 + 4 + 2),
@@ -109,21 +109,21 @@ def test_peak_of_a_step(size: str, precision: str, model: str, policy: str) -> N
         ("deepspeed", {"zero_stage": 3}, "bf16", (2 + 4 + 8 + 4) / 8 + 2 + 2),
     ],
 )
-def test_bytes_a_parameter(backend: str, options: dict, precision: str, bytes_per_parameter: float) -> None:
+def test_bytes_a_parameter(backend: str, options: dict, precision: str, expected: float) -> None:
     """Of what is there all the time, or for most of a step; worked out by hand."""
     parallel = ParallelConfig(backend=backend, **options)  # type: ignore[arg-type]
     config = step_config("wide", "vanilla", "none", precision)
     config = replace(config, parallel=parallel, train=replace(config.train, global_batch_size=32))
-    held = holding(config, 1 if backend == "single" else 8)
+    held = bytes_per_parameter(config, 1 if backend == "single" else 8)
     found = held.weights + held.optimizer + held.gradients + held.buckets + held.whole + held.copies
-    assert found == pytest.approx(bytes_per_parameter)
+    assert found == pytest.approx(expected)
 
 
 def test_accumulated_gradients_are_whole() -> None:
     config = replace(step_config("wide", "vanilla", "none"), parallel=ParallelConfig(backend="fsdp2"))
     config = replace(config, train=replace(config.train, global_batch_size=64))
-    assert (holding(config, 16).buckets, holding(config, 16).gradients) == (0, 4 / 16)
-    assert (holding(config, 8).buckets, holding(config, 8).gradients) == (4, 4 / 8)
+    assert (bytes_per_parameter(config, 16).buckets, bytes_per_parameter(config, 16).gradients) == (0, 4 / 16)
+    assert (bytes_per_parameter(config, 8).buckets, bytes_per_parameter(config, 8).gradients) == (4, 4 / 8)
 
 
 def test_parts_follow_what_they_depend_on() -> None:

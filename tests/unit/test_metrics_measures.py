@@ -30,7 +30,7 @@ def test_rates_and_utilisation() -> None:
     throughput.start()
     for seconds in (10.0, 1.0, 3.0):
         clock.now += seconds
-        throughput.step(tokens=100, model_flops=2000.0, hardware_flops=3000.0)
+        throughput.add(seconds=throughput.lap(), tokens=100, model_flops=2000.0, hardware_flops=3000.0)
     metrics = throughput.metrics()
     assert metrics == pytest.approx(
         {
@@ -50,14 +50,14 @@ def test_evaluation_and_saving_do_not_count() -> None:
     throughput.start()
     for _ in range(2):
         clock.now += 1
-        throughput.step(tokens=10, model_flops=1.0, hardware_flops=1.0)
+        throughput.add(seconds=throughput.lap(), tokens=10, model_flops=1.0, hardware_flops=1.0)
         with throughput.excluded():
             clock.now += 1000
     with contextlib.suppress(KeyError), throughput.excluded():
         clock.now += 1000
         raise KeyError("an evaluation that fails")
     clock.now += 1
-    throughput.step(tokens=10, model_flops=1.0, hardware_flops=1.0)
+    throughput.add(seconds=throughput.lap(), tokens=10, model_flops=1.0, hardware_flops=1.0)
     metrics = throughput.metrics()
     assert metrics["throughput/tokens_per_second"] == metrics["throughput/tokens_per_second_mean"] == 10
     assert metrics["throughput/mfu"] is metrics["throughput/hfu"] is None

@@ -1,4 +1,4 @@
-"""Pairs of queries and keys, counted in one go, against a loop over all of them."""
+"""Visible pairs of queries and keys, counted at once, against a loop over all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megamor.model.flops import executed_flops, nominal_flops
 from megamor.model.layouts import Geometry
-from megamor.model.pairs import visible_pairs
 from megamor.routing import TokenSet
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 
@@ -45,7 +44,7 @@ def test_pairs_are_those_of_a_loop(apart: bool) -> None:
     pairs = [(s, s) for s in (everything, some, ragged, fewer)]
     pairs += [(some, everything), (ragged, everything), (fewer, ragged)]
     for queries, keys in pairs:
-        assert visible_pairs(queries, keys, geometry).item() == by_hand(queries, keys, ids)
+        assert geometry.visible_pairs(queries, keys).item() == by_hand(queries, keys, ids)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)

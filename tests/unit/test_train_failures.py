@@ -6,7 +6,6 @@ import contextlib
 import io
 
 import pytest
-import torch
 
 from megamor import ranks
 from megamor.config import ParallelConfig
@@ -15,7 +14,6 @@ from megamor.parallel import init_world
 from megamor.ranks import from_first_rank, report_errors_once, run_on_all_ranks
 from tests.distributed.harness import run_ranks
 
-CPU = torch.device("cpu")
 Failures = tuple[MegamorError | None, ...]
 
 
@@ -29,7 +27,7 @@ def raise_mine(by_rank: Failures) -> str:
         return f"result {world.rank}"
 
     try:
-        return run_on_all_ranks(action, world.device)
+        return run_on_all_ranks(action)
     except MegamorError as error:
         return f"{type(error).__name__}: {error}"
 
@@ -50,7 +48,7 @@ def test_a_failure_is_everybodys(by_rank: Failures, said: list[str]) -> None:
 def test_alone_nothing_is_wrapped() -> None:
     error = DataError("a")
     with pytest.raises(DataError) as found:
-        run_on_all_ranks(lambda: (_ for _ in ()).throw(error), CPU)
+        run_on_all_ranks(lambda: (_ for _ in ()).throw(error))
     assert found.value is error
     assert from_first_rank(lambda: 3) == 3
 
@@ -70,7 +68,7 @@ def print_mine(by_rank: Failures) -> tuple[object, str]:
     printed, status = io.StringIO(), None
     with contextlib.redirect_stderr(printed):
         try:
-            with report_errors_once(world):
+            with report_errors_once():
                 mine = by_rank[world.rank]
                 if mine is not None:
                     raise mine

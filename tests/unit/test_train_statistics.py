@@ -29,21 +29,23 @@ def output(loss: float, tokens: int, aux: float, agree: float, depth: list[int])
 
 def summary(counts: list[float]) -> StepSummary:
     """A step in which so many tokens took each number of recursions."""
-    return StepSummary(1.0, 1, {}, {}, counts, [], {})
+    return StepSummary(1.0, 1, {}, {}, counts, [])
 
 
 def test_sums_over_micro_batches() -> None:
     statistics = StepStatistics(3)
     statistics.add(output(loss=6.0, tokens=3, aux=0.5, agree=4.0, depth=[1, 2, 3, 3]))
     statistics.add(output(loss=2.0, tokens=1, aux=0.1, agree=1.0, depth=[1, 1, 1, 2]))
-    step = statistics.reduce()
+    pending = statistics.reduce(torch.tensor(0.5))
+    step = pending.wait()
     assert step.loss == 2.0
     assert step.num_tokens == 4
+    assert step.grad_norm == 0.5
     assert step.router_losses == {"aux_loss": pytest.approx(0.3)}
     assert step.ratios == {"agreement": 5 / 8}
     assert step.depth_counts == [0, 4, 2, 2]
     assert step.work == [(8, 20), (4, 20), (2, 20)]
-    assert step.totals["depth_choices"].tolist() == [4, 2, 2]
+    assert pending.totals["depth_choices"].tolist() == [4, 2, 2]
     assert step.mean_depth == (4 * 1 + 2 * 2 + 2 * 3) / 8
 
 
@@ -51,14 +53,14 @@ def test_every_token_weighs_the_same() -> None:
     statistics = StepStatistics(3)
     statistics.add(output(loss=9.0, tokens=3, aux=0.0, agree=0.0, depth=[1]))
     statistics.add(output(loss=1.0, tokens=1, aux=0.0, agree=0.0, depth=[1]))
-    assert statistics.reduce().loss == 2.5
+    assert statistics.reduce(torch.tensor(0.5)).wait().loss == 2.5
 
 
 def test_counts_stay_exact_beyond_fp32() -> None:
     statistics = StepStatistics(3)
     for tokens in (2**24, 1):
         statistics.add(output(loss=1.0, tokens=tokens, aux=0.0, agree=0.0, depth=[1]))
-    assert statistics.reduce().num_tokens == 2**24 + 1
+    assert statistics.reduce(torch.tensor(0.5)).wait().num_tokens == 2**24 + 1
 
 
 def test_balanced_depths() -> None:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from megamor.train import stop
 from megamor.train.stop import SIGNALS, StopRequest
@@ -28,7 +27,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture
 def request_to_stop() -> StopRequest:
-    return StopRequest(torch.device("cpu"))
+    return StopRequest()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

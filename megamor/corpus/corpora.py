@@ -1,4 +1,4 @@
-"""Public corpora for studies: where exactly each is, at which revision, under which licence, and what a document is."""
+"""Public corpora: where exactly each one is, at which revision, under which licence, and what one document is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class GitHubFiles:
     """Text files of a repository at a commit.
 
-    `splits`: split -> path, the id that git has for the contents, and the part of the characters, from share to share.
+    `splits` maps a split to the file's path, the id that git gives its contents, and the range of its characters that
+    belongs to the split, as fractions.
     """
 
     repository: str
@@ -20,52 +21,45 @@ class GitHubFiles:
 
     @property
     def location(self) -> str:
+        """Repository and commit, for messages and the record."""
         return f"https://github.com/{self.repository} at {self.commit[:12]}"
 
 
 @dataclass(frozen=True)
-class HubRows:
-    """Rows of a Hugging Face dataset. `splits`: split -> what the dataset calls it; `revision` None: the newest."""
+class HubDataset:
+    """A dataset of the Hugging Face hub. Revision None means the newest.
+
+    With a `column`, documents are made from its rows, and `splits` maps a split to the dataset's own name of it.
+    Without one, files are taken unchanged, and `splits` maps a split to the pattern of its file names.
+    """
 
     dataset: str
-    config: str | None
-    column: str
     splits: Mapping[str, str]
     revision: str | None = None
+    config: str | None = None
+    column: str | None = None
 
     @property
     def location(self) -> str:
+        """Dataset and revision, for messages and the record."""
         config = f" ({self.config})" if self.config else ""
         return f"https://huggingface.co/datasets/{self.dataset}{config} at {(self.revision or 'its newest')[:12]}"
 
 
 @dataclass(frozen=True)
-class HubFiles:
-    """Files of a Hugging Face dataset that need no conversion. `splits`: split -> pattern of their names."""
-
-    dataset: str
-    splits: Mapping[str, str]
-    revision: str | None = None
-
-    @property
-    def location(self) -> str:
-        return f"https://huggingface.co/datasets/{self.dataset} at {(self.revision or 'its newest')[:12]}"
-
-
-@dataclass(frozen=True)
-class StudySet:
-    """One corpus. `documents` makes documents of the lines or rows of a split."""
+class Corpus:
+    """A corpus. `documents` turns the lines or rows of a split into documents."""
 
     title: str
     licence: str
-    source: GitHubFiles | HubRows | HubFiles
+    source: GitHubFiles | HubDataset
     size: str
     note: str
     documents: Callable[[Iterable[str]], Iterator[str]] = iter
 
 
 def one_document(lines: Iterable[str]) -> Iterator[str]:
-    """All lines together."""
+    """All lines joined into one document."""
     yield "".join(lines)
 
 
@@ -75,8 +69,8 @@ _HEADING = re.compile(r" = (?!=).*(?<!=) = ?")
 def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
     """Articles of WikiText, which is published as lines.
 
-    One begins at a heading of the first level between blank lines. Without that condition formulas and tables that look
-    like headings would begin some as well: this finds the 60, 60 and 600 articles of WikiText-2.
+    An article begins at a first-level heading between blank lines. The blank lines tell headings from formulas and
+    table rows that look the same; with them, WikiText-2 has its 600, 60 and 60 articles.
     """
     article: list[str] = []
     for before, line, after in _with_neighbours(raw.rstrip("\n") for raw in lines):
@@ -100,43 +94,46 @@ def _with_neighbours(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         yield before, line, ""
 
 
-_WIKITEXT = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
-_WIKITEXT_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-_WIKITEXT_NOTE = "Raw version (case, punctuation and numbers kept); one document an article."
+def _wikitext(config: str) -> HubDataset:
+    splits = {split: split for split in ("train", "validation", "test")}
+    return HubDataset("Salesforce/wikitext", splits, "b08601e04326c79dfdd32d625aee71d232d685c3", config, "text")
 
-STUDY_SETS: dict[str, StudySet] = {
-    "tiny-shakespeare": StudySet(
+
+_WIKITEXT_NOTE = "Raw version (case, punctuation and numbers kept); one document per article."
+
+CORPORA: dict[str, Corpus] = {
+    "tiny-shakespeare": Corpus(
         title="Tiny Shakespeare",
         licence="public domain (text), MIT (repository)",
         source=GitHubFiles(
             "karpathy/char-rnn",
             "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e",
             {
-                split: ("data/tinyshakespeare/input.txt", "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9", part)
-                for split, part in (("train", (0.0, 0.9)), ("test", (0.9, 1.0)))
+                split: ("data/tinyshakespeare/input.txt", "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9", fractions)
+                for split, fractions in (("train", (0.0, 0.9)), ("test", (0.9, 1.0)))
             },
         ),
         size="1.1 MB",
-        note="One document a split: the first 90 % of the characters, and the rest.",
+        note="One document per split: the first 90 % of the characters, and the rest.",
         documents=one_document,
     ),
-    "wikitext-2": StudySet(
+    "wikitext-2": Corpus(
         title="WikiText-2",
         licence="CC BY-SA 3.0, GFDL",
-        source=HubRows(_WIKITEXT[0], "wikitext-2-raw-v1", "text", _WIKITEXT_SPLITS, _WIKITEXT[1]),
+        source=_wikitext("wikitext-2-raw-v1"),
         size="13 MB",
         note=_WIKITEXT_NOTE,
         documents=wikitext_articles,
     ),
-    "wikitext-103": StudySet(
+    "wikitext-103": Corpus(
         title="WikiText-103",
         licence="CC BY-SA 3.0, GFDL",
-        source=HubRows(_WIKITEXT[0], "wikitext-103-raw-v1", "text", _WIKITEXT_SPLITS, _WIKITEXT[1]),
+        source=_wikitext("wikitext-103-raw-v1"),
         size="550 MB",
         note=_WIKITEXT_NOTE,
         documents=wikitext_articles,
     ),
-    "ptb": StudySet(
+    "ptb": Corpus(
         title="Penn Treebank (Mikolov's preprocessing)",
         licence="LDC user agreement for non-members",
         source=GitHubFiles(
@@ -149,33 +146,32 @@ STUDY_SETS: dict[str, StudySet] = {
             },
         ),
         size="6 MB",
-        note="A closed vocabulary of 10,000 words, one sentence a line. Articles aren't marked: one document a split.",
+        note="Closed vocabulary of 10,000 words, one sentence per line. Articles aren't marked: one document a split.",
         documents=one_document,
     ),
-    "tinystories": StudySet(
+    "tinystories": Corpus(
         title="TinyStories",
         licence="CDLA-Sharing-1.0",
-        source=HubRows(
+        source=HubDataset(
             "roneneldan/TinyStories",
-            None,
-            "text",
             {"train": "train", "validation": "validation"},
             "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+            column="text",
         ),
         size="1.9 GB, 2,119,719 stories",
         note="Stories by GPT-3.5 and GPT-4.",
     ),
-    "openwebtext": StudySet(
+    "openwebtext": Corpus(
         title="OpenWebText",
         licence="CC0-1.0 (the collection; the texts keep their own rights)",
-        source=HubRows("Skylion007/openwebtext", None, "text", {"train": "train"}),
+        source=HubDataset("Skylion007/openwebtext", {"train": "train"}, column="text"),
         size="40 GB, 8,013,769 documents",
         note="If the revision still loads through a script, give --revision refs/convert/parquet.",
     ),
-    "pile": StudySet(
+    "pile": Corpus(
         title="The Pile without its copyrighted parts",
         licence="other (that of each part)",
-        source=HubFiles(
+        source=HubDataset(
             "monology/pile-uncopyrighted",
             {"train": "train/*.jsonl.zst", "validation": "val.jsonl.zst", "test": "test.jsonl.zst"},
             "3be90335b66f24456a5d6659d9c8d208c0357119",
@@ -184,10 +180,10 @@ STUDY_SETS: dict[str, StudySet] = {
         note="The original is no longer distributed; this mirror lacks Books3, BookCorpus2, OpenSubtitles, YTSubtitles "
         "and OpenWebText2. If you have the original files, preprocess them directly, or give --from.",
     ),
-    "fineweb-edu": StudySet(
+    "fineweb-edu": Corpus(
         title="FineWeb-Edu, sample of 10 billion tokens",
         licence="ODC-By 1.0",
-        source=HubRows("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", {"train": "train"}),
+        source=HubDataset("HuggingFaceFW/fineweb-edu", {"train": "train"}, config="sample-10BT", column="text"),
         size="10 billion tokens",
         note="Larger samples of the same dataset: preprocess them with --hf-dataset and --hf-config sample-100BT.",
     ),

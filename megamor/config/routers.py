@@ -1,0 +1,171 @@
+"""Settings of the routers, a dataclass per `router.kind`. docs/routers.md explains what each of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megamor.config.constraints import (
+    BelowOne,
+    BetweenZeroAndOne,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveFraction,
+    PositiveInt,
+)
+
+RouterHead = Literal["linear", "mlp", "wide_mlp"]
+Gating = Literal["weighted", "additive"]
+
+
+@dataclass(frozen=True)
+class FixedDepthConfig:
+    """No router: every token takes the same number of recursions."""
+
+    kind: Literal["fixed"] = "fixed"
+    depth: PositiveInt | None = None
+    """Recursions per token; null runs all of them."""
+
+
+@dataclass(frozen=True)
+class ScoredConfig:
+    """Settings shared by the routers that score the tokens anew at each recursion (paper section 2.2.1)."""
+
+    kind: str
+    head: RouterHead = "linear"
+    """Network that scores a token. `mlp` and `wide_mlp` have a hidden layer 2 and 4 times as wide as the model."""
+    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    """Function that turns a score into a gate."""
+    alpha: Positive = 0.1
+    """Factor on the gate."""
+    temperature: Positive = 1.0
+    """The head's input is divided by this."""
+    gating: Gating = "weighted"
+    """`weighted` multiplies the core's output by the gate before adding it to the stream; `additive` does not."""
+    capacity: tuple[PositiveFraction, ...] | None = None
+    """Fraction of the sequence that each recursion processes, never rising; null means (Nr - r) / Nr at recursion r."""
+    z_coeff: NonNegative = 0.0
+    """Weight of the loss that keeps scores small (mean squared score)."""
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig(ScoredConfig):
+    """Each recursion takes the top-k of the tokens that the recursion before it processed (paper section 2.2.1)."""
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    capacity_warmup_steps: NonNegativeInt = 0
+    """Steps over which the capacities fall from 1 to their final values."""
+    sampling: Literal["aux_loss", "aux_router"] = "aux_loss"
+    """What learns to predict the top-k at inference: the scores themselves, or heads of their own (`aux_router`)."""
+    aux_coeff: NonNegative = 0.001
+    """Weight of the loss that trains that prediction (binary cross-entropy)."""
+    inference_threshold: BetweenZeroAndOne = 0.5
+    """At inference a token continues if the sigmoid of its score is at least this."""
+
+
+@dataclass(frozen=True)
+class TokenChoiceConfig:
+    """Each token chooses its depth once, before the first recursion (paper section 2.2.1)."""
+
+    kind: Literal["token_choice"] = "token_choice"
+    head: RouterHead = "linear"
+    """Network that scores the depths. `mlp` and `wide_mlp` have a hidden layer 2 and 4 times as wide as the model."""
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    """Function that turns scores into gates."""
+    alpha: Positive = 1.0
+    """Factor on the gate."""
+    temperature: Positive = 1.0
+    """The head's input is divided by this."""
+    gating: Gating = "weighted"
+    """`weighted` multiplies the core's output by the gate before adding it to the stream; `additive` does not."""
+    balancing: Literal["loss", "loss_free", "none"] = "loss"
+    """How the depths are kept equally used: by a loss, by a bias on the choice (`loss_free`), or not at all."""
+    balance_coeff: NonNegative = 0.1
+    """Weight of the balancing loss; used by `balancing: loss`."""
+    bias_update_rate: NonNegative = 0.001
+    """Change of a depth's bias per step; used by `balancing: loss_free`."""
+    balance_warmup_steps: NonNegativeInt = 0
+    """Steps at the start of the run in which every token takes all recursions."""
+    z_coeff: NonNegative = 0.0
+    """Weight of the loss that keeps scores small (mean squared score)."""
+
+
+@dataclass(frozen=True)
+class EmaThresholdConfig(ScoredConfig):
+    """Expert-choice with a threshold instead of a top-k, so that training is causal too (after arXiv 2603.11535).
+
+    The threshold of a recursion is an exponential moving average of the score above which its capacity lies. Capacities
+    therefore hold on average only.
+    """
+
+    kind: Literal["ema_threshold"] = "ema_threshold"
+    ema_decay: BelowOne = 0.95
+    """Decay of the moving average per step."""
+
+
+@dataclass(frozen=True)
+class RandomConfig(ScoredConfig):
+    """A control: the gates of expert-choice, but tokens are selected at random. Capacities hold on average."""
+
+    kind: Literal["random"] = "random"
+
+
+@dataclass(frozen=True)
+class SkipForwardRecurseConfig:
+    """Before each recursion a token skips it and leaves, takes it and leaves, or takes it and decides again.
+
+    Training samples the decision by straight-through Gumbel-softmax (arXiv 1611.01144); inference takes the likeliest.
+    """
+
+    kind: Literal["skip_forward_recurse"] = "skip_forward_recurse"
+    hidden: PositiveInt = 128
+    """Width of the hidden layer of the network that decides."""
+    depth_coeff: NonNegative = 0.01
+    """Weight of the loss on the expected depth."""
+    target_depth: Positive | None = None
+    """With a target, the loss is the squared distance of the expected depth from it; with null, the expected depth."""
+    temperature_start: Positive = 1.0
+    """Gumbel-softmax temperature at the first step."""
+    temperature_end: Positive = 0.5
+    """Gumbel-softmax temperature after `temperature_steps`."""
+    temperature_steps: PositiveInt = 1000
+    """Steps over which the temperature changes linearly."""
+
+
+@dataclass(frozen=True)
+class HaltingConfig:
+    """Adaptive computation time (arXiv 1603.08983): the output is the mean of the recursions' outputs, weighted by
+    halting probabilities."""
+
+    kind: Literal["act"] = "act"
+    mode: Literal["soft", "hard"] = "hard"
+    """`soft` runs every token through all recursions; in `hard` mode a halted token leaves, which saves its compute."""
+    epsilon: BelowOne = 0.01
+    """A token halts once its halting probabilities add up to 1 - epsilon."""
+    ponder_coeff: NonNegative = 0.001
+    """Weight of the ponder cost (number of updates plus remainder)."""
+
+
+@dataclass(frozen=True)
+class CustomRouterConfig:
+    """A router of your own; see [Routers](routers.md#bring-your-own-router)."""
+
+    target: str
+    """`package.module:Class`, called with (options, dim, num_recursions)."""
+    kind: Literal["custom"] = "custom"
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Numbers passed to the class."""
+
+
+RouterConfig = (
+    FixedDepthConfig
+    | ExpertChoiceConfig
+    | TokenChoiceConfig
+    | EmaThresholdConfig
+    | RandomConfig
+    | SkipForwardRecurseConfig
+    | HaltingConfig
+    | CustomRouterConfig
+)

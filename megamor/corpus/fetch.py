@@ -1,0 +1,242 @@
+"""Download a public corpus as files that preprocessing reads, with a record of where they came from.
+
+Files of the Hugging Face hub are downloaded by `huggingface_hub`, which resumes interrupted downloads, and rows are
+streamed by `datasets`. `source.json` is written last: without it a corpus is incomplete and the next call continues.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import json
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamor.corpus.corpora import CORPORA, Corpus, GitHubFiles, HubDataset
+from megamor.errors import DataError
+from megamor.files import draft_for, replace_file, sha256_of_file
+
+GITHUB = "https://raw.githubusercontent.com"
+RECORD = "source.json"
+_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to fetch: `splits` of `corpus` into `directory`, from the path `local` if given."""
+
+    corpus: Corpus
+    directory: Path
+    splits: Sequence[str]
+    local: Path | None
+    revision: str | None
+    advance: Callable[[int], None]
+
+
+def fetch(
+    name: str,
+    directory: Path,
+    splits: Sequence[str],
+    *,
+    local: str | None = None,
+    revision: str | None = None,
+    advance: Callable[[int], None] = lambda size: None,
+) -> dict[str, Any]:
+    """Write `splits` of the corpus `name` to `directory`, and return what `source.json` says.
+
+    Splits that are already there from the same source are left alone. `local` names a copy to use instead of the
+    network, `revision` another commit or branch of a hub dataset. `advance` is called with the bytes of text just
+    written. Raises DataError if a split can't be downloaded, read or written.
+    """
+    corpus = CORPORA[name]
+    origin = {"location": local or corpus.source.location, "asked_revision": revision}
+    new: dict[str, Any] = {"name": name, "title": corpus.title, "licence": corpus.licence, **origin, "files": []}
+    record = _read_record(directory) or new
+    if {key: record.get(key) for key in origin} != origin:
+        raise DataError(f"{directory} holds data from {record['location']}; choose another --output-dir")
+    missing = [split for split in splits if split not in {file["split"] for file in record["files"]}]
+    if not missing:
+        return record
+    if local and not Path(local).exists():
+        raise DataError(f"--from {local}: no such file or directory")
+    request = _Request(corpus, directory, missing, Path(local) if local else None, revision, advance)
+    try:
+        if isinstance(corpus.source, GitHubFiles):
+            files = _from_github(corpus.source, request)
+        else:
+            files = (_from_rows if corpus.source.column else _from_hub_files)(corpus.source, request)
+        record["files"] += files
+        replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"{directory} can't be written: {error.strerror or error}") from error
+    return record
+
+
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((directory / RECORD).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory / RECORD} can't be read: {error}; remove it to fetch again") from error
+
+
+def _from_github(source: GitHubFiles, request: _Request) -> list[dict[str, Any]]:
+    written = []
+    for split in request.splits:
+        path, blob, (start, end) = source.splits[split]
+        text = _github_file(source, path, blob, request).decode()
+        selected = text[round(start * len(text)) : round(end * len(text))]
+        documents = request.corpus.documents(io.StringIO(selected))
+        written.append(_write_documents(request, split, documents, source.commit))
+    return written
+
+
+def _github_file(source: GitHubFiles, path: str, blob: str, request: _Request) -> bytes:
+    """Contents of a file, downloaded unless a copy is there. Raises DataError unless git would call them `blob`."""
+    file = request.directory / Path(path).name
+    if request.local:
+        file = request.local / file.name if request.local.is_dir() else request.local
+        if not file.is_file():
+            raise DataError(f"{file} doesn't exist; give the publisher's file, or its directory, with --from")
+    if file.exists():
+        content = file.read_bytes()
+    else:
+        # Not resumed, since these files have a few MB.
+        url = f"{GITHUB}/{source.repository}/{source.commit}/{path}"
+        with _network_errors(url), urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            content = response.read()
+    found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    if found != blob:
+        raise DataError(f"{file} is not the published file: its git id is {found}, not {blob}")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, content)
+    return content
+
+
+def _from_rows(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
+    commit = None if request.local else _hub_info(source, request.revision).sha
+    written = []
+    for split in request.splits:
+        rows = _rows(source, split, request.local, commit)
+        written.append(_write_documents(request, split, request.corpus.documents(rows), commit))
+    return written
+
+
+def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None) -> Iterator[str]:
+    from megamor.corpus.hub import DatasetInput
+
+    column, theirs = source.column or "", source.splits[split]
+    if local:
+        dataset = DatasetInput(str(local), None, theirs, column)
+    else:
+        dataset = DatasetInput(source.dataset, source.config, theirs, column, commit, streaming=True)
+    chunks = dataset.chunks()
+    while True:
+        with _network_errors(f"dataset {dataset.name}"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        for text in chunk.data:
+            if not isinstance(text, str):
+                raise DataError(f"dataset {dataset.name} has a row that holds {type(text).__name__}, not text")
+            yield text
+
+
+def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
+    hashes: dict[str, str | None] = {}
+    commit = None
+    if request.local:
+        names = [str(path.relative_to(request.local)) for path in request.local.rglob("*") if path.is_file()]
+    else:
+        info = _hub_info(source, request.revision)
+        commit, names = info.sha, [file.rfilename for file in info.siblings]
+        hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings}
+    chosen = {split: sorted(fnmatch.filter(names, source.splits[split])) for split in request.splits}
+    for split, found in chosen.items():
+        if not found:
+            raise DataError(
+                f"{request.local or source.dataset} has no {source.splits[split]}, the files of split {split}"
+            )
+    written = []
+    for split, name in ((split, name) for split, found in chosen.items() for name in found):
+        path = request.directory / name
+        if request.local:
+            with draft_for(path) as draft:
+                shutil.copyfile(request.local / name, draft)
+        else:
+            _download(source.dataset, name, commit, request.directory)
+        entry = _entry(split, path, name, commit)
+        # The client checks the size only.
+        if hashes.get(name) not in (None, entry["sha256"]):
+            path.unlink()
+            raise DataError(f"{path} was damaged on the way: its SHA-256 isn't {hashes[name]}; run the command again")
+        written.append(entry)
+    # What the client keeps to resume downloads, which are complete now.
+    shutil.rmtree(request.directory / ".cache", ignore_errors=True)
+    return written
+
+
+def _download(dataset: str, name: str, commit: str | None, directory: Path) -> None:
+    import huggingface_hub
+
+    with _network_errors(f"{name} of dataset {dataset}"):
+        huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset", revision=commit, local_dir=directory)
+
+
+def _hub_info(source: HubDataset, revision: str | None) -> Any:
+    """Commit, files and hashes of a dataset."""
+    import huggingface_hub
+
+    with _network_errors(source.location):
+        return huggingface_hub.HfApi().dataset_info(
+            source.dataset, revision=revision or source.revision, files_metadata=True
+        )
+
+
+@contextmanager
+def _network_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # urllib, the hub's client and its HTTP library have unrelated classes of errors
+        raise DataError(
+            f"{what} can't be fetched: {error}; check the network and run the command again, or give a local copy with "
+            "--from PATH"
+        ) from error
+
+
+def _write_documents(request: _Request, split: str, documents: Iterable[str], revision: str | None) -> dict[str, Any]:
+    """Write compressed JSON lines, and return their entry in the record."""
+    import zstandard
+
+    path, count = request.directory / f"{split}.jsonl.zst", 0
+    compressor = zstandard.ZstdCompressor(level=6)
+    with draft_for(path) as draft:
+        with draft.open("wb") as file, compressor.stream_writer(file) as out:
+            for text in documents:
+                line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+                out.write(line)
+                request.advance(len(line))
+                count += 1
+        if not count:
+            raise DataError(f"{path} would hold no document; is the source the right one?")
+    return _entry(split, path, path.name, revision) | {"documents": count}
+
+
+def _entry(split: str, path: Path, name: str, revision: str | None) -> dict[str, Any]:
+    return {
+        "split": split,
+        "file": name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of_file(path),
+        "revision": revision,
+    }

@@ -1,0 +1,72 @@
+"""Measure what routing saves: a model against the same model with every token at full depth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from megamor.config import FixedDepthConfig
+from megamor.data import MicroBatch
+from megamor.model import Transformer, build_model
+from megamor.model.flops import executed_flops
+
+
+def at_full_depth(model: Transformer) -> Transformer:
+    """Return a copy of `model` that sends every token through all recursions and has no router weights."""
+    full = build_model(replace(model.config, router=FixedDepthConfig()), device="meta")
+    full.to_empty(device=model.embed.weight.device)
+    weights = model.state_dict()
+    full.load_state_dict({name: weights[name] for name in full.state_dict()})
+    return full.eval()
+
+
+def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: int = 4) -> dict[str, float]:
+    """Compare forward passes under the inference rule with those at full depth.
+
+    The two models take turns on every batch, so that a change in the machine's load affects both.
+
+    Returns:
+        `flops_per_token` and `full_depth_flops_per_token`, executed in the forward pass; `flops_ratio`, the first over
+        the second; and `time_ratio`, the median over batches and rounds of the two times' ratio.
+    """
+    full = at_full_depth(model)
+    flops = full_flops = tokens = 0.0
+    ratios = []
+    for batch in batches:
+        routed, deep = _forward(model, batch), _forward(full, batch)
+        flops += routed.flops
+        full_flops += deep.flops
+        # The passes above were a warm-up, so their times don't count.
+        for _ in range(rounds):
+            ratios.append(_forward(model, batch).seconds / _forward(full, batch).seconds)
+        tokens += batch.inputs.numel()
+    return {
+        "flops_per_token": flops / tokens,
+        "full_depth_flops_per_token": full_flops / tokens,
+        "flops_ratio": flops / full_flops,
+        "time_ratio": median(ratios),
+    }
+
+
+class _Pass(NamedTuple):
+    flops: float
+    seconds: float
+
+
+@torch.no_grad()
+def _forward(model: Transformer, batch: MicroBatch) -> _Pass:
+    device = model.embed.weight.device
+    inputs, labels = batch.inputs.to(device), batch.labels.to(device)
+    documents = None if batch.documents is None else batch.documents.to(device)
+    started = time.perf_counter()
+    out = model(inputs, labels, mode="causal", documents=documents)
+    out.loss_sum.item()  # waits for an accelerator to finish
+    seconds = time.perf_counter() - started
+    work = [] if out.work is None else out.work.tolist()
+    flops = executed_flops(model.config, len(inputs), work, seq_len=inputs.shape[1], pairs=float(out.pairs))
+    return _Pass(flops.forward, seconds)

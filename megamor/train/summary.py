@@ -1,0 +1,77 @@
+"""What a launch of training did, told at its end together with the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamor.checkpoint.layout import LATEST, step_name
+from megamor.config import Config
+from megamor.config.batches import BatchShape
+from megamor.model.flops import Flops, executed_flops
+from megamor.progress import format_count, format_duration
+from megamor.train.run_state import RunProgress
+from megamor.train.step_statistics import StepSummary
+from megamor.train.validation import ValidationLosses
+
+
+@dataclass
+class LaunchSummary:
+    """Sums over the steps of this launch. Seconds leave out evaluation and saving; FLOPs are those of training."""
+
+    config: Config
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    full_depth_flops: float = 0.0
+    loss: float | None = None
+    mean_depth: float | None = None
+    validation: ValidationLosses | None = None
+
+    def add(self, step: StepSummary, shape: BatchShape, seconds: float, flops: Flops) -> None:
+        """Count a step that executed `flops`."""
+        self.steps += 1
+        self.tokens += shape.tokens
+        self.seconds += seconds
+        self.flops += flops.training
+        self.loss, self.mean_depth = step.loss, step.mean_depth
+        # The same model without a router, every token through every recursion.
+        pairs = shape.tokens * (shape.seq_len + 1) / 2 if step.pairs is None else step.pairs
+        everything = [(float(shape.tokens), pairs)] * len(step.work)
+        full = executed_flops(self.config, shape.global_batch_size, everything, shape.seq_len, pairs)
+        self.full_depth_flops += full.training - 3 * full.routers
+
+    def describe(self, progress: RunProgress, checkpoints: Path) -> str:
+        """Lines to print at the end of a launch that wasn't interrupted; `checkpoints` holds those of the run."""
+        if not self.steps:
+            return self._next_commands(checkpoints)
+        speed = f", {format_count(self.tokens / self.seconds)} tokens/s" if self.seconds else ""
+        lines = {
+            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens in {format_duration(self.seconds)}{speed}",
+            "train loss": f"{self.loss:.4f} nats/token at step {progress.step}",
+        }
+        if self.validation is not None:
+            for name, losses in self.validation.of_set.items():
+                shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+                lines[f"validation loss, {name}"] = f"{shown} nats/token"
+        if self.mean_depth is not None:
+            saved = 1 - self.flops / self.full_depth_flops
+            lines["depth"] = f"{self.mean_depth:.2f} of {self.config.recursion.num_recursions} recursions per token"
+            lines["compute"] = f"{self.flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
+        else:
+            lines["compute"] = f"{self.flops:.3e} FLOPs executed"
+        lines["checkpoint"] = str(checkpoints / step_name(progress.step))
+        width = max(map(len, lines))
+        told = [f"  {name:<{width}}  {text}" for name, text in lines.items()]
+        return "\n".join(
+            [f"{self.config.run.name} is at step {progress.step}", *told, self._next_commands(checkpoints)]
+        )
+
+    def _next_commands(self, checkpoints: Path) -> str:
+        latest = shlex.quote(str(checkpoints / LATEST))
+        data = " ".join(shlex.quote(prefix) for prefix in self.config.data.validation.values())
+        evaluate = [f"  megamor evaluate --checkpoint {latest} --data {data}"] if data else []
+        generate = [f"  megamor generate --checkpoint {latest} --prompt 'Once upon a time'"]
+        return "\n".join(["next:", *evaluate, *(generate if self.config.data.tokenizer else [])])

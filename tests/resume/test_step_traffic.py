@@ -1,0 +1,69 @@
+"""What the ranks of a run say to each other in a step, beside the gradients, and when the loop waits for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megamor.config import Config, GuardConfig
+from megamor.parallel import init_world
+from megamor.train import build_trainer
+from megamor.train.step_statistics import PendingSummary
+from tests.distributed.harness import run_ranks
+from tests.resume.runs import STEPS, tiny_run
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "reduce", "barrier",
+)  # fmt: skip
+
+
+def per_step(config: Config) -> tuple[Counter[str], list[tuple[str, int]]]:
+    """Our collectives in the middle steps of a run; what was queued and read, in order, with the number of the step."""
+    trainer = build_trainer(config, init_world(config.parallel))
+    counts: dict[int, Counter[str]] = {}
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+
+        def counted(*arguments: object, _name: str = name, _original: object = original, **settings: object) -> object:
+            counts.setdefault(trainer.progress.step, Counter())[_name] += 1
+            return _original(*arguments, **settings)  # type: ignore[operator]
+
+        setattr(dist, name, counted)
+    order: list[tuple[str, int]] = []
+    wait, queue = PendingSummary.wait, trainer.run_micro_batches
+
+    def reading(pending: PendingSummary) -> object:
+        order.append(("read", sum(what == "read" for what, _ in order) + 1))
+        return wait(pending)
+
+    def queueing(*arguments: object) -> PendingSummary:
+        order.append(("queue", trainer.progress.step + 1))
+        return queue(*arguments)  # type: ignore[arg-type]
+
+    PendingSummary.wait = reading  # type: ignore[method-assign, assignment]
+    trainer.run_micro_batches = queueing  # type: ignore[method-assign]
+    assert trainer.fit()
+    middle = [counts[step] for step in range(2, STEPS - 2)]
+    assert all(step == middle[0] for step in middle)
+    return middle[0], order
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "ddp"}], ids=["fsdp2", "ddp"])
+def test_a_step_has_one_vote_and_one_reduction_of_figures(tmp_path: Path, settings: dict[str, str]) -> None:
+    """It used to be five and more: failures, labels, figures, metrics, stop, each but the second with a wait."""
+    config = tiny_run(tmp_path, **settings)  # type: ignore[arg-type]
+    collectives, order = run_ranks(per_step, config)[0]
+    assert collectives == {"all_reduce": 2}
+    late = [("queue", 1), *(pair for step in range(2, STEPS + 1) for pair in (("queue", step), ("read", step - 1)))]
+    assert order == [*late, ("read", STEPS)]
+
+
+def test_figures_are_read_at_once_where_the_guard_decides(tmp_path: Path) -> None:
+    config = replace(tiny_run(tmp_path), guard=GuardConfig(skip_non_finite=True))
+    collectives, order = run_ranks(per_step, config)[0]
+    assert collectives == {"all_reduce": 2}
+    assert order == [pair for step in range(1, STEPS + 1) for pair in (("queue", step), ("read", step))]
