@@ -102,7 +102,7 @@ class FileInput:
 
     def __init__(self, paths: Sequence[str], column: str = "text", separator: str | None = None) -> None:
         status = [os.stat(path) for path in paths]
-        self._paths, self._column, self._separator = paths, column, separator
+        self.paths, self._column, self._separator = paths, column, separator
         self._sizes = [each.st_size for each in status]
         # Names only: where the texts were must not change the side file, and with it the fingerprint of the data.
         self.names: Sequence[str] = [os.path.basename(path) for path in paths]
@@ -114,7 +114,7 @@ class FileInput:
     def chunks(self, within: InputRange = WHOLE, start: ChunkId = FIRST) -> Iterator[TextChunk]:
         """Chunks of about a MiB, each of one file. See `TextInput`."""
         end = 0
-        for source, path in enumerate(self._paths):
+        for source, path in enumerate(self.paths):
             begin, end = end, end + self._sizes[source]
             # A file outside the range isn't opened; one that overlaps it is read from its beginning.
             if source < start.source or within.index_of(end, self.size) < within.index:
