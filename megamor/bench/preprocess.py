@@ -112,7 +112,7 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
-        self.paths = list(find_files(args.input).paths)
+        self.paths = [path for path, *_ in find_files(args.input).identity]
         self._all = self._write_plain("all", float("inf"))
         self._some = self._write_plain("some", args.slow_megabytes * 1e6 / len(self.paths))
 
@@ -190,8 +190,8 @@ class Runner:
             for chunk in find_files(self.paths).chunks():
                 documents = parse_chunk(chunk, "text")
                 for document, data in zip(documents.texts, documents.encoded, strict=True):
-                    if sizes[chunk.place.source] < limit:
-                        sizes[chunk.place.source] += len(data)
+                    if sizes[chunk.id.source] < limit:
+                        sizes[chunk.id.source] += len(data)
                         file.write(json.dumps({"text": document}) + "\n")
         return str(path), sum(sizes.values())
 

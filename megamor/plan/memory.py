@@ -159,6 +159,7 @@ def step_moments(
         loss=0,
     )
     copies = held.copies * (total - root)
+    # The peak of the forward pass is at its end, when all activations and the logits of a chunk exist.
     in_forward = replace(always, gathered=always.gathered + copies)
     yield replace(in_forward, activations=activations, loss=loss + loss_widest)
     if config.train.activation_checkpointing == "none":
@@ -169,6 +170,7 @@ def step_moments(
     yield replace(always, activations=activations, loss=loss + head + hidden * sizes.products)
     gradients = always.gradients
     left: dict[str, float] = dict(counts)
+    # Backward: what a span holds while it is at work, then what remains while its finished unit is reduced.
     for index, span in reversed(list(enumerate(parts))):
         size, used = counts[span.unit], counts[span.unit] * span.share
         # A weight's gradient is allocated once, however many recursions add to it.
