@@ -109,6 +109,8 @@ def _session(load: Load) -> aiohttp.ClientSession:
     import aiohttp
 
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    # By default aiohttp gives up after 5 minutes and keeps at most 100 connections: requests would wait here, and their
+    # waiting would be reported as the server's.
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     return aiohttp.ClientSession(load.url.rstrip("/") + "/", headers=headers, timeout=timeout, connector=connector)
 
@@ -145,6 +147,7 @@ async def send(load: Load) -> list[Record]:
                 bar.advance(task)
                 return record
 
+            # Waiting for the gate is not part of a request's latency: a record's clock starts when it is sent.
             return list(await asyncio.gather(*map(one, load.prompts(), load.arrivals())))
 
 
@@ -173,6 +176,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
                 if "error" in content:
                     record.error = content["error"]["message"]
                     return record
+                # The last event has the usage alone and is not a token.
                 if content["choices"]:
                     record.arrivals.append(time.perf_counter())
                 if content.get("usage"):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megamor.bench.baselines import HuggingFaceLlama
 from megamor.bench.cases import Case
 from megamor.config import Config
-from megamor.errors import TrainingError
+from megamor.errors import ConfigError, TrainingError
 from megamor.metrics import peak_memory, reset_peak_memory
 from megamor.model import build_model
 from megamor.model.flops import Flops, executed_flops, nominal_flops
@@ -60,6 +60,7 @@ class Training:
         self._built = peak_memory(world.device)["memory/peak_gib"]
         self.backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
         self.backend.set_lr(0.0)
+        # Made beforehand, because drawing ids and copying them to a GPU would be timed as well.
         self.batches = [make_batch(config, number, world.device) for number in range(NUM_BATCHES)]
         self.number = 0
 
@@ -92,6 +93,7 @@ class Training:
             results.append(self.step())
         synchronize(self.device)
         elapsed = time.perf_counter() - started
+        # Reading results from a GPU waits for it, so this comes after the time was taken.
         depths = [float(depth) for _, depth in results if depth is not None]
         flops = [self.flops(work) for work, _ in results]
         return Window(elapsed, flops, statistics.mean(depths) if depths else None)
@@ -128,8 +130,17 @@ def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tenso
 
 
 def world_for(config: Config, device: torch.device) -> World:
-    """This process alone on `device`; other backends than `single` get a process group of one rank."""
-    return World(0, 1, 0, device) if config.parallel.backend == "single" else init_world(config.parallel)
+    """This process alone on `device`; other backends than `single` get a process group of one rank.
+
+    Raises:
+        ConfigError: another backend than `single` would use this machine's GPU instead of `device`.
+    """
+    if config.parallel.backend == "single":
+        return World(0, 1, 0, device)
+    world = init_world(config.parallel)
+    if world.device.type != device.type:
+        raise ConfigError(f"parallel.backend {config.parallel.backend} runs on {world.device}; give --device cuda")
+    return world
 
 
 def peak_in_fresh_process(case: Case, device: torch.device, threads: int, micro_batch: int) -> int | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from megamor.bench.report import Column, Row, Table, number, provenance, quartiles, spread, text
+from megamor.bench.report import Column, Row, Table, number, provenance, quartiles, rotated, spread, text
 from megamor.corpus.documents import parse_chunk
 from megamor.corpus.text import find_files
 from megamor.errors import DataError
@@ -112,7 +112,7 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder = args, folder
-        self.paths = list(find_files(args.input).paths)
+        self.paths = [path for path, *_ in find_files(args.input).identity]
         self._all = self._write_plain("all", float("inf"))
         self._some = self._write_plain("some", args.slow_megabytes * 1e6 / len(self.paths))
 
@@ -129,8 +129,7 @@ class Runner:
         ]
         found: dict[str, list[list[float]]] = {program.label: [] for program in programs}
         for index in range(self._args.rounds):
-            first = index % len(programs)
-            for program in programs[first:] + programs[:first]:
+            for program in rotated(programs, index):
                 output, _ = self._run(program, watch=False)
                 found[program.label].append([float(word) for word in output.splitlines()[-1].split()])
         return [timing(program, found[program.label]) for program in programs]
@@ -206,6 +205,7 @@ class Runner:
         command = [sys.executable, "-c", program.code, *program.arguments]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         peak = 0
+        # getrusage's peak would count pages of shared libraries in every process, and mapped files.
         while watch and process.poll() is None:
             peak = max(peak, proportional_bytes(process.pid))
             time.sleep(_SAMPLE_SECONDS)

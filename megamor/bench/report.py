@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megamor.errors import DataError
 from megamor.files import replace_file
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def spread(path: str, form: str, scale: float = 1) -> Callable[[Row], str]:
         return f"{median} ({low}–{high})" if median else ""
 
     return cell
+
+
+def rotated(items: Sequence[T], number: int) -> list[T]:
+    """The order of round `number`: each round begins with another item, so that none always follows the same one."""
+    first = number % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megamor.bench.measure import Training
-from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, spread, text
+from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.checkpoint import BackgroundSave, CheckpointManager
 from megamor.config import ParallelConfig, config_to_dict, load_config
 from megamor.errors import ConfigError
@@ -49,9 +49,8 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         training = Training(config, World(0, 1, 0, device), build_model(config, device=device))
         rounds = Rounds(training, CheckpointManager(Path(directory), keep_last=1))
         training.window(at_least=2)
-        for number_of_round in range(args.rounds):
-            first = number_of_round % len(KINDS)
-            for kind in KINDS[first:] + KINDS[:first]:
+        for index in range(args.rounds):
+            for kind in rotated(KINDS, index):
                 rounds.train_and_save(kind, args.steps)
         size = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
     report |= {
@@ -87,6 +86,7 @@ class Rounds:
             write = partial(self.training.backend.copy_state().write, group=None)
             self.background.start(partial(self._publish, self.training.number, write))
         after = time.perf_counter()
+        # Each window waits for the device, so that a stall has no steps in it that were only queued.
         self.training.window(at_least=steps - 1)
         trained = time.perf_counter()
         self.background.wait()

@@ -23,6 +23,7 @@ def planned(recipe: str, nodes: int, backend: str, policy: str = "none") -> dict
     config = load_config(CONFIGS / f"{recipe}.yaml")
     micro_batch = min(8, config.train.global_batch_size // cluster.gpus)
     config = replace(config, train=replace(config.train, micro_batch_size=micro_batch))
+    # The planner names the ways to run, so that the page and `megamor plan` can't differ.
     (variant,) = (
         variant
         for name, variant in variants(config, cluster)

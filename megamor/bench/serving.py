@@ -1,9 +1,9 @@
-"""The serving engine alone: policies side by side on the same requests, beside what the costs of launches predict.
+"""The serving engine alone: policies side by side on the same requests, beside what the costs of batches predict.
 
-Every case has an engine of its own, which always has more requests than slots. The engines take turns of some launches
+Every case has an engine of its own, which always has more requests than slots. The engines take turns of some batches
 each, so that other load on the machine affects all of them; ratios are taken within a turn. All that a token costs is
 counted: prompts, every layer, all work on keys and values, head, sampling, scheduling. The prediction
-(serve/engine/costs.py) knows only the residents, the mean depth, and what launches cost in further engines with other
+(serve/engine/costs.py) knows only the residents, the mean depth, and what batches cost in further engines with other
 numbers of residents, which take turns with the rest. docs/benchmarks.md explains the fields of the report.
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from megamor.bench.cases import check_names
 from megamor.bench.measure import release
-from megamor.bench.report import Column, Row, Table, device_name, number, provenance, text
+from megamor.bench.report import Column, Row, Table, device_name, number, provenance, rotated, text
 from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError
 from megamor.load import cast, load_model
@@ -40,7 +40,7 @@ EQUAL_BYTES = "depthwise, equal KV bytes"
 VANILLA = "vanilla"
 """The case of another model: one without recursions, of equal effective depth."""
 CALIBRATION = (1 / 4, 1 / 2, 3 / 4, 1.0)
-"""Residents of the engines that measure what launches cost, as fractions of the residents of a case."""
+"""Residents of the engines that measure what batches cost, as fractions of the residents of a case."""
 WARMUP_TURNS = 8
 """Turns before the first that counts, in which sequences get out of step."""
 
@@ -49,7 +49,7 @@ WARMUP_TURNS = 8
 class Workload:
     """`residents` slots are kept busy for `turns`; prompts and continuations are random within their lengths.
 
-    `page_size` and `cuda_graphs` are the engines'; `hold` is that of `depthwise`, in core launches.
+    `page_size` and `cuda_graphs` are the engines'; `hold` is that of `depthwise`, in core batches.
     """
 
     residents: int
@@ -127,7 +127,7 @@ class Contestant:
 
     @staticmethod
     def of(model: Transformer, policy: str, residents: int, work: Workload, *, gauge: bool = False) -> Contestant:
-        """An engine with memory for every resident's longest text at full depth. A `gauge` times its launches."""
+        """An engine with memory for every resident's longest text at full depth. A `gauge` times its batches."""
         config, layers = model.config.model, Layers.of(model)
         entries = sum(layers.in_pool[spec.pool] for spec in layers.tables)
         per_token = entries * 2 * config.num_kv_heads * config.head_dim * model.embed.weight.element_size()
@@ -145,7 +145,7 @@ class Contestant:
         return Contestant(ServingEngine(model, options), work.requests(config.vocab_size), residents)
 
     def turn(self) -> None:
-        """Read at least two tokens for each resident, up to the end of a launch."""
+        """Read at least two tokens for each resident, up to the end of a batch."""
         engine = self.engine
         while len(engine.scheduler.waiting) < 2 * self.residents:
             engine.add_request(*next(self.requests))
@@ -185,10 +185,9 @@ def measure(
             for contestant in (*cases.values(), *gauges):
                 contestant.seconds.clear()
                 contestant.engine.accounting.forget_costs()
-        order = [*cases.values(), *gauges]
-        for contestant in order[turn % len(order) :] + order[: turn % len(order)]:
+        for contestant in rotated([*cases.values(), *gauges], turn):
             contestant.turn()
-    costs = launch_costs([gauge.engine for gauge in gauges], work.residents)
+    costs = batch_costs([gauge.engine for gauge in gauges], work.residents)
     return {
         "workload": asdict(work),
         "costs": asdict(costs) | {"boundary_over_core": costs.ratio(work.residents)},
@@ -196,8 +195,8 @@ def measure(
     }
 
 
-def launch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
-    """What launches of up to `widest` rows cost; prompts make a few launches wider, which the prediction ignores."""
+def batch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
+    """What batches of up to `widest` rows cost; prompts make a few of them wider, which the prediction ignores."""
     fits = LineFit(), LineFit()
     for engine in engines:
         for fit, source in zip(fits, (engine.accounting.core, engine.accounting.boundary), strict=True):
@@ -210,13 +209,13 @@ def launch_costs(engines: Sequence[ServingEngine], widest: int) -> Costs:
 def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contestant], work: Workload) -> dict[str, Any]:
     """Medians over the turns; ratios to other cases are taken within a turn."""
     stats, engine = case.engine.stats(), case.engine
-    launches, num_recursions = max(1, stats.launches.get("core", 0)), engine.layers.num_recursions
+    batches, num_recursions = max(1, stats.launches.get("core", 0)), engine.layers.num_recursions
 
     def predicted(other: Contestant) -> float:
         policy, depth = other.engine.options.policy, other.engine.accounting.mean_depth
         return costs.token_seconds(policy, other.residents, num_recursions, depth, work.hold)
 
-    # The launches of vanilla were not timed, so nothing is predicted for it.
+    # The batches of vanilla were not timed, so nothing is predicted for it.
     seconds = None if name == VANILLA else predicted(case)
     report: dict[str, Any] = {
         "case": name,
@@ -224,8 +223,8 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
         "residents": case.residents,
         "tokens_per_second": 1 / median(case.seconds),
         "mean_depth": engine.accounting.mean_depth,
-        "core_width": stats.rows.get("core", 0) / launches,
-        "mixed_launches": sum(count for depths, count in stats.mixed_depths.items() if depths > 1) / launches,
+        "core_width": stats.rows.get("core", 0) / batches,
+        "mixed_launches": sum(count for depths, count in stats.mixed_depths.items() if depths > 1) / batches,
         "scheduler_over_core": stats.seconds["scheduler"] / stats.seconds["core"] if num_recursions else None,
         "predicted_tokens_per_second": seconds and 1 / seconds,
         "of_prediction": seconds and seconds / median(case.seconds),
@@ -249,8 +248,8 @@ COLUMNS = (
     Column("policy", text("case"), left=True),
     Column("residents", text("residents")),
     Column("mean depth", _of_recursions("mean_depth", ".2f")),
-    Column("rows a core launch", _of_recursions("core_width", ".1f")),
-    Column("mixed launches", _of_recursions("mixed_launches", ".0%")),
+    Column("rows per core batch", _of_recursions("core_width", ".1f")),
+    Column("mixed batches", _of_recursions("mixed_launches", ".0%")),
     Column("scheduling / core", _of_recursions("scheduler_over_core", ".1%")),
     Column("tokens/s", number("tokens_per_second", ".0f")),
     Column("of predicted", number("of_prediction", ".0%")),
@@ -270,7 +269,7 @@ def tables(report: Row) -> Iterator[Table]:
         title = (
             f"{model['num_layers']} effective layers, {recursion['num_recursions']} recursions, width {model['dim']}, "
             f"{recursion['sharing']}, vocabulary {model['vocab_size']:,}, {recursion['kv_policy']}; prompts of "
-            f"{work['prompt_tokens']} tokens, {'–'.join(map(str, work['new_tokens']))} new ones; a core launch takes "
+            f"{work['prompt_tokens']} tokens, {'–'.join(map(str, work['new_tokens']))} new ones; a core batch takes "
             f"{1e3 * fixed:.2f} ms + {1e3 * row:.3f} ms a row, a boundary {costs['boundary_over_core']:.2f} of it. "
             f"{device_name(report)}; {work['turns']} turns, {provenance(report, 'torch')}."
         )

@@ -98,6 +98,7 @@ def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:
     if not paths:
         raise DataError(f"{results} holds no {pattern}; write one with megamor bench … --json")
     for path in paths:
+        # Reports are measurements that can't be repeated at will, so those of former schemas stay readable.
         report = read_report(path, bench.SCHEMA, getattr(bench, "OLD_SCHEMA", bench.SCHEMA))
         try:
             for table in bench.tables(report):

@@ -33,7 +33,7 @@ from megamor.bench.measure import (
     within_memory,
     world_for,
 )
-from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, spread, text
+from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
 from megamor.errors import MegamorError
 from megamor.metrics import peak_flops, peak_memory, reset_peak_memory
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
             }
             report["settings"].append(setting)
             for group in [[case] for case in cases] if args.sizes else [cases]:
-                longest = max((result.get("wall_seconds", 0) for result in results), default=0)
+                done = [result for other in report["settings"] for result in other["cases"]]
+                longest = max((result.get("wall_seconds", 0) for result in done), default=0)
                 late = args.time_limit is not None and time.perf_counter() - started + longest > args.time_limit
                 results += attempt(group, args, world, late)
                 setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
@@ -177,15 +178,11 @@ def take_turns(
     window_seconds: float = 0,
     at_least: int = 1,
 ) -> list[list[Window]]:
-    """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one).
-
-    The order rotates from round to round, so that no case is always measured after the same one.
-    """
+    """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one)."""
     found: list[list[Window]] = [[] for _ in trainings]
     done, started = 0, time.perf_counter()
     while done < rounds if rounds else done == 0 or time.perf_counter() - started < seconds:
-        first = done % len(trainings)
-        for index in [*range(first, len(trainings)), *range(first)]:
+        for index in rotated(range(len(trainings)), done):
             found[index].append(trainings[index].window(window_seconds, at_least))
         done += 1
         progress(f"{done} rounds")
