@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,12 +41,6 @@ def print_error(error: MegamorError, rank: int | None = None) -> None:
     print(f"{origin}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def report_and_exit(error: MegamorError) -> NoReturn:
-    """Print `error` and exit with status 2."""
-    print_error(error)
-    raise SystemExit(2)
-
-
 def user_errors(main: Callable[P, T]) -> Callable[P, T]:
     """Decorate a command's `main` so that a `MegamorError` ends it with a message instead of a traceback."""
 
@@ -55,6 +49,7 @@ def user_errors(main: Callable[P, T]) -> Callable[P, T]:
         try:
             return main(*args, **kwargs)
         except MegamorError as error:
-            report_and_exit(error)
+            print_error(error)
+            raise SystemExit(2) from None
 
     return wrapped

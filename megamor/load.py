@@ -34,11 +34,6 @@ class LoadedModel:
         return self.directory.name if self.step is None else self.config.run.name
 
     @property
-    def title(self) -> str:
-        """Name and step, for a heading."""
-        return self.name if self.step is None else f"{self.name}, step {self.step}"
-
-    @property
     def origin(self) -> str:
         """Directory and step, for a message."""
         return str(self.directory) if self.step is None else f"{self.directory} (step {self.step})"
@@ -75,6 +70,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+    # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
     check_same_model(directory, stored, expected)

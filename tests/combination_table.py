@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# Test function (and a part of its id, where one function covers two columns) to column.
+# Column, test function, and a substring of the test id where one function covers two columns.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("causal", "test_logits_ignore_later_tokens", "stream"),
     ("causal in packed documents", "test_logits_ignore_later_tokens", "documents"),
@@ -42,8 +42,8 @@ class CombinationTable:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if report.when == "call" and {"router", "kv_policy"} <= parameters.keys():
             key = parameters["router"], parameters["kv_policy"]
-            for column, function, part in COLUMNS:
-                if item.originalname == function and part in item.name:  # type: ignore[attr-defined]
+            for column, function, substring in COLUMNS:
+                if item.originalname == function and substring in item.name:  # type: ignore[attr-defined]
                     self.outcomes[key][column].append(report.passed)
         return report
 

@@ -86,7 +86,7 @@ def vanilla_config(num_layers: int = 8) -> Config:
 
 
 def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
-    """A model whose weights are large enough that every part matters, so that a fault shows; fp64 by default."""
+    """A model whose weights are large enough that every component matters and a fault shows; fp64 by default."""
     model = build_model(config, seed=seed).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

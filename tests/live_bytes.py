@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_iter((out, args)):
-            if isinstance(value, Tensor) and not isinstance(value, DTensor):  # its local part comes by itself
+            if isinstance(value, Tensor) and not isinstance(value, DTensor):  # its local tensor is seen separately
                 self.note(value)
         self.measure()
         return out

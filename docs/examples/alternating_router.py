@@ -1,7 +1,6 @@
-"""A router of your own: every `stride`-th position takes all recursions, the others the first alone, with learned
-gates.
+"""A custom router: every `stride`-th position takes all recursions, the others only the first, with learned gates.
 
-See docs/routers.md for what the pieces are and how to test it.
+docs/routers.md explains the interface and how to test a router.
 """
 
 from __future__ import annotations
@@ -14,34 +13,29 @@ from megamor.routing.heads import build_head
 
 
 class Alternating(Router):
-    """Parameters and rules; what depends on the batch is in the session."""
+    """Parameters and rules; state that depends on the batch is in the session."""
 
     causal_in_training = True
+    inference_rule = InferenceRule("every_nth_position")
 
     def __init__(self, options: dict[str, float], dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.stride = int(options.get("stride", 2))
         self.head = build_head("linear", dim, 1)
 
-    @property
-    def inference_rule(self) -> InferenceRule:
-        """The same as in training."""
-        return InferenceRule("every_nth_position")
-
     def begin(self, rows: Tensor, context: RoutingContext) -> AlternatingSession:
-        """Nothing to prepare."""
         return AlternatingSession(self, context)
 
 
 class AlternatingSession(RoutingSession):
-    """The router at work on one batch."""
+    """The router during one forward pass."""
 
     def __init__(self, router: Alternating, context: RoutingContext) -> None:
         super().__init__(context)
         self.router = router
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """All candidates at first, then those at every `stride`-th position: x + gate · f(x)."""
+        """All candidates in recursion 0, later those at every `stride`-th position; they become x + gate · f(x)."""
         tokens, indices = candidates, None
         if recursion > 0:
             position = candidates.gather(self.context.positions_of(rows.device))

@@ -31,7 +31,7 @@ from megamor.config import load_config
 from megamor.errors import ConfigError, user_errors
 from megamor.load import cast
 from megamor.model import Transformer, build_model
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES
 
 SCHEMA = "megamor-bench-gpu-serve/1"
 KV_POLICIES = ("recursion_wise", "share_first")

@@ -24,7 +24,7 @@ from megamor.config import config_to_dict, load_config
 from megamor.errors import ConfigError, user_errors
 from megamor.load import load_model
 from megamor.model import Transformer, build_model
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES
 
 EXAMPLE = """\
 examples:

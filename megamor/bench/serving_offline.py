@@ -18,9 +18,10 @@ from typing import Any
 
 from megamor.model import Transformer
 from megamor.serve.engine.costs import Costs, LineFit
-from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.request import SamplingParams
+from megamor.serve.options import EngineOptions
 
 EQUAL_BYTES = "depthwise, equal KV bytes"
 """The case with as many residents as fit into the keys and values of `residents` sequences at full depth."""
@@ -153,11 +154,11 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
     """Medians over the turns; ratios to other cases are taken within a turn."""
     stats, depth = case.engine.stats(), case.engine.accounting.mean_depth
     launches = max(1, stats.launches.get("core", 0))
-    num_recursions, policy = case.engine.layers.num_recursions, case.engine.limits.policy
+    num_recursions, policy = case.engine.layers.num_recursions, case.engine.options.policy
 
     def predicted(other: Contestant) -> float:
         args = (
-            other.engine.limits.policy,
+            other.engine.options.policy,
             other.residents,
             num_recursions,
             other.engine.accounting.mean_depth,

@@ -56,7 +56,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     with draft_for(args.output) as draft:
         save_file(weights, draft, metadata={"step": str(checkpoint.step), "config": checkpoint.config_yaml})
     print(f"written to {args.output}")
-
-
-if __name__ == "__main__":
-    main()

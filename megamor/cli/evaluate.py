@@ -36,18 +36,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Name each path by as few of its last components as tell it from the others."""
-
-    def name(path: str, length: int) -> str:
-        return "/".join(Path(path).parts[-length:])
-
-    names = []
-    for path in paths:
-        length, others = 1, set(paths) - {path}
-        while length < len(Path(path).parts) and name(path, length) in {name(other, length) for other in others}:
-            length += 1
-        names.append(name(path, length))
-    return names
+    """Name data sets by the last component of their paths, or by the whole path where two would get the same name."""
+    names = [Path(path).name for path in paths]
+    return [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
 def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
@@ -72,11 +63,7 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every data set, print the table, and write the JSON file if asked to.
-
-    Raises:
-        SystemExit: status 2 if the checkpoint or a data set can't be read.
-    """
+    """Measure every data set, print the table, and write the JSON file if asked to."""
     arguments = parse_arguments(argv)
 
     from rich.console import Console
@@ -102,7 +89,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results
         arguments.json.write_text(json.dumps(only, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

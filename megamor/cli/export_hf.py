@@ -24,11 +24,7 @@ from megamor.errors import user_errors
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the export and list its files.
-
-    Raises:
-        SystemExit: status 2 if the checkpoint can't be read or the output directory isn't empty.
-    """
+    """Write the export and list its files."""
     parser = command_parser("export-hf", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint directory, `latest`, or a run's directory")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must be new or empty")
@@ -63,7 +59,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"{arguments.output / 'modeling_megamor.py'} and {modules} that it imports", soft_wrap=True)
     if not has_tokenizer:
         console.print("The checkpoint has no tokenizer; add one before using AutoTokenizer.")
-
-
-if __name__ == "__main__":
-    main()

@@ -53,11 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the prompt and its continuation, or their depth map.
-
-    Raises:
-        SystemExit: status 2 if the checkpoint can't be read, or the text doesn't fit into the model's context.
-    """
+    """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
 
     from rich.console import Console
@@ -89,9 +85,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         console.print(tokenizer.decode(result.ids), markup=False, highlight=False)
     if arguments.depth_image:
-        depth_map.save_svg(arguments.depth_image, f"Recursions per token: {loaded.title}")
+        depth_map.save_svg(arguments.depth_image, f"Recursions per token: {loaded.name}")
         console.print(f"depth map: {arguments.depth_image}", markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

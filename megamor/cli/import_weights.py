@@ -61,11 +61,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the weights, write a checkpoint, and say how exact it is.
-
-    Raises:
-        SystemExit: status 2 if a file can't be read, or the weights have no counterpart here.
-    """
+    """Convert the weights, write a checkpoint, and say how exact it is."""
     arguments = parse_arguments(argv)
 
     from rich.console import Console
@@ -88,7 +84,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             markup=False,
             soft_wrap=True,
         )
-
-
-if __name__ == "__main__":
-    main()

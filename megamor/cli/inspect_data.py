@@ -6,9 +6,9 @@ examples:
   megamor inspect-data data/pile --verify          # also read all of a large .bin
   megamor inspect-data data/x_train --json | jq .tokens
 
-Sizes and the whole index are always checked; the tokens (hashes and range of ids) too, if there is up to 1 GiB of
-them or with --verify. Every fault is listed. Documents are shown as text with --tokenizer, or if the tokenizer lies
-beside the data or one directory up.
+Sizes and the whole index are always checked. The tokens (hashes and range of ids) are checked if there is up to 1 GiB
+of them, or with --verify. Every fault is listed. Documents are shown as text with --tokenizer, or if the tokenizer is
+in the same directory as the data or the one above.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from megamor.corpus.encode import TextEncoder
-from megamor.corpus.verify import index_faults, token_faults
-from megamor.data.meta import ShardMeta, read_meta
-from megamor.data.shard import TokenShard
+from megamor.cli import command_parser, counted
 from megamor.errors import DataError, user_errors
-from megamor.metrics.byte_progress import byte_progress
 
-_READ_UNASKED_BYTES = 2**30
+if TYPE_CHECKING:
+    from megamor.data import ShardMeta, TokenShard
+
+_READ_BY_DEFAULT_BYTES = 2**30
 _DOCUMENT_TOKENS_SHOWN = 64
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options of `megamor inspect-data`."""
+    parser = command_parser("inspect-data", __doc__)
     parser.add_argument("prefix", help="data set: PREFIX.bin and PREFIX.idx")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, to show documents as text")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="how many to show (default: 3)")
@@ -48,11 +44,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Check and describe a data set. Exits with status 2 and one message if it is damaged or can't be read."""
     args = parse_arguments(argv)
+    from megamor.data import TokenShard, read_meta
+
     shard, meta = TokenShard.open(args.prefix), read_meta(args.prefix)
-    read_tokens = args.verify or shard.tokens.nbytes <= _READ_UNASKED_BYTES
-    report_faults(faults_of(shard, meta, read_tokens=read_tokens))
+    read_tokens = args.verify or shard.tokens.nbytes <= _READ_BY_DEFAULT_BYTES
+    faults = find_faults(shard, meta, read_tokens=read_tokens)
+    if faults:
+        raise DataError(faults[0] if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults:", *faults]))
     report = describe(shard, meta)
     report["contents_verified"] = read_tokens
     report["first_documents"] = first_documents(shard, meta, args.tokenizer, args.documents)
@@ -62,25 +62,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_report(report)
 
 
-def faults_of(shard: TokenShard, meta: ShardMeta | None, *, read_tokens: bool) -> list[str]:
+def find_faults(shard: TokenShard, meta: ShardMeta | None, *, read_tokens: bool) -> list[str]:
     """Everything that is wrong with a data set whose sizes are right."""
+    from megamor.corpus.verify import index_faults, token_faults
+    from megamor.progress import ProgressDisplay
+
     found = list(index_faults(shard, meta))
     if read_tokens:
-        with byte_progress("verifying", shard.tokens.nbytes) as advance:
-            found += token_faults(shard, meta, advance)
+        with ProgressDisplay("verifying", shard.tokens.nbytes) as progress:
+            found += token_faults(shard, meta, progress.advance)
     return found
-
-
-def report_faults(faults: Sequence[str]) -> None:
-    """Raise DataError listing `faults`, if there are any."""
-    if len(faults) == 1:
-        raise DataError(faults[0])
-    if faults:
-        raise DataError("\n  ".join([f"{len(faults)} faults:", *faults]))
 
 
 def describe(shard: TokenShard, meta: ShardMeta | None) -> dict[str, Any]:
     """Counts and sizes, and what the side file says."""
+    import numpy as np
+
     lengths = shard.lengths
     return {
         "prefix": shard.prefix,
@@ -106,13 +103,17 @@ def first_documents(
 
     Raises DataError if `tokenizer` is not the one that wrote the data.
     """
-    if tokenizer and not written_with(tokenizer, meta):
+    if tokenizer and meta and not meta.written_with(tokenizer):
         raise DataError(f"{tokenizer} is not the tokenizer that wrote {shard.prefix}; give that one")
     if not tokenizer and meta and meta.tokenizer_name:
         directory = Path(shard.prefix).resolve().parent
-        near = [str(place / meta.tokenizer_name) for place in (directory, directory.parent)]
-        tokenizer = next((path for path in near if Path(path).is_file() and written_with(path, meta)), None)
-    decode = TextEncoder.load(tokenizer).tokenizer.decode if tokenizer else None
+        candidates = [near / meta.tokenizer_name for near in (directory, directory.parent)]
+        tokenizer = next((str(path) for path in candidates if path.is_file() and meta.written_with(path)), None)
+    decode = None
+    if tokenizer:
+        from megamor.corpus.tokenizer import TextEncoder
+
+        decode = TextEncoder.load(tokenizer).tokenizer.decode
     documents = []
     for number in range(min(count, shard.num_documents)):
         ids = shard.document(number)
@@ -122,32 +123,45 @@ def first_documents(
     return documents
 
 
-def written_with(tokenizer: str, meta: ShardMeta | None) -> bool:
-    """Whether the file `tokenizer` wrote the data, as far as the side file knows."""
-    return not meta or meta.written_with(tokenizer)
-
-
 def print_report(report: dict[str, Any]) -> None:
-    """The report for people."""
-    print(f"{report['prefix']}: {report['documents']:,} documents, {report['tokens']:,} tokens, {report['dtype']}")
-    print(
-        f"  sequences {report['sequences']:,} (median {report['median_sequence']:,} tokens, longest "
-        f"{report['longest_sequence']:,}, empty {report['empty_sequences']:,}); {report['bytes'] / 1e6:,.1f} MB"
-    )
-    if report["tokenizer"] is None:
-        print("  no side file: tokenizer, vocabulary and hashes unknown (data of Megatron-LM or GPT-NeoX)")
+    """Print the report for people, in lines that wrap at the width of the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(Text(name), Text(value))
+
+    row("documents", f"{report['documents']:,}")
+    row("tokens", f"{report['tokens']:,} ({report['dtype']}; {report['bytes'] / 1e6:,.1f} MB with the index)")
+    lengths = f"median {report['median_sequence']:,} tokens, longest {report['longest_sequence']:,}"
+    empty = f", {report['empty_sequences']:,} empty" if report["empty_sequences"] else ""
+    row("sequences", f"{report['sequences']:,}: {lengths}{empty}")
+    tokenizer, eod = report["tokenizer"], report["end_of_document"]
+    if tokenizer is None:
+        row("tokenizer", "unknown: no side file (data of Megatron-LM or GPT-NeoX)")
     else:
-        tokenizer, eod = report["tokenizer"], report["end_of_document"]
-        ending = f"{eod['token']} ({eod['id']}) {'appended' if eod['appended'] else 'not appended'}"
-        known = f"{tokenizer['name']}, vocabulary {report['vocab_size']}, end of document {ending}"
-        print(f"  tokenizer {known if tokenizer['sha256'] else 'unknown'}")
+        known = f"{tokenizer['name']}, vocabulary of {report['vocab_size']:,}" if tokenizer["sha256"] else "unknown"
+        row("tokenizer", known)
+        if eod["token"] is not None:
+            ending = f"{eod['token']} (id {eod['id']}), {'appended' if eod['appended'] else 'not appended'}"
+            row("end of document", ending)
         for source in report["sources"]:
-            print(f"  from {source['name']}: {source['documents']:,} documents, {source['tokens']:,} tokens")
+            size = f"{counted(source['documents'], 'document')}, {counted(source['tokens'], 'token')}"
+            row("source", f"{source['name']}: {size}")
     for number, document in enumerate(report["first_documents"]):
-        start = document["ids"] if document["text"] is None else repr(document["text"])
-        print(f"  document {number} ({document['tokens']:,} tokens): {start}")
-    read = "tokens" if report["contents_verified"] else "not the tokens (large; --verify reads them)"
-    print(f"  intact: sizes, index, {read}")
+        start = str(document["ids"]) if document["text"] is None else repr(document["text"])
+        row(f"document {number}", f"{counted(document['tokens'], 'token')}: {start}")
+    read = "and tokens" if report["contents_verified"] else "not the tokens (large; --verify reads them)"
+    row("intact", f"sizes, index {read}")
+    # Lines are folded on a terminal only: a pipe into grep gets whole ones.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    console.print(Text(report["prefix"], style="bold"))
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ examples:
   # any data sets in the .bin/.idx format, also of Megatron-LM and GPT-NeoX, in this order
   megamor merge-data --inputs data/a data/b_text_document --output-prefix data/ab
 
-The shards stay; memory doesn't grow with them. Damaged and missing shards, different tokenizers and different item
-types are refused, and the output appears under its name only when complete.
+The shards are kept, and memory doesn't grow with them. Damaged or missing shards, different tokenizers and different
+item types are errors. The output appears under its name only when complete.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.corpus.array import find_shards
-from megamor.corpus.merge import merge_shards
+from megamor.cli import command_parser, counted
 from megamor.errors import user_errors
-from megamor.metrics.byte_progress import byte_progress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="merge_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options of `megamor merge-data`."""
+    parser = command_parser("merge-data", __doc__)
     parser.add_argument(
         "--inputs", nargs="+", metavar="PREFIX", help="data sets to merge, in order (default: the shards of the output)"
     )
@@ -35,24 +31,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--assume-same-tokenizer",
         action="store_true",
-        help="merge data with a .meta.json and foreign data without one: you know that one tokenizer wrote both",
+        help="merge data with a .meta.json and foreign data without one, which you know was written with one tokenizer",
     )
     return parser.parse_args(argv)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit status 2 and one message for whatever the user can mend."""
+    """Merge. Exits with status 2 and one message after an error the user can fix."""
     args = parse_arguments(argv)
+    from megamor.corpus.array import find_shards
+    from megamor.corpus.merge import merge_shards
+    from megamor.progress import ProgressDisplay
+
     prefixes = args.inputs or find_shards(args.output_prefix)
     size = sum(path.stat().st_size for path in (Path(f"{prefix}.bin") for prefix in prefixes) if path.is_file())
-    with byte_progress("merging", size) as advance:
+    with ProgressDisplay("merging", size) as progress:
         merged = merge_shards(
-            prefixes, args.output_prefix, assume_same_tokenizer=args.assume_same_tokenizer, advance=advance
+            prefixes, args.output_prefix, assume_same_tokenizer=args.assume_same_tokenizer, advance=progress.advance
         )
-    print(
-        f"{merged.prefix}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens from {len(prefixes)} shards"
-    )
+    documents, tokens = counted(merged.num_documents, "document"), counted(merged.num_tokens, "token")
+    print(f"{merged.prefix}: {documents}, {tokens} from {counted(len(prefixes), 'shard')}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ examples:
   # characters as tokens; the vocabulary is written to data/shakespeare.tokenizer.json
   megamor preprocess --input input.txt --tokenizer char --output-prefix data/shakespeare
 
-Interrupted at any point, the same command goes on from there. The output is the same, byte for byte, whatever the
-number of workers and interruptions, and appears under its name only when complete. docs/data.md explains the options.
+After an interruption, rerun the same command to resume. The output is the same, byte for byte, whatever the number of
+workers and interruptions, and appears under its name only when complete. docs/data.md explains the options.
 """
 
 from __future__ import annotations
@@ -28,54 +28,59 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megamor.cli.preprocess_display import print_summary, progress_display, tell
-from megamor.corpus.accelerator import ACCELERATORS, make_encoder
-from megamor.corpus.array import parse_shard, shard_prefix
-from megamor.corpus.dedup import read_held_out
-from megamor.corpus.documents import parse_chunk
-from megamor.corpus.encode import ChunkEncoder, EncodeOptions
-from megamor.corpus.preprocess import Interrupted, Plan, Run, Totals
-from megamor.corpus.text import CHUNK_BYTES, Share, TextInput, find_files
-from megamor.corpus.tokenizer import BUILT_IN, DEFAULT_EOD_TOKENS, TextEncoder, built_in_tokenizer, find_tokenizer
-from megamor.data.meta import ShardMeta
+from megamor.cli import command_parser, counted
+from megamor.corpus import ACCELERATORS, BUILT_IN_TOKENIZERS, DEFAULT_EOD_TOKENS
 from megamor.errors import ConfigError, user_errors
+
+if TYPE_CHECKING:
+    from megamor.corpus.encode import EncodeOptions
+    from megamor.corpus.preprocess import PreprocessJob, Totals
+    from megamor.corpus.text import InputRange, TextInput
+    from megamor.corpus.tokenizer import TextEncoder
 
 _SPLIT_NAMES = ("train", "val", "test")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options of `megamor preprocess`."""
+    parser = command_parser("preprocess", __doc__)
     _add_input_arguments(parser.add_argument_group("input"))
     _add_document_arguments(parser.add_argument_group("documents"))
     output = parser.add_argument_group("output and run")
     output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
     output.add_argument(
         "--split",
-        metavar="SHARES",
-        help="2 or 3 shares adding up to 1, such as 0.99,0.01: writes PREFIX_train, PREFIX_val and PREFIX_test; where "
-        "a document goes depends on its text alone, so adding files moves none",
+        metavar="FRACTIONS",
+        help="2 or 3 fractions adding up to 1, such as 0.99,0.01: writes PREFIX_train, PREFIX_val and PREFIX_test; the "
+        "split of a document depends on its text alone, so adding files moves no document",
     )
     output.add_argument(
-        "--shard", metavar="I/N", help="do the I-th N-th of the input only, I from 0: writes PREFIX_shard_I_of_N"
+        "--shard",
+        metavar="I/N",
+        help="process only the I-th of N equal ranges of the input, I from 0: writes PREFIX_shard_I_of_N",
     )
-    output.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    output.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
+    )
     output.add_argument(
         "--accelerator",
         choices=ACCELERATORS,
         default="auto",
-        help="gigatoken gives the ids of the tokenizers library much faster, and is checked against it on a sample of "
-        "every file; auto uses it if it is installed and can do the tokenizer, and says so (default)",
+        help="gigatoken gives the ids of the tokenizers library much faster, and is checked against it at the start of "
+        "every file; auto (default) uses it if it is installed and supports the tokenizer, and prints which is used",
     )
-    output.add_argument("--restart", action="store_true", help="start over, also where an interrupted run could go on")
+    output.add_argument(
+        "--restart", action="store_true", help="start over, even if an interrupted run could be resumed"
+    )
     return parser.parse_args(argv)
 
 
@@ -97,15 +102,15 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
         required=True,
         metavar="X",
         help="tokenizer.json of the tokenizers library, a directory with one, a name on the Hugging Face hub, or "
-        "char or byte: made here, and written to PREFIX.tokenizer.json",
+        f"{' or '.join(BUILT_IN_TOKENIZERS)}: built from the input, and written to PREFIX.tokenizer.json",
     )
     group.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     group.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
-        help="a line that is not JSON, not UTF-8 or without the key: stop, naming file and line (default), or skip, "
-        "count and report it",
+        help="what to do with a line that is not JSON, not UTF-8 or lacks the key: stop and name file and line "
+        "(default), or skip, count and report it",
     )
 
 
@@ -113,33 +118,45 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
     )
-    group.add_argument("--eod-token", metavar="TOKEN", help="that token (default: <|endoftext|>, else </s>)")
+    group.add_argument(
+        "--eod-token", metavar="TOKEN", help=f"that token (default: {', else '.join(DEFAULT_EOD_TOKENS)})"
+    )
     group.add_argument(
         "--document-separator",
         metavar="STRING",
-        help="a text is several documents with this between them; without it, '<|endoftext|>' in a text is just text",
+        help="split every text into several documents at this string; without it, '<|endoftext|>' in a text is text",
     )
-    group.add_argument("--min-length", type=int, default=0, metavar="N", help="leave out documents of under N tokens")
     group.add_argument(
-        "--deduplicate", action="store_true", help="keep only the first of documents with the same text (same hash)"
+        "--min-length", type=int, default=0, metavar="N", help="leave out documents of fewer than N tokens"
+    )
+    group.add_argument(
+        "--deduplicate", action="store_true", help="keep only the first of documents with the same text (by hash)"
     )
     group.add_argument(
         "--holdout",
         metavar="FILE",
-        help="leave out the documents in this file: texts in any form of --input, or one hash a line (docs/data.md)",
+        help="leave out the documents in this file: texts in any form of --input, or one hash per line (docs/data.md)",
     )
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit status 2 and one message for whatever the user can mend, 130 after Ctrl-C."""
+    """Preprocess. Exits with status 2 and one message after an error the user can fix, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}: at least one is needed")
+        raise ConfigError(f"--workers {args.workers}: give at least 1")
     if args.min_length < 0:
-        raise ConfigError(f"--min-length {args.min_length}: a number of tokens, 0 or more")
-    shares = parse_shares(args.split)
-    share = Share(*parse_shard(args.shard)) if args.shard else Share()
+        raise ConfigError(f"--min-length {args.min_length}: give a number of tokens, 0 or more")
+    fractions = parse_fractions(args.split)
+
+    # Only now, so that --help and wrong options answer at once.
+    from megamor.corpus.array import parse_shard
+    from megamor.corpus.dedup import read_held_out
+    from megamor.corpus.encode import ChunkEncoder, EncodeOptions, make_encoder
+    from megamor.corpus.preprocess import Interrupted, PreprocessRun
+    from megamor.corpus.text import WHOLE, InputRange
+
+    within = InputRange(*parse_shard(args.shard)) if args.shard else WHOLE
     texts = open_input(args)
     if args.shard and not texts.size:
         raise ConfigError("--shard needs an input of known size; leave out --hf-streaming")
@@ -148,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         json_key=args.json_key,
         separator=args.document_separator,
         append_eod=args.append_eod,
-        shares=shares,
+        fractions=fractions,
         skip_bad=args.on_bad_line == "skip",
         min_tokens=args.min_length,
         hashes=args.deduplicate,
@@ -156,54 +173,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     encoder, accelerator = make_encoder(args.accelerator, tokenizer.encoder)
     print(f"accelerator: {accelerator}", flush=True)
-    run = Run(
-        make_plan(args, texts, share, tokenizer, options, accelerator),
-        ChunkEncoder(options, encoder, tokenizer.encoder),
-        tell,
-    )
+    job = make_job(args, texts, within, tokenizer, options, accelerator)
+    run = PreprocessRun(job, ChunkEncoder(options, encoder, tokenizer.encoder), tell)
+    started = time.monotonic()
+    before = 0
+
+    @contextmanager
+    def display(resumed: Totals) -> Iterator[Callable[[Totals], None]]:
+        from megamor.progress import ProgressDisplay, format_count
+
+        nonlocal before
+        before = resumed.counts.text_bytes
+        begin, length = texts.size * within.index // within.count, texts.size // within.count
+        done = max(resumed.position - begin, 0)
+        with ProgressDisplay("tokenizing", length or None, unit=texts.unit, start=done) as progress:
+            yield lambda totals: progress.update(
+                totals.position - begin, {"tokens": format_count(totals.tokens.total())}
+            )
+
     try:
-        with progress_display(texts.size, share) as progress:
-            totals = run.execute(args.workers, progress.update)
+        totals = run.execute(args.workers, display)
     except Interrupted as stop:
-        tell(stopped_message(stop, run.totals))
+        done = f"after {run.totals.counts.text_bytes / 1e6:,.1f} MB of text; rerun the same command to resume"
+        tell(f"stopped by {stop} {done if stop.kept else 'before anything was done; rerun the same command'}")
         raise SystemExit(128 + stop.signum) from None
-    print_summary(totals)
+    print_summary(job, totals, time.monotonic() - started, totals.counts.text_bytes - before)
 
 
-def stopped_message(stop: Interrupted, totals: Totals) -> str:
-    """One line on how to go on."""
-    if not stop.kept:
-        return f"stopped by {stop} before anything was done; the same command starts again"
-    return f"stopped by {stop} after {totals.text_bytes / 1e6:,.1f} MB of text; the same command goes on from there"
+def tell(message: str) -> None:
+    """Print a message to stderr at once."""
+    print(message, file=sys.stderr, flush=True)
 
 
-def parse_shares(split: str | None) -> tuple[float, ...]:
-    """Shares of the splits; (1.0,) without any. Raises ConfigError unless they are 2 or 3 and add up to 1."""
+def parse_fractions(split: str | None) -> tuple[float, ...]:
+    """Fractions of the splits; (1.0,) without any. Raises ConfigError unless they are 2 or 3 and add up to 1."""
     if split is None:
         return (1.0,)
     try:
-        shares = tuple(float(share) for share in split.split(","))
+        fractions = tuple(float(fraction) for fraction in split.split(","))
     except ValueError:
-        shares = ()
-    if len(shares) not in (2, 3) or not all(0 < share < 1 for share in shares) or not math.isclose(sum(shares), 1):
-        raise ConfigError(f"--split {split}: give 2 or 3 positive shares that add up to 1, such as 0.99,0.01")
-    return shares
+        fractions = ()
+    if len(fractions) not in (2, 3) or not all(0 < f < 1 for f in fractions) or not math.isclose(sum(fractions), 1):
+        raise ConfigError(f"--split {split}: give 2 or 3 positive fractions that add up to 1, such as 0.99,0.01")
+    return fractions
 
 
 def open_input(args: argparse.Namespace) -> TextInput:
-    """The texts that the command line names."""
+    """The texts that the command line names. Raises DataError if they can't be opened."""
+    from megamor.corpus.text import find_files
+
     if args.input:
         return find_files(args.input, args.json_key, args.document_separator)
     from megamor.corpus.hub import DatasetInput
 
-    return DatasetInput(
-        args.hf_dataset, args.hf_config, args.hf_split, args.json_key, args.hf_revision, args.hf_streaming
-    )
+    name, config, split, revision = args.hf_dataset, args.hf_config, args.hf_split, args.hf_revision
+    return DatasetInput(name, config, split, args.json_key, revision, streaming=args.hf_streaming)
 
 
 @dataclass(frozen=True)
 class OpenTokenizer:
-    """A tokenizer in use, its JSON, and the file to write it to if it isn't a file of the user's."""
+    """A tokenizer, its JSON, its name for the side file, and where to write it unless it is the user's own file."""
 
     encoder: TextEncoder
     name: str
@@ -212,10 +241,12 @@ class OpenTokenizer:
 
 
 def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
-    """The tokenizer that the command line names, or one made for `texts`."""
+    """The tokenizer that the command line names, or one built from `texts`. Raises DataError if there is none."""
+    from megamor.corpus.tokenizer import TextEncoder, built_in_tokenizer, find_tokenizer
+
     eod = {"eod_token": args.eod_token, "need_eod": args.append_eod}
     own = Path(f"{args.output_prefix}.tokenizer.json")
-    if args.tokenizer in BUILT_IN:
+    if args.tokenizer in BUILT_IN_TOKENIZERS:
         special = [args.eod_token or DEFAULT_EOD_TOKENS[0]] if args.append_eod or args.eod_token else []
         made = built_in_tokenizer(args.tokenizer, lambda: _all_texts(args, texts), special)
         content = made.to_str(pretty=True).encode()
@@ -226,57 +257,86 @@ def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
     return OpenTokenizer(encoder, own.name if fetched else Path(path).name, content, own if fetched else None)
 
 
-def _all_texts(args: argparse.Namespace, texts: TextInput) -> Any:
+def _all_texts(args: argparse.Namespace, texts: TextInput) -> Iterator[str]:
+    from megamor.corpus.documents import parse_chunk
+
     tell("reading all of the input for its characters")
     for chunk in texts.chunks():
         yield from parse_chunk(chunk, args.json_key, args.document_separator, skip_bad=args.on_bad_line == "skip").texts
 
 
-def make_plan(
+def make_job(
     args: argparse.Namespace,
     texts: TextInput,
-    share: Share,
+    within: InputRange,
     tokenizer: OpenTokenizer,
     options: EncodeOptions,
     accelerator: str,
-) -> Plan:
-    """Names of the output, what goes into the side file, and what a run must have in common with one it continues."""
-    names = [f"{args.output_prefix}_{name}" for name in _SPLIT_NAMES[: len(options.shares)]]
+) -> PreprocessJob:
+    """Names of the output, contents of the side file, and what must not differ from a run to resume."""
+    from megamor.corpus.array import shard_prefix
+    from megamor.corpus.preprocess import PreprocessJob
+    from megamor.corpus.text import CHUNK_BYTES
+    from megamor.data.meta import ShardMeta
+
+    names = [f"{args.output_prefix}_{name}" for name in _SPLIT_NAMES[: len(options.fractions)]]
     bases = [*(names if args.split else [args.output_prefix]), args.output_prefix]
-    *prefixes, journal = [shard_prefix(base, share.index, share.count) if args.shard else base for base in bases]
+    *prefixes, journal = [shard_prefix(base, within.index, within.count) if args.shard else base for base in bases]
     encoder, digest = tokenizer.encoder, sha256(tokenizer.content).hexdigest()
-    # A bad line that stops a run comes before any that it skipped, so this may be changed for going on.
+    # on_bad_line may change for a resumed run: a bad line that stops it comes before any that would be skipped.
     ignored = {"workers", "restart", "on_bad_line", "holdout", "accelerator", "tokenizer", "input"}
-    identity: Mapping[str, Any] = {
-        **{f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in ignored},
-        "--tokenizer": digest,
-        "--accelerator": accelerator.split()[0],
-        "--holdout": sha256(options.held_out.tobytes()).hexdigest(),
-        "the input": [list(texts.identity), CHUNK_BYTES],
-    }
-    meta = ShardMeta(
-        tokenizer_name=tokenizer.name,
-        tokenizer_sha256=digest,
-        vocab_size=encoder.vocab_size,
-        eod_token=encoder.eod_token,
-        eod_id=encoder.eod_id,
-        eod_appended=args.append_eod,
-    )
-    return Plan(
+    return PreprocessJob(
         texts,
-        share,
+        within,
         prefixes,
         journal,
         encoder.dtype,
-        meta,
+        ShardMeta(
+            tokenizer_name=tokenizer.name,
+            tokenizer_sha256=digest,
+            vocab_size=encoder.vocab_size,
+            eod_token=encoder.eod_token,
+            eod_id=encoder.eod_id,
+            eod_appended=args.append_eod,
+        ),
         tokenizer.content,
         tokenizer.path,
-        identity,
+        identity={
+            **{f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in ignored},
+            "--tokenizer": digest,
+            "--accelerator": accelerator.split()[0],
+            "--holdout": sha256(options.held_out.tobytes()).hexdigest(),
+            "the input": [list(texts.identity), CHUNK_BYTES],
+        },
         skip_bad=options.skip_bad,
         deduplicate=args.deduplicate,
         allow_empty=bool(args.shard),
         restart=args.restart,
     )
+
+
+def print_summary(job: PreprocessJob, totals: Totals, seconds: float, new_bytes: int) -> None:
+    """Print what was written and what was left out. `new_bytes` of the text were tokenized in these `seconds`."""
+    for split, prefix in enumerate(job.prefixes):
+        documents, tokens = totals.of_split(split)
+        print(f"{prefix}: {counted(documents, 'document')}, {counted(tokens, 'token')}")
+    counts, speed = totals.counts, new_bytes / 1e6 / max(seconds, 1e-9)
+    text, tokens_in_all = f"{counts.text_bytes / 1e6:,.1f} MB of text", totals.tokens.total() / 1e6
+    print(f"{text}, {tokens_in_all:,.2f} M tokens in {seconds:,.0f} s ({speed:,.2f} MB/s)")
+    left_out = [
+        (counts.empty, "document", "without text"),
+        (counts.blank, "blank line", ""),
+        (counts.short, "document", "below --min-length"),
+        (counts.held_out, "document", "of --holdout"),
+        (counts.duplicates, "duplicate", ""),
+    ]
+    if any(count for count, _, _ in left_out):
+        print("left out: " + ", ".join(f"{counted(n, what)} {why}".strip() for n, what, why in left_out if n))
+    if counts.bad:
+        among = ", among them" if counts.bad > len(counts.bad_shown) else ""
+        print(f"skipped: {counted(counts.bad, 'bad line')}{among}")
+        for message in counts.bad_shown:
+            print(f"  {message}")
 
 
 if __name__ == "__main__":

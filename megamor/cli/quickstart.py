@@ -10,6 +10,7 @@ models. Finished steps are recognised when you run it again, and an interrupted 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -65,13 +66,13 @@ class Quickstart:
         self.step("5 resume and finish", lambda: self.train(steps))
         self.step("6 evaluate", self.evaluate)
         self.step("7 generate", self.generate)
-        headline(f"done in {sum(self.seconds.values()):.0f} s")
-        say(", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
+        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        print(f"── done in {sum(self.seconds.values()):.0f} s: {took}")
         self.finish_report()
 
     def step(self, name: str, action: Callable[[], None]) -> None:
         """Announce a step, run it and record its time."""
-        headline(name)
+        print(f"── {name} ".ljust(80, "─"))
         started = time.perf_counter()
         action()
         self.seconds[name] = time.perf_counter() - started
@@ -103,56 +104,57 @@ class Quickstart:
     def corpus(self) -> None:
         """Write the standard library's source files as JSON lines, one document per file."""
         corpus = self.root / "corpus.jsonl"
-        key = f"{sys.version} {standard_library()} {self.short}"
-        if self.is_done("corpus", key, corpus):
-            return
-        documents = [*source_files(SHORT_CORPUS_CHARACTERS if self.short else None)]
-        lines = [json.dumps({"text": text, "meta": {"path": name}}) + "\n" for name, text in documents]
-        replace_file(corpus, "".join(lines))
-        characters = sum(len(text) for _, text in documents)
-        say(f"{len(documents):,} files, {characters / 1e6:.1f} million characters of Python")
-        self.mark_done("corpus", key)
+
+        def write() -> None:
+            documents = [*source_files(SHORT_CORPUS_CHARACTERS if self.short else None)]
+            lines = [json.dumps({"text": text, "meta": {"path": name}}) + "\n" for name, text in documents]
+            replace_file(corpus, "".join(lines))
+            characters = sum(len(text) for _, text in documents)
+            print(f"{len(documents):,} files, {characters / 1e6:.1f} million characters of Python")
+
+        self.once("corpus", f"{sys.version} {standard_library()} {self.short}", corpus, write)
 
     def tokenizer(self) -> None:
         """Train a byte-level BPE tokenizer on documents spread evenly over the corpus."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
         path, vocab_size = self.root / "tokenizer.json", self.config.model.vocab_size
-        key = f"{self.stamps()['corpus']} {vocab_size}"
-        if self.is_done("tokenizer", key, path):
-            return
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
-        replace_file(path, tokenizer.to_str(pretty=True))
-        say(f"{vocab_size:,} entries: {path}")
-        self.mark_done("tokenizer", key)
+
+        def train() -> None:
+            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[END_OF_TEXT],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
+            replace_file(path, tokenizer.to_str(pretty=True))
+            print(f"{vocab_size:,} entries: {path}")
+
+        self.once("tokenizer", f"{self.stamps()['corpus']} {vocab_size}", path, train)
 
     def shards(self) -> None:
         """Tokenize the corpus into training and validation shards."""
-        key = self.stamps()["tokenizer"]
-        if self.is_done("shards", key, self.root / "data" / "stdlib_train.idx"):
-            return
-        # A run that was trained on other shards can't resume on these.
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        options = ["--input", f"{self.root}/corpus.jsonl", "--tokenizer", f"{self.root}/tokenizer.json"]
-        options += ["--append-eod", "--split", "0.9,0.1" if self.short else "0.97,0.03"]
-        options += ["--output-prefix", f"{self.root}/data/stdlib", "--workers", str(PROCESSES)]
-        self.call(["megamor", "preprocess", *options])
-        self.mark_done("shards", key)
+
+        def preprocess() -> None:
+            # A run that was trained on other shards can't resume on these.
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            options = ["--input", f"{self.root}/corpus.jsonl", "--tokenizer", f"{self.root}/tokenizer.json"]
+            options += ["--append-eod", "--split", "0.9,0.1" if self.short else "0.97,0.03"]
+            options += ["--output-prefix", f"{self.root}/data/stdlib", "--workers", str(PROCESSES)]
+            self.call(["megamor", "preprocess", *options])
+
+        self.once("shards", self.stamps()["tokenizer"], self.root / "data" / "stdlib_train.idx", preprocess)
 
     def train(self, until_step: int) -> None:
         """Train from the newest checkpoint, if any, to `until_step`."""
         if self.finished_steps() >= until_step:
-            say(f"already done: {self.finished_steps()} steps")
+            print(f"already done: {self.finished_steps()} steps")
             return
+        # Two processes whatever the machine has, so that the result is the same everywhere.
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m"]
         command = ["megamor", "pretrain", "--config", str(CONFIG), *self.overrides]
         self.call([*launcher, *command, f"train.stop_at_step={until_step}"])
@@ -171,16 +173,17 @@ class Quickstart:
         from megamor.cli.quickstart_report import make_report, show_report
 
         latest, losses, report = self.checkpoints / "latest", self.root / "evaluation.json", self.root / "report.json"
-        # The report's format belongs to the key, so that a report of an older version is made again.
-        key = f"{SCHEMA} {hashlib.sha256((latest / 'manifest.json').read_bytes()).hexdigest()}"
-        if not self.is_done("report", key, report):
+
+        def measure() -> None:
             sequences = self.config.train.eval_sequences
             options = ["--checkpoint", str(latest), "--json", str(losses), "--data", f"{self.root}/data/stdlib_val"]
             self.call(["megamor", "evaluate", *options, "--sequences", str(sequences)], threads=PROCESSES)
-            say("counting the n-grams that the network has seen ...")
+            print("counting the n-grams that the network has seen ...")
             figures = make_report(latest, json.loads(losses.read_text()), "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
-            self.mark_done("report", key)
+
+        # The format is an input too: a report that an older version made lacks figures.
+        self.once("report", f"{SCHEMA} {(latest / 'manifest.json').read_text()}", report, measure)
         show_report(json.loads(report.read_text()))
 
     def generate(self) -> None:
@@ -222,33 +225,14 @@ class Quickstart:
         stamps: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
         return stamps
 
-    def is_done(self, name: str, key: str, product: Path) -> bool:
-        """Say whether a step has finished with the inputs that `key` describes and its product still exists."""
-        done = self.stamps().get(name) == hashed(key) and product.exists()
-        if done:
-            say(f"already done: {product}")
-        return done
-
-    def mark_done(self, name: str, key: str) -> None:
-        """Record that a step has finished with the inputs that `key` describes."""
-        replace_file(self.root / "finished.json", json.dumps({**self.stamps(), name: hashed(key)}, indent=1))
-
-
-def say(text: str) -> None:
-    """Print at once, so that the output of the steps' own processes follows in order."""
-    print(text, flush=True)
-
-
-def headline(text: str) -> None:
-    """Print `text` on a rule across the terminal."""
-    from rich.console import Console
-
-    Console().rule(text, align="left")
-
-
-def hashed(key: str) -> str:
-    """Return a short hash of a step's inputs."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    def once(self, name: str, inputs: str, product: Path, make: Callable[[], None]) -> None:
+        """Call `make` unless an earlier quickstart made `product` from the same `inputs`."""
+        stamp = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+        if self.stamps().get(name) == stamp and product.exists():
+            print(f"already done: {product}")
+            return
+        make()
+        replace_file(self.root / "finished.json", json.dumps({**self.stamps(), name: stamp}, indent=1))
 
 
 def standard_library() -> Path:
@@ -260,6 +244,7 @@ def source_files(limit_characters: int | None = None) -> Iterator[tuple[str, str
     """Yield name and text of the standard library's Python files, sorted by name, without those that aren't UTF-8."""
     root, total = standard_library(), 0
     for path in sorted(root.rglob("*.py")):
+        # Some systems keep third-party packages inside the standard library's directory.
         if {"site-packages", "dist-packages"} & set(path.parts):
             continue
         try:
@@ -285,22 +270,17 @@ def sample_documents(corpus: Path) -> Iterator[str]:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the quickstart.
-
-    Raises:
-        SystemExit: status 2 if a step fails or the directory can't be written.
-    """
+    """Run the quickstart."""
     parser = command_parser("quickstart", __doc__)
     parser.add_argument(
         "--root", type=Path, default=Path("runs/quickstart"), help="directory to write (default: %(default)s)"
     )
     parser.add_argument("--short", action="store_true", help="8 training steps on little data, to try the path")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In a log file too, each step's heading must precede what its processes print.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         Quickstart(arguments.root.resolve(), arguments.short).run()
     except OSError as error:
         raise MegamorError(f"can't write to {arguments.root}: {error}; give another --root") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -139,7 +139,3 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     formula = derive(config, trainer.world_size).unique_parameters_with_embedding
     if counted != formula and config.router.kind != "custom":
         yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"
-
-
-if __name__ == "__main__":
-    main()

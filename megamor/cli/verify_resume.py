@@ -1,4 +1,4 @@
-"""Check that a run resumes bitwise on this machine: N steps at once against N/2 steps, a restart, and N/2 more.
+"""Check on this machine that your run resumes bitwise: N steps without a break against N/2, a restart, and N/2 more.
 
 examples:
   megamor verify-resume --config configs/quickstart.yaml
@@ -6,14 +6,14 @@ examples:
   megamor verify-resume --config configs/mor_135m.yaml --processes 2 train.global_batch_size=8 \\
       train.micro_batch_size=2 checkpoint.asynchronous=true
 
-Only the number of steps differs from your run: model, data, batch, backend and precision are the same, and so is the
-learning-rate schedule. If steps take long, use a smaller batch (as in the last example). Each run starts new processes
-and writes below --dir, which is deleted afterwards unless --keep is given. Compared are every metric of every step
-(loss, gradient norm, depths, learning rate) and every bit of weights and moments at the end. Exit status 0 if all are
-equal, 2 otherwise.
+Model, data, batch, backend and precision are those of the configuration; only the number of steps differs. If steps
+take long, make the batch smaller with overrides. The learning-rate schedule stays that of the whole run. Both runs
+start in new processes and write to a new directory under --dir, which is removed at the end unless you give --keep.
+They must agree in every metric of every step (loss, gradient norm, depths, learning rate) and in every bit of the
+final weights and optimizer state. Exit status 0 if they do, 2 otherwise.
 
-A difference means that something isn't restored, or that your settings compute differently each time (a GPU kernel that
-isn't deterministic). To tell which, run it with --again: it compares two runs without a restart.
+If they differ, either something isn't restored, or this machine computes a step differently each time (some GPU
+kernels are not deterministic). --again tells which: it runs the same steps twice without a restart.
 """
 
 from __future__ import annotations
@@ -34,93 +34,90 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLOCK_METRICS = ("time", "throughput/", "memory/")
-"""Prefixes of metrics that depend on the clock and the machine."""
+"""Prefixes of metrics that depend on the clock and the machine, and so may differ."""
+MAX_DIFFERENCES_SHOWN = 20
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options; the overrides may stand before, between or after them."""
+    parser = command_parser("verify-resume", __doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as for megamor pretrain")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of each run, at least 2 (default: 4)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="processes to train with (default: 1)")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="where to work (default: the system's temporary one)")
+    parser.add_argument("--keep", action="store_true", help="keep both runs' directories")
+    parser.add_argument("--again", action="store_true", help="compare two runs without a restart")
+    return parser.parse_intermixed_args(argv)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train twice and compare.
-
-    Raises:
-        SystemExit: status 2 if the runs differ, or one of them fails.
-    """
-    parser = command_parser("verify-resume", __doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as for megamor pretrain")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
-    parser.add_argument(
-        "--steps", type=int, default=4, metavar="N", help="total steps, at least 2 (default: %(default)s)"
-    )
-    parser.add_argument("--processes", type=int, default=1, metavar="P", help="on this machine (default: %(default)s)")
-    parser.add_argument(
-        "--dir", type=Path, metavar="DIR", help="working directory (default: a new one in the system's)"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep both runs' directories")
-    parser.add_argument("--again", action="store_true", help="don't restart: check whether a run repeats exactly")
-    args = parser.parse_intermixed_args(argv)
-    if args.steps < 2:
-        raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
-
+    """Train both runs, compare them, and print the result."""
     from megamor.config import load_config
 
-    load_config(args.config, args.overrides, args.processes)  # report its errors once, before processes start
+    args = parse_arguments(argv)
+    if args.steps < 2:
+        raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
+    load_config(args.config, args.overrides, args.processes)  # reports errors before processes start
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="verify_resume_", dir=args.dir))
     half = args.steps // 2
     try:
-        train(args, directory, "straight", args.steps)
+        train_until(args, directory, "straight", args.steps)
         if not args.again:
-            train(args, directory, "restarted", half)
-        train(args, directory, "restarted", args.steps)
-        faults = [*differences(directory / "straight", directory / "restarted")]
+            train_until(args, directory, "restarted", half)
+        train_until(args, directory, "restarted", args.steps)
+        found = [*differences(directory / "straight", directory / "restarted")]
     finally:
         if args.keep:
             print(f"both runs are in {directory}")
         else:
             shutil.rmtree(directory)
-    what = (
-        f"two runs of {args.steps} steps"
-        if args.again
-        else f"{args.steps} steps and {half} + {args.steps - half} steps"
-    )
-    if faults:
-        raise TrainingError("\n  ".join([f"{what} differ:", *faults[:20], *(["..."] if len(faults) > 20 else [])]))
-    print(f"{what} are the same to the last bit")
+    compared = f"{args.steps} steps and {half} + {args.steps - half} steps"
+    if args.again:
+        compared = f"two runs of {args.steps} steps"
+    if found:
+        more = ["..."] if len(found) > MAX_DIFFERENCES_SHOWN else []
+        raise TrainingError("\n  ".join([f"{compared} differ:", *found[:MAX_DIFFERENCES_SHOWN], *more]))
+    print(f"{compared} are the same to the last bit")
 
 
-def train(args: argparse.Namespace, directory: Path, name: str, stop: int) -> None:
-    """Train the run `name` up to step `stop`, in new processes.
+def train_until(args: argparse.Namespace, directory: Path, name: str, stop: int) -> None:
+    """Train in new processes, in `directory`/`name`, until step `stop`.
 
     Raises:
-        TrainingError: a process exited with an error.
+        TrainingError: a process failed.
     """
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
-    settings = [f"run.dir={directory}", f"run.name={name}", f"train.stop_at_step={stop}", "metrics.wandb=false"]
-    command += ["-m", "megamor", "pretrain", "--config", str(args.config)]
-    print(f"{name}: until step {stop}", flush=True)
-    status = subprocess.run([*command, *args.overrides, *settings, "metrics.log_every=1"], check=False).returncode
+    command += ["-m", "megamor", "pretrain", "--config", str(args.config), *args.overrides]
+    command += [f"run.dir={directory}", f"run.name={name}", f"train.stop_at_step={stop}"]
+    command += ["metrics.wandb=false", "metrics.log_every=1"]
+    print(f"{name}: training until step {stop}", flush=True)
+    status = subprocess.run(command, check=False).returncode
     if status != 0:
         raise TrainingError(f"training exited with status {status}; its messages are above")
 
 
 def differences(straight: Path, restarted: Path) -> Iterator[str]:
-    """What differs between the directories of two runs, one line for each difference."""
+    """Yield a line for each difference between the two runs' metrics and last checkpoints."""
     from megamor.checkpoint import iterate_state, open_checkpoint
     from megamor.metrics import read_jsonl
 
     yield from differing_metrics(*(read_jsonl(run / "metrics.jsonl") for run in (straight, restarted)))
     last = [open_checkpoint(run) for run in (straight, restarted)]
     if last[0].step != last[1].step:
-        yield f"the last checkpoint is at step {last[1].step} instead of {last[0].step}"
+        yield f"the last checkpoint is of step {last[1].step} instead of {last[0].step}"
         return
     yield from differing_tensors(*(dict(iterate_state(checkpoint.directory)) for checkpoint in last))
 
 
 def differing_metrics(straight: Sequence[Mapping[str, Any]], restarted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Metrics that differ, by step."""
-    # A step can have two records: training's and evaluation's.
+    """Yield a line for each metric that differs, step by step."""
+    # A step has two records, the training metrics and the validation metrics: told apart by the loss.
     found = {(record["step"], "train/loss" in record): record for record in restarted}
     for record in straight:
         other = found.get((record["step"], "train/loss" in record))
@@ -133,15 +130,13 @@ def differing_metrics(straight: Sequence[Mapping[str, Any]], restarted: Sequence
 
 
 def differing_tensors(straight: Mapping[str, Tensor], restarted: Mapping[str, Tensor]) -> Iterator[str]:
-    """Weights and moments that differ."""
+    """Yield a line for each tensor of weights or optimizer state that differs."""
+    import torch
+
     for name, tensor in straight.items():
         if name not in restarted:
             yield f"{name} is missing"
-        elif not tensor.equal(restarted[name]):
+        elif not torch.equal(tensor, restarted[name]):
             off = (tensor.double() - restarted[name].double()).abs()
             yield f"{name} differs in {int(off.count_nonzero())} of {off.numel()} values, by at most {off.max():.3g}"
-    yield from (f"{name} exists only after the restart" for name in restarted if name not in straight)
-
-
-if __name__ == "__main__":
-    main()
+    yield from (f"{name} is only there after the restart" for name in restarted if name not in straight)

@@ -1,14 +1,17 @@
-"""Layers of plain YAML values to a `Config` and back. Pydantic checks the types and ranges that the schema declares."""
+"""Conversion of layers of plain YAML values to a `Config`, and back to plain values.
+
+Pydantic checks types and ranges, which the schema declares, and finds all problems at once. What is here beside that is
+the merging of layers, and error messages that name the source of a value and the probable fix.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from megamor.config.constraints import Range
 from megamor.config.routers import FixedDepthConfig, RouterConfig
@@ -78,7 +81,7 @@ def _merge(
 ) -> dict[str, Any]:
     """`base` overridden by `layer`, both the section at dotted `key`; `sources` records what came from `source`."""
     if key == "router" and layer.get("kind", base.get("kind")) != base.get("kind", FixedDepthConfig.kind):
-        base = {}  # another kind of router: no setting of the old one may leak into it
+        base = {}  # a setting of the old kind must not leak into the new one
     merged = dict(base)
     for name, value in layer.items():
         dotted = _join(key, name)
@@ -117,33 +120,32 @@ def field_types(section: type) -> dict[str, Any]:
 
 def describe_type(hint: Any) -> str:
     """What a setting of type `hint` accepts, in words."""
-    hint, constraint, optional = _taken_apart(hint)
-    if optional:
-        return f"{describe_type(hint if constraint is None else Annotated[hint, constraint])} or null"
-    if isinstance(constraint, Range):
-        return constraint.words
-    if hint in _WORDS:
-        return _WORDS[hint]
+    if (inner := _without_null(hint)) is not hint:
+        return f"{describe_type(inner)} or null"
+    if get_origin(hint) is Annotated:
+        (constraint,) = hint.__metadata__
+        return constraint.words if isinstance(constraint, Range) else f"a mapping with kind: {' | '.join(ROUTERS)}"
     if get_origin(hint) is Literal:
-        choices = [str(choice) for choice in get_args(hint)]
-        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+        return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"a list (each item {describe_type(get_args(hint)[0])})"
-    if hint == RouterConfig:
-        return f"a mapping with kind: {' | '.join(ROUTERS)}"
     if hint in _ITEMS:
         return f"{{{', '.join(field_types(hint))}}}{_ITEMS[hint]}"
-    return "a mapping"
+    return _WORDS.get(hint, "a mapping")
 
 
-def _taken_apart(hint: Any) -> tuple[Any, Any, bool]:
-    """(bare type, its constraint or None, whether null is allowed)."""
-    optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-    if optional:
-        (hint,) = (member for member in get_args(hint) if member is not type(None))
-    if get_origin(hint) is Annotated:
-        return hint.__origin__, hint.__metadata__[0], optional
-    return hint, None, optional
+def _without_null(hint: Any) -> Any:
+    """`X` for `X | None`; other types as they are."""
+    if type(None) not in get_args(hint):
+        return hint
+    (inner,) = (member for member in get_args(hint) if member is not type(None))
+    return inner
+
+
+def _bare(hint: Any) -> Any:
+    """`hint` without null and without its constraint."""
+    hint = _without_null(hint)
+    return hint.__origin__ if get_origin(hint) is Annotated else hint
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -160,9 +162,9 @@ def _explain(problem: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     elif problem["type"] == "missing":
         message = f"missing; give {describe_type(hint)}"
     else:
-        message = f"found {found!r}, expected {describe_type(hint)}{_advice(found, _taken_apart(hint)[0])}"
+        message = f"found {found!r}, expected {describe_type(hint)}{_advice(found, _bare(hint))}"
     recorded = key
-    while recorded not in sources:  # look at the section around it
+    while recorded not in sources:  # a missing key and an item of a list have the source of what is around them
         recorded = recorded[: max(recorded.rfind("."), recorded.rfind("["), 0)]
     return f"{sources[recorded]}: {key or 'the whole configuration'}: {message}"
 
@@ -173,7 +175,7 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
     section: Any = Config
     hint: Any = Config
     for item in location:
-        hint = _taken_apart(hint)[0]
+        hint = _bare(hint)
         if hint == RouterConfig:
             hint = ROUTERS[item]
         elif is_dataclass(hint):
@@ -204,12 +206,16 @@ def _suggest(name: Any, section: Any, key: str) -> str:
     """What may have been meant by the unknown key `name`: a setting here, of another router, or of another section."""
     owners = [kind for kind, router in ROUTERS.items() if name in field_types(router)]
     if section in ROUTERS.values() and owners:
-        return f"it belongs to router.kind {' and '.join(owners)}, and this run's router.kind is {section.kind}"
+        return f"it belongs to router.kind {' or '.join(owners)}, but router.kind = {section.kind}"
     prefix = key[: -len(str(name))]
     if close := _closest(name, field_types(section)):
         return f"did you mean {prefix}{close}?"
-    sections = {outer: hint for outer, hint in field_types(Config).items() if outer != "router"}
-    elsewhere = {inner: f"{outer}.{inner}" for outer, hint in sections.items() for inner in field_types(hint)}
+    elsewhere = {
+        inner: f"{outer}.{inner}"
+        for outer, hint in field_types(Config).items()
+        for member in (ROUTERS.values() if outer == "router" else [hint])
+        for inner in field_types(member)
+    }
     if close := _closest(name, elsewhere, cutoff=0.8):  # among so many keys a loose match would be chance
         return f"did you mean {elsewhere[close]}?"
     return f"the keys here are {', '.join(field_types(section))}"

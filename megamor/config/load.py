@@ -96,13 +96,13 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 # PyYAML follows YAML 1.1, where `1e-3` is a string, `on` a bool, `010` eight and `1:30` ninety. The scalars below are
 # those of YAML 1.2, plus `_` between digits.
 
-_SCALARS: tuple[tuple[str, str, str], ...] = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("merge", r"<<", "<"),
+_SCALARS: tuple[tuple[str, str], ...] = (
+    ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("int", r"[-+]?[0-9][0-9_]*"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+    ("null", r"~|null|Null|NULL|"),
+    ("merge", r"<<"),
 )
 
 
@@ -126,9 +126,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _class in (_Loader, _Dumper):
-    for _name, _pattern, _first in _SCALARS:
-        _firsts = ["" if character == "\0" else character for character in _first]
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _firsts)
+    for _name, _pattern in _SCALARS:
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:

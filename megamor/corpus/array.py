@@ -1,6 +1,6 @@
-"""Names of the parts that the jobs of an array write, and which of them are there.
+"""Names of the shards that the jobs of an array write, and which of them exist.
 
-Part 3 of 16 (counted from 0) of the data set `data/pile` is the data set `data/pile_shard_00003_of_00016`; the name of
+Shard 3 of 16 (counted from 0) of the data set `data/pile` is the data set `data/pile_shard_00003_of_00016`; the name of
 a split comes first: `data/pile_train_shard_00003_of_00016`. Merged in order they give what one run would have written.
 """
 
@@ -17,7 +17,7 @@ _MISSING_SHOWN = 8
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Index and count of `i/n`, such as 3/16. Raises ConfigError unless 0 <= i < n."""
+    """Index and count from `i/n`, such as 3/16. Raises ConfigError unless 0 <= i < n."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 <= index < count:
@@ -26,7 +26,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def shard_prefix(prefix: str, index: int, count: int) -> str:
-    """Prefix of part `index` (from 0) of `count`."""
+    """Prefix of shard `index` (from 0) of `count`."""
     return f"{prefix}_shard_{index:05d}_of_{count:05d}"
 
 
@@ -37,34 +37,35 @@ def split_shard_prefix(prefix: str) -> tuple[str, int, int] | None:
 
 
 def find_shards(prefix: str) -> list[str]:
-    """Prefixes of all parts of `prefix`, in order.
+    """Prefixes of all shards of `prefix`, in order.
 
-    Raises DataError if there is none, if any is missing (with its number), or if parts of runs with different numbers
-    of parts lie beside each other.
+    Raises DataError if there is none, if any is missing (with its number), or if there are shards of two runs with
+    different counts.
     """
     found = [path.removesuffix(".idx") for path in glob.glob(f"{glob.escape(prefix)}_shard_*_of_*.idx")]
-    parts = [part for part in map(split_shard_prefix, found) if part and part[0] == prefix]
-    counts = sorted({count for _, _, count in parts})
-    if not parts:
+    shards = [shard for shard in map(split_shard_prefix, found) if shard and shard[0] == prefix]
+    counts = sorted({count for _, _, count in shards})
+    if not shards:
         raise DataError(f"there are no shards {prefix}_shard_*_of_*.idx; write them with --shard i/n")
     if len(counts) > 1:
         raise DataError(
-            f"shards of {prefix} are there from runs with {' and '.join(map(str, counts))} parts; remove the old ones, "
-            "or name those to merge"
+            f"there are shards of {prefix} from runs with {' and '.join(map(str, counts))} shards; remove the old "
+            "ones, or name those to merge with --inputs"
         )
-    prefixes = [shard_prefix(prefix, index, counts[0]) for index in sorted(index for _, index, _ in parts)]
+    prefixes = [shard_prefix(prefix, index, counts[0]) for index in sorted(index for _, index, _ in shards)]
     require_complete(prefixes)
     return prefixes
 
 
 def require_complete(prefixes: Iterable[str]) -> None:
-    """Raise DataError, naming the missing, if some parts of a set are among `prefixes` and others aren't."""
+    """Raise DataError, naming the missing ones, if some shards of a set are among `prefixes` and others aren't."""
     sets: dict[tuple[str, int], set[int]] = {}
-    for part in map(split_shard_prefix, prefixes):
-        if part:
-            sets.setdefault((part[0], part[2]), set()).add(part[1])
-    for (base, count), there in sets.items():
-        missing = [index for index in range(count) if index not in there]
+    for shard in map(split_shard_prefix, prefixes):
+        if shard:
+            base, index, count = shard
+            sets.setdefault((base, count), set()).add(index)
+    for (base, count), present in sets.items():
+        missing = [index for index in range(count) if index not in present]
         if missing:
             shown = ", ".join(map(str, missing[:_MISSING_SHOWN])) + (", …" if len(missing) > _MISSING_SHOWN else "")
             raise DataError(

@@ -1,4 +1,4 @@
-"""Documents that were seen before, and documents that must not be seen: sets of 64-bit hashes in plain arrays."""
+"""Duplicate and held-out documents, recognised by 64-bit hashes of their text in plain arrays."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from numpy.typing import NDArray
 
 from megamor.corpus.documents import document_hash, parse_chunk
 from megamor.corpus.encode import EncodedChunk
-from megamor.corpus.text import find_files
+from megamor.corpus.text import SUFFIXES, find_files
 from megamor.errors import DataError
 
-_PARTS_BITS = 4
+_BUCKET_BITS = 4
 _HASH_LINE = re.compile(r"[0-9a-fA-F]{16}")
 
 
 def hash_log_path(prefix: str) -> Path:
-    """Where the `HashLog` of `prefix` lives."""
+    """Path of the `HashLog` of `prefix`."""
     return Path(f"{prefix}.hashes.partial")
 
 
 class HashLog:
     """The hashes of the documents that a shard has so far, in memory and in `<prefix>.hashes.partial`.
 
-    The file is for going on after an interruption; it is removed in the end. A context manager as `ShardWriter` is.
+    An interrupted run reads the file when it resumes. Like `ShardWriter`, a context manager that removes its file in
+    the end unless `keep_partial` is set.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -49,7 +50,7 @@ class HashLog:
             self._file.close()
 
     def rewind(self, count: int) -> bool:
-        """Go back to `count` documents; False if there are fewer."""
+        """Truncate to the first `count` documents. Returns False, changing nothing, if there are fewer."""
         if os.fstat(self._file.fileno()).st_size < 8 * count:
             return False
         self._file.truncate(8 * count)
@@ -60,7 +61,7 @@ class HashLog:
         return True
 
     def drop_seen(self, chunk: EncodedChunk, split: int) -> int:
-        """Take the documents that were seen before out of one split of `chunk`; returns how many they are."""
+        """Remove the documents seen before from one split of `chunk`, and return how many they were."""
         hashes, lengths = chunk.hashes[split], chunk.lengths[split]
         new = self._seen.add(hashes)
         self._file.write(hashes[new].astype("<u8").tobytes())
@@ -76,25 +77,25 @@ class HashLog:
 
 
 class SeenHashes:
-    """A growing set of 64-bit hashes, 8 bytes for each.
+    """A growing set of 64-bit hashes that takes 8 bytes for each.
 
-    Sixteen parts by the highest bits, each a few sorted arrays of which every one is at least twice as long as the
-    next; two that aren't are merged. So at most a sixteenth is copied at a time, and a look-up is a few binary
-    searches.
+    Sixteen buckets by the highest bits, each a few sorted arrays ("runs") of which every one is at least twice as long
+    as the next; two that aren't are merged. So at most a sixteenth of the set is copied at a time, and a look-up is a
+    few binary searches.
     """
 
     def __init__(self) -> None:
-        self._parts: list[list[NDArray[np.uint64]]] = [[] for _ in range(2**_PARTS_BITS)]
+        self._buckets: list[list[NDArray[np.uint64]]] = [[] for _ in range(2**_BUCKET_BITS)]
 
     def __len__(self) -> int:
-        return sum(len(run) for runs in self._parts for run in runs)
+        return sum(len(run) for runs in self._buckets for run in runs)
 
     def add(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Add hashes [n]; True where one is new, which of several equal ones only the first is."""
+        """Add hashes [n]. Returns True for each that is new; of several equal ones only the first is."""
         new = np.zeros(len(hashes), np.bool_)
         unique, first = np.unique(hashes, return_index=True)
-        bounds = np.searchsorted(unique >> np.uint64(64 - _PARTS_BITS), np.arange(2**_PARTS_BITS + 1))
-        for runs, begin, end in zip(self._parts, bounds[:-1], bounds[1:], strict=True):
+        bounds = np.searchsorted(unique >> np.uint64(64 - _BUCKET_BITS), np.arange(2**_BUCKET_BITS + 1))
+        for runs, begin, end in zip(self._buckets, bounds[:-1], bounds[1:], strict=True):
             own = unique[begin:end]
             unseen = np.ones(len(own), np.bool_)
             for run in runs:
@@ -111,13 +112,12 @@ def read_held_out(path: str, key: str) -> NDArray[np.uint64]:
     """Sorted hashes [n] of the documents to leave out.
 
     `path` holds the documents themselves, in any form that is accepted as input, or under another name (`.hashes`, say)
-    one hash a line: 16 hexadecimal digits as `b2sum --length 64` prints. Raises DataError for anything else.
+    one hash per line: 16 hexadecimal digits as printed by `b2sum --length 64`. Raises DataError for anything else.
     """
-    suffixes = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
-    hashes = _hashes_of_texts(path, key) if path.endswith(suffixes) else _hashes_of_lines(path)
+    hashes = _hashes_of_texts(path, key) if path.endswith(SUFFIXES) else _hashes_of_lines(path)
     found = np.unique(np.fromiter(hashes, np.uint64))
     if not len(found):
-        raise DataError(f"--holdout {path} names no document; give one with texts or hashes, or leave the option out")
+        raise DataError(f"--holdout {path} names no document; give texts or hashes, or leave the option out")
     return found
 
 

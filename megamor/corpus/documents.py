@@ -1,14 +1,14 @@
-"""From a chunk of raw text to documents: parsing, and what is wrong with a line that can't be parsed.
+"""From a chunk of raw text to documents, and what is wrong with a record that can't be parsed.
 
-JSON is decoded by msgspec, which reads only the wanted key and is about five times as fast as `json`; what it can't
-read is given to `json`, whose word is final and whose messages are for people.
+JSON is decoded by msgspec, which decodes only the wanted key and is about five times as fast as `json`. What it rejects
+is parsed again by `json`, which accepts a little more and has error messages for people.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -19,20 +19,39 @@ from megamor.corpus.text import TextChunk
 from megamor.errors import DataError
 
 _UNITS = {"jsonl": "line", "txt": "document", "rows": "row"}
+_BAD_SHOWN = 10
+
+
+@dataclass
+class Counts:
+    """Bytes of text, and how much was left out and why; of one chunk, or added up over a run.
+
+    Left out were `empty` documents without text, `blank` lines, documents that were `short`, `held_out` or
+    `duplicates`, and `bad` records, of which `bad_shown` describes the first ten.
+    """
+
+    text_bytes: int = 0
+    empty: int = 0
+    blank: int = 0
+    short: int = 0
+    held_out: int = 0
+    duplicates: int = 0
+    bad: int = 0
+    bad_shown: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Counts) -> Counts:
+        total = Counts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Counts)))
+        total.bad_shown = total.bad_shown[:_BAD_SHOWN]
+        return total
 
 
 @dataclass
 class Documents:
-    """The texts of a chunk as strings and as UTF-8. Without text were `empty` documents and `blank` lines.
-
-    `bad` describes the records that were skipped.
-    """
+    """The texts of a chunk as strings and as UTF-8, and the counts of what was left out."""
 
     texts: list[str] = field(default_factory=list)
     encoded: list[bytes] = field(default_factory=list)
-    empty: int = 0
-    blank: int = 0
-    bad: list[str] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
 
 def document_hash(encoded: bytes) -> int:
@@ -41,30 +60,30 @@ def document_hash(encoded: bytes) -> int:
 
 
 def parse_chunk(chunk: TextChunk, key: str, separator: str | None = None, *, skip_bad: bool = False) -> Documents:
-    """The documents of `chunk`, whose JSON holds them under `key`; `separator` stands between documents in a text.
+    """The documents of `chunk`. JSON objects hold them under `key`; `separator` comes between documents in a text.
 
     Raises DataError naming file and line of the first bad record, unless such records are skipped.
     """
     found = Documents()
     for number, record in enumerate(_records(chunk, separator), start=chunk.first_record):
         if chunk.kind == "jsonl" and not record.strip():
-            found.blank += 1
+            found.counts.blank += 1
             continue
         try:
             text = _parse(record, chunk.kind, key)
-            parts = [text] if not separator or chunk.kind == "txt" else _split(text, separator)
-            encoded = [_encode(part) for part in parts]
+            texts = [text] if not separator or chunk.kind == "txt" else _split(text, separator)
+            encoded = [_encode(each) for each in texts]
         except ValueError as error:
             message = f"{chunk.name}, {_UNITS[chunk.kind]} {number}: {error}"
             if not skip_bad:
-                raise DataError(f"{message}; mend it, or leave such records out with --on-bad-line skip") from error
-            found.bad.append(message)
+                raise DataError(f"{message}; fix it, or leave such records out with --on-bad-line skip") from error
+            found.counts += Counts(bad=1, bad_shown=[message])
             continue
-        for part, data in zip(parts, encoded, strict=True):
-            if not part or part.isspace():
-                found.empty += 1
+        for text, data in zip(texts, encoded, strict=True):
+            if not text or text.isspace():
+                found.counts.empty += 1
             else:
-                found.texts.append(part)
+                found.texts.append(text)
                 found.encoded.append(data)
     return found
 
@@ -78,13 +97,13 @@ def _records(chunk: TextChunk, separator: str | None) -> Iterator[Any]:
         return
     between = separator.encode() if separator and chunk.kind == "txt" else b"\n"
     records = chunk.data.split(between)
-    # What follows the last separator is the next chunk's, or nothing.
+    # After the last separator nothing follows: a chunk ends with one, unless it is the last of its file.
     yield from records[:-1] if records[-1] == b"" else records
 
 
 def _split(text: str, separator: str) -> list[str]:
-    parts = text.split(separator)
-    return parts[:-1] if len(parts) > 1 and not parts[-1] else parts
+    texts = text.split(separator)
+    return texts[:-1] if len(texts) > 1 and not texts[-1] else texts
 
 
 def _parse(record: Any, kind: str, key: str) -> str:
@@ -92,14 +111,15 @@ def _parse(record: Any, kind: str, key: str) -> str:
     if kind == "rows":
         return _require_text(record, key)
     try:
-        # Also where the decoder would do without: it doesn't look into what it skips.
-        decoded = record.decode()
+        # Needed also for msgspec, which doesn't check the UTF-8 of keys that it skips.
+        decoded: str = record.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} (0x{record[error.start]:02x}) is not UTF-8") from error
     if kind == "txt":
         return decoded
     try:
-        return _decoder(key).decode(record).text
+        text: str = _decoder(key).decode(record).text
+        return text
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return _parse_with_json(decoded, key)
 
@@ -132,5 +152,5 @@ def _encode(text: str) -> bytes:
 
 @lru_cache(maxsize=8)
 def _decoder(key: str) -> Any:
-    """A decoder of objects for their text under `key`; it skips all else. Shared by threads, which it allows."""
+    """A decoder of JSON objects that keeps only the value of `key`. Safe to use from several threads."""
     return msgspec.json.Decoder(msgspec.defstruct("Record", [("text", str, msgspec.field(name=key))]))

@@ -1,44 +1,179 @@
-"""Chunks of raw text to token ids, in threads. What comes out depends on text and options alone, never on the threads.
+"""Chunks of raw text to token ids, in threads, by gigatoken or `tokenizers`.
 
-Tokenizing and decompressing happen outside Python's lock, so threads serve; there is one tokenizer, nothing is copied
-between processes, and ids are arrays from the start.
+Tokenizing and decompressing release Python's lock, so threads suffice: there is one tokenizer, nothing is copied
+between processes, and ids are arrays from the start. The result depends on text and options alone, not on the threads.
+
+gigatoken gives the ids of `tokenizers` many times faster. It is young, so the beginning of every source is encoded by
+both, and a difference stops the run.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from megamor.corpus.accelerator import Encoder
-from megamor.corpus.documents import Documents, document_hash, parse_chunk
+from megamor.corpus.documents import Counts, Documents, document_hash, parse_chunk
 from megamor.corpus.text import TextChunk
 from megamor.corpus.tokenizer import TextEncoder
+from megamor.errors import ConfigError, DataError
 
-__all__ = ["ChunkEncoder", "EncodeOptions", "EncodedChunk", "TextEncoder", "encode_in_order"]
-
-# Raw text in work at a time, beyond which a chunk waits: a bound on memory also where documents are huge.
+# Resident memory above which gigatoken's table of known words, which only grows, is thrown away.
+_MEMORY_LIMIT = 700 * 2**20
+_BYTES_BETWEEN_RENEWALS = 64 * 2**20
+# Characters of each source that both libraries encode: about 30 ms of `tokenizers`.
+_CHECKED_CHARACTERS = 2**16
+# Raw text being encoded at a time; further chunks wait. Bounds memory where documents are huge.
 _BYTES_IN_WORK = 48 * 2**20
+
+
+class Encoder(Protocol):
+    """Turns the documents of a chunk into ids."""
+
+    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
+        """Ids of each document [n], of any integer type. Thread-safe. Raises DataError naming the chunk."""
+        ...
+
+
+class PlainEncoder:
+    """`tokenizers` itself."""
+
+    def __init__(self, reference: TextEncoder) -> None:
+        self._reference = reference
+
+    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
+        """See `Encoder`."""
+        with _naming(chunk):
+            return self._reference.encode(documents.texts)
+
+
+class GigatokenEncoder:
+    """gigatoken, checked against `tokenizers` (`reference`) on the beginning of every source.
+
+    Raises ConfigError if the library is missing or doesn't support this tokenizer.
+    """
+
+    def __init__(self, reference: TextEncoder) -> None:
+        self._reference = reference
+        self._spec = msgspec.json.encode(_without_special_tokens(reference))
+        self._tokenizer: Any = self._load()
+        self._bytes_since_renewal = 0
+        self._checked_sources: set[int] = set()
+        self._lock = threading.Lock()
+
+    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
+        """See `Encoder`. Raises DataError also if the ids of the first chunk of a source are wrong."""
+        with _naming(chunk):
+            # The limit that `tokenizers` needs holds here too: which encoder runs must not decide what is accepted.
+            for text in documents.texts if self._reference.cuts else ():
+                self._reference.require_cuttable(text)
+        # The library asks for one call at a time. It is so fast that other threads hardly wait, and several tokenizers
+        # would each have a table of known words.
+        with self._lock:
+            self._renew_if_large(chunk.size)
+            ids = [self._tokenizer.encode(data) for data in documents.encoded]
+            first = chunk.id.source not in self._checked_sources
+            self._checked_sources.add(chunk.id.source)
+        if first:
+            self._check(chunk, documents.texts, ids)
+        return ids
+
+    def _load(self) -> Any:
+        try:
+            import gigatoken
+        except ImportError as error:
+            raise ConfigError(
+                "--accelerator gigatoken: it is not installed; pip install 'megamor[fast]', or leave the option out"
+            ) from error
+        try:
+            return gigatoken.Tokenizer.from_json(self._spec)
+        except Exception as error:  # the library raises RuntimeError, ValueError and its own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"--accelerator gigatoken doesn't support this tokenizer: {reason}") from error
+
+    def _renew_if_large(self, size: int) -> None:
+        self._bytes_since_renewal += size
+        if self._bytes_since_renewal > _BYTES_BETWEEN_RENEWALS and resident_bytes() > _MEMORY_LIMIT:
+            self._bytes_since_renewal = 0
+            self._tokenizer = self._load()
+
+    def _check(self, chunk: TextChunk, texts: Sequence[str], ids: Sequence[NDArray[Any]]) -> None:
+        left = _CHECKED_CHARACTERS
+        for number, text in enumerate(texts):
+            found, compared = ids[number], text[:left]
+            if len(compared) < len(text):
+                # The ids of a long document's beginning aren't the beginning of its ids: encode it on its own.
+                with self._lock:
+                    found = self._tokenizer.encode(compared.encode())
+            if not np.array_equal(found, self._reference.encode([compared])[0]):
+                raise DataError(
+                    f"gigatoken and tokenizers give different ids for document {number + 1} of those that start at "
+                    f"record {chunk.first_record} of {chunk.name} (beginning {text[:40]!r}); use --accelerator none"
+                )
+            left -= len(compared)
+            if not left:
+                return
+
+
+def make_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encoder, str]:
+    """The encoder that `--accelerator` asks for, and its name for the user. Raises ConfigError if it can't be had."""
+    if accelerator == "none":
+        return PlainEncoder(reference), "none"
+    try:
+        return GigatokenEncoder(reference), "gigatoken"
+    except ConfigError as error:
+        if accelerator == "auto":
+            return PlainEncoder(reference), f"none ({error})"
+        raise
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 on systems that don't tell, where gigatoken's table grows without limit."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+@contextmanager
+def _naming(chunk: TextChunk) -> Iterator[None]:
+    """Add file and position to errors."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
+
+
+def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:
+    """The tokenizer as JSON in which special tokens aren't recognised: in a corpus they are text."""
+    spec: dict[str, Any] = msgspec.json.decode(reference.tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+    spec["post_processor"] = None
+    return spec
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What becomes of a document. `shares` are those of the splits and add up to 1.
+    """What happens to a document. `fractions` are those of the splits and add up to 1.
 
-    `held_out` are sorted hashes [n] of documents to leave out, `min_tokens` counts without the end-of-document token.
-    With `hashes` the hash of every document comes along.
+    `held_out` are sorted hashes [n] of documents to leave out. `min_tokens` doesn't count the end-of-document token.
+    `hashes` asks for the hash of every document.
     """
 
     json_key: str = "text"
     separator: str | None = None
     append_eod: bool = False
-    shares: tuple[float, ...] = (1.0,)
+    fractions: tuple[float, ...] = (1.0,)
     skip_bad: bool = False
     min_tokens: int = 0
     held_out: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -47,26 +182,17 @@ class EncodeOptions:
 
 @dataclass
 class EncodedChunk:
-    """The documents of a chunk: for each split the ids one after the other, the lengths, and the hashes if wanted.
-
-    Left out were `empty` documents without text, `blank` lines, `short` and `held_out` documents, and the records that
-    `bad` describes.
-    """
+    """The documents of a chunk: for each split the concatenated ids, the lengths, and the hashes if asked for."""
 
     chunk: TextChunk
-    tokens: list[NDArray] = field(default_factory=list)
+    counts: Counts
+    tokens: list[NDArray[Any]] = field(default_factory=list)
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
     hashes: list[NDArray[np.uint64]] = field(default_factory=list)
-    text_bytes: int = 0
-    empty: int = 0
-    blank: int = 0
-    short: int = 0
-    held_out: int = 0
-    bad: list[str] = field(default_factory=list)
 
 
 class ChunkEncoder:
-    """Turns one chunk after another into ids: parse, tokenize, leave out, split. Serves several threads at a time."""
+    """Turns chunks into ids: parses, leaves out, tokenizes and splits. Thread-safe."""
 
     def __init__(self, options: EncodeOptions, encoder: Encoder, reference: TextEncoder) -> None:
         self._options = options
@@ -74,62 +200,51 @@ class ChunkEncoder:
         self._dtype = reference.dtype
         self._eod = np.array([reference.eod_id] if options.append_eod else [], self._dtype)
         # A document belongs to the first split whose bound is above its hash.
-        self._bounds = np.cumsum(options.shares)[:-1]
-        self._needs_hashes = options.hashes or len(options.shares) > 1 or len(options.held_out) > 0
+        self._bounds = np.cumsum(options.fractions)[:-1]
+        self._needs_hashes = options.hashes or len(options.fractions) > 1 or len(options.held_out) > 0
 
     def encode(self, chunk: TextChunk) -> EncodedChunk:
         """The ids of `chunk`. Raises DataError for a bad record unless those are skipped."""
         options = self._options
         documents = parse_chunk(chunk, options.json_key, options.separator, skip_bad=options.skip_bad)
-        result = EncodedChunk(chunk, empty=documents.empty, blank=documents.blank, bad=documents.bad)
-        hashes = self._hash(documents)
+        result = EncodedChunk(chunk, documents.counts)
+        hashes = np.array([document_hash(data) for data in documents.encoded if self._needs_hashes], np.uint64)
         if len(options.held_out):
-            hashes = _leave_out_held_out(documents, hashes, options.held_out, result)
-        result.text_bytes = sum(map(len, documents.encoded))
+            nearest = np.minimum(np.searchsorted(options.held_out, hashes), len(options.held_out) - 1)
+            kept = np.flatnonzero(options.held_out[nearest] != hashes)
+            result.counts.held_out = len(hashes) - len(kept)
+            documents.texts = [documents.texts[number] for number in kept]
+            documents.encoded = [documents.encoded[number] for number in kept]
+            hashes = hashes[kept]
+        result.counts.text_bytes = sum(map(len, documents.encoded))
         ids = self._encoder.encode(chunk, documents)
         if options.min_tokens:
             long = [number for number, own in enumerate(ids) if len(own) >= options.min_tokens]
-            result.short = len(ids) - len(long)
+            result.counts.short = len(ids) - len(long)
             ids, hashes = [ids[number] for number in long], hashes[long] if self._needs_hashes else hashes
         self._split(ids, hashes, result)
         return result
 
-    def _hash(self, documents: Documents) -> NDArray[np.uint64]:
-        if not self._needs_hashes:
-            return np.empty(0, np.uint64)
-        return np.array([document_hash(data) for data in documents.encoded], np.uint64)
-
-    def _split(self, ids: Sequence[NDArray], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
+    def _split(self, ids: Sequence[NDArray[Any]], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
         everything = np.arange(len(ids))
         splits = np.searchsorted(self._bounds, hashes / 2**64, side="right") if len(self._bounds) else 0 * everything
-        for split in range(len(self._options.shares)):
+        for split in range(len(self._options.fractions)):
             chosen = everything[splits == split]
             own = [ids[number] for number in chosen]
-            # With the end-of-document token between and after them, in one go.
-            pieces = [piece for document in own for piece in (document, self._eod)]
-            joined = np.concatenate(pieces, dtype=self._dtype, casting="unsafe") if pieces else np.empty(0, self._dtype)
+            # One concatenation for all documents, with the end-of-document token after each.
+            arrays = [array for document in own for array in (document, self._eod)]
+            joined = np.concatenate(arrays, dtype=self._dtype, casting="unsafe") if arrays else self._eod[:0]
             result.tokens.append(joined)
             result.lengths.append(np.array([len(document) + len(self._eod) for document in own], np.int64))
             result.hashes.append(hashes[chosen] if self._options.hashes else hashes[:0])
 
 
-def _leave_out_held_out(
-    documents: Documents, hashes: NDArray[np.uint64], held_out: NDArray[np.uint64], result: EncodedChunk
-) -> NDArray[np.uint64]:
-    places = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
-    kept = np.flatnonzero(held_out[places] != hashes)
-    result.held_out = len(hashes) - len(kept)
-    documents.texts = [documents.texts[number] for number in kept]
-    documents.encoded = [documents.encoded[number] for number in kept]
-    return hashes[kept]
-
-
 def encode_in_order(
     chunks: Iterable[TextChunk], encoder: ChunkEncoder, workers: int
 ) -> Generator[EncodedChunk, None, None]:
-    """Encode chunks in `workers` threads; results in the order of the chunks, few of them in memory at any time.
+    """Encode chunks in `workers` threads; yields results in the order of the chunks, with few in memory at a time.
 
-    Raises DataError for the first bad record (unless they are skipped).
+    Raises DataError for the first bad record, unless they are skipped.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     pending: deque[tuple[int, Future[EncodedChunk]]] = deque()
@@ -151,7 +266,7 @@ def encode_in_order(
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """`tokenizers` would start threads of its own for each of ours."""
+    """Keep `tokenizers` from starting threads of its own in each of ours."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

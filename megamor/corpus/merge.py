@@ -1,4 +1,4 @@
-"""Several shards made one: streams joined, offsets computed anew, side files merged. Memory stays constant."""
+"""Merging shards into one: streams are joined, offsets recomputed, side files merged. Memory stays constant."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from megamor.data.meta import BlockHasher, ShardMeta, meta_path, read_meta
 from megamor.data.shard import HEADER, TokenShard, read_blocks
 from megamor.errors import DataError
 
-# What describes a shard itself. All other fields of the side file describe how it was made, which must be the same.
+# Fields that describe a shard itself. All others describe how it was made, which must be the same for all shards.
 _OWN_FIELDS = {"sources", "dtype", "documents", "tokens", "idx_sha256", "bin_block_bytes", "bin_block_sha256"}
-# Where the tokenizer lay and what the file was called doesn't matter: its hash does.
+# The name of the tokenizer's file doesn't matter: its hash must be the same.
 _IGNORED_FIELDS = {"tokenizer_name"}
 _ENTRIES = 2**20
 
@@ -35,8 +35,8 @@ def merge_shards(
     """Write the documents of `prefixes`, in that order, as one data set that appears only when complete.
 
     With `assume_same_tokenizer`, foreign pairs, which have no side file, may be joined to pairs that have one.
-    `advance` is told how many bytes of tokens have been copied since the last time. Raises DataError if a shard is
-    damaged (also found while copying: nothing is left then), if one of a set is missing, and if they don't go together.
+    `advance` is called with the bytes of tokens just copied. Raises DataError if a shard is damaged (even if only found
+    while copying; nothing is left then), if one of a set is missing, or if they weren't made in the same way.
     """
     require_complete(prefixes)
     _require_distinct(prefixes, output_prefix)
@@ -56,7 +56,7 @@ def merge_shards(
 def merge_metas(
     shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool = False
 ) -> ShardMeta:
-    """The side file of the merged data, but for counts and hashes. Counts of sources with one name are added up.
+    """The side file of the merged data, except counts and hashes. Counts of sources with the same name are added up.
 
     Raises DataError naming two shards that were not made in the same way, such as with different tokenizers.
     """
@@ -64,8 +64,8 @@ def merge_metas(
     foreign = [shard for shard, meta in zip(shards, metas, strict=True) if not meta]
     if known and foreign and not assume_same_tokenizer:
         raise DataError(
-            f"{foreign[0].prefix} has no side file, {known[0][0].prefix} has one: whether one tokenizer wrote both "
-            "can't be checked; if it did, say --assume-same-tokenizer"
+            f"{foreign[0].prefix} has no side file, {known[0][0].prefix} has one, so whether one tokenizer wrote both "
+            "can't be checked; if it did, give --assume-same-tokenizer"
         )
     merged = known[0][1] if known else ShardMeta()
     for shard, meta in known[1:]:
@@ -74,7 +74,7 @@ def merge_metas(
             if ours != theirs:
                 raise DataError(
                     f"{meta_path(known[0][0].prefix)} and {meta_path(shard.prefix)} differ in {name} ({ours!r} and "
-                    f"{theirs!r}): such shards can't be merged; preprocess one of them again like the other"
+                    f"{theirs!r}): such shards can't be merged; preprocess one of them again with the other's settings"
                 )
     sources: dict[str, dict[str, Any]] = {}
     for shard, own in zip(shards, metas, strict=True):
@@ -111,11 +111,11 @@ def _require_mergeable(shard: TokenShard, first: TokenShard) -> None:
     with open(f"{shard.prefix}.idx", "rb") as file:
         *_, entries = HEADER.unpack(file.read(HEADER.size))
         if file.seek(0, os.SEEK_END) != HEADER.size + 12 * shard.num_sequences + 8 * entries:
-            raise DataError(f"{shard.prefix}.idx has a mode for each sequence (multimodal data), which isn't merged")
+            raise DataError(f"{shard.prefix}.idx has a mode for each sequence (multimodal data), which can't be merged")
 
 
 def _append(writer: ShardWriter, shard: TokenShard, meta: ShardMeta | None, advance: Callable[[int], None]) -> None:
-    """Copy lengths and tokens. Raises DataError if the tokens aren't those that the side file describes."""
+    """Copy lengths and tokens. Raises DataError if the tokens don't have the hashes of the side file."""
     for lengths in read_blocks(f"{shard.prefix}.idx", "<i4", shard.num_sequences, HEADER.size):
         writer.add_lengths(lengths)
     hasher = BlockHasher(meta.bin_block_bytes) if meta else None
@@ -129,7 +129,7 @@ def _append(writer: ShardWriter, shard: TokenShard, meta: ShardMeta | None, adva
 
 
 def _document_starts(shards: Sequence[TokenShard]) -> Iterator[NDArray[np.int64]]:
-    """The document index of all sequences, in pieces."""
+    """The document index of all shards together, in arrays."""
     before = 0
     for shard in shards:
         for first in range(0, shard.num_documents, _ENTRIES):

@@ -1,4 +1,4 @@
-"""Raw text to token shards: reads, has it encoded, writes in order, and can be interrupted at any point.
+"""Raw text to token shards: reads, has chunks encoded, writes them in order, and can be interrupted at any point.
 
 The state of a run is the number of the next chunk and the sizes of the partial files; see `megamor.corpus.journal`.
 """
@@ -10,8 +10,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,98 +19,73 @@ from typing import Any
 import numpy as np
 
 from megamor.corpus.dedup import HashLog, hash_log_path
+from megamor.corpus.documents import Counts
 from megamor.corpus.encode import ChunkEncoder, EncodedChunk, encode_in_order
-from megamor.corpus.journal import Journal, Progress
-from megamor.corpus.text import Place, Share, TextInput
+from megamor.corpus.journal import Journal, JournalEntry
+from megamor.corpus.text import FIRST, ChunkId, InputRange, TextInput
 from megamor.corpus.writer import ShardWriter, publish_finished
 from megamor.data.meta import ShardMeta
 from megamor.errors import DataError
 from megamor.files import replace_file
 
 JOURNAL_SECONDS = 10.0
-_BAD_SHOWN = 10
-_COUNTS = ("text_bytes", "empty", "blank", "short", "held_out", "duplicates", "bad")
 
 
 @dataclass
 class Totals:
-    """What has been done so far. `documents` and `tokens` count by (split, source); the rest was left out.
+    """What a run has done so far, earlier interrupted attempts included.
 
-    `position` is how far the input has been read. `resumed_bytes` of `text_bytes` are of earlier runs.
+    `documents` and `tokens` count what was written by (split, source). `position` is how far the input has been read,
+    in the unit of `TextInput.size`.
     """
 
-    prefixes: Sequence[str]
-    names: Sequence[str]
+    counts: Counts = field(default_factory=Counts)
     documents: Counter[tuple[int, int]] = field(default_factory=Counter)
     tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
-    text_bytes: int = 0
-    empty: int = 0
-    blank: int = 0
-    short: int = 0
-    held_out: int = 0
-    duplicates: int = 0
-    bad: int = 0
-    bad_shown: list[str] = field(default_factory=list)
     position: int = 0
-    resumed_bytes: int = 0
-    resumed_position: int = 0
-    started: float = field(default_factory=time.monotonic)
 
     def add(self, chunk: EncodedChunk) -> None:
         """Count one chunk."""
-        source = chunk.chunk.place.source
         for split, lengths in enumerate(chunk.lengths):
-            self.documents[split, source] += len(lengths)
-            self.tokens[split, source] += len(chunk.tokens[split])
-        for name in ("text_bytes", "empty", "blank", "short", "held_out"):
-            setattr(self, name, getattr(self, name) + getattr(chunk, name))
-        self.bad += len(chunk.bad)
-        self.bad_shown += chunk.bad[: _BAD_SHOWN - len(self.bad_shown)]
+            self.documents[split, chunk.chunk.id.source] += len(lengths)
+            self.tokens[split, chunk.chunk.id.source] += len(chunk.tokens[split])
+        self.counts += chunk.counts
         self.position = chunk.chunk.position
 
-    def sources_of(self, split: int) -> list[dict[str, object]]:
-        """Documents and tokens of each source in one split, for the side file."""
-        return [
-            {"name": name, "documents": self.documents[split, source], "tokens": self.tokens[split, source]}
-            for source, name in enumerate(self.names)
-        ]
+    def of_split(self, split: int) -> tuple[int, int]:
+        """Documents and tokens of one split."""
+        documents, tokens = (
+            sum(count for (of, _), count in each.items() if of == split) for each in (self.documents, self.tokens)
+        )
+        return documents, tokens
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that a later run can't find out again, as plain values."""
-        return {
-            **{name: getattr(self, name) for name in (*_COUNTS, "bad_shown", "position")},
-            **{name: [[*key, n] for key, n in getattr(self, name).items() if n] for name in ("documents", "tokens")},
-        }
+        """The totals as plain data, for the journal."""
+        listed = {name: [[*key, n] for key, n in getattr(self, name).items() if n] for name in ("documents", "tokens")}
+        return {**asdict(self.counts), "position": self.position, **listed}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `to_json` returned."""
-        for name in (*_COUNTS, "bad_shown", "position"):
-            setattr(self, name, saved[name])
-        for name in ("documents", "tokens"):
-            setattr(self, name, Counter({(split, source): count for split, source, count in saved[name]}))
-        self.resumed_bytes, self.resumed_position = self.text_bytes, self.position
-
-    def speed(self) -> str:
-        """Text and tokens so far, and the text per second of this run."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return (
-            f"{self.text_bytes / 1e6:,.1f} MB of text, {self.tokens.total() / 1e6:,.2f} M tokens in {seconds:,.0f} s "
-            f"({(self.text_bytes - self.resumed_bytes) / 1e6 / seconds:,.2f} MB/s)"
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Totals:
+        """The inverse of `to_json`."""
+        documents, tokens = (
+            Counter({(split, source): count for split, source, count in saved[name]})
+            for name in ("documents", "tokens")
         )
+        counts = Counts(**{each.name: saved[each.name] for each in fields(Counts)})
+        return cls(counts, documents, tokens, saved["position"])
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run is to do: `share` of `texts` into one shard for each of `prefixes`, in `dtype`.
+class PreprocessJob:
+    """What to do: the chunks of `texts` in the range `within` into one shard for each of `prefixes`, in `dtype`.
 
-    `tokenizer` is written to `tokenizer_path`, if that is given.
-
-    `identity` is whatever else decides the output, but for `skip_bad`, which only does if there are bad lines.
-    With `deduplicate` only the first of equal documents is kept; with `allow_empty` a shard may turn out to have none.
+    `tokenizer` is written to `tokenizer_path` if that is given. `identity` is plain data with everything else that
+    decides the output, except `skip_bad`: that may be switched on to resume a run that a bad line stopped. With
+    `deduplicate` only the first of equal documents is kept. With `allow_empty` a shard may have no document.
     """
 
     texts: TextInput
-    share: Share
+    within: InputRange
     prefixes: Sequence[str]
     journal_prefix: str
     dtype: np.dtype
@@ -125,7 +100,7 @@ class Plan:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by `signum`; what there is will be gone on from if `kept`."""
+    """The run was asked to stop by `signum`. `kept`: it left a journal, so it can be resumed."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -134,7 +109,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns Ctrl-C and SIGTERM into `Interrupted`, but never within `shielded`: what was begun there is finished."""
+    """Turns Ctrl-C and SIGTERM into `Interrupted`, which within `shielded` is raised at the end of the block only."""
 
     def __init__(self) -> None:
         self._shielded = False
@@ -142,7 +117,7 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch the signals meanwhile. Only the main thread of a program can, elsewhere this does nothing."""
+        """Catch the signals within the block. Does nothing outside the main thread, where Python can't catch any."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -155,7 +130,7 @@ class StopSignals:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Put off what arrives to the end of the block."""
+        """Delay signals until the end of the block."""
         self._shielded = True
         try:
             yield
@@ -165,7 +140,7 @@ class StopSignals:
             raise Interrupted(self._received)
 
     def ignore(self) -> None:
-        """From now on nothing is raised."""
+        """Raise nothing any more."""
         self._shielded = True
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -174,37 +149,44 @@ class StopSignals:
             raise Interrupted(signum)
 
 
-class Run:
-    """One run of preprocessing, from the first chunk or from where an earlier run stopped."""
+class PreprocessRun:
+    """One run of preprocessing, from the first chunk or from where an earlier run stopped.
 
-    def __init__(self, plan: Plan, encoder: ChunkEncoder, tell: Callable[[str], None]) -> None:
-        self._plan = plan
+    `tell` is called with messages for the user.
+    """
+
+    def __init__(self, job: PreprocessJob, encoder: ChunkEncoder, tell: Callable[[str], None]) -> None:
+        self._job = job
         self._encoder = encoder
         self._tell = tell
-        self._journal = Journal(plan.journal_prefix, plan.identity)
+        self._journal = Journal(job.journal_prefix, job.identity)
         self._signals = StopSignals()
-        self._next = Place(0, 0)
+        self._next = FIRST
         self._writers: list[ShardWriter] = []
         self._logs: list[HashLog] = []
-        self.totals = Totals(plan.prefixes, plan.texts.names)
+        self.totals = Totals()
 
-    def execute(self, workers: int, show: Callable[[Totals], None]) -> Totals:
-        """Do it. `show` is called after every chunk.
+    def execute(
+        self, workers: int, display: Callable[[Totals], AbstractContextManager[Callable[[Totals], None]]]
+    ) -> Totals:
+        """Do the job. `display`, opened with the totals to start from, gives a function to call after every chunk.
 
-        Raises DataError for damaged input, for a shard that gets no document, and if the output can't be written;
+        Raises DataError for damaged input, for a shard without a document, and if the output can't be written;
         Interrupted after Ctrl-C and SIGTERM. Once there is a journal, all of them leave behind what a later run needs.
         """
         with self._signals.caught():
             found, reason = self._find_journal()
             if found and found.complete:
-                self.totals.restore(found.counts)
-                self._publish_left_over()
+                # Killed between finishing and renaming: only the renames are left.
+                self.totals = Totals.from_json(found.counts)
+                self._publish()
                 return self.totals
             with ExitStack() as stack:
                 self._open(stack, keep=found is not None)
-                self._go_on(found, reason)
+                self._resume(found, reason)
                 try:
-                    self._encode(workers, show)
+                    with display(self.totals) as show:
+                        self._encode(workers, show)
                     with self._signals.shielded():
                         self._finish()
                         self._publish()
@@ -215,23 +197,24 @@ class Run:
                     raise
                 except DataError:
                     if self._journal.exists:
-                        self._tell("what was done before is kept: mend the cause, and the same command goes on from it")
+                        self._tell("finished work is kept: fix the cause, then rerun the same command to resume")
                     raise
         return self.totals
 
-    def _find_journal(self) -> tuple[Progress | None, str]:
-        if self._plan.restart:
+    def _find_journal(self) -> tuple[JournalEntry | None, str]:
+        if self._job.restart:
             return None, "--restart"
         found, reason = self._journal.read()
-        if found and found.counts["bad"] and not self._plan.skip_bad:
+        if found and found.counts["bad"] and not self._job.skip_bad:
             return None, f"{self._journal.path} is of a run that skipped bad lines"
         return found, reason
 
     def _open(self, stack: ExitStack, *, keep: bool) -> None:
-        for prefix in self._plan.prefixes:
-            self._writers.append(stack.enter_context(ShardWriter(prefix, self._plan.dtype, resume=True)))
-            self._keep_partial(keep)  # at once, since the next may be refused
-        for prefix in self._plan.prefixes if self._plan.deduplicate else ():
+        # Kept or not is set after each one: if the next can't be opened, those before must not remove what they hold.
+        for prefix in self._job.prefixes:
+            self._writers.append(stack.enter_context(ShardWriter(prefix, self._job.dtype, resume=True)))
+            self._keep_partial(keep)
+        for prefix in self._job.prefixes if self._job.deduplicate else ():
             self._logs.append(stack.enter_context(HashLog(prefix)))
             self._keep_partial(keep)
 
@@ -242,18 +225,13 @@ class Run:
         for file in self._files():
             file.keep_partial = keep
 
-    def _rewind(self, written: Sequence[tuple[int, int]]) -> bool:
-        documents = [counts[0] for counts in written]
-        return all(writer.rewind(*counts) for writer, counts in zip(self._writers, written, strict=True)) and all(
-            log.rewind(count) for log, count in zip(self._logs, documents, strict=False)
-        )
-
-    def _go_on(self, found: Progress | None, reason: str) -> None:
-        """Bring the partial files to the point where the journal ends, or to the beginning."""
+    def _resume(self, found: JournalEntry | None, reason: str) -> None:
+        """Truncate the partial files to the point that the journal describes, or to nothing."""
         if found and self._rewind(found.written):
             self._next = found.next
-            self.totals.restore(found.counts)
-            self._tell(f"continuing an interrupted run after {self.totals.text_bytes / 1e6:,.1f} MB of text")
+            self.totals = Totals.from_json(found.counts)
+            done = self.totals.counts.text_bytes / 1e6
+            self._tell(f"resuming an interrupted run after {done:,.1f} MB of text")
             return
         if found:
             reason = f"the partial files are shorter than {self._journal.path} says"
@@ -263,11 +241,18 @@ class Run:
         self._journal.remove()
         self._rewind([(0, 0)] * len(self._writers))
 
+    def _rewind(self, written: Sequence[tuple[int, int]]) -> bool:
+        documents = [counts[0] for counts in written]
+        return all(writer.rewind(*counts) for writer, counts in zip(self._writers, written, strict=True)) and all(
+            log.rewind(count) for log, count in zip(self._logs, documents, strict=False)
+        )
+
     def _encode(self, workers: int, show: Callable[[Totals], None]) -> None:
         recorded = time.monotonic()
-        chunks = self._plan.texts.chunks(self._plan.share, self._next)
+        chunks = self._job.texts.chunks(self._job.within, self._next)
         with closing(encode_in_order(chunks, self._encoder, workers)) as results:
             for chunk in results:
+                # A chunk is written and counted as a whole, or the journal would disagree with the files.
                 with self._signals.shielded():
                     self._write(chunk)
                     if time.monotonic() - recorded >= JOURNAL_SECONDS:
@@ -277,53 +262,52 @@ class Run:
 
     def _write(self, chunk: EncodedChunk) -> None:
         for split, log in enumerate(self._logs):
-            self.totals.duplicates += log.drop_seen(chunk, split)
+            chunk.counts.duplicates += log.drop_seen(chunk, split)
         for writer, tokens, lengths in zip(self._writers, chunk.tokens, chunk.lengths, strict=True):
             writer.add_documents(tokens, lengths)
         self.totals.add(chunk)
-        source, number = chunk.chunk.place
-        self._next = Place(source, number + 1)
+        self._next = ChunkId(chunk.chunk.id.source, chunk.chunk.id.number + 1)
 
-    def _record(self) -> None:
-        """Make what there is durable, then say so in the journal."""
+    def _record(self, *, complete: bool = False) -> None:
+        """Make everything written durable, then say so in the journal."""
         for file in self._files():
             file.sync()
         written = [(writer.num_documents, writer.num_tokens) for writer in self._writers]
-        self._journal.write(Progress(self._next, written, self.totals.to_json()))
+        self._journal.write(JournalEntry(self._next, written, self.totals.to_json(), complete))
         self._keep_partial(True)
 
     def _finish(self) -> None:
+        """Complete all shards under their partial names."""
         for split, writer in enumerate(self._writers):
-            if not writer.num_documents and not self._plan.allow_empty:
+            if not writer.num_documents and not self._job.allow_empty:
                 self._journal.remove()
                 self._keep_partial(False)
-                left_out = ", ".join(f"{getattr(self.totals, name)} {name.replace('_', ' ')}" for name in _COUNTS[1:])
+                counts = asdict(self.totals.counts)
+                left_out = ", ".join(
+                    f"{counts[name]} {name.replace('_', ' ')}"
+                    for name in counts
+                    if name not in ("text_bytes", "bad_shown")
+                )
                 raise DataError(
                     f"{writer.prefix} would have no document ({self.totals.documents.total()} in all; left out: "
-                    f"{left_out}); check the input" + (" or the shares of --split" if len(self._writers) > 1 else "")
+                    f"{left_out}); check the input" + (" or the fractions of --split" if len(self._writers) > 1 else "")
                 )
-            writer.finish(replace(self._plan.meta, sources=self.totals.sources_of(split)))
-        written = [(writer.num_documents, writer.num_tokens) for writer in self._writers]
-        self._journal.write(Progress(self._next, written, self.totals.to_json(), complete=True))
-        self._keep_partial(True)
-
-    def _publish_left_over(self) -> None:
-        """What `_publish` does, for a run that was killed while it did."""
-        self._write_tokenizer()
-        for prefix in self._plan.prefixes:
-            publish_finished(prefix)
-            hash_log_path(prefix).unlink(missing_ok=True)
-        self._journal.remove()
-
-    def _write_tokenizer(self) -> None:
-        if self._plan.tokenizer_path:
-            # The parts of an array share this file, and may end at the same moment.
-            draft = Path(f"{self._plan.prefixes[0]}.tokenizer.partial")
-            replace_file(self._plan.tokenizer_path, self._plan.tokenizer, draft)
+            documents, tokens = self.totals.documents, self.totals.tokens
+            sources = [
+                {"name": name, "documents": documents[split, source], "tokens": tokens[split, source]}
+                for source, name in enumerate(self._job.texts.names)
+            ]
+            writer.finish(replace(self._job.meta, sources=sources))
+        self._record(complete=True)
 
     def _publish(self) -> None:
-        self._write_tokenizer()
-        for writer in self._writers:
-            writer.publish()
-        self._keep_partial(False)
+        """Give the finished files their names. May be repeated after it was killed."""
+        if self._job.tokenizer_path:
+            # The jobs of an array write the same file, perhaps at the same moment: each by way of its own draft.
+            draft = Path(f"{self._job.prefixes[0]}.tokenizer.partial")
+            replace_file(self._job.tokenizer_path, self._job.tokenizer, draft)
+        for prefix in self._job.prefixes:
+            publish_finished(prefix)
+            hash_log_path(prefix).unlink(missing_ok=True)
+        # Last: until here a rerun repeats the renames.
         self._journal.remove()

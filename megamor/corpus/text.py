@@ -1,8 +1,8 @@
-"""Raw text as chunks, from `.jsonl`, `.jsonl.zst`, `.jsonl.gz`, `.txt` and `.parquet` files.
+"""Raw text in chunks, from `.jsonl`, `.jsonl.zst`, `.jsonl.gz`, `.txt` and `.parquet` files.
 
-Reading is sequential and cheap; parsing and tokenizing, the expensive part, is done on whole chunks by other threads.
-A chunk is some complete lines of JSON, documents of a text file or rows of a table, and how the input is cut into
-chunks depends on the input alone: neither on who works on them nor on where an interrupted run goes on.
+One thread reads, which is cheap; other threads parse and tokenize whole chunks, which is not. A chunk is some complete
+lines of JSON, documents of a text file or rows of a table. Where the input is cut into chunks depends on the input
+alone, not on the number of threads or on where a run resumes: this is what makes the output reproducible.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import zstandard
 
-from megamor.corpus.parquet import parquet_batches
 from megamor.errors import DataError
 
 CHUNK_BYTES = 2**20
 MAX_DOCUMENT_BYTES = 2**27
 _BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
-# Decompressed at a time. Small, because a few bytes of zstd can stand for thousands of times as many.
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
+# Compressed bytes read at a time. Few, because a few bytes of zstd can expand to thousands of times as many.
 _ZSTD_BYTES = 2**13
+_PARQUET_ROWS = 64
 
 Kind = Literal["jsonl", "txt", "rows"]
 
 
-class Place(NamedTuple):
-    """A chunk's address: its source, and its number within the source."""
+class ChunkId(NamedTuple):
+    """The index of a chunk's source among the input's names, and the number of the chunk within the source."""
 
     source: int
     number: int
@@ -41,13 +41,12 @@ class Place(NamedTuple):
 class TextChunk:
     """Complete lines of JSON (`kind` jsonl), text (txt, documents between separators) or values of a column (rows).
 
-    Bytes are UTF-8 unless the input is broken. `source` indexes the names of the input, `place` says where the chunk
-    stands, `name` is what an error message calls the source, `first_record` numbers its first line, document or row
-    from 1, `size` is its size in bytes, and `position` is how far the input had been read by its end, in the units of
-    `TextInput.size`.
+    Bytes are UTF-8 unless the input is broken. `name` is what error messages call the source, `first_record` the number
+    of its first line, document or row (from 1), `size` its size in bytes. `position` is how far the input had been read
+    at its end, in the unit of `TextInput.size`.
     """
 
-    place: Place
+    id: ChunkId
     name: str
     first_record: int
     kind: Kind
@@ -57,111 +56,106 @@ class TextChunk:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Part `index` of `count` of an input: the chunks that end in that stretch of it.
+class InputRange:
+    """The `index`-th of `count` equal contiguous ranges of an input: the chunks that end in it.
 
-    The parts are contiguous, so that one after the other they are the whole, whatever files it consists of.
+    The ranges together are the whole input, in order, whatever files it consists of.
     """
 
     index: int = 0
     count: int = 1
 
-    def part_of(self, position: int, size: int) -> int:
-        """The part that a chunk which ends at `position` (of `size`) belongs to."""
+    def index_of(self, position: int, size: int) -> int:
+        """Index of the range that a chunk which ends at `position` (of `size`) belongs to."""
         return min(max(0, -(-position * self.count // max(size, 1)) - 1), self.count - 1)
 
 
+WHOLE = InputRange()
+FIRST = ChunkId(0, 0)
+
+
 class TextInput(Protocol):
-    """Something to tokenize."""
+    """Something to tokenize.
 
-    @property
-    def names(self) -> Sequence[str]:
-        """What its parts are called in the side file."""
+    `names` are what the side file calls its sources. `size` is the amount of input in `unit` ("bytes" or "rows"), for
+    progress and ranges; 0 if unknown. `identity` is plain data that changes whenever the texts do.
+    """
 
-    @property
-    def size(self) -> int:
-        """How much there is, in any unit, for progress; 0 if unknown."""
+    names: Sequence[str]
+    size: int
+    unit: str
+    identity: Sequence[Any]
 
-    @property
-    def identity(self) -> Sequence[Any]:
-        """What has changed if the texts have: plain values, to be kept in a file and compared."""
-
-    def chunks(self, share: Share = Share(), start: Place = Place(0, 0)) -> Iterator[TextChunk]:  # noqa: B008
-        """Everything in `share` from `start` on, in order. Raises DataError naming the place if it is damaged."""
+    def chunks(self, within: InputRange = WHOLE, start: ChunkId = FIRST) -> Iterator[TextChunk]:
+        """The chunks of the range `within` from `start` on, in order. Raises DataError naming file and position."""
         ...
 
 
-@dataclass(frozen=True)
 class FileInput:
     """Text files, one after the other.
 
-    `column` is the one that holds the texts of a table; `separator` stands between the documents of a `.txt` file,
-    which is one document without it.
+    `column` is the one that holds the texts of a table. `separator` comes between the documents of a `.txt` file;
+    without one the file is a single document.
     """
 
-    paths: Sequence[str]
-    column: str = "text"
-    separator: str | None = None
-    names: Sequence[str] = field(init=False)
-    size: int = field(init=False)
-    identity: Sequence[Any] = field(init=False)
-    _sizes: Sequence[int] = field(init=False, repr=False)
+    unit = "bytes"
 
-    def __post_init__(self) -> None:
-        status = [os.stat(path) for path in self.paths]
-        # Names only: where the texts lay must not change the side file, hence the fingerprint of the data.
-        object.__setattr__(self, "names", [os.path.basename(path) for path in self.paths])
-        object.__setattr__(self, "_sizes", [each.st_size for each in status])
-        object.__setattr__(self, "size", sum(self._sizes))
-        identity = [
-            [os.path.abspath(path), each.st_size, each.st_mtime_ns]
-            for path, each in zip(self.paths, status, strict=True)
+    def __init__(self, paths: Sequence[str], column: str = "text", separator: str | None = None) -> None:
+        status = [os.stat(path) for path in paths]
+        self._paths, self._column, self._separator = paths, column, separator
+        self._sizes = [each.st_size for each in status]
+        # Names only: where the texts were must not change the side file, and with it the fingerprint of the data.
+        self.names: Sequence[str] = [os.path.basename(path) for path in paths]
+        self.size = sum(self._sizes)
+        self.identity: Sequence[Any] = [
+            [os.path.abspath(path), each.st_size, each.st_mtime_ns] for path, each in zip(paths, status, strict=True)
         ]
-        object.__setattr__(self, "identity", identity)
 
-    def chunks(self, share: Share = Share(), start: Place = Place(0, 0)) -> Iterator[TextChunk]:  # noqa: B008
-        """Chunks of about a MiB, each of one file."""
+    def chunks(self, within: InputRange = WHOLE, start: ChunkId = FIRST) -> Iterator[TextChunk]:
+        """Chunks of about a MiB, each of one file. See `TextInput`."""
         end = 0
-        for source, path in enumerate(self.paths):
+        for source, path in enumerate(self._paths):
             begin, end = end, end + self._sizes[source]
-            if source < start.source or share.part_of(end, self.size) < share.index:
+            # A file outside the range isn't opened; one that overlaps it is read from its beginning.
+            if source < start.source or within.index_of(end, self.size) < within.index:
                 continue
-            if share.part_of(begin, self.size) > share.index:
+            if within.index_of(begin, self.size) > within.index:
                 return
-            yield from select_chunks(self._chunks_of(source, path, begin), self.size, share, start)
+            yield from select_chunks(self._chunks_of(source, path, begin), self.size, within, start)
 
     def _chunks_of(self, source: int, path: str, begin: int) -> Iterator[TextChunk]:
+        size = self._sizes[source]
         if path.endswith(".parquet"):
-            for number, (row, values, size, share_read) in enumerate(parquet_batches(path, self.column, CHUNK_BYTES)):
-                position = begin + int(share_read * self._sizes[source])
-                yield TextChunk(Place(source, number), path, row, "rows", values, size, position)
+            for number, (row, values, length, read) in enumerate(_parquet_batches(path, self._column)):
+                position = begin + int(read * size)
+                yield TextChunk(ChunkId(source, number), path, row, "rows", values, length, position)
             return
         kind: Kind = "txt" if path.endswith(".txt") else "jsonl"
-        separator = (self.separator.encode() if self.separator else None) if kind == "txt" else b"\n"
+        separator = (self._separator.encode() if self._separator else None) if kind == "txt" else b"\n"
         try:
             with open(path, "rb") as file:
-                pieces = _whole_records(path, _decompressed(path, file), separator)
-                for number, (record, data) in enumerate(pieces):
-                    position = begin + min(file.tell(), self._sizes[source])
-                    yield TextChunk(Place(source, number), path, record, kind, data, len(data), position)
+                groups = _whole_records(path, _decompressed(path, file), separator)
+                for number, (record, data) in enumerate(groups):
+                    position = begin + min(file.tell(), size)
+                    yield TextChunk(ChunkId(source, number), path, record, kind, data, len(data), position)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{path} can't be read to its end: {error}; fetch the file again") from error
+            raise DataError(f"{path} can't be read to its end: {error}; download the file again") from error
 
 
-def select_chunks(chunks: Iterable[TextChunk], size: int, share: Share, start: Place) -> Iterator[TextChunk]:
-    """Those of a source's `chunks` that are in `share` of an input of `size`, from `start` on."""
+def select_chunks(chunks: Iterable[TextChunk], size: int, within: InputRange, start: ChunkId) -> Iterator[TextChunk]:
+    """Those of a source's `chunks` that are in the range `within` of an input of `size`, from `start` on."""
     for chunk in chunks:
-        part = share.part_of(chunk.position, size)
-        if part > share.index:
+        index = within.index_of(chunk.position, size)
+        if index > within.index:
             return
-        if part == share.index and chunk.place >= start:
+        if index == within.index and chunk.id >= start:
             yield chunk
 
 
 def find_files(
     patterns: Sequence[str], column: str = "text", separator: str | None = None, option: str = "--input"
 ) -> FileInput:
-    """Expand paths and glob patterns (`**` crosses directories); files of one pattern are sorted by name.
+    """Expand paths and glob patterns (`**` crosses directories); the files of a pattern are sorted by name.
 
     Raises DataError, naming `option`, for a pattern without a match, an unknown kind of file, or a file named twice.
     """
@@ -175,8 +169,8 @@ def find_files(
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"{option} {path} is a directory; name its files with a pattern such as '{path}/*.jsonl'")
-        if not path.endswith(_SUFFIXES):
-            raise DataError(f"{option} {path}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
+        if not path.endswith(SUFFIXES):
+            raise DataError(f"{option} {path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
         real = os.path.realpath(path)
         if real in seen:
             raise DataError(f"{option} names one file twice, as {seen[real]} and {path}; name it once")
@@ -184,8 +178,38 @@ def find_files(
     return FileInput(paths, column, separator)
 
 
+def _parquet_batches(path: str, column: str) -> Iterator[tuple[int, list[Any], int, float]]:
+    """Values of a column in batches of about `CHUNK_BYTES`.
+
+    Each comes with the number of its first row (from 1), its size in bytes, and the fraction of the file read by its
+    end. Raises DataError if the file is damaged or has no such column.
+    """
+    # pyarrow comes with `datasets` and is needed for these files only.
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as table:
+            if column not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names[:8])
+                raise DataError(f"{path} has no column {column!r} but {columns}; name the right one with --json-key")
+            rows, first, row, values, collected = max(table.metadata.num_rows, 1), 1, 0, list[Any](), 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+                texts = batch.column(0)
+                values += texts.to_pylist()
+                collected += texts.get_total_buffer_size()
+                row += len(texts)
+                if collected >= CHUNK_BYTES:
+                    yield first, values, collected, row / rows
+                    first, values, collected = row + 1, [], 0
+            if values:
+                yield first, values, collected, 1.0
+    except (OSError, arrow.ArrowException) as error:
+        raise DataError(f"{path} can't be read to its end: {error}; download the file again") from error
+
+
 def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
-    """Contents of the file in blocks."""
+    """Contents of the file in blocks of at most `CHUNK_BYTES`."""
     if path.endswith(".zst"):
         yield from _zstd_blocks(file)
         return
@@ -195,7 +219,8 @@ def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Contents of all frames. The library's own stream reader takes a truncated frame for the end of the file."""
+    """Contents of all frames."""
+    # Not the library's stream reader, which takes a truncated frame for the end of the file.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = decompressor.decompressobj()
     complete = True
@@ -212,24 +237,25 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _whole_records(path: str, blocks: Iterator[bytes], separator: bytes | None) -> Iterator[tuple[int, bytes]]:
-    """Pieces that end with a separator (without one: at the end), each with the number of its first record."""
-    first, parts, size, tail = 1, [], 0, b""
+    """The contents cut after separators (never, without one), each with the number of its first record."""
+    first, pending, size, tail = 1, list[bytes](), 0, b""
     for number, block in enumerate(blocks):
-        parts.append(block.removeprefix(_BOM) if number == 0 else block)
+        pending.append(block.removeprefix(_BOM) if number == 0 else block)
         size += len(block)
-        # Joined only if it can be cut: joining a long line again and again would take the square of its length.
+        # Joined only if there is a separator: joining a long line for every block would take quadratic time. `tail`
+        # is the end of the previous block, for a separator that straddles two blocks.
         if separator and size >= CHUNK_BYTES and separator in tail + block:
-            data = b"".join(parts)
+            data = b"".join(pending)
             end = data.rindex(separator) + len(separator)
             yield first, data[:end]
             first += data.count(separator, 0, end)
-            parts, size = [data[end:]], len(data) - end
+            pending, size = [data[end:]], len(data) - end
         tail = (tail + block)[1 - len(separator) :] if separator and len(separator) > 1 else b""
         if size > MAX_DOCUMENT_BYTES:
             what = f"record {first} or one soon after it" if separator else "the file"
             raise DataError(
-                f"{path}: {what} is a document of over {MAX_DOCUMENT_BYTES // 2**20} MiB, too much to tokenize in one "
-                "piece; split it into documents, one JSON object a line"
+                f"{path}: {what} is a document of over {MAX_DOCUMENT_BYTES // 2**20} MiB, too large to tokenize in "
+                "one go; split it into documents, one JSON object per line"
             )
     if size or not separator:
-        yield first, b"".join(parts)
+        yield first, b"".join(pending)

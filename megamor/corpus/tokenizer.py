@@ -1,4 +1,4 @@
-"""Tokenizers for corpora: where they come from, and text to ids without anything that belongs to prompts.
+"""Tokenizers for corpora: loading or making them, and encoding text without anything that is meant for prompts.
 
 Nothing is truncated, padded or added, and special tokens that a text happens to spell out (`<|endoftext|>` in a page
 about tokenizers) are encoded as plain text.
@@ -13,30 +13,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.corpus.cuts import cut, find_cuts, longest_part
+from megamor.corpus import DEFAULT_EOD_TOKENS
+from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.data.shard import dtype_for_vocab
 from megamor.errors import DataError
 
-DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>")
-BUILT_IN = ("char", "byte")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Characters in a part of a text, and in the parts that are encoded at a time: small enough for the processor's cache.
-_PART = 2**12
+# Characters in a fragment of a text, and in the fragments encoded at a time: small enough for the processor's cache.
+_FRAGMENT = 2**12
 _BATCH = 2**14
-# Parts that can't be cut further need memory: longer ones take turns, even longer ones are refused.
-_LARGE_PART = 2**18
-MAX_PART = 2**22
+# Fragments that can't be cut further need much memory: above the first limit they are encoded one at a time, above the
+# second one they are rejected.
+_LARGE_FRAGMENT = 2**18
+MAX_FRAGMENT = 2**22
 _one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer set up for corpora. `encode` may be called by several threads at a time."""
+    """A tokenizer set up for corpora. `encode` is thread-safe."""
 
     tokenizer: Tokenizer
     vocab_size: int
@@ -48,7 +49,7 @@ class TextEncoder:
         """Read a `tokenizers` JSON file.
 
         The end-of-document token is `eod_token`, or else the first of `DEFAULT_EOD_TOKENS` that the vocabulary has.
-        Raises DataError if the file isn't a tokenizer or has no such token although one is needed or named.
+        Raises DataError if the file isn't a tokenizer, or if it lacks an end-of-document token that is named or needed.
         """
         if not Path(path).is_file():
             raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
@@ -69,11 +70,11 @@ class TextEncoder:
         found = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
         if found is None and (eod_token or need_eod):
             raise DataError(
-                f"{name} has no token {' or '.join(candidates)} to end documents with; name one of its own with "
+                f"{name} has no token {' or '.join(candidates)} to end documents with; name one that it has with "
                 "--eod-token"
             )
         if found is not None:
-            # Marked as special, or its spelling within a text would become an end of document.
+            # Marked as special: otherwise its spelling within a text would become an end of document.
             tokenizer.add_special_tokens([AddedToken(found, special=True, normalized=False)])
         tokenizer.encode_special_tokens = True
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -86,44 +87,44 @@ class TextEncoder:
 
     @cached_property
     def cuts(self) -> re.Pattern[str] | None:
-        """Where long texts may be cut; see `megamor.corpus.cuts`."""
+        """Boundaries at which long texts may be cut; see `megamor.corpus.cuts`."""
         return find_cuts(self.tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray]:
+    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false.
 
-        Raises DataError for more than `MAX_PART` characters without a place to cut.
+        Raises DataError for more than `MAX_FRAGMENT` characters without a boundary to cut at.
         """
-        arrays: list[list[NDArray]] = [[] for _ in texts]
-        parts = ((owner, part) for owner, text in enumerate(texts) for part in cut(text, _PART, self.cuts))
-        for batch in _batches(parts):
+        arrays: list[list[NDArray[Any]]] = [[] for _ in texts]
+        fragments = ((owner, each) for owner, text in enumerate(texts) for each in cut(text, _FRAGMENT, self.cuts))
+        for batch in _batches(fragments):
             owners = [owner for owner, _ in batch]
-            for owner, ids in zip(owners, self._encode_parts([part for _, part in batch]), strict=True):
+            for owner, ids in zip(owners, self._encode_batch([each for _, each in batch]), strict=True):
                 arrays[owner].append(ids)
         return [own[0] if len(own) == 1 else np.concatenate(own) for own in arrays]
 
     def require_cuttable(self, text: str) -> None:
-        """Raise DataError if `text` has more than `MAX_PART` characters without a place to cut."""
-        longest = longest_part(text, MAX_PART // 4, self.cuts) if len(text) > MAX_PART else 0
-        if longest > MAX_PART:
+        """Raise DataError if `text` has more than `MAX_FRAGMENT` characters without a boundary to cut at."""
+        longest = longest_fragment(text, MAX_FRAGMENT // 4, self.cuts) if len(text) > MAX_FRAGMENT else 0
+        if longest > MAX_FRAGMENT:
             raise DataError(
-                f"{longest:,} characters without a space in a document that begins {text[:40]!r} are too much to "
-                f"tokenize in one piece (at most {MAX_PART:,}); split it, or take it out"
+                f"{longest:,} characters without a space in a document that begins {text[:40]!r} are too many to "
+                f"tokenize in one go (at most {MAX_FRAGMENT:,}); split the document, or remove it"
             )
 
-    def _encode_parts(self, parts: list[str]) -> list[NDArray]:
-        largest = max(parts, key=len)
+    def _encode_batch(self, fragments: list[str]) -> list[NDArray[Any]]:
+        largest = max(fragments, key=len)
         self.require_cuttable(largest)
-        with _one_at_a_time if len(largest) > _LARGE_PART else nullcontext():
-            encodings = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        with _one_at_a_time if len(largest) > _LARGE_FRAGMENT else nullcontext():
+            encodings = self.tokenizer.encode_batch_fast(fragments, add_special_tokens=False)
             return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
 
-def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _batches(fragments: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     batch, size = [], 0
-    for part in parts:
-        batch.append(part)
-        size += len(part[1])
+    for each in fragments:
+        batch.append(each)
+        size += len(each[1])
         if size >= _BATCH:
             yield batch
             batch, size = [], 0
@@ -132,7 +133,7 @@ def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 def find_tokenizer(name: str) -> str:
-    """Path of the `tokenizer.json` that `name` stands for: a file, a directory or a repository of the hub.
+    """Path of the `tokenizer.json` that `name` means: a file, a directory or a repository of the hub (downloaded).
 
     Raises DataError if there is none, or if the hub can't be reached.
     """
@@ -147,23 +148,23 @@ def find_tokenizer(name: str) -> str:
 
     try:
         return hf_hub_download(name, "tokenizer.json")
-    except Exception as error:  # of the network, of the hub, of a name it doesn't know: each library's own
+    except Exception as error:  # the hub's client and its HTTP library have unrelated classes of errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"--tokenizer {name} is no file or directory here, and no tokenizer.json could be fetched under that name "
+            f"--tokenizer {name} is not a file or directory, and no tokenizer.json could be fetched under that name "
             f"from the Hugging Face hub: {reason}"
         ) from error
 
 
 def built_in_tokenizer(name: str, texts: Callable[[], Iterable[str]], special: Sequence[str] = ()) -> Tokenizer:
-    """`char`, with the characters of `texts()`, or `byte`."""
+    """The `char` tokenizer of the characters in `texts()`, or the `byte` tokenizer."""
     return char_tokenizer(texts(), special) if name == "char" else byte_tokenizer(special)
 
 
 def char_tokenizer(texts: Iterable[str], special: Sequence[str] = ()) -> Tokenizer:
-    """A token for each character that occurs in `texts`, ids in the order of code points, `special` ones after them.
+    """A token for each character that occurs in `texts`, ids in the order of code points, then the `special` tokens.
 
-    Encoding any other character is an error: no token means "unknown".
+    Encoding any other character is an error: there is no token for unknown ones.
     """
     characters: set[str] = set()
     for text in texts:
@@ -177,7 +178,7 @@ def char_tokenizer(texts: Iterable[str], special: Sequence[str] = ()) -> Tokeniz
 
 
 def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:
-    """A token for each byte of UTF-8, the byte itself its id, `special` ones from 256 on."""
+    """A token for each byte of UTF-8, with the byte as its id, and the `special` tokens from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     # The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on, in order.
     others = [byte for byte in range(256) if byte not in printable]

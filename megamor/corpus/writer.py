@@ -1,4 +1,4 @@
-"""Atomic writer of token shards: nothing is under the final name unless it is complete and on disk."""
+"""Atomic writer of token shards: a file is under its final name only when the whole shard is complete and on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -22,7 +22,7 @@ from megamor.errors import DataError
 from megamor.files import sync_directory
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
-_FINALISE_CHUNK = 2**20
+_ENTRIES = 2**20
 
 
 class ShardWriter:
@@ -31,12 +31,11 @@ class ShardWriter:
     One document is one sequence, unless `finish` is told where documents start.
 
     Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
-    `commit` finishes and renames them, the `.idx`, without which nothing opens, last. As a context manager it removes
-    the partial files on every way out except a commit. Failing writes (disk full, no permission) raise DataError, and
-    so does a second writer on the same prefix.
+    `commit` finishes and renames them. As a context manager it removes the partial files unless they were committed.
+    Failing writes (disk full, no permission) raise DataError, and so does a second writer on the same prefix.
 
-    To go on after an interruption: `sync` makes what there is durable, `keep_partial` leaves it behind, and a new
-    writer with `resume` finds it and must `rewind` to such a point before it adds anything.
+    To resume after an interruption: `sync` makes everything added durable, `keep_partial` leaves it behind, and a new
+    writer with `resume` must `rewind` to such a point before anything is added.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False) -> None:
@@ -48,7 +47,6 @@ class ShardWriter:
         self.num_tokens = 0
         self.keep_partial = False
         self._hasher = BlockHasher()
-        self._finished = False
         self._files: list[BinaryIO] = []
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +59,11 @@ class ShardWriter:
             raise
         except OSError as error:
             self.abort()
-            raise self._failure(error) from error
+            raise _failure(self.prefix, error) from error
 
     @property
     def num_documents(self) -> int:
-        """Documents so far, one a sequence."""
+        """Documents so far, one per sequence."""
         return self.num_sequences
 
     def __enter__(self) -> ShardWriter:
@@ -81,36 +79,39 @@ class ShardWriter:
         ids = np.asarray(tokens)
         self.add_documents(ids if ids.size else ids.astype(self.dtype), np.array([ids.size]))
 
-    def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
-        """Append documents at once: their ids one after the other [sum(lengths)], and their lengths [n]."""
+    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
+        """Append several documents: their concatenated ids [sum(lengths)], and their lengths [n]."""
         assert lengths.sum() == len(tokens), "lengths must add up to the tokens"
         if len(lengths) and lengths.max() > MAX_SEQUENCE_TOKENS:
-            raise DataError(f"a document of {lengths.max()} tokens doesn't fit {self.prefix}.idx; split it")
+            raise DataError(
+                f"a document of {lengths.max()} tokens is too long for {self.prefix}.idx (at most "
+                f"{MAX_SEQUENCE_TOKENS}); split it"
+            )
         self.add_tokens(tokens)
         self.add_lengths(lengths)
 
-    def add_tokens(self, tokens: NDArray) -> None:
-        """Append ids [n] to the stream; `add_lengths` says how they are cut, before or after, in pieces of any size."""
+    def add_tokens(self, tokens: NDArray[Any]) -> None:
+        """Append ids [n] to the stream. `add_lengths`, called before or after, says how they are cut into sequences."""
         data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
         try:
             self._bin.write(data)
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.prefix, error) from error
         self._hasher.update(data)
         self.num_tokens += len(tokens)
 
-    def add_lengths(self, lengths: NDArray) -> None:
-        """Append the lengths [n] of sequences whose ids go through `add_tokens`."""
+    def add_lengths(self, lengths: NDArray[Any]) -> None:
+        """Append the lengths [n] of sequences whose ids are given to `add_tokens`."""
         try:
             self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.prefix, error) from error
         self.num_sequences += len(lengths)
 
     def rewind(self, num_sequences: int, num_tokens: int) -> bool:
-        """Go back to a state that was synced; False, and nothing is changed, if the partial files hold less than that.
+        """Truncate to a state that was synced. Returns False, changing nothing, if the partial files are shorter.
 
-        Reads the tokens that stay, to hash them.
+        Reads the tokens that remain, to hash them.
         """
         sizes = HEADER.size + 4 * num_sequences, num_tokens * self.dtype.itemsize
         if num_sequences and any(
@@ -121,13 +122,14 @@ class ShardWriter:
             for file, size in zip((self._idx, self._bin), sizes, strict=True):
                 file.truncate(size)
                 file.seek(0)
+            # Room for the header, which holds counts that are known at the end only.
             self._idx.write(bytes(HEADER.size))
             self._idx.seek(sizes[0])
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):
                 self._hasher.update(memoryview(block))
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.prefix, error) from error
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
         return True
 
@@ -137,19 +139,20 @@ class ShardWriter:
             for file in (self._bin, self._idx):
                 _sync(file)
         except OSError as error:
-            raise self._failure(error) from error
+            raise _failure(self.prefix, error) from error
 
-    def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
-        """Finish the files and put them under their names."""
+    def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
+        """Finish the files and rename them to their final names."""
         self.finish(meta, document_starts)
-        self.publish()
+        publish_finished(self.prefix)
+        self._close()
 
-    def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray] | None = None) -> None:
+    def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
         """Complete the partial files and make them durable, still under their temporary names.
 
-        `document_starts` are pieces of the document index: the sequence at which each document starts, and at the end
-        the number of sequences. Writers of several splits all finish before the first is published: a full disk then
-        leaves none of them.
+        `document_starts` yields the document index in arrays: the sequence at which each document starts, and at the
+        end the number of sequences. Writers of several splits all finish before `publish_finished` renames the first:
+        a full disk then leaves none of them.
         """
         try:
             documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
@@ -167,22 +170,12 @@ class ShardWriter:
                 side_file.write(meta.to_json().encode())
                 _sync(side_file)
         except OSError as error:
-            raise self._failure(error) from error
-        self._finished = True
-
-    def publish(self) -> None:
-        """Rename the finished files into place, replacing an earlier data set of that name."""
-        assert self._finished, "publish() before finish()"
-        try:
-            publish_finished(self.prefix)
-        except OSError as error:
-            raise self._failure(error) from error
-        self._close()
+            raise _failure(self.prefix, error) from error
 
     def abort(self) -> None:
-        """Remove the partial files unless they are kept; does nothing after `publish` or a second time."""
+        """Close the files and remove them unless they are kept; does nothing after `commit` or a second time."""
         mine = [] if self.keep_partial else [file.name for file in self._files]
-        # Unlinked while still locked, so that another writer's fresh file is never the one removed.
+        # Unlinked while still locked, so that it can't be another writer's fresh file.
         for path in [*mine, self._partial_meta] if mine else []:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -193,11 +186,11 @@ class ShardWriter:
         return f"{meta_path(self.prefix)}.partial"
 
     def _open_locked(self, path: str) -> BinaryIO:
-        """Open for writing, holding a lock until closed; what a killed run left is still there."""
+        """Open for writing, without truncating what a killed run left, and lock until closed."""
         file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by _close)
         try:
             _lock(file)
-            # The holder before us may have renamed it between our opening and locking it: then it isn't ours.
+            # The previous holder may have renamed the file after we opened it and before we locked it.
             if os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
                 raise BlockingIOError(errno.EWOULDBLOCK, "in use")
         except BlockingIOError:
@@ -208,12 +201,12 @@ class ShardWriter:
 
     def _close(self) -> None:
         for file in self._files:
-            # Closing writes what is buffered, which on a full disk fails a second time.
+            # Closing flushes the buffer, which on a full disk fails a second time.
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
 
-    def _narrow(self, tokens: NDArray) -> NDArray:
+    def _narrow(self, tokens: NDArray[Any]) -> NDArray[Any]:
         if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
             limits = np.iinfo(self.dtype)
             low, high = int(tokens.min()), int(tokens.max())
@@ -221,24 +214,31 @@ class ShardWriter:
                 raise DataError(f"token ids from {low} to {high} don't fit {self.dtype.name} of {self.prefix}.bin")
         return tokens.astype(self.dtype, copy=False)
 
-    def _failure(self, error: OSError) -> DataError:
-        return DataError(
-            f"{self.prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
-            "(nothing was left under that name)"
-        )
+
+def _failure(prefix: str, error: OSError) -> DataError:
+    return DataError(
+        f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix (nothing "
+        "was left under that name)"
+    )
 
 
 def publish_finished(prefix: str) -> None:
-    """Rename the finished files of a writer into place; goes on where an earlier call was cut off."""
+    """Rename the finished files of a writer to their final names, replacing an earlier data set.
+
+    Continues where an earlier call was killed; does nothing if all is renamed. Raises DataError if renaming fails.
+    """
     if not os.path.exists(f"{prefix}.idx.partial"):
         return
-    # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for path in (f"{prefix}.bin", str(meta_path(prefix))):
-        if os.path.exists(f"{path}.partial"):
-            os.replace(f"{path}.partial", path)
-    os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
-    sync_directory(Path(prefix).parent)
+    try:
+        # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        for path in (f"{prefix}.bin", str(meta_path(prefix))):
+            if os.path.exists(f"{path}.partial"):
+                os.replace(f"{path}.partial", path)
+        os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
+        sync_directory(Path(prefix).parent)
+    except OSError as error:
+        raise _failure(prefix, error) from error
 
 
 def write_index(
@@ -246,16 +246,16 @@ def write_index(
     num_sequences: int,
     num_tokens: int,
     dtype: np.dtype,
-    document_starts: Iterable[NDArray] | None = None,
+    document_starts: Iterable[NDArray[Any]] | None = None,
 ) -> int:
-    """Complete an index that holds the lengths of sequences after room for the header; returns the document count.
+    """Complete an index that holds only the lengths of its sequences; returns the number of documents.
 
-    Adds the offsets (64 bits: a running sum of bytes passes 2 GiB early), the document index (each sequence a document
-    unless `document_starts` says otherwise) and the header.
+    Adds the offsets, the document index (each sequence a document unless `document_starts` says otherwise) and the
+    header.
     """
-    offset = 0
-    for first in range(0, num_sequences, _FINALISE_CHUNK):
-        size = min(_FINALISE_CHUNK, num_sequences - first)
+    offset = 0  # a Python integer, since 32 bits would overflow after 2 GiB
+    for first in range(0, num_sequences, _ENTRIES):
+        size = min(_ENTRIES, num_sequences - first)
         file.seek(HEADER.size + 4 * first)
         sizes = np.frombuffer(file.read(4 * size), "<i4").astype(np.int64) * dtype.itemsize
         ends = offset + np.cumsum(sizes)
@@ -273,10 +273,10 @@ def write_index(
     return entries - 1
 
 
-def _one_each(num_sequences: int) -> Iterator[NDArray]:
-    """The document index of sequences that are documents."""
-    for first in range(0, num_sequences + 1, _FINALISE_CHUNK):
-        yield np.arange(first, min(first + _FINALISE_CHUNK, num_sequences + 1), dtype="<i8")
+def _one_each(num_sequences: int) -> Iterator[NDArray[Any]]:
+    """The document index if each sequence is a document, in arrays."""
+    for first in range(0, num_sequences + 1, _ENTRIES):
+        yield np.arange(first, min(first + _ENTRIES, num_sequences + 1), dtype="<i8")
 
 
 def _create_without_truncating(path: str, flags: int) -> int:
@@ -289,7 +289,7 @@ def _lock(file: BinaryIO) -> None:
     except BlockingIOError:
         raise
     except OSError as error:
-        # Some network file systems have no locks; there the protection against a second writer is missing.
+        # Some network file systems have no locks. There, nothing protects against a second writer.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
 

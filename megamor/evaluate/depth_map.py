@@ -15,7 +15,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
@@ -93,15 +93,8 @@ class DepthMap:
 
     def save_svg(self, path: Path | str, title: str) -> None:
         """Draw the map as the SVG file `path`, below `title` and a legend."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(self.svg(title), encoding="utf-8")
-
-    def svg(self, title: str) -> str:
-        """Return the map as SVG.
-
-        rich can export its console as SVG, but squeezes wide characters into one column and leaves no gap between
-        neighbouring tokens of the same depth.
-        """
+        # rich can export what it prints as SVG, but it squeezes wide characters into one column and leaves no gap
+        # between neighbouring tokens of the same depth.
         colours = palette(self.num_recursions)
         shapes: list[str] = []
         line = -1.0
@@ -128,11 +121,14 @@ class DepthMap:
         font = f'{_FONT_SIZE}px "DejaVu Sans Mono", Menlo, Consolas, monospace'
         style = f"text {{ font: {font} }} .bold {{ font-weight: bold }} .italic {{ font-style: italic }}"
         head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">', f"<style>{style}</style>"]
-        return "\n".join([*head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>", ""])
+        lines_of_file = [*head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>", ""]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("\n".join(lines_of_file), encoding="utf-8")
 
     def _sections(self, columns: int) -> Iterator[tuple[str, list[list[Cell]]]]:
         """Heading and lines of the prompt, then of the continuation; without a prompt, all lines and no heading."""
         cells = lay_out(self.tokens, self.depths, columns, self.prompt_length)
+        # A line on which the prompt ends and the continuation begins is shown twice, once for each of its halves.
         for in_prompt, section in groupby(cells, key=lambda cell: cell.in_prompt):
             heading = "prompt" if in_prompt else "continuation"
             lines = [list(line) for _, line in groupby(section, key=lambda cell: cell.line)]
@@ -158,9 +154,10 @@ def lay_out(tokens: Sequence[str], depths: Sequence[int], columns: int, prompt_l
     for number, (token, depth) in enumerate(zip(tokens, depths, strict=True)):
         for chunk in token.splitlines(keepends=True):
             shown = _visible(chunk)
+            # Break lines between tokens, not inside one, unless it is longer than a line.
             if column and column + cell_len(shown) > columns:
                 line, column = line + 1, 0
-            for fitting in _cut(shown, columns):
+            for fitting in chop_cells(shown, columns):
                 if column + cell_len(fitting) > columns:
                     line, column = line + 1, 0
                 cells.append(Cell(line, column, fitting, depth, number < prompt_length))
@@ -172,6 +169,7 @@ def lay_out(tokens: Sequence[str], depths: Sequence[int], columns: int, prompt_l
 
 def palette(num_recursions: int) -> list[str]:
     """Colours `#rrggbb` of depths 0 to num_recursions: grey for a token that skips the core, then light to dark."""
+    # Interpolated like matplotlib's colour map of the same name.
     low, high = (end * (len(_SCALE) - 1) for end in _SCALE_RANGE)
     colours = [_SKIPPED_COLOUR]
     for depth in range(num_recursions):
@@ -194,16 +192,6 @@ def _visible(text: str) -> str:
         else:
             shown.append(character)
     return "".join(shown)
-
-
-def _cut(text: str, columns: int) -> list[str]:
-    """Cut into chunks of at most `columns` columns."""
-    chunks = [""]
-    for character in text:
-        if chunks[-1] and cell_len(chunks[-1] + character) > columns:
-            chunks.append("")
-        chunks[-1] += character
-    return chunks
 
 
 def _ink(background: str) -> str:

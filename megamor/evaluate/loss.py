@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,20 +17,8 @@ from megamor.model import ModelOutput, Transformer
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
+    from megamor.data import MicroBatch
     from megamor.load import LoadedModel
-
-
-class Batch(Protocol):
-    """A batch [B, S]: token ids, the ids to predict (-100 where there is none), and document numbers if masked."""
-
-    @property
-    def inputs(self) -> Tensor: ...
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    @property
-    def documents(self) -> Tensor | None: ...
 
 
 def modes_of(model: Transformer) -> tuple[Mode, ...]:
@@ -42,7 +30,7 @@ def modes_of(model: Transformer) -> tuple[Mode, ...]:
 @torch.no_grad()
 def summed_loss(
     model: Callable[..., ModelOutput],
-    batches: Iterable[Batch],
+    batches: Iterable[MicroBatch],
     mode: Mode,
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -80,7 +68,7 @@ def dataset_losses(
     *,
     sequences: int | None = None,
     batch_size: int = 16,
-    watch: Callable[[Iterable[Batch], int, str], Iterable[Batch]] = lambda batches, total, label: batches,
+    watch: Callable[[Iterable[MicroBatch], int, str], Iterable[MicroBatch]] = lambda batches, total, label: batches,
 ) -> dict[str, float]:
     """Measure a model on the data set `prefix` (.bin/.idx), in each of its routing modes.
 

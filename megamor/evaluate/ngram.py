@@ -23,8 +23,6 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Windows = npt.NDArray[np.integer] | Iterable[npt.NDArray[np.integer]]
 
-_NLL_CHUNK_WINDOWS = 4096
-
 
 @dataclass(frozen=True)
 class _Level:
@@ -42,6 +40,7 @@ class _Level:
     @classmethod
     def from_counts(cls, grams: IntArray, counts: IntArray, vocab_size: int) -> _Level:
         discounts = _discounts(counts)[np.minimum(counts, 3)]
+        # Keys are sorted, so the grams of one context are neighbours: `first` is where each context begins.
         contexts, first = np.unique(grams // vocab_size, return_index=True)
         if not len(grams):
             return cls(grams, np.zeros(0), contexts, np.zeros(0))
@@ -102,18 +101,17 @@ class NGramModel:
     def nll(self, windows: Windows) -> float:
         """Mean nats per predicted token over `windows` [n, seq_len + 1]: positions 1 to seq_len, as in `fit`."""
         checked = _checked(windows, self.vocab_size)
-        total = 0.0
-        for start in range(0, len(checked), _NLL_CHUNK_WINDOWS):
-            total += self._nll_sum(checked[start : start + _NLL_CHUNK_WINDOWS])
-        return total / float(len(checked) * (checked.shape[1] - 1))
+        return self._nll_sum(checked) / float(len(checked) * (checked.shape[1] - 1))
 
     def _nll_sum(self, windows: IntArray) -> float:
         nats = -float(np.log(self._probabilities(_grams(windows, self.order, self.vocab_size))).sum())
+        # The first targets of a window have too few tokens before them: the next lower order predicts those.
         if self._shorter is not None and self.order > 2:
             nats += self._shorter._nll_sum(windows[:, : self.order - 1])
         return nats
 
     def _probabilities(self, grams: IntArray) -> FloatArray:
+        # From the uniform distribution up: each level corrects the estimate of the one below.
         probability = np.full(len(grams), 1.0 / self.vocab_size)
         for length, level in enumerate(self._levels, start=1):
             probability = level.interpolate(grams % self.vocab_size**length, probability, self.vocab_size)

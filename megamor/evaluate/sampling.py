@@ -53,7 +53,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     depths: list[int] = []
-    unread = prompt
+    unread = prompt  # the whole prompt in the first pass, then one token each
     for _ in range(max_tokens):
         out = model(torch.tensor([unread], device=weight.device), mode="causal", cache=cache)
         assert out.logits is not None
@@ -71,5 +71,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         return int(logits.argmax())
     probabilities = (logits / temperature).softmax(-1)
     ordered, ids = probabilities.sort(descending=True)
+    # A token stays if those before it have less than `top_p` together, so that the likeliest one always stays.
     ordered[ordered.cumsum(-1) - ordered > top_p] = 0
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])

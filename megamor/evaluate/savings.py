@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
 from megamor.config import FixedDepthConfig
-from megamor.evaluate.loss import Batch
-from megamor.model import ModelOutput, Transformer, build_model
+from megamor.data import MicroBatch
+from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
 
 
@@ -24,7 +25,7 @@ def at_full_depth(model: Transformer) -> Transformer:
     return full.eval()
 
 
-def measure_savings(model: Transformer, batches: Iterable[Batch], rounds: int = 4) -> dict[str, float]:
+def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: int = 4) -> dict[str, float]:
     """Compare forward passes under the inference rule with those at full depth.
 
     The two models take turns on every batch, so that a change in the machine's load affects both.
@@ -37,11 +38,13 @@ def measure_savings(model: Transformer, batches: Iterable[Batch], rounds: int = 
     flops = full_flops = tokens = 0.0
     ratios = []
     for batch in batches:
-        # The first pass of each model warms up and counts; operations depend on routing only, not on the round.
-        flops += _forward_flops(model, batch)
-        full_flops += _forward_flops(full, batch)
+        routed, deep = _forward(model, batch), _forward(full, batch)
+        flops += routed.flops
+        full_flops += deep.flops
+        # The passes above were a warm-up, so their times don't count.
+        for _ in range(rounds):
+            ratios.append(_forward(model, batch).seconds / _forward(full, batch).seconds)
         tokens += batch.inputs.numel()
-        ratios += [_forward_seconds(model, batch) / _forward_seconds(full, batch) for _ in range(rounds)]
     return {
         "flops_per_token": flops / tokens,
         "full_depth_flops_per_token": full_flops / tokens,
@@ -50,25 +53,20 @@ def measure_savings(model: Transformer, batches: Iterable[Batch], rounds: int = 
     }
 
 
+class _Pass(NamedTuple):
+    flops: float
+    seconds: float
+
+
 @torch.no_grad()
-def _forward(model: Transformer, batch: Batch) -> ModelOutput:
+def _forward(model: Transformer, batch: MicroBatch) -> _Pass:
     device = model.embed.weight.device
+    inputs, labels = batch.inputs.to(device), batch.labels.to(device)
     documents = None if batch.documents is None else batch.documents.to(device)
-    output: ModelOutput = model(batch.inputs.to(device), batch.labels.to(device), mode="causal", documents=documents)
-    return output
-
-
-def _forward_flops(model: Transformer, batch: Batch) -> float:
-    out = _forward(model, batch)
-    assert out.pairs is not None
-    work = [] if out.work is None else [(tokens, pairs) for tokens, pairs in out.work.tolist()]
-    num_sequences, seq_len = batch.inputs.shape
-    return executed_flops(model.config, num_sequences, work, seq_len=seq_len, pairs=float(out.pairs)).forward
-
-
-def _forward_seconds(model: Transformer, batch: Batch) -> float:
     started = time.perf_counter()
-    out = _forward(model, batch)
-    assert out.loss_sum is not None
+    out = model(inputs, labels, mode="causal", documents=documents)
     out.loss_sum.item()  # waits for an accelerator to finish
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    work = [] if out.work is None else out.work.tolist()
+    flops = executed_flops(model.config, len(inputs), work, seq_len=inputs.shape[1], pairs=float(out.pairs))
+    return _Pass(flops.forward, seconds)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megamor.config import Config, DataConfig, ModelConfig, RecursionConfig, RouterConfig
+from megamor.config.routers import RouterConfig
+from megamor.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
 from megamor.model import KVCache, Transformer
 from megamor.model.loss import IGNORE
 

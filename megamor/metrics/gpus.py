@@ -33,11 +33,10 @@ class Gpu:
 
 
 A100_NODE = "data sheet NVIDIA A100 (312 TFLOP/s, NVLink 600 GB/s both ways); DGX A100: 8 x 200 Gb/s InfiniBand"
-H100_PEAK = (
-    989.4 * TERA
-)  # whitepaper "NVIDIA H100 Tensor Core GPU Architecture", table 2; the H200's compute is the same
+# Whitepaper "NVIDIA H100 Tensor Core GPU Architecture", table 2. The H200's compute is the same.
+H100_PEAK = 989.4 * TERA
 
-GPUS = {
+GPUS: dict[str, Gpu] = {
     "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 312 * TERA, 40 * GB, 1555 * GB, 300 * GB, 25 * GB, A100_NODE),
     "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 312 * TERA, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, A100_NODE),
     "h100": Gpu(
@@ -46,12 +45,12 @@ GPUS = {
     ),
     "h200": Gpu(
         "NVIDIA H200", H100_PEAK, 141 * GB, 4800 * GB, 450 * GB, 50 * GB,
-        "data sheet NVIDIA H200 SXM (1,979 with sparsity, NVLink 900 GB/s both ways); DGX H200: 8 x 400 Gb/s InfiniBand",
+        "data sheet NVIDIA H200 SXM (1,979 with sparsity, NVLink 900 GB/s both ways); DGX H200: as DGX H100",
     ),
     "b200": Gpu(
         "NVIDIA B200", 2250 * TERA, 180 * GB, 8000 * GB, 900 * GB, 50 * GB,
-        "data sheets NVIDIA HGX B200 (36 PFLOP/s with sparsity for 8) and DGX B200: 1,440 GB, 64 TB/s, 14.4 TB/s NVLink "
-        "for 8; 8 x 400 Gb/s InfiniBand",
+        "data sheets NVIDIA HGX B200 (36 PFLOP/s with sparsity for 8) and DGX B200 (1,440 GB, 64 TB/s, 14.4 TB/s "
+        "NVLink for 8; 8 x 400 Gb/s InfiniBand)",
     ),
     "l40s": Gpu(
         "NVIDIA L40S", 362.05 * TERA, 48 * GB, 864 * GB, 32 * GB, 12.5 * GB,
@@ -83,8 +82,8 @@ _PEAKS: dict[str, float] = {
     # Data sheets "NVIDIA L40" and "NVIDIA L4" (242 with sparsity).
     r"l40": 181.05 * TERA,
     r"l4": 121 * TERA,
-    # Whitepapers "NVIDIA Ada GPU Architecture" (4090) and "GA102" (3090), appendix A, fp32 accumulation. Consumer boards
-    # run that at half the rate of fp16 accumulation, which is the figure often quoted.
+    # Whitepapers "NVIDIA Ada GPU Architecture" (4090) and "GA102" (3090), appendix A, fp32 accumulation. Consumer
+    # boards run that at half the rate of fp16 accumulation, which is the figure often quoted.
     r"geforce rtx 4090": 165.2 * TERA,
     r"geforce rtx 3090": 71 * TERA,
     r"b200": GPUS["b200"].bf16_peak,

@@ -1,4 +1,4 @@
-"""Peak memory of this process: of its GPU, or resident memory on a CPU. In GiB."""
+"""Peak memory of this process in GiB: GPU memory, or resident memory on a CPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
-    """Peak since the start or the last reset.
+    """Peak since the start or the last reset, as metrics.
 
-    `memory/peak_gib` is what tensors took at most (GPU) or the resident set (CPU); `memory/peak_reserved_gib` adds what
-    the allocator held on to (GPU only).
+    `memory/peak_gib` is the memory of tensors (GPU) or the resident set (CPU); `memory/peak_reserved_gib` includes what
+    the allocator keeps for reuse (GPU only).
     """
     if device.type == "cuda":
         import torch
@@ -34,7 +34,7 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Start a new peak; False where the system can't (a CPU without Linux's `clear_refs`): peaks then never fall."""
+    """Restart the measurement; False where that is impossible (no `clear_refs`), so that peaks never fall."""
     if device.type == "cuda":
         import torch
 
@@ -48,7 +48,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def _peak_resident_bytes() -> int:
-    # getrusage's peak is inherited from the process that launched this one and can't be reset, hence Linux's own first.
+    # getrusage's peak is inherited from the parent process and can't be reset, so Linux's own figure is preferred.
     if _STATUS.exists():
         found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
         if found:

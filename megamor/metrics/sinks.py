@@ -1,6 +1,6 @@
-"""Where metrics go. `metrics.jsonl` is always written; TensorBoard here and wandb in `wandb_sink` are on request.
+"""Where metrics are written: always to `metrics.jsonl`, on request to TensorBoard, and to wandb (`wandb_sink`).
 
-A metric is a number under a flat name such as `train/loss`; None means that there is no value ("n/a").
+A metric is a number under a flat name such as `train/loss`; None means that there is no value.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ Metrics = Mapping[str, float | int | None]
 
 
 class MetricSink(Protocol):
-    """Something that keeps metrics. Used by one process only."""
+    """A destination of metrics, used by one process only."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Keep `metrics` of `step`."""
+        """Write `metrics` of `step`."""
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`, as far as the sink can: those steps will be done again."""
+        """Remove what was logged after `step`, if the sink can: those steps will run again."""
 
     def close(self) -> None:
-        """Write out what is buffered; nothing may be logged afterwards."""
+        """Flush and close; nothing may be logged afterwards."""
 
 
 class MultiSink:
-    """Passes everything on to several sinks."""
+    """Writes to several sinks."""
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self._sinks = tuple(sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Keep `metrics` of `step` in every sink."""
+        """Write `metrics` of `step` to every sink."""
         for sink in self._sinks:
             sink.log(step, metrics)
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` in every sink."""
+        """Rewind every sink to `step`."""
         for sink in self._sinks:
             sink.rewind(step)
 
@@ -58,14 +58,14 @@ class MultiSink:
 
 
 class JsonlSink:
-    """One JSON object a line: `{"step": 3, "time": 1700000000.0, "train/loss": 5.2, …}`, flushed line by line.
+    """One JSON object per line: `{"step": 3, "time": 1700000000.0, "train/loss": 5.2, …}`, flushed line by line.
 
     None is `null`; values that JSON lacks are the strings `"nan"`, `"inf"`, `"-inf"`, which `float()` reads.
 
     Args:
         path: the file; appended to.
-        resume_step: step of the checkpoint that the run goes on from. Lines of later steps are of the interrupted run
-            and will be written again, so they are removed first. None: a run from the beginning, which replaces all.
+        resume_step: step of the checkpoint that the run resumes from. Lines of later steps are removed, since those
+            steps will run again. None: a new run, which removes all lines.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
@@ -93,7 +93,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard. `resume_step` as in `JsonlSink`: TensorBoard hides the points after it."""
+    """Scalars for TensorBoard, which hides the points after `resume_step` (as in `JsonlSink`)."""
 
     def __init__(self, directory: Path, *, resume_step: int | None) -> None:
         try:
@@ -106,23 +106,23 @@ class TensorBoardSink:
         self._writer: Any = self._open(purge_step=0 if resume_step is None else resume_step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Add one point to each curve that has a value."""
+        """Add a point to the curve of each metric that has a value."""
         for name, value in metrics.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
-        """Begin an event file that hides the later points of the one before."""
+        """Start a new event file, which hides the later points of the previous one."""
         self._writer.close()
         self._writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
-        """Write out and close the event file."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file, with `"nan"` and the like as numbers again. A torn last line is left out."""
+    """Lines of a metrics file, with `"nan"` and the like as numbers again. An incomplete last line is skipped."""
     return [
         {name: float(v) if isinstance(v, str) else v for name, v in record.items()}
         for line in path.read_text(encoding="utf-8").splitlines()
@@ -145,7 +145,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _drop_after(path: Path, resume_step: int | None) -> None:
-    """Rewrite the file without lines after `resume_step` and without torn ones; all or nothing."""
+    """Rewrite the file without lines after `resume_step` and without incomplete ones; all or nothing."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = []
     for line in lines:
@@ -155,6 +155,6 @@ def _drop_after(path: Path, resume_step: int | None) -> None:
     if len(kept) == len(lines):
         return
     log.warning(
-        "%s: %d of %d lines removed, they are of steps to be done again", path, len(lines) - len(kept), len(lines)
+        "%s: %d of %d lines removed, because their steps will run again", path, len(lines) - len(kept), len(lines)
     )
     replace_file(path, "".join(kept))

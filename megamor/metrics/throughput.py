@@ -1,11 +1,10 @@
 """Tokens per second, executed FLOPs, MFU and HFU.
 
-The clock runs between optimizer steps and stands still in `excluded()`, which wraps evaluation and saving. Rates are
-over the last few steps, those ending in `_mean` over this launch so far.
+The clock stops inside `excluded()`, which wraps evaluation and saving. Rates are over the last few steps; names that
+end in `_mean` are over this launch so far.
 
-MFU counts the FLOPs that the model needed for what it really computed (forward and backward, executed routing), HFU
-adds recomputation by activation checkpointing; both relative to the peak of all devices (PaLM, arXiv 2204.02311,
-appendix B).
+MFU counts the FLOPs of what the model really computed (forward and backward, executed routing); HFU adds recomputation
+by activation checkpointing. Both are relative to the peak of all devices (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Throughput:
     """Rates of a training run.
 
     Args:
-        peak_flops: FLOP/s of one device (`gpu_peaks.peak_flops`), None if unknown.
+        peak_flops: FLOP/s of one device (`peak_flops`), None if unknown.
         world_size: number of devices.
         window: number of steps in the windowed rates.
         clock: seconds, monotonic.
@@ -60,12 +59,12 @@ class Throughput:
         self._mark = clock()
 
     def start(self) -> None:
-        """Start the clock of the next step now: call it right before the loop."""
+        """Start the clock. Call it right before the loop."""
         self._mark = self._clock()
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time inside counts for no step."""
+        """Time inside doesn't count."""
         entered = self._clock()
         try:
             yield
@@ -92,7 +91,7 @@ class Throughput:
         self._total += step
 
     def metrics(self) -> dict[str, float | None]:
-        """Flat metrics; None where hardware's peak is unknown or no time has passed.
+        """Flat metrics; None where the device's peak is unknown or no time has passed.
 
         Units: tokens/s of all devices together, seconds, FLOPs since launch, FLOP/s, fractions of peak.
         """

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases. The only module that imports wandb, and only when asked for."""
+"""Metrics for Weights & Biases. The only module that imports wandb, and only if `metrics.wandb` is set."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megamor.metrics.sinks import Metrics
 
 
 class WandbSink:
-    """One wandb run, the same over restarts.
+    """One wandb run, continued over restarts.
 
-    Offline, every launch writes a directory of its own under `directory/wandb` with the same run id, which
-    `wandb sync` puts together. The x axis is the metric `step`: after a restart wandb itself would refuse points whose
-    internal step is behind, and steps that were done twice appear twice there (in `metrics.jsonl` they do not).
+    Offline, every launch writes its own directory under `directory/wandb` with the same run id; `wandb sync` merges
+    them. The x axis is the metric `step`, because wandb's internal step can't go back after a restart. Steps that ran
+    twice appear twice (unlike in `metrics.jsonl`).
 
     Args:
-        run_id: of the run to continue, from the checkpoint; None starts a new one.
-        config: the resolved configuration, shown with the run.
+        run_id: the run to continue, from the checkpoint; None starts a new one.
+        config: the resolved configuration, to show with the run.
 
     Raises:
-        ConfigError: wandb is not installed, or refuses (not logged in, no network).
+        ConfigError: wandb is not installed, or can't start (not logged in, no network).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class WandbSink:
 
     @property
     def run_id(self) -> str:
-        """To be kept in checkpoints and given back after a restart."""
+        """The run's id: goes into checkpoints, and back into `__init__` after a restart."""
         return str(self._run.id)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -67,7 +67,7 @@ class WandbSink:
         self._run.log({"step": step, **{name: value for name, value in metrics.items() if value is not None}})
 
     def rewind(self, step: int) -> None:
-        """Nothing: wandb keeps what it has, and shows both the abandoned and the new points of a step."""
+        """Does nothing: wandb can't remove points, and shows both the old and the new ones of a step."""
 
     def close(self) -> None:
         """Finish the run."""

@@ -15,7 +15,6 @@ mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ class Grid:
     """Flat rows [N] seen as [batch, length].
 
     `slots` [N] gives each row's index in the flattened grid where sequences have different lengths; None means that the
-    rows fill the grid exactly (N = batch · length).
+    rows fill the grid exactly (N = batch · length), so that padding is a view and costs nothing.
     """
 
     batch: int
@@ -46,6 +45,7 @@ class Grid:
         if tokens.lengths is None:
             return Grid(tokens.batch, tokens.max_length)
         assert tokens.index is not None
+        # Ragged: a row's cell is given by its sequence and the number of the set's tokens before it there.
         sequence = tokens.index // tokens.seq_len
         rank = tokens.rank_of(tokens, tokens.index.device)
         return Grid(tokens.batch, tokens.max_length, sequence * tokens.max_length + rank)
@@ -108,6 +108,8 @@ class AttentionLayout:
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Attention of [batch, heads, length, head_dim], one chunk of queries at a time."""
+        # SDPA computes all scores under a mask and cannot know which are -inf. Chunks leave out keys that are certainly
+        # masked for all their queries.
         grouped = q.shape[1] != k.shape[1]
         if grouped and q.is_cuda:
             # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
@@ -130,6 +132,7 @@ class _Prefixes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
+        # Views, not copies: SDPA takes any strides, and the shape is all that the backward pass needs.
         ctx.shape = x.shape
         return tuple(x[:, :, :count] for count in num_keys)
 
@@ -141,12 +144,9 @@ class _Prefixes(torch.autograd.Function):
         return total, None
 
 
-_slice_prefixes: Callable[[Tensor, list[int]], tuple[Tensor, ...]] = _Prefixes.apply
-
-
 def prefixes(x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
     """The first keys of x [batch, heads, keys, head_dim], once for each count in `num_keys`."""
-    return (x,) if num_keys == [x.shape[2]] else _slice_prefixes(x, num_keys)
+    return (x,) if num_keys == [x.shape[2]] else _Prefixes.apply(x, num_keys)  # type: ignore[no-untyped-call]
 
 
 def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
@@ -170,15 +170,14 @@ def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Causal attention inside each segment: q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
     if segments.buckets is not None:
-        return segments.buckets.attend(q, k, v)
+        return segments.buckets.attend(q, k, v)  # type: ignore[no-any-return]
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _TAKES_GROUPS:
         k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
     options = {"enable_gqa": True, **_CAUSAL} if grouped and _TAKES_GROUPS else _CAUSAL
     bounds, longest = segments.bounds, segments.longest
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    assert isinstance(out, Tensor)
-    return out
+    return out  # type: ignore[no-any-return]
 
 
 def visibility_mask(

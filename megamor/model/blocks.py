@@ -6,7 +6,6 @@ same block code therefore serves every KV policy, activation checkpointing, cach
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +22,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """cos and sin (its first half negated) of the rows' positions, fp32 [N, 1, head_dim].
+    """cos and sin (its first half negated) of the rows' positions, fp32 [N, 1, head_dim]."""
 
-    They are wrapped in a dataclass because FSDP2's mixed precision casts every bare tensor argument of a module to
-    bf16, which is too coarse for the angles of a long context.
-    """
-
+    # Not two bare tensors: FSDP2's mixed precision casts every tensor argument of a module to bf16, which is too coarse
+    # for the angles of a long context. It does not look into dataclasses.
     cos: Tensor
     signed_sin: Tensor
 
@@ -152,6 +149,7 @@ class Attention(nn.Module):
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        # Keys are stored rotated: their positions are those of the tokens, whatever later attends to them.
         q = angles.rotate(self.heads(self.q_proj(x, recursion)))
         fresh = None
         if keys_values.needs_fresh:
@@ -176,8 +174,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion), recursion)
-        return out
+        hidden = F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion)
+        return self.down_proj(hidden, recursion)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -202,8 +200,8 @@ class Block(nn.Module):
         recursion: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
-        run: Callable[..., tuple[Tensor, KeyValue | None]] = self.recomputation.inside_block(self.compute)
-        return run(x, angles, layout, keys_values, recursion)
+        run = self.recomputation.inside_block(self.compute)
+        return run(x, angles, layout, keys_values, recursion)  # type: ignore[no-any-return]
 
     def compute(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int

@@ -8,9 +8,7 @@ longest segment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +16,6 @@ from torch.nn import functional as F
 
 RATIO, SHORT = 8 / 7, 16
 """Lengths in one bucket differ by less than this factor; all segments up to the short length go into one."""
-
-_uncompiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
-_run_lengths: Callable[..., Any] = torch.unique_consecutive
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Buckets:
         order = lengths.argsort(descending=True, stable=True)[: int(lengths.count_nonzero())]
         descending = lengths[order]
         rungs = (descending.clamp_min(SHORT).double().log() / math.log(RATIO)).floor()
-        counts = _run_lengths(rungs, return_counts=True)[1]
+        counts = rungs.unique_consecutive(return_counts=True)[1]  # type: ignore[no-untyped-call]
         widths = descending[counts.cumsum(0) - counts]
         room = widths.repeat_interleave(counts)
         first_slots = torch.zeros_like(lengths).index_copy(0, order, room.cumsum(0) - room)
@@ -47,7 +42,8 @@ class Buckets:
         slots = rows + (first_slots - bounds[:-1]).repeat_interleave(lengths)
         return Buckets(tuple(zip(counts.tolist(), widths.tolist(), strict=True)), slots)
 
-    @_uncompiled  # the shapes differ at every call, so each would be compiled anew
+    # Not compiled, because the shapes differ from call to call and each would be compiled anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim], k and v [N, kv_heads, head_dim] to q's shape."""
         sizes = [segments * length for segments, length in self.shapes]

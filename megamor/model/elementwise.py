@@ -6,7 +6,6 @@ On GPUs, and under torch.compile, the plain formulas are as fast or faster and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from torch.nn import functional as F
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension of x [N, dim]; statistics in at least fp32."""
     if _by_hand(x, weight):
-        return _fused_rms_norm(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """RoPE in half-split layout: x [N, heads, head_dim], cos and signed_sin [N, 1, head_dim] (first half negative)."""
     if _by_hand(x, cos):
-        return _fused_rotation(x, cos, signed_sin)
+        return _Rotation.apply(x, cos, signed_sin)  # type: ignore[no-any-return, no-untyped-call]
     return (x * cos + swap_halves(x) * signed_sin).to(x.dtype)
 
 
@@ -70,7 +69,3 @@ class _Rotation(torch.autograd.Function):
         cos, signed_sin = ctx.saved_tensors
         # The inverse rotation: swapping halves turns the sign of the sines around, hence the minus.
         return (grads[0] * cos).addcmul_(swap_halves(grads[0]), signed_sin, value=-1), None, None
-
-
-_fused_rms_norm: Callable[[Tensor, Tensor, float], Tensor] = _RMSNorm.apply
-_fused_rotation: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotation.apply

@@ -60,18 +60,14 @@ class Flops:
         return 3 * self.forward
 
     def recomputed(self, train: TrainConfig) -> float:
-        """What activation checkpointing recomputes in the backward pass.
-
-        Recomputation stops once it has what the backward pass needs, so the last product is left out; a compiled block
-        always runs to its end.
-        """
+        """What activation checkpointing recomputes in the backward pass."""
+        # Recomputation stops once it has what the backward pass needs, so the last product is left out. A compiled
+        # block always runs to its end.
         policy = train.activation_checkpointing
         if policy == "none":
             return 0.0
-        if train.compile:
-            ends = 0.0
-        else:
-            ends = self.recursion_ends if policy == "recursion" else self.block_ends
+        ends = self.recursion_ends if policy == "recursion" else self.block_ends
+        ends = 0.0 if train.compile else ends
         kept = train.selective_ops if policy == "selective" else ()
         return (0.0 if "mm" in kept else self.projections - ends) + (0.0 if "sdpa" in kept else self.attention)
 
@@ -92,11 +88,11 @@ def executed_flops(
         pairs = num_sequences * seq_len * (seq_len + 1) / 2
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
+    # A router scores the candidates of a recursion, which are the tokens selected in the recursion before.
     routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
     for recursion, (selected, selected_pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
-        per_token = projection_flops(model, projects_kv=fresh) + lora_flops(config, projects_kv=fresh)
-        projections += layers.num_core * selected * per_token
+        projections += layers.num_core * selected * projection_flops(model, fresh, config.recursion.lora_rank)
         attention += layers.num_core * attention_flops(model, selected_pairs)
         block_ends += layers.num_core * selected * end_flops(model, config.recursion.lora_rank)
         recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
@@ -106,13 +102,12 @@ def executed_flops(
     return Flops(projections, attention, routers, head, block_ends, recursion_ends)
 
 
-def projection_flops(model: ModelConfig, projects_kv: bool = True) -> float:
-    """Projections of one block, for one token."""
-    kv_dim = model.num_kv_heads * model.head_dim
-    weights = 2 * model.dim**2 + 3 * model.dim * model.ffn_dim
+def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: int = 0) -> float:
+    """Projections of one block and their low-rank updates, for one token."""
+    shapes = [(model.dim, model.dim)] * 2 + [(model.dim, model.ffn_dim)] * 3
     if projects_kv:
-        weights += 2 * model.dim * kv_dim
-    return 2.0 * weights
+        shapes += [(model.dim, model.num_kv_heads * model.head_dim)] * 2
+    return 2.0 * sum(inner * outer + lora_rank * (inner + outer) for inner, outer in shapes)
 
 
 def attention_flops(model: ModelConfig, pairs: float) -> float:
@@ -123,15 +118,6 @@ def attention_flops(model: ModelConfig, pairs: float) -> float:
 def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
     """The last product of a block, for one token: down projection, or the second factor of its low-rank update."""
     return 2.0 * model.dim * (lora_rank or model.ffn_dim)
-
-
-def lora_flops(config: Config, projects_kv: bool) -> float:
-    """Low-rank updates of one shared block, for one token."""
-    model = config.model
-    sides = 2 * (model.dim + model.dim) + 3 * (model.dim + model.ffn_dim)
-    if projects_kv:
-        sides += 2 * (model.dim + model.num_kv_heads * model.head_dim)
-    return 2.0 * config.recursion.lora_rank * sides
 
 
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:

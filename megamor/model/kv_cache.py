@@ -35,6 +35,7 @@ class CacheStore:
 
     def admit(self, tokens: TokenSet, geometry: Geometry) -> Tensor:
         """Reserve slots for `tokens` after the existing entries; returns the flat slots [N]."""
+        # Sequences fill at different speeds, as routing sends different numbers of their tokens here.
         rows = tokens.rows(self.order.device)
         sequence = rows // tokens.seq_len
         counts = torch.bincount(sequence, minlength=tokens.batch)
@@ -86,6 +87,7 @@ class KVCache:
         """The store of an application, created on first use."""
         if key not in self.stores:
             shape = (self.batch, self.capacity, self.config.num_kv_heads, self.config.head_dim)
+            # Empty slots are after every query, so the mask hides them without looking at `lengths`.
             order = torch.full(shape[:2], BEYOND, dtype=torch.int64, device=self.device)
             lengths = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
             k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -105,11 +107,6 @@ class KVCache:
     def read(self, key: Hashable, queries: TokenSet, geometry: Geometry) -> tuple[KeysValues, AttentionLayout]:
         """`queries` attend to the store of `key` as it is."""
         return self._view(self.store(key), queries, geometry, None, None)
-
-    def num_bytes(self) -> int:
-        """Bytes of the entries in use."""
-        per_entry = 2 * self.config.num_kv_heads * self.config.head_dim * torch.finfo(self.dtype).bits // 8
-        return sum(int(store.lengths.sum()) for store in self.stores.values()) * per_entry
 
     def _view(
         self, store: CacheStore, queries: TokenSet, geometry: Geometry, added: KeysValues | None, slots: Tensor | None

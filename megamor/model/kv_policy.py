@@ -119,10 +119,9 @@ class KVPolicy:
             self.store[block] = (key, value), call.tokens
 
     def skip(self, recursion: int, blocks: tuple[int, ...], geometry: Geometry) -> None:
-        """Account for a recursion that no token takes.
-
-        Under hybrid with a cache, tokens that skip a recursion are still visible there to later tokens that take it.
-        """
+        """Account for a recursion that no token takes."""
+        # Under hybrid, tokens that skip a recursion are visible there, with the keys of their first application, to
+        # later tokens that take it. While decoding, a step in which all tokens skip must still add them to the cache.
         if self.policy != "hybrid" or self.cache is None:
             return
         for layer, block in enumerate(blocks):
@@ -132,6 +131,6 @@ class KVPolicy:
                 store.write(store.admit(tokens, geometry), keys_values)
 
     def keys_of(self, call: CoreCall) -> TokenSet:
-        """The tokens whose keys the first block of `call` attended to."""
+        """The tokens whose keys the first block of `call` attended to; FLOPs are counted for all blocks from it."""
         shared = call.shared.get(call.blocks[0])
         return call.tokens if shared is None else shared.keys

@@ -88,14 +88,13 @@ class Geometry:
         query_order, query_document = self._order_and_document(queries, query_grid, -1)
         key_order, key_document = self._order_and_document(keys, key_grid, BEYOND)
         mask = visibility_mask(query_order, key_order, query_document, key_document, self.dtype)
-        chunks = self.query_chunks(query_order) if queries.lengths is None and keys.is_everything else ()
+        chunks = self.query_chunks(query_order) if queries.lengths is None and keys.index is None else ()
         return AttentionLayout(query_grid, key_grid, mask, chunks)
 
     def query_chunks(self, query_order: Tensor) -> tuple[tuple[int, int, int], ...]:
-        """Ranges of queries, and how many of all keys each range needs; `query_order` [batch, K] is ascending.
-
-        Early queries see few keys, so giving each chunk only a prefix of the keys skips up to half of the scores.
-        """
+        """Ranges of queries, and how many of all keys each range needs; `query_order` [batch, K] is ascending."""
+        # Early queries see few keys. SDPA computes all scores under a mask, so giving each chunk only the keys that it
+        # can see skips up to half of them. Chunks of too few rows would cost more in kernel launches than they save.
         length = query_order.shape[1]
         count = max(1, min(MAX_CHUNKS, length // ROWS_PER_CHUNK))
         ends = [length * number // count for number in range(count + 1)]

@@ -7,7 +7,6 @@ recomputed and no logits are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,9 +52,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
 
 
-_summed_loss: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _LinearCrossEntropy.apply
-
-
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of the logits hidden · weightᵀ.
 
@@ -68,4 +64,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        return _summed_loss(hidden, weight.to(hidden.dtype), labels, want_gradients)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, want_gradients)  # type: ignore[no-untyped-call]
+        return loss

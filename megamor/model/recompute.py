@@ -2,7 +2,6 @@
 
 `recursion` keeps the input of each recursion (and of each block outside the core), `block` the input of each block.
 `selective` keeps in addition the results of chosen operations in each block, so that only the cheap rest is recomputed.
-Nothing here draws random numbers, so no generator state is kept.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 }
 """torch's operators by the names of `train.selective_ops`: all attention kernels, projections, SwiGLU's activation."""
 
+# Nothing in a block draws random numbers, so generator states need not be saved and restored.
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -11,7 +11,7 @@ pass, however many recursions run, and ranks whose tokens reach different depths
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -26,22 +26,22 @@ from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerStack
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
-from megamor.routing.plan import Weight
 
 
 class StageOutput(NamedTuple):
     """The stream [B·S, dim] after the stage, and what the router did.
 
     `depth` [B·S] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
-    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents).
+    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); both are None
+    without a stage.
     """
 
     stream: Tensor
     losses: dict[str, Tensor]
     ratios: dict[str, Ratio]
     totals: dict[str, Tensor]
-    depth: Tensor
-    work: Tensor
+    depth: Tensor | None
+    work: Tensor | None
 
 
 class RecursionStage(nn.Module):
@@ -79,6 +79,7 @@ class RecursionStage(nn.Module):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.indices is None else rows.index_select(0, plan.indices)
             y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy, blocks[recursion])
+            # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
                 emitted = torch.zeros_like(stream) if emitted is None else emitted
@@ -129,11 +130,10 @@ class RecursionStage(nn.Module):
     def touch_core(
         self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
     ) -> Tensor:
-        """`stream` unchanged in value, with a gradient of zero for the parameters of a recursion that no token took.
-
-        Sharded training needs every rank to use the same parameters in a step: a rank that skips a recursion would not
-        join the reduction of its gradients, and ZeRO-3 would even apply the gradient of an earlier step.
-        """
+        """`stream` unchanged in value, with a gradient of zero for the parameters of a recursion that no token took."""
+        # Sharded training needs every rank to use the same parameters in a step. A rank that skips a recursion would
+        # not join the reduction of its gradients, and ZeRO-3 would even apply the gradient of an earlier step. One row
+        # is enough; it has a policy of its own, so that no other token sees its keys.
         alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(torch.zeros_like(geometry.positions[:1])))
         policy = KVPolicy("recursion_wise", None)
         y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, policy, blocks)
@@ -145,8 +145,10 @@ class RecursionStage(nn.Module):
         """The blocks of `call` in order, on x [N, dim].
 
         `stored` are the keys and values that enter (`CoreCall.stored`); those that leave (`CoreCall.kept`) follow the
-        result. Activation checkpointing may run this twice, so it depends on its arguments alone.
+        result.
         """
+        # Activation checkpointing may run this a second time in the backward pass: it depends on its arguments alone,
+        # and everything that the rest of the stage needs from it is a tensor in its result.
         available = dict(zip(call.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
@@ -158,39 +160,28 @@ class RecursionStage(nn.Module):
         return x, *(tensor for block in call.kept for tensor in available[block])
 
 
-def weighted(weight: Weight, values: Tensor) -> Tensor:
+def weighted(weight: Tensor | float, values: Tensor) -> Tensor:
     """weight · values; a tensor weight [N] applies row by row."""
     if isinstance(weight, Tensor):
         return weight.unsqueeze(-1) * values
-    assert weight is not None
     return values if weight == 1.0 else weight * values
 
 
 def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPlan) -> Tensor:
     """The selected rows after a recursion, [N, dim], in the type of the stream."""
-    terms = []
-    if mix.from_core is not None:
-        terms.append(weighted(mix.from_core, y))
-    if mix.from_stream is not None:
-        terms.append(weighted(mix.from_stream, x))
-    if mix.from_input is not None:
-        terms.append(weighted(mix.from_input, plan.tokens.gather(stage_input)))
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total.to(x.dtype)
+    x_in = x if mix.from_input is None else plan.tokens.gather(stage_input)
+    terms = ((mix.from_core, y), (mix.from_stream, x), (mix.from_input, x_in))
+    return reduce(torch.add, (weighted(weight, rows) for weight, rows in terms if weight is not None)).to(x.dtype)
 
 
 class _FanOut(torch.autograd.Function):
-    """A weight as `count` views of itself, whose gradients are summed in fp32 and rounded once.
+    """A weight as `count` views of itself, whose gradients are summed in fp32 and rounded once."""
 
-    Without it, autograd sums the recursions' gradients in the type of the weights they used, which is bf16 in mixed
-    precision: small terms are then rounded away.
-    """
-
+    # Without it, autograd sums the recursions' gradients in the type of the weights they used. In mixed precision that
+    # is bf16, where the sum of many small terms loses them.
     @staticmethod
     def forward(ctx: Any, weight: Tensor, count: int) -> tuple[Tensor, ...]:
-        # Without zeros in place of missing gradients, a recursion that used no view of the weight costs nothing.
+        # A recursion that did not use the weight then has None for a gradient instead of a tensor of zeros.
         ctx.set_materialize_grads(False)
         return tuple(weight.view_as(weight) for _ in range(count))
 
@@ -205,12 +196,10 @@ class _FanOut(torch.autograd.Function):
         return total.to(present[0].dtype), None
 
 
-_views: Callable[[Tensor, int], tuple[Tensor, ...]] = _FanOut.apply
-
-
 def fan_out(blocks: nn.ModuleList, count: int) -> list[list[Callable[..., Any]]]:
     """[recursion][block]: the blocks, each recursion with its own views of all their weights."""
-    views = [{name: _views(weight, count) for name, weight in block.named_parameters()} for block in blocks]
+    apply: Callable[[Tensor, int], tuple[Tensor, ...]] = _FanOut.apply
+    views = [{name: apply(weight, count) for name, weight in block.named_parameters()} for block in blocks]
     return [
         [
             partial(_call_with, block, {name: weights[recursion] for name, weights in own.items()})

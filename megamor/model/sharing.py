@@ -31,6 +31,7 @@ def layer_stack(config: Config) -> LayerStack:
     num_layers = config.model.num_layers
     if sharing == "none":
         return LayerStack(num_layers, (), 0)
+    # The middle variants leave the first and the last layer unshared.
     edge = 1 if sharing.startswith("middle") else 0
     num_unique = (num_layers - 2 * edge) // num_recursions
     steps = range(num_recursions)

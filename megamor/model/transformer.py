@@ -25,7 +25,7 @@ from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage
+from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
 
@@ -100,34 +100,28 @@ class Transformer(nn.Module):
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         start = 0 if cache is None else cache.num_tokens
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start)
+        # From here on a row [dim] per token: [B·S, dim]. Only attention needs to know the sequences (`Geometry`).
         x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
-        routed = None
+        routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
             context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions, bounds)
             routed = self.stage(x, geometry, context, cache)
-            x = routed.stream
-        x = self.norm(self.run_unshared("coda", x, geometry, cache))
+        x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
-        everything = TokenSet.all(geometry.batch, geometry.seq_len)
 
-        logits = loss_sum = num_tokens = None
+        logits = loss_sum = num_tokens = pairs = None
         if labels is None:
+            # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             logits = torch.unflatten(F.linear(x, self.embed.weight), 0, inputs.shape)
         else:
             loss_sum = linear_cross_entropy(x, self.embed.weight, labels.flatten())
             num_tokens = (labels != IGNORE).sum()
-        return ModelOutput(
-            logits,
-            loss_sum,
-            num_tokens,
-            routed.losses if routed else {},
-            routed.ratios if routed else {},
-            routed.totals if routed else {},
-            routed.depth.view(inputs.shape) if routed else None,
-            routed.work if routed else None,
-            geometry.visible_pairs(everything, everything) if labels is not None else None,
-        )
+            everything = TokenSet.all(geometry.batch, geometry.seq_len)
+            pairs = geometry.visible_pairs(everything, everything)
+        depth = None if routed.depth is None else routed.depth.view(inputs.shape)
+        _, losses, ratios, totals, _, work = routed
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
 
     def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """x [B·S, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""
@@ -171,6 +165,7 @@ class Transformer(nn.Module):
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""
         stage = [] if self.stage is None else [self.stage]
+        # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         core_blocks = [] if self.stage is None else list(self.stage.blocks)
         blocks = [*self.prelude, *core_blocks, *self.coda]
         return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks)
@@ -183,13 +178,13 @@ class Transformer(nn.Module):
 def build_model(config: Config, *, device: str | torch.device = "cpu", seed: int | None = None) -> Transformer:
     """The model of a validated config.
 
-    On the meta device it has shapes only. Elsewhere the weights are drawn from `seed` (default: `run.seed`), always on
-    the CPU, so that they do not depend on the device.
+    On the meta device it has shapes only. Elsewhere the weights are drawn from `seed` (default: `run.seed`).
     """
     with torch.device("meta"):
         model = Transformer(config)
     if torch.device(device).type == "meta":
         return model
+    # Drawn on the CPU whatever the device, so that a seed gives the same weights everywhere.
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(config.run.seed if seed is None else seed)
     model.init_weights(generator)

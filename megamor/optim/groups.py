@@ -1,4 +1,4 @@
-"""Which parameters decay and which learn faster."""
+"""Parameter groups: which parameters have weight decay, and which a higher learning rate."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ParamGroup(TypedDict):
 def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
     """Split the trainable parameters of `model` into groups; each unique parameter is in exactly one.
 
-    Matrices (embedding and routers included) decay; vectors (norms, biases) don't. Auxiliary routers, told by
-    `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1). Empty
-    groups are left out. Call it on the wrapped model: FSDP2 replaces the parameters.
+    Matrices (embedding and routers included) have weight decay; vectors (norms, biases) don't. Auxiliary routers, which
+    have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1).
+    Empty groups are left out. Call it on the wrapped model, because FSDP2 replaces the parameters.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=True):

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning-rate schedules as pure functions of the step, so that there is no state to save."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megamor.config.derive import schedule_steps
 def lr_multiplier(step: int, config: OptimConfig, total_steps: int) -> float:
     """Factor of the peak learning rate at optimizer step `step` (counted from 0) of a run of `total_steps`.
 
-    All schedules start with a linear warm-up `step / warmup_steps`. Index 0 is therefore 0: the first step moves the
-    moments and not the weights, as in the published recipe. Then:
+    All schedules start with a linear warm-up `step / warmup_steps`. So the first step has learning rate 0 and updates
+    only the moments, as in the published recipe. Then:
 
     - `wsd` (arXiv 2507.10524, appendix B): constant, and linear to `min_lr_ratio` over the decay steps;
     - `cosine`: half a cosine from 1 to `min_lr_ratio` at `total_steps`;
@@ -30,7 +30,7 @@ def lr_multiplier(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Share of [start, end] that lies behind `step`, within 0 and 1."""
+    """Fraction of [start, end] that `step` has passed, between 0 and 1."""
     if step <= start:
         return 0.0
     return min(1.0, (step - start) / (end - start))

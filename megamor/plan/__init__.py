@@ -1,1 +1,1 @@
-"""Estimates made before a run: memory, traffic, FLOPs, time."""
+"""Estimates before a run: memory, traffic, FLOPs and time, from the configuration alone."""

@@ -1,6 +1,6 @@
 """What a training step keeps in memory between forward and backward pass: a count of the tensors that autograd saves.
 
-Sizes are those of uncompiled blocks. Compiled ones keep somewhat less: what is cheap is computed again there.
+Sizes are for eager blocks. Compiled blocks keep somewhat less, because the compiler recomputes what is cheap.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from megamor.model.loss import CHUNK_ELEMENTS
 from megamor.model.sharing import layer_stack
 
 INDEX, STATISTIC = 8, 4
-"""Bytes of a place in the stream, and of a norm's or a softmax's statistic."""
+"""Bytes of an int64 token position, and of an fp32 statistic of a norm or softmax."""
 
 
 @dataclass(frozen=True)
 class ElementSizes:
-    """How the step computes: bytes of an element of the `stream` and of the `products`, and on which device.
+    """Bytes of an element of the residual `stream` and of the matrix `products`; and whether attention is a GPU's.
 
-    Under autocast the stream is fp32 and each product has its own copy of its input, `copies` of the normed one.
+    Under autocast the stream is fp32, and each product keeps a bf16 copy of its own input.
     """
 
     stream: int
@@ -29,16 +29,17 @@ class ElementSizes:
 
     @property
     def autocast(self) -> bool:
-        """Whether weights and stream are fp32 and products bf16."""
+        """Whether weights and stream are fp32 while products are bf16."""
         return self.products < self.stream
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of the forward pass, in bytes. It uses a `share` of the parameters of `unit`, one of the parallel plan's.
+    """A stretch of the forward pass, in bytes. It uses the fraction `share` of the parameters of `unit`, a unit of the
+    parallel plan.
 
-    `saved` is kept for the backward pass; `recomputed` comes back there under activation checkpointing; `widest` is
-    what the backward pass needs beyond that at its busiest moment, the gradients of weights left out.
+    `saved` is kept for the backward pass; `recomputed` is created again there under activation checkpointing; `widest`
+    is what the backward pass needs besides at its busiest moment, gradients of weights not included.
     """
 
     unit: str
@@ -49,7 +50,7 @@ class Span:
 
 
 def spans(config: Config, sizes: ElementSizes) -> list[Span]:
-    """One micro-batch at the configured capacities, in forward order; the loss is apart (`loss_bytes`)."""
+    """The spans of one micro-batch at the configured capacities, in forward order, without the loss (`loss_bytes`)."""
     plan = layer_stack(config)
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     everything = BlockRows(config, sizes, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
@@ -67,10 +68,11 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
 
 @dataclass(frozen=True)
 class BlockRows:
-    """BlockRows that go through blocks together: `count` queries to `keys` keys.
+    """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
-    `uneven`: sequences or documents of different lengths. `shares`: the KV policy by which keys and values come from an
-    earlier recursion ("" where they are the rows' own); `keeps`: later ones will use these.
+    `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use these rows' keys and
+    values.
     """
 
     config: Config
@@ -83,22 +85,24 @@ class BlockRows:
 
     @property
     def stream(self) -> float:
-        """The rows themselves."""
+        """Bytes of the rows themselves."""
         return self.count * self.config.model.dim * self.sizes.stream
 
     @property
     def keys_values(self) -> float:
-        """Keys and values of the rows."""
+        """Bytes of the rows' keys and values."""
         model = self.config.model
         return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
         model, size = self.config.model, self.sizes.products
-        normed = 5 if self.sizes.autocast else 2  # autocast copies it for each of q, k, v, gate and up
+        # The normed input is saved once for attention and once for SwiGLU. Autocast copies it for each of q, k, v, gate
+        # and up instead; share-first computes no keys and values, which leaves three.
+        normed = 5 if self.sizes.autocast else 2
         if self.sizes.autocast and self.shares == "share_first":
             normed = 3
-        width = (normed + 2) * model.dim + 4 * model.ffn_dim  # with queries and attention's output
+        width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
         if not self.shares:
@@ -106,9 +110,11 @@ class BlockRows:
         elif self.shares == "hybrid":
             saved += self.keys_values * self.keys / self.count
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
-            saved += 2 * self.keys * model.dim * size  # a head of keys and values for each of the queries
+            # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
+            saved += 2 * self.keys * model.dim * size
         if not self.sizes.on_gpu and (self.uneven or self.shares):
-            saved += self.count * model.dim * size  # attention's output as its pieces, and put together
+            # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together.
+            saved += self.count * model.dim * size
         return saved
 
     def block_kept(self) -> float:
@@ -120,12 +126,13 @@ class BlockRows:
         if train.activation_checkpointing == "selective":
             results = self._results()
             kept += sum(results[op] for op in train.selective_ops)
-            if "mm" in train.selective_ops:  # of which the backward pass needs the ends of neither half
+            if "mm" in train.selective_ops:
+                # The policy keeps every product, also the last of attention and of SwiGLU, which backward doesn't need.
                 kept += 2 * self.count * self.config.model.dim * self.sizes.products
         return kept
 
     def block_recomputed(self) -> float:
-        """What comes back in a block's backward pass."""
+        """What a block's backward pass creates again under activation checkpointing."""
         train = self.config.train
         if train.activation_checkpointing == "none":
             return 0.0
@@ -135,7 +142,7 @@ class BlockRows:
         return again
 
     def _results(self) -> dict[str, float]:
-        """Results of a block's operations that the backward pass needs, by their names in `train.selective_ops`."""
+        """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
         fresh = 0.0 if self.shares == "share_first" else self.keys_values
         return {
@@ -145,17 +152,18 @@ class BlockRows:
         }
 
     def widest(self) -> float:
-        """Gradients in flight in the middle of SwiGLU, and that of the residual stream."""
+        """Gradients that exist at once in the middle of SwiGLU, with that of the residual stream."""
         return 2 * self.count * self.config.model.ffn_dim * self.sizes.products + 2 * self.stream
 
-    def launch(self) -> float:
-        """What a recursion saves around its blocks: its result, the combined rows, what scores them, angles, places."""
+    def around_blocks(self) -> float:
+        """What a recursion saves around its blocks: result, combined rows, scorer's input, RoPE angles, positions."""
         router, model = self.config.router, self.config.model
         if isinstance(router, FixedDepthConfig):
             return 0.0
         streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
         saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
-        if self.shares:  # attention's mask
+        if self.shares:
+            # Queries and keys are different tokens, so attention needs an explicit mask.
             saved += self.count * self.config.data.seq_len * self.sizes.products
         return saved
 
@@ -168,15 +176,16 @@ def _recursion(rows: BlockRows, num_blocks: int) -> list[Span]:
     if rows.config.train.activation_checkpointing == "recursion":
         kept = rows.stream + (num_blocks * rows.keys_values if rows.keeps else 0.0)
         again = num_blocks * rows.block_saved() - rows.stream
-        return [Span("core", 1.0, kept + rows.launch(), again, rows.widest())]
+        return [Span("core", 1.0, kept + rows.around_blocks(), again, rows.widest())]
     block = Span("core", 1 / num_blocks, rows.block_kept(), rows.block_recomputed(), rows.widest())
-    return [replace(block, saved=block.saved + rows.launch()), *[block] * (num_blocks - 1)]
+    return [replace(block, saved=block.saved + rows.around_blocks()), *[block] * (num_blocks - 1)]
 
 
 def loss_bytes(config: Config, sizes: ElementSizes) -> tuple[float, float]:
-    """(kept for backward, beyond that at the busiest moment) of final norm, head and cross-entropy.
+    """Bytes of final norm, head and cross-entropy: (kept for backward, needed besides at the busiest moment).
 
-    Kept are the norm's input and the finished gradients with respect to the hidden states and the head's weights.
+    The loss computes its gradients in the forward pass, so what is kept are the norm's input and the finished gradients
+    with respect to the hidden states and the head's weights.
     """
     model, tokens = config.model, config.train.micro_batch_size * config.data.seq_len
     hidden = tokens * model.dim

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: parameters, FLOPs and an estimate of memory, from a model of shapes only."""
+"""The text of `--dry-run`: parameters, FLOPs and estimated memory, from a model on the meta device (shapes only)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ GIB = 2**30
 
 
 def describe_run(config: Config, world_size: int) -> str:
-    """Aligned lines about a validated config on `world_size` devices; builds the model on the meta device."""
+    """Aligned lines about a validated configuration on `world_size` devices."""
     derived = derive(config, world_size)
     model = build_model(config, device="meta")
     counted = model.num_parameters()
     own = counted - derived.unique_parameters_with_embedding
-    if isinstance(config.router, CustomRouterConfig):  # what a router of the user's has, only the model knows
+    if isinstance(config.router, CustomRouterConfig):
+        # The formulas can't know the parameters of a user's own router; the built model does.
         derived = replace(
             derived,
             router_parameters=own,

@@ -1,4 +1,4 @@
-"""What a run would need and take on given GPUs: memory, traffic, bounds on speed. The arithmetic of megamor plan."""
+"""Memory, traffic and bounds on speed of a run on given GPUs: the arithmetic of `megamor plan`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megamor.plan.memory import MOMENTS, Memory, step_memory, unit_parameters
 from megamor.plan.traffic import Traffic, step_traffic
 
 USABLE = 0.92
-"""Share of a GPU's memory for a step's tensors: the rest is for the driver, libraries and fragmentation."""
+"""Fraction of a GPU's memory for a step's tensors; the rest is left to the driver, libraries and fragmentation."""
 
 ADAMW_BYTES = 28
-"""Memory traffic of a parameter's update: weight, gradient and two moments read, weight and moments written, fp32."""
+"""Memory traffic per parameter of an update, fp32: reads weight, gradient, two moments; writes weight and moments."""
 
 HOP_SECONDS = 5e-6
-"""Time for a message to the next rank of a ring however short it is: an assumption, not a data sheet's figure."""
+"""Latency of a message to the next rank of a ring: an assumption, not a data sheet's figure."""
 
 MODES = ("none", "selective", "block", "recursion")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`gpus` of one kind in nodes of `per_node`."""
+    """`gpus` GPUs of one kind, in nodes of `per_node`."""
 
     gpu: Gpu
     gpus: int
@@ -34,14 +34,13 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Whole nodes."""
+        """Number of nodes, the last one possibly not full."""
         return -(-self.gpus // self.per_node)
 
     def bandwidth(self, ranks: int, neighbours: bool) -> float:
-        """Bytes a second that each rank of a ring sends. `neighbours` are on one node if they fit.
+        """Bytes per second that each rank of a ring can send. `neighbours` share a node where they fit into one.
 
-        Rings over nodes use all network ports of a node at once, so a rank gets the sum of them, or less where its own
-        link is slower.
+        Rings across nodes use all network ports of a node at once, so a rank gets their sum, limited by its own link.
         """
         if ranks <= self.per_node and (neighbours or self.nodes == 1):
             return self.gpu.link
@@ -50,7 +49,7 @@ class Cluster:
 
 
 def variants(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config]]:
-    """The configuration on every backend that fits so many GPUs, under every checkpointing policy."""
+    """The configuration under every backend that suits the cluster and every checkpointing policy, with its name."""
     backends: dict[str, dict[str, object]] = {"single": {"backend": "single"}}
     if cluster.gpus > 1:
         backends = {
@@ -73,7 +72,7 @@ def variants(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config]]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run on a cluster. Seconds are of a step, at the devices' peaks: real ones are longer."""
+    """One way to run on a cluster. Seconds are per step at the devices' peaks: real steps take longer."""
 
     backend: str
     config: Config
@@ -95,8 +94,8 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     needed = flops.training / gpu.bf16_peak
     compute = needed + flops.recomputed(train) / gpu.bf16_peak
     communication = communication_seconds(traffic, cluster)
-    held = memory.optimizer / MOMENTS  # parameters that this rank updates
-    update = ADAMW_BYTES * held / gpu.memory_bandwidth
+    updated = memory.optimizer / MOMENTS  # parameters whose moments this rank holds
+    update = ADAMW_BYTES * updated / gpu.memory_bandwidth
     return Estimate(
         name,
         config,
@@ -112,21 +111,23 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
 
 
 def communication_seconds(traffic: Traffic, cluster: Cluster) -> float:
-    """Seconds that the step's collectives take at full bandwidth, one after the other. Rings of many ranks take their
-    time even for little; all-reduces are taken to use trees for that."""
+    """Seconds that the step's collectives take one after the other at full bandwidth.
+
+    The latency of a ring grows with its ranks. All-reduces are assumed to use trees, whose latency doesn't.
+    """
     seconds = 0.0
     if traffic.shards > 1:
         seconds += traffic.rings * (traffic.shards - 1) * HOP_SECONDS
         seconds += traffic.sent_among_shards / cluster.bandwidth(traffic.shards, neighbours=True)
     if traffic.replicas > 1:
-        # Replicas of groups on nodes are on different nodes, one from each, and each has its own port.
+        # The replicas of a sharded group are on different nodes, one per node, and each uses its own port.
         whole = traffic.replicas == cluster.gpus
         seconds += traffic.sent_among_replicas / cluster.bandwidth(traffic.replicas, neighbours=whole)
     return seconds
 
 
 def run_seconds(found: Estimate, cluster: Cluster, mfu: float) -> float:
-    """Seconds of the whole run at an MFU of `mfu`, or at the bound without overlap where that is lower."""
+    """Seconds of the whole run at MFU `mfu`, or at the bound without overlap where that is lower."""
     config = found.config
     steps = derive(config, cluster.gpus).total_steps
     flops = nominal_flops(config, config.train.global_batch_size).training
@@ -134,7 +135,10 @@ def run_seconds(found: Estimate, cluster: Cluster, mfu: float) -> float:
 
 
 def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | None:
-    """The smallest change after which a step fits: more checkpointing, then smaller micro-batches, then sharding."""
+    """The smallest change that makes a step fit, as overrides and as a configuration; None if nothing does.
+
+    Tries more checkpointing first, then smaller micro-batches, then FSDP2.
+    """
     micro_batch, backends = config.train.micro_batch_size, [config.parallel]
     if cluster.gpus > 1:
         sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=None)
@@ -152,7 +156,7 @@ def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | 
 
 
 def described_change(old: Config, new: Config) -> str:
-    """Overrides that lead from one configuration to the other."""
+    """The overrides that turn `old` into `new`."""
     changes = []
     if new.parallel != old.parallel:
         changes.append("parallel.backend=fsdp2 parallel.reshard_after_forward=true")
@@ -163,5 +167,5 @@ def described_change(old: Config, new: Config) -> str:
 
 
 def parameters(config: Config) -> int:
-    """Unique parameters, embedding included."""
+    """Number of unique parameters, embedding included."""
     return sum(unit_parameters(config).values())

@@ -1,7 +1,8 @@
-"""Peak memory of a training step on one device, by part, for every backend: an estimate by walking through the step.
+"""Peak memory of a training step on one device, by part, for every backend: an estimate that simulates the step.
 
-Forward: activations add up, and the head's logits come on top. Backward: span by span, what a span saved (or computes
-again) goes, and the gradients of its weights come; those of the shared core come with its last recursion and stay.
+In the forward pass activations add up, and the head's logits come on top. In the backward pass, span by span, what the
+span saved (or recomputes) is freed and the gradients of its weights are allocated; the shared core's are allocated in
+its last recursion, which comes first, and stay.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from megamor.plan.activations import ElementSizes, loss_bytes, spans
 
 FP32, BF16 = 4, 2
 MOMENTS = 8
-"""Bytes of AdamW's two moments, fp32, for each parameter."""
+"""Bytes per parameter of AdamW's two fp32 moments."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the busiest moment of a step.
+    """Bytes at one moment of a step.
 
-    `parameters` are the slice (or copy) that lives through the step, in all its precisions; `gathered` whole weights
-    that exist for a while, and buffers of collectives; `activations` what is saved, computed again or in flight; `loss`
-    what head and cross-entropy hold.
+    `parameters` are the slice (or copy) that exists throughout the step, in all its precisions; `gathered` are whole
+    weights that exist for a while, and buffers of collectives; `activations` is what is saved, recomputed or in flight;
+    `loss` belongs to head and cross-entropy.
     """
 
     parameters: float
@@ -40,8 +41,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts together."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        """Sum of all parts."""
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
 
 def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
@@ -52,7 +53,7 @@ def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
 
 
 def element_sizes(config: Config, world_size: int, on_gpu: bool) -> ElementSizes:
-    """Element sizes: autocast (one process, DDP, ZeRO-0) keeps the stream in fp32."""
+    """Element sizes of the configured step. Autocast (one process, DDP, ZeRO-0) keeps the stream in fp32."""
     if config.train.precision == "fp32":
         return ElementSizes(FP32, FP32, on_gpu)
     backend = resolve_backend(config.parallel, world_size)
@@ -77,14 +78,15 @@ def count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class BytesPerParameter:
-    """Bytes a parameter that a backend holds on each rank, in the units of its plan.
+    """Bytes per parameter that a backend holds on each rank.
 
-    All through the step: `weights` and `optimizer` (slices or all), `whole` of weights gathered beside the slices,
-    `buckets` of gradients. From a parameter's backward pass on: `gradients`. Of the root, which stays gathered: `root`.
-    `copies`: those of autocast, until the backward pass or, with checkpointing, the forward pass is done.
+    Throughout the step: `weights` and `optimizer` (a slice or all), `whole` for weights gathered beside the slices,
+    `buckets` for gradients. From a parameter's backward pass on: `gradients`. For parameters of the root, which stays
+    gathered: `root`. `copies` are autocast's, freed after the backward pass, or after the forward pass with
+    checkpointing.
 
-    Of a unit: `unit` while it or its neighbour computes, `fresh` for its gradients until they are reduced, `reduced`
-    while that is done.
+    For parameters of a unit: `unit` while it or its neighbour computes, `fresh` for its gradients until they are
+    reduced, `reduced` during the reduction.
     """
 
     weights: float
@@ -100,13 +102,13 @@ class BytesPerParameter:
 
 
 def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
-    """What the configured backend holds.
+    """Bytes per parameter under the configured backend.
 
     Single and DDP keep everything, with autocast's bf16 copies. FSDP2 gathers a unit in the type of the products and
-    reduces its gradient in fp32. What has been accumulated is there from the beginning of a micro-batch on: whole under
-    FSDP2, beside the buckets that always exist under DDP. Each ZeRO stage divides one part more (arXiv 1910.02054,
-    section 5); its buckets hold more than the models of the paper have, so that the whole gradient is in one, and stage
-    3 keeps what it has gathered up to 1e9 parameters.
+    reduces its gradient in fp32. Accumulated gradients exist from the start of a micro-batch: whole under FSDP2, beside
+    the buckets that always exist under DDP. Each ZeRO stage shards one more part (arXiv 1910.02054, section 5); one of
+    its buckets holds the whole gradient of models of this size, and stage 3 keeps what it has gathered, up to 1e9
+    parameters.
     """
     backend = resolve_backend(config.parallel, world_size)
     element = BF16 if config.train.precision == "bf16" else FP32
@@ -126,7 +128,8 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
             whole=0 if config.parallel.reshard_after_forward else element,
             root=element,
             unit=element if config.parallel.reshard_after_forward else 0,
-            fresh=0 if accumulated == element else element,  # in fp32 they are added up in place
+            # fp32 gradients are accumulated in place; bf16 ones exist beside the fp32 accumulator.
+            fresh=0 if accumulated == element else element,
             reduced=FP32,
         )
     stage = config.parallel.zero_stage
@@ -142,7 +145,7 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
 def step_moments(
     config: Config, sizes: ElementSizes, held: BytesPerParameter, counts: dict[str, int]
 ) -> Iterator[Memory]:
-    """The step's moments that may be its peak."""
+    """The moments of a step that may be its peak."""
     total, root = sum(counts.values()), counts["root"]
     parts = spans(config, sizes)
     loss, loss_widest = loss_bytes(config, sizes)
@@ -156,17 +159,21 @@ def step_moments(
         loss=0,
     )
     copies = held.copies * (total - root)
+    # The peak of the forward pass is at its end, when all activations and the logits of a chunk exist.
     in_forward = replace(always, gathered=always.gathered + copies)
     yield replace(in_forward, activations=activations, loss=loss + loss_widest)
     if config.train.activation_checkpointing == "none":
         always, copies = in_forward, 0.0
-    head = config.model.vocab_size * config.model.dim * sizes.products  # its gradient waits for the embedding's
+    # The head's gradient waits until the end for that of the embedding, with which it shares its weights.
+    head = config.model.vocab_size * config.model.dim * sizes.products
     hidden = config.train.micro_batch_size * config.data.seq_len * config.model.dim
     yield replace(always, activations=activations, loss=loss + head + hidden * sizes.products)
     gradients = always.gradients
     left: dict[str, float] = dict(counts)
+    # Backward: what a span holds while it is at work, then what remains while its finished unit is reduced.
     for index, span in reversed(list(enumerate(parts))):
         size, used = counts[span.unit], counts[span.unit] * span.share
+        # A weight's gradient is allocated once, however many recursions add to it.
         new = min(left[span.unit], used)
         left[span.unit] -= new
         gradients += held.gradients * new

@@ -89,9 +89,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"hours for the whole run {at}, or at the lower bound of MFU where that is less")
     console.print(_table(rows, with_hours=bool(hours)))
     console.print(
-        "GiB on each GPU at the busiest moment of a step: states (weights, gradients, optimizer, gathered weights),\n"
-        "activations (with the loss), and their sum; ! doesn't fit. GB that each GPU sends in a step. Highest possible\n"
-        "MFU with all communication hidden behind compute / with none. More figures: --json FILE",
+        "GiB on each GPU at the busiest moment of a step: states (weights, gradients,\n"
+        "optimizer, gathered weights) + activations (with the loss); ! doesn't fit.\n"
+        "GB that each GPU sends in a step. Highest possible MFU with all communication\n"
+        "hidden behind compute / with none. More figures: --json FILE",
         soft_wrap=True,
     )
     for change in dict.fromkeys(row["instead"] for row in rows if not row["fits"]):

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, one after the other on standard output, or compared with the file.
+"""Print the generated tables of docs/scaling.md, or update them in the page.
 
 examples:
   python -m megamor.plan.tables            # print the tables
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def at_scale(recipe: str, nodes: int) -> tuple[Config, Cluster]:
-    """A recipe on so many nodes, its global batch shared out: up to 8 sequences a micro-batch."""
+    """A recipe on `nodes` nodes with its own global batch, in micro-batches of up to 8 sequences."""
     cluster = Cluster(GPUS[GPU], nodes * PER_NODE, PER_NODE)
     config = load_config(ROOT / "configs" / f"{recipe}.yaml")
     micro_batch = min(8, config.train.global_batch_size // cluster.gpus)
@@ -37,7 +37,7 @@ def at_scale(recipe: str, nodes: int) -> tuple[Config, Cluster]:
 
 
 def found(recipe: str, nodes: int, backend: str, policy: str = "none") -> tuple[Estimate, Cluster]:
-    """The estimate for one backend and policy."""
+    """The estimate of one backend and checkpointing policy, and its cluster."""
     config, cluster = at_scale(recipe, nodes)
     for name, variant in variants(config, cluster):
         if (name, variant.train.activation_checkpointing) == (backend, policy):
@@ -46,13 +46,13 @@ def found(recipe: str, nodes: int, backend: str, policy: str = "none") -> tuple[
 
 
 def heading(names: str) -> Iterator[str]:
-    """The first lines of a table, from the names of its columns."""
+    """The head of a Markdown table, from the names of its columns separated by |."""
     yield f"| {names} |"
     yield "|---" * len(names.split("|")) + "|"
 
 
 def strong_scaling(recipe: str) -> Iterator[str]:
-    """One recipe with its global batch on more and more nodes."""
+    """Table: one recipe with its global batch unchanged, on 1 to 64 nodes."""
     yield from heading(
         "nodes | GPUs | micro-batch × accumulation | GiB per GPU | GB sent per GPU and step | step at peak, ms "
         "| communication, ms | MFU at most"
@@ -71,7 +71,7 @@ def strong_scaling(recipe: str) -> Iterator[str]:
 
 
 def backends_at_the_top(recipe: str) -> Iterator[str]:
-    """Every backend on the largest cluster."""
+    """Table: every backend on 64 nodes."""
     yield from heading("backend | GiB per GPU | GB sent per GPU and step | communication, ms | MFU at most")
     for backend in ("ddp", "fsdp2", "fsdp2, kept", "hsdp", "zero1", "zero2", "zero3"):
         result, _ = found(recipe, NODES[-1], backend)
@@ -82,7 +82,7 @@ def backends_at_the_top(recipe: str) -> Iterator[str]:
 
 
 def policies(recipe: str) -> Iterator[str]:
-    """Checkpointing policies on one node."""
+    """Table: checkpointing policies on one node."""
     yield from heading("checkpointing | activations, GiB | step, GiB per GPU | MFU at most")
     for policy in ("none", "selective", "recursion", "block"):
         result, _ = found(recipe, 1, "fsdp2", policy)
@@ -91,7 +91,7 @@ def policies(recipe: str) -> Iterator[str]:
 
 
 def measured_policies() -> Iterator[str]:
-    """Policies as `bench.py checkpointing` measured them: memory and time of a step on a CPU, at each size."""
+    """Tables: policies as `megamor bench checkpointing` measured them on a CPU, one table for each model size."""
     for path in sorted(RESULTS.glob("checkpointing_*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         model, train, machine = report["config"]["model"], report["config"]["train"], report["machine"]
@@ -110,12 +110,13 @@ def measured_policies() -> Iterator[str]:
                 f"| {peak / 1e6:.0f} | {estimated / 1e6:.0f} | {estimated / peak:.2f} |"
             )
         yield ""
-        yield f"`{report['command']}`"
+        # Reports from before the commands were united name a script that is gone.
+        yield f"`{report['command'].replace('python tools/bench.py', 'megamor bench')}`"
         yield ""
 
 
 def tables() -> dict[str, list[str]]:
-    """All tables by the name of their block."""
+    """The lines of all tables by the name of their block in the page."""
     made = {f"scaling-{recipe}": list(strong_scaling(recipe)) for recipe in RECIPES}
     made["backends"] = list(backends_at_the_top("mor_1b"))
     made["policies"] = list(policies("mor_1b"))
@@ -124,7 +125,7 @@ def tables() -> dict[str, list[str]]:
 
 
 def updated(page: str) -> str:
-    """The page with the inside of its generated blocks replaced."""
+    """`page` with the contents of its generated blocks replaced."""
     for name, lines in tables().items():
         block = f"<!-- generated: {name} -->\n\n" + "\n".join(lines) + "\n\n<!-- /generated -->"
         page, count = re.subn(rf"<!-- generated: {name} -->.*?<!-- /generated -->", lambda _: block, page, flags=re.S)  # noqa: B023
@@ -134,7 +135,7 @@ def updated(page: str) -> str:
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Print the tables, or with --write update the page."""
     parser = argparse.ArgumentParser(
         prog="python -m megamor.plan.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,7 @@
-"""What the ranks send each other in one optimizer step, for every backend. Counted on two processes by a test."""
+"""Bytes that the ranks send each other in one optimizer step, for every backend.
+
+`tests/distributed/test_traffic.py` counts them on two processes.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from megamor.plan.memory import BF16, FP32, unit_parameters
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the whole tensors that go through each kind of collective in a step.
+    """Bytes of the whole tensors that pass through each kind of collective in a step. Scalars aren't counted.
 
-    `all_gather` and `reduce_scatter` are among `shards` ranks, `all_reduce` among `replicas`. Scalars aren't counted.
-    `rings` is the number of all-gathers and reduce-scatters that these bytes are divided over.
+    `all_gather` and `reduce_scatter` run among `shards` ranks, `all_reduce` among `replicas`. `rings` is the number of
+    all-gathers and reduce-scatters.
     """
 
     shards: int
@@ -27,17 +30,17 @@ class Traffic:
 
     @property
     def sent_among_shards(self) -> float:
-        """Bytes that each rank sends in all-gathers and reduce-scatters, as a ring does them."""
+        """Bytes that each rank sends in all-gathers and reduce-scatters over rings."""
         return (self.all_gather + self.reduce_scatter) * (self.shards - 1) / self.shards
 
     @property
     def sent_among_replicas(self) -> float:
-        """Bytes that each rank sends in all-reduces: a reduce-scatter and an all-gather."""
+        """Bytes that each rank sends in all-reduces, each a reduce-scatter and an all-gather."""
         return 2 * self.all_reduce * (self.replicas - 1) / self.replicas
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends."""
+        """Bytes that each rank sends in all."""
         return self.sent_among_shards + self.sent_among_replicas
 
 

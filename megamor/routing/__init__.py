@@ -1,4 +1,4 @@
-"""Routers: which tokens take part in which recursion. One file per router, one protocol (`router.py`, `plan.py`)."""
+"""Routers: which tokens take which recursion. One file per router; the protocol is in `router.py` and `plan.py`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
     """The router that `config.kind` names, for hidden states of width `dim`.
 
     Raises:
-        ConfigError: a custom router that can't be imported or isn't a `Router`.
+        ConfigError: a custom router that cannot be imported or is not a `Router`.
     """
     match config:
         case FixedDepthConfig():
@@ -78,7 +78,7 @@ def draws_random(config: RouterConfig) -> bool:
 
 
 def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]:
-    """The class named by `package.module:Class`."""
+    """The router class named by `package.module:Class`."""
     module, _, name = target.partition(":")
     try:
         found = getattr(import_module(module), name)

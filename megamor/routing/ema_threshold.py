@@ -18,9 +18,10 @@ from megamor.routing.scored import ScoredRouter, ScoredSession
 
 
 class EmaThresholdRouter(ScoredRouter):
-    """`quantiles` [Nr] is the (biased) moving average and `num_updates` [Nr] how many batches it has seen."""
+    """`quantiles` [Nr] is the (biased) moving average, `num_updates` [Nr] the number of steps that entered it."""
 
     causal_in_training = True
+    inference_rule = InferenceRule("ema_threshold", score="router")
     config: EmaThresholdConfig
     quantiles: Tensor
     num_updates: Tensor
@@ -30,28 +31,23 @@ class EmaThresholdRouter(ScoredRouter):
         self.register_buffer("quantiles", torch.zeros(num_recursions))
         self.register_buffer("num_updates", torch.zeros(num_recursions))
 
-    @property
-    def inference_rule(self) -> InferenceRule:
-        """The same as in training: score above the recursion's moving threshold."""
-        return InferenceRule("ema_threshold", score="router")
-
     def begin(self, rows: Tensor, context: RoutingContext) -> EmaThresholdSession:
-        """Nothing is decided before the first recursion."""
         return EmaThresholdSession(self, context)
 
     def threshold(self, recursion: int) -> Tensor:
-        """Current threshold: the average, corrected for its start at 0 (0 itself before the first update)."""
+        """The average, corrected for its start at 0 as in Adam; 0 before the first update."""
         seen = 1 - self.config.ema_decay ** self.num_updates[recursion]
         return self.quantiles[recursion] / seen.clamp_min(torch.finfo(seen.dtype).tiny)
 
     def fraction_of_candidates(self, recursion: int) -> float:
-        """Share of the candidates that keeps the capacity: they have been thinned out by the recursion before."""
+        """Fraction of the candidates that meets the capacity, which is a fraction of the whole sequence."""
         before = self.capacity[recursion - 1] if recursion else 1.0
         return self.capacity[recursion] / before
 
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Move each average towards the mean quantile of the step's micro-batches, all ranks'."""
+        """Move each average towards the mean quantile of the step's micro-batches on all ranks."""
+        # A recursion that no token reached in this step has no quantile: its average and count stay.
         found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
         decay = torch.where(count > 0, self.config.ema_decay, 1.0)
         self.quantiles.copy_(decay * self.quantiles + (1 - decay) * found / count.clamp_min(1))
@@ -59,7 +55,7 @@ class EmaThresholdRouter(ScoredRouter):
 
 
 class EmaThresholdSession(ScoredSession):
-    """EMA-threshold on one batch."""
+    """EMA-threshold routing during one forward pass."""
 
     def __init__(self, router: EmaThresholdRouter, context: RoutingContext) -> None:
         super().__init__(context, router.config.z_coeff)
@@ -69,17 +65,16 @@ class EmaThresholdSession(ScoredSession):
                 self.totals[name] = torch.zeros_like(router.quantiles)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Candidates above the threshold; all of them where the capacity takes all."""
+        """Candidates above the threshold; all of them if the capacity is all."""
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
         fraction = self.router.fraction_of_candidates(recursion)
         if fraction >= 1.0:
-            tokens, indices = self.take_all(recursion, candidates)
-            return RoutingPlan(tokens, indices, self.router.mix(z, indices))
+            return self.router.plan(z, *self.take_all(recursion, candidates))
         if self.context.mode == "train" and z.numel():
+            # Gathered for the threshold of the next step; this step selects by the past alone, which keeps it causal.
             rank = min(z.numel(), max(1, round((1 - fraction) * z.numel())))
             self.totals["threshold_quantiles"][recursion] = z.detach().kthvalue(rank).values
             self.totals["threshold_batches"][recursion] = 1
         chosen = z.detach() > self.router.threshold(recursion)
-        tokens, indices = candidates.where(self.bounded(recursion, chosen, candidates))
-        return RoutingPlan(tokens, indices, self.router.mix(z, indices))
+        return self.router.plan(z, *candidates.where(self.bounded(recursion, chosen, candidates)))

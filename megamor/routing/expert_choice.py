@@ -1,8 +1,9 @@
 """Expert-choice routing: each recursion is an expert that picks its top-k tokens (paper section 2.2.1).
 
-Top-k over a sequence looks at the future, so it is a training-time rule only. The auxiliary loss (or router) trains
-each score to say on its own whether its token is selected; the inference rule is that prediction, token by token:
-recursion 0 always, a later one iff the token passed the one before and sigmoid(score) >= 0.5 (configurable).
+Top-k over a sequence compares a token with later ones, so it can be used in training only. The auxiliary loss (or
+router) trains each score to predict, from its own token, whether the token is selected. The inference rule is that
+prediction: recursion 0 always; a later one iff the token passed the one before and sigmoid(score) >= 0.5
+(configurable).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from megamor.routing.scored import ScoredRouter, ScoredSession
 
 
 def warmed_up_capacity(capacity: float, step: int, warmup_steps: int) -> float:
-    """Capacity at `step` of a cosine warm-up that starts at 1 (paper appendix, capacity warm-up)."""
+    """Capacity at `step` of a cosine warm-up that starts at 1 (paper's appendix on capacity warm-up)."""
     if step >= warmup_steps:
         return capacity
     return capacity + (1 - capacity) * 0.5 * (1 + math.cos(math.pi * step / warmup_steps))
 
 
 class ExpertChoiceRouter(ScoredRouter):
-    """`aux_router` holds heads of their own for the inference rule; None unless `sampling: aux_router`."""
+    """`aux_router` are separate heads for the inference rule; None unless `sampling: aux_router`."""
 
     config: ExpertChoiceConfig
 
@@ -45,11 +46,10 @@ class ExpertChoiceRouter(ScoredRouter):
         return InferenceRule("threshold", score=score, threshold=self.config.inference_threshold)
 
     def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
-        """Nothing is decided before the first recursion."""
         return ExpertChoiceSession(self, context)
 
     def num_selected(self, recursion: int, context: RoutingContext) -> int:
-        """k of the top-k: max(1, int(capacity · S)) with the capacity of this step."""
+        """k of the top-k: max(1, int(capacity · S)), with the capacity at this step."""
         capacity = self.capacity[recursion]
         if context.mode == "train":
             capacity = warmed_up_capacity(capacity, context.step, self.config.capacity_warmup_steps)
@@ -57,7 +57,7 @@ class ExpertChoiceRouter(ScoredRouter):
 
 
 class ExpertChoiceSession(ScoredSession):
-    """Expert-choice on one batch."""
+    """Expert-choice during one forward pass."""
 
     def __init__(self, router: ExpertChoiceRouter, context: RoutingContext) -> None:
         super().__init__(context, router.config.z_coeff)
@@ -68,20 +68,24 @@ class ExpertChoiceSession(ScoredSession):
         z = self.router.score(recursion, rows)
         predictor = z
         if self.router.aux_router is not None:
+            # Detached: the auxiliary router learns to predict the selection without shaping the hidden states for it.
             predictor = self.router.aux_router[recursion](rows.detach()).squeeze(-1)
 
         if self.context.mode == "causal":
             tokens, indices = self.select_causal(recursion, predictor, candidates)
         else:
             tokens, indices = self.select_top_k(recursion, z, candidates)
-        if self.context.mode == "train":
-            self.add_losses(z, predictor, indices)
-        self.add_agreement(recursion, predictor, indices)
-
-        return RoutingPlan(tokens, indices, self.router.mix(z, indices))
+        if self.context.mode != "causal":
+            chosen = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
+            if self.context.mode == "train":
+                self.add_losses(z, predictor, chosen)
+            if recursion > 0:
+                agreed = self.predicts(predictor) == chosen.bool()
+                self.add_ratio("topk_causal_agreement", agreed.sum(), agreed.numel())
+        return self.router.plan(z, tokens, indices)
 
     def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """The k highest scores of each sequence, positions ascending."""
+        """The k highest scores of each sequence, in ascending order of position."""
         num_candidates = candidates.max_length
         k = min(self.router.num_selected(recursion, self.context), num_candidates)
         if k == num_candidates:
@@ -92,32 +96,23 @@ class ExpertChoiceSession(ScoredSession):
         return candidates.pick(chosen), (chosen + offsets).flatten()
 
     def select_causal(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """All where the capacity takes all (recursion 0 by default), else those predicted to be selected."""
+        """All if the capacity is all (recursion 0 by default), else those predicted to be selected."""
         if recursion == 0 and self.router.capacity[0] >= 1:
             return candidates, None
-        return candidates.where(self.bounded(recursion, self.goes_on(predictor), candidates))
+        return candidates.where(self.bounded(recursion, self.predicts(predictor), candidates))
 
-    def goes_on(self, predictor: Tensor) -> Tensor:
-        """Whether the inference rule lets each candidate go on, [N]."""
+    def predicts(self, predictor: Tensor) -> Tensor:
+        """Whether the inference rule selects each candidate, [N]: sigmoid(score) >= threshold, compared as logits."""
         threshold = self.router.inference_rule.threshold
         assert threshold is not None
         return predictor.detach() >= math.log(threshold / (1 - threshold))
 
-    def add_losses(self, z: Tensor, predictor: Tensor, indices: Tensor | None) -> None:
-        """BCE of the predictor against the selection (mean over the candidates), and the z-loss."""
-        target = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
-        bce = F.binary_cross_entropy_with_logits(predictor, target)
+    def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor) -> None:
+        """BCE of the predictor against the selection `chosen` [N] (mean over the candidates), and the z-loss."""
+        bce = F.binary_cross_entropy_with_logits(predictor, chosen)
         if self.router.aux_router is None:
             self.add_loss("aux_loss", self.router.config.aux_coeff * bce)
         else:
-            # Its gradient reaches the auxiliary router alone (detached input), whose learning rate sets the scale.
+            # No coefficient: its gradient reaches only the auxiliary router, whose learning rate sets the scale.
             self.add_loss("aux_router_loss", bce)
         self.add_z_loss(z)
-
-    def add_agreement(self, recursion: int, predictor: Tensor, indices: Tensor | None) -> None:
-        """Share of candidates for which the selection made here and the causal rule agree."""
-        if recursion == 0 or self.context.mode == "causal":
-            return
-        causal = self.goes_on(predictor)
-        selected = torch.ones_like(causal) if indices is None else torch.zeros_like(causal).index_fill(0, indices, True)
-        self.add_ratio("topk_causal_agreement", (causal == selected).sum(), causal.numel())

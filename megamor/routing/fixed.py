@@ -10,7 +10,7 @@ from megamor.routing.router import InferenceRule, Router, RoutingContext, Routin
 
 
 class FixedDepthSession(RoutingSession):
-    """All tokens, every time; the core's output replaces the stream."""
+    """Every token takes every recursion; the core's output replaces the stream."""
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Select every candidate."""
@@ -21,15 +21,10 @@ class FixedDepthRouter(Router):
     """Sends every token through the same number of recursions. Has no parameters."""
 
     causal_in_training = True
+    inference_rule = InferenceRule("fixed_depth")
 
     def __init__(self, config: FixedDepthConfig, num_recursions: int) -> None:
         super().__init__(config.depth or num_recursions)
 
-    @property
-    def inference_rule(self) -> InferenceRule:
-        """The same as in training."""
-        return InferenceRule("fixed_depth")
-
     def begin(self, rows: Tensor, context: RoutingContext) -> FixedDepthSession:
-        """Nothing to prepare."""
         return FixedDepthSession(context)

@@ -1,8 +1,8 @@
 """Adaptive computation time: each token halts once its halting probabilities add up to one (arXiv 1603.08983).
 
-After recursion n a token in state s_n gets a halting probability h_n = sigmoid(w·s_n + b). Its weight p_n is h_n, until
-the sum would pass 1 - epsilon or recursions run out: then p_n is what remains, so that the weights of a token sum to 1.
-The output is sum of p_n·s_n. The ponder cost is the number of updates plus the remainder, the gradient of which pushes
+After recursion n, a token in state s_n gets a halting probability h_n = sigmoid(w·s_n + b). Its weight p_n is h_n until
+the sum would exceed 1 - epsilon or no recursion is left; then p_n is the remainder, so that a token's weights sum to 1.
+The output is the sum of p_n·s_n. The ponder cost is the number of updates plus the remainder; minimising it pushes
 halting probabilities up.
 """
 
@@ -20,7 +20,7 @@ INITIAL_BIAS = 1.0
 
 
 class HaltingRouter(Router):
-    """One halting unit for all recursions; its bias starts positive, so that tokens halt early at first."""
+    """One halting unit for all recursions. Its bias starts positive, so that tokens halt early at first."""
 
     causal_in_training = True
 
@@ -31,21 +31,20 @@ class HaltingRouter(Router):
         self.bias = nn.Parameter(torch.empty(1))
 
     def reset(self) -> None:
-        """Set the bias."""
+        """Set the bias to its initial value."""
         nn.init.constant_(self.bias, INITIAL_BIAS)
 
     @property
     def inference_rule(self) -> InferenceRule:
-        """The same as in training: leave once the halting probabilities add up to 1 - epsilon."""
+        """As in training: halt once the halting probabilities add up to 1 - epsilon."""
         return InferenceRule("halting", score="router", threshold=1 - self.config.epsilon)
 
     def begin(self, rows: Tensor, context: RoutingContext) -> HaltingSession:
-        """No token has halted yet."""
         return HaltingSession(self, rows, context)
 
 
 class HaltingSession(RoutingSession):
-    """Halting on one batch. `spent` [B·S] is the sum of each token's weights so far."""
+    """Halting during one forward pass. `spent` [B·S] is the sum of each token's weights so far."""
 
     per_row = ("spent", "halted")
 
@@ -58,37 +57,36 @@ class HaltingSession(RoutingSession):
         self.ponder = torch.zeros((), dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """soft: everything goes on; hard: what hasn't halted."""
+        """All tokens in soft mode; in hard mode those that have not halted. Weights follow in `mix`."""
         if self.router.config.mode == "soft" or recursion == 0:
             return RoutingPlan(*self.take_all(recursion, candidates), Mix())
         tokens, indices = candidates.where(~candidates.gather(self.halted))
         return RoutingPlan(tokens, indices, Mix())
 
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
-        """Emit p_n·s_n."""
+        """Emit p_n·s_n, once the core's output s_n is known."""
         tokens = plan.tokens
         halting = torch.sigmoid(self.router.head(core_output).squeeze(-1) + self.router.bias.to(self.spent.dtype))
         spent, halted = tokens.gather(self.spent), tokens.gather(self.halted)
         last = recursion == self.router.num_recursions - 1
-        ends = ~halted & (~self.goes_on(recursion, spent + halting, tokens) | last)
+        ends = ~halted & (~self.continues(recursion, spent + halting, tokens) | last)
         weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
         self.spent = tokens.scatter(self.spent, spent + weight)
         self.halted = tokens.scatter(self.halted, halted | ends)
         self.add_ponder_cost(halted, ends, weight, last)
         return Mix(from_core=1.0, emit=weight)
 
-    def goes_on(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
-        """Whether the weights of `tokens`, `total` [N] if all are spent in full, leave something for the next one.
-
-        A known depth says where a token has halted only if halting means leaving.
-        """
+    def continues(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
+        """Whether each of `tokens`, with weights summing to `total` [N], continues to the next recursion."""
+        # In soft mode a token passes through all recursions whether it has halted or not, so a lower bound on its depth
+        # says nothing about where it halts: only the upper bound counts.
         below = total < 1 - self.router.config.epsilon
         if self.router.config.mode == "hard":
             return self.bounded(recursion + 1, below, tokens)
         return below & self.bounded(recursion + 1, torch.ones_like(below), tokens)
 
     def add_ponder_cost(self, halted: Tensor, ends: Tensor, weight: Tensor, last: bool) -> None:
-        """Updates (a constant) plus remainder of every token."""
+        """Mean over all tokens of the number of updates (a constant) plus the remainder."""
         num_tokens = len(self.spent)
         self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / num_tokens
         if last:

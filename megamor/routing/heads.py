@@ -11,16 +11,14 @@ from megamor.config.routers import RouterHead
 
 
 class RouterLinear(nn.Linear):
-    """Linear layer without bias whose product is computed in fp32 whatever the precision around it.
-
-    Routing decides by comparing scores, and near ties flip in bf16.
-    """
+    """Linear layer without bias that always computes in fp32 (fp64 for fp64 inputs)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any float type to fp32 (or fp64) [..., out]."""
+        # Routing compares scores, and bf16 would flip near ties.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype))
@@ -40,7 +38,8 @@ class MLPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to fp32 [..., out]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        logits: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return logits
 
 
 def build_head(kind: RouterHead, in_features: int, out_features: int) -> nn.Module:

@@ -1,7 +1,8 @@
-"""What a router tells the recursion engine: which tokens go through the core, and how the result is combined.
+"""Routing plans: which tokens go through the core in one recursion, and how its output is combined into the stream.
 
-The engine (`megamor/model/recursion.py`) executes any plan the same way: gather, core, combine. Tokens live in a stream
-of B sequences of S tokens each, flattened to N = B·S rows; token t of sequence b is row b·S + t.
+The recursion stage (`megamor/model/recursion.py`) executes every plan in the same way: gather, core, combine. The
+stream holds B sequences of S tokens, flattened to B·S rows; token t of sequence b is row b·S + t. Rows in ascending
+order therefore keep sequences together and tokens in order, which is all that causal attention needs.
 """
 
 from __future__ import annotations
@@ -15,17 +16,12 @@ from torch.nn import functional as F
 
 
 class Incoming:
-    """Integers on their way to the host: the device goes on meanwhile, `tolist` waits for the copy alone.
+    """Integers being copied to the host while the device continues; `tolist` waits for that copy only."""
 
-    What the device was given to do after them is not waited for, so the longer ago they left, the less it costs.
-    """
-
+    # Work queued on the device after the copy is not waited for: the earlier a copy starts, the less its wait costs.
     def __init__(self, numbers: Tensor) -> None:
         self.copy = numbers.to("cpu", non_blocking=True)
-        self.arrival: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self.arrival = torch.cuda.Event()
-            self.arrival.record(torch.cuda.current_stream(numbers.device))
+        self.arrival = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
     def tolist(self) -> list[Any]:
         """The numbers."""
@@ -38,9 +34,9 @@ class Incoming:
 class TokenSet:
     """A subset of the rows of a [B, S] stream, in ascending order.
 
-    `index` [N] holds the rows; None means all of them. `max_length` is the largest number of tokens that one sequence
-    contributes. `lengths` [B] says how many each contributes where they differ (ragged); None means that every sequence
-    contributes exactly `max_length` (rectangular), which keeps shapes static.
+    `index` [N] holds the rows; None means all of them. `lengths` [B] is the number of tokens from each sequence where
+    these differ (ragged); None means exactly `max_length` from each (rectangular), which keeps shapes static.
+    `max_length` is the largest of these numbers.
     """
 
     batch: int
@@ -55,53 +51,50 @@ class TokenSet:
         return TokenSet(batch, seq_len, seq_len)
 
     def pick(self, chosen: Tensor) -> TokenSet:
-        """The rows of this set at `chosen` [B, k]: per sequence, ascending indices among its own rows (0-based).
+        """The rows of this set at `chosen` [B, k]: ascending indices among the rows of each sequence (0-based).
 
         Needs a rectangular set; the result is rectangular.
         """
         assert self.lengths is None
+        # Rectangular in, rectangular out: no size has to be read from the device.
         offsets = torch.arange(self.batch, device=chosen.device).unsqueeze(1) * self.max_length
         indices = (chosen + offsets).flatten()
         index = indices if self.index is None else self.index[indices]
         return replace(self, max_length=chosen.shape[1], index=index)
 
     def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
-        """The rows of this set for which `keep` [N] is true, and their indices [n] in this set. The result is ragged.
+        """The ragged set of the rows for which `keep` [N] is true, and their indices [n] in this set.
 
-        `size` is how many there are, in all and at most in one sequence; a caller who knows it spares the device from
-        being asked.
+        `size` is the number of kept rows, in total and at most in one sequence. If the caller does not know it, it is
+        read from the device, and the host waits.
         """
         kept_before = F.pad(keep.cumsum(0), (1, 0))
         lengths = kept_before[self.bounds(keep.device)].diff()
         count, longest = Incoming(torch.stack((kept_before[-1], lengths.max()))).tolist() if size is None else size
-        # The i-th kept row is the first that has i before and including itself.
+        # The i-th kept row is the first with i kept rows up to and including it. `nonzero` would give the same, but it
+        # always waits for the device, also where `size` is known.
         indices = torch.searchsorted(kept_before[1:], torch.arange(1, count + 1, device=keep.device))
         index = indices if self.index is None else self.index[indices]
         return TokenSet(self.batch, self.seq_len, longest, index, lengths), indices
 
     def bounds(self, device: torch.device) -> Tensor:
-        """Places [batch + 1] among the rows of this set at which the sequences begin, and the end."""
+        """Indices [batch + 1] among the rows of this set at which the sequences begin, and the end."""
         if self.lengths is None:
             return torch.arange(self.batch + 1, device=device) * self.max_length
         return F.pad(self.lengths.cumsum(0), (1, 0))
-
-    @property
-    def is_everything(self) -> bool:
-        """Whether this is the whole stream."""
-        return self.index is None
 
     def __len__(self) -> int:
         return self.batch * self.seq_len if self.index is None else self.index.shape[0]
 
     def find(self, subset: TokenSet) -> Tensor | None:
-        """Places [n] of the tokens of `subset` among the rows of this set; None where they are the same set."""
-        if subset is self or (subset.is_everything and self.is_everything):
+        """Indices [n] of the tokens of `subset` among the rows of this set; None if both are the same set."""
+        if subset is self or (subset.index is None and self.index is None):
             return None
         assert subset.index is not None
         return subset.index if self.index is None else torch.searchsorted(self.index, subset.index)
 
     def rank_of(self, subset: TokenSet, device: torch.device) -> Tensor:
-        """How many tokens of this set stand before each token of `subset` in its sequence, [n]."""
+        """How many tokens of this set come before each token of `subset` in its sequence, [n]."""
         rows = subset.rows(device)
         sequence = rows // self.seq_len
         indices = self.find(subset)
@@ -111,7 +104,7 @@ class TokenSet:
         return indices - (self.lengths.cumsum(0) - self.lengths)[sequence]
 
     def rows(self, device: torch.device) -> Tensor:
-        """The rows as a tensor [N], also where the set is everything."""
+        """The rows as a tensor [N], also if the set is the whole stream."""
         return torch.arange(len(self), device=device) if self.index is None else self.index
 
     def gather(self, stream: Tensor) -> Tensor:
@@ -131,10 +124,11 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class MarkedSet(TokenSet):
-    """All rows of the stream, of which those `kept` [N] belong to the set: choosing among them moves none of them.
+    """A subset that keeps all rows in the tensor and marks those that belong to it, `kept` [N] (None: all).
 
-    In the causal mode what is computed for the others is never looked at, and the device isn't asked how many there
-    are, as serving wants it. `indices` [N] are those of all rows.
+    Serving selects with it: shapes stay the same and the host need not wait for the number of selected rows. Results
+    for unmarked rows are computed and ignored, which is correct because rows are independent in the causal mode.
+    `indices` [N] are those of all rows.
     """
 
     indices: Tensor | None = None
@@ -142,16 +136,16 @@ class MarkedSet(TokenSet):
 
     @staticmethod
     def of(indices: Tensor) -> MarkedSet:
-        """Every row, [N] in all, as sequences of one token each."""
+        """Every row as a sequence of one token; `indices` is 0, 1, …, N - 1, allocated by the caller."""
         return MarkedSet(len(indices), 1, 1, indices=indices)
 
     def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
-        """As `TokenSet.where`, but the indices are those of all rows."""
+        """As `TokenSet.where`, but no row is removed: the indices are those of all rows."""
         assert self.indices is not None
         return replace(self, kept=keep if self.kept is None else self.kept & keep), self.indices
 
     def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
-        """As `TokenSet.scatter`, from `values` [N, ...] of all rows."""
+        """As `TokenSet.scatter`; `values` [N, ...] has all rows, and only the marked ones are used."""
         values = values.to(stream.dtype)
         if self.kept is None:
             return values
@@ -163,13 +157,12 @@ Weight = Tensor | float | None
 
 @dataclass(frozen=True)
 class Mix:
-    """How the engine combines a recursion: next stream = from_input·x_in + from_stream·x + from_core·y.
+    """How the rows of the selected tokens are combined: next = from_input·x_in + from_stream·x + from_core·y.
 
-    Each weight is None (leave the term out), a number, or a tensor [N] over the tokens that the core has seen; x_in is
-    the input of the whole recursion stage, x the stream before this recursion, y the core's output (its residuals
-    included).
-    `emit` adds emit·y to the stage's result; once any recursion emits, the result is the sum of what was emitted
-    instead of the final stream.
+    x_in is the input of the whole recursion stage, x the stream before this recursion, y the core's output (its
+    residuals included). A weight is None (no such term), a number, or a tensor [N] over the selected tokens. `emit`
+    adds emit·y to the stage's result; once any recursion emits, the result is the sum of what was emitted instead of
+    the final stream.
     """
 
     from_core: Weight = 1.0
@@ -180,7 +173,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Idle:
-    """Tokens whose rows of the stream are multiplied by `weight` [n]: of value one, there to carry a gradient."""
+    """Tokens whose rows of the stream are multiplied by `weight` [n], which is one in value but carries a gradient."""
 
     tokens: TokenSet
     weight: Tensor
@@ -188,10 +181,10 @@ class Idle:
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """One recursion: the tokens that the core sees, and where they stand among the candidates.
+    """One recursion: the tokens that the core processes, and how the result is combined.
 
-    `indices` [N] are positions in the candidates' rows; None means that all candidates are selected. `idle` are
-    candidates that are not selected, where the router learns from having left them alone.
+    `indices` [N] are the tokens' indices in the candidates' rows; None means that all candidates are selected. `idle`
+    are candidates that were not selected, if the router learns from that decision too.
     """
 
     tokens: TokenSet

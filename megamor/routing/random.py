@@ -1,8 +1,8 @@
-"""Random routing: the control that tells whether a router has learned anything (paper, ablation of routing).
+"""Random routing: the control that shows whether a router has learned anything (paper, ablation of routing).
 
-Gates are learned as under expert-choice; which tokens go on is drawn at random, so that each recursion's capacity holds
-on average. The draw is a hash of a token's position (and in training of step and sequence), so that it doesn't depend
-on batch, rank or chunking, and never looks ahead.
+Gates are learned as in expert-choice, but tokens are selected at random, so that each recursion's capacity holds on
+average. The random number is a hash of the token's position (in training also of step and sequence). It needs no
+generator state, is the same under any chunking of a decode or recomputation, and never looks ahead.
 """
 
 from __future__ import annotations
@@ -17,25 +17,19 @@ from megamor.routing.scored import ScoredRouter, ScoredSession
 
 
 class RandomRouter(ScoredRouter):
-    """Scores are used for the gates alone."""
+    """Scores are used for the gates only."""
 
     causal_in_training = True
-
-    def __init__(self, config: RandomConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(config, dim, num_recursions)
-
-    @property
-    def inference_rule(self) -> InferenceRule:
-        """A fixed pseudo-random pattern of positions."""
-        return InferenceRule("random")
+    inference_rule = InferenceRule("random")
+    config: RandomConfig
 
     def begin(self, rows: Tensor, context: RoutingContext) -> RandomSession:
-        """Draw one number for each token; recursion r takes the tokens whose number is below its capacity."""
+        """Draw one number per token; recursion r takes the tokens whose number is below its capacity."""
         return RandomSession(self, rows, context)
 
 
 class RandomSession(ScoredSession):
-    """Random routing of one batch. `draw` [B·S] is each token's number."""
+    """Random routing during one forward pass. `draw` [B·S] is each token's number in [0, 1)."""
 
     per_row = ("draw",)
 
@@ -44,24 +38,23 @@ class RandomSession(ScoredSession):
         self.router = router
         key = context.positions_of(rows.device)
         if context.mode == "train":
+            # Different sequences and steps need different draws, or the same positions would always go deep.
             sequence = torch.arange(len(key), device=rows.device) // context.seq_len
             key = key + (sequence + 1) * 1_000_003 + (context.step + 1) * 998_244_353
         self.draw = uniform_hash(key)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Candidates whose number lies below the capacity."""
+        """Candidates whose number is below the capacity."""
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
         if self.router.capacity[recursion] >= 1.0:
-            tokens, indices = self.take_all(recursion, candidates)
-            return RoutingPlan(tokens, indices, self.router.mix(z, indices))
+            return self.router.plan(z, *self.take_all(recursion, candidates))
         chosen = candidates.gather(self.draw) < self.router.capacity[recursion]
-        tokens, indices = candidates.where(self.bounded(recursion, chosen, candidates))
-        return RoutingPlan(tokens, indices, self.router.mix(z, indices))
+        return self.router.plan(z, *candidates.where(self.bounded(recursion, chosen, candidates)))
 
 
 def uniform_hash(keys: Tensor) -> Tensor:
-    """Numbers in [0, 1) that look independent, one for each int64 key (a multiply-xorshift mixer; wraps around)."""
+    """Pseudo-random numbers in [0, 1), one for each int64 key: a multiply-xorshift mixer with wrap-around."""
     x = keys.to(torch.int64)
     for multiplier, shift in ((-7046029254386353131, 31), (-4417276706812531889, 29), (-8663945395140668459, 32)):
         x = (x + 1) * multiplier

@@ -1,12 +1,12 @@
 """The Router protocol.
 
-A router is asked once per forward pass to `begin` a session, and the session once per recursion to `route`: it sees the
-rows of its candidates (the tokens that passed the recursion before; everything at first) and answers with a plan.
-Routers that decide after the core has run (halting) override `mix`. Whatever depends on the batch lives in the session,
-so that a router module holds only parameters and buffers.
+The recursion stage calls `begin` once per forward pass, which returns a session, and the session's `route` once per
+recursion. `route` sees the rows of its candidates (the tokens that passed the recursion before; at first, all tokens)
+and returns a plan. Routers that decide after the core has run (halting) override `mix`. State that depends on the batch
+is in the session; a router module holds parameters and buffers only.
 
-A router says of itself whether its training-time selection is causal, and which rule it follows at inference; the rule
-is data (`InferenceRule`) and travels in the checkpoint's config.
+A router declares whether its training-time selection is causal, and which rule it follows at inference. The rule is
+data (`InferenceRule`): it follows from the configuration, which every checkpoint contains.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 
 Mode = Literal["train", "topk", "causal"]
-"""train: training-time selection with losses; topk: the same selection for evaluation; causal: the inference rule."""
+"""train: training-time selection with losses; topk: the same selection without them; causal: the inference rule."""
 
 
 @dataclass(frozen=True)
 class InferenceRule:
-    """How tokens are selected at inference. `score` names what is compared with `threshold`, per recursion."""
+    """How tokens are selected at inference. `score` names what is compared with `threshold` in each recursion."""
 
     name: str
     score: str = ""
@@ -44,9 +44,9 @@ class Ratio:
 
 
 class DepthBounds(NamedTuple):
-    """Least and most recursions of each token, [B·S]; the router's rule decides in between.
+    """Fewest and most recursions of each token, [B·S]; the router's rule decides in between.
 
-    A bound below Nr is a budget (at least 1); equal bounds replay a depth that is known.
+    An upper bound below Nr is a budget (at least 1); equal bounds replay a known depth.
     """
 
     least: Tensor
@@ -55,10 +55,10 @@ class DepthBounds(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a router may know of the forward pass: mode and optimizer step (0-based; drives warm-ups).
+    """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
-    `positions` [B·S] are the tokens' positions in their documents; None means that they count from 0 in each sequence.
-    `bounds` are for the causal mode.
+    `positions` [B·S] are the tokens' positions; None means that they count from 0 in each sequence. `bounds` apply in
+    the causal mode.
     """
 
     batch: int
@@ -76,9 +76,9 @@ class RoutingContext:
 
 
 class RoutingSession(ABC):
-    """A router at work on one batch.
+    """A router's state during one forward pass.
 
-    `per_row` names the attributes that hold one entry for each row of the stream, as the inference rule needs them.
+    `per_row` names the attributes with one entry for each row of the stream that the inference rule needs.
     """
 
     per_row: ClassVar[tuple[str, ...]] = ()
@@ -91,18 +91,19 @@ class RoutingSession(ABC):
 
     @abstractmethod
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Select among `candidates`, whose current states are `rows` [N, d]. `recursion` counts from 0."""
+        """Select among `candidates`, whose hidden states are `rows` [N, d]. `recursion` counts from 0."""
 
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Combination weights, once the core's output [N, d] for `plan.tokens` is known."""
         return plan.mix
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
-        """The same router between two recursions of other rows: those of `context`, whose `per_row` is `state`.
+        """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
 
-        For the causal mode, where rows know nothing of each other: serving brings together rows that began at
-        different times.
+        Serving uses it to batch rows that began at different times. This works in the causal mode only, where the
+        decision about a row does not depend on other rows.
         """
+        # A shallow copy keeps what belongs to the router and replaces everything that belonged to the old rows.
         session = copy.copy(self)
         session.context, session.losses, session.ratios, session.totals = context, {}, {}, {}
         for name in self.per_row:
@@ -110,36 +111,34 @@ class RoutingSession(ABC):
         return session
 
     def bounded(self, recursion: int, chosen: Tensor, tokens: TokenSet) -> Tensor:
-        """Which of `tokens` take `recursion`, [N], where the rule has `chosen` some and the context bounds depths."""
+        """`chosen` [N], the rule's selection among `tokens`, corrected by the bounds on their depth."""
         bounds = self.context.bounds
         if bounds is None:
             return chosen
         return (chosen | (tokens.gather(bounds.least) > recursion)) & (tokens.gather(bounds.most) > recursion)
 
     def take_all(self, recursion: int, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """All candidates (and None for their indices), but for those at their bound."""
+        """All candidates except those at their upper bound, and their indices (None for all)."""
         bounds = self.context.bounds
         if bounds is None:
             return candidates, None
         return candidates.where(candidates.gather(bounds.most) > recursion)
 
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Add to a loss term (mean over this micro-batch, coefficient already applied)."""
+        """Add to a loss term: a mean over this micro-batch, with its coefficient applied."""
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor | float) -> None:
-        """Add to a statistic that is reported as a mean."""
-        if isinstance(denominator, Tensor):
-            bottom = denominator.detach().float()
-        else:
-            bottom = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
+        """Add to a statistic that is reported as the mean numerator / denominator."""
         top = numerator.detach().float()
+        # Numbers are filled in on the device: `torch.tensor` would copy from the host, which waits.
+        bottom = denominator.detach().float() if isinstance(denominator, Tensor) else torch.full_like(top, denominator)
         old = self.ratios.get(name)
         self.ratios[name] = Ratio(top, bottom) if old is None else Ratio(old.numerator + top, old.denominator + bottom)
 
 
 class Router(nn.Module, ABC):
-    """Parameters and rules of a router. Subclasses define `begin`; see the module docstring."""
+    """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
 
     causal_in_training: bool = False
 
@@ -150,14 +149,14 @@ class Router(nn.Module, ABC):
     @property
     @abstractmethod
     def inference_rule(self) -> InferenceRule:
-        """The rule that evaluation, generation and serving follow."""
+        """The rule that evaluation, generation and serving follow; a class attribute will do."""
 
     @abstractmethod
     def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
         """Start a forward pass over `rows` [B·S, d], the input of the recursion stage."""
 
     def reset(self) -> None:
-        """Initialise parameters that are not matrices."""
+        """Initialise parameters other than weights of `nn.Linear` and `nn.Embedding`."""
 
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Adjust buffers once per optimizer step, from the session's `totals` summed over micro-batches and ranks."""
+        """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""

@@ -1,7 +1,7 @@
-"""What routers share that score tokens at every recursion and gate the core's output with the score.
+"""The part common to routers that score tokens at every recursion and gate the core's output with the score.
 
-z = head_r(x / temperature) in fp32 on the un-normalised stream, gate = alpha · activation(z), x + gate · f(x) for the
-selected tokens (paper section 2.2.1). They differ in how the scores select.
+z = head_r(x / temperature) in fp32 on the un-normalised stream, gate = alpha · activation(z), and x + gate · f(x) for
+the selected tokens (paper section 2.2.1). The routers differ in how scores select.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from megamor.config import ScoredConfig
 from megamor.routing.heads import build_head
-from megamor.routing.plan import Mix
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import Router, RoutingContext, RoutingSession
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
 
 
 def default_capacity(num_recursions: int) -> tuple[float, ...]:
-    """Share of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1)."""
+    """Fraction of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1)."""
     return tuple((num_recursions - r) / num_recursions for r in range(num_recursions))
 
 
 class ScoredRouter(Router):
-    """One scoring head for each recursion."""
+    """One scoring head for each recursion; `capacity` [Nr] are fractions of the sequence."""
 
     def __init__(self, config: ScoredConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
@@ -33,24 +33,25 @@ class ScoredRouter(Router):
 
     def score(self, recursion: int, rows: Tensor) -> Tensor:
         """z [N] of rows [N, dim]."""
-        return self.heads[recursion](rows / self.config.temperature).squeeze(-1)
+        z: Tensor = self.heads[recursion](rows / self.config.temperature)
+        return z.squeeze(-1)
 
-    def mix(self, z: Tensor, indices: Tensor | None) -> Mix:
-        """How the selected ones of the scored tokens are combined."""
+    def plan(self, z: Tensor, tokens: TokenSet, indices: Tensor | None) -> RoutingPlan:
+        """The plan for the selected `tokens`, at `indices` [n] of the scored ones z [N] (None: all)."""
         if self.config.gating == "additive":
-            return Mix(from_stream=1.0, from_core=1.0)
-        selected = z if indices is None else z[indices]
-        return Mix(from_stream=1.0, from_core=self.config.alpha * ACTIVATIONS[self.config.activation](selected))
+            return RoutingPlan(tokens, indices, Mix(from_stream=1.0, from_core=1.0))
+        gate = ACTIVATIONS[self.config.activation](z if indices is None else z[indices])
+        return RoutingPlan(tokens, indices, Mix(from_stream=1.0, from_core=self.config.alpha * gate))
 
 
 class ScoredSession(RoutingSession):
-    """A scored router on one batch."""
+    """A scored router during one forward pass."""
 
     def __init__(self, context: RoutingContext, z_coeff: float) -> None:
         super().__init__(context)
         self.z_coeff = z_coeff
 
     def add_z_loss(self, z: Tensor) -> None:
-        """Mean of z² over the candidates (keeps scores from growing); off unless it has a coefficient."""
+        """Mean of z² over the candidates, which keeps scores small; off unless it has a coefficient."""
         if self.z_coeff and self.context.mode == "train" and z.numel():
             self.add_loss("z_loss", self.z_coeff * z.square().mean())

@@ -1,7 +1,7 @@
 """Token-choice routing: each token picks its depth once, before the first recursion (paper section 2.2.1).
 
-Causal as it stands. Load is balanced by a loss (Switch Transformer's f·P) or by a bias that is adjusted without
-gradient (loss-free balancing, arXiv 2408.15664).
+A token's depth depends on its own scores only, so the rule is causal. Load is balanced by a loss (Switch Transformer's
+f·P) or by a bias that is adjusted without gradients (loss-free balancing, arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from megamor.routing.router import InferenceRule, Router, RoutingContext, Routin
 
 
 class TokenChoiceRouter(Router):
-    """One head with a logit per depth. `bias` [Nr] shifts the choice (not the gate) under loss-free balancing."""
+    """One head with a logit per depth. Under loss-free balancing `bias` [Nr] shifts the choice, but not the gate."""
 
     causal_in_training = True
+    inference_rule = InferenceRule("argmax_depth", score="router")
     bias: Tensor
 
     def __init__(self, config: TokenChoiceConfig, dim: int, num_recursions: int) -> None:
@@ -30,13 +31,8 @@ class TokenChoiceRouter(Router):
         self.head = build_head(config.head, dim, num_recursions)
         self.register_buffer("bias", torch.zeros(num_recursions))
 
-    @property
-    def inference_rule(self) -> InferenceRule:
-        """The same as in training: the depth of the highest (biased) score."""
-        return InferenceRule("argmax_depth", score="router")
-
     def begin(self, rows: Tensor, context: RoutingContext) -> TokenChoiceSession:
-        """Choose every token's depth."""
+        """A session with every token's depth chosen."""
         return TokenChoiceSession(self, rows, context)
 
     @torch.no_grad()
@@ -48,7 +44,11 @@ class TokenChoiceRouter(Router):
 
 
 class TokenChoiceSession(RoutingSession):
-    """Token-choice on one batch: `depth` [N] is the last recursion (0-based) of each token, `gate` [N] its weight."""
+    """Token-choice during one forward pass.
+
+    `depth` [B·S] is the last recursion (0-based) of each token, `gate` [B·S] its weight, `reaching` [B·S, Nr] the
+    recursions it takes.
+    """
 
     per_row = ("depth", "gate", "reaching")
 
@@ -59,6 +59,7 @@ class TokenChoiceSession(RoutingSession):
         scores = self.z.softmax(-1) if config.activation == "softmax" else self.z.sigmoid()
         scores = config.alpha * scores
         biased = scores + router.bias if config.balancing == "loss_free" else scores
+        # The bias balances the choice of depths. The gate is the unbiased score, so the bias does not scale the output.
         self.depth = self.allowed(biased.detach()).argmax(-1)
         if context.mode == "train" and context.step < config.balance_warmup_steps:
             self.depth = torch.full_like(self.depth, router.num_recursions - 1)
@@ -66,11 +67,13 @@ class TokenChoiceSession(RoutingSession):
         if config.gating == "additive":
             self.gate = torch.ones_like(self.gate)
         self.reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
+        # All sizes are known now. Their copy to the host starts before the device is given recursion 0, which hides the
+        # wait that selecting for recursion 1 would otherwise cause.
         self.sizes: Incoming | None = Incoming(self.sizes_by_recursion())
         self.add_balance(router, scores)
 
     def allowed(self, scores: Tensor) -> Tensor:
-        """`scores` [N, Nr] with those of depths out of bounds at -inf."""
+        """`scores` [N, Nr] with -inf at depths out of bounds."""
         bounds = self.context.bounds
         if bounds is None:
             return scores
@@ -79,24 +82,24 @@ class TokenChoiceSession(RoutingSession):
         return scores.masked_fill(~inside, float("-inf"))
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
-        """Sizes of launches were those of the rows that began together."""
+        """As in `RoutingSession`; the sizes were those of the rows that began together and no longer hold."""
         session = super().regrouped(context, state)
         assert isinstance(session, TokenChoiceSession)
         session.sizes = None
         return session
 
     def sizes_by_recursion(self) -> Tensor:
-        """Tokens of each recursion, in all and at most in one sequence, [Nr, 2]."""
+        """Tokens of each recursion, in total and at most in one sequence, [Nr, 2]."""
         lengths = self.reaching.view(self.context.batch, self.context.seq_len, -1).sum(1)
         return torch.stack((lengths.sum(0), lengths.amax(0)), dim=1)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Tokens of depth >= recursion. Those that leave get x_in + gate·y, the others carry y on."""
+        """Tokens of depth >= recursion. Those that leave become x_in + gate·y, the others y."""
         tokens, indices = candidates, None
         if recursion > 0:
-            # The sizes left before recursion 0 was given to the device, which is still busy with it.
             size = None if self.sizes is None else self.sizes.tolist()[recursion]
             tokens, indices = candidates.where(candidates.gather(self.reaching[:, recursion]), size)
+        # Ungated until the last recursion: a token of depth i leaves with x_in + gate · f^(i+1)(x_in).
         leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
         gate = tokens.gather(self.gate)
         return RoutingPlan(tokens, indices, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
@@ -110,7 +113,8 @@ class TokenChoiceSession(RoutingSession):
         if self.context.mode != "train":
             return
         if config.balancing == "loss":
-            share = num_depths * load / self.depth.numel()
-            self.add_loss("balance_loss", config.balance_coeff * (share * scores.mean(0)).sum())
+            # The counts have no gradient; it flows through the mean scores alone.
+            frequency = num_depths * load / self.depth.numel()
+            self.add_loss("balance_loss", config.balance_coeff * (frequency * scores.mean(0)).sum())
         if config.z_coeff:
             self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())

@@ -1,4 +1,4 @@
-"""The trainer: composition root, loop, statistics, stopping, what goes into a checkpoint."""
+"""The trainer: building a run, its loop, figures of a step, stopping, and what goes into a checkpoint."""
 
 from megamor.train.build import build_trainer
 from megamor.train.stop import EXIT_INTERRUPTED, ignore_signals

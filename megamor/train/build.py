@@ -1,4 +1,4 @@
-"""The composition root: a configuration becomes a trainer that is ready to `fit`."""
+"""The composition root: builds a trainer that is ready to `fit` from a configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from megamor.metrics import (
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
-from megamor.progress import ProgressDisplay
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
@@ -49,10 +48,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
     `config` has been validated for `world.size` processes.
 
     Raises:
-        ConfigError, DataError, CheckpointError: anything that would keep the run from working, before it starts; on
-            every rank, wherever it was found.
+        ConfigError, DataError, CheckpointError: on every rank, for anything found on any rank that would make the run
+            fail.
     """
     derived = derive(config, world.size)
+    # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     inputs = run_on_all_ranks(lambda: open_inputs(config, world))
     directory = run_on_all_ranks(lambda: run_directory(config))
     keep = config.checkpoint
@@ -61,7 +61,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
     )
 
     model = build_model(config, device=world.device)
+    # Taken before the backend shards the model: checkpoints are compared by whole shapes.
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
     guard = Guard(config.guard)
@@ -94,15 +96,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
         sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=TrainingDisplay(
-            ProgressDisplay(
-                config.run.name,
-                derived.total_steps,
-                unit="steps",
-                start=progress.step,
-                enabled=world.is_main and config.metrics.progress,
-                log_first=True,  # compilation may make the first step take minutes
-                console=Console(highlight=False),
-            )
+            config.run.name,
+            derived.total_steps,
+            start=progress.step,
+            enabled=world.is_main and config.metrics.progress,
+            console=Console(highlight=False),
         ),
         stop=StopRequest(),
         guard=guard,
@@ -114,7 +112,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: data, and the files and facts that go into its checkpoints."""
+    """What a run reads: training and validation data, and what goes into its checkpoints unchanged."""
 
     loader: TrainingLoader
     validation: dict[str, ValidationSet]
@@ -123,7 +121,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """Open everything that can be missing, damaged or of another model."""
+    """Open all data, and check that it exists, is intact and belongs to this model."""
     vocab_size = config.model.vocab_size
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
     loader = TrainingLoader(
@@ -138,7 +136,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
 
 
 def run_directory(config: Config) -> Path:
-    """Where the run keeps checkpoints and metrics.
+    """Create the directory for the run's checkpoints and metrics, and return it.
 
     Raises:
         ConfigError: the directory can't be created.
@@ -152,7 +150,7 @@ def run_directory(config: Config) -> Path:
 
 
 def build_sink(config: Config, world: World, progress: RunProgress, resumed: bool) -> MetricSink:
-    """The first rank's sinks; the others keep nothing. The tracker's run id goes into `progress.run_ids`."""
+    """The first rank's sinks; other ranks write nothing. Puts the tracker's run id into `progress.run_ids`."""
     if not world.is_main:
         return MultiSink([])
     directory = run_directory(config)
@@ -178,7 +176,7 @@ def build_sink(config: Config, world: World, progress: RunProgress, resumed: boo
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:
-    """The newest step up to `step` whose validation losses are in the file `metrics`; None if there is none."""
+    """The newest step up to `step` with validation losses in the file `metrics`; None if there is none."""
     if not metrics.exists():
         return None
     evaluated = (record["step"] for record in read_jsonl(metrics) if any(k.startswith(VALIDATION) for k in record))

@@ -1,7 +1,7 @@
-"""Failures of Mixture-of-Recursions training that the loss alone doesn't show, named while they happen.
+"""Alarms for failures of Mixture-of-Recursions training that the loss alone doesn't show.
 
-Each alarm is `off`, `warn` or `stop`, and needs its sign in `diagnosis.steps` steps one after the other. All figures
-are of the whole step and the same on every rank, so the ranks agree without asking.
+Each alarm is `off`, `warn` or `stop`, and is raised when its symptom is seen in `diagnosis.steps` consecutive steps.
+All figures are sums over ranks, so every rank reaches the same conclusion by itself.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from megamor.train.guard import Guard
 from megamor.train.step_statistics import StepSummary
 
 LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
-"""Routers whose depth histogram is a result; that of the others follows from their capacity."""
+"""Routers that choose depths freely; with the others, the depth histogram follows from their capacity."""
 
 ADVICE = {
     "dead_router": (
-        "no gradient has reached the router's scores: check router.alpha and router.gating, or whether its scores are "
-        "so large that the activation is flat (a lower optim.lr, router.z_coeff above 0)"
+        "no gradient reaches the router's scores: check router.alpha and router.gating; if the scores are so large "
+        "that the activation is flat, lower optim.lr or set router.z_coeff above 0"
     ),
     "pinned_depth": (
-        "all tokens take the same number of recursions: strengthen what keeps the router open (balance_coeff, "
-        "target_depth), weaken what closes it (depth_coeff, ponder_coeff), or lower optim.lr"
+        "all tokens take the same number of recursions: raise what spreads depths (balance_coeff, target_depth), lower "
+        "what penalises depth (depth_coeff, ponder_coeff), or lower optim.lr"
     ),
     "unigram_plateau": (
-        "the model knows how frequent each token is and nothing more: check the data (order, tokenizer, documents), "
-        "and optim.lr, which may be too high or too low"
+        "the model has learned token frequencies and nothing more: check the data (order, tokenizer, documents) and "
+        "optim.lr, which may be too high or too low"
     ),
     "exploding_norm": "training is about to diverge: lower optim.lr, or lengthen optim.warmup_steps",
 }
 
 
 class Diagnosis:
-    """Watches the steps of a run. `router` is the module whose scores' gradients are watched; None without one."""
+    """Watches the steps of a run. `router` is the module whose scores' gradients are watched; None if there is none."""
 
     def __init__(self, config: Config, router: nn.Module | None, device: torch.device) -> None:
         self.config = config.diagnosis
@@ -65,7 +65,7 @@ class Diagnosis:
         """Look at step number `step`; returns warnings. Collective every `diagnosis.steps` steps.
 
         Raises:
-            TrainingError: an alarm that is set to `stop`; on every rank.
+            TrainingError: on every rank, for an alarm that is set to `stop`.
         """
         if self.tokens is not None:
             self.tokens.add(batches)
@@ -84,18 +84,18 @@ class Diagnosis:
         return self.warnings
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data (JSON). Counts of tokens begin anew with each launch."""
+        """Plain data (JSON). Token counts aren't saved: they start over with each launch."""
         return {"in_a_row": dict(self.in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state` was saved."""
+        """Restore what `state_dict` returned."""
         self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
 
     def _dead(self, summary: StepSummary) -> bool:
         return self.gradient is not None and summary.score_gradient == 0.0
 
     def _pinned(self, summary: StepSummary) -> int | None:
-        """The depth that nearly all tokens take, if there is one and it is the router's doing."""
+        """The depth that nearly all tokens take, if there is one and the router was free to choose another."""
         tokens = sum(summary.depth_counts)
         if not (self.learns_depth and tokens):
             return None
@@ -103,37 +103,42 @@ class Diagnosis:
         return depth if summary.depth_counts[depth] >= self.config.pinned_share * tokens else None
 
     def _look_at_plateau(self, guard: Guard, step: int, entropy: float) -> None:
-        """The mean of recent losses against the entropy of single tokens."""
+        """Compare the mean of recent losses with the entropy of single tokens."""
         recent = list(guard.losses)[-self.config.steps :]
         if not recent or step < self.config.plateau_after_step:
             return
         loss = statistics.fmean(recent)
         stuck = abs(loss - entropy) <= self.config.plateau_margin
         was_stuck = self.in_a_row["unigram_plateau"] >= self.config.steps
-        if stuck and not was_stuck:  # the mean is over so many steps already
+        if stuck and not was_stuck:
+            # The mean is over `diagnosis.steps` steps already, so one look is enough.
             self.in_a_row["unigram_plateau"] = self.config.steps - 1
         self._note("unigram_plateau", step, stuck, f"loss {loss:.3f}, entropy of single tokens {entropy:.3f} nats")
 
     def _note(self, alarm: str, step: int, seen: bool, what: str) -> None:
-        """Count a sign; at the `diagnosis.steps`-th one in a row, say so."""
+        """Count a symptom; when it has been seen in `diagnosis.steps` steps in a row, warn or raise."""
         action = self.actions[alarm]
         self.in_a_row[alarm] = self.in_a_row[alarm] + 1 if seen and action != "off" else 0
         if self.in_a_row[alarm] < self.config.steps:
             return
         message = f"step {step}: {alarm.replace('_', ' ')} ({what}): {ADVICE[alarm]}"
         if action == "stop":
-            raise TrainingError(f"{message}. To go on nevertheless: diagnosis.{alarm}=warn")
-        if self.in_a_row[alarm] == self.config.steps:  # once, until it has passed
+            raise TrainingError(f"{message}. To continue anyway: diagnosis.{alarm}=warn")
+        if self.in_a_row[alarm] == self.config.steps:  # warn once, until the symptom has passed
             self.warnings.append(message)
 
 
 class ScoreGradient:
-    """Largest absolute gradient at the outputs of the router's layers, whatever becomes of their parameters."""
+    """Largest absolute gradient at the outputs of the router's layers.
+
+    Gradients of the layers' parameters wouldn't do: backends shard, reduce and free them in their own ways.
+    """
 
     def __init__(self, router: nn.Module, device: torch.device) -> None:
         self.largest = torch.zeros((), device=device)
         self.watches = False
         for module in router.modules():
+            # Leaf modules with parameters: the layers that compute the scores.
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) and not [
                 *module.children()
             ]:
@@ -141,7 +146,7 @@ class ScoreGradient:
                 self.watches = True
 
     def take(self) -> Tensor | None:
-        """Of the backward passes since the last call, fp32 scalar; None if there is nothing to watch."""
+        """The largest in the backward passes since the last call, an fp32 scalar; None if there is nothing to watch."""
         if not self.watches:
             return None
         taken, self.largest = self.largest, torch.zeros_like(self.largest)
@@ -157,21 +162,21 @@ class ScoreGradient:
 
 
 class TokenCounts:
-    """How often each token was to be predicted in this launch."""
+    """How often each token was a label in this launch."""
 
     def __init__(self, vocab_size: int) -> None:
         self.counts = torch.zeros(vocab_size, dtype=torch.int64)
 
     def add(self, batches: list[MicroBatch]) -> None:
-        """Count this rank's labels, on the host, where batches come from."""
+        """Count this rank's labels. `batches` are on the host."""
         for batch in batches:
             labels = batch.labels[batch.labels != IGNORE]
             self.counts += torch.bincount(labels, minlength=len(self.counts))
 
     def entropy(self) -> float:
-        """Entropy of the tokens of all ranks in nats. Collective."""
+        """Entropy of the labels of all ranks, in nats. Collective."""
         total = self.counts.clone()
         if dist.is_initialized():
-            dist.all_reduce(total)  # on the host: the group has a backend for CPUs beside that for GPUs
+            dist.all_reduce(total)  # over gloo, since the counts are on the host
         shares = total[total > 0].double() / total.sum()
         return float(-(shares * shares.log()).sum())

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and how it comes back."""
+"""What goes into a run's checkpoints, and how a run is restored from one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger("megamor.train")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from. Found out once a run: git and the package index of Python are slow to ask."""
+    """The code and data that a checkpoint comes from. Determined once per launch: asking git and pip is slow."""
 
     data_fingerprints: dict[str, str]
     code_revision: str = field(default_factory=code_revision)
@@ -43,7 +43,7 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """How far a run is. `run_ids` are those of experiment trackers."""
+    """How far a run is. `run_ids` are its ids in experiment trackers."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -51,7 +51,7 @@ class RunProgress:
 
 
 class Stateful(Protocol):
-    """Something that changes during training. Its state is plain data (JSON), the same on all ranks."""
+    """Something that changes during training. Its state is plain data (JSON) and the same on all ranks."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -60,11 +60,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves and restores everything of a run: model, optimizer, random states, position in the data, progress.
+    """Saves and restores a whole run: model, optimizer, random states, position in the data, progress.
 
-    `model_shapes` are those of the model's state before it was distributed, by name. `files` go into every checkpoint
-    as they are. `origin` are facts about code and data that a checkpoint records. `components` are whatever else
-    changes during training.
+    `model_shapes` are the shapes of the model's state before it was distributed, by name. `files` are copied into every
+    checkpoint. `components` are all other objects that change during training.
     """
 
     config: Config
@@ -78,14 +77,15 @@ class RunCheckpoints:
     background: BackgroundSave = field(default_factory=BackgroundSave)
 
     def save(self, progress: RunProgress) -> Path | None:
-        """Publish a checkpoint of `progress.step`; with `checkpoint.asynchronous`, begin to. Collective.
+        """Write a checkpoint of `progress.step`; with `checkpoint.asynchronous`, start to. Collective.
 
-        Only one is being written at a time: the one before is waited for.
+        At most one is written at a time, so this waits for the previous one.
 
         Returns:
             The checkpoint; None while it is being written (see `wait`).
         """
         self.wait()
+        # The small state is copied here, before training continues and changes it.
         state = TrainerState(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -100,8 +100,10 @@ class RunCheckpoints:
         )
         files = {**self.files, TRAINER_FILE: state.to_json()}
         rng = partial(write_rng, states=rng_states(self.backend.world_size), rank=self.backend.rank)
+        # Random states are gathered now for the same reason: a background save must not see those of later steps.
         if not self.config.checkpoint.asynchronous:
             return self.manager.save(progress.step, [self.backend.save, rng], files)
+        # The thread uses the manager's own gloo group, so its collectives can't mix with those of training.
         write = partial(self.backend.copy_state().write, group=self.manager.ranks.group)
         self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
         return None
@@ -120,24 +122,25 @@ class RunCheckpoints:
         return self.background.wait()
 
     def close(self) -> None:
-        """Let the checkpoint that is being written be finished, without hiding the error that ends the run."""
+        """Finish the checkpoint that is being written, without hiding an error that already ends the run."""
         try:
             self.wait()
         except MegamorError as error:
             log.error("a checkpoint was not written: %s", error)
 
     def record_loss(self, step: int, loss: float) -> None:
-        """Remember the validation loss of `step`, which decides what `checkpoint.keep_best` keeps. Collective."""
+        """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
         record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
         run_on_all_ranks(record)
 
     def restore(self, at_most: int | None = None) -> RunProgress | None:
-        """Go back to the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
+        """Restore the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
 
         Raises:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
         """
         self.wait()
+        # Every file is checked against the manifest; a damaged checkpoint is skipped in favour of the one before.
         directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
@@ -154,10 +157,11 @@ class RunCheckpoints:
         return RunProgress(state.step, state.tokens_seen, state.run_ids)
 
     def _read(self, directory: Path) -> TrainerState:
-        """Everything that can be refused, before anything is overwritten; puts the loader in place."""
+        """Read and check all that can be refused before weights are overwritten; restores loader and components."""
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self.loader.load_state_dict(state.data)
+        # Components that this version doesn't have (or that are switched off) are left out on purpose.
         for name, saved in state.components.items():
             if name in self.components:
                 self.components[name].load_state_dict(saved)
@@ -165,13 +169,13 @@ class RunCheckpoints:
 
 
 def _nothing() -> None:
-    """What the other ranks do while the first one acts."""
+    """The action of all ranks but the first."""
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:
-    """What makes a checkpoint independent of where it was trained: resolved configuration and tokenizer.
+    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer.
 
-    Read once at the start, so that a file that changes or goes during the run doesn't matter.
+    Read once at the start, so that changing or deleting the originals during the run does no harm.
     """
     files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
     if config.data.tokenizer:

@@ -1,4 +1,4 @@
-"""Validation during training: losses on every set, under each way of routing, over all ranks."""
+"""Validation during training: losses on every set, for each routing mode, over all ranks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from megamor.parallel import Backend
 from megamor.routing import Mode
 
 VALIDATION = "validation/"
-"""What the names of validation metrics begin with."""
+"""Prefix of the names of validation metrics."""
 
 
 @dataclass(frozen=True)
 class ValidationLosses:
-    """`of_set` holds the loss by way of routing for each set, in nats per token."""
+    """`of_set` holds the losses of each set by routing mode, in nats per token."""
 
     of_set: dict[str, dict[Mode, float]]
 
     @property
     def mean(self) -> float:
-        """Under the inference rule, over the sets."""
+        """Mean over the sets of the loss under the inference rule."""
         return fmean(losses["causal"] for losses in self.of_set.values())
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Ready to log; the gap is how much the router lacks to decide without looking ahead."""
+        """Metrics to log. The gap is what it costs that the router can't look ahead at inference."""
         found: dict[str, float | int | None] = {}
         for name, losses in self.of_set.items():
             found |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
@@ -57,7 +57,8 @@ def validation_losses(
 ) -> ValidationLosses:
     """Means over at most `train.eval_sequences` windows of each set. Collective.
 
-    `before_batch` is called before each batch, of which all ranks have equally many, and may raise to give up.
+    `before_batch` is called before each batch and may raise to abandon the evaluation. All ranks have equally many
+    batches, so it may use collectives.
     """
 
     def loss(data: ValidationSet, mode: Mode) -> float:

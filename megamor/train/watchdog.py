@@ -1,8 +1,8 @@
-"""A watchdog for runs that hang: a dead node, a frozen process, a collective that somebody doesn't join.
+"""A watchdog for runs that hang: a dead node, a frozen process, a collective that one rank never joins.
 
-Every rank notes what it is doing (a heartbeat). A thread writes the notes to `heartbeats/` in the run's directory from
-time to time, and ends the process when the notes stop changing: it prints the stacks of all threads and who was heard
-of last, writes the flight recorder of NCCL, and leaves with the status that asks for another start.
+Each rank records what it is doing (a heartbeat). A thread writes the latest heartbeat to `heartbeats/` in the run's
+directory every few seconds. If a rank makes no progress for too long, its thread prints the stacks of all threads and
+the last heartbeat of every rank, writes NCCL's flight recorder, and exits with the requeue status (75).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from megamor.train.stop import EXIT_INTERRUPTED
 
 DIRECTORY = "heartbeats"
 STALE = 4
-"""A note older than so many times the allowed time tells nothing."""
-LOOKS = 8
-"""How often the thread looks within the allowed time."""
+"""Heartbeats older than this many timeouts are left over from an earlier launch and aren't shown."""
+CHECKS_PER_TIMEOUT = 8
+"""How often the thread checks, and writes a heartbeat, within one timeout."""
 
 
 class Watchdog:
-    """Active while entered. `timeout` are the seconds without a beat after which this process leaves; None: never.
+    """Active inside its context. This process exits after `timeout` seconds without a beat; None: never.
 
-    Time is that of the monotonic clock, which nobody sets.
+    Uses the monotonic clock, which doesn't jump when the date is set.
     """
 
     def __init__(self, directory: Path, rank: int, timeout: float | None) -> None:
@@ -38,13 +38,14 @@ class Watchdog:
         self._doing, self._beaten_at = "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._heard_of = False
+        self._has_written = False
 
     def beat(self, doing: str) -> None:
-        """This rank is alive and begins with `doing`, such as `step 12`."""
+        """Record that this rank is alive and starts `doing`, such as `step 12`."""
         self._doing, self._beaten_at = doing, time.monotonic()
-        if self._thread is not None and not self._heard_of:
-            self._write_note(0.0)  # a rank that freezes before the thread's first look must have been heard of too
+        if self._thread is not None and not self._has_written:
+            # Without this, a rank that freezes before the thread's first check would leave no heartbeat at all.
+            self._write_heartbeat(0.0)
 
     def __enter__(self) -> Watchdog:
         if self.timeout is not None:
@@ -55,30 +56,32 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._ended.set()
+        # Joined, so that no thread prints or exits the process after the run is over.
         if self._thread is not None:
             self._thread.join()
 
     def _watch(self, timeout: float) -> None:
-        while not self._ended.wait(timeout / LOOKS):
+        while not self._ended.wait(timeout / CHECKS_PER_TIMEOUT):
             silent = time.monotonic() - self._beaten_at
-            self._write_note(silent)
+            self._write_heartbeat(silent)
             if silent > timeout:
-                self._bite(silent, timeout)
+                self._report_and_exit(silent, timeout)
 
-    def _write_note(self, silent: float) -> None:
+    def _write_heartbeat(self, silent: float) -> None:
         note = {"doing": self._doing, "seconds": round(silent, 1), "host": socket.gethostname(), "pid": os.getpid()}
-        self._heard_of = True
+        self._has_written = True
         try:
             self.directory.mkdir(exist_ok=True)
+            # Replaced in one go: other ranks read it at any moment.
             draft = self.directory / f".{self.rank}"
             draft.write_text(json.dumps(note))
             draft.replace(self.directory / f"rank_{self.rank}.json")
         except OSError:
-            pass  # a full disk is for those to report who need it
+            pass  # heartbeats only help people; a full disk is reported by what needs the disk
 
-    def _bite(self, silent: float, timeout: float) -> None:
-        """Say what there is to say, and leave without waiting for anything."""
-        print(f"rank {self.rank} hangs: {self._doing} for {silent:.0f} s. Last heard of:", file=sys.stderr)
+    def _report_and_exit(self, silent: float, timeout: float) -> None:
+        """Print what is known and exit at once. Normal shutdown would wait for the thread that hangs."""
+        print(f"rank {self.rank} hangs: {self._doing} for {silent:.0f} s. Last heartbeats:", file=sys.stderr)
         for line in self._others(timeout):
             print(f"  {line}", file=sys.stderr)
         self._dump_stacks(sys.stderr)
@@ -92,12 +95,12 @@ class Watchdog:
         os._exit(EXIT_INTERRUPTED)
 
     def _others(self, timeout: float) -> list[str]:
-        """What each rank wrote last, the longest silent first: that one is to blame as a rule."""
+        """The last heartbeat of each rank, oldest first: the rank that has been silent longest is usually the cause."""
         notes = []
         for path in self.directory.glob("rank_*.json"):
             try:
                 age = time.time() - path.stat().st_mtime
-                if age < STALE * timeout:  # else of an earlier launch with more ranks
+                if age < STALE * timeout:
                     notes.append((age, f"{path.stem}: {path.read_text()}, written {age:.0f} s ago"))
             except OSError:
                 continue
@@ -108,9 +111,9 @@ class Watchdog:
 
 
 def write_flight_recorder(path: Path) -> bool:
-    """What NCCL's collectives were doing, as `torch.distributed.flight_recorder.fr_trace` reads it; False without NCCL.
+    """Write NCCL's recent collectives as `torch.distributed.flight_recorder.fr_trace` reads them; False without NCCL.
 
-    TORCH_FR_BUFFER_SIZE says how many of them torch remembers; with 0, its default, there is nothing to write.
+    Torch remembers the last TORCH_FR_BUFFER_SIZE collectives; with 0, its default, there is nothing to write.
     """
     import torch
     import torch.distributed as dist

@@ -32,7 +32,7 @@ def check(config: Config) -> None:
     documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).expand_as(ids)
     with torch.no_grad():
         packed = model(ids, mode="causal", documents=documents)
-        alone = [model(part, mode="causal") for part in ids.split(LENGTHS, dim=1)]
+        alone = [model(document, mode="causal") for document in ids.split(LENGTHS, dim=1)]
     torch.testing.assert_close(packed.logits, torch.cat([out.logits for out in alone], 1), atol=1e-10, rtol=0)
     if packed.depth is not None:
         assert torch.equal(packed.depth, torch.cat([out.depth for out in alone], 1))

@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.bench import tables as readme_numbers
-from megamor.cli import (
-    COMMANDS,
-    bench,
-    convert_checkpoint,
-    export_hf,
-    fetch_data,
-    generate,
-    inspect_data,
-    merge_data,
-    plan,
-    preprocess,
-    pretrain,
-    verify_checkpoint,
-    verify_resume,
-)
-from megamor.cli import evaluate as evaluate
-from megamor.cli import import_weights as import_official
+from megamor.cli import COMMANDS, evaluate, generate, main, pretrain
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
 from megamor.parallel import init_world
@@ -44,29 +25,9 @@ from tests.resume.runs import directory_of, tiny_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-MAINS = {
-    "megamor pretrain": pretrain.main,
-    "megamor evaluate": evaluate.main,
-    "megamor generate": generate.main,
-    "megamor preprocess": preprocess.main,
-    "megamor inspect-data": inspect_data.main,
-    "megamor merge-data": merge_data.main,
-    "megamor fetch-data": fetch_data.main,
-    "megamor bench": bench.main,
-    "megamor plan": plan.main,
-    "megamor/bench/tables.py": readme_numbers.main,
-    "megamor export-hf": export_hf.main,
-    "megamor import": import_official.main,
-    "megamor convert-checkpoint": convert_checkpoint.main,
-    "megamor verify-checkpoint": verify_checkpoint.main,
-    "megamor verify-resume": verify_resume.main,
-}
 UNFINISHED = {
     name: pytest.mark.xfail(strict=False, reason="not yet rewritten")
-    for name in (
-        *("fetch-data", "preprocess", "merge-data", "inspect-data", "plan", "launch", "serve"),
-        *("convert-checkpoint", "verify-checkpoint", "bench"),
-    )
+    for name in (*("preprocess", "merge-data", "inspect-data", "plan", "serve", "verify-checkpoint", "bench"),)
 }
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " * 400
 
@@ -77,14 +38,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(("command", "main"), MAINS.items(), ids=MAINS)
-def test_help_teaches_by_example(command: str, main: Callable, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leaving:
-        main(["--help"])
+        main([command, "--help"])
     assert leaving.value.code in (0, None)
-    shown = capsys.readouterr().out
-    _, _, example = re.sub(r"\s+", " ", shown).partition("example")
-    assert command in example, f"no example of {command} in its help"
+    _, _, example = re.sub(r"\s+", " ", capsys.readouterr().out).partition("example")
+    assert f"megamor {command} " in example, f"no example of megamor {command} in its help"
 
 
 def processor_seconds(*arguments: str) -> float:
@@ -122,14 +82,9 @@ def test_a_command_is_imported_only_when_it_runs() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_command_exists() -> None:
-    for command in COMMANDS.values():
-        assert callable(import_module(f"megamor.cli.{command.module}").main)
-
-
 def test_evaluation_names_data_sets_briefly() -> None:
-    names = evaluate.short_names(["/a/b/train/pile_val", "/a/b/test/pile_val", "books"])
-    assert names == ["train/pile_val", "test/pile_val", "books"]
+    names = evaluate.short_names(["/a/b/train/pile_val", "/a/b/test/pile_val", "/a/c4"])
+    assert names == ["/a/b/train/pile_val", "/a/b/test/pile_val", "c4"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

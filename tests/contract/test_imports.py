@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,6 +150,17 @@ def files() -> list[Path]:
 def test_no_import_breaks_the_table() -> None:
     found = [breach for path in files() for breach in breaches(path, (ROOT / path).read_text())]
     assert not found, "\n".join(found)
+
+
+def test_the_documentation_shows_the_table() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|$", page.split("## Rooms")[1].split("\n## ")[0], re.MULTILINE)
+    every = {"–": set[str](), "every room": {*ALLOWED}, "every room but cli": {*ALLOWED} - {"cli"}}
+    shown = {room: every[cell] if cell in every else {*cell.split(", ")} for room, cell in rows}
+    assert len(rows) == len(ALLOWED)
+    assert {room: rooms - {room, "errors"} for room, rooms in shown.items()} == {
+        room: rooms - {room, "errors"} for room, rooms in ALLOWED.items()
+    }
 
 
 @pytest.mark.parametrize("package", LAZY)

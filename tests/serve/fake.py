@@ -12,9 +12,9 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megamor.serve.engine.request import EngineStats, RequestError, RequestOutput, SamplingParams, TokenLogprob
-from megamor.serve.http.server import ServerSettings, create_app
-from megamor.serve.http.shutdown import DrainingServer
+from megamor.serve.http.server import DrainingServer, create_app
 from megamor.serve.http.text import TextCodec
+from megamor.serve.options import ServerOptions
 
 CONTEXT = 512
 MODEL = "tiny"
@@ -56,6 +56,8 @@ class FakeEngine:
     fail: bool = False
     generated: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
+
+    context_length: int = CONTEXT
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -155,8 +157,7 @@ class Running:
 @contextmanager
 def serving(engine: FakeEngine, drain_seconds: float = 10.0, **settings: object) -> Iterator[Running]:
     """A real server on a free port of the loopback interface."""
-    options = ServerSettings(model=MODEL, max_model_len=CONTEXT, **settings)  # type: ignore[arg-type]
-    app = create_app(engine, engine.codec, options)
+    app = create_app(engine, engine.codec, MODEL, ServerOptions(**settings))  # type: ignore[arg-type]
     config = uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", timeout_graceful_shutdown=2)
     server = DrainingServer(config, app.state.server.runner, drain_seconds)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve.engine import paged_attention as paths
-from megamor.serve.engine.paged_attention import KernelLayout, PagedLayout, Reading
+from megamor.serve.engine import attention
+from megamor.serve.engine.attention import GatherLayout, KernelLayout, KVView
 from megamor.serve.engine.paged_kernel import paged_attention
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import Schedule, check, expected
@@ -45,11 +45,11 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
 
 def test_layouts_agree() -> None:
     generator = torch.Generator().manual_seed(0)
-    readings = [Reading([3], [2]), Reading([5, 1, 7], [9, 10, 11]), Reading([0, 9, 4], [3, 7, 12])]
+    views = [KVView([3], [2]), KVView([5, 1, 7], [9, 10, 11]), KVView([0, 9, 4], [3, 7, 12])]
     q = torch.randn(7, 6, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(13, 4, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
-    wanted = PagedLayout.of(readings, 4, torch.float64, CPU).attend(q, k, v)
-    torch.testing.assert_close(KernelLayout.of(readings, 4, CPU).attend(q, k, v), wanted, atol=1e-14, rtol=0)
+    wanted = GatherLayout.of(views, 4, torch.float64, CPU).attend(q, k, v)
+    torch.testing.assert_close(KernelLayout.of(views, 4, CPU).attend(q, k, v), wanted, atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_engine_answers_as_the_reference(kv_policy: str, recorded: bool, mon
 
     original = KernelLayout.attend
     monkeypatch.setattr(KernelLayout, "attend", counted)
-    monkeypatch.setattr(paths, "reads_in_place", lambda device: True)
+    monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     model = lively_model(tiny_config(ROUTERS["token_choice"], kv_policy, "middle_cycle")).eval()
     check(model, Schedule("depthwise", 3, 4, recorded=recorded), expected(model))
     assert max(calls) > 4

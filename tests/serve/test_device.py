@@ -16,10 +16,10 @@ from torch import Tensor
 from megamor.load import cast
 from megamor.model import build_model
 from megamor.routing import token_choice
-from megamor.serve.engine import paged_attention, paged_kernel
-from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine import attention, paged_kernel
+from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.request import SamplingParams
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, tiny_config
 from tests.serve.test_equality import SERVED
 
@@ -70,22 +70,22 @@ def test_nothing_waits_but_for_rows_and_tokens(
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.at(tensor))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
     monkeypatch.setattr(token_choice, "Incoming", lambda numbers: None)  # on its way, and never asked for here
-    monkeypatch.setattr(paged_attention, "reads_in_place", lambda device: True)
+    monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     monkeypatch.setattr(paged_kernel, "paged_attention", kernel)
     kv_policy = SERVED[POLICIES.index(policy) % 2]
     model = cast(build_model(tiny_config(ROUTERS[router], kv_policy), device="meta"), torch.bfloat16)
     engine = ServingEngine(model, EngineOptions(policy=policy, max_resident=3, chunk_size=4, kv_memory=1 << 22))  # type: ignore[arg-type]
     if recorded:
-        engine.record_launches(lambda run: (run(), lambda: None))
+        engine.record_graphs(lambda run: (run(), lambda: None))
     for params in REQUESTS:
         engine.add_request(PROMPT, params)
     outputs, depths = [], set[int]()
     while engine.has_work:
         before = looks.count
-        depths.add(len({piece.recursion for piece in engine.scheduler.in_core}))
-        launches = engine.accounting.launches["core"]
+        depths.add(len({chunk.recursion for chunk in engine.scheduler.in_core}))
+        launches = engine.accounting.total.launches["core"]
         outputs += engine.step()
-        if engine.accounting.launches["core"] > launches:
+        if engine.accounting.total.launches["core"] > launches:
             assert looks.count - before <= 1
     assert sum(len(output.tokens) for output in outputs) == 5 * 6
     looks.goes_on = False  # made-up rows know nothing of bounds

@@ -21,9 +21,9 @@ from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
-from megamor.serve.engine.engine import EngineOptions, ServingEngine
+from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.serve.reference import Answer, answer
 
@@ -120,7 +120,7 @@ def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int],
         ),
     )
     if schedule.recorded:
-        engine.record_launches(call_again)
+        engine.record_graphs(call_again)
     arriving, names = list(ORDERS[schedule.order]), dict[int, int]()
     outputs: dict[tuple[int, int], list[RequestOutput]] = {
         (number, index): [] for number, (_, params) in enumerate(REQUESTS) for index in range(params.n)
@@ -160,9 +160,9 @@ def check(model: Transformer, schedule: Schedule, wanted: dict[tuple[int, int], 
     engine.scheduler.prefixes.clear()
     free = {name: len(pool.free) for name, pool in engine.scheduler.book.pools.items()}
     assert free == engine.scheduler.book.num_pages
-    assert len(engine.scheduler.free_slots) == engine.limits.max_rows
+    assert len(engine.scheduler.free_slots) == engine.options.num_slots
     assert not engine.requests
-    assert not engine.continuations
+    assert not engine.branches
     return engine
 
 
@@ -293,8 +293,8 @@ def test_one_continuation_is_given_up(policy: str) -> None:
             found = tuple(token for output in outputs if output.index == index for token in output.tokens)
             assert found == answer(model, TEXT[:13], params, index, None).tokens
         assert not engine.requests
-        assert not engine.continuations
-        assert len(engine.scheduler.free_slots) == engine.limits.max_rows
+        assert not engine.branches
+        assert len(engine.scheduler.free_slots) == engine.options.num_slots
 
 
 @pytest.mark.parametrize(
@@ -364,9 +364,10 @@ def test_a_preempted_sequence_keeps_its_depths() -> None:
         engine.step()
     sequence = engine.scheduler.residents[0]
     before = list(sequence.depths)
+    assert model.stage is not None
     with torch.no_grad():
-        for head in model.stage.router.heads:
-            head.weight.neg_()
+        for weight in model.stage.router.parameters():
+            weight.neg_()
     engine.scheduler.preempt(sequence)
     finish(engine)
     assert sequence.depths[: len(before)] == before

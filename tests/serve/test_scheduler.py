@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamor.serve.engine.pages import EVERY_TOKEN, TableSpec
-from megamor.serve.engine.scheduler import POLICIES, Launch, Limits, Piece, Scheduler, SequenceState
+from megamor.serve.engine.scheduler import Chunk, ScheduledBatch, Scheduler, SequenceState
+from megamor.serve.options import POLICIES, EngineOptions, Policy
 
 NUM_RECURSIONS = 3
 EDGE = TableSpec("edge", EVERY_TOKEN)
@@ -33,17 +34,17 @@ def chosen_depth(tokens: Sequence[int], max_depth: int) -> int:
 
 
 class Memory:
-    """A model without numbers: runs the launches of a scheduler and checks what they see."""
+    """A model without numbers: runs the batches of a scheduler and checks what they see."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.scheduler = Scheduler(limits)
+    def __init__(self, options: EngineOptions, tables: str, num_pages: dict[str, int]) -> None:
+        self.options, self.tables = options, TABLES[tables]
+        self.scheduler = Scheduler(options, NUM_RECURSIONS, self.tables, num_pages)
         self.pages: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self.everyone: list[SequenceState] = []
         self.targets: dict[int, int] = {}
-        self.in_slots: dict[int, Piece] = {}
+        self.in_slots: dict[int, Chunk] = {}
         self.history: list[tuple[str, bool]] = []
-        """Kind of each launch, and whether anything was in the core then."""
+        """Kind of each batch, and whether anything was in the core then."""
 
     def submit(self, prompt: list[int], new_tokens: int, max_depth: int, leader: SequenceState | None = None) -> None:
         sequence = SequenceState(len(self.everyone), list(prompt), len(prompt), max_depth, leader)
@@ -54,119 +55,119 @@ class Memory:
             self.scheduler.add(sequence)
 
     def step(self, abort_inside: SequenceState | None = None) -> bool:
-        launch = self.scheduler.next()
-        if launch is None:
+        batch = self.scheduler.next()
+        if batch is None:
             return False
-        self.history.append((launch.kind, bool(self.scheduler.in_core)))
-        held = self.pages_of(launch)
-        for copy in launch.copies:
-            for place in range(self.limits.page_size):
-                self.pages[copy.pool, copy.target, place] = self.pages.get((copy.pool, copy.source, place), ())
+        self.history.append((batch.kind, bool(self.scheduler.in_core)))
+        held = self.pages_of(batch)
+        for copy in batch.copies:
+            for offset in range(self.options.page_size):
+                self.pages[copy.pool, copy.target, offset] = self.pages.get((copy.pool, copy.source, offset), ())
         if abort_inside is not None:
             self.scheduler.remove(abort_inside)
         for pool, page in held:
-            assert page not in self.scheduler.book.pools[pool].free, "a page of the launch was freed while it runs"
-        going_on = []
-        if launch.kind == "entry":
-            going_on = [self.enter(piece) for piece in launch.pieces]
-        elif launch.kind == "core":
-            for piece in launch.pieces:
-                self.core(piece)
-            going_on = [
-                [row for row in piece.active if self.depth(piece, row) > piece.recursion + 1] for piece in launch.pieces
+            assert page not in self.scheduler.book.pools[pool].free, "a page of the batch was freed while it runs"
+        continuing = []
+        if batch.kind == "entry":
+            continuing = [self.enter(chunk) for chunk in batch.chunks]
+        elif batch.kind == "core":
+            for chunk in batch.chunks:
+                self.core(chunk)
+            continuing = [
+                [row for row in chunk.active if self.depth(chunk, row) > chunk.recursion + 1] for chunk in batch.chunks
             ]
         else:
-            for piece in launch.pieces:
-                self.leave(piece)
-        self.scheduler.complete(launch, going_on)
-        if launch.kind == "exit":
-            self.answer(launch)
+            for chunk in batch.chunks:
+                self.leave(chunk)
+        self.scheduler.complete(batch, continuing)
+        if batch.kind == "exit":
+            self.answer(batch)
         self.check()
         return True
 
-    def pages_of(self, launch: Launch) -> list[tuple[str, int]]:
+    def pages_of(self, batch: ScheduledBatch) -> list[tuple[str, int]]:
         return [
             (spec.pool, page)
-            for piece in launch.pieces
-            for spec, table in zip(self.limits.tables, piece.sequence.tables, strict=True)
+            for chunk in batch.chunks
+            for spec, table in zip(self.tables, chunk.sequence.tables, strict=True)
             for page in table.pages
         ]
 
-    def depth(self, piece: Piece, row: int) -> int:
-        position = piece.start + row
-        least, most = piece.sequence.bounds(position)
-        return max(least, min(most, chosen_depth(piece.sequence.tokens[: position + 1], piece.sequence.max_depth)))
+    def depth(self, chunk: Chunk, row: int) -> int:
+        position = chunk.start + row
+        least, most = chunk.sequence.bounds(position)
+        return max(least, min(most, chosen_depth(chunk.sequence.tokens[: position + 1], chunk.sequence.max_depth)))
 
-    def enter(self, piece: Piece) -> list[int]:
-        for slot in piece.slots:
-            assert slot not in self.in_slots or self.in_slots[slot].sequence.piece is not self.in_slots[slot]
-            self.in_slots[slot] = piece
-        self.write(piece, EVERY_TOKEN, {row: piece.start + row for row in range(piece.length)})
-        return [row for row in range(piece.length) if self.depth(piece, row) > 0]
+    def enter(self, chunk: Chunk) -> list[int]:
+        for slot in chunk.slots:
+            assert slot not in self.in_slots or self.in_slots[slot].sequence.chunk is not self.in_slots[slot]
+            self.in_slots[slot] = chunk
+        self.write(chunk, EVERY_TOKEN, {row: chunk.start + row for row in range(chunk.length)})
+        return [row for row in range(chunk.length) if self.depth(chunk, row) > 0]
 
-    def core(self, piece: Piece) -> None:
-        if piece.recursion in self.scheduler.table_of:
-            self.write(piece, piece.recursion, piece.places[piece.recursion])
-        for table, places in piece.places.items():
-            for row in piece.active:
-                self.read(piece, table, row, places[row])
+    def core(self, chunk: Chunk) -> None:
+        if chunk.recursion in self.scheduler.table_of:
+            self.write(chunk, chunk.recursion, chunk.entries[chunk.recursion])
+        for table, entries in chunk.entries.items():
+            for row in chunk.active:
+                self.read(chunk, table, row, entries[row])
 
-    def leave(self, piece: Piece) -> None:
-        assert all(self.depth(piece, row) == piece.depths[row] for row in range(piece.length)), "left before its time"
+    def leave(self, chunk: Chunk) -> None:
+        assert all(self.depth(chunk, row) == chunk.depths[row] for row in range(chunk.length)), "left before its time"
         if EVERY_TOKEN in self.scheduler.table_of:
-            for row in range(piece.length):
-                self.read(piece, EVERY_TOKEN, row, piece.start + row)
+            for row in range(chunk.length):
+                self.read(chunk, EVERY_TOKEN, row, chunk.start + row)
 
-    def answer(self, launch: Launch) -> None:
-        for piece in launch.pieces:
-            sequence = piece.sequence
+    def answer(self, batch: ScheduledBatch) -> None:
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
             if sequence.state == "resident" and not sequence.unread:
-                self.scheduler.extend(sequence, hash(tuple(sequence.tokens)) % 3)
+                sequence.tokens.append(hash(tuple(sequence.tokens)) % 3)
                 if len(sequence.tokens) == self.targets[sequence.number]:
                     self.scheduler.remove(sequence)
 
-    def where(self, piece: Piece, recursion: int, entry: int) -> tuple[str, int, int]:
+    def where(self, chunk: Chunk, recursion: int, entry: int) -> tuple[str, int, int]:
         number = self.scheduler.table_of[recursion]
-        table, size = piece.sequence.tables[number], self.limits.page_size
-        return self.limits.tables[number].pool, table.pages[entry // size], entry % size
+        table, size = chunk.sequence.tables[number], self.options.page_size
+        return self.tables[number].pool, table.pages[entry // size], entry % size
 
-    def write(self, piece: Piece, recursion: int, places: dict[int, int]) -> None:
+    def write(self, chunk: Chunk, recursion: int, entries: dict[int, int]) -> None:
         if recursion in self.scheduler.table_of:
-            for row, entry in places.items():
-                pool, page, place = self.where(piece, recursion, entry)
-                assert self.scheduler.book.pools[pool].holders[page] > 0
-                self.pages[pool, page, place] = (recursion, *piece.sequence.tokens[: piece.start + row + 1])
+            for row, entry in entries.items():
+                pool, page, offset = self.where(chunk, recursion, entry)
+                assert self.scheduler.book.pools[pool].ref_counts[page] > 0
+                self.pages[pool, page, offset] = (recursion, *chunk.sequence.tokens[: chunk.start + row + 1])
 
-    def read(self, piece: Piece, recursion: int, row: int, last: int) -> None:
-        tokens, max_depth = piece.sequence.tokens, piece.sequence.max_depth
+    def read(self, chunk: Chunk, recursion: int, row: int, last: int) -> None:
+        tokens, max_depth = chunk.sequence.tokens, chunk.sequence.max_depth
         wanted = [
             (recursion, *tokens[: end + 1])
-            for end in range(piece.start + row + 1)
+            for end in range(chunk.start + row + 1)
             if chosen_depth(tokens[: end + 1], max_depth) > recursion
         ]
-        found = [self.pages[self.where(piece, recursion, entry)] for entry in range(last + 1)]
+        found = [self.pages[self.where(chunk, recursion, entry)] for entry in range(last + 1)]
         assert found == wanted, "a row sees other entries than those of its sequence that reached its depth"
 
     def check(self) -> None:
-        """Holders of every page are those that know it; every slot is free or in one piece."""
+        """The references of a page are those that know it; every slot is free or in one chunk."""
         scheduler = self.scheduler
-        holders: dict[tuple[str, int], int] = {}
+        ref_counts: dict[tuple[str, int], int] = {}
         for sequence in scheduler.residents:
-            for spec, table in zip(self.limits.tables, sequence.tables, strict=True):
+            for spec, table in zip(self.tables, sequence.tables, strict=True):
                 for page in table.pages:
-                    holders[spec.pool, page] = holders.get((spec.pool, page), 0) + 1
-        for node in scheduler.prefixes.nodes.values():
-            for spec, pages in zip(self.limits.tables, node.pages, strict=True):
+                    ref_counts[spec.pool, page] = ref_counts.get((spec.pool, page), 0) + 1
+        for block in scheduler.prefixes.blocks.values():
+            for spec, pages in zip(self.tables, block.pages, strict=True):
                 for page in pages:
-                    holders[spec.pool, page] = holders.get((spec.pool, page), 0) + 1
+                    ref_counts[spec.pool, page] = ref_counts.get((spec.pool, page), 0) + 1
         for name, pool in scheduler.book.pools.items():
-            assert pool.holders == [holders.get((name, page), 0) for page in range(len(pool.holders))]
-            assert sorted(pool.free) == [page for page, count in enumerate(pool.holders) if count == 0]
-        pieces = [sequence.piece for sequence in scheduler.residents if sequence.piece is not None]
-        assert sorted(pieces, key=id) == sorted(scheduler.in_core + scheduler.leaving, key=id)
-        slots = [slot for piece in pieces for slot in piece.slots] + scheduler.free_slots
-        assert sorted(slots) == list(range(self.limits.max_rows))
-        assert len(scheduler.residents) <= self.limits.max_resident
+            assert pool.ref_counts == [ref_counts.get((name, page), 0) for page in range(len(pool.ref_counts))]
+            assert sorted(pool.free) == [page for page, count in enumerate(pool.ref_counts) if count == 0]
+        chunks = [sequence.chunk for sequence in scheduler.residents if sequence.chunk is not None]
+        assert sorted(chunks, key=id) == sorted(scheduler.in_core + scheduler.leaving, key=id)
+        slots = [slot for chunk in chunks for slot in chunk.slots] + scheduler.free_slots
+        assert sorted(slots) == list(range(self.options.num_slots))
+        assert len(scheduler.residents) <= self.options.max_resident
         if scheduler.residents and scheduler.waiting:
             assert max(s.number for s in scheduler.residents) < min(s.number for s in scheduler.waiting)
 
@@ -179,19 +180,14 @@ class Memory:
         assert all(sequence.state == "gone" for sequence in self.everyone)
         self.scheduler.prefixes.clear()
         self.check()
-        assert all(len(pool.free) == self.limits.num_pages[name] for name, pool in self.scheduler.book.pools.items())
+        assert all(len(pool.free) == len(pool.ref_counts) for pool in self.scheduler.book.pools.values())
 
 
 @st.composite
-def all_limits(draw: st.DrawFn) -> Limits:
-    tables = TABLES[draw(st.sampled_from(sorted(TABLES)))]
-    page_size = draw(st.integers(1, 5))
-    counts = {spec.pool: draw(st.integers(4, 60)) for spec in tables}
-    return Limits(
-        NUM_RECURSIONS,
-        page_size,
-        tables,
-        counts,
+def memories(draw: st.DrawFn) -> Memory:
+    tables = draw(st.sampled_from(sorted(TABLES)))
+    options = EngineOptions(
+        page_size=draw(st.integers(1, 5)),
         policy=draw(st.sampled_from(POLICIES)),
         hold=draw(st.integers(1, 4)),
         max_resident=draw(st.integers(1, 6)),
@@ -199,14 +195,14 @@ def all_limits(draw: st.DrawFn) -> Limits:
         chunk_size=draw(st.integers(1, 7)),
         prefix_caching=draw(st.booleans()),
     )
+    return Memory(options, tables, {spec.pool: draw(st.integers(4, 60)) for spec in TABLES[tables]})
 
 
 @settings(max_examples=150, deadline=None)
-@given(limits=all_limits(), seed=st.integers(0, 2**32), num_sequences=st.integers(1, 12))
-def test_any_traffic(limits: Limits, seed: int, num_sequences: int) -> None:
-    """Prompts that begin alike, arriving, finishing and given up at any time, in memory that is too small for all."""
+@given(memory=memories(), seed=st.integers(0, 2**32), num_sequences=st.integers(1, 12))
+def test_any_traffic(memory: Memory, seed: int, num_sequences: int) -> None:
+    """Prompts that begin alike, arriving, finishing and aborted at any time, in memory that is too small for all."""
     rng = random.Random(seed)
-    memory = Memory(limits)
     text = [rng.randrange(3) for _ in range(20)]
     for _ in range(num_sequences):
         prompt = text[: rng.randrange(1, 14)] + [rng.randrange(3) for _ in range(rng.randrange(3))]
@@ -223,8 +219,8 @@ def test_any_traffic(limits: Limits, seed: int, num_sequences: int) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_oldest_is_never_interrupted_and_the_others_take_turns(policy: str) -> None:
-    memory = Memory(Limits(3, 2, TABLES["recursion_wise"], {"edge": 14, "core": 30}, policy=policy, max_rows=8))  # type: ignore[arg-type]
+def test_the_oldest_is_never_interrupted_and_the_others_take_turns(policy: Policy) -> None:
+    memory = Memory(EngineOptions(policy, page_size=2, max_rows=8), "recursion_wise", {"edge": 14, "core": 30})
     for number in range(6):
         memory.submit([number % 3] * 5, 12, 3)
     oldest = memory.everyone[0]
@@ -238,8 +234,7 @@ def test_the_oldest_is_never_interrupted_and_the_others_take_turns(policy: str) 
 
 
 def test_shared_prompts_are_read_once() -> None:
-    limits = Limits(3, 4, TABLES["recursion_wise"], {"edge": 99, "core": 299})
-    memory = Memory(limits)
+    memory = Memory(EngineOptions(page_size=4), "recursion_wise", {"edge": 99, "core": 299})
     prompt = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 2]
     memory.submit(prompt, 3, 3)
     for _ in range(3):
@@ -252,20 +247,20 @@ def test_shared_prompts_are_read_once() -> None:
 def test_depths_share_launches_only_where_they_should() -> None:
     mixed = {}
     for policy in POLICIES:
-        memory = Memory(Limits(3, 4, TABLES["recursion_wise"], {"edge": 99, "core": 299}, policy=policy))
+        memory = Memory(EngineOptions(policy, page_size=4), "recursion_wise", {"edge": 99, "core": 299})
         for number in range(8):
             memory.submit([number % 3, number // 3, 1], 6, 3)
         mixed[policy] = 1
         while memory.scheduler.has_work:
             if not memory.scheduler.at_boundary() and memory.scheduler.in_core:
-                mixed[policy] = max(mixed[policy], len({piece.recursion for piece in memory.scheduler.in_core}))
+                mixed[policy] = max(mixed[policy], len({chunk.recursion for chunk in memory.scheduler.in_core}))
             memory.step()
     assert mixed == {"full": 1, "shrink": 1, "depthwise": 3}
 
 
 def test_exits_are_held() -> None:
     """With hold k a boundary comes after k core launches, as long as there is anything in the core."""
-    memory = Memory(Limits(3, 4, TABLES["recursion_wise"], {"edge": 99, "core": 299}, hold=2))
+    memory = Memory(EngineOptions(page_size=4, hold=2), "recursion_wise", {"edge": 99, "core": 299})
     for number in range(8):
         memory.submit([number % 3, number // 3, 1], 9, 3)
     memory.finish()

@@ -242,7 +242,7 @@ def test_a_full_queue_says_so_and_empties() -> None:
             error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "stream": True}), 429)
             engine.gate.set()
             assert [future.result().status_code for future in waiting] == [200, 200]
-        assert (runner.num_queued, runner.num_running, runner._queued_tokens) == (0, 0, 0)
+        assert (runner.num_queued, runner.num_running, runner.num_queued_tokens) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

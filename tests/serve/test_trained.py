@@ -11,7 +11,7 @@ from megamor.cli import export_hf
 from megamor.cli.serve import build_engine, parse_arguments
 from megamor.load import load_model
 from megamor.serve.engine.request import SamplingParams
-from megamor.serve.engine.scheduler import POLICIES
+from megamor.serve.options import POLICIES
 from tests.serve.process import TEXT, trained_checkpoint
 from tests.serve.reference import Answer, answer
 

@@ -1,7 +1,7 @@
-"""Packed attention (flat rows and the bounds of their pieces) against padding and masks, and what decides between them.
+"""Packed attention (flat rows and the bounds of their segments) against padding and masks, and the choice between them.
 
-The kernel exists on GPUs only. Here a loop over the pieces stands in for it, in fp64, so that the bookkeeping around it
-is tested everywhere: bounds, order, grouped heads, who uses it and who doesn't. Buckets, which do the same on CPUs, are
+The kernel exists on GPUs only. Here a loop over the segments replaces it, in fp64, so that the bookkeeping around it is
+tested everywhere: bounds, order, grouped heads, and which calls use it. Buckets, which do the same on CPUs, are
 compared with both.
 """
 
@@ -30,7 +30,7 @@ DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 
 """[3, SEQ_LEN]"""
 
 
-def loop_over_pieces(
+def loop_over_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,7 +42,7 @@ def loop_over_pieces(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `varlen_attn` computes, piece by piece; it insists on what the kernel needs."""
+    """What `varlen_attn` computes, segment by segment; it asserts what the kernel requires."""
     assert window_size == (-1, 0), "causal"
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert cu_seq_q[0] == 0
@@ -58,7 +58,7 @@ def loop_over_pieces(
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[Segments]:
-    """The packed path on a CPU; the list gathers the pieces of every call."""
+    """The packed path on a CPU; the list collects the segments of every call."""
     calls: list[Segments] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -67,7 +67,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[Segments]:
 
     monkeypatch.setattr(geometry, "has_packed_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "packed_attention", record)
-    monkeypatch.setattr(attention, "varlen_attn", loop_over_pieces)
+    monkeypatch.setattr(attention, "varlen_attn", loop_over_segments)
     monkeypatch.setattr(attention, "_CAUSAL", {"window_size": (-1, 0)})
     monkeypatch.setattr(attention, "_TAKES_GROUPS", True)
     return calls
@@ -132,7 +132,7 @@ def test_no_mask_is_built_where_rows_are_packed(packed: list[Segments], monkeypa
     assert packed
 
 
-def test_buckets_hold_pieces_of_similar_length() -> None:
+def test_buckets_hold_segments_of_similar_length() -> None:
     lengths = torch.tensor([0, 100, 3, 90, 400, 16, 99, 0, 5])
     buckets = Buckets.of(F.pad(lengths.cumsum(0), (1, 0)).int())
     assert buckets.shapes == ((1, 400), (2, 100), (1, 90), (3, 16))
@@ -141,7 +141,7 @@ def test_buckets_hold_pieces_of_similar_length() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_buckets_equal_a_loop_over_the_pieces(seed: int) -> None:
+def test_buckets_equal_a_loop_over_the_segments(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, (60, 3, 200, 17, 1)[seed] + 1, (9,), generator=generator)
     lengths[seed] = 1
@@ -152,7 +152,7 @@ def test_buckets_equal_a_loop_over_the_pieces(seed: int) -> None:
     ]
     got = Buckets.of(bounds).attend(*leaves)
     longest = int(lengths.max())
-    want = loop_over_pieces(*leaves, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    want = loop_over_segments(*leaves, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
     torch.testing.assert_close(got, want)
     weights = torch.randn(want.shape, dtype=torch.float64, generator=generator)
     for ours, theirs in zip(
@@ -176,7 +176,7 @@ def test_segments_of_selected_rows(packed: list[Segments]) -> None:
     assert layout.segments.longest == 6  # known without asking the device
 
 
-def test_positions_of_a_piece_see_no_other_piece(packed: list[Segments]) -> None:
+def test_positions_of_a_segment_see_no_other_segment(packed: list[Segments]) -> None:
     q = torch.randn(7, 2, 8, dtype=torch.float64)
     k, v = (torch.randn(7, 1, 8, dtype=torch.float64) for _ in range(2))
     layout = AttentionLayout(Grid(1, 7), None, segments=Segments(torch.tensor([0, 3, 3, 7], dtype=torch.int32), 7))
@@ -188,7 +188,7 @@ def test_positions_of_a_piece_see_no_other_piece(packed: list[Segments]) -> None
 
 
 @pytest.mark.parametrize("takes_groups", [True, False])
-def test_the_installed_kernel_is_called_as_it_wants(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_kernel_gets_its_own_options(takes_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not takes_groups:
         monkeypatch.setattr(attention, "_TAKES_GROUPS", False)
     q = torch.empty(10, 4, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)

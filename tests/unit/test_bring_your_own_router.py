@@ -1,4 +1,4 @@
-"""The batteries run on a router of one's own, as docs/routers.md says, and refuse one that looks ahead."""
+"""The test batteries run on a custom router, as docs/routers.md says, and reject one that looks ahead."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ class Peeking(Router):
 class PeekingSession(RoutingSession):
     def __init__(self, router: Peeking, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
-        self.goes_on = rows.detach().roll(-router.ahead, dims=0).sum(-1) > 0
+        self.continues = rows.detach().roll(-router.ahead, dims=0).sum(-1) > 0
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         if recursion == 0:
             return RoutingPlan(candidates, None, Mix())
-        tokens, indices = candidates.where(candidates.gather(self.goes_on))
+        tokens, indices = candidates.where(candidates.gather(self.continues))
         return RoutingPlan(tokens, indices, Mix())
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_router_that_looks_ahead_fails(ahead: int, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same router passes when it looks at the token itself, so it is the looking ahead that is caught."""
+    """The same router passes when it looks at the token itself, so the tests detect looking ahead and nothing else."""
     target = "tests.unit.test_bring_your_own_router:Peeking"
     monkeypatch.setitem(ROUTERS, "custom", CustomRouterConfig(target=target, options={"ahead": ahead}))
     for battery, argument in (

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from megamor.cli import preprocess
 from megamor.corpus import preprocess as preprocess_module
 from megamor.corpus import text
-from megamor.corpus.journal import Journal, Progress
+from megamor.corpus.journal import Journal, JournalEntry
 from megamor.corpus.preprocess import Interrupted, StopSignals
-from megamor.corpus.text import Place
+from megamor.corpus.text import ChunkId
 from megamor.corpus.tokenizer import byte_tokenizer
 from megamor.corpus.writer import ShardWriter
 from megamor.data import TokenShard
@@ -149,7 +149,7 @@ def test_killed_at_random_times(corpus: Path, expected: dict[str, bytes], tmp_pa
         if process.returncode == 0:
             break  # quicker than we
         kills += 1
-        assert kills == 1 or "continuing an interrupted run" in said
+        assert kills == 1 or "resuming an interrupted run" in said
         sizes.append((folder / "x_train.bin.partial").stat().st_size)
     assert kills >= 2
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
@@ -181,11 +181,11 @@ def test_ctrl_c_says_how_to_go_on(
     assert process.returncode == 128 + signum
     assert said.count("\n") == 1
     assert said.startswith(f"stopped by {signum.name} after ")
-    assert said.endswith("the same command goes on from there\n")
+    assert said.endswith("rerun the same command to resume\n")
     assert not {"x_train.idx", "x_val.idx"} & set(outputs(folder))
     again = subprocess.run(command, check=False, capture_output=True, text=True)
     assert again.returncode == 0
-    assert again.stderr.startswith("continuing an interrupted run after ")
+    assert again.stderr.startswith("resuming an interrupted run after ")
     assert outputs(folder) == expected
 
 
@@ -225,7 +225,7 @@ def stop_in_the_middle(corpus: Path, folder: Path, *more: str) -> None:
         ("restart", "starting from the beginning: --restart"),
         ("shorter", "shorter than .*x.journal says"),
         ("damaged", "x.journal is damaged"),
-        ("workers", "continuing"),
+        ("workers", "resuming"),
     ],
 )
 def test_another_run_starts_over_and_says_why(
@@ -268,9 +268,9 @@ def test_a_bad_line_keeps_what_was_done(
         preprocess.main(arguments(corpus, tmp_path / "out" / "x"))
     said = capsys.readouterr().err
     assert "b.jsonl, line" in said
-    assert "what was done before is kept" in said
+    assert "finished work is kept" in said
     preprocess.main(arguments(corpus, tmp_path / "out" / "x", "--on-bad-line", "skip"))
-    assert "continuing" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     found = outputs(tmp_path / "out")
     assert found == expected
 
@@ -285,7 +285,7 @@ def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes
     assert "can't be written: File too large" in full.stderr
     assert not {"x_train.idx", "x_train.bin"} & set(outputs(folder))
     again = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert "continuing" in again.stderr
+    assert "resuming" in again.stderr
     assert outputs(folder) == expected
 
 
@@ -307,13 +307,13 @@ def test_second_run_on_one_prefix_is_refused(corpus: Path, tmp_path: Path, capsy
 def test_journal_remembers_and_compares(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path / "x"), {"a": (1, 2), "b": None})
     assert journal.read() == (None, "")
-    progress = Progress(Place(2, 7), [(3, 40), (0, 0)], {"bad": 1})
-    journal.write(progress)
+    entry = JournalEntry(ChunkId(2, 7), [(3, 40), (0, 0)], {"bad": 1})
+    journal.write(entry)
     found, reason = Journal(str(tmp_path / "x"), {"a": [1, 2], "b": None}).read()
     assert reason == ""
     assert found is not None
     assert (found.next, list(map(tuple, found.written)), found.counts, found.complete) == (
-        Place(2, 7), [(3, 40), (0, 0)], {"bad": 1}, False,
+        ChunkId(2, 7), [(3, 40), (0, 0)], {"bad": 1}, False,
     )  # fmt: skip
     found, reason = Journal(str(tmp_path / "x"), {"a": [1], "c": 1}).read()
     assert found is None

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megamor.cli import merge_data, preprocess
-from megamor.corpus import accelerator, text
-from megamor.corpus.accelerator import GigatokenEncoder, sample
-from megamor.corpus.cuts import cut, find_cuts, first_and_last, longest_part
+from megamor.corpus import encode, text
+from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.corpus.dedup import SeenHashes
 from megamor.corpus.documents import document_hash
-from megamor.corpus.text import Place, Share, TextChunk, find_files
-from megamor.corpus.tokenizer import MAX_PART, TextEncoder, byte_tokenizer, char_tokenizer
+from megamor.corpus.encode import GigatokenEncoder
+from megamor.corpus.text import InputRange, find_files
+from megamor.corpus.tokenizer import MAX_FRAGMENT, TextEncoder, byte_tokenizer, char_tokenizer
 from megamor.data import TokenShard, read_meta
 from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, status, tokenizer
 
@@ -132,7 +132,7 @@ def test_line_of_100_megabytes(tokenizer: str, tmp_path: Path, capsys: pytest.Ca
 def test_endless_word_is_refused(
     accelerator: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_lines(tmp_path / "a.jsonl", ["fine", "x" * (MAX_PART + 1)])
+    write_lines(tmp_path / "a.jsonl", ["fine", "x" * (MAX_FRAGMENT + 1)])
     assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "out" / "x", "--accelerator", accelerator) == 2
     assert re.search(r"a.jsonl, among .*4,194,305 characters without a space", capsys.readouterr().err)
     assert leftovers(tmp_path / "out") == []
@@ -235,11 +235,7 @@ def test_cutting_a_text_never_changes_its_words(text: str, size: int) -> None:
         assert places is not None
         parts = cut(text, size, places)
         assert "".join(parts) == text
-        assert longest_part(text, size, places) == max(map(len, parts))
-        head, *tail = first_and_last(text, size, places)
-        assert text.startswith(head)
-        assert not tail or (min(len(head), len(tail[0])) >= size and cut(text, len(head) // 2, places)[0] != text)
-        assert all(text.endswith(end) and places.match(text, len(text) - len(end) - 1) for end in tail)
+        assert longest_fragment(text, size, places) == max(map(len, parts))
         together = [word for word, _ in words.pre_tokenize_str(text)]
         assert [word for part in parts for word, _ in words.pre_tokenize_str(part)] == together
 
@@ -284,15 +280,19 @@ def test_difference_in_any_file_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An accelerator that is wrong about one file alone: about the last id of each of its documents."""
-    original = GigatokenEncoder._agree
-    marks = {"a.jsonl": range(100), "b.jsonl.zst": range(100, 200), "c.jsonl.gz": range(200, 399), "d.txt": [399]}
-    theirs = {TEXTS[n] for n in marks[wrong]}
+    """An accelerator that is wrong about the first document of one file alone."""
+    marks = {"a.jsonl": 0, "b.jsonl.zst": 100, "c.jsonl.gz": 200, "d.txt": 399}
+    original = GigatokenEncoder._load
 
-    def agree(self: GigatokenEncoder, text: str, ids: np.ndarray) -> bool:
-        return original(self, text, ids[:-1] if text in theirs else ids)
+    class Wrong:
+        def __init__(self, right: Any) -> None:
+            self.right = right
 
-    monkeypatch.setattr(GigatokenEncoder, "_agree", agree)
+        def encode(self, data: bytes) -> np.ndarray:
+            ids = self.right.encode(data)
+            return ids[:-1] if data == TEXTS[marks[wrong]].encode() else ids
+
+    monkeypatch.setattr(GigatokenEncoder, "_load", lambda self: Wrong(original(self)))
     assert run(corpus / "*", tokenizer, tmp_path / "out" / "x", "--accelerator", "gigatoken") == 2
     message = capsys.readouterr().err
     assert f"{wrong} (beginning 'Document " in message
@@ -301,26 +301,17 @@ def test_difference_in_any_file_stops_the_run(
     assert leftovers(tmp_path / "out") == []
 
 
-def test_both_ends_of_a_long_document_are_compared(tokenizer: str) -> None:
-    encoder, text = GigatokenEncoder(TextEncoder.load(tokenizer)), " ".join(TEXTS)
-    ids = encoder._tokenizer.encode(text.encode())
-    assert encoder._agree(text, ids)
-    for place in (0, 50, -50, -1):
-        wrong = ids.copy()
-        wrong[place] += 1
-        assert not encoder._agree(text, wrong)
-    assert not encoder._agree(text, ids[:20])
-
-
-def test_sample_covers_every_chunk_and_more_of_the_first() -> None:
-    texts = ["x" * 50] * 2000
-    first, second, third = (sample(TextChunk(Place(0, n), "a", 1, "rows", [], 100_000, 1), texts) for n in range(3))
-    assert len(first) > 20
-    assert len(second) >= 4
-    assert set(second) != set(third)
-    assert max(np.diff(sorted([0, *first, 2000]))) < 400
-    assert sample(TextChunk(Place(0, 0), "a", 1, "rows", [], 10, 1), ["x" * 10]) == [0]
-    assert sample(TextChunk(Place(0, 0), "a", 1, "rows", [], 10, 1), []) == []
+def test_the_beginning_of_a_long_document_is_checked(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compared is bounded: the rest of a long document isn't given to `tokenizers`."""
+    monkeypatch.setattr(encode, "_CHECKED_CHARACTERS", 100)
+    asked: list[str] = []
+    original = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: asked.extend(texts) or original(self, texts))
+    write_lines(tmp_path / "a.jsonl", ["short", " ".join(TEXTS)])
+    assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "x", "--accelerator", "gigatoken") == 0
+    assert asked == ["short", " ".join(TEXTS)[:95]]
 
 
 def test_accelerator_that_is_missing_or_can_not(
@@ -328,7 +319,7 @@ def test_accelerator_that_is_missing_or_can_not(
 ) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
     assert run(tmp_path / "a.jsonl", "char", tmp_path / "x", "--accelerator", "gigatoken") == 2
-    assert "gigatoken can't do this tokenizer: " in capsys.readouterr().err
+    assert "gigatoken doesn't support this tokenizer: " in capsys.readouterr().err
     assert run(tmp_path / "a.jsonl", "char", tmp_path / "x") == 0
     assert "accelerator: none (" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "gigatoken", None)
@@ -341,8 +332,8 @@ def test_accelerator_that_is_missing_or_can_not(
 def test_table_of_known_words_is_thrown_away_when_large(
     corpus: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerator, "_BYTES_BETWEEN_RENEWALS", 5000)
-    monkeypatch.setattr(accelerator, "_MEMORY_LIMIT", 0)
+    monkeypatch.setattr(encode, "_BYTES_BETWEEN_RENEWALS", 5000)
+    monkeypatch.setattr(encode, "_MEMORY_LIMIT", 0)
     loads, original = [], GigatokenEncoder._load
     monkeypatch.setattr(GigatokenEncoder, "_load", lambda self: loads.append(1) or original(self))
     assert run(corpus / "*", tokenizer, tmp_path / "x", "--accelerator", "gigatoken") == 0
@@ -361,7 +352,7 @@ def test_minimum_length_counts_tokens_of_the_text(
     assert lengths == [2, 3, 4]
     assert run(tmp_path / "a.jsonl", tokenizer, tmp_path / "x", "--min-length", 3, "--append-eod") == 0
     assert documents(tmp_path / "x", tokenizer) == [f"xyz{EOD}", f"xyzw{EOD}", EOD + EOD]
-    assert "1 documents below --min-length" in capsys.readouterr().out
+    assert "1 document below --min-length" in capsys.readouterr().out
 
 
 def test_document_of_only_a_special_token_is_text(tokenizer: str, tmp_path: Path) -> None:
@@ -405,7 +396,7 @@ def test_seen_hashes_takes_eight_bytes_each() -> None:
     seen, numbers = SeenHashes(), np.random.default_rng(0)
     for _ in range(300):
         assert seen.add(numbers.integers(0, 2**64, 1000, np.uint64)).all()
-    runs = [run for runs in seen._parts for run in runs]
+    runs = [run for runs in seen._buckets for run in runs]
     assert sum(run.nbytes for run in runs) == 8 * len(seen) == 8 * 300_000
     assert len(runs) < 16 * 17
 
@@ -459,12 +450,12 @@ def test_shards_merge_into_what_one_run_writes(count: int, corpus: Path, tokeniz
 
 def test_every_chunk_is_of_exactly_one_share(corpus: Path) -> None:
     files = find_files([str(corpus / "*")])
-    whole = [chunk.place for chunk in files.chunks()]
+    whole = [chunk.id for chunk in files.chunks()]
     for count in (1, 2, 5, 40):
-        parts = [[chunk.place for chunk in files.chunks(Share(index, count))] for index in range(count)]
-        assert [place for part in parts for place in part] == whole
-    assert [chunk.place for chunk in files.chunks(start=whole[7])] == whole[7:]
-    assert [c.place for c in files.chunks(Share(1, 2), whole[-2])] == whole[-2:]
+        parts = [[chunk.id for chunk in files.chunks(InputRange(index, count))] for index in range(count)]
+        assert [chunk for part in parts for chunk in part] == whole
+    assert [chunk.id for chunk in files.chunks(start=whole[7])] == whole[7:]
+    assert [c.id for c in files.chunks(InputRange(1, 2), whole[-2])] == whole[-2:]
 
 
 # Bad surroundings

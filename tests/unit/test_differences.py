@@ -1,4 +1,4 @@
-"""Telling the recursions of a shared core apart: embeddings, norms and low-rank updates of their own."""
+"""Recursions of a shared core that differ by an embedding, their own norms or low-rank updates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_starts_as_the_plain_model(option: str) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_recursion_learns_its_own(option: str) -> None:
     model, ids = build_model(config_with(option)), tokens(length=SEQ_LEN + 1)
-    own = [name for name in model.state_dict() if any(part in name for part in ("others", ".up.", "_embedding"))]
+    own = [name for name in model.state_dict() if any(marker in name for marker in ("others", ".up.", "_embedding"))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Gradients of shared weights under bf16: added up over the recursions in fp32 where asked for."""
+"""Gradients of shared weights under bf16 are summed over the recursions in fp32 if configured."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("policy", ["none", "recursion", "block", "selective"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 def test_recursions_are_added_in_fp32(autocast: bool, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit for weights in bf16, rounded once; for fp32 weights under autocast as well."""
+    """Bit-equal for weights in bf16, rounded once, and for fp32 weights under autocast."""
     dtype = torch.float32 if autocast else torch.bfloat16
-    parts = of_each_recursion(built(dtype, True), autocast, monkeypatch)
+    separate = of_each_recursion(built(dtype, True), autocast, monkeypatch)
     found = core_gradients(built(dtype, True, policy), autocast)
     plain = core_gradients(built(dtype, False), autocast)
-    exact = {name: sum(part[name].float() for part in parts) for name in found}
-    assert len(parts) == RECURSIONS
+    exact = {name: sum(gradients[name].float() for gradients in separate) for name in found}
+    assert len(separate) == RECURSIONS
     for name, gradient in found.items():
         assert torch.equal(gradient, exact[name].to(dtype)), name
     assert distance(found, exact) < (1e-6 if autocast else 0.9) * distance(plain, exact)

@@ -31,7 +31,7 @@ PUBLISHED = {
     ("360m_mor4",): 1133.47,
     ("360m_mor3", SHARE): 1098.01,
 }
-# GFLOP and share of vanilla with grouped queries, causal attention, head and router counted.
+# GFLOP and fraction of vanilla with grouped queries, causal attention, head and router counted.
 HONEST = {
     ("360m",): (1739.59, 1.0),
     ("360m_mor2",): (1346.98, 0.774),
@@ -75,23 +75,23 @@ def test_paper_accounting(model: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("model", HONEST, ids=" ".join)
 def test_honest_accounting(model: tuple[str, ...]) -> None:
-    gflop, share = HONEST[model]
+    gflop, fraction = HONEST[model]
     flops = nominal_flops(model_config(*model))
     assert round(flops.forward / 1e9, 2) == gflop
-    assert round(flops.forward / nominal_flops(model_config("360m")).forward, 3) == share
+    assert round(flops.forward / nominal_flops(model_config("360m")).forward, 3) == fraction
     assert flops.training == 3 * flops.forward
 
 
 @pytest.mark.parametrize("recipe", STEPS, ids=" ".join)
 def test_published_steps_spend_the_same_compute(recipe: tuple[str, ...]) -> None:
-    """To the step where capacities are whole tokens; at Nr = 3 (thirds, rounded down) within 3 steps."""
+    """Exact where capacities are whole tokens; at Nr = 3 (thirds, rounded down) within 3 steps."""
     config = load_config(CONFIGS / f"{recipe[0]}.yaml", recipe[1:])
     steps = BUDGET / (config.train.global_batch_size * paper_flops(config))
     assert steps == pytest.approx(STEPS[recipe], abs=3 if config.recursion.num_recursions == 3 else 0.5)
 
 
 def count_forward_and_backward(config: Config) -> tuple[ModelOutput, float]:
-    """A step's output and torch's count of its FLOPs, with attention's causal half only.
+    """A step's output and torch's count of its FLOPs, with only the causal half of attention.
 
     Attention's backward pass counts nothing: only what is computed again in it makes a difference here.
     """

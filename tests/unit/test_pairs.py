@@ -1,4 +1,4 @@
-"""Pairs of queries and keys, counted in one go, against a loop over all of them."""
+"""Visible pairs of queries and keys, counted at once, against a loop over all of them."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def run(model: Transformer, ids: Tensor, mode: str = "train", step: int = 0) -> 
     return model(ids[:, :-1], ids[:, 1:], mode=mode, step=step)
 
 
-def shares(depth: Tensor) -> list[float]:
-    """Share of the tokens that took more than r recursions."""
+def fractions(depth: Tensor) -> list[float]:
+    """Fraction of the tokens that took more than r recursions."""
     return [(depth > r).float().mean().item() for r in range(3)]
 
 
@@ -54,8 +54,8 @@ def test_capacity_warm_up_is_a_cosine_from_one() -> None:
     assert warmed_up_capacity(0.5, 10, 10) == warmed_up_capacity(0.5, 99, 0) == 0.5
     model = build_model(tiny_config(ExpertChoiceConfig(capacity_warmup_steps=10)))
     ids = tokens(length=SEQ_LEN + 1)
-    assert shares(run(model, ids, step=0).depth) == [1.0, 1.0, 1.0]
-    assert shares(run(model, ids, mode="topk").depth)[2] == pytest.approx(1 / 3)
+    assert fractions(run(model, ids, step=0).depth) == [1.0, 1.0, 1.0]
+    assert fractions(run(model, ids, mode="topk").depth)[2] == pytest.approx(1 / 3)
 
 
 def test_loss_free_bias_evens_out_the_load() -> None:
@@ -87,13 +87,13 @@ def test_ema_threshold_holds_its_capacity_on_average() -> None:
         for step in range(60):
             out = model(tokens(seed=step, batch=16), step=step)
             model.stage.router.update(out.totals)
-            found.append(shares(out.depth))
+            found.append(fractions(out.depth))
     mean = torch.tensor(found[20:]).mean(0)
     torch.testing.assert_close(mean, torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.03, rtol=0)
     lengths = (out.depth > 1).sum(1)
     assert lengths.unique().numel() > 1  # it is not a top-k: sequences differ
     causal = model(tokens(seed=99, batch=16), mode="causal")
-    assert abs(shares(causal.depth)[2] - 1 / 3) < 0.1
+    assert abs(fractions(causal.depth)[2] - 1 / 3) < 0.1
 
 
 def test_ema_threshold_state_is_in_the_state_dict() -> None:
@@ -111,7 +111,7 @@ def test_random_routing_holds_its_capacity_and_changes_with_the_step() -> None:
         first, again, later = (model(ids, step=step).depth for step in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
-    torch.testing.assert_close(torch.tensor(shares(first)), torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.04, rtol=0)
+    torch.testing.assert_close(torch.tensor(fractions(first)), torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.04, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])

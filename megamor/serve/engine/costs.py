@@ -1,14 +1,14 @@
-"""What launches cost, measured, and what follows for the policies.
+"""What batches cost, measured, and what that predicts for each policy.
 
-A core launch of w rows takes a + b·w seconds, a boundary (exit and entry together) of w rows a' + b'·w. With R
-residents, Nr recursions and mean depth d, seconds per token are
+A core batch of w rows takes a + b·w seconds, a boundary (exit and entry together) of w rows a' + b'·w. With R
+residents, Nr recursions and mean depth d, the seconds per token are
 
     full        Nr (a/R + b) + a'/R + b'
     shrink      Nr a/R + b d + a'/R + b'
     depthwise   d (a/w + b) + (d/k) a'/w + b'     with w = R / (1 + (k - 1) / (2 d)) rows in the core
 
-where a boundary comes after every k core launches: those who have left wait, so the core is narrower, and boundaries
-are fewer. For k = 1 and a' + b' w = x (a + b w) these are the formulas with the ratio x of boundary to core.
+if a boundary comes after every k core batches. Tokens that have stopped wait for it, so the core is narrower and
+boundaries are fewer. For k = 1 and a' + b' w = x (a + b w), depthwise beats shrink if x < (Nr - d) / (d - 1).
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from statistics import median
 
+SAMPLES_PER_WIDTH = 64
+"""Old samples are dropped, so that the fit follows a machine whose speed changes."""
+
 
 @dataclass
 class LineFit:
-    """Seconds of launches by their width; a straight line through the medians, weighted by their number."""
+    """Seconds of batches by width, and the straight line through their medians, weighted by their number."""
 
     samples: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, width: int, seconds: float) -> None:
-        """One launch. Of each width only so many are kept, the latest."""
+        """Add a batch."""
         kept = self.samples[width]
         kept.append(seconds)
-        del kept[:-64]
+        del kept[:-SAMPLES_PER_WIDTH]
 
     def line(self) -> tuple[float, float]:
-        """Seconds of an empty launch and of each row, neither below 0."""
+        """Seconds of an empty batch and of each row, neither below 0."""
+        # Medians: a batch that the operating system interrupted takes many times as long and would move a mean.
         points = [(width, median(seconds), len(seconds)) for width, seconds in self.samples.items()]
         total = sum(count for *_, count in points) or 1
         mean_width = sum(width * count for width, _, count in points) / total
@@ -44,13 +48,13 @@ class LineFit:
 
 @dataclass(frozen=True)
 class Costs:
-    """Fixed seconds of a launch and seconds of a row, of the core and of the boundary."""
+    """Fixed seconds of a batch and seconds of a row, of the core and of the boundary."""
 
     core: tuple[float, float]
     boundary: tuple[float, float]
 
     def ratio(self, width: int) -> float:
-        """The boundary's seconds over the core's at equal width: x."""
+        """Seconds of a boundary over those of a core batch of equal width: x."""
         (a, b), (c, e) = self.core, self.boundary
         return (c + e * width) / (a + b * width)
 
@@ -65,7 +69,7 @@ class Costs:
         return depth * (a / width + b) + depth / hold * c / width + e
 
     def best_hold(self, residents: int, num_recursions: int, depth: float) -> int:
-        """Core launches to a boundary with the least predicted time; as many as there are recursions is lock-step."""
+        """Core batches between boundaries with the least predicted time. Holding for Nr of them is lock-step."""
         return min(
             range(1, max(1, num_recursions) + 1),
             key=lambda hold: self.token_seconds(

@@ -1,10 +1,10 @@
-"""Narrow launches as CUDA graphs: recorded once for a width, replayed for every launch that fits.
+"""Small batches as CUDA graphs: recorded once for a width, replayed for every batch that fits.
 
-Starting the kernels of a few rows takes longer than running them. A graph starts all of a chain of blocks at once, but
-has fixed shapes and addresses. So a launch is filled up to the next of a few widths and its page tables to a power of
-two; whatever differs from launch to launch (the rows, their positions, where they read and write) is copied into the
-buffers that the graph was recorded with. Rows that fill up write into the last page, which is nobody's, and see one
-entry of it.
+Launching the kernels of a few rows one by one takes longer than running them. A graph launches all kernels of a chain
+of blocks at once, but its shapes and addresses are fixed. So a batch is padded to one of a few widths and its page
+tables to a power of two, and everything that differs between batches (the rows, their positions, where they read and
+write) is copied into the buffers that the graph was recorded with. Padding rows write to the spare last page of a pool
+and read one entry of it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.blocks import rotary_angles
-from megamor.serve.engine.paged_attention import PagedKeysValues, Reading, single_rows_layout
-from megamor.serve.engine.transfer import to_device
+from megamor.serve.engine.attention import KVView, PagedKeysValues, single_rows_layout, to_device
 
 Store = tuple[Tensor, ...]
 """Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each."""
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
-"""Runs and records a function; returns its result, and what computes it anew into the same place."""
+"""Runs and records a function. Returns its result and a replay, which computes it again into the same memory."""
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A launch of fixed width: x [width, dim] and `numbers` [3 + pages, width] go in, `out` [width, dim] comes out.
+class RecordedGraph:
+    """A recorded chain of fixed width: inputs x [width, dim] and `numbers` [3 + pages, width], result `out` like x.
 
-    Of each row, `numbers` has its position, the place in the pages that it writes, the entries that it sees, and the
-    pages that hold them.
+    `numbers` has for each row its position, the address it writes to, how many entries it sees, and their pages.
     """
 
     x: Tensor
@@ -40,17 +38,18 @@ class Recorded:
     replay: Callable[[], object]
 
 
-class LaunchGraphs:
-    """Graphs of chains of blocks, recorded when a launch first needs them. Launches have up to `widest` rows."""
+class BatchGraphs:
+    """Graphs of chains of blocks for up to `widest` rows, each recorded when a batch first needs it."""
 
     def __init__(self, config: ModelConfig, page_size: int, widest: int, record: Record) -> None:
         self.config, self.page_size, self.record = config, page_size, record
-        self.widths = sorted({1, 2, 4, *range(8, widest, 8), widest})
-        self.recorded: dict[tuple[str, int, int], Recorded] = {}
+        # Steps of 8 keep padding small. A wider range of widths would take more GPU memory and more time to record.
+        self.widths: list[int] = sorted({1, 2, 4, *range(8, widest, 8), widest})
+        self.recorded: dict[tuple[str, int, int], RecordedGraph] = {}
 
     @property
     def widest(self) -> int:
-        """Rows of the widest launch."""
+        """Rows of the widest graph."""
         return self.widths[-1]
 
     def run(
@@ -60,51 +59,52 @@ class LaunchGraphs:
         stores: Sequence[Store],
         x: Tensor,
         positions: Sequence[int],
-        places: Sequence[int | None],
-        readings: Sequence[Reading],
+        addresses: Sequence[int | None],
+        views: Sequence[KVView],
     ) -> Tensor:
-        """x [N, dim] through the `blocks` of a chain, always the same under its name, with their keys and values.
+        """x [N, dim] through `blocks` with the keys and values in `stores`, which `chain` is the name of.
 
-        `places` count entries through all pages; a row with None writes nothing.
+        A row whose address is None writes nothing.
         """
         spare = len(stores[0][0]) - 1
-        rows = [(reading.pages, end) for reading in readings for end in reading.ends]
+        rows = [(view.pages, end) for view in views for end in view.ends]
         width = next(width for width in self.widths if width >= len(x))
         num_pages = 1 << (-(-max(end for _, end in rows) // self.page_size) - 1).bit_length()
         nowhere = spare * self.page_size
         numbers = [
-            [position, nowhere if place is None else place, end, *(pages + [spare] * num_pages)[:num_pages]]
-            for position, place, (pages, end) in zip(positions, places, rows, strict=True)
+            [position, nowhere if address is None else address, end, *(pages + [spare] * num_pages)[:num_pages]]
+            for position, address, (pages, end) in zip(positions, addresses, rows, strict=True)
         ]
-        filler = [0, nowhere, 1, *[spare] * num_pages]
-        launch = self.recorded.get((chain, width, num_pages))
-        if launch is None:
-            launch = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), to_device([filler] * width, x.device).T)
-            self.recorded[chain, width, num_pages] = launch
-        launch.numbers.copy_(to_device(numbers + [filler] * (width - len(rows)), x.device).T)
-        launch.x[: len(x)] = x
-        launch.replay()
-        return launch.out[: len(x)].clone()  # the next graph may use the memory
+        padding = [0, nowhere, 1, *[spare] * num_pages]
+        graph = self.recorded.get((chain, width, num_pages))
+        if graph is None:
+            graph = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), to_device([padding] * width, x.device).T)
+            self.recorded[chain, width, num_pages] = graph
+        graph.numbers.copy_(to_device(numbers + [padding] * (width - len(rows)), x.device).T)
+        graph.x[: len(x)] = x
+        graph.replay()
+        # All graphs share one memory pool: the next replay, of another chain or width, may overwrite `out`.
+        return graph.out[: len(x)].clone()
 
-    def make(self, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, numbers: Tensor) -> Recorded:
-        """Record the blocks on x [width, dim] with `numbers`, which are of rows that do nothing."""
+    def make(self, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, numbers: Tensor) -> RecordedGraph:
+        """Record the blocks on x [width, dim] with `numbers`, all of padding rows."""
         numbers = numbers.contiguous()
         head_dim, theta = self.config.head_dim, self.config.rope_theta
 
-        def launch() -> Tensor:
-            (positions, places, ends), tables = numbers[:3].unbind(), numbers[3:].T
+        def run() -> Tensor:
+            (positions, addresses, ends), tables = numbers[:3].unbind(), numbers[3:].T
             angles = rotary_angles(positions, head_dim, theta, x.dtype)
             layout = single_rows_layout(tables, ends, self.page_size, x.dtype)
             y = x
             for block, (k, v) in zip(blocks, stores, strict=True):
-                y, _ = block(y, angles, layout, PagedKeysValues(k, v, places, None))
+                y, _ = block(y, angles, layout, PagedKeysValues(k, v, addresses, None))
             return y
 
-        return Recorded(x, numbers, *self.record(launch))
+        return RecordedGraph(x, numbers, *self.record(run))
 
 
 class CudaRecorder:
-    """A `Record` of CUDA graphs on `device`, which share the memory of what they compute."""
+    """A `Record` of CUDA graphs on `device`, which share one memory pool for what they compute."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -112,9 +112,10 @@ class CudaRecorder:
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
         """Record `run`."""
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries choose kernels and make workspaces before anything is recorded
+            # Libraries choose their kernels and allocate workspaces in the first calls, which must not be recorded.
+            with torch.cuda.stream(side):
                 for _ in range(2):
                     run()
             torch.cuda.current_stream().wait_stream(side)

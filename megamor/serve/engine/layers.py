@@ -1,4 +1,4 @@
-"""Which layer of which table each application of a block reads and writes: sharing and KV policy as data."""
+"""Parameter sharing and KV policy as data: which pages each application of a block reads and writes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerAccess:
-    """An application of a block reads `layer` of the pages in the table of recursion `table`, after writing if it does.
+    """One application of a block reads `layer` of the pages in the table of recursion `table`.
 
-    Whoever writes is of that recursion.
+    If it `writes`, it does so before it reads, and `table` is its own recursion.
     """
 
     table: int
@@ -29,21 +29,24 @@ class LayerAccess:
 
 @dataclass(frozen=True)
 class Layers:
-    """`access` [recursion][place in the core]; `in_pool` counts the layers of a page; `schedule` are blocks."""
+    """The layers of a model. `schedule` [recursion][index] names the core block applied there, `access` its KV access.
+
+    `tables` are those of each sequence, `in_pool` counts the layers that a page of each pool stores.
+    """
 
     schedule: tuple[tuple[int, ...], ...]
     access: tuple[tuple[LayerAccess, ...], ...]
     tables: tuple[TableSpec, ...]
     in_pool: dict[str, int]
     differ: bool
-    """Whether recursions differ in the weights of a block, so that no call may mix them."""
+    """Whether recursions use different weights in the same block (norms, LoRA), so that no call may mix them."""
 
     @staticmethod
     def of(model: Transformer) -> Layers:
-        """The layers of a model.
+        """The layers of `model`.
 
         Raises:
-            ConfigError: a KV policy that can't be served.
+            ConfigError: its KV policy can't be served.
         """
         num_edge, stage = len(model.prelude) + len(model.coda), model.stage
         edge = (TableSpec("edge", EVERY_TOKEN),) if num_edge else ()
@@ -52,8 +55,8 @@ class Layers:
         recursion = model.config.recursion
         if recursion.kv_policy == "hybrid":
             raise ConfigError(
-                "recursion.kv_policy = hybrid can't be served: deeper recursions would need copies of all earlier "
-                "keys; train with recursion_wise or share_first, or use megamor.cli.generate"
+                "recursion.kv_policy = hybrid can't be served: every recursion would need its own copy of all earlier "
+                "keys. Train with recursion_wise or share_first, or use `megamor generate`"
             )
         schedule = stage.schedule[: stage.router.num_recursions]
         access = own_layers(schedule) if recursion.kv_policy == "recursion_wise" else first_layers(schedule)
@@ -66,50 +69,49 @@ class Layers:
 
     @property
     def num_recursions(self) -> int:
-        """How many there are at most."""
+        """Most recursions a token can take; 0 for a model without a shared core."""
         return len(self.schedule)
 
-    @property
-    def num_places(self) -> int:
-        """Blocks that a recursion applies."""
-        return len(self.schedule[0])
+    @cached_property
+    def table_of(self) -> dict[int, int]:
+        """Index among the tables of a sequence, by recursion."""
+        return {spec.recursion: index for index, spec in enumerate(self.tables)}
 
     @cached_property
     def uniform(self) -> bool:
-        """Whether all recursions go the same way through the same blocks and layers, so that one call fits all rows."""
-        ways = {
+        """Whether one call of each block fits all rows of a core batch, whatever recursion they take.
+
+        That needs the same blocks on the same layers in every recursion, and one table for all blocks of a recursion.
+        """
+        paths = {
             tuple(zip(blocks, (access.layer for access in row), strict=True))
             for blocks, row in zip(self.schedule, self.access, strict=True)
         }
         constant = all(len({(access.table, access.writes) for access in row}) == 1 for row in self.access)
-        return len(ways) == 1 and constant and not self.differ
+        return len(paths) == 1 and constant and not self.differ
 
-    def table(self, recursion: int) -> int:
-        """The place of a table among those of a sequence."""
-        return next(place for place, spec in enumerate(self.tables) if spec.recursion == recursion)
+    def runs(self, index: int, groups: Sequence[T], recursion_of: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
+        """Split `groups` into runs of neighbours that may go through their block at `index` in one call."""
 
-    def runs(self, place: int, parts: Sequence[T], key: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
-        """Neighbours among `parts`, whose recursion `key` tells, that may go through the block at `place` together."""
+        def kind(group: T) -> tuple[int, int, int]:
+            recursion = recursion_of(group)
+            block = self.schedule[recursion][index]
+            return block, self.access[recursion][index].layer, recursion if self.differ else 0
 
-        def kind(part: T) -> tuple[int, int, int]:
-            recursion = key(part)
-            block = self.schedule[recursion][place]
-            return block, self.access[recursion][place].layer, recursion if self.differ else 0
-
-        for (block, _, _), run in groupby(parts, key=kind):
+        for (block, _, _), run in groupby(groups, key=kind):
             yield block, list(run)
 
 
 def own_layers(schedule: tuple[tuple[int, ...], ...]) -> tuple[tuple[LayerAccess, ...], ...]:
-    """Recursion-wise: each application has its own keys and values."""
+    """Recursion-wise: every application has keys and values of its own."""
     return tuple(
-        tuple(LayerAccess(recursion, place, True) for place in range(len(blocks)))
+        tuple(LayerAccess(recursion, index, True) for index in range(len(blocks)))
         for recursion, blocks in enumerate(schedule)
     )
 
 
 def first_layers(schedule: tuple[tuple[int, ...], ...]) -> tuple[tuple[LayerAccess, ...], ...]:
-    """Share-first: a block's first application writes, all later ones read that."""
+    """Share-first: the first application of a block writes, all later ones read what it wrote."""
     stored: dict[int, LayerAccess] = {}
     access = []
     for recursion, blocks in enumerate(schedule):

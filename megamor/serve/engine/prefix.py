@@ -1,12 +1,11 @@
-"""Prefix cache: keys and values of prompts that begin alike are computed once.
+"""Prefix cache: prompts that begin with the same tokens share the keys and values of those tokens.
 
-Routing is causal, so a token's depth and its keys at every depth depend on the tokens before it alone, and sharing them
-is exact. The unit is a block of `page_size` tokens. In the table of a depth a block may end anywhere in a page: whole
-pages are shared, the last partial one is copied, because whoever goes on from here writes behind its entries.
+This is exact because routing is causal: the depth of a token and its keys at every recursion depend only on the tokens
+before it. The unit is a block of `page_size` tokens. In the table of a deeper recursion a block may end in the middle
+of a page, because tokens that stopped earlier have no entry there.
 
-Blocks form a trie; a node is found by its parent and its very tokens, so that there are no collisions. Every node holds
-the pages in which its entries lie. Nodes that nothing else needs are dropped when pages are wanted, the one that was
-used longest ago first.
+Blocks form a trie. A block is looked up by its parent and its tokens, never by a hash alone, so two different prefixes
+cannot be confused. The least recently used leaf is dropped when pages are needed.
 """
 
 from __future__ import annotations
@@ -17,18 +16,21 @@ from dataclasses import dataclass
 from megamor.serve.engine.pages import PageBook, PageTable
 
 Key = tuple[int, tuple[int, ...]]
+"""Number of the parent block and the block's tokens. The first block of a prompt has -max_depth as its parent: prompts
+read under different depth bounds have different keys and values and must not be shared."""
 
 
 @dataclass
-class Node:
-    """A block of tokens after those of its parent, with their `depths`.
+class PrefixBlock:
+    """A block of tokens that follows its parent's, with the `depths` its tokens took.
 
-    `lengths` are those of all tables at its end, and `pages` of each table hold its entries, from page `first` on.
+    `lengths` are the lengths of all tables after the block. `pages` are the pages of each table that contain its
+    entries, of which `first` is the index in the table. The first of them may also contain the parent's last entries.
     """
 
     number: int
     key: Key
-    parent: Node | None
+    parent: PrefixBlock | None
     depths: tuple[int, ...]
     lengths: tuple[int, ...]
     first: tuple[int, ...]
@@ -38,8 +40,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A page whose contents are to be copied before anything is written."""
+class PageCopy:
+    """Copy the contents of page `source` to page `target` of a pool before anything is written to it."""
 
     pool: str
     source: int
@@ -47,33 +49,37 @@ class Copy:
 
 
 class PrefixCache:
-    """The trie. `book` owns the pages."""
+    """The trie of blocks. It holds a reference to every page of every block in `book`."""
 
     def __init__(self, book: PageBook) -> None:
         self.book = book
-        self.nodes: dict[Key, Node] = {}
-        self.leaves: dict[int, Node] = {}
-        """Leaves by number, in the order of their last use."""
+        self.blocks: dict[Key, PrefixBlock] = {}
+        self.leaves: dict[int, PrefixBlock] = {}
+        """Blocks without children by number, least recently used first (a dict keeps its insertion order)."""
         self.next_number = 0
 
-    def find(self, tokens: Sequence[int], max_depth: int) -> list[Node]:
-        """The longest known chain of blocks at the beginning of `tokens` that leaves at least one token to read."""
-        size, chain = self.book.page_size, list[Node]()
+    def find(self, tokens: Sequence[int], max_depth: int) -> list[PrefixBlock]:
+        """The longest chain of cached blocks at the start of `tokens` that leaves at least one token to read."""
+        # The last token must be read: the logits at its position predict the first new token.
+        size, chain = self.book.page_size, list[PrefixBlock]()
         for start in range(0, len(tokens) - size, size):
-            node = self.nodes.get((chain[-1].number if chain else -max_depth, tuple(tokens[start : start + size])))
-            if node is None:
+            parent = chain[-1].number if chain else -max_depth
+            block = self.blocks.get((parent, tuple(tokens[start : start + size])))
+            if block is None:
                 break
-            chain.append(node)
+            chain.append(block)
         if chain and chain[-1].number in self.leaves:
             self.leaves[chain[-1].number] = self.leaves.pop(chain[-1].number)
         return chain
 
-    def adopt(self, chain: Sequence[Node], tables: Sequence[PageTable]) -> None:
-        """Make `tables`, which are empty, hold the whole pages of `chain`, and the partial ones for the time being."""
-        for place, (spec, table) in enumerate(zip(self.book.specs, tables, strict=True)):
-            for node in chain:
-                table.pages[node.first[place] :] = node.pages[place]
-            table.length = chain[-1].lengths[place]
+    def adopt(self, chain: Sequence[PrefixBlock], tables: Sequence[PageTable]) -> None:
+        """Fill the empty `tables` with the pages of `chain`. A partly filled last page is shared until `detach`."""
+        for index, (spec, table) in enumerate(zip(self.book.specs, tables, strict=True)):
+            for block in chain:
+                # If its parent ended in the middle of a page, the sequence that wrote this block had its own copy of
+                # that page (see `detach`). The copy contains the parent's entries too, so it replaces the parent's.
+                table.pages[block.first[index] :] = block.pages[index]
+            table.length = chain[-1].lengths[index]
             del table.pages[self.book.pages_for(table.length) :]
             self.book.pools[spec.pool].share(table.pages)
 
@@ -84,53 +90,65 @@ class PrefixCache:
             counts[spec.pool] += table.length % self.book.page_size > 0
         return counts
 
-    def detach(self, tables: Sequence[PageTable]) -> list[Copy]:
-        """Replace the adopted partial pages by pages of one's own; returns the copies to make, in this order."""
+    def detach(self, tables: Sequence[PageTable]) -> list[PageCopy]:
+        """Give each table its own copy of a partly filled last page; returns the copies to make, in this order.
+
+        Two sequences that continue the same prefix both write after its last entry. On a shared page they would
+        overwrite each other's keys.
+        """
         copies = []
         for spec, table in zip(self.book.specs, tables, strict=True):
             if table.length % self.book.page_size:
                 pool, source = self.book.pools[spec.pool], table.pages[-1]
                 table.pages[-1] = pool.take(1)[0]
+                # The source may be free from here on. It keeps its contents until the copies, which come before any
+                # write of the batch; and if a later copy takes it as its target, the order of the copies is right.
                 pool.release([source])
-                copies.append(Copy(spec.pool, source, table.pages[-1]))
+                copies.append(PageCopy(spec.pool, source, table.pages[-1]))
         return copies
 
     def insert(
-        self, parent: Node | None, tokens: Sequence[int], depths: Sequence[int], max_depth: int, tables: list[PageTable]
-    ) -> Node:
-        """The node of a block that follows `parent`, made from `tables` if it isn't known yet."""
+        self,
+        parent: PrefixBlock | None,
+        tokens: Sequence[int],
+        depths: Sequence[int],
+        max_depth: int,
+        tables: list[PageTable],
+    ) -> PrefixBlock:
+        """The block of `tokens` after `parent`; if it is new, it takes references to its pages in `tables`."""
         key = (-max_depth if parent is None else parent.number, tuple(tokens))
-        if key in self.nodes:
-            return self.nodes[key]
+        if key in self.blocks:
+            return self.blocks[key]
         before = parent.lengths if parent else (0,) * len(tables)
         lengths, first, pages = [], [], []
         for spec, table, start in zip(self.book.specs, tables, before, strict=True):
-            end = start + sum(spec.lists(depth) for depth in depths)
+            end = start + sum(spec.holds(depth) for depth in depths)
             first.append(start // self.book.page_size)
             pages.append(tuple(table.pages[first[-1] : self.book.pages_for(end)]))
             lengths.append(end)
             self.book.pools[spec.pool].share(pages[-1])
         self.next_number += 1
-        node = Node(self.next_number, key, parent, tuple(depths), tuple(lengths), tuple(first), tuple(pages))
-        self.nodes[key] = self.leaves[node.number] = node
+        block = PrefixBlock(self.next_number, key, parent, tuple(depths), tuple(lengths), tuple(first), tuple(pages))
+        self.blocks[key] = self.leaves[block.number] = block
         if parent is not None:
             parent.num_children += 1
             self.leaves.pop(parent.number, None)
-        return node
+        return block
 
     def drop_oldest(self) -> bool:
-        """Forget the leaf that was used longest ago; False if there is none."""
+        """Forget the least recently used leaf; False if there is none."""
         if not self.leaves:
             return False
-        node = self.leaves.pop(next(iter(self.leaves)))
-        node.dropped = True
-        del self.nodes[node.key]
-        for spec, pages in zip(self.book.specs, node.pages, strict=True):
+        # Leaves only: dropping a block with children would make them unreachable while they hold their pages.
+        block = self.leaves.pop(next(iter(self.leaves)))
+        block.dropped = True
+        del self.blocks[block.key]
+        for spec, pages in zip(self.book.specs, block.pages, strict=True):
             self.book.pools[spec.pool].release(pages)
-        if node.parent is not None:
-            node.parent.num_children -= 1
-            if node.parent.num_children == 0 and not node.parent.dropped:
-                self.leaves[node.parent.number] = node.parent
+        if block.parent is not None:
+            block.parent.num_children -= 1
+            if block.parent.num_children == 0 and not block.parent.dropped:
+                self.leaves[block.parent.number] = block.parent
         return True
 
     def clear(self) -> None:

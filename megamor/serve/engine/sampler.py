@@ -1,7 +1,8 @@
 """From logits to tokens: temperature, top-k, top-p, min-p, penalties, log-probabilities.
 
-The noise of a sample is a function of seed, continuation, position and token alone (the Gumbel-max trick on a hash), so
-that a continuation doesn't depend on what it was batched with, on the schedule, or on having been interrupted.
+The noise of a sample is a hash of seed, continuation, position and token, used by the Gumbel-max trick. So a
+continuation does not depend on what it was batched with, on the schedule, or on having been preempted. A random state
+that advances from draw to draw would depend on all of them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from megamor.routing.random import uniform_hash
+from megamor.serve.engine.attention import to_device
 from megamor.serve.engine.request import SamplingParams, TokenLogprob
-from megamor.serve.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One token to sample: after `tokens`, of which the first `prompt_length` were given; `banned` can't be chosen."""
+    """One token to sample after `tokens`, which begin with `prompt_length` of the prompt; `banned` can't be chosen."""
 
     params: SamplingParams
     seed: int
@@ -33,13 +34,20 @@ class Draw:
 
     @property
     def noise_key(self) -> int:
-        """Int64 key of this place's noise."""
+        """Int64 key of the noise at this position."""
         name = f"{self.seed},{self.index},{len(self.tokens)}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before sampling."""
+        p = self.params
+        penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        return bool(self.banned or p.logits_processor or penalties)
+
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token for each row of logits [M, vocab], fp32 or fp64; the logits are left as they are."""
+    """A token for each row of logits [M, vocab], fp32 or fp64. The logits themselves are not changed."""
     logits = adjusted(logits, draws)
     noisy = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
     if not noisy:
@@ -53,19 +61,11 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Logits after the requests' own processors, bans and penalties."""
-    special = [
-        row
-        for row, draw in enumerate(draws)
-        if draw.banned
-        or draw.params.logits_processor
-        or draw.params.repetition_penalty != 1
-        or draw.params.presence_penalty
-        or draw.params.frequency_penalty
-    ]
+    special = [(row, draw) for row, draw in enumerate(draws) if draw.changes_logits]
     if special:
-        logits = logits.clone()
-    for row in special:
-        draw, params = draws[row], draws[row].params
+        logits = logits.clone()  # log-probabilities are computed from the model's own
+    for row, draw in special:
+        params = draw.params
         if params.logits_processor:
             logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
         if draw.banned:
@@ -77,13 +77,13 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         counts = Counter(draw.tokens[draw.prompt_length :])
         if counts and (params.presence_penalty or params.frequency_penalty):
             penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-            places = to_device([*counts], logits.device)
-            logits[row, places] -= to_device(penalties, logits.device, np.float64).to(logits.dtype)
+            generated = to_device([*counts], logits.device)
+            logits[row, generated] -= to_device(penalties, logits.device, np.float64).to(logits.dtype)
     return logits
 
 
 def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Logits [M, vocab] over the temperature, with what top-k, top-p and min-p leave out at -inf."""
+    """Logits [M, vocab] divided by the temperature; tokens that top-k, top-p and min-p leave out are -inf."""
 
     def column(values: list[float]) -> Tensor:
         return to_device(values, logits.device, np.float64).to(logits.dtype).unsqueeze(1)
@@ -95,9 +95,11 @@ def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= column([*top_k]), float("-inf"))
         probabilities = ordered.softmax(-1)
+        # A token is outside if those before it reach top_p already. The first always stays, however small top_p is.
         before = probabilities.cumsum(-1) - probabilities
         outside = before >= column([p.top_p for p in params])
         outside[:, 0] = False
+        # The sum may round to 1 before the last tokens, which top_p = 1 must still keep.
         full = column([p.top_p for p in params]) >= 1
         ordered = ordered.masked_fill(outside & ~full, float("-inf"))
         logits = torch.empty_like(logits).scatter_(1, order, ordered)
@@ -115,7 +117,7 @@ def gumbel(keys: Sequence[int], like: Tensor) -> Tensor:
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability of one token per row of logits [M, vocab], with the likeliest `num_top` beside each."""
+    """Log-probability of one token per row of logits [M, vocab], with the `num_top` most likely tokens of each row."""
     table = logits.log_softmax(-1)
     chosen = table.gather(1, to_device(tokens, logits.device).unsqueeze(1))
     ranks = (table > chosen).sum(1) + 1

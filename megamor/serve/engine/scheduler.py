@@ -1,27 +1,31 @@
-"""Which tokens run next: continuous depth-wise batching in plain integers.
+"""Which tokens run next: continuous depth-wise batching, in plain integers.
 
-A *piece* is a run of consecutive tokens of one sequence that are under way together: one token while decoding, a chunk
-of the prompt while prefilling. A sequence has at most one piece, so that every cache a piece reads is complete. All
-rows of a piece stand before the same recursion; those that the router lets go on take it in the next core launch, the
-others wait, since the exit layers of a token need those of all earlier ones: a piece leaves when its last row has left
-the core.
+The shared core has the same weights at every depth. So depth is data: tokens that are about to take their first, second
+and third recursion can go through the core in one batch, and a token that stops early makes room for the next at once.
 
-There are three launches, `next` names one and `complete` tells how it went:
+A *chunk* is a range of consecutive tokens of one sequence that are in flight together: a single token while decoding,
+up to `chunk_size` tokens while reading the prompt. A sequence has at most one chunk in flight, so every cache that a
+chunk reads is complete. All rows of a chunk are at the same recursion. Those that the router keeps take it in the next
+core batch; the others wait, because the exit layers of a token read the exit keys of all earlier tokens. The chunk
+leaves the core together with its last row.
 
-    entry   embedding and prelude, for pieces that begin
-    core    one recursion, whichever it is, for every row in the core
-    exit    coda, head and sampling, for pieces that have left the core
+The engine runs one batch at a time. `next` says which, `complete` reports its result:
 
-Exit and entry are done together, at a *boundary*. The policy says when that is:
+    entry   embedding and prelude, for chunks that begin
+    core    one recursion for every active row, whichever recursion that is
+    exit    coda, head and sampling, for chunks that have left the core
 
-    full        all rows take all recursions (idle ones compute for nothing), then comes the boundary
-    shrink      rows leave the launch as they finish, the boundary comes when the core is empty (lock-step early exit)
-    depthwise   the boundary comes after every `hold` core launches: those who have left make room for new tokens, so
-                that rows of all depths share the next launch. Holding makes boundary launches fewer and wider
+Exit and entry batches run at a *boundary*. The policy decides when one is due:
 
-Pages are reserved for the worst case when a piece enters and given back when it leaves, so that nothing can run out
-half-way. If they lack, the prefix cache shrinks first; then the youngest sequence loses everything but its tokens and
-their depths, and is read again later. The oldest is never interrupted, so everything that is admitted finishes.
+    full        all rows take all recursions, the stopped ones for nothing; then comes the boundary
+    shrink      rows leave the batch as they stop; the boundary comes when the core is empty (lock-step early exit)
+    depthwise   the boundary comes after every `hold` core batches. What has stopped makes room for new tokens, so the
+                next core batch mixes depths. A larger hold makes boundary batches fewer and wider
+
+Pages for the worst case are reserved when a chunk enters and the unused ones given back when it leaves, so memory
+cannot run out half-way. If there are too few, the prefix cache shrinks first. Then the youngest sequence is preempted:
+it keeps its tokens and their depths, and is read again later. The oldest sequence is never preempted, so every admitted
+sequence finishes.
 """
 
 from __future__ import annotations
@@ -34,42 +38,22 @@ from typing import Literal
 
 from megamor.errors import ConfigError
 from megamor.serve.engine.pages import EVERY_TOKEN, PageBook, PageTable, TableSpec
-from megamor.serve.engine.prefix import Copy, Node, PrefixCache
+from megamor.serve.engine.prefix import PageCopy, PrefixBlock, PrefixCache
+from megamor.serve.options import EngineOptions
 
-Policy = Literal["full", "shrink", "depthwise"]
-POLICIES: tuple[Policy, ...] = ("full", "shrink", "depthwise")
 BOUND_BROKEN = (
-    "token {row} takes {depth} recursions where {bound} is the bound (max_depth of its request, or what it took "
-    "before): a router must select through RoutingSession.bounded, see docs/routers.md"
+    "token {position} takes {depth} recursions where {bound} is the bound (the request's max_depth, or the depth before "
+    "a preemption): the router must select through RoutingSession.bounded, see docs/routers.md"
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the scheduler has to get along with.
-
-    `max_resident` sequences, `max_rows` tokens under way at once, `chunk_size` prompt tokens in a piece; `tables` of
-    every sequence, `num_pages` of each pool. `hold` is in core launches.
-    """
-
-    num_recursions: int
-    page_size: int
-    tables: tuple[TableSpec, ...]
-    num_pages: Mapping[str, int]
-    policy: Policy = "depthwise"
-    hold: int = 1
-    max_resident: int = 64
-    max_rows: int = 320
-    chunk_size: int = 128
-    prefix_caching: bool = True
-
-
 @dataclass(eq=False)
-class Piece:
-    """Tokens `start` to `start` + `length` of a sequence, under way; rows are numbered from 0.
+class Chunk:
+    """Tokens `start` to `start` + `length` of a sequence, in flight. Its rows count from 0.
 
-    They stand before `recursion`, which the `active` ones take. `depths` counts the recursions of each row so far,
-    `places` [recursion][row] is its entry in the table of a recursion it takes, `slots` are the engine's for its state.
+    The `active` rows take `recursion` next. `depths` counts the recursions each row has taken. `entries` [recursion]
+    [row] is the index of a row's entry in the table of a recursion it takes. `slots` are the rows' indices in the
+    runner's tables of per-token state.
     """
 
     sequence: SequenceState
@@ -79,16 +63,17 @@ class Piece:
     recursion: int = 0
     active: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    places: dict[int, dict[int, int]] = field(default_factory=dict)
+    entries: dict[int, dict[int, int]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """A text under way. `number` is its order of arrival, `tokens` are prompt and continuation.
+    """A prompt and its continuation. `number` is its order of arrival.
 
-    `num_read` of them are in the tables; `depths` are those of all that were ever read, which after a preemption are
-    more. `leader` is a sequence with the same prompt that reads it first. `reuse` False means that every prompt token
-    must be read, because somebody wants to see what it predicts.
+    `num_read` of its tokens are in the tables. `depths` are those of all tokens that were ever read, which are more
+    after a preemption. `leader` is an earlier sequence with the same prompt, which this one waits for in order to find
+    the prompt in the prefix cache. `reuse` False means that every prompt token must be read here, because the client
+    wants to see what each predicts.
     """
 
     number: int
@@ -100,8 +85,8 @@ class SequenceState:
     num_read: int = 0
     depths: list[int] = field(default_factory=list)
     tables: list[PageTable] = field(default_factory=list)
-    piece: Piece | None = None
-    node: Node | None = None
+    chunk: Chunk | None = None
+    block: PrefixBlock | None = None
     cached_tokens: int | None = None
     state: Literal["waiting", "resident", "doomed", "gone"] = "waiting"
 
@@ -111,36 +96,46 @@ class SequenceState:
         return len(self.tokens) - self.num_read
 
     def bounds(self, position: int) -> tuple[int, int]:
-        """Least and most recursions of the token at `position`: what it took before, if it was ever read."""
+        """Least and most recursions that the token at `position` may take.
+
+        A token that was read before must take the same depth again. Its keys were used by later tokens, and a router
+        that recomputes its scores in another batch could decide a near tie differently.
+        """
         if position < len(self.depths):
             return self.depths[position], self.depths[position]
         return 0, self.max_depth
 
 
 @dataclass(frozen=True)
-class Launch:
-    """`pieces` in the order of their rows; `copies` of pages come before anything else."""
+class ScheduledBatch:
+    """What the engine runs next: `chunks` in the order of their rows, after `copies` of pages."""
 
     kind: Literal["entry", "core", "exit"]
-    pieces: list[Piece]
-    copies: list[Copy] = field(default_factory=list)
+    chunks: list[Chunk]
+    copies: list[PageCopy] = field(default_factory=list)
 
 
 class Scheduler:
-    """See the module docstring. `launched` is what `next` has named and `complete` hasn't heard of yet."""
+    """See the module docstring. Each sequence has a table for every one of `tables`; `num_pages` is by pool."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.book = PageBook(limits.page_size, limits.tables, limits.num_pages)
+    def __init__(
+        self,
+        options: EngineOptions,
+        num_recursions: int,
+        tables: tuple[TableSpec, ...],
+        num_pages: Mapping[str, int],
+    ) -> None:
+        self.options, self.num_recursions = options, num_recursions
+        self.book = PageBook(options.page_size, tables, num_pages)
         self.prefixes = PrefixCache(self.book)
-        self.table_of = {spec.recursion: place for place, spec in enumerate(limits.tables)}
+        self.table_of = {spec.recursion: index for index, spec in enumerate(tables)}
         self.waiting: list[SequenceState] = []
         self.residents: list[SequenceState] = []
-        self.in_core: list[Piece] = []
-        self.leaving: list[Piece] = []
-        self.free_slots = list(range(limits.max_rows - 1, -1, -1))
-        self.launched: Launch | None = None
-        self.hold = limits.hold
+        self.in_core: list[Chunk] = []
+        self.leaving: list[Chunk] = []
+        self.free_slots = list(range(options.num_slots - 1, -1, -1))
+        self.running: ScheduledBatch | None = None
+        self.hold = options.hold or 1
         self.since_boundary = 0
         self.num_preempted = 0
 
@@ -150,52 +145,54 @@ class Scheduler:
         return bool(self.waiting or self.residents)
 
     def fits(self, num_tokens: int, max_depth: int) -> bool:
-        """Whether a sequence that reads `num_tokens` could be served if it were alone."""
+        """Whether a sequence that reads `num_tokens` could be served if it were the only one."""
         worst = self.book.worst_case(num_tokens, max_depth)
         return all(count <= self.book.num_pages[pool] for pool, count in worst.items())
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence; it must fit."""
+        """Queue a sequence, which must fit. A preempted one returns to its place before all younger ones."""
         bisect.insort(self.waiting, sequence, key=lambda other: other.number)
 
-    def next(self) -> Launch | None:
-        """The next launch; None when there is nothing to do."""
-        assert self.launched is None, "complete one launch before the next"
-        launch = None
+    def next(self) -> ScheduledBatch | None:
+        """The next batch; None when there is nothing to do."""
+        assert self.running is None, "complete one batch before the next"
+        batch = None
         if self.at_boundary():
-            launch = Launch("exit", list(self.leaving)) if self.leaving else self.enter()
-        if launch is None and self.in_core:
-            launch = Launch("core", sorted(self.in_core, key=lambda piece: piece.recursion))
-        self.launched = launch
-        return launch
+            # Exits first: they free slots and pages, and their sampled tokens can enter in the next step.
+            batch = ScheduledBatch("exit", list(self.leaving)) if self.leaving else self.enter()
+        if batch is None and self.in_core:
+            # By recursion, so that rows that share a block without sharing all weights are neighbours.
+            batch = ScheduledBatch("core", sorted(self.in_core, key=lambda chunk: chunk.recursion))
+        self.running = batch
+        return batch
 
     def at_boundary(self) -> bool:
         """Whether tokens may leave and enter now."""
-        return not self.in_core or (self.limits.policy == "depthwise" and self.since_boundary >= self.hold)
+        return not self.in_core or (self.options.policy == "depthwise" and self.since_boundary >= self.hold)
 
-    def complete(self, launch: Launch, going_on: Sequence[Sequence[int]] = ()) -> None:
-        """Record that a launch has run; after entry and core `going_on` names the rows of each piece that take the
-        recursion they now stand before."""
-        assert launch is self.launched, "only the launch under way can be completed"
-        self.launched = None
-        if launch.kind == "exit":
-            for piece in launch.pieces:
-                self.leave(piece)
+    def complete(self, batch: ScheduledBatch, continuing: Sequence[Sequence[int]] = ()) -> None:
+        """Record that a batch has run.
+
+        After entry and core batches `continuing` names the rows of each chunk that take the next recursion.
+        """
+        assert batch is self.running, "only the running batch can be completed"
+        self.running = None
+        if batch.kind == "exit":
+            for chunk in batch.chunks:
+                self.leave(chunk)
         else:
-            self.since_boundary = self.since_boundary + 1 if launch.kind == "core" else 0
-            for piece, rows in zip(launch.pieces, going_on, strict=True):
-                self.advance(piece, rows, took_recursion=launch.kind == "core")
-        for piece in launch.pieces:
-            if piece.sequence.state == "doomed":
-                self.remove(piece.sequence)
-
-    def extend(self, sequence: SequenceState, token: int) -> None:
-        """Append a token to read next."""
-        sequence.tokens.append(token)
+            self.since_boundary = self.since_boundary + 1 if batch.kind == "core" else 0
+            for chunk, rows in zip(batch.chunks, continuing, strict=True):
+                self.advance(chunk, rows, took_recursion=batch.kind == "core")
+        for chunk in batch.chunks:
+            if chunk.sequence.state == "doomed":
+                self.remove(chunk.sequence)
 
     def remove(self, sequence: SequenceState) -> None:
-        """A sequence is finished or given up; what it holds is free, after the launch under way if it takes part."""
-        if self.launched is not None and sequence.piece in self.launched.pieces:
+        """Forget a finished or aborted sequence and free what it holds."""
+        if self.running is not None and sequence.chunk in self.running.chunks:
+            # The batch writes to these pages. If they were free now, another sequence could be given them while it
+            # runs. `complete` removes the sequence.
             sequence.state = "doomed"
             return
         if sequence.state == "waiting":
@@ -204,50 +201,53 @@ class Scheduler:
             self.evict(sequence)
         sequence.state = "gone"
 
-    def enter(self) -> Launch | None:
-        """Pieces for residents that have none, decoding ones first, then for as many newcomers as there is room."""
-        entered, copies = list[Piece](), list[Copy]()
-        idle = [sequence for sequence in self.residents if sequence.piece is None]
+    def enter(self) -> ScheduledBatch | None:
+        """New chunks: first for residents, decoding before prompts, then for waiting sequences while there is room."""
+        entered, copies = list[Chunk](), list[PageCopy]()
+        idle = [sequence for sequence in self.residents if sequence.chunk is None]
         for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
             if self.free_slots and sequence.state == "resident":
-                count = min(sequence.unread, self.limits.chunk_size, len(self.free_slots))
+                count = min(sequence.unread, self.options.chunk_size, len(self.free_slots))
                 if self.reserve(sequence, count):
                     entered.append(self.begin(sequence, count))
-        while self.waiting and self.free_slots and len(self.residents) < self.limits.max_resident:
+        while self.waiting and self.free_slots and len(self.residents) < self.options.max_resident:
             sequence = self.waiting[0]
             if sequence.leader is not None and self.is_reading_prompt(sequence.leader):
                 break
             fresh = self.admit(sequence)
             if fresh is None:
-                break
+                break  # strictly in order of arrival: a smaller one behind it must not overtake, or it might starve
             copies += fresh
-            count = min(sequence.unread, self.limits.chunk_size, len(self.free_slots))
+            count = min(sequence.unread, self.options.chunk_size, len(self.free_slots))
             self.book.reserve(sequence.tables, count, sequence.max_depth)
             entered.append(self.begin(sequence, count))
-        # A sequence that was given a piece may have had to yield to an older one.
-        pieces = [piece for piece in entered if piece.sequence.piece is piece]
-        return Launch("entry", pieces, copies) if pieces else None
+        # A sequence that was given a chunk above may have been preempted for an older one afterwards.
+        chunks = [chunk for chunk in entered if chunk.sequence.chunk is chunk]
+        return ScheduledBatch("entry", chunks, copies) if chunks else None
 
     def is_reading_prompt(self, leader: SequenceState) -> bool:
-        """Whether a sequence with the same prompt will soon have put it into the prefix cache."""
-        return self.limits.prefix_caching and leader.state != "gone" and leader.num_read < leader.prompt_length
+        """Whether the prompt of `leader` is not in the prefix cache yet, but soon will be."""
+        return self.options.prefix_caching and leader.state != "gone" and leader.num_read < leader.prompt_length
 
-    def admit(self, sequence: SequenceState) -> list[Copy] | None:
-        """Make the first in the queue a resident with what the prefix cache knows; None if there are too few pages.
+    def admit(self, sequence: SequenceState) -> list[PageCopy] | None:
+        """Make the first waiting sequence a resident, starting from what the prefix cache has of its tokens.
 
-        One page of each pool is left for every other resident, so that newcomers don't push each other out.
+        Returns the page copies to make, or None if there are too few pages.
         """
-        sequence.tables = [PageTable() for _ in self.limits.tables]
+        sequence.tables = [PageTable() for _ in self.book.specs]
         chain = []
-        if self.limits.prefix_caching and (sequence.reuse or len(sequence.depths) >= sequence.prompt_length):
+        if self.options.prefix_caching and (sequence.reuse or len(sequence.depths) >= sequence.prompt_length):
             chain = self.prefixes.find(sequence.tokens, sequence.max_depth)
         if chain:
+            # Adopted before any page is looked for: the references keep `make_room` from freeing the chain's own pages.
             self.prefixes.adopt(chain, sequence.tables)
-        read = len(chain) * self.limits.page_size
-        count = min(len(sequence.tokens) - read, self.limits.chunk_size, len(self.free_slots))
+        read = len(chain) * self.options.page_size
+        count = min(len(sequence.tokens) - read, self.options.chunk_size, len(self.free_slots))
         needed = self.book.missing(sequence.tables, count, sequence.max_depth)
         for pool, partial in self.prefixes.num_partial(sequence.tables).items():
             needed[pool] += partial
+            # A spare page of each pool for every resident. Otherwise newcomers and residents would preempt each other
+            # in turns, and prompts would be read again and again.
             if not self.make_room({pool: needed[pool] + len(self.residents)}):
                 self.book.release(sequence.tables)
                 return None
@@ -255,10 +255,10 @@ class Scheduler:
         self.waiting.pop(0)
         self.residents.append(sequence)
         sequence.state = "resident"
-        sequence.num_read, sequence.node = read, chain[-1] if chain else None
+        sequence.num_read, sequence.block = read, chain[-1] if chain else None
         if sequence.cached_tokens is None:
             sequence.cached_tokens = read
-        known = [depth for node in chain for depth in node.depths]
+        known = [depth for block in chain for depth in block.depths]
         sequence.depths += known[len(sequence.depths) :]
         return copies
 
@@ -271,69 +271,72 @@ class Scheduler:
         return True
 
     def reserve(self, sequence: SequenceState, count: int) -> bool:
-        """Pages for `count` more tokens of a resident, if need be at the cost of younger ones."""
+        """Reserve pages for `count` more tokens of a resident, preempting younger sequences if necessary."""
         while not self.make_room(needed := self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
-                return False
+                return False  # it waits for older ones to finish
             self.preempt(youngest)
         if any(needed.values()):
             self.book.reserve(sequence.tables, count, sequence.max_depth)
         return True
 
-    def begin(self, sequence: SequenceState, count: int) -> Piece:
-        """A piece of the next `count` tokens."""
+    def begin(self, sequence: SequenceState, count: int) -> Chunk:
+        """A chunk of the next `count` tokens."""
         slots = [self.free_slots.pop() for _ in range(count)]
-        sequence.piece = Piece(sequence, sequence.num_read, count, slots, depths=[0] * count)
-        return sequence.piece
+        sequence.chunk = Chunk(sequence, sequence.num_read, count, slots, depths=[0] * count)
+        return sequence.chunk
 
-    def advance(self, piece: Piece, going_on: Sequence[int], took_recursion: bool) -> None:
-        """Rows have taken a recursion (or entered), and some go on."""
+    def advance(self, chunk: Chunk, continuing: Sequence[int], took_recursion: bool) -> None:
+        """Move a chunk to its next recursion, which the rows `continuing` take; without any it leaves the core."""
         if took_recursion:
-            for row in piece.active:
-                piece.depths[row] += 1
-            piece.recursion += 1
+            for row in chunk.active:
+                chunk.depths[row] += 1
+            chunk.recursion += 1
         else:
-            self.in_core.append(piece)
-        piece.active = list(going_on)
-        recursion = piece.recursion
-        for row in piece.active:
-            if recursion >= (most := piece.sequence.bounds(piece.start + row)[1]):
-                raise ConfigError(BOUND_BROKEN.format(row=piece.start + row, depth=recursion + 1, bound=most))
+            self.in_core.append(chunk)
+        chunk.active = list(continuing)
+        recursion = chunk.recursion
+        for row in chunk.active:
+            # A router that ignores the bound would write keys for which no page was reserved.
+            if recursion >= (most := chunk.sequence.bounds(chunk.start + row)[1]):
+                raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=recursion + 1, bound=most))
         if recursion in self.table_of:
-            first = piece.sequence.tables[self.table_of[recursion]].length
-            piece.places[recursion] = {row: first + rank for rank, row in enumerate(piece.active)}
-        stays = recursion < self.limits.num_recursions if self.limits.policy == "full" else bool(piece.active)
+            # Entries are numbered without gaps: the n-th of the rows that take this recursion comes after the n - 1
+            # before it, wherever they are in the text. RoPE still uses their original positions.
+            first = chunk.sequence.tables[self.table_of[recursion]].length
+            chunk.entries[recursion] = {row: first + rank for rank, row in enumerate(chunk.active)}
+        stays = recursion < self.num_recursions if self.options.policy == "full" else bool(chunk.active)
         if not stays:
-            self.in_core.remove(piece)
-            self.leaving.append(piece)
+            self.in_core.remove(chunk)
+            self.leaving.append(chunk)
 
-    def leave(self, piece: Piece) -> None:
-        """A piece has passed the exit: its tokens are read."""
-        sequence = piece.sequence
-        self.leaving.remove(piece)
-        self.free_slots += piece.slots
-        sequence.piece = None
-        for spec, table in zip(self.limits.tables, sequence.tables, strict=True):
-            table.length += sum([spec.lists(depth) for depth in piece.depths])
+    def leave(self, chunk: Chunk) -> None:
+        """A chunk has passed the exit: its entries become part of the tables and its tokens count as read."""
+        sequence = chunk.sequence
+        self.leaving.remove(chunk)
+        self.free_slots += chunk.slots
+        sequence.chunk = None
+        for spec, table in zip(self.book.specs, sequence.tables, strict=True):
+            table.length += sum([spec.holds(depth) for depth in chunk.depths])
         self.book.trim(sequence.tables)
-        known = max(0, len(sequence.depths) - piece.start)
-        for row, depth in enumerate(piece.depths[:known]):
-            if depth < (least := sequence.bounds(piece.start + row)[0]):
-                raise ConfigError(BOUND_BROKEN.format(row=piece.start + row, depth=depth, bound=least))
-        sequence.depths += piece.depths[known:]
-        before, sequence.num_read = sequence.num_read, sequence.num_read + piece.length
-        if self.limits.prefix_caching:
+        known = max(0, len(sequence.depths) - chunk.start)
+        for row, depth in enumerate(chunk.depths[:known]):
+            if depth < (least := sequence.bounds(chunk.start + row)[0]):
+                raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
+        sequence.depths += chunk.depths[known:]
+        before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
+        if self.options.prefix_caching:
             self.remember(sequence, before)
 
     def remember(self, sequence: SequenceState, before: int) -> None:
         """Put the blocks into the prefix cache that were completed since `before` tokens were read."""
-        size = self.limits.page_size
+        size = self.options.page_size
         for start in range(before - before % size, sequence.num_read - size + 1, size):
-            parent = sequence.node if start else None
+            parent = sequence.block if start else None
             if start and (parent is None or parent.dropped):
-                return
-            sequence.node = self.prefixes.insert(
+                return  # a block can only be found through its parent
+            sequence.block = self.prefixes.insert(
                 parent,
                 sequence.tokens[start : start + size],
                 sequence.depths[start : start + size],
@@ -342,7 +345,7 @@ class Scheduler:
             )
 
     def preempt(self, sequence: SequenceState) -> None:
-        """Take everything from a resident but its tokens and depths, and queue it again in its old place."""
+        """Take everything from a resident but its tokens and depths, and queue it again."""
         self.num_preempted += 1
         self.evict(sequence)
         sequence.state = "waiting"
@@ -352,19 +355,19 @@ class Scheduler:
         """Free the pages and slots of a resident."""
         self.residents.remove(sequence)
         self.book.release(sequence.tables)
-        piece, sequence.piece = sequence.piece, None
-        if piece is not None:
-            self.free_slots += piece.slots
-            for group in (self.in_core, self.leaving):
-                if piece in group:
-                    group.remove(piece)
-        sequence.num_read, sequence.node = 0, None
+        chunk, sequence.chunk = sequence.chunk, None
+        if chunk is not None:
+            self.free_slots += chunk.slots
+            for chunks in (self.in_core, self.leaving):
+                if chunk in chunks:
+                    chunks.remove(chunk)
+        sequence.num_read, sequence.block = 0, None
 
     def pages_by_depth(self) -> list[int]:
-        """Pages of the core that residents' tables of each recursion hold."""
+        """Pages of the core in the residents' tables of each recursion, [num_recursions]."""
         counts = Counter[int]()
         for sequence in self.residents:
-            for spec, table in zip(self.limits.tables, sequence.tables, strict=True):
+            for spec, table in zip(self.book.specs, sequence.tables, strict=True):
                 counts[spec.recursion] += len(table.pages)
         counts.pop(EVERY_TOKEN, None)
-        return [counts[recursion] for recursion in range(self.limits.num_recursions)]
+        return [counts[recursion] for recursion in range(self.num_recursions)]

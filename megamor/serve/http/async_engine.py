@@ -1,7 +1,8 @@
-"""The engine in a thread of its own, used from asyncio.
+"""Runs the engine in a thread of its own, for use from asyncio.
 
-The thread alternates between taking what the server asked for (new requests, aborts, statistics) and one engine step.
-What comes out of a step goes to the event loop in one call. The server refuses what would wait too long.
+A step of the engine blocks for milliseconds, so it must not run in the event loop. The thread alternates between
+commands from the event loop (new requests, aborts, statistics) and one engine step. The outputs of a step go to the
+event loop in one call, and from there to the queue of each `Generation`.
 """
 
 from __future__ import annotations
@@ -10,47 +11,91 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 from megamor.errors import MegamorError
 from megamor.serve.engine.request import Engine, EngineStats, RequestOutput, SamplingParams
 
 log = logging.getLogger("megamor.serve")
 
-T = TypeVar("T")
+ENGINE_FAILED = "the engine has failed; the server must be restarted"
 
 
 class BusyError(MegamorError):
-    """The queue is full; the client should come back later."""
+    """The queue is full; the client should try again later."""
 
 
 class UnavailableError(MegamorError):
     """The server is shutting down, or the engine has failed."""
 
 
-@dataclass
-class Generation:
-    """A request on its way. The continuations in `remaining` have yet to be given out to their end; the engine works on
-    those in `unfinished`, and knows the request by `number`."""
+class RequestTimeoutError(MegamorError):
+    """The request was not finished within the server's time limit."""
 
-    prompt_tokens: int
-    remaining: set[int]
-    unfinished: set[int]
-    outputs: asyncio.Queue[RequestOutput | MegamorError] = field(default_factory=asyncio.Queue)
-    number: int | None = None
-    has_output: bool = False
+
+class Generation:
+    """The prompts of one HTTP request in progress, made by `AsyncEngine.submit` and used from its event loop.
+
+    `open` [prompt] are the continuations that are neither finished nor dropped. `waiting` [prompt] is the length of a
+    prompt without any output yet. Close it when done; that aborts what is still open.
+    """
+
+    def __init__(self, runner: AsyncEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        self._runner, self.prompts, self.params = runner, prompts, params
+        self.open = {number: set(range(params.n)) for number in range(len(prompts))}
+        self.waiting = {number: len(prompt) for number, prompt in enumerate(prompts)}
+        self.queue: asyncio.Queue[tuple[int, RequestOutput] | MegamorError] = asyncio.Queue()
+        """Everything the consumer can wait for: outputs with the number of their prompt, errors, the timeout."""
+        self.timer: asyncio.TimerHandle | None = None
+        self.engine_numbers: dict[int, int] = {}
+        """By prompt; used by the engine's thread alone."""
+
+    async def next(self) -> tuple[int, RequestOutput]:
+        """The next output and the number of its prompt.
+
+        Raises:
+            RequestError: the engine can't serve a prompt.
+            UnavailableError: the engine has failed.
+            RequestTimeoutError: the time is up.
+        """
+        while True:
+            item = await self.queue.get()
+            if isinstance(item, MegamorError):
+                raise item
+            prompt, output = item
+            self.waiting.pop(prompt, None)
+            # A dropped continuation may still have outputs in the queue.
+            if output.index in self.open.get(prompt, ()):
+                if output.finish_reason is not None:
+                    self._forget(prompt, output.index)
+                return item
+
+    def drop(self, prompt: int, index: int) -> None:
+        """Abort a continuation, unless it is finished."""
+        if index in self.open.get(prompt, ()):
+            self._forget(prompt, index)
+            self._runner.abort(self, prompt, index)
+
+    def close(self) -> None:
+        """Abort whatever is open. Nothing more is expected from the engine."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self._runner.end(self)
+
+    def _forget(self, prompt: int, index: int) -> None:
+        self.open[prompt].remove(index)
+        if not self.open[prompt]:
+            del self.open[prompt]
 
 
 class AsyncEngine:
     """Runs `engine` until `close`. All methods but `close` are called from the event loop of `start`.
 
     Args:
-        max_queued_requests: requests without any output yet; one more is refused.
-        max_queued_tokens: prompt tokens of those.
+        max_queued_requests: prompts without any output yet; further ones are refused.
+        max_queued_tokens: total length of those prompts.
     """
 
     def __init__(self, engine: Engine, *, max_queued_requests: int, max_queued_tokens: int) -> None:
@@ -61,9 +106,9 @@ class AsyncEngine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._active: dict[int, Generation] = {}  # by engine number; of the engine's thread
-        self._running: set[int] = set()  # id() of generations; of the event loop
-        self._queued_requests = self._queued_tokens = 0  # of the event loop
+        self._generations: set[Generation] = set()
+        self._active: dict[int, tuple[Generation, int]] = {}
+        """Generation and prompt by the engine's number of the request; used by the engine's thread alone."""
         self.draining = False
         self.failure: BaseException | None = None
 
@@ -73,7 +118,7 @@ class AsyncEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after its current step; what is unfinished stays so."""
+        """End the thread after its current step. Unfinished requests stay unfinished."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -82,104 +127,90 @@ class AsyncEngine:
 
     @property
     def num_running(self) -> int:
-        """Requests that have not been answered to their end."""
-        return len(self._running)
+        """Prompts that are not completely answered."""
+        # A request counts until it is closed, so that draining waits for an answer that is still being sent.
+        return sum(max(1, len(generation.open)) for generation in self._generations)
 
     @property
     def num_queued(self) -> int:
-        """Those of them without any output."""
-        return self._queued_requests
+        """Prompts without any output yet."""
+        return sum(len(generation.waiting) for generation in self._generations)
 
-    async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, unwanted: Set[int] = frozenset()
-    ) -> AsyncIterator[RequestOutput]:
-        """Outputs of one request as they come. Leaving early aborts it and frees what it holds.
+    @property
+    def num_queued_tokens(self) -> int:
+        """Total length of the prompts without any output yet."""
+        return sum(sum(generation.waiting.values()) for generation in self._generations)
 
-        `unwanted` are continuations to abort as well, and may grow between two outputs.
+    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float) -> Generation:
+        """Start to continue `prompts`; errors of the engine and the end of `timeout` [s] come from `Generation.next`.
 
         Raises:
-            RequestError: the engine can't serve it.
             BusyError: too much is waiting.
             UnavailableError: the server is shutting down or the engine has failed.
         """
         self.check_accepting()
-        if self._queued_requests >= self._max_requests:
-            raise BusyError(f"{self._queued_requests} requests are waiting already; try again soon")
-        if self._queued_requests and self._queued_tokens + len(prompt) > self._max_tokens:
-            waiting = f"{self._queued_tokens} prompt tokens are waiting already"
-            raise BusyError(f"{waiting}, {len(prompt)} more are too many; try again soon")
-        generation = Generation(len(prompt), set(range(params.n)), set(range(params.n)))
-        self._running.add(id(generation))
-        self._queued_requests += 1
-        self._queued_tokens += len(prompt)
-        try:
-            self._command(lambda: self._add(generation, prompt, params))
-            while generation.remaining:
-                output = await generation.outputs.get()
-                if isinstance(output, MegamorError):
-                    raise output
-                if not generation.has_output:
-                    generation.has_output = True
-                    self._leave_queue(generation)
-                if output.index not in generation.remaining:
-                    continue  # it was on its way when nobody wanted it any more
-                if output.finish_reason is not None:
-                    generation.remaining.remove(output.index)
-                yield output
-                for index in generation.remaining & unwanted:
-                    generation.remaining.remove(index)
-                    self._command(partial(self._abort, generation, index))
-        finally:
-            if not generation.has_output:
-                self._leave_queue(generation)
-            self._running.discard(id(generation))
-            for index in generation.remaining:
-                self._command(partial(self._abort, generation, index))
+        requests, tokens = self.num_queued, self.num_queued_tokens
+        for prompt in prompts:
+            if requests >= self._max_requests:
+                raise BusyError(f"{requests} requests are waiting already; try again soon")
+            # A single prompt over the limit is accepted when nothing waits, otherwise it could never be served.
+            if requests and tokens + len(prompt) > self._max_tokens:
+                raise BusyError(
+                    f"{tokens} prompt tokens are waiting already, {len(prompt)} more are too many; try again soon"
+                )
+            requests, tokens = requests + 1, tokens + len(prompt)
+        generation = Generation(self, prompts, params)
+        expired = RequestTimeoutError(f"not finished within {timeout:g} s, the limit of this server")
+        generation.timer = asyncio.get_running_loop().call_later(timeout, generation.queue.put_nowait, expired)
+        self._generations.add(generation)
+        self._command(partial(self._add, generation))
+        return generation
+
+    def abort(self, generation: Generation, prompt: int, index: int) -> None:
+        """Stop computing a continuation."""
+        self._command(partial(self._abort, generation, [(prompt, index)]))
+
+    def end(self, generation: Generation) -> None:
+        """Stop computing whatever of `generation` is open, and forget it."""
+        self._generations.discard(generation)
+        still_open = [(prompt, index) for prompt, indices in generation.open.items() for index in indices]
+        self._command(partial(self._end, generation, still_open))
 
     async def stats(self) -> EngineStats:
-        """The engine's figures, taken between two steps."""
-        return await self.ask(self._engine.stats)
-
-    async def ask(self, question: Callable[[], T]) -> T:
-        """Result of `question`, called in the engine's thread between two steps."""
-        answer: Future[T] = Future()
-        self._command(lambda: answer.set_result(question()))
+        """The engine's statistics, taken between two steps."""
+        answer: Future[EngineStats] = Future()
+        self._command(lambda: answer.set_result(self._engine.stats()))
         return await asyncio.wrap_future(answer)
 
     def check_accepting(self) -> None:
-        """Raise UnavailableError unless new requests are welcome."""
+        """Raise UnavailableError if new requests are not accepted."""
         if self.failure is not None:
-            raise UnavailableError("the engine has failed; the server must be restarted")
+            raise UnavailableError(ENGINE_FAILED)
         if self.draining:
             raise UnavailableError("the server is shutting down; try another one")
-
-    def _leave_queue(self, generation: Generation) -> None:
-        self._queued_requests -= 1
-        self._queued_tokens -= generation.prompt_tokens
 
     def _command(self, action: Callable[[], None]) -> None:
         with self._wake:
             self._commands.append(action)
             self._wake.notify()
 
-    # In the engine's thread from here on.
+    # What follows runs in the engine's thread.
 
     def _run(self) -> None:
         try:
             while self._take_commands():
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-        except Exception as error:  # whatever it is, clients that wait must hear of it
+        except Exception as error:  # of any kind: the clients that wait must be told
             log.exception("the engine has failed")
             self.failure = error
-            failed = UnavailableError("the engine has failed; the server must be restarted")
-            for generation in self._active.values():
-                self._call(generation.outputs.put_nowait, failed)
+            for generation in {generation for generation, _ in self._active.values()}:
+                self._call(generation.queue.put_nowait, UnavailableError(ENGINE_FAILED))
             while self._take_commands():
                 pass
 
     def _take_commands(self) -> bool:
-        """Do what was asked for, waiting for it if there is nothing else to do; False at the end."""
+        """Run the commands, waiting for one if there is nothing else to do; False when it is time to end."""
         with self._wake:
             idle = self.failure is not None or not self._engine.has_work
             while idle and not self._commands and not self._closing:
@@ -191,34 +222,33 @@ class AsyncEngine:
             command()
         return not closing
 
-    def _add(self, generation: Generation, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _add(self, generation: Generation) -> None:
         try:
-            if self.failure is not None:
-                raise UnavailableError("the engine has failed; the server must be restarted")
-            generation.number = self._engine.add_request(prompt, params)
+            for number, prompt in enumerate(generation.prompts):
+                if self.failure is not None:
+                    raise UnavailableError(ENGINE_FAILED)
+                engine_number = self._engine.add_request(prompt, generation.params)
+                generation.engine_numbers[number] = engine_number
+                self._active[engine_number] = generation, number
         except MegamorError as error:
-            self._call(generation.outputs.put_nowait, error)
-            return
-        self._active[generation.number] = generation
+            self._call(generation.queue.put_nowait, error)
 
-    def _abort(self, generation: Generation, index: int) -> None:
-        if generation.number is not None and self.failure is None:
-            self._engine.abort(generation.number, index)
-            self._end(generation, index)
+    def _abort(self, generation: Generation, continuations: Sequence[tuple[int, int]]) -> None:
+        for prompt, index in continuations:
+            number = generation.engine_numbers.get(prompt)
+            if number is not None and self.failure is None:
+                self._engine.abort(number, index)
+
+    def _end(self, generation: Generation, still_open: Sequence[tuple[int, int]]) -> None:
+        self._abort(generation, still_open)
+        for number in generation.engine_numbers.values():
+            del self._active[number]
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        found = [(self._active[output.request], output) for output in outputs if output.request in self._active]
+        found = [(*self._active[output.request], output) for output in outputs if output.request in self._active]
         if found:
+            # One call for all: waking the event loop costs a system call.
             self._call(_put_all, found)
-        for generation, output in found:
-            if output.finish_reason is not None:
-                self._end(generation, output.index)
-
-    def _end(self, generation: Generation, index: int) -> None:
-        generation.unfinished.discard(index)
-        if not generation.unfinished:
-            assert generation.number is not None
-            self._active.pop(generation.number, None)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         assert self._loop is not None
@@ -226,6 +256,6 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
-def _put_all(outputs: list[tuple[Generation, RequestOutput]]) -> None:
-    for generation, output in outputs:
-        generation.outputs.put_nowait(output)
+def _put_all(outputs: list[tuple[Generation, int, RequestOutput]]) -> None:
+    for generation, prompt, output in outputs:
+        generation.queue.put_nowait((prompt, output))

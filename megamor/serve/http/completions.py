@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from megamor.serve.engine.request import RequestOutput, SamplingParams, TokenLogprob
-from megamor.serve.http.async_engine import AsyncEngine
+from megamor.serve.engine.request import FinishReason, RequestOutput, TokenLogprob
+from megamor.serve.http.async_engine import Generation
 from megamor.serve.http.text import TextCodec, TextStream
 from megamor.serve.http.wire import Choice, Completion, CompletionRequest, Logprobs, Usage
 
@@ -22,27 +20,24 @@ class ChoiceState:
     index: int
     stream: TextStream
     prompt: Sequence[int]
-    echo: bool
     started: bool = False
     offset: int = 0
-    """Where in the whole text of the choice the next token's text begins."""
-    finish_reason: Literal["stop", "length"] | None = None
+    """Where in the text of the choice the next token's text begins, in characters."""
+    finish_reason: FinishReason | None = None
     times: list[float] = field(default_factory=list)
     """When each token came, in monotonic seconds."""
 
 
 class CompletionRun:
-    """One request at work. `pieces` yields what is new; `usage` counts once it has ended.
-
-    Prompt i's continuation j is choice i · n + j. One that a stop string has ended is aborted.
+    """The state of one request. Continuation j of prompt i is choice i · n + j.
 
     Raises (from the constructor):
         RequestError: the body asks for something that can't be served.
     """
 
-    def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
-        self.body, self.codec, self.runner = body, codec, runner
-        self.params: SamplingParams = body.sampling()
+    def __init__(self, body: CompletionRequest, codec: TextCodec, model: str) -> None:
+        self.body, self.codec = body, codec
+        self.params = body.sampling()
         self.prompts = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.arrived = time.monotonic()
@@ -50,85 +45,51 @@ class CompletionRun:
         stops = body.stops()
         self.choices = [
             ChoiceState(
-                number * body.n + place,
+                number * body.n + index,
                 TextStream(codec, stops, body.include_stop_str_in_output, body.skip_special_tokens),
                 prompt,
-                body.echo,
             )
             for number, prompt in enumerate(self.prompts)
-            for place in range(body.n)
+            for index in range(body.n)
         ]
 
-    async def pieces(self) -> AsyncIterator[Choice]:
-        """What is new of each choice, as it comes. Leaving early aborts everything.
+    async def next_choices(self, generation: Generation) -> list[Choice]:
+        """Wait for the next output of the engine; returns what is new of the choices.
 
         Raises:
-            RequestError, BusyError, UnavailableError: of any of the prompts; the others are aborted.
+            RequestError, UnavailableError, RequestTimeoutError: as `Generation.next`.
         """
-        queue: asyncio.Queue[Choice | Exception | None] = asyncio.Queue()
+        prompt, output = await generation.next()
+        self._count(output)
+        states = self.choices[prompt * self.body.n : (prompt + 1) * self.body.n]
+        # The first output of a prompt has its log-probabilities, which hold for all of its continuations.
+        fresh = [state for state in states if not state.started] if self.body.echo else ()
+        found = [self._echo(state, output.prompt_logprobs) for state in fresh]
+        found.append(self._continue(states[output.index], output))
+        if states[output.index].stream.stopped:
+            # The engine doesn't know stop strings and would continue up to max_tokens.
+            generation.drop(prompt, output.index)
+        return found
 
-        async def follow(number: int) -> None:
-            try:
-                async for piece in self._follow(number):
-                    queue.put_nowait(piece)
-                queue.put_nowait(None)
-            except Exception as error:  # raised below, to whoever reads the pieces
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(follow(number)) for number in range(len(self.prompts))]
-        remaining = len(tasks)
-        try:
-            while remaining:
-                piece = await queue.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece is None:
-                    remaining -= 1
-                else:
-                    yield piece
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def complete(self) -> Completion:
-        """The whole answer."""
-        merged = [Choice(index=choice.index, text="", logprobs=None) for choice in self.choices]
-        async for piece in self.pieces():
-            whole = merged[piece.index]
-            whole.text += piece.text
-            whole.token_ids += piece.token_ids
-            whole.depths += piece.depths
-            whole.finish_reason = piece.finish_reason or whole.finish_reason
-            if piece.logprobs is not None:
-                whole.logprobs = whole.logprobs or Logprobs()
-                for name in Logprobs.model_fields:
-                    getattr(whole.logprobs, name).extend(getattr(piece.logprobs, name))
-        return self.answer(merged, self.usage)
+    async def complete(self, generation: Generation) -> Completion:
+        """The whole answer; raises as `next_choices`."""
+        whole = [Choice(index=state.index, text="") for state in self.choices]
+        while generation.open:
+            for new in await self.next_choices(generation):
+                choice = whole[new.index]
+                choice.text += new.text
+                choice.token_ids += new.token_ids
+                choice.depths += new.depths
+                choice.finish_reason = new.finish_reason
+                if new.logprobs is not None:
+                    choice.logprobs = choice.logprobs or Logprobs()
+                    for name in Logprobs.model_fields:
+                        getattr(choice.logprobs, name).extend(getattr(new.logprobs, name))
+        return self.answer(whole, self.usage)
 
     def answer(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
         """`choices` in the frame that every answer and every event of this request has."""
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-
-    async def _follow(self, number: int) -> AsyncIterator[Choice]:
-        states = self.choices[number * self.body.n : (number + 1) * self.body.n]
-        stopped = set[int]()
-        outputs = self.runner.generate(self.prompts[number], self.params, stopped)
-        try:
-            async for output in outputs:
-                self._count(output)
-                for state in states if output.prompt_logprobs is not None or self.body.echo else ():
-                    if not state.started:
-                        state.started = True
-                        yield self._prompt_piece(state, output.prompt_logprobs)
-                state = states[output.index]
-                yield self._piece(state, output)
-                if state.stream.stopped:
-                    stopped.add(output.index)
-                if all(state.finish_reason for state in states):
-                    return
-        finally:
-            await outputs.aclose()  # type: ignore[attr-defined]
 
     def _count(self, output: RequestOutput) -> None:
         self.usage.completion_tokens += len(output.tokens)
@@ -137,15 +98,15 @@ class CompletionRun:
             cached = self.usage.prompt_tokens_details.get("cached_tokens", 0) + output.cached_tokens
             self.usage.prompt_tokens_details["cached_tokens"] = cached
 
-    def _prompt_piece(self, state: ChoiceState, logprobs: Sequence[TokenLogprob | None] | None) -> Choice:
+    def _echo(self, state: ChoiceState, entries: Sequence[TokenLogprob | None] | None) -> Choice:
+        state.started = True
         text = self.codec.decode(state.prompt, self.body.skip_special_tokens)
-        found = None
-        if logprobs is not None:
-            found = self._logprobs(state, list(state.prompt), logprobs)
+        logprobs = None if entries is None else self._logprobs(state, state.prompt, entries)
+        # The text of the whole, which the texts of its tokens may not add up to.
         state.offset = len(text)
-        return Choice(index=state.index, text=text, logprobs=found, token_ids=list(state.prompt))
+        return Choice(index=state.index, text=text, logprobs=logprobs, token_ids=list(state.prompt))
 
-    def _piece(self, state: ChoiceState, output: RequestOutput) -> Choice:
+    def _continue(self, state: ChoiceState, output: RequestOutput) -> Choice:
         text = state.stream.push(output.tokens)
         if output.finish_reason is not None:
             text += state.stream.finish()
@@ -153,13 +114,10 @@ class CompletionRun:
         if state.stream.stopped:
             state.finish_reason = "stop"
         state.times += [time.monotonic()] * len(output.tokens)
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = self._logprobs(state, list(output.tokens), output.logprobs)
         return Choice(
             index=state.index,
             text=text,
-            logprobs=logprobs,
+            logprobs=None if output.logprobs is None else self._logprobs(state, output.tokens, output.logprobs),
             finish_reason=state.finish_reason,
             token_ids=list(output.tokens),
             depths=list(output.depths),
@@ -168,8 +126,7 @@ class CompletionRun:
     def _logprobs(self, state: ChoiceState, tokens: Sequence[int], entries: Sequence[TokenLogprob | None]) -> Logprobs:
         result = Logprobs()
         for token, entry in zip(tokens, entries, strict=True):
-            name = self.codec.name(token)
-            result.tokens.append(name)
+            result.tokens.append(self.codec.name(token))
             result.token_logprobs.append(None if entry is None else entry.logprob)
             top = None if entry is None else {self.codec.name(other): value for other, value in entry.top}
             result.top_logprobs.append(top)

@@ -1,4 +1,9 @@
-"""The HTTP server: OpenAI's completions interface and what operators need (SSE, limits, metrics, drain)."""
+"""The HTTP server: OpenAI's completions API, and what operators need (limits, metrics, graceful shutdown).
+
+A token takes one path: the engine's thread puts the outputs of a step into the queue of their request, and the handler
+of the request takes them from there, turns them into text, and writes them to the client. An error of the engine and
+the end of the time limit arrive in the same queue.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,32 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass
-from importlib import metadata, resources
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from importlib import resources
+from types import FrameType
+from typing import Any, TypeVar
 
+import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megamor import __version__
 from megamor.errors import MegamorError
-from megamor.serve.engine.request import Engine, RequestError
-from megamor.serve.http.async_engine import AsyncEngine, BusyError, UnavailableError
-from megamor.serve.http.bodies import JsonBodies
+from megamor.serve.engine.request import Engine, RequestError, describe_invalid
+from megamor.serve.http.async_engine import (
+    ENGINE_FAILED,
+    AsyncEngine,
+    BusyError,
+    Generation,
+    RequestTimeoutError,
+    UnavailableError,
+)
 from megamor.serve.http.completions import CompletionRun
 from megamor.serve.http.monitoring import Monitoring
 from megamor.serve.http.text import TextCodec
@@ -36,55 +51,48 @@ from megamor.serve.http.wire import (
     ModelList,
     TokenizeRequest,
 )
+from megamor.serve.options import ServerOptions
 
+log = logging.getLogger("megamor.serve")
 requests_log = logging.getLogger("megamor.serve.requests")
 
-CLIENT_LEFT = 499  # nginx's number for it
+CLIENT_LEFT = 499
+"""The status that nginx logs when the client closes the connection."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients and proxies keep an idle connection. Otherwise the server could close it just when they send."""
+LAST_BYTES_SECONDS = 0.05
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_STATUS: tuple[tuple[type[MegamorError], int], ...] = ((RequestError, 400), (BusyError, 429), (UnavailableError, 503))
+_STATUS = {RequestError: 400, BusyError: 429, UnavailableError: 503, RequestTimeoutError: 504}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
 }
 
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the operator decides. `api_keys` empty: anybody may ask. `request_timeout` in seconds."""
-
-    model: str
-    max_model_len: int
-    api_keys: tuple[str, ...] = ()
-    request_timeout: float = 600.0
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 2**20
-    max_body_bytes: int = 2**24
+T = TypeVar("T")
 
 
 class Server:
-    """State behind the endpoints. `create_app` makes one."""
+    """State behind the endpoints; `create_app` makes one."""
 
-    def __init__(self, engine: Engine, codec: TextCodec, settings: ServerSettings) -> None:
-        self.codec, self.settings = codec, settings
+    def __init__(self, engine: Engine, codec: TextCodec, name: str, options: ServerOptions) -> None:
+        self.codec, self.options = codec, options
+        self.model = Model(id=name, created=int(time.time()), max_model_len=engine.context_length)
         self.runner = AsyncEngine(
-            engine,
-            max_queued_requests=settings.max_queued_requests,
-            max_queued_tokens=settings.max_queued_tokens,
+            engine, max_queued_requests=options.max_queued_requests, max_queued_tokens=options.max_queued_tokens
         )
         self.monitoring = Monitoring()
-        self.created = int(time.time())
 
     def check_model(self, name: str | None) -> None:
-        """404 for another model's name."""
-        if name not in (None, "", self.settings.model):
-            raise HTTPException(404, f"model {name!r} is not served here; {self.settings.model!r} is")
+        """404 for the name of another model."""
+        if name not in (None, "", self.model.id):
+            raise HTTPException(404, f"model {name!r} is not served here; {self.model.id!r} is")
 
     def check_key(self, request: Request) -> None:
         """401 without one of the keys."""
-        if not self.settings.api_keys:
+        if not self.options.api_keys:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Every key is compared, in constant time each: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.settings.api_keys]
+        # All keys are compared, each in constant time: otherwise response times would tell how much of a key is right.
+        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.options.api_keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise HTTPException(401, "a valid key is needed: send 'Authorization: Bearer KEY'")
 
@@ -92,99 +100,76 @@ class Server:
         """`POST /v1/completions`."""
         self.check_model(body.model)
         self.runner.check_accepting()
-        run = await run_in_threadpool(CompletionRun, body, self.codec, self.runner, self.settings.model)
+        # In a thread: tokenizing a long prompt would hold up the streams of all other clients.
+        run = await run_in_threadpool(CompletionRun, body, self.codec, self.model.id)
         if not body.stream:
-            answer = await self._until_client_leaves(request, self._whole(run))
+            answer = await _until_client_leaves(request, self._answer(run))
             return JSONResponse(answer.model_dump())
-        pieces = self._guarded(run)
-        # What is wrong with a request shows before its first piece, when a status can still be sent.
-        first = await self._until_client_leaves(request, anext(pieces, None))
-        return StreamingResponse(self._events(run, pieces, first), media_type="text/event-stream")
+        events = self._events(run)
+        # What is wrong with a request shows before its first output, when a status can still be sent.
+        await _until_client_leaves(request, anext(events))
+        return StreamingResponse(events, media_type="text/event-stream")
 
-    async def _whole(self, run: CompletionRun) -> Completion:
-        async with self._accounted(run):
-            return await asyncio.wait_for(run.complete(), self.settings.request_timeout)
+    async def _answer(self, run: CompletionRun) -> Completion:
+        with self._generation(run) as generation:
+            return await run.complete(generation)
 
-    async def _guarded(self, run: CompletionRun) -> AsyncIterator[str]:
-        """Events of a stream, each a JSON text."""
-        deadline = time.monotonic() + self.settings.request_timeout
-        async with self._accounted(run), aclosing(run.pieces()) as pieces:  # type: ignore[type-var]
-            while True:
-                try:
-                    piece = await asyncio.wait_for(anext(pieces), deadline - time.monotonic())
-                except StopAsyncIteration:
-                    break
-                yield run.answer([piece]).model_dump_json(exclude_none=False)
-            options = run.body.stream_options
-            if options is not None and options.include_usage:
-                yield run.answer([], run.usage).model_dump_json()
-
-    async def _events(self, run: CompletionRun, pieces: AsyncIterator[str], first: str | None) -> AsyncIterator[str]:
-        async with aclosing(pieces):  # type: ignore[type-var]
-            try:
-                if first is not None:
-                    yield f"data: {first}\n\n"
-                    async for event in pieces:
-                        yield f"data: {event}\n\n"
-            except (MegamorError, TimeoutError, asyncio.TimeoutError) as error:
-                status, message = self._describe(error)
-                yield f"data: {_error_body(status, message).model_dump_json()}\n\n"
-            yield "data: [DONE]\n\n"
-
-    @asynccontextmanager
-    async def _accounted(self, run: CompletionRun) -> AsyncIterator[None]:
-        """Counts and logs the request whichever way it ends."""
-        status = CLIENT_LEFT
+    async def _events(self, run: CompletionRun) -> AsyncIterator[str]:
+        """Server-sent events. The first one is empty and comes with the first output; an error before it is raised."""
+        started = False
         try:
-            yield
+            with self._generation(run) as generation:
+                while generation.open:
+                    choices = await run.next_choices(generation)
+                    if not started:
+                        started = True
+                        yield ""
+                    for choice in choices:
+                        yield _event(run.answer([choice]))
+                if run.body.stream_options is not None and run.body.stream_options.include_usage:
+                    yield _event(run.answer([], run.usage))
+        except MegamorError as error:
+            if not started:
+                raise
+            yield _event(_error_body(_status_of(error), str(error)))
+        yield "data: [DONE]\n\n"
+
+    @contextmanager
+    def _generation(self, run: CompletionRun) -> Iterator[Generation]:
+        """Submit `run` to the engine. However it ends, it is closed, counted and logged."""
+        status = CLIENT_LEFT  # unless something else is known: then the handler was cancelled
+        try:
+            with closing(self.runner.submit(run.prompts, run.params, self.options.request_timeout)) as generation:
+                yield generation
             status = 200
-        except (MegamorError, TimeoutError, asyncio.TimeoutError) as error:
-            status = self._describe(error)[0]
+        except MegamorError as error:
+            status = _status_of(error)
             raise
         finally:
-            ended = time.monotonic()
-            if status == 200:
-                self.monitoring.finished(run, ended)
-            else:
-                self.monitoring.failed(status)
-            first = [choice.times[0] for choice in run.choices if choice.times]
-            record = {
-                "id": run.id,
-                "status": status,
-                "prompt_tokens": run.usage.prompt_tokens,
-                "completion_tokens": run.usage.completion_tokens,
-                "finish": [choice.finish_reason for choice in run.choices],
-                "first_token_seconds": round(min(first) - run.arrived, 6) if first else None,
-                "seconds": round(ended - run.arrived, 6),
-            }
-            requests_log.info(json.dumps(record))
+            self._record(run, status)
 
-    def _describe(self, error: BaseException) -> tuple[int, str]:
-        """Status and message for an error."""
-        if isinstance(error, MegamorError):
-            return next((status for kind, status in _STATUS if isinstance(error, kind)), 500), str(error)
-        return 504, f"not finished within {self.settings.request_timeout:g} s, the limit of this server"
-
-    async def _until_client_leaves(self, request: Request, work: Awaitable[Any]) -> Any:
-        """Result of `work`, which is cancelled when the client goes."""
-        task = asyncio.ensure_future(work)
-        watcher = asyncio.ensure_future(_disconnection(request))
-        try:
-            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise HTTPException(CLIENT_LEFT, "the client has left")
-            return task.result()
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            raise HTTPException(*self._describe(error)) from error
-        finally:
-            watcher.cancel()
-            task.cancel()
-            await asyncio.gather(task, watcher, return_exceptions=True)
+    def _record(self, run: CompletionRun, status: int) -> None:
+        ended = time.monotonic()
+        if status == 200:
+            self.monitoring.finished(run, ended)
+        else:
+            self.monitoring.failed(status)
+        first = [choice.times[0] for choice in run.choices if choice.times]
+        record = {
+            "id": run.id,
+            "status": status,
+            "prompt_tokens": run.usage.prompt_tokens,
+            "completion_tokens": run.usage.completion_tokens,
+            "finish": [choice.finish_reason for choice in run.choices],
+            "first_token_seconds": round(min(first) - run.arrived, 6) if first else None,
+            "seconds": round(ended - run.arrived, 6),
+        }
+        requests_log.info(json.dumps(record))
 
 
-def create_app(engine: Engine, codec: TextCodec, settings: ServerSettings) -> FastAPI:
-    """The ASGI application, ready for uvicorn. `app.state.server` is the `Server` behind it."""
-    server = Server(engine, codec, settings)
+def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptions) -> FastAPI:
+    """The ASGI application that serves `engine` as model `name`. `app.state.server` is the `Server` behind it."""
+    server = Server(engine, codec, name, options)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -194,18 +179,32 @@ def create_app(engine: Engine, codec: TextCodec, settings: ServerSettings) -> Fa
         finally:
             await run_in_threadpool(server.runner.close)
 
-    app = FastAPI(title="megamor", version=metadata.version("megamor"), lifespan=lifespan, responses=_ANSWERS)
+    app = FastAPI(title="megamor", version=__version__, lifespan=lifespan, responses=_ANSWERS)
     app.state.server = server
-    app.add_middleware(JsonBodies, max_bytes=settings.max_body_bytes)
-    _handle_errors(app, server)
+    app.add_middleware(JsonBodies, max_bytes=options.max_body_bytes)
+    _handle_errors(app)
     _add_inference(app, server)
     _add_operations(app, server)
     return app
 
 
+def serve(engine: Engine, codec: TextCodec, name: str, options: ServerOptions, log_level: str) -> None:
+    """Run the application until a signal."""
+    app = create_app(engine, codec, name, options)
+    config = uvicorn.Config(
+        app,
+        options.host,
+        options.port,
+        log_level=log_level,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
+    DrainingServer(config, app.state.server.runner, options.drain_timeout).run()
+
+
 def _add_inference(app: FastAPI, server: Server) -> None:
     guarded = [Depends(server.check_key)]
-    model = Model(id=server.settings.model, created=server.created, max_model_len=server.settings.max_model_len)
 
     @app.post("/v1/completions", dependencies=guarded, response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -217,18 +216,18 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> ModelList:
-        return ModelList(data=[model])
+        return ModelList(data=[server.model])
 
     @app.get("/v1/models/{name:path}", dependencies=guarded)
     async def model_by_name(name: str) -> Model:
         server.check_model(name)
-        return model
+        return server.model
 
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
         tokens = await run_in_threadpool(server.codec.encode, body.prompt, body.add_special_tokens)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.settings.max_model_len}
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
@@ -242,7 +241,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if runner.failure is not None:
-            raise HTTPException(500, "the engine has failed; the server must be restarted")
+            raise HTTPException(500, ENGINE_FAILED)
         return {"status": "up"}
 
     @app.get("/ready")
@@ -252,7 +251,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": metadata.version("megamor")}
+        return {"version": __version__}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -261,35 +260,40 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        figures = asdict(await runner.stats())
+        figures = vars(await runner.stats())
         return {**figures, "requests_running": runner.num_running, "requests_queued": runner.num_queued}
 
     @app.get("/dashboard", response_class=HTMLResponse)
     async def dashboard() -> str:
-        return resources.files("megamor.serve").joinpath("dashboard.html").read_text(encoding="utf-8")
+        return resources.files("megamor.serve.http").joinpath("dashboard.html").read_text(encoding="utf-8")
 
 
-def _handle_errors(app: FastAPI, server: Server) -> None:
-    async def answer(status: int, message: str, param: str | None = None) -> JSONResponse:
+def _handle_errors(app: FastAPI) -> None:
+    def answer(status: int, message: str, param: str | None = None) -> JSONResponse:
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return JSONResponse(_error_body(status, message, param).model_dump(), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def known(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        response = await answer(error.status_code, str(error.detail))
+        response = answer(error.status_code, str(error.detail))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, int)) or "the body"
-        return await answer(400, f"{place}: {first['msg']}", place)
+        name = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, int)) or "the body"
+        return answer(400, describe_invalid(name, first), name)
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
-        return await answer(*server._describe(error))
+        assert isinstance(error, MegamorError)
+        return answer(_status_of(error), str(error))
 
     app.add_exception_handler(MegamorError, ours)
+
+
+def _status_of(error: MegamorError) -> int:
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
 
 
 def _error_body(status: int, message: str, param: str | None = None) -> ErrorBody:
@@ -297,7 +301,87 @@ def _error_body(status: int, message: str, param: str | None = None) -> ErrorBod
     return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=status))
 
 
-async def _disconnection(request: Request) -> None:
-    receive: Callable[[], Awaitable[Any]] = request.receive
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _event(content: BaseModel) -> str:
+    return f"data: {content.model_dump_json()}\n\n"
+
+
+async def _until_client_leaves(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects."""
+
+    async def disconnection() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnection())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(CLIENT_LEFT, "the client has left")
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+class JsonBodies:
+    """ASGI middleware that treats every body as JSON, and answers 413 to one of more than `max_bytes`.
+
+    `curl -d` calls everything a form, so the content type says nothing about what clients mean.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes or (announced.isdigit() and int(announced) > self.max_bytes):
+                # Close the connection, or the server would have to read the rest before the next request.
+                reason = f"the body is longer than {self.max_bytes} bytes, the limit of this server"
+                raise HTTPException(413, reason, {"Connection": "close"})
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT, finishes the running requests for at most `drain_seconds`, then ends.
+
+    Meanwhile new requests are answered with 503, and /ready tells load balancers to send them elsewhere.
+    """
+
+    def __init__(self, config: uvicorn.Config, runner: AsyncEngine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._runner, self._drain_seconds = runner, drain_seconds
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: end."""
+        if self._drain_until is None:
+            log.info("draining: %d requests are running", self._runner.num_running)
+            self._runner.draining = True
+            self._drain_until = time.monotonic() + self._drain_seconds
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        if self._drain_until is not None:
+            left = self._drain_until - time.monotonic()
+            if not self._runner.num_running or left <= 0:
+                if self._runner.num_running:
+                    log.warning("%d requests are cut off after %g s", self._runner.num_running, self._drain_seconds)
+                await asyncio.sleep(LAST_BYTES_SECONDS)  # the last answers are still being written
+                return True
+        return await super().on_tick(counter)

@@ -1,4 +1,4 @@
-"""Text around the engine, which knows token ids only: encoding prompts, decoding a stream of ids, stop strings."""
+"""Text for an engine that knows only token ids: encoding prompts, decoding streams of ids, stop strings."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ class TextCodec:
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # As in training data: what a text spells out is text.
+        # As for the training data: "<|endoftext|>" in a prompt is plain text and doesn't end anything.
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of `text`; nothing is added unless asked for.
+        """Ids of `text`, by default without special tokens.
 
         Raises:
-            RequestError: the text has half a surrogate pair, which is not Unicode.
+            RequestError: the text contains half a surrogate pair, which is not valid Unicode.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"prompt: character {error.start} is half a surrogate pair, not Unicode text") from error
+            raise RequestError(
+                f"prompt: character {error.start} is half a surrogate pair, which is not valid Unicode"
+            ) from error
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `tokens`; bytes that are no character become U+FFFD."""
+        """Text of `tokens`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def name(self, token: int) -> str:
-        """What log-probabilities call a token: its text, or its number where it is only part of a character."""
+        """Name of a token in log-probabilities: its text, or its id if it is only part of a character."""
         text = self.tokenizer.decode([token], skip_special_tokens=False)
         return f"token_id:{token}" if _INCOMPLETE in text or not text else text
 
 
 @dataclass
 class TextStream:
-    """Decodes one continuation as it comes; gives out whole characters and nothing that may belong to a stop string.
+    """Decodes one continuation token by token, into whole characters before the first stop string.
 
-    After `push` has returned with `stopped`, or after `finish`, the text given out is the whole continuation up to the
-    first stop string (that included if `include_stop`).
+    `stopped` says that a stop string was found. Everything that `push` and `finish` return, put together, is the
+    continuation up to there, with the stop string itself if `include_stop`.
     """
 
     codec: TextCodec
@@ -57,50 +59,51 @@ class TextStream:
     include_stop: bool = False
     skip_special_tokens: bool = True
     stopped: bool = False
-    text: str = ""
-    """All text given out."""
     _tokens: list[int] = field(default_factory=list)
-    _start: int = 0  # of the window that is decoded: earlier tokens can't change what comes
-    _read: int = 0  # tokens whose text is in `_held` or given out
+    # A token's text depends on the token before it (spaces, split characters), so a window of tokens is decoded with
+    # and without the new ones, and the difference is the new text. Decoding everything would cost O(n²).
+    _start: int = 0
+    """First token of the window."""
+    _read: int = 0
+    """Tokens whose text has been returned or is in `_held`."""
     _held: str = ""
+    """Text that may be the beginning of a stop string."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Add tokens; returns the text that is certain now."""
+        """Add tokens; returns the text that can no longer become part of a stop string."""
         self._tokens += tokens
         before = self._decode(self._start, self._read)
         now = self._decode(self._start, len(self._tokens))
-        # A text that ends in the middle of a character waits for the rest of it.
+        # A window that ends in the middle of a character waits for the tokens with the rest of it.
         if not now.endswith(_INCOMPLETE) and len(now) > len(before):
             self._held += now[len(before) :]
             self._start, self._read = self._read, len(self._tokens)
-        return self._give(final=False)
+        return self._release(final=False)
 
     def finish(self) -> str:
-        """The rest of the text, when no token will follow."""
+        """The rest of the text, after the last token."""
         before = self._decode(self._start, self._read)
         self._held += self._decode(self._start, len(self._tokens))[len(before) :]
         self._read = len(self._tokens)
-        return self._give(final=True)
+        return self._release(final=True)
 
     def _decode(self, start: int, end: int) -> str:
         return self.codec.decode(self._tokens[start:end], self.skip_special_tokens)
 
-    def _give(self, final: bool) -> str:
+    def _release(self, final: bool) -> str:
         if self.stopped:
             return ""
-        found = [(place, stop) for stop in self.stop if (place := self._held.find(stop)) >= 0]
+        found = [(start, stop) for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if found:
-            place, stop = min(found)
+            start, stop = min(found)
             self.stopped = True
-            given = self._held[: place + (len(stop) if self.include_stop else 0)]
-        else:
-            keep = 0 if final else max((_overlap(self._held, stop) for stop in self.stop), default=0)
-            given = self._held[: len(self._held) - keep]
-            self._held = self._held[len(given) :]
-        self.text += given
-        return given
+            return self._held[: start + (len(stop) if self.include_stop else 0)]
+        keep = 0 if final else max((_overlap(self._held, stop) for stop in self.stop), default=0)
+        released = self._held[: len(self._held) - keep]
+        self._held = self._held[len(released) :]
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

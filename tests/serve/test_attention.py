@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve.engine.paged_attention import PagedLayout, Reading
+from megamor.serve.engine.attention import GatherLayout, KVView
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 CPU = torch.device("cpu")
-READINGS = [
-    Reading([3], [2]),
-    Reading([5, 1, 7], [9, 10, 11]),
-    Reading([2, 8], [5]),
-    Reading([0, 9, 4], [3, 7, 12]),
-    Reading([6], [4]),
-    Reading([11, 10, 12], [12]),
+VIEWS = [
+    KVView([3], [2]),
+    KVView([5, 1, 7], [9, 10, 11]),
+    KVView([2, 8], [5]),
+    KVView([0, 9, 4], [3, 7, 12]),
+    KVView([6], [4]),
+    KVView([11, 10, 12], [12]),
 ]
 
 
 def by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Row by row, head by head of the keys."""
     outs, row = [], 0
-    for reading in READINGS:
-        for end in reading.ends:
-            keys, values = (pages[reading.pages].flatten(0, 1)[:end] for pages in (k, v))
+    for view in VIEWS:
+        for end in view.ends:
+            keys, values = (pages[view.pages].flatten(0, 1)[:end] for pages in (k, v))
             heads = [
                 F.scaled_dot_product_attention(q[row, head : head + 1], keys[:, head // 3], values[:, head // 3])
                 for head in range(HEADS)
@@ -44,16 +44,14 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_gathered_pages() -> None:
     q, k, v = tensors()
-    layout = PagedLayout.of(READINGS, PAGE, torch.float64, CPU)
+    layout = GatherLayout.of(VIEWS, PAGE, torch.float64, CPU)
     assert len(layout.groups) == 5
     torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v), atol=1e-12, rtol=0)
 
 
 def test_one_group_keeps_the_order() -> None:
     q, k, v = tensors()
-    readings = [Reading([3], [2]), Reading([6], [4])]
-    both = PagedLayout.of(readings, PAGE, torch.float64, CPU).attend(q[:2], k, v)
-    alone = [
-        PagedLayout.of([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(readings)
-    ]
+    views = [KVView([3], [2]), KVView([6], [4])]
+    both = GatherLayout.of(views, PAGE, torch.float64, CPU).attend(q[:2], k, v)
+    alone = [GatherLayout.of([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(views)]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-12, rtol=0)

@@ -1,0 +1,108 @@
+"""Settings of the engine and the server. Each is declared once, here, with its default and its line of help.
+
+The module imports neither torch nor the web framework, so that `megamor serve --help` is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from megamor.errors import ConfigError
+
+Policy = Literal["full", "shrink", "depthwise"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `8GiB`, `512MiB` or a plain number."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([KMGT]iB|B|)", text)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GiB, 512MiB or 1000000")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+SIZE = {"type": parse_bytes, "metavar": "SIZE"}
+SECONDS = {"metavar": "SECONDS"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine schedules and what memory it may use.
+
+    The fields without a line of help are not on the command line. `num_pages` by pool replaces what `kv_memory` would
+    give; `max_rows` bounds the tokens in flight (default: room for every resident and two prompt chunks); `end_token`
+    ends a continuation unless the request ignores it; `synchronize` waits for the GPU after each batch, so that
+    measured seconds belong to that batch.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    policy: Annotated[Policy, "how batches are formed; full and shrink are baselines to compare with"] = "depthwise"
+    hold: Annotated[int, "core batches between two boundaries; 0 picks the best for the measured costs"] = 0
+    max_resident: Annotated[int, "sequences decoded at the same time"] = 64
+    chunk_size: Annotated[int, "prompt tokens of one sequence read together"] = 128
+    page_size: Annotated[int, "tokens per page of the KV cache"] = 16
+    kv_memory: Annotated[int, "memory for keys and values, such as 8GiB", SIZE] = 2**30
+    prefix_caching: Annotated[bool, "read every prompt from its first token"] = True
+    cuda_graphs: Annotated[bool, "launch kernels one by one on a GPU"] = True
+    num_pages: dict[str, int] | None = None
+    max_rows: int | None = None
+    end_token: int | None = None
+    synchronize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy = {self.policy} is not one of {', '.join(POLICIES)}")
+        for name, least in (("hold", 0), ("max_resident", 1), ("chunk_size", 1), ("page_size", 1), ("kv_memory", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}")
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that may be in flight at once."""
+        return self.max_rows or self.max_resident + 2 * self.chunk_size
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the HTTP server accepts and how long it waits. Without `api_keys`, any client may send requests."""
+
+    host: Annotated[str, "address to listen on; the default accepts connections from this machine only"] = "127.0.0.1"
+    port: Annotated[int, "port to listen on; 0 picks a free one"] = 8000
+    request_timeout: Annotated[float, "time limit for one request", SECONDS] = 600.0
+    drain_timeout: Annotated[float, "time for running requests to finish at shutdown", SECONDS] = 60.0
+    max_queued_requests: Annotated[int, "requests that may wait; more are answered with status 429"] = 1024
+    max_queued_tokens: Annotated[int, "prompt tokens that may wait; more are answered with status 429"] = 2**20
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 2**24
+
+
+def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> None:
+    """Add an argument to `parser`, in a group of its own, for every field of `options` with a line of help.
+
+    `--request-timeout` sets `request_timeout`; a field that is True by default gets `--no-...` instead.
+    """
+    group = parser.add_argument_group(title)
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        kind, text, *extra = get_args(hint)
+        default, flag = getattr(options, name), name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(f"--no-{flag}", dest=name, action="store_false", help=text)
+            continue
+        settings: dict[str, Any] = {"choices": POLICIES} if kind is Policy else {"type": kind, **dict(*extra)}
+        shown = f"{default:g}" if kind is float else default
+        if SIZE in extra:
+            shown = next(f"{default // size}{unit}" for unit, size in reversed(_UNITS.items()) if default % size == 0)
+        group.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **settings)
+
+
+def chosen(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The values in `arguments` of those fields of `options` that are on the command line."""
+    return {name: value for name, value in vars(arguments).items() if name in options.__annotations__}
