@@ -1,6 +1,6 @@
 """Draw what routing saves: executed FLOPs and time of a training step, relative to the vanilla model.
 
-    python -m megamor.bench.plot benchmarks/results/train_epyc2_wide.json docs/assets/training_step.svg
+python -m megamor.bench.plot benchmarks/results/train_epyc2_wide.json docs/assets/training_step.svg
 """
 
 from __future__ import annotations

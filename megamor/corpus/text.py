@@ -67,6 +67,7 @@ class InputRange:
 
     def index_of(self, position: int, size: int) -> int:
         """Index of the range that a chunk which ends at `position` (of `size`) belongs to."""
+        # Rounded up, less one: a chunk that ends exactly at a boundary belongs to the range before it.
         return min(max(0, -(-position * self.count // max(size, 1)) - 1), self.count - 1)
 
 
@@ -107,6 +108,7 @@ class FileInput:
         # Names only: where the texts were must not change the side file, and with it the fingerprint of the data.
         self.names: Sequence[str] = [os.path.basename(path) for path in paths]
         self.size = sum(self._sizes)
+        # Not a hash of the contents, which would take a pass over all of the input.
         self.identity: Sequence[Any] = [
             [os.path.abspath(path), each.st_size, each.st_mtime_ns] for path, each in zip(paths, status, strict=True)
         ]
@@ -131,6 +133,7 @@ class FileInput:
                 yield TextChunk(ChunkId(source, number), path, row, "rows", values, length, position)
             return
         kind: Kind = "txt" if path.endswith(".txt") else "jsonl"
+        # Lines of JSON always end with a line feed; --document-separator then splits within the decoded text.
         separator = (self._separator.encode() if self._separator else None) if kind == "txt" else b"\n"
         try:
             with open(path, "rb") as file:
@@ -189,6 +192,7 @@ def _parquet_batches(path: str, column: str) -> Iterator[tuple[int, list[Any], i
     from pyarrow import parquet
 
     try:
+        # Without pre-buffering, which reads whole row groups into memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as table:
             if column not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names[:8])
