@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now, so that --help and wrong options answer at once.
     from megamor.corpus.array import parse_shard
     from megamor.corpus.dedup import read_held_out
-    from megamor.corpus.encode import ChunkEncoder, EncodeOptions, make_encoder
+    from megamor.corpus.encode import ChunkEncoder, EncodeOptions, choose_encoder
     from megamor.corpus.preprocess import Interrupted, PreprocessRun
     from megamor.corpus.text import WHOLE, InputRange
 
@@ -171,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         hashes=args.deduplicate,
         **({"held_out": read_held_out(args.holdout, args.json_key)} if args.holdout else {}),
     )
-    encoder, accelerator = make_encoder(args.accelerator, tokenizer.encoder)
+    encode, accelerator = choose_encoder(args.accelerator, tokenizer.encoder)
     print(f"accelerator: {accelerator}", flush=True)
     job = make_job(args, texts, within, tokenizer, options, accelerator)
-    run = PreprocessRun(job, ChunkEncoder(options, encoder, tokenizer.encoder), tell)
+    run = PreprocessRun(job, ChunkEncoder(options, encode, tokenizer.encoder), tell)
     started = time.monotonic()
     before = 0
 

@@ -42,6 +42,7 @@ class DatasetInput:
         self._rows = rows.select_columns([column])
         self.names: Sequence[str] = [f"{name}:{split}"]
         self.size = 0 if streaming else len(rows)
+        # `datasets` changes the fingerprint with the data and with every transform.
         # The contents of a stream aren't known beforehand.
         self.identity: Sequence[Any] = [name, None if streaming else rows._fingerprint]
 

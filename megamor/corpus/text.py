@@ -67,6 +67,7 @@ class InputRange:
 
     def index_of(self, position: int, size: int) -> int:
         """Index of the range that a chunk which ends at `position` (of `size`) belongs to."""
+        # Rounded up, less one: a chunk that ends exactly at a boundary belongs to the range before it.
         return min(max(0, -(-position * self.count // max(size, 1)) - 1), self.count - 1)
 
 
@@ -102,11 +103,12 @@ class FileInput:
 
     def __init__(self, paths: Sequence[str], column: str = "text", separator: str | None = None) -> None:
         status = [os.stat(path) for path in paths]
-        self._paths, self._column, self._separator = paths, column, separator
+        self.paths, self._column, self._separator = paths, column, separator
         self._sizes = [each.st_size for each in status]
         # Names only: where the texts were must not change the side file, and with it the fingerprint of the data.
         self.names: Sequence[str] = [os.path.basename(path) for path in paths]
         self.size = sum(self._sizes)
+        # Not a hash of the contents, which would take a pass over all of the input.
         self.identity: Sequence[Any] = [
             [os.path.abspath(path), each.st_size, each.st_mtime_ns] for path, each in zip(paths, status, strict=True)
         ]
@@ -114,7 +116,7 @@ class FileInput:
     def chunks(self, within: InputRange = WHOLE, start: ChunkId = FIRST) -> Iterator[TextChunk]:
         """Chunks of about a MiB, each of one file. See `TextInput`."""
         end = 0
-        for source, path in enumerate(self._paths):
+        for source, path in enumerate(self.paths):
             begin, end = end, end + self._sizes[source]
             # A file outside the range isn't opened; one that overlaps it is read from its beginning.
             if source < start.source or within.index_of(end, self.size) < within.index:
@@ -131,6 +133,7 @@ class FileInput:
                 yield TextChunk(ChunkId(source, number), path, row, "rows", values, length, position)
             return
         kind: Kind = "txt" if path.endswith(".txt") else "jsonl"
+        # Lines of JSON always end with a line feed; --document-separator then splits within the decoded text.
         separator = (self._separator.encode() if self._separator else None) if kind == "txt" else b"\n"
         try:
             with open(path, "rb") as file:
@@ -189,6 +192,7 @@ def _parquet_batches(path: str, column: str) -> Iterator[tuple[int, list[Any], i
     from pyarrow import parquet
 
     try:
+        # Without pre-buffering, which reads whole row groups into memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as table:
             if column not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names[:8])
