@@ -60,7 +60,7 @@ class Ranks:
         result, failure = None, None
         try:
             result = action() if action else None
-        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
             failure = error
         answers = self.gather((result, describe(failure) if failure else None))
         failures = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(answers) if reason]
@@ -106,6 +106,7 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
     try:
         result = action()
     except MegamorError as error:
+        # Not raised yet: the other ranks would wait forever in the reduction below.
         failure = error
     if any(sum_over_ranks([failure is not None])):
         raise_on_all_ranks(failure)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megamor.checkpoint import commit, layout
-from megamor.checkpoint.manifest import create_manifest, find_damage, is_visible, summary
+from megamor.checkpoint.manifest import create_manifest, find_damage, manifest_json, summary
 from megamor.checkpoint.retention import Retention, read_losses, write_losses
 from megamor.errors import CheckpointError
 from megamor.files import sync_tree, write_durably
@@ -121,7 +121,7 @@ class CheckpointManager:
             checkpoint = self.directory / layout.step_name(step)
             damage = self._find_damage(checkpoint)
             if not damage:
-                self.ranks.run_on_all(f"looking for {checkpoint}", partial(_wait_until, is_visible, checkpoint))
+                self.ranks.run_on_all(f"looking for {checkpoint}", partial(_wait_until, _is_visible, checkpoint))
                 return checkpoint
             self._damaged.add(step)
             if self.ranks.rank == 0:
@@ -172,7 +172,7 @@ class CheckpointManager:
 
         def publish() -> None:
             # Killed before the rename: `draft` is deleted at the next start, which resumes from the old `latest`.
-            write_durably(draft / layout.MANIFEST_FILE, manifest.to_json())
+            write_durably(draft / layout.MANIFEST_FILE, manifest_json(manifest))
             sync_tree(draft)
             self.on_stage("manifest")
             commit.publish(draft, final)
@@ -250,6 +250,11 @@ class CheckpointManager:
 
 def _call(writer: Writer, draft: Path) -> None:
     writer(draft)  # the result isn't returned: `run_on_all` would send it to the other ranks
+
+
+def _is_visible(checkpoint: Path) -> bool:
+    """Whether this process sees every file at its full size, whatever the other ranks see."""
+    return not find_damage(checkpoint, hashes=False)
 
 
 def _wait_until(visible: Callable[[Path], bool], directory: Path) -> None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
@@ -25,44 +24,41 @@ from megamor.ranks import Ranks
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """Size of a file in bytes and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """All files of one checkpoint."""
+Manifest = dict[str, FileRecord]
+"""Every file of a checkpoint by its path."""
 
-    files: Mapping[str, FileRecord]
 
-    def to_json(self) -> str:
-        """Text of `manifest.json`."""
-        files = {name: asdict(record) for name, record in sorted(self.files.items())}
-        return json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
+def manifest_json(manifest: Manifest) -> str:
+    """Text of `manifest.json`."""
+    files = {name: record._asdict() for name, record in sorted(manifest.items())}
+    return json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n"
 
-    @classmethod
-    def read(cls, checkpoint: Path) -> Manifest:
-        """Read `manifest.json` of `checkpoint`.
 
-        Raises:
-            CheckpointError: it is missing, damaged, or in a format that this version doesn't know.
-        """
-        path = checkpoint / MANIFEST_FILE
-        try:
-            content: dict[str, Any] = json.loads(path.read_bytes())
-            files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in content["files"].items()}
-            found = content["format"]
-        except FileNotFoundError:
-            raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}: it is not a complete checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-        if found != FORMAT:
-            raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
-        return cls(files)
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read `manifest.json` of `checkpoint`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or in a format that this version doesn't know.
+    """
+    path = checkpoint / MANIFEST_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in content["files"].items()}
+        found = content["format"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}: it is not a complete checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+    return files
 
 
 def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
@@ -73,7 +69,7 @@ def create_manifest(directory: Path, ranks: Ranks) -> Manifest:
     mine = assign_files(sizes, readers)[ranks.rank] if sizes else []
     # The files are read back because torch wrote most of them, which doesn't compute checksums.
     records = ranks.run_on_all(f"reading back {directory}", lambda: {name: _record(directory / name) for name in mine})
-    return Manifest({name: record for part in records for name, record in part.items()})
+    return {name: record for part in records for name, record in part.items()}
 
 
 def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = True) -> list[str]:
@@ -83,28 +79,22 @@ def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = 
     """
     ranks = ranks or Ranks()
     views = ranks.gather(_view(checkpoint))
-    manifest = next((found for found, _ in views if isinstance(found, Manifest)), None)
+    manifest = next((found for found, _ in views if isinstance(found, dict)), None)
     if manifest is None:
         return list(dict.fromkeys(str(found) for found, _ in views))
     damage, readers = {}, {}
-    for name, record in manifest.files.items():
+    for name, record in manifest.items():
         readers[name] = [rank for rank, (_, sizes) in enumerate(views) if sizes.get(name) == record.size]
         if not readers[name]:
             size = max(sizes.get(name, -1) for _, sizes in views)
             damage[name] = "is missing" if size < 0 else f"has {size} bytes instead of {record.size}"
     if hashes:
-        sizes = {name: record.size for name, record in manifest.files.items() if readers[name]}
+        sizes = {name: record.size for name, record in manifest.items() if readers[name]}
         assigned = assign_files(sizes, readers) + [[]] * ranks.world_size  # ranks that can't read anything get nothing
         changed = {name: fault for name in assigned[ranks.rank] if (fault := _fault(checkpoint, name, manifest))}
         for part in ranks.gather(changed):
             damage |= part
     return [f"{checkpoint / name} {fault}" for name, fault in sorted(damage.items())]
-
-
-def is_visible(checkpoint: Path) -> bool:
-    """Whether this process sees every file of `checkpoint` at its full size."""
-    found, sizes = _view(checkpoint)
-    return isinstance(found, Manifest) and all(sizes.get(name) == record.size for name, record in found.files.items())
 
 
 def verify(checkpoint: Path, *, hashes: bool = True) -> None:
@@ -154,7 +144,7 @@ def _record(path: Path) -> FileRecord:
 def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
     """The manifest (or what is wrong with it) and the sizes of the files, as this process sees them."""
     try:
-        return Manifest.read(checkpoint), list_sizes(checkpoint)
+        return read_manifest(checkpoint), list_sizes(checkpoint)
     except CheckpointError as error:
         return str(error), {}
     except OSError as error:
@@ -163,7 +153,7 @@ def _view(checkpoint: Path) -> tuple[Manifest | str, dict[str, int]]:
 
 def _fault(checkpoint: Path, name: str, manifest: Manifest) -> str | None:
     try:
-        same = sha256_of_file(checkpoint / name) == manifest.files[name].sha256
+        same = sha256_of_file(checkpoint / name) == manifest[name].sha256
     except OSError as error:
         return f"can't be read ({error})"
     return None if same else "has changed since it was written (SHA-256 differs)"

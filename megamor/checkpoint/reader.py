@@ -1,4 +1,4 @@
-"""Opening a finished checkpoint for evaluation, generation or export, by one process."""
+"""Opening a finished checkpoint for evaluation, generation or export, in one process."""
 
 from __future__ import annotations
 
@@ -19,34 +19,20 @@ log = logging.getLogger("megamor.checkpoint")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has passed its check. It needs nothing outside of `directory`."""
+    """A checkpoint that has passed its check. Everything it needs is in `directory`."""
 
     directory: Path
 
     @property
     def step(self) -> int:
-        """Optimizer steps done; a copy under another name than `step_…` knows it from `trainer.json`."""
+        """Optimizer steps done."""
         step = layout.parse_step(self.directory.name)
-        return self.trainer_state.step if step is None else step
+        return TrainerState.read(self.directory).step if step is None else step  # a copy may have any name
 
     @property
     def config_yaml(self) -> str:
         """The resolved configuration of the run, as YAML text."""
         return stored_file(self.directory, layout.CONFIG_FILE).read_text(encoding="utf-8")
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer that the model was trained with.
-
-        Raises:
-            CheckpointError: it was saved without one.
-        """
-        return stored_file(self.directory, layout.TOKENIZER_FILE)
-
-    @property
-    def trainer_state(self) -> TrainerState:
-        """State of the training loop."""
-        return TrainerState.read(self.directory)
 
     def weights(self) -> dict[str, Tensor]:
         """Full CPU tensors by parameter name; see `load_weights`."""
@@ -54,7 +40,7 @@ class Checkpoint:
 
 
 def stored_file(directory: Path, name: str) -> Path:
-    """The file of that name in a checkpoint's or an export's directory.
+    """Path of the file `name` in the directory of a checkpoint or an export.
 
     Raises:
         CheckpointError: there is none.
@@ -69,18 +55,18 @@ def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:
     """Open a checkpoint after checking it against its manifest.
 
     Args:
-        path: a checkpoint (`…/step_00000100`), `latest`, the directory that holds them, or a run's directory. Of a
-            directory of checkpoints the one of `latest` is taken; if it is damaged, the newest whole one before it,
-            with a warning.
-        full: read every file and compare its checksum, instead of its size only.
+        path: a checkpoint (`…/step_00000100`), `latest`, a directory of checkpoints, or a run's directory. In the last
+            two cases the checkpoint that `latest` names is opened; if it is damaged, this is logged and the newest
+            whole one before it is opened.
+        full: read every file and compare its checksum, not only its size.
 
     Raises:
-        CheckpointError: nothing there is a checkpoint, or none is whole.
+        CheckpointError: there is no checkpoint, or none is whole.
     """
     path = Path(path)
-    root = _directory_of_checkpoints(path)
-    if root is not None:
-        return _newest(root, full=full)
+    for root in (path, path / layout.CHECKPOINTS_DIR):
+        if layout.published_steps(root) or (root / layout.LATEST).is_symlink():
+            return _newest_whole(root, full=full)
     if not path.exists():
         link = f" (a link to {path.readlink()}, which is gone)" if path.is_symlink() else ""
         raise CheckpointError(f"there is no checkpoint at {path}{link}")
@@ -91,18 +77,11 @@ def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:
     return Checkpoint(directory)
 
 
-def _directory_of_checkpoints(path: Path) -> Path | None:
-    for root in (path, path / layout.CHECKPOINTS_DIR):
-        if layout.published_steps(root) or (root / layout.LATEST).is_symlink():
-            return root
-    return None
-
-
-def _newest(root: Path, *, full: bool) -> Checkpoint:
+def _newest_whole(root: Path, *, full: bool) -> Checkpoint:
     for step in layout.by_preference(layout.published_steps(root), layout.latest_step(root)):
         directory = root / layout.step_name(step)
         damage = find_damage(directory, hashes=full)
         if not damage:
             return Checkpoint(directory.resolve())
         log.error("%s is damaged and not used: %s", directory, summary(damage))
-    raise CheckpointError(f"{root} holds no whole checkpoint")
+    raise CheckpointError(f"no checkpoint in {root} is whole: restore one from a copy")

@@ -118,19 +118,22 @@ def check_same_model(origin: Path, stored: Mapping[str, Sequence[int]], expected
     Raises:
         CheckpointError: naming the first few tensors that are missing, unknown to the model, or of another shape.
     """
-    missing = [f"it lacks {name} {tuple(expected[name])}" for name in expected if name not in stored]
-    extra = [f"{name} {tuple(stored[name])} is not in the model" for name in stored if name not in expected]
-    other = [
-        f"{name} is {tuple(stored[name])} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in stored and tuple(stored[name]) != tuple(shape)
-    ]
-    differences = other + missing + extra
+    differences = shape_differences(stored, expected)
     if differences:
         raise CheckpointError(
             f"{origin} belongs to another model: {summary(differences)}. Use the configuration in that checkpoint, "
             "or another run directory"
         )
+
+
+def shape_differences(stored: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
+    """What differs between stored and expected tensors, one line for each; arguments as in `check_same_model`."""
+    both = [name for name in expected if name in stored]
+    return [
+        *(f"{n} is {tuple(stored[n])} instead of {tuple(expected[n])}" for n in both if [*stored[n]] != [*expected[n]]),
+        *(f"{name} {tuple(shape)} is missing" for name, shape in expected.items() if name not in stored),
+        *(f"{name} {tuple(shape)} is not in the model" for name, shape in stored.items() if name not in expected),
+    ]
 
 
 def _weight_entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:

@@ -1,4 +1,4 @@
-"""`trainer.json`: what a run must remember beside tensors and random states. Plain JSON, readable by eye."""
+"""`trainer.json`: everything a run must restore except tensors and random states. Plain JSON that a person can read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class TrainerState:
     """State of the training loop after `step` optimizer steps.
 
     Attributes:
-        data: position of the loader, as its `state_dict()` gives it.
+        data: position in the data: `state_dict()` of the loader.
         components: `state_dict()` of every other object that changes during training, by name (guard window, …).
-        run_ids: of the experiment trackers, by tracker, so that a restart continues the same run there.
-        data_fingerprints: of the data sets and the tokenizer, by name.
-        code_revision, world_size, backend, versions: where the checkpoint comes from; for people, not for resuming.
+        run_ids: id in each experiment tracker, by its name, so that a resumed run continues there.
+        data_fingerprints: fingerprints of the data sets and the tokenizer, by name.
+        code_revision, world_size, backend, versions: how the checkpoint was made. Shown to people; resuming doesn't
+            depend on them.
     """
 
     step: int
@@ -40,7 +41,7 @@ class TrainerState:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Text of `trainer.json`."""
+        """The text of `trainer.json`."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
@@ -60,24 +61,24 @@ class TrainerState:
     @classmethod
     def _from_content(cls, content: Any, path: Path) -> TrainerState:
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__} instead of an object")
+            raise CheckpointError(f"{path} contains a {type(content).__name__} instead of an object")
         fields = dataclasses.fields(cls)
         required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
         missing, unknown = required - content.keys(), content.keys() - {f.name for f in fields}
         if missing or unknown:
             raise CheckpointError(
-                f"{path} is of another version of megamor: missing {sorted(missing)}, unknown {sorted(unknown)}"
+                f"{path} is from another version of megamor: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return cls(**content)
 
 
 def code_revision() -> str:
-    """`git describe` of the checkout that this package runs from, or `"unknown"` outside of one."""
+    """`git describe` of the checkout that this package is imported from, or `"unknown"` if there is none."""
     package = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--tags"]
     tracked = ["git", "-C", str(package.parent), "ls-files", "--error-unmatch", f"{package.name}/__init__.py"]
     try:
-        # An installed package may lie inside somebody else's repository (a virtual environment usually does).
+        # An installed package may be inside another project's repository, as a virtual environment usually is.
         subprocess.run(tracked, capture_output=True, check=True, timeout=10)
         return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -85,7 +86,7 @@ def code_revision() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that numerical results depend on; libraries that are not installed are left out."""
+    """Versions of the libraries that numerical results depend on, as far as they are installed."""
     versions = {"python": platform.python_version()}
     for library in ("megamor", "torch", "numpy", "deepspeed", "tokenizers"):
         try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import command_parser
+from megamor.cli import command_parser, counted
 from megamor.errors import user_errors
 
 
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=getattr(torch, arguments.dtype),
     )
     console = Console(highlight=False)
-    for file in files:
+    for file in (file for file in files if file.suffix != ".py"):
         console.print(f"{file}  {file.stat().st_size:,} bytes", markup=False, soft_wrap=True)
+    modules = counted(sum(file.suffix == ".py" for file in files) - 1, "module")
+    console.print(f"{arguments.output / 'modeling_megamor.py'} and {modules} that it imports", soft_wrap=True)
     if not has_tokenizer:
         console.print("The checkpoint has no tokenizer; add one before using AutoTokenizer.")

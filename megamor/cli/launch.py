@@ -53,7 +53,8 @@ def run_workers(options: Sequence[str], pretrain_arguments: Sequence[str]) -> in
     # The agent would install handlers of its own for these signals and kill the workers: give it others to handle.
     handled = "--signals-to-handle=SIGHUP,SIGQUIT"
     try:
-        run.run(run.parse_args([*options, handled, "-m", "megamor", "pretrain", *pretrain_arguments]))
+        arguments = run.parse_args([*options, handled, "-m", "megamor", "pretrain", *pretrain_arguments])  # type: ignore[no-untyped-call]
+        run.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return status_of([failure.exitcode for failure in error.failures.values()])
     return 0

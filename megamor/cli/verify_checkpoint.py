@@ -1,66 +1,68 @@
-"""Check a checkpoint: is every file whole, does it load, is it the model that its configuration describes?
+"""Check that a checkpoint is intact, loads, and contains the model that its configuration describes.
 
 examples:
   megamor verify-checkpoint runs/x/checkpoints/latest
-  megamor verify-checkpoint runs/x/checkpoints --all
-  megamor verify-checkpoint runs/x/checkpoints/latest --quick     # sizes instead of checksums; loads nothing
+  megamor verify-checkpoint runs/x --all
+  megamor verify-checkpoint runs/x/checkpoints/latest --quick     # compare sizes only; load nothing
 
-Checked are every file's size and SHA-256 against the manifest; the configuration and the trainer's state; that each
-weight and moment loads in the shape that the model has, and is finite; the number of unique parameters against the
-formula; one file of random states for each rank. All faults are listed. Exit status 0 if there are none, 2 otherwise.
+The checks:
+  - every file's size and SHA-256 against the manifest
+  - config.yaml and trainer.json can be read
+  - every weight and moment loads, has the shape that the model expects, and is finite
+  - the number of unique parameters equals the formula's
+  - each rank has a file of random states
+
+All faults are listed. Exit status 0 if there are none, 2 otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from megamor.checkpoint import TrainerState, find_damage, iterate_state, state_shapes
-from megamor.checkpoint.layout import CONFIG_FILE, latest_step, parse_step, published_steps, rng_path, step_name
-from megamor.config import Config, config_from_yaml
-from megamor.config.derive import derive
+from megamor.cli import command_parser, counted
 from megamor.errors import CheckpointError, MegamorError, user_errors
-from megamor.model import build_model
+
+if TYPE_CHECKING:
+    from megamor.checkpoint import TrainerState
+    from megamor.config import Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="verify_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, `latest`, or a directory of checkpoints")
-    parser.add_argument("--all", action="store_true", help="every checkpoint of a directory of checkpoints")
-    parser.add_argument("--quick", action="store_true", help="sizes instead of checksums, and load nothing")
-    return parser.parse_args(argv)
-
-
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    args = parse_arguments(argv)
-    damaged = 0
+    """Print each checkpoint's faults.
+
+    Raises:
+        SystemExit: status 2 if there is a fault, or no checkpoint.
+    """
+    parser = command_parser("verify-checkpoint", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, `latest`, a run, or a directory of checkpoints")
+    parser.add_argument("--all", action="store_true", help="check every checkpoint of the run, not the latest only")
+    parser.add_argument("--quick", action="store_true", help="compare sizes instead of checksums, and load nothing")
+    args = parser.parse_args(argv)
+    any_faults = False
     for checkpoint in checkpoints_at(args.checkpoint, all_of_them=args.all):
         faults = list(faults_of(checkpoint, quick=args.quick))
-        damaged += bool(faults)
-        print(f"{checkpoint}: {'whole' if not faults else f'{len(faults)} faults'}")
+        any_faults |= bool(faults)
+        print(f"{checkpoint}: {counted(len(faults), 'fault') if faults else 'whole'}")
         for fault in faults:
             print(f"  {fault}")
-    if damaged:
+    if any_faults:
         raise SystemExit(2)
 
 
 def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
-    """The checkpoints that `path` means, oldest first.
+    """The checkpoints to check, oldest first.
 
     Raises:
         CheckpointError: there are none.
     """
-    root = path / "checkpoints" if published_steps(path / "checkpoints") else path
+    from megamor.checkpoint.layout import CHECKPOINTS_DIR, latest_step, published_steps, step_name
+
+    root = path / CHECKPOINTS_DIR if published_steps(path / CHECKPOINTS_DIR) else path
     steps = published_steps(root)
     if not steps:
         if not path.is_dir():
@@ -73,16 +75,20 @@ def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
 
 
 def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
-    """Everything that is wrong with `checkpoint`, a line each."""
-    damage = find_damage(checkpoint, hashes=not quick)
-    yield from damage
+    """Everything that is wrong with `checkpoint`, one line for each fault."""
+    from megamor.checkpoint import TrainerState, find_damage, stored_file
+    from megamor.checkpoint.layout import CONFIG_FILE
+    from megamor.config import config_from_yaml
+
+    yield from find_damage(checkpoint, hashes=not quick)
     config = trainer = None
     try:
         trainer = TrainerState.read(checkpoint)
     except MegamorError as error:
         yield str(error)
     try:
-        config = config_from_yaml((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"), CONFIG_FILE)
+        text = stored_file(checkpoint, CONFIG_FILE).read_text(encoding="utf-8")
+        config = config_from_yaml(text, str(checkpoint / CONFIG_FILE))
     except (MegamorError, OSError, ValueError) as error:
         yield f"{checkpoint / CONFIG_FILE} can't be read: {error}"
     if trainer is not None:
@@ -92,16 +98,24 @@ def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
 
 
 def _trainer_faults(checkpoint: Path, trainer: TrainerState) -> Iterator[str]:
+    from megamor.checkpoint.layout import parse_step, rng_path
+
     named = parse_step(checkpoint.name)
     if named is not None and named != trainer.step:
-        yield f"the directory says step {named}, trainer.json says step {trainer.step}"
-    if trainer.step > 0:
+        yield f"the directory is named after step {named}, but trainer.json says step {trainer.step}"
+    if trainer.step > 0:  # an imported model, at step 0, has no random states and no moments
         for rank in range(trainer.world_size):
             if not rng_path(checkpoint, rank).is_file():
-                yield f"{rng_path(checkpoint, rank)} is missing: {trainer.world_size} ranks saved it"
+                yield f"{rng_path(checkpoint, rank)} is missing, though {trainer.world_size} ranks saved the checkpoint"
 
 
 def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> Iterator[str]:
+    import torch
+
+    from megamor.checkpoint.state import iterate_state, shape_differences, state_shapes
+    from megamor.config.derive import derive
+    from megamor.model import build_model
+
     try:
         stored = state_shapes(checkpoint)
     except CheckpointError as error:
@@ -113,23 +127,15 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     if trainer.step > 0:
         for name, shape in parameters.items():
             expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
-    for name, shape in expected.items():
-        if name not in stored:
-            yield f"{name} is missing"
-        elif tuple(stored[name]) != shape:
-            yield f"{name} has shape {tuple(stored[name])} instead of {shape}"
-    yield from (f"{name} belongs to no part of the model" for name in stored if name not in expected)
+    yield from shape_differences(stored, expected)
     try:
         for name, tensor in iterate_state(checkpoint):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 yield f"{name} has values that are not finite"
     except CheckpointError as error:
         yield str(error)
+    # Tied weights that were stored twice would show in the sum.
     counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
     formula = derive(config, trainer.world_size).unique_parameters_with_embedding
     if counted != formula and config.router.kind != "custom":
-        yield f"{counted:,} unique parameters are stored, and the configuration has {formula:,}"
-
-
-if __name__ == "__main__":
-    main()
+        yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"

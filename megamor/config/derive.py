@@ -26,8 +26,8 @@ class Derived:
     """Quantities printed at the start of a run.
 
     `unique_parameters` counts each parameter once; `effective_parameters` counts a shared block once per recursion.
-    Like the paper's tables, both leave out the embedding, which is also the output head. `core_layers` are the unique
-    blocks that each recursion runs. `tokens_per_step` and `micro_batches` are those after `train.ramp`.
+    Like the paper's tables, both leave out the embedding, whose weights are also the output head. `core_layers` are the
+    unique blocks that each recursion runs. `tokens_per_step` and `micro_batches` are those after `train.ramp`.
     """
 
     world_size: int
@@ -47,20 +47,14 @@ class Derived:
     coda_layers: int
     num_layers: int
     """Effective depth."""
-    embedding_parameters: int
-    router_parameters: int
     unique_parameters: int
+    unique_parameters_with_embedding: int
     effective_parameters: int
 
     @property
     def num_unique_layers(self) -> int:
         """Blocks that own parameters."""
         return self.prelude_layers + self.core_layers + self.coda_layers
-
-    @property
-    def unique_parameters_with_embedding(self) -> int:
-        """All parameters of the model; the tied output head isn't counted again."""
-        return self.unique_parameters + self.embedding_parameters
 
     def describe(self) -> str:
         """The quantities as aligned lines of text."""
@@ -102,10 +96,11 @@ def derive(config: Config, world_size: int) -> Derived:
     warmup_steps, decay = schedule_steps(config.optim, steps)
     prelude, core, coda = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
-    routers = router_parameters(config)
-    outside_layers = config.model.dim + routers + core * recursion_parameters(config)  # dim: the final norm
+    final_norm = config.model.dim
+    outside_layers = final_norm + router_parameters(config) + core * recursion_parameters(config)
     if config.recursion.recursion_embedding:
         outside_layers += config.recursion.num_recursions * config.model.dim
+    unique_parameters = (prelude + core + coda) * per_layer + outside_layers
     return Derived(
         world_size=world_size,
         total_steps=steps,
@@ -121,9 +116,8 @@ def derive(config: Config, world_size: int) -> Derived:
         core_layers=core,
         coda_layers=coda,
         num_layers=config.model.num_layers,
-        embedding_parameters=config.model.vocab_size * config.model.dim,
-        router_parameters=routers,
-        unique_parameters=(prelude + core + coda) * per_layer + outside_layers,
+        unique_parameters=unique_parameters,
+        unique_parameters_with_embedding=unique_parameters + config.model.vocab_size * config.model.dim,
         effective_parameters=config.model.num_layers * per_layer + outside_layers,
     )
 

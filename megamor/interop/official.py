@@ -1,7 +1,7 @@
 """Import of models trained with the paper authors' released code (github.com/raymin0223/mixture_of_recursions).
 
-Their state dict is that of a Llama model (`model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`) in which every
-application of a shared layer is stored, tied or not:
+Their state dict is that of a Llama model (`model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`). It stores a
+shared layer once for every application, whether the copies are tied or not:
 
     recursive          model.layers.{layer}.*                        one for each of the L effective layers
     expert-choice      model.layers.{e + r}.block.{j}.*              recursion r, j-th layer; e = 1 for middle_cycle
@@ -46,7 +46,7 @@ BLOCK_WEIGHTS = {
     "ffn.up_proj": "mlp.up_proj",
     "ffn.down_proj": "mlp.down_proj",
 }
-"""Weights of a block: megamor's name, the released code's."""
+"""Weights of a block: megamor's name → the released code's."""
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 BALANCING_BIAS = "stage.router.bias"
@@ -55,8 +55,11 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Imported:
-    """A model out of a released checkpoint. `weights` are fp32 and named as in `Transformer.state_dict()`; `untied`
-    names those whose copies differed and were reduced to one."""
+    """A model from a released checkpoint.
+
+    `weights` are fp32 and named as in `Transformer.state_dict()`; `untied` names those whose copies differed and were
+    reduced to one.
+    """
 
     config: Config
     weights: dict[str, Tensor]
@@ -68,12 +71,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     `pytorch_model.bin`.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else.
+        CheckpointError: there is no such file, or it contains something else.
     """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}: give the file itself")
+            raise CheckpointError(f"{path} contains neither {' nor '.join(FILES)}: give the file itself")
         path = found[0]
     try:
         if path.suffix == ".safetensors":
@@ -92,14 +95,14 @@ def import_official(
     """Translate a released state dict and the settings of its run.
 
     Args:
-        state: as `read_state_dict` gives it.
+        state: as `read_state_dict` returns it.
         settings: the run's YAML file as nested plain values.
-        untied: what to do with attention weights that differ between recursions: refuse (None), take those of the
+        untied: what to do with attention weights that differ between recursions: refuse (None), use those of the
             first recursion, or their mean. Neither gives the model that was trained.
 
     Raises:
-        CheckpointError: naming a weight that is missing, left over, of another shape, or un-tied.
-        ConfigError: naming a setting that has no counterpart here.
+        CheckpointError: naming a weight that is missing, unknown, of another shape, or un-tied.
+        ConfigError: naming a setting that has no counterpart in megamor.
     """
     run = Settings(settings)
     config = config_of(run, shape_of(state))
@@ -119,20 +122,20 @@ def import_official(
             weights[name] = reduce_copies(name, keys, copies, untied)
             reduced.append(name)
     if BALANCING_BIAS in expected:
-        weights.setdefault(BALANCING_BIAS, torch.zeros(expected[BALANCING_BIAS]))  # only loss-free runs store it
+        weights.setdefault(BALANCING_BIAS, torch.zeros(expected[BALANCING_BIAS]))  # only loss-free runs store one
     assert weights.keys() == expected.keys()
     return Imported(config, weights, tuple(reduced))
 
 
 def shape_of(state: Mapping[str, Tensor]) -> Shape:
-    """Widths and effective depth, from names and shapes alone."""
+    """Widths and effective depth, from names and shapes of the weights."""
 
     def first(pattern: str) -> Tensor:
         found = next((value for name, value in state.items() if re.fullmatch(pattern, name)), None)
         if found is None or found.dim() != 2:
             some = next(iter(state), "nothing")
             raise CheckpointError(
-                f"no matrix is named {pattern!r}: this is not a state dict of the released code (it holds {some} …)"
+                f"no matrix is named {pattern!r}: this is not a state dict of the released code (it contains {some} …)"
             )
         return found
 
@@ -150,7 +153,7 @@ def shape_of(state: Mapping[str, Tensor]) -> Shape:
 
 
 def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
-    """megamor's weight → the names of all its copies in the released state dict."""
+    """megamor's name of a weight → the names of all its copies in the released state dict."""
     sources = {"embed.weight": [EMBEDDING], "norm.weight": [NORM]}
     for recursion, ours, theirs in applications(config, routing):
         for our_weight, their_weight in BLOCK_WEIGHTS.items():
@@ -164,15 +167,15 @@ def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
 
 
 def applications(config: Config, routing: str | None) -> list[tuple[int, str, str]]:
-    """Every application of a block, in order: recursion, megamor's prefix and the released code's."""
+    """Every application of a block, in order: recursion, megamor's prefix, the released code's prefix."""
     plan = layer_stack(config)
     found = [(0, f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
     for recursion, blocks in enumerate(plan.schedule):
-        for place, block in enumerate(blocks):
+        for index, block in enumerate(blocks):
             theirs = {
-                None: f"model.layers.{plan.num_prelude + recursion * plan.num_core + place}",
-                "expert": f"model.layers.{plan.num_prelude + recursion}.block.{place}",
-                "token": f"{token_stage(plan.num_prelude)}.block_list.{recursion}.{place}",
+                None: f"model.layers.{plan.num_prelude + recursion * plan.num_core + index}",
+                "expert": f"model.layers.{plan.num_prelude + recursion}.block.{index}",
+                "token": f"{token_stage(plan.num_prelude)}.block_list.{recursion}.{index}",
             }[routing]
             found.append((recursion, f"stage.blocks.{block}", theirs))
     stages = {None: len(plan.schedule) * plan.num_core, "expert": len(plan.schedule), "token": 1}[routing]
@@ -180,12 +183,12 @@ def applications(config: Config, routing: str | None) -> list[tuple[int, str, st
 
 
 def token_stage(num_prelude: int) -> str:
-    """The recursion stage of a token-choice model: one of the layers, or for cycle the list of layers itself."""
+    """Prefix of a token-choice model's recursion stage: one of the layers, or for cycle the list of layers itself."""
     return f"model.layers.{num_prelude}" if num_prelude else "model.layers"
 
 
 def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
-    """The routers' share of `sources_of`."""
+    """The entries of `sources_of` for the routers."""
     linear = getattr(config.router, "head", "linear") == "linear"
     parts = {"weight": "weight"} if linear else {"fc1.weight": "0.weight", "fc2.weight": "2.weight"}
     num_prelude = layer_stack(config).num_prelude
@@ -207,49 +210,52 @@ def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
 
 
 def check_names(state: Mapping[str, Tensor], wanted: set[str]) -> None:
-    """Every copy must be there and nothing else; the head must be the embedding."""
+    """Refuse a state dict that lacks a copy, has anything else, or has a head that isn't the embedding."""
     missing = sorted(wanted - state.keys())
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{missing[0]} is missing{more}: the weights are not of the run that the config describes"
+            f"{missing[0]} is missing{more}: the weights are from another run than the config describes"
         )
     extra = [key for key in state if key not in wanted | {HEAD} and not key.endswith("rotary_emb.inv_freq")]
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise CheckpointError(f"{extra[0]} has no place{more} in the model that the run config describes")
+        raise CheckpointError(f"{extra[0]}{more} is not in the model that the run config describes")
     if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
         raise CheckpointError(
-            f"{HEAD} differs from {EMBEDDING}: megamor's head is tied to the embedding, as in the paper, but this "
-            "model was trained with a head of its own (the released recursive baseline has one) and can't be imported"
+            f"{HEAD} differs from {EMBEDDING}: this model has an output head of its own (as the released recursive "
+            "baseline does) and can't be imported; megamor's head is tied to the embedding, as in the paper"
         )
 
 
 def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Untied | None) -> Tensor:
-    """One weight out of copies that differ; only attention may, and only if asked for."""
+    """One weight from copies that differ. Only attention weights may, and only if the user allows it.
+
+    Raises:
+        CheckpointError: naming two copies that differ.
+    """
     other = next(key for key, copy in zip(keys, copies, strict=True) if not torch.equal(copy, copies[0]))
     if ".attention." not in name:
         raise CheckpointError(
-            f"{keys[0]} and {other} differ, but the run config shares them between recursions: the weights are not of "
-            "that run"
+            f"{keys[0]} and {other} differ, but the run config shares them between recursions: the weights are from "
+            "another run"
         )
     if untied is None:
         raise CheckpointError(
-            f"attention is un-tied: {keys[0]} and {other} differ. The released expert-choice code re-creates the "
-            "attention of every recursion after sharing the layers, so that models trained with it have more "
-            "parameters than the paper says (360M with 3 recursions: 167M instead of 118M) and no exact counterpart "
-            "here. To import an approximation and train on, choose untied=first (weights of the first recursion) or "
-            "untied=mean"
+            f"attention is un-tied: {keys[0]} and {other} differ. The released expert-choice code creates the "
+            "attention of every recursion anew after sharing the layers, so its models have more parameters than the "
+            "paper says (360M with 3 recursions: 167M instead of 118M) and no exact counterpart in megamor. To import "
+            "an approximation to train further, pass --untied first (weights of the first recursion) or --untied mean"
         )
     return copies[0].clone() if untied == "first" else torch.stack(copies).mean(0)
 
 
 def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:
-    """Write a checkpoint (weights without optimizer state) that evaluation, generation and export read.
+    """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
 
     Args:
-        directory: becomes a directory of checkpoints with one in it; must be new or empty.
-        tokenizer: a `tokenizer.json` to put into it.
+        directory: a new or empty directory; it will contain the checkpoint `step_00000000` and `latest`.
+        tokenizer: a `tokenizer.json` to add to the checkpoint.
 
     Raises:
         ConfigError: `directory` is in use, or there is no such tokenizer.

@@ -1,9 +1,8 @@
-"""Run settings of the paper authors' released code (github.com/raymin0223/mixture_of_recursions) to a megamor config.
+"""Translation of the paper authors' run settings (github.com/raymin0223/mixture_of_recursions) to a megamor config.
 
 Their settings are one YAML file per run, with the sections `recursive`, `kv_sharing`, `relaxation` and `mor`; the shape
-of the backbone is that of a published model (`model_name_or_path`), changed by `model_config`. What the weights say
-(widths, number of layers) is taken from the weights. Warm-ups and losses of training are not carried over, except for
-the coefficients: what is imported is a trained model.
+of the backbone is that of a published model (`model_name_or_path`), changed by `model_config`. Widths and the number of
+layers are read from the weights. Warm-ups are dropped, because the imported model has been trained.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from megamor.config.validate import validate
 from megamor.errors import ConfigError
 
 NUM_HEADS = {"SmolLM-135M": 9, "SmolLM-360M": 15, "SmolLM-1.7B": 32}
-"""Attention heads of the published models that the released runs start from; RoPE theta 10000, eps 1e-5."""
+"""Attention heads of the published models that the released runs start from. All have RoPE theta 10000, eps 1e-5."""
 
 FIXED_BACKBONE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-"""Settings of the backbone that have one value here."""
+"""Settings of the backbone for which megamor supports one value."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the weights tell of a model. `num_layers` is the effective depth, `router_hidden` 0 for linear routers."""
+    """What the weights' shapes say. `num_layers` is the effective depth; `router_hidden` is 0 for linear routers."""
 
     vocab_size: int
     dim: int
@@ -36,7 +35,7 @@ class Shape:
 
 
 class Settings:
-    """Dotted access to nested run settings; a key that is absent or null has no value."""
+    """Dotted access to nested run settings. A key with the value null counts as absent."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -45,7 +44,7 @@ class Settings:
         """The value at `key`, or `default`.
 
         Raises:
-            ConfigError: a section on the way is not a mapping.
+            ConfigError: a section in `key` is not a mapping.
         """
         value: Any = self.values
         for name in key.split("."):
@@ -57,35 +56,35 @@ class Settings:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """The value at `key` as a number (YAML 1.1 reads 1e-5 as text)."""
-        value = self.get(key, default)
+        """The value at `key` as a number."""
+        value = self.get(key, default)  # may be a string: YAML 1.1 reads 1e-5 as one
         try:
             return float(value)
         except (TypeError, ValueError):
             raise ConfigError(f"official run config: {key} = {value!r} is not a number") from None
 
-    def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
-        """megamor's word for the value at `key`."""
+    def choice(self, key: str, default: str, *choices: str) -> str:
+        """The value at `key`, which must be one of `choices` (or absent, if `default` is)."""
         value = self.get(key, default)
         if value not in choices:
             raise refusal(key, value, f"known are {', '.join(choices)}")
-        return choices[value]
+        return str(value)
 
     @property
     def routing(self) -> str | None:
         """`expert` or `token`; None for models without routers."""
         if not self.get("mor.enable", False):
             return None
-        return self.choice("mor.type", "", {"expert": "expert", "token": "token"})
+        return self.choice("mor.type", "", "expert", "token")
 
     @property
     def num_recursions(self) -> int:
-        """1 for vanilla models, and for the released code's shallow ones (recursive with one recursion)."""
+        """1 for vanilla models and for the released code's shallow baselines (recursive with one recursion)."""
         return int(self.number("recursive.num_recursion", 1)) if self.get("recursive.enable", False) else 1
 
 
 def refusal(key: str, value: Any, reason: str) -> ConfigError:
-    """An error about one setting."""
+    """The error for a setting that has no counterpart."""
     return ConfigError(f"official run config: {key} = {value} can't be imported: {reason}")
 
 
@@ -93,7 +92,7 @@ def config_of(settings: Settings, shape: Shape) -> Config:
     """The megamor config of a released run whose weights have `shape`.
 
     Raises:
-        ConfigError: a setting that megamor has no counterpart for, or settings that contradict the weights.
+        ConfigError: a setting has no counterpart in megamor, or contradicts the weights.
     """
     refuse_what_has_no_counterpart(settings)
     seq_len = int(settings.number("max_length", settings.number("model_config.max_position_embeddings", 2048)))
@@ -120,12 +119,12 @@ def config_of(settings: Settings, shape: Shape) -> Config:
 
 
 def refuse_what_has_no_counterpart(settings: Settings) -> None:
-    """Raise for settings that change the model in ways that megamor doesn't have."""
+    """Raise ConfigError for settings that change the model in ways that megamor doesn't support."""
     if settings.get("relaxation.enable", False):
         raise refusal("relaxation.enable", True, "adapters on top of shared weights have no counterpart")
     sharing = settings.get("recursive.sharing")
     if settings.num_recursions > 1 and not settings.get("recursive.ln_share", True) and "cycle" not in str(sharing):
-        raise refusal("recursive.ln_share", False, f"under {sharing} a block would need several norms in one recursion")
+        raise refusal("recursive.ln_share", False, f"with {sharing} a block would need several norms in one recursion")
     if settings.routing is None:
         return
     if settings.num_recursions == 1:
@@ -133,7 +132,7 @@ def refuse_what_has_no_counterpart(settings: Settings) -> None:
     if settings.get("mor.rand_router", False):
         raise refusal("mor.rand_router", True, "its gates are random numbers, not weights")
     if sharing not in ("cycle", "middle_cycle"):
-        raise refusal("recursive.sharing", sharing, "the released code gives routers to cycle and middle_cycle only")
+        raise refusal("recursive.sharing", sharing, "the released code has routers with cycle and middle_cycle only")
 
 
 def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, Any]:
@@ -141,19 +140,21 @@ def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, A
     for key, value in FIXED_BACKBONE.items():
         found = settings.get(f"model_config.{key}", value)
         if found != value:
-            raise refusal(f"model_config.{key}", found, f"here it is {value}")
+            raise refusal(f"model_config.{key}", found, f"megamor supports {value}")
     num_heads = settings.get("model_config.num_attention_heads")
     name = str(settings.get("model_name_or_path", "")).rpartition("/")[2]
     if num_heads is None and name not in NUM_HEADS:
         raise ConfigError(
-            f"official run config: the weights don't tell the number of attention heads, and model_name_or_path = "
-            f"{name or None} is none of {', '.join(NUM_HEADS)}: give model_config.num_attention_heads (and rope_theta, "
-            "rms_norm_eps where they aren't 10000 and 1e-5)"
+            f"official run config: the number of attention heads is unknown. It can't be read from the weights, and "
+            f"model_name_or_path = {name or None} is none of {', '.join(NUM_HEADS)}: give "
+            "model_config.num_attention_heads (and rope_theta, rms_norm_eps unless they are 10000 and 1e-5)"
         )
     num_heads = int(NUM_HEADS[name] if num_heads is None else num_heads)
     if shape.dim % num_heads or shape.kv_dim % (shape.dim // num_heads):
         raise refusal(
-            "model_config.num_attention_heads", num_heads, f"it doesn't divide widths {shape.dim} and {shape.kv_dim}"
+            "model_config.num_attention_heads",
+            num_heads,
+            f"it doesn't divide the widths {shape.dim} and {shape.kv_dim}",
         )
     return {
         "vocab_size": shape.vocab_size,
@@ -169,7 +170,7 @@ def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, A
 
 
 def kv_policy(settings: Settings) -> str:
-    """Key/value policy. The released settings repeat number and sharing of the recursions; they must agree."""
+    """The key/value policy. The released settings repeat the recursions' number and sharing, which must agree."""
     if not settings.get("kv_sharing.enable", False):
         return "recursion_wise"
     for name in ("num_recursion", "sharing"):
@@ -180,8 +181,9 @@ def kv_policy(settings: Settings) -> str:
 
 
 def router_head(settings: Settings, shape: Shape) -> str:
-    """The head that the weights have: the released wide_mlp was once as narrow as its mlp."""
-    kind = settings.choice("mor.router_type", "linear", {"linear": "linear", "mlp": "mlp", "wide_mlp": "wide_mlp"})
+    """The kind of router head, by the width of its weights."""
+    kind = settings.choice("mor.router_type", "linear", "linear", "mlp", "wide_mlp")
+    # Earlier versions of the released code built a `wide_mlp` as narrow as its `mlp`, so the name doesn't decide.
     by_width = {0: "linear", 2 * shape.dim: "mlp", 4 * shape.dim: "wide_mlp"}
     if shape.router_hidden not in by_width or (kind == "linear") != (shape.router_hidden == 0):
         raise refusal("mor.router_type", kind, f"the routers have a hidden layer of width {shape.router_hidden}")
@@ -189,33 +191,27 @@ def router_head(settings: Settings, shape: Shape) -> str:
 
 
 def common_router_settings(settings: Settings, shape: Shape, section: str) -> dict[str, Any]:
-    """What expert-choice and token-choice share."""
+    """Settings that expert-choice and token-choice have in common."""
     return {
         "head": router_head(settings, shape),
         "temperature": settings.number("mor.temp", 1.0),
-        "gating": settings.choice(
-            f"mor.{section}.gating", "weighted", {"weighted": "weighted", "additive": "additive"}
-        ),
+        "gating": settings.choice(f"mor.{section}.gating", "weighted", "weighted", "additive"),
         "z_coeff": settings.number("mor.z_coeff", 0.0) if settings.get("mor.z_loss", False) else 0.0,
     }
 
 
 def expert_choice(settings: Settings, shape: Shape) -> dict[str, Any]:
     """Router section of an expert-choice run."""
-    # Without a function the released code leaves the score as it is: alpha is not applied.
-    activation = settings.choice(
-        "mor.expert.router_func", "none", {"sigmoid": "sigmoid", "tanh": "tanh", "none": "none"}
-    )
-    sampling = settings.choice(
-        "mor.expert.sampling", "none", {"aux_loss": "aux_loss", "aux_router": "aux_router", "none": "none"}
-    )
+    # Without a function the released code uses the score itself and doesn't apply alpha.
+    activation = settings.choice("mor.expert.router_func", "none", "sigmoid", "tanh", "none")
+    sampling = settings.choice("mor.expert.sampling", "none", "aux_loss", "aux_router", "none")
     capacity = settings.get("mor.capacity")
     return {
         "kind": "expert_choice",
         **common_router_settings(settings, shape, "expert"),
         "activation": activation,
         "alpha": 1.0 if activation == "none" else settings.number("mor.expert.alpha", 0.1),
-        "capacity": None if capacity is None else [float(share) for share in str(capacity).split(",")],
+        "capacity": None if capacity is None else [float(fraction) for fraction in str(capacity).split(",")],
         "sampling": "aux_loss" if sampling == "none" else sampling,
         "aux_coeff": 0.0 if sampling == "none" else settings.number("mor.expert.coeff", 0.001),
     }
@@ -223,15 +219,13 @@ def expert_choice(settings: Settings, shape: Shape) -> dict[str, Any]:
 
 def token_choice(settings: Settings, shape: Shape) -> dict[str, Any]:
     """Router section of a token-choice run."""
-    activation = settings.choice("mor.token.router_func", "softmax", {"softmax": "softmax", "sigmoid": "sigmoid"})
+    activation = settings.choice("mor.token.router_func", "softmax", "softmax", "sigmoid")
     return {
         "kind": "token_choice",
         **common_router_settings(settings, shape, "token"),
         "activation": activation,
         "alpha": settings.number("mor.token.alpha", 1.0 if activation == "softmax" else 0.1),
-        "balancing": settings.choice(
-            "mor.token.balancing", "none", {"loss": "loss", "loss_free": "loss_free", "none": "none"}
-        ),
+        "balancing": settings.choice("mor.token.balancing", "none", "loss", "loss_free", "none"),
         "balance_coeff": settings.number("mor.token.coeff", 0.1),
         "bias_update_rate": settings.number("mor.token.u", 0.001),
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from types import TracebackType
+
+from rich.console import Console
 
 from megamor.metrics.sinks import Metrics
 from megamor.progress import ProgressDisplay, format_count
@@ -23,24 +25,27 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-class TrainingDisplay:
-    """Shows the newest value of the most telling metrics beside the steps done."""
+class TrainingDisplay(ProgressDisplay):
+    """Shows the newest values of the most telling metrics beside the steps done."""
 
-    def __init__(self, display: ProgressDisplay) -> None:
-        self._display = display
+    def __init__(
+        self,
+        name: str,
+        total_steps: int,
+        *,
+        start: int,
+        enabled: bool,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # Compilation can make the first step take minutes, so a log file shows at once that it is over.
+        super().__init__(
+            name, total_steps, unit="steps", start=start, enabled=enabled, log_first=True, console=console, clock=clock
+        )
         self._values: dict[str, float | None] = {MFU: None}
         self._mean_loss = self._weight = 0.0
 
-    def __enter__(self) -> TrainingDisplay:
-        self._display.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._display.__exit__(kind, error, trace)
-
-    def update(self, step: int, metrics: Metrics) -> None:
+    def show(self, step: int, metrics: Metrics) -> None:
         """Show that `step` is done; metrics that aren't given keep their last value."""
         self._values.update(metrics)
         loss = metrics.get(LOSS)
@@ -49,16 +54,12 @@ class TrainingDisplay:
             self._mean_loss = 0.9 * self._mean_loss + 0.1 * loss
             self._weight = 0.9 * self._weight + 0.1
             self._values[LOSS] = self._mean_loss / self._weight
-        self._display.update(step, self._figures())
-
-    def message(self, text: str) -> None:
-        """Print `text` above the bar, or as a line of its own."""
-        self._display.message(text)
+        self.update(step, self._figures())
 
     def _figures(self) -> dict[str, str]:
-        values = {metric: self._values.get(metric) for metric in _FIGURES}
-        return {
-            label: "n/a" if value is None else text(value)
-            for (metric, value), (label, text) in zip(values.items(), _FIGURES.values(), strict=True)
-            if value is not None or metric == MFU
-        }
+        shown = {}
+        for metric, (label, text) in _FIGURES.items():
+            value = self._values.get(metric)
+            if value is not None or metric == MFU:
+                shown[label] = "n/a" if value is None else text(value)
+        return shown

@@ -7,7 +7,13 @@ from torch import nn
 
 from megamor.config import Config
 from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure
+from megamor.parallel.ddp import DdpBackend
+from megamor.parallel.fsdp2 import Fsdp2Backend
 from megamor.parallel.mesh import World, resolve_backend
+from megamor.parallel.single import SingleBackend
+from megamor.parallel.zero import ZeroBackend
+
+BACKENDS = {"single": SingleBackend, "ddp": DdpBackend, "fsdp2": Fsdp2Backend, "deepspeed": ZeroBackend}
 
 
 def build_backend(model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> Backend:
@@ -15,7 +21,7 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
 
     `build_optimizer` is called with the wrapped module, when its parameters are final.
     """
-    # The order matters: what is compiled includes recomputation, and what is sharded is already compiled; FSDP2
+    # The order matters: what is compiled includes recomputation, and what is sharded is already compiled. FSDP2
     # replaces parameters, so the optimizer comes last.
     model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
     plan: ModelStructure = model.parallel_plan()  # type: ignore[operator]
@@ -24,19 +30,4 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
         torch._dynamo.config.recompile_limit = 32
         for target in plan.compile_targets:
             target.compile()
-    name = resolve_backend(config.parallel, world.size)
-    if name == "deepspeed":
-        from megamor.parallel.zero import ZeroBackend
-
-        return ZeroBackend(model, plan, config, world, build_optimizer)
-    if name == "fsdp2":
-        from megamor.parallel.fsdp2 import Fsdp2Backend
-
-        return Fsdp2Backend(model, plan, config, world, build_optimizer)
-    if name == "ddp":
-        from megamor.parallel.ddp import DdpBackend
-
-        return DdpBackend(model, config, world, build_optimizer)
-    from megamor.parallel.single import SingleBackend
-
-    return SingleBackend(model, config, world, build_optimizer)
+    return BACKENDS[resolve_backend(config.parallel, world.size)](model, plan, config, world, build_optimizer)

@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megamor.config import Config
+from megamor.parallel.backend import ModelStructure
 from megamor.parallel.mesh import autocast
 from megamor.parallel.single import SingleBackend
 
@@ -16,7 +18,7 @@ from megamor.parallel.single import SingleBackend
 class DdpBackend(SingleBackend):
     """`Backend` with DistributedDataParallel. All ranks start with rank 0's weights and buffers."""
 
-    def wrap(self, model: nn.Module) -> DistributedDataParallel:
+    def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:
         """Wrap `model` so that its gradients are averaged over ranks."""
         with warnings.catch_warnings():
             # Not every supported release of torch has the new name of `broadcast_buffers`.

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megamor.config import Config
-from megamor.parallel.backend import BuildOptimizer, ModelStructure
-from megamor.parallel.mesh import World, fsdp_policy
+from megamor.parallel.backend import ModelStructure
+from megamor.parallel.mesh import fsdp_policy
 from megamor.parallel.single import SingleBackend
 
 
@@ -34,26 +34,20 @@ def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: s
 class Fsdp2Backend(SingleBackend):
     """`Backend` with `fully_shard`. Every rank builds the same model and keeps its slice."""
 
-    def __init__(
-        self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
-    ) -> None:
-        self.plan = plan
-        self.reshard, self.shard_degree = config.parallel.reshard_after_forward, config.parallel.shard_degree
-        super().__init__(model, config, world, build_optimizer)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:
         """Shard over all ranks or over groups of them, then move buffers and slices to the device."""
         # Units return keys and values as views, which FSDP2 warns about because writing into them would be lost.
         # Nothing here does.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        shard(model, self.plan, self.mesh(), self.precision, self.reshard)
+        mesh = self.mesh(config.parallel.shard_degree)
+        shard(model, plan, mesh, self.precision, config.parallel.reshard_after_forward)
         return model.to(self.device)
 
-    def mesh(self) -> DeviceMesh:
+    def mesh(self, shard_degree: int | None) -> DeviceMesh:
         """All ranks in one dimension. With `shard_degree` (HSDP) two: shard along rows, replicate along columns."""
-        if self.shard_degree is None:
+        if shard_degree is None:
             return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
-        shape = (self.world_size // self.shard_degree, self.shard_degree)
+        shape = (self.world_size // shard_degree, shard_degree)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:

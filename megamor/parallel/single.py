@@ -1,4 +1,4 @@
-"""One process with plain PyTorch, and what DDP and FSDP2 have in common with it."""
+"""One process with plain PyTorch, and what the other backends have in common with it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from torch.distributed.tensor import DTensor
 
 from megamor.checkpoint.state import write_state
 from megamor.config import Config
-from megamor.parallel.backend import BuildOptimizer
+from megamor.parallel.backend import BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World, autocast
 from megamor.parallel.state import StateCopy, collect_state, load_state
 
 
 class SingleBackend:
-    """`Backend` for one process, with bf16 by autocast. `DdpBackend` and `Fsdp2Backend` inherit from it."""
+    """`Backend` for one process, with bf16 by autocast. The other backends inherit from it."""
 
-    def __init__(self, model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> None:
+    def __init__(
+        self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
+    ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.precision = config.train.precision
         self.module = model
-        self.model = self.wrap(model)
+        self.model = self.wrap(model, plan, config)
         self.optimizer = build_optimizer(model)
         allocate_optimizer_state(self.optimizer)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device; subclasses also distribute it. The result is what the training loop calls."""
+    def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:
+        """Move `model` to the device and, in subclasses, distribute it. The training loop calls the result."""
         return model.to(self.device)
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:

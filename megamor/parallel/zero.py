@@ -22,13 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, write_state
+from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state
 from megamor.config import Config
 from megamor.parallel.backend import BuildOptimizer, ModelStructure
 from megamor.parallel.mesh import World
-from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
+from megamor.parallel.single import SingleBackend, allocate_optimizer_state, clip_gradients
 from megamor.parallel.slices import Slices, boxes_of_range
-from megamor.parallel.state import StateCopy, collect_state, load_state
 
 # Stage 3 keeps parameters with fewer elements than this whole on every rank: gathering a norm costs more than the
 # memory it saves.
@@ -36,7 +35,7 @@ PERSIST_BELOW = 10_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroBackend:
+class ZeroBackend(SingleBackend):
     """`Backend` with a DeepSpeed engine. In bf16 the model is bf16 with fp32 master weights (stage 0: autocast).
 
     Gradients are reduced in fp32. From stage 2 on every micro-batch reduces them, so that no rank holds the gradient of
@@ -60,53 +59,45 @@ class ZeroBackend:
         self.module = model.to(world.device)
         optimizer = build_optimizer(self.module)
         with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
-            self.model, self.optimizer, _, _ = deepspeed.initialize(
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
             )
+        self.model = self.engine
         if self.stage == 0:
             allocate_optimizer_state(self.optimizer)
         self.state = ZeroState(self.module, self.optimizer, self.stage) if self.stage > 0 else None
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
-        self.model.set_gradient_accumulation_boundary(last_micro_batch)
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
         return nullcontext()
 
-    def set_lr(self, lr: float) -> None:
-        set_group_lr(self.optimizer, lr)
-
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
-        self.model.set_gradient_accumulation_boundary(last_micro_batch)
-        self.model.backward(loss, scale_wrt_gas=False)
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, max_grad_norm: float) -> Tensor:
         if self.stage == 0:
             norm = clip_gradients(self.optimizer, max_grad_norm)
             if norm.isfinite():
-                self.model.step()
-            self.model.zero_grad()
+                self.engine.step()
+            self.engine.zero_grad()
             return norm
-        self.optimizer.clip_grad = max_grad_norm
-        self.model.step()  # the engine itself leaves out the update when the norm isn't finite
+        zero: Any = self.optimizer
+        zero.clip_grad = max_grad_norm
+        self.engine.step()  # the engine itself leaves out the update when the norm isn't finite
         if self.stage == 3:
             # The engine overwrites the gradients of the parameters that a step uses and keeps the others', which would
             # update a parameter that the next step leaves out with this step's gradient once more.
-            self.optimizer.grad_partitions_flat_buffer.zero_()
-        norm = self.model.get_global_grad_norm()
+            zero.grad_partitions_flat_buffer.zero_()
+        norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
-    def save(self, directory: Path) -> None:
-        write_state(directory, self.tensors())
-
-    def copy_state(self) -> StateCopy:
-        return StateCopy.of(self.tensors(), self.rank, self.world_size)
-
     def tensors(self) -> dict[str, Tensor]:
-        """All state by stored name: the engine's own memory."""
-        return collect_state(self.module, self.optimizer) if self.state is None else self.state.tensors()
+        return super().tensors() if self.state is None else self.state.tensors()
 
     def load(self, directory: Path) -> None:
         if self.state is None:
-            load_state(directory, self.module, self.optimizer)
+            super().load(directory)
             return
         tensors = self.tensors()
         read_state(directory, tensors)

@@ -29,7 +29,6 @@ from megamor.metrics import (
 from megamor.model import build_model
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
-from megamor.progress import ProgressDisplay
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
@@ -53,6 +52,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             fail.
     """
     derived = derive(config, world.size)
+    # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     inputs = run_on_all_ranks(lambda: open_inputs(config, world))
     directory = run_on_all_ranks(lambda: run_directory(config))
     keep = config.checkpoint
@@ -61,7 +61,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
     )
 
     model = build_model(config, device=world.device)
+    # Taken before the backend shards the model: checkpoints are compared by whole shapes.
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
     guard = Guard(config.guard)
@@ -94,15 +96,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
         sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=TrainingDisplay(
-            ProgressDisplay(
-                config.run.name,
-                derived.total_steps,
-                unit="steps",
-                start=progress.step,
-                enabled=world.is_main and config.metrics.progress,
-                log_first=True,  # compilation may make the first step take minutes
-                console=Console(highlight=False),
-            )
+            config.run.name,
+            derived.total_steps,
+            start=progress.step,
+            enabled=world.is_main and config.metrics.progress,
+            console=Console(highlight=False),
         ),
         stop=StopRequest(),
         guard=guard,

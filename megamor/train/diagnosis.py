@@ -138,6 +138,7 @@ class ScoreGradient:
         self.largest = torch.zeros((), device=device)
         self.watches = False
         for module in router.modules():
+            # Leaf modules with parameters: the layers that compute the scores.
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) and not [
                 *module.children()
             ]:

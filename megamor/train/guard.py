@@ -64,6 +64,7 @@ class Guard:
             return Verdict.SKIPPED
         self.skipped_in_a_row = 0
         if self._is_spike(loss):
+            # Kept out of the window, which would otherwise get used to the high losses.
             self.spiking += 1
             return Verdict.SPIKE if self.spiking >= self.config.spike_steps else Verdict.GOOD
         self.spiking = 0
@@ -132,6 +133,7 @@ class Guard:
 
     def _is_spike(self, loss: float) -> bool:
         threshold = self.config.spike_threshold
+        # With few losses in the window their deviation says little.
         if threshold is None or 2 * len(self.losses) < self.config.window:
             return False
         return loss > statistics.fmean(self.losses) + threshold * statistics.pstdev(self.losses)

@@ -85,6 +85,7 @@ class RunCheckpoints:
             The checkpoint; None while it is being written (see `wait`).
         """
         self.wait()
+        # The small state is copied here, before training continues and changes it.
         state = TrainerState(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -99,8 +100,10 @@ class RunCheckpoints:
         )
         files = {**self.files, TRAINER_FILE: state.to_json()}
         rng = partial(write_rng, states=rng_states(self.backend.world_size), rank=self.backend.rank)
+        # Random states are gathered now for the same reason: a background save must not see those of later steps.
         if not self.config.checkpoint.asynchronous:
             return self.manager.save(progress.step, [self.backend.save, rng], files)
+        # The thread uses the manager's own gloo group, so its collectives can't mix with those of training.
         write = partial(self.backend.copy_state().write, group=self.manager.ranks.group)
         self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
         return None
@@ -137,6 +140,7 @@ class RunCheckpoints:
             CheckpointError: it belongs to another model, or no checkpoint is whole.
         """
         self.wait()
+        # Every file is checked against the manifest; a damaged checkpoint is skipped in favour of the one before.
         directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
@@ -157,6 +161,7 @@ class RunCheckpoints:
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self.loader.load_state_dict(state.data)
+        # Components that this version doesn't have (or that are switched off) are left out on purpose.
         for name, saved in state.components.items():
             if name in self.components:
                 self.components[name].load_state_dict(saved)

@@ -56,6 +56,7 @@ class StopRequest:
         return any(sum_over_ranks([self.received is not None]))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        # A handler may run at any moment, so it only records the signal; the next vote tells the other ranks.
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now

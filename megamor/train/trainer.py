@@ -126,6 +126,8 @@ class Trainer:
                 verdict = self.train_step(batch)
                 if verdict is Verdict.SPIKE:
                     self.roll_back()
+                # After a rollback the old weights are saved with the new position in the data. Otherwise a restart
+                # would resume before the samples that made the loss spike, and meet them again.
                 is_last = self.progress.step == last_step
                 if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
                     self.save(finish=is_last)
@@ -165,13 +167,16 @@ class Trainer:
             ]
         )
         self.data_wait = time.perf_counter() - started
+        # Every rank has the same sums, so every rank takes the same branches below.
         if any_unwritten:
             raise_on_all_ranks(self.unwritten)
         if not any_saving:
             self.report_saved(self.checkpoints.wait())
         if any_stop:
+            # Before `any_unreadable`: the steps done can be saved, and the next launch will report the bad batch.
             self.stopping = True
             if micro_batches:
+                # The batch won't be trained on, so the checkpoint must not count it as consumed.
                 self.loader.take_back()
             return None
         if any_unreadable:
@@ -186,9 +191,12 @@ class Trainer:
         with self.without_recompiling():
             figures = self.run_micro_batches(batch, lr)
         if not self.guard.decides and self.model.stage is not None:
+            # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
             self.model.stage.router.update(figures.totals)
         self.progress.step = number
         self.progress.tokens_seen += shape.tokens
+        # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
+        # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
         self.unread.append(
             UnreadStep(
                 number=number,
@@ -207,8 +215,10 @@ class Trainer:
     def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
         statistics = StepStatistics(self.config.recursion.num_recursions)
+        # Divided in double precision and then rounded once, whatever the device.
         token_weight = self.to_device((self.backend.world_size / torch.tensor(batch.labels).double()).float())
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
+            # Gradients are accumulated locally and reduced in the last micro-batch only (where the backend can).
             is_last = number == len(batch.micro_batches)
             inputs, labels = self.to_device(micro_batch.inputs), self.to_device(micro_batch.labels)
             documents = None if micro_batch.documents is None else self.to_device(micro_batch.documents)
@@ -220,6 +230,7 @@ class Trainer:
         self.backend.set_lr(lr)
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         if self.diagnosis.gradient is not None:
+            # Complete only after the last backward pass, unlike the sums over micro-batches above.
             statistics.add_score_gradient(self.diagnosis.gradient.take())
         return statistics.reduce(grad_norm)
 
@@ -290,7 +301,7 @@ class Trainer:
             **peak_memory(self.backend.device),
         }
         self.write_metrics(step.number, metrics)
-        self.display.update(step.number, metrics)
+        self.display.show(step.number, metrics)
 
     def write_metrics(self, step: int, metrics: Metrics) -> None:
         """Write figures of `step`. A failure is raised by the next vote, on every rank."""
@@ -308,6 +319,8 @@ class Trainer:
         Raises:
             TrainingError: there is no such checkpoint, or this has happened too often.
         """
+        # Restoring a checkpoint sets loader and guard back as well. What must survive is taken aside first: the
+        # position in the data, and which samples earlier rollbacks have left out.
         spiked_at, position = self.progress.step, self.loader.state_dict()
         left_out = self.guard.left_out
         restored = self.checkpoints.restore(at_most=spiked_at - self.config.guard.rollback_steps)
@@ -316,7 +329,7 @@ class Trainer:
                 f"the loss spikes at step {spiked_at}, and no checkpoint is {self.config.guard.rollback_steps} steps "
                 "older: lower guard.rollback_steps or checkpoint.every_steps, or start with a lower optim.lr"
             )
-        self.guard.left_out = left_out  # the checkpoint may know fewer of them
+        self.guard.left_out = left_out
         self.guard.roll_back(spiked_at, (self.loader.consumed_samples, position["consumed_samples"]))
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
@@ -328,6 +341,8 @@ class Trainer:
 
     def last_step(self) -> int:
         """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
+        # `stop_at_step` and exhausted data end a launch but don't shorten the learning-rate schedule, which follows
+        # `derived.total_steps`.
         limits = [self.derived.total_steps]
         if self.config.train.stop_at_step is not None:
             limits.append(self.config.train.stop_at_step)
@@ -378,6 +393,7 @@ class Trainer:
         self.watchdog.beat("saving")
         self.read_figures()  # no checkpoint of a step that turns out to have failed
         with self.throughput.excluded():
+            # Only one checkpoint is written at a time: reporting the previous one here keeps messages in order.
             self.report_saved(self.checkpoints.wait())
             path = self.checkpoints.save(self.progress)
             if finish:
@@ -407,6 +423,7 @@ class Trainer:
             self.write_metrics(step, losses.metrics())
             self.checkpoints.record_loss(step, losses.mean)
         self.summary.validation = losses
+        # Set last: an evaluation that was abandoned or failed is due again.
         self.evaluated_step = step
 
     def stop_between_batches(self) -> None:
@@ -430,6 +447,7 @@ class Trainer:
 
     def announce(self, text: str) -> None:
         """Print a line, once, even where progress isn't shown."""
+        # A disabled display is silent on every rank, but what is announced must be seen.
         if self.config.metrics.progress:
             self.display.message(text)
         elif self.backend.rank == 0:

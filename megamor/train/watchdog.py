@@ -56,6 +56,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._ended.set()
+        # Joined, so that no thread prints or exits the process after the run is over.
         if self._thread is not None:
             self._thread.join()
 
@@ -71,6 +72,7 @@ class Watchdog:
         self._has_written = True
         try:
             self.directory.mkdir(exist_ok=True)
+            # Replaced in one go: other ranks read it at any moment.
             draft = self.directory / f".{self.rank}"
             draft.write_text(json.dumps(note))
             draft.replace(self.directory / f"rank_{self.rank}.json")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamor.config import Config, RecursionConfig, RouterConfig
-from megamor.errors import CheckpointError, ConfigError
+from megamor.errors import CheckpointError
 from megamor.model import build_model
 from megamor.parallel import resolve_backend
 from tests.distributed.harness import RankFailed, run_ranks
@@ -205,11 +205,9 @@ def _spoiled_step(config: Config, directory: Path) -> tuple[float, str, str]:
     return norm, digest(stored_tensors(directory / "before")), digest(stored_tensors(directory / "after"))
 
 
-def test_single_is_refused_in_a_launch_of_several() -> None:
+def test_auto_chooses_by_the_number_of_processes() -> None:
     assert resolve_backend(tiny("auto").parallel, 1) == "single"
     assert resolve_backend(tiny("auto").parallel, 2) == "fsdp2"
-    with pytest.raises(ConfigError, match="launch of 2 processes"):
-        resolve_backend(tiny("single").parallel, 2)
 
 
 def test_harness_reports_a_failing_rank() -> None:

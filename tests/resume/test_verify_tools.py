@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megamor.checkpoint import iterate_state
-from megamor.checkpoint.manifest import create_manifest
+from megamor.checkpoint.manifest import create_manifest, manifest_json
 from megamor.cli import verify_checkpoint, verify_resume
 from megamor.config import CheckpointConfig, Config, config_to_yaml
 from megamor.ranks import Ranks
@@ -67,8 +67,8 @@ def test_every_fault_is_listed(checkpoint: Path, capsys: pytest.CaptureFixture) 
         "rank_00001.pt is missing\n",
         "__0_0.distcp has changed since it was written",
         "trainer.json has changed since it was written",
-        "the directory says step 8, trainer.json says step 7",
-        "rank_00001.pt is missing: 2 ranks saved it",
+        "named after step 8, but trainer.json says step 7",
+        "rank_00001.pt is missing, though 2 ranks saved the checkpoint",
     ):
         assert fault in found
     assert "5 faults" in found
@@ -88,15 +88,15 @@ def test_state_of_another_model_is_found_though_every_file_is_whole(
     shutil.rmtree(checkpoint / "state")
     dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(checkpoint / "state"), no_dist=True)
     (checkpoint / "manifest.json").unlink()
-    (checkpoint / "manifest.json").write_text(create_manifest(checkpoint, Ranks()).to_json())
+    (checkpoint / "manifest.json").write_text(manifest_json(create_manifest(checkpoint, Ranks())))
     assert status(checkpoint) == 2
     found = capsys.readouterr().out
     for fault in (
-        "model.head.weight belongs to no part of the model",
-        "model.norm.weight has shape (31,) instead of (32,)",
+        "model.head.weight (128, 32) is not in the model",
+        "model.norm.weight is (31,) instead of (32,)",
         "optimizer.state.embed.weight.exp_avg has values that are not finite",
-        "optimizer.state.embed.weight.step is missing",
-        "unique parameters are stored, and the configuration has",
+        "optimizer.state.embed.weight.step () is missing",
+        "unique parameters are stored, but the configuration has",
     ):
         assert fault in found
     assert "5 faults" in found

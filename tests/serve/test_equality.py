@@ -364,9 +364,10 @@ def test_a_preempted_sequence_keeps_its_depths() -> None:
         engine.step()
     sequence = engine.scheduler.residents[0]
     before = list(sequence.depths)
+    assert model.stage is not None
     with torch.no_grad():
-        for head in model.stage.router.heads:
-            head.weight.neg_()
+        for weight in model.stage.router.parameters():
+            weight.neg_()
     engine.scheduler.preempt(sequence)
     finish(engine)
     assert sequence.depths[: len(before)] == before

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from megamor.checkpoint import CheckpointManager, load_weights, open_checkpoint, rng_states, verify, write_rng
 from megamor.checkpoint.layout import LATEST, step_name
-from megamor.checkpoint.manifest import Manifest
+from megamor.checkpoint.manifest import read_manifest
 from megamor.errors import CheckpointError
 
 DEADLINE_SECONDS = 60
@@ -96,7 +96,7 @@ def test_sharded_save_reads_back_bitwise_in_one_process(tmp_path: Path, num_rank
     for name, tensor in full_weights().items():
         assert torch.equal(loaded[name], tensor)
         assert loaded[name].dtype == tensor.dtype
-    listed = set(Manifest.read(checkpoint.directory).files)
+    listed = set(read_manifest(checkpoint.directory))
     on_disk = {str(p.relative_to(checkpoint.directory)) for p in checkpoint.directory.rglob("*") if p.is_file()}
     assert listed == on_disk - {"manifest.json"}
     assert "state/.metadata" in listed
@@ -209,5 +209,5 @@ def test_own_files_are_recorded_even_when_others_can_not_see_them_yet(
 
     assert run_ranks(2, body) == [0, 0]
     verify(tmp_path / LATEST)
-    sizes = {name: record.size for name, record in Manifest.read(tmp_path / LATEST).files.items()}
+    sizes = {name: record.size for name, record in read_manifest(tmp_path / LATEST).items()}
     assert sizes == {"late_0": 100, "late_1": 100, "short_0": 100, "short_1": 100}

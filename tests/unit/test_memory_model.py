@@ -11,8 +11,7 @@ import torch
 from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RecursionConfig, TrainConfig
 from megamor.model import build_model
 from megamor.optim import build_adamw
-from megamor.parallel import World
-from megamor.parallel.single import SingleBackend
+from megamor.parallel import World, build_backend
 from megamor.plan.memory import Memory, bytes_per_parameter, step_memory
 from tests.combinations import ROUTERS
 from tests.live_bytes import LiveBytes
@@ -60,9 +59,8 @@ def measured_peak(config: Config) -> int:
     """Bytes of live tensors at the peak of a step: parameters, moments, gradients, activations."""
     torch.manual_seed(0)
     model = build_model(config)
-    model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)
     world = World(0, 1, 0, torch.device("cpu"))
-    backend = SingleBackend(model, config, world, lambda module: build_adamw(module, config.optim))
+    backend: Any = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
     ids = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
     moments = [value for state in backend.optimizer.state.values() for value in state.values()]
     with LiveBytes([*model.parameters(), *moments]) as live:

@@ -41,20 +41,16 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
+def training(name: str, steps: int, start: int, console: Console, clock: Clock) -> TrainingDisplay:
+    return TrainingDisplay(name, steps, start=start, enabled=True, console=console, clock=clock)
+
+
 def test_a_training_run_fits_100_columns_and_shows_its_figures() -> None:
     console, clock = terminal(), Clock()
-    bar = ProgressDisplay(
-        "a-very-long-name-of-a-run-with-many-words",
-        200000,
-        unit="steps",
-        start=119000,
-        console=console,
-        clock=clock,
-    )
-    with TrainingDisplay(bar) as progress:
-        progress.update(119500, METRICS)
+    with training("a-very-long-name-of-a-run-with-many-words", 200000, 119000, console, clock) as progress:
+        progress.show(119500, METRICS)
         clock.now += 500
-        progress.update(120000, METRICS)
+        progress.show(120000, METRICS)
         progress.message("checkpoint saved [step 120000]")
     screen = written(console)
     assert "checkpoint saved [step 120000]" in screen
@@ -68,11 +64,10 @@ def test_a_training_run_fits_100_columns_and_shows_its_figures() -> None:
 
 def test_a_log_file_gets_a_line_now_and_then_and_the_last_state() -> None:
     clock, console = Clock(), Console(file=io.StringIO())
-    bar = ProgressDisplay("run", 100, unit="steps", start=40, log_first=True, console=console, clock=clock)
-    with TrainingDisplay(bar) as progress:
+    with training("run", 100, 40, console, clock) as progress:
         for step in range(41, 66):
             clock.now += LOG_SECONDS / 10
-            progress.update(step, {"train/loss": 2.0, "throughput/mfu": 0.415})
+            progress.show(step, {"train/loss": 2.0, "throughput/mfu": 0.415})
         progress.message("saved")
     assert written(console).splitlines() == [
         "run: 41/100 steps  eta ?  loss 2.0000  mfu 41.5%",
@@ -103,8 +98,8 @@ def test_short_work_and_other_ranks_log_nothing() -> None:
     console = Console(file=io.StringIO())
     with ProgressDisplay("verifying", 10, console=console) as progress:
         progress.advance(10)
-    with TrainingDisplay(ProgressDisplay("run", 2, unit="steps", enabled=False, console=console)) as silent:
-        silent.update(1, METRICS)
+    with TrainingDisplay("run", 2, start=0, enabled=False, console=console) as silent:
+        silent.show(1, METRICS)
         silent.message("never")
     with ProgressDisplay("run", 2, enabled=False, console=terminal()) as progress:
         progress.advance()
@@ -115,10 +110,10 @@ def test_short_work_and_other_ranks_log_nothing() -> None:
 def test_loss_is_smoothed_but_nan_is_seen_at_once() -> None:
     console = Console(file=io.StringIO())
     clock = Clock()
-    display = TrainingDisplay(ProgressDisplay("run", 10, unit="steps", console=console, clock=clock))
+    display = training("run", 10, 0, console, clock)
     for step, loss in enumerate((4.0, 2.0, math.nan, 2.0), start=1):
         clock.now += LOG_SECONDS
-        display.update(step, {"train/loss": loss})
+        display.show(step, {"train/loss": loss})
     shown = [re.search(r"loss (\S+)", line)[1] for line in written(console).splitlines()]  # type: ignore[index]
     mean = (0.9 * 4 + 2) / 1.9
     assert shown == ["4.0000", f"{mean:.4f}", "nan", f"{(0.9 * (0.9 * 4 + 2) + 2) / (0.81 + 0.9 + 1):.4f}"]
