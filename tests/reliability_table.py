@@ -1,7 +1,7 @@
 """The promises of reliability and what came of their tests: `@pytest.mark.promise("R1", "R9", backend="fsdp2")`.
 
-With `--reliability FILE` the outcomes of the marked tests that ran are written into FILE (JSON), those of other tests
-in it stay as they are; megamor/bench/tables.py makes the README's table of it.
+With `--reliability FILE` the outcomes of the marked tests that ran are written into FILE (JSON); those of other tests
+in it stay as they are. megamor/bench/tables.py makes the table of docs/reliability.md from it.
 """
 
 from __future__ import annotations

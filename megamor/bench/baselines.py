@@ -1,7 +1,8 @@
-"""Other people's implementations of the dense model, to hold ours against."""
+"""Other people's implementations of the dense model, to compare ours with."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,53 +13,57 @@ from megamor.errors import ConfigError
 from megamor.model import ModelOutput
 from megamor.model.loss import IGNORE
 
-BASELINES = {"hf-llama": "Hugging Face Llama, SDPA"}
-"""Label by name."""
 
-
-def build_baseline(name: str, config: Config, device: torch.device) -> nn.Module:
-    """A module that is called like `Transformer`, of the same shape as the dense model of `config`.
+class HuggingFaceLlama(nn.Module):
+    """LlamaForCausalLM of the same shape as the dense model of a configuration, behind the interface of `Transformer`.
 
     Raises:
         ConfigError: transformers is not installed.
     """
-    assert name == "hf-llama"
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
-    torch.manual_seed(config.run.seed)
-    shape: dict[str, Any] = {
-        "vocab_size": config.model.vocab_size,
-        "hidden_size": config.model.dim,
-        "intermediate_size": config.model.ffn_dim,
-        "num_hidden_layers": config.model.num_layers,
-        "num_attention_heads": config.model.num_heads,
-        "num_key_value_heads": config.model.num_kv_heads,
-        "head_dim": config.model.head_dim,
-        "max_position_embeddings": config.model.max_seq_len,
-        "rms_norm_eps": config.model.norm_eps,
-        "rope_theta": config.model.rope_theta,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_cache": False,
-        "attn_implementation": "sdpa",
-    }
-    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-    return HuggingFaceLlama(model.to(device))
 
-
-class HuggingFaceLlama(nn.Module):
-    """LlamaForCausalLM with its own loss, behind the signature of `Transformer`."""
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__()
-        self.model = model
+        try:
+            import transformers
+        except ImportError:
+            raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
+        torch.manual_seed(config.run.seed)
+        shape: dict[str, Any] = {
+            "vocab_size": config.model.vocab_size,
+            "hidden_size": config.model.dim,
+            "intermediate_size": config.model.ffn_dim,
+            "num_hidden_layers": config.model.num_layers,
+            "num_attention_heads": config.model.num_heads,
+            "num_key_value_heads": config.model.num_kv_heads,
+            "head_dim": config.model.head_dim,
+            "max_position_embeddings": config.model.max_seq_len,
+            "rms_norm_eps": config.model.norm_eps,
+            "rope_theta": config.model.rope_theta,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_cache": False,
+            "attn_implementation": "sdpa",
+        }
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        self.model = model.to(device)
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> ModelOutput:
-        """inputs [B, S], labels [B, S] of the next tokens."""
+    def forward(self, inputs: Tensor, labels: Tensor, **_: object) -> ModelOutput:
+        """inputs [B, S], labels [B, S] of the next tokens. Mode and step make no difference here."""
         num_tokens = (labels != IGNORE).sum()
         # `shift_labels`: ours are shifted already. It averages over all positions, which are all valid in a bench.
         loss = self.model(input_ids=inputs, labels=labels, shift_labels=labels).loss
         return ModelOutput(None, loss * num_tokens, num_tokens, {}, {}, {}, None, None)
+
+    def set_activation_checkpointing(self, mode: str, _: object) -> None:
+        """Refuse any mode but `none`.
+
+        Raises:
+            ConfigError: another mode.
+        """
+        if mode != "none":
+            raise ConfigError(f"train.activation_checkpointing {mode}: a baseline has only none; leave --baseline out")
+
+    def parallel_plan(self) -> SimpleNamespace:
+        """One unit, whose layers may be compiled each on its own."""
+        return SimpleNamespace(units=(), shared_core=None, compile_targets=tuple(self.model.model.layers))

@@ -1,64 +1,79 @@
-"""What the training bench compares: models of one configuration that differ in recursion and routing alone.
+"""What the training bench compares: models of equal effective depth, checkpointing policies, compiled or not.
 
-A case is a set of overrides of the configuration, so all cases have the same width, vocabulary, batch and effective
-depth. A `TrainingStep` is one of them ready to run: model, optimizer, and a step that is forward, backward and AdamW.
+A case is a configuration file with overrides; nothing here needs torch. The models of one configuration differ in
+recursion and routing alone, so they have the same width, vocabulary and batch. The published sizes have a file each in
+configs/model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from megamor.bench.baselines import BASELINES, build_baseline
 from megamor.config import Config, load_config
 from megamor.errors import ConfigError
-from megamor.model import ModelOutput, build_model
-from megamor.model.flops import executed_flops, nominal_flops
-from megamor.optim import build_adamw
-from megamor.parallel.mesh import autocast
 
 REFERENCE = "vanilla"
-_RECURSION_WISE = "recursion.kv_policy=recursion_wise"
-_DENSE = ("recursion.num_recursions=1", "recursion.sharing=none", _RECURSION_WISE, "router.kind=fixed")
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
+_CACHE, _SHARE = "recursion.kv_policy=recursion_wise", "recursion.kv_policy=share_first"
+_FIXED, _EXPERT, _TOKEN = "router.kind=fixed", "router.kind=expert_choice", "router.kind=token_choice"
+_DENSE = ("recursion.num_recursions=1", "recursion.sharing=none", _CACHE, _FIXED)
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     REFERENCE: ("vanilla", _DENSE),
-    "recursive": ("recursive, fixed depth", (_RECURSION_WISE, "router.kind=fixed")),
-    "mor_expert": ("MoR, expert-choice", (_RECURSION_WISE, "router.kind=expert_choice")),
-    "mor_expert_share": (
-        "MoR, expert-choice, share-first",
-        ("recursion.kv_policy=share_first", "router.kind=expert_choice"),
-    ),
-    "mor_threshold": ("MoR, EMA threshold", (_RECURSION_WISE, "router.kind=ema_threshold")),
-    "mor_token": ("MoR, token-choice", (_RECURSION_WISE, "router.kind=token_choice")),
+    "recursive": ("recursive, fixed depth", (_CACHE, _FIXED)),
+    "mor_expert": ("MoR, expert-choice", (_CACHE, _EXPERT)),
+    "mor_expert_share": ("MoR, expert-choice, share-first", (_SHARE, _EXPERT)),
+    "mor_threshold": ("MoR, EMA threshold", (_CACHE, "router.kind=ema_threshold")),
+    "mor_token": ("MoR, token-choice", (_CACHE, _TOKEN)),
 }
-"""Label and overrides by name."""
+"""Cases of one configuration: label and overrides by name."""
+BASELINES = {"hf-llama": "Hugging Face Llama, SDPA"}
+"""Other implementations of vanilla: label by name."""
+
+PUBLISHED = (
+    REFERENCE,
+    *("mor3_expert", "mor2_expert", "mor3_expert_share", "mor3_token", "mor4_expert", "rec3", "mor3_token_share"),
+    *("mor2_expert_share", "mor4_expert_share", "mor2_token", "mor4_token", "rec2", "rec4"),
+)
+"""Cases of a published size, most important first: file in configs/model, router, `share` for share-first."""
+SIZES = {"360m": 16, "135m": 32, "1.7b": 8}
+"""Sequences of a micro-batch to begin with, by prefix of the files in configs/model; most important first."""
+
+POLICIES = ("none", "selective:sdpa+mm", "selective:sdpa", "recursion", "block")
+"""Activation checkpointing policies; after the colon, the operations whose results `selective` keeps."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a comparison. `baseline` names a foreign implementation of the dense model; None means megamor's."""
+    """One model to measure: a configuration file with overrides.
+
+    `baseline` names another implementation of the dense model; None means megamor's.
+    """
 
     name: str
     label: str
+    path: Path
     overrides: tuple[str, ...]
-    config: Config
     baseline: str | None = None
+    policy: str | None = None
+    """Activation checkpointing, where policies are compared."""
 
-    def build(self, device: torch.device) -> nn.Module:
-        """The model, weights drawn from `run.seed`."""
-        if self.baseline is not None:
-            return build_baseline(self.baseline, self.config, device)
-        model = build_model(self.config, device=device)
-        model.set_activation_checkpointing(self.config.train.activation_checkpointing, self.config.train.selective_ops)
-        return model
+    def config(self, micro_batch: int | None = None) -> Config:
+        """Its configuration, with a step of one micro-batch (of `micro_batch` sequences, if given).
+
+        Raises:
+            ConfigError: as `load_config`.
+        """
+        # Batches are random tokens without documents, so no case may count on a mask that makes attention cheaper.
+        fixed = ["data.document_mask=false"]
+        if micro_batch is not None:
+            fixed += [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch}"]
+        return load_config(self.path, [*self.overrides, *fixed])
 
 
-def make_cases(
+def cases_of_config(
     path: str | Path, overrides: Sequence[str], names: Sequence[str], baselines: Sequence[str] = ()
 ) -> list[Case]:
     """The named cases and baselines of the configuration at `path`.
@@ -66,70 +81,66 @@ def make_cases(
     Raises:
         ConfigError: an unknown name, the reference left out, or a configuration that isn't a recursive one.
     """
-    unknown = [name for name in names if name not in CASES] + [name for name in baselines if name not in BASELINES]
-    if unknown:
-        known = ", ".join([*CASES, *(f"--baseline {name}" for name in BASELINES)])
-        raise ConfigError(f"unknown case {unknown[0]!r}; there are {known}")
+    check_names(names, CASES, "case")
+    check_names(baselines, BASELINES, "baseline")
     if REFERENCE not in names:
         raise ConfigError(f"--cases has no {REFERENCE!r}, which the others are compared with; add it")
-    base = load_config(path, overrides)
-    if base.recursion.num_recursions == 1:
+    if load_config(path, overrides).recursion.num_recursions == 1:
         raise ConfigError(f"{path}: recursion.num_recursions is 1, there is nothing to compare; choose 2 or more")
-    cases = []
-    for name in dict.fromkeys(names):
-        label, extra = CASES[name]
-        # A router of the configuration's own kind keeps its settings; the merge starts any other afresh.
-        cases.append(Case(name, label, extra, load_config(path, [*overrides, *extra])))
-    dense = load_config(path, [*overrides, *_DENSE])
-    return cases + [Case(name, BASELINES[name], _DENSE, dense, baseline=name) for name in dict.fromkeys(baselines)]
+    # A router of the configuration's own kind keeps its settings; any other starts from its defaults.
+    cases = [Case(name, CASES[name][0], Path(path), (*overrides, *CASES[name][1])) for name in dict.fromkeys(names)]
+    others = [Case(name, BASELINES[name], Path(path), (*overrides, *_DENSE), name) for name in dict.fromkeys(baselines)]
+    # The reference comes first: ratios are to the first case of a comparison.
+    return sorted(cases, key=lambda case: case.name != REFERENCE) + others
 
 
-def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and labels [B, S] of random ids, the same for every case."""
-    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + number)
-    shape = (config.train.micro_batch_size, config.data.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def cases_of_size(size: str, overrides: Sequence[str], names: Sequence[str]) -> list[Case]:
+    """The named cases of a published size, most important first; vanilla at both ends, so that drift shows.
 
-
-class TrainingStep:
-    """One case, ready to run.
-
-    The learning rate is 0, which costs the same as any other and keeps the routing as initialised: training on random
-    tokens would only collapse it.
+    Raises:
+        ConfigError: an unknown name.
     """
+    check_names(names, PUBLISHED, "case")
+    others = [name for name in PUBLISHED if name in names and name != REFERENCE]
+    order = [REFERENCE, *others, REFERENCE] if others else [REFERENCE]
+    return [published(size, name, overrides) for name in order]
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.model = case.build(device)
-        self.optimizer = build_adamw(self.model, case.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
 
-    def run(self, inputs: Tensor, labels: Tensor) -> ModelOutput:
-        """Forward, backward, AdamW. inputs and labels [B, S]."""
-        with autocast(self.device, self.case.config.train.precision):
-            out: ModelOutput = self.model(inputs, labels)
-        assert out.loss_sum is not None
-        assert out.num_tokens is not None
-        loss = out.loss_sum / out.num_tokens
-        for router_loss in out.router_losses.values():
-            loss = loss + router_loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if out.totals:
-            self.model.stage.router.update(out.totals)  # type: ignore[union-attr, operator]
-        return out
+def published(size: str, name: str, overrides: Sequence[str]) -> Case:
+    """One case of a published size."""
+    shape, *words = name.split("_")
+    own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
+    own += [_TOKEN if "token" in words else _EXPERT] if words else []
+    # The files describe a shape alone; what else a run must say has no effect here.
+    own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
+    suffix = "" if shape == REFERENCE else f"_{shape}"
+    return Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own))
 
-    def num_parameters(self) -> int:
-        """Unique parameters, embedding included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def flops(self, out: ModelOutput) -> float:
-        """Training FLOPs of the step that gave `out`, from the routing that was realised."""
-        config = self.case.config
-        if out.work is None:
-            return nominal_flops(config, config.train.micro_batch_size).training
-        work = [(tokens, pairs) for tokens, pairs in out.work.tolist()]
-        return executed_flops(config, config.train.micro_batch_size, work).training
+def micro_batch_of(size: str) -> int:
+    """The sequences of a micro-batch that a published size begins with.
+
+    Raises:
+        ConfigError: an unknown size.
+    """
+    check_names([size], SIZES, "size")
+    return SIZES[size]
+
+
+def with_policy(case: Case, policy: str) -> Case:
+    """`case` under an activation checkpointing policy such as `block` or `selective:sdpa+mm`."""
+    mode, _, kept = policy.partition(":")
+    operations = [f"train.selective_ops=[{kept.replace('+', ',')}]"] if kept else []
+    own = (*case.overrides, f"train.activation_checkpointing={mode}", *operations)
+    return replace(case, overrides=own, policy=policy)
+
+
+def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Refuse names that are not `known`.
+
+    Raises:
+        ConfigError: for the first unknown name.
+    """
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown {what} {name!r}; choose from {', '.join(known)}")

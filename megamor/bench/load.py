@@ -1,28 +1,33 @@
-"""A load generator: sends requests to a server at random times and measures what its users would feel.
+"""A load generator: sends requests to a server at random times and measures what its users would experience.
 
-Definitions are the field's: TTFT, from sending to the first token; ITL, between one token's arrival and the next; TPOT,
-their mean over one request, (E2EL - TTFT) / (tokens - 1); E2EL, from sending to the last token. Goodput counts the
-requests per second that keep every limit given. Arrivals are a Poisson process, or all at once (rate infinite).
+The definitions are the field's. TTFT: from sending to the first token. ITL: between one token's arrival and the next.
+TPOT: their mean over one request, (E2EL - TTFT) / (tokens - 1). E2EL: from sending to the last token. Goodput counts
+the requests per second that keep within every given limit. Arrivals are a Poisson process, or all at once (infinite
+rate).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import math
 import random
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
-import numpy as np
-from rich.progress import Progress
-
+from megamor.bench.report import Column, Row, Table, number, provenance, text
 from megamor.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import aiohttp
+
+SCHEMA = "megamor-bench-serve-load/1"
 LIMITS = ("ttft", "tpot", "e2el")
-_QUANTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Load:
     """What is sent. `rate` in requests per second; prompts are `input_tokens` random ids below `vocab_size`."""
 
     url: str
-    num_requests: int
+    num_requests: int = 200
     rate: float = math.inf
     max_concurrency: int | None = None
     input_tokens: int = 64
@@ -56,7 +61,7 @@ class Load:
 
 @dataclass
 class Record:
-    """One request: seconds at which it was sent and each event with text came, or what went wrong."""
+    """One request: when it was sent, when each event with text arrived (in seconds), or what went wrong."""
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
@@ -65,27 +70,47 @@ class Record:
 
     @property
     def ttft(self) -> float:
-        """To the first token."""
+        """Seconds to the first token."""
         return self.arrivals[0] - self.sent
 
     @property
     def e2el(self) -> float:
-        """To the last token."""
+        """Seconds to the last token."""
         return self.arrivals[-1] - self.sent
 
     @property
     def tpot(self) -> float:
-        """Mean per token after the first."""
+        """Mean seconds of a token after the first."""
         return (self.e2el - self.ttft) / max(self.tokens - 1, 1)
 
     @property
     def itl(self) -> list[float]:
-        """Between neighbouring tokens."""
-        return np.diff(self.arrivals).tolist()
+        """Seconds between neighbouring tokens."""
+        return [after - before for before, after in pairwise(self.arrivals)]
+
+
+def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """Send requests to the server at `--url`.
+
+    Raises:
+        ConfigError: a malformed limit.
+        DataError: no such server, or no request was answered.
+    """
+    limits = parse_limits(args.goodput)
+    names = ("num_requests", "rate", "max_concurrency", "input_tokens", "output_tokens", "vocab_size", "api_key")
+    load = Load(args.url, **{name: getattr(args, name) for name in names})
+    report["served_model"] = asyncio.run(served_model(load))
+    report["load"] = asdict(load) | {"api_key": None}
+    report["result"] = summarise(asyncio.run(send(load)), limits)
+    save()
 
 
 def _session(load: Load) -> aiohttp.ClientSession:
+    import aiohttp
+
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
+    # By default aiohttp gives up after 5 minutes and keeps at most 100 connections: requests would wait here, and their
+    # waiting would be reported as the server's.
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     return aiohttp.ClientSession(load.url.rstrip("/") + "/", headers=headers, timeout=timeout, connector=connector)
 
@@ -96,6 +121,8 @@ async def served_model(load: Load) -> str:
     Raises:
         DataError: the server doesn't answer, or not with a model.
     """
+    import aiohttp
+
     try:
         async with _session(load) as client, client.get("v1/models", raise_for_status=True) as response:
             return str((await response.json())["data"][0]["id"])
@@ -105,26 +132,28 @@ async def served_model(load: Load) -> str:
 
 async def send(load: Load) -> list[Record]:
     """Send everything; returns a record per request in the order of sending."""
-    records: list[Record] = []
+    from rich.progress import Progress
+
     gate = asyncio.Semaphore(load.max_concurrency or load.num_requests)
     async with _session(load) as client:
         with Progress(transient=True) as bar:
             task = bar.add_task("requests", total=load.num_requests)
+            start = time.perf_counter()
 
-            async def one(prompt: list[int], after: float, start: float) -> Record:
+            async def one(prompt: list[int], after: float) -> Record:
                 await asyncio.sleep(max(0.0, start + after - time.perf_counter()))
                 async with gate:
                     record = await _stream(client, load, prompt)
                 bar.advance(task)
                 return record
 
-            start = time.perf_counter()
-            work = (one(prompt, after, start) for prompt, after in zip(load.prompts(), load.arrivals(), strict=True))
-            records = list(await asyncio.gather(*work))
-    return records
+            # Waiting for the gate is not part of a request's latency: a record's clock starts when it is sent.
+            return list(await asyncio.gather(*map(one, load.prompts(), load.arrivals())))
 
 
 async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) -> Record:
+    import aiohttp
+
     body = {
         "prompt": prompt,
         "max_tokens": load.output_tokens,
@@ -147,6 +176,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
                 if "error" in content:
                     record.error = content["error"]["message"]
                     return record
+                # The last event has the usage alone and is not a token.
                 if content["choices"]:
                     record.arrivals.append(time.perf_counter())
                 if content.get("usage"):
@@ -158,7 +188,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
     return record
 
 
-def summarise(records: Sequence[Record], limits: Mapping[str, float]) -> dict[str, object]:
+def summarise(records: Sequence[Record], limits: Mapping[str, float]) -> dict[str, Any]:
     """Figures of a run; `limits` [ms] by name of `LIMITS` define goodput.
 
     Raises:
@@ -187,11 +217,18 @@ def summarise(records: Sequence[Record], limits: Mapping[str, float]) -> dict[st
     }
 
 
+def _distribution(seconds: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles in milliseconds."""
+    values = [1e3 * value for value in seconds]
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {"mean": statistics.fmean(values), **{f"p{percent}": cuts[percent - 1] for percent in (50, 90, 99)}}
+
+
 def parse_limits(pairs: Sequence[str]) -> dict[str, float]:
-    """`ttft:200` and the like, in milliseconds.
+    """Limits in milliseconds from words such as `ttft:200`.
 
     Raises:
-        ConfigError: of another form.
+        ConfigError: another form.
     """
     limits = {}
     for pair in pairs:
@@ -202,8 +239,26 @@ def parse_limits(pairs: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def _distribution(seconds: Sequence[float]) -> dict[str, float]:
-    values = 1e3 * np.asarray(seconds)
-    quantiles = np.percentile(values, _QUANTILES)
-    named = {f"p{share}": float(value) for share, value in zip(_QUANTILES, quantiles, strict=True)}
-    return {"mean": float(values.mean()), **named}
+def tables(report: Row) -> Iterator[Table]:
+    """One row: what was sent, and how fast it was answered."""
+    load, machine = report["load"], report["machine"]
+
+    def percentiles(name: str) -> Column:
+        median, high = (number(f"result.{name}_ms.{percent}", ".0f") for percent in ("p50", "p99"))
+        return Column(f"{name.upper()}, ms", lambda row: f"{median(row)} (p99 {high(row)})" if median(row) else "")
+
+    columns = (
+        Column("model", text("served_model"), left=True),
+        Column("requests", number("load.num_requests", ",")),
+        Column("at a time", lambda row: str(row["load"]["max_concurrency"] or "all")),
+        Column("tokens each", lambda row: f"{load['input_tokens']} + {load['output_tokens']}"),
+        Column("requests/s", number("result.requests_per_second", ".0f")),
+        Column("within limits/s", number("result.goodput_per_second", ".0f")),
+        Column("tokens/s", number("result.output_tokens_per_second", ",.0f")),
+        *(percentiles(name) for name in ("ttft", "tpot", "itl", "e2el")),
+        Column("failed", number("result.failed", "d")),
+    )
+    error = report["result"]["first_error"]
+    notes = (f"The first failure: {error}",) if error else ()
+    title = f"Load generator on {machine['cores']} cores of {machine['cpu']}; {provenance(report, 'torch')}."
+    yield Table(columns, [report], title, notes)

@@ -1,13 +1,9 @@
-"""Measure how fast tools/preprocess.py turns text into token shards, and how much memory it takes.
+"""How fast `megamor preprocess` turns text into token shards, and how much memory it takes.
 
-examples:
-  megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json --json out.json
-  megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json --rounds 5 --slow-megabytes 20
-
-Cases run in turns, each in a fresh process, and count from when everything is imported: the whole tool, from compressed
-files to finished shards, with gigatoken and without, and beside it the libraries alone, on texts that are in memory
-already. What goes without gigatoken is slow and gets the first documents of each file only. --megatron adds the tools
-of a Megatron-LM checkout, unmodified, on plain JSON lines, if this Python has what they import (triton, for one).
+Cases run in turns, each in a fresh process, and count from when everything is imported: the whole command, from
+compressed files to finished shards, with gigatoken and without; and the libraries alone, on texts that are in memory
+already. Cases without gigatoken are slow and get the first documents of each file only. Optionally the tools of a
+Megatron-LM checkout run too, unmodified, on plain JSON lines.
 """
 
 from __future__ import annotations
@@ -16,41 +12,35 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from megamor.bench.origin import describe_origin
-from megamor.bench.train import quartiles
+from megamor.bench.report import Column, Row, Table, number, provenance, quartiles, rotated, spread, text
 from megamor.corpus.documents import parse_chunk
 from megamor.corpus.text import find_files
-from megamor.errors import DataError, user_errors
+from megamor.errors import DataError
 
 SCHEMA = "megamor-bench-preprocess/1"
 ROOT = Path(__file__).resolve().parents[2]
 _SAMPLE_SECONDS = 0.02
 _LIBRARIES = ("tokenizers", "gigatoken", "msgspec", "zstandard")
 
-# Programs of the cases. Each prints on its last line the seconds, and those of processors, that it took: imports and
-# preparations left out.
+# The programs of the cases. The last line that each prints has its seconds and its processor seconds, without imports
+# and preparations.
 _CLOCK = """
 import os, sys, time
-def clock(): return time.perf_counter(), sum(os.times()[:4])  # those of processes that have ended, too
+def clock(): return time.perf_counter(), sum(os.times()[:4])  # child processes that have ended included
 def show(begun): print(*(end - start for start, end in zip(begun, clock())))
 """
-_TOOL = f"""{_CLOCK}
+_COMMAND = f"""{_CLOCK}
 from megamor.cli.preprocess import main
 begun = clock()
 main(sys.argv[1:])
@@ -87,208 +77,181 @@ show(begun)
 """
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="texts, as of tools/preprocess.py")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads of each case")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each case (default: 3)")
-    parser.add_argument("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases")
-    parser.add_argument("--copies", type=int, default=6, metavar="N", help="the input, so often, to measure memory on")
-    parser.add_argument("--memory-workers", type=int, default=8, metavar="N", help="threads there (default: 8)")
-    parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM, to run its tools too")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="where temporary files go")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    return parser.parse_args(argv)
+class Program(NamedTuple):
+    """A case: its Python program, the arguments, and the bytes of text that it reads."""
+
+    label: str
+    code: str
+    arguments: list[str]
+    text_bytes: int
 
 
-@user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    args = parse_arguments(argv)
-    origin = describe_origin(torch.device("cpu"))
+def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """Time every case, then measure memory.
+
+    Raises:
+        DataError: a case failed.
+    """
     for library in _LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
-            origin["versions"][library] = metadata.version(library)
+            report["versions"][library] = metadata.version(library)
     with TemporaryDirectory(dir=args.directory) as folder:
-        bench = Bench(args, Path(folder))
-        report = {
-            "schema": SCHEMA,
-            "command": shlex.join(["megamor", "bench", "preprocess", *(argv or ())]),
-            **origin,
+        runner = Runner(args, Path(folder))
+        report |= {
             "tokenizer": Path(args.tokenizer).name,
-            "input": [Path(path).name for path in bench.paths],
+            "input": [Path(path).name for path in runner.paths],
             "workers": args.workers,
-            "cases": bench.run(),
-            "memory": list(bench.memory()),
+            "cases": runner.times(),
+            "memory": list(runner.memory()),
         }
-    print_report(report)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {args.json}")
+    save()
 
 
-class Bench:
-    """The cases, on files in `folder`: everything, and a little of everything for what is slow."""
+class Runner:
+    """The cases, on files in `folder`: all the text, and some of it for what is slow."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self._args = args
-        self._folder = folder
-        self.paths = list(find_files(args.input).paths)
-        self._all, self._all_bytes = self._write("all", float("inf"))
-        self._few, self._few_bytes = self._write("few", args.slow_megabytes * 1e6 / len(self.paths))
+        self._args, self._folder = args, folder
+        self.paths = [path for path, *_ in find_files(args.input).identity]
+        self._all = self._write_plain("all", float("inf"))
+        self._some = self._write_plain("some", args.slow_megabytes * 1e6 / len(self.paths))
 
-    def run(self) -> list[dict[str, Any]]:
-        """Every case once a round, beginning with another one each round."""
-        tokenizer, workers = self._args.tokenizer, str(self._args.workers)
-        common = ["--tokenizer", tokenizer, "--append-eod", "--workers", workers, "--output-prefix"]
-        out = str(self._folder / "out")
-        fast = ["--input", *self.paths, *common, out, "--accelerator", "gigatoken"]
-        slow = ["--input", str(self._few), *common, out, "--accelerator", "none"]
-        cases: list[tuple[str, str, list[str], int]] = [
-            ("tools/preprocess.py, gigatoken", _TOOL, fast, self._all_bytes),
-            ("gigatoken alone", _GIGATOKEN, [str(self._all), tokenizer], self._all_bytes),
-            ("tools/preprocess.py, tokenizers", _TOOL, slow, self._few_bytes),
-            ("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [str(self._few), tokenizer], self._few_bytes),
+    def times(self) -> list[dict[str, Any]]:
+        """Every case once a round, each round beginning with another one."""
+        (all_file, all_bytes), (some_file, some_bytes) = self._all, self._some
+        tokenizer = self._args.tokenizer
+        programs = [
+            self._command("gigatoken", self.paths, all_bytes, self._args.workers),
+            Program("gigatoken alone", _GIGATOKEN, [all_file, tokenizer], all_bytes),
+            self._command("none", [some_file], some_bytes, self._args.workers),
+            Program("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [some_file, tokenizer], some_bytes),
+            *self._megatron(),
         ]
-        if self._args.megatron:
-            cases += self._megatron_cases()
-        times: dict[str, list[tuple[float, ...]]] = {label: [] for label, *_ in cases}
-        for number in range(self._args.rounds):
-            shift = number % len(cases)
-            for label, program, arguments, _ in cases[shift:] + cases[:shift]:
-                *_, last = self._run(program, arguments).splitlines()
-                times[label].append(tuple(map(float, last.split())))
-        return [_summary(label, size, times[label]) for label, _, _, size in cases]
+        found: dict[str, list[list[float]]] = {program.label: [] for program in programs}
+        for index in range(self._args.rounds):
+            for program in rotated(programs, index):
+                output, _ = self._run(program, watch=False)
+                found[program.label].append([float(word) for word in output.splitlines()[-1].split()])
+        return [timing(program, found[program.label]) for program in programs]
 
-    def _megatron_cases(self) -> list[tuple[str, str, list[str], int]]:
+    def memory(self) -> Iterator[dict[str, Any]]:
+        """Peak memory of a process on several copies of the input, with many threads."""
+        copies, workers = self._args.copies, self._args.memory_workers
+        paths = [
+            str(shutil.copy(path, self._folder / f"{index}-{Path(path).name}"))
+            for index in range(copies)
+            for path in self.paths
+        ]
+        programs = [
+            self._command("gigatoken", paths, copies * self._all[1], workers),
+            self._command("none", [self._some[0]], self._some[1], workers),
+            *self._megatron()[1:],
+        ]
+        for program in programs:
+            yield {
+                "label": program.label,
+                "workers": workers if program.code is _COMMAND else None,
+                "text_bytes": program.text_bytes,
+                "peak_bytes": self._run(program, watch=True)[1],
+            }
+
+    def _command(self, accelerator: str, paths: Sequence[str], text_bytes: int, workers: int) -> Program:
+        arguments = ["--input", *paths, "--tokenizer", self._args.tokenizer, "--append-eod", "--workers", str(workers)]
+        arguments += ["--output-prefix", str(self._folder / "out"), "--accelerator", accelerator]
+        label = f"megamor preprocess, {'tokenizers' if accelerator == 'none' else accelerator}"
+        return Program(label, _COMMAND, arguments, text_bytes)
+
+    def _megatron(self) -> list[Program]:
         """Their ordinary tool, and the one that holds everything in memory."""
+        if not self._args.megatron:
+            return []
         directory = self._folder / "tokenizer"
         directory.mkdir(exist_ok=True)
         shutil.copy(self._args.tokenizer, directory / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-        checkout, out = str(self._args.megatron), str(self._folder / "megatron")
         common = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(directory), "--append-eod"]
-        slow = ["--input", str(self._few), "--output-prefix", out, "--workers", str(self._args.workers)]
-        fast = ["--input", str(self._all), "--output-prefix", out, "--use-gigatoken"]
+        common += ["--output-prefix", str(self._folder / "megatron"), "--input"]
+        checkout = str(self._args.megatron)
+        slow = [checkout, "preprocess_data", *common, self._some[0], "--workers", str(self._args.workers)]
+        fast = [checkout, "preprocess_data_fast", *common, self._all[0], "--use-gigatoken"]
         return [
-            ("Megatron-LM preprocess_data", _MEGATRON, [checkout, "preprocess_data", *slow, *common], self._few_bytes),
-            (
-                "Megatron-LM preprocess_data_fast, gigatoken",
-                _MEGATRON,
-                [checkout, "preprocess_data_fast", *fast, *common],
-                self._all_bytes,
-            ),
+            Program("Megatron-LM preprocess_data", _MEGATRON, slow, self._some[1]),
+            Program("Megatron-LM preprocess_data_fast, gigatoken", _MEGATRON, fast, self._all[1]),
         ]
 
-    def memory(self) -> Iterator[dict[str, Any]]:
-        """Peak memory of the process (proportional set size) on several copies of the input, with many threads."""
-        paths = [
-            str(shutil.copy(path, self._folder / f"{number}-{Path(path).name}"))
-            for number in range(self._args.copies)
-            for path in self.paths
-        ]
-        common = ["--tokenizer", self._args.tokenizer, "--workers", str(self._args.memory_workers), "--append-eod"]
-        cases = []
-        for accelerator, files, size in (
-            ("gigatoken", paths, self._args.copies * self._all_bytes),
-            ("none", [str(self._few)], self._few_bytes),
-        ):
-            arguments = ["--input", *files, *common, "--output-prefix", str(self._folder / "memory")]
-            label = f"tools/preprocess.py, {'tokenizers' if accelerator == 'none' else accelerator}"
-            cases.append((label, _TOOL, [*arguments, "--accelerator", accelerator], size))
-        if self._args.megatron:
-            cases.append(self._megatron_cases()[-1])
-        for label, program, arguments, size in cases:
-            process = self._start(program, arguments)
-            peak = 0
-            while process.poll() is None:
-                peak = max(peak, proportional_bytes(process.pid))
-                time.sleep(_SAMPLE_SECONDS)
-            if process.returncode:
-                raise DataError(f"{label} failed: {process.communicate()[1]}")
-            yield {
-                "label": label,
-                "workers": self._args.memory_workers if program is _TOOL else None,
-                "text_bytes": size,
-                "peak_bytes": peak,
-            }
+    def _write_plain(self, name: str, limit: float) -> tuple[str, int]:
+        """Write the texts as one plain file of JSON lines, at most about `limit` bytes of each source.
 
-    def _write(self, name: str, limit: float) -> tuple[Path, int]:
-        """The texts as one plain file of JSON lines, at most about `limit` bytes of each source; and their size."""
+        Returns the path and the bytes of text.
+        """
         path, sizes = self._folder / f"{name}.jsonl", dict.fromkeys(range(len(self.paths)), 0)
         with path.open("w", encoding="utf-8") as file:
             for chunk in find_files(self.paths).chunks():
                 documents = parse_chunk(chunk, "text")
-                for text, data in zip(documents.texts, documents.encoded, strict=True):
-                    if sizes[chunk.place.source] < limit:
-                        sizes[chunk.place.source] += len(data)
-                        file.write(json.dumps({"text": text}) + "\n")
-        return path, sum(sizes.values())
+                for document, data in zip(documents.texts, documents.encoded, strict=True):
+                    if sizes[chunk.id.source] < limit:
+                        sizes[chunk.id.source] += len(data)
+                        file.write(json.dumps({"text": document}) + "\n")
+        return str(path), sum(sizes.values())
 
-    def _run(self, program: str, arguments: Sequence[str]) -> str:
-        process = self._start(program, arguments)
-        out, errors = process.communicate()
-        if process.returncode:
-            raise DataError(f"a case failed: {errors}")
-        return out
+    def _run(self, program: Program, *, watch: bool) -> tuple[str, int]:
+        """Run a program; returns its output and, if it is watched (which slows it down), its peak memory in bytes.
 
-    def _start(self, program: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        Raises:
+            DataError: it failed.
+        """
         environment = {**os.environ, "RAYON_NUM_THREADS": str(self._args.workers), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", program, *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", program.code, *program.arguments]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        peak = 0
+        # getrusage's peak would count pages of shared libraries in every process, and mapped files.
+        while watch and process.poll() is None:
+            peak = max(peak, proportional_bytes(process.pid))
+            time.sleep(_SAMPLE_SECONDS)
+        output, errors = process.communicate()
+        if process.returncode:
+            raise DataError(f"the case {program.label!r} failed: {errors}")
+        return output, peak
 
 
-def _summary(label: str, text_bytes: int, times: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+def timing(program: Program, times: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """One row of the report."""
     seconds, processor_seconds = (quartiles(values) for values in zip(*times, strict=True))
     return {
-        "label": label,
-        "text_bytes": text_bytes,
+        "label": program.label,
+        "text_bytes": program.text_bytes,
         "seconds": seconds,
         "processor_seconds": processor_seconds,
-        "bytes_per_second": text_bytes / seconds["median"],
+        "bytes_per_second": program.text_bytes / seconds["median"],
     }
 
 
 def proportional_bytes(pid: int) -> int:
-    """Memory of a process and its children, what they share counted once; 0 where the system doesn't say."""
+    """Memory of a process and its children, with shared pages counted once; 0 where the system doesn't say."""
     try:
         own = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
+    except OSError:  # the process has ended, or this isn't Linux
         return 0
     return (int(own[1]) * 1024 if own else 0) + sum(proportional_bytes(int(child)) for child in children)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """A table, and a line on memory."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    table = Table(title=f"text to tokens, {report['workers']} threads\n{report['machine']['cpu']}")
-    for heading in ("case", "MB of text", "seconds", "quartiles", "processor s", "MB/s"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in report["cases"]:
-        seconds = case["seconds"]
-        table.add_row(
-            case["label"],
-            f"{case['text_bytes'] / 1e6:.1f}",
-            f"{seconds['median']:.2f}",
-            f"{seconds['q1']:.2f}–{seconds['q3']:.2f}",
-            f"{case['processor_seconds']['median']:.2f}",
-            f"{case['bytes_per_second'] / 1e6:.2f}",
-        )
-    console.print(table)
-    for memory in report["memory"]:
-        console.print(
-            f"peak memory of {memory['label']}{f' with {n} workers' if (n := memory['workers']) else ''}, "
-            f"{memory['text_bytes'] / 1e6:,.0f} MB of text: {memory['peak_bytes'] / 1e6:,.0f} MB"
-        )
-
-
-if __name__ == "__main__":
-    main()
+def tables(report: Row) -> Iterator[Table]:
+    """Speed, and below it memory."""
+    columns = (
+        Column("text to tokens", text("label"), left=True),
+        Column("MB/s", number("bytes_per_second", ",.1f", 1e-6)),
+        Column("MB of text", number("text_bytes", ",.1f", 1e-6)),
+        Column("seconds (quartiles)", spread("seconds", ".2f")),
+        Column("processor seconds", number("processor_seconds.median", ".2f")),
+        Column("peak MB", number("peak_bytes", ",.0f", 1e-6)),
+        Column("workers", text("workers")),
+    )
+    machine, inputs = report["machine"], ", ".join(report["input"])
+    title = (
+        f"Text to token shards, {report['workers']} threads, {report['tokenizer']}, {inputs}; {machine['cpu']}, load "
+        f"{machine['load_average']:.1f}; {provenance(report, 'tokenizers', 'gigatoken')}."
+    )
+    yield Table(columns, report["cases"], title)
+    yield Table(columns, report["memory"], "Peak memory:")

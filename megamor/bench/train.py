@@ -1,136 +1,298 @@
-"""Step time of several training cases in interleaved rounds, and what follows from it.
+"""Time, memory and FLOPs of a training step, for models or activation checkpointing policies that are compared.
 
-Every round runs one step of every case on the same batch, in an order that rotates from round to round. Ratios are
-taken within rounds, so that whatever else the machine does meanwhile falls on both sides of them.
+Models of one configuration are all kept in memory and take turns: a round runs one step of each on the same batch, in
+an order that rotates. Published sizes are measured one at a time, each for a few windows of steps, with vanilla before
+and after the others. Ratios are taken round by round (window by window), so that other load on the machine affects
+both sides of them. docs/benchmarks.md explains the fields of the report.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
-from megamor.bench.cases import REFERENCE, Case, TrainingStep, make_batch
-from megamor.bench.memory import step_memory
+from megamor.bench.cases import CASES, PUBLISHED, Case, cases_of_config, cases_of_size, micro_batch_of, with_policy
+from megamor.bench.measure import (
+    Training,
+    Window,
+    peak_in_fresh_process,
+    profile_steps,
+    release,
+    within_memory,
+    world_for,
+)
+from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
+from megamor.config import config_to_dict
+from megamor.errors import MegamorError
+from megamor.metrics import peak_flops, peak_memory, reset_peak_memory
+from megamor.parallel import World, close_world
+from megamor.plan.memory import step_memory
 
-WARMUP_ROUNDS = 2
-
-
-@dataclass
-class Measurements:
-    """What the rounds saw of one case, a number a round. `depth` is recursions per token, None without recursions."""
-
-    parameters: int
-    seconds: list[float] = field(default_factory=list)
-    flops: list[float] = field(default_factory=list)
-    depth: list[float | None] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to measure: `rounds`, or as many as fit into `seconds` (at least one)."""
-
-    seconds: float
-    rounds: int | None = None
-
-    def allows(self, done: int, started: float) -> bool:
-        """Whether another round may begin."""
-        if self.rounds is not None:
-            return done < self.rounds
-        return done == 0 or time.perf_counter() - started < self.seconds
+SCHEMA = "megamor-bench-train/1"
+OLD_SCHEMA = "megamor-bench-checkpointing/1"
+"""Files of a former subcommand, which compared policies."""
 
 
-def measure_rounds(
-    cases: Sequence[Case], device: torch.device, budget: Budget, progress: Callable[[int], None]
-) -> dict[str, Measurements]:
-    """Measurements by case; `progress` is told the number of rounds done."""
-    steps = [TrainingStep(case, device) for case in cases]
-    for number in range(WARMUP_ROUNDS):
-        for step in steps:
-            step.run(*make_batch(step.case.config, number, device))
-    found = {step.case.name: Measurements(step.num_parameters()) for step in steps}
+def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measure every comparison and put it into `report["settings"]`, saving whenever something is done.
+
+    Raises:
+        ConfigError: an unknown case, size or policy, or a configuration that can't be built.
+    """
+    started = time.perf_counter()
+    if args.static_shapes:
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 64
+    # All configurations are loaded first: a mistake in any of them ends the command before time is spent.
+    planned = [[(case, case.config()) for case in cases] for cases in comparisons(args)]
+    report |= {"cuda": torch.version.cuda, "settings": []}
+    world = world_for(planned[0][0][1], torch.device(args.device))
+    try:
+        for comparison in planned:
+            cases, config, results = [case for case, _ in comparison], comparison[0][1], list[dict[str, Any]]()
+            setting = {
+                "seq_len": config.data.seq_len,
+                "batch_size": config.train.micro_batch_size,
+                "precision": config.train.precision,
+                "backend": config.parallel.backend,
+                "config": config_to_dict(config),
+                "cases": results,
+            }
+            report["settings"].append(setting)
+            for group in [[case] for case in cases] if args.sizes else [cases]:
+                done = [result for other in report["settings"] for result in other["cases"]]
+                longest = max((result.get("wall_seconds", 0) for result in done), default=0)
+                late = args.time_limit is not None and time.perf_counter() - started + longest > args.time_limit
+                results += attempt(group, args, world, late)
+                setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
+                compare(results)
+                save()
+    finally:
+        close_world()
+
+
+def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
+    """Groups of cases; each is compared with the first of its group.
+
+    Raises:
+        ConfigError: an unknown case or size.
+    """
+    lengths = [[f"data.seq_len={length}", f"model.max_seq_len={length}"] for length in args.seq_len or ()] or [[]]
+    modes = [True, False] if args.sizes and args.compile is None else [args.compile]
+    for compiled, size, length in product(modes, args.sizes or [None], lengths):
+        overrides = [f"parallel.backend={args.backend or ('fsdp2' if size else 'single')}", *length, *args.overrides]
+        if compiled is not None:
+            overrides.append(f"train.compile={str(compiled).lower()}")
+        batch = args.micro_batch or (size and micro_batch_of(size))
+        if batch:
+            overrides = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}", *overrides]
+        if size:
+            models = cases_of_size(size, overrides, args.cases or PUBLISHED[: 2 if args.policies else 7])
+        elif args.policies and not args.cases:
+            models = [Case("configured", Path(args.config).stem, Path(args.config), tuple(overrides))]
+        else:
+            models = cases_of_config(args.config, overrides, args.cases or list(CASES), args.baseline)
+        if args.policies:  # each model is compared with itself: on the same tokens, under each policy
+            yield from ([with_policy(model, policy) for policy in args.policies] for model in dict.fromkeys(models))
+        else:
+            yield models
+
+
+def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World, late: bool) -> list[dict[str, Any]]:
+    """A result for each case: its measurements, with as large a micro-batch as fits, or why there are none.
+
+    A failure is recorded, so that the other cases are still measured; so is a case that would end too `late`.
+    """
+    begun, train = time.perf_counter(), cases[0].config().train
+    labels = [{"name": case.name, "label": case.label, "policy": case.policy} for case in cases]
+    if late:
+        return [label | {"skipped": f"{args.time_limit:.0f} s would not have been enough"} for label in labels]
+    try:
+        found = within_memory(partial(measure, cases, args, world), train.micro_batch_size, world.device)
+    except MegamorError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        found = [{"error": f"{type(error).__name__}: {error}"[:2000]}] * len(cases)
+    release(world.device)
+    common = {"compiled": train.compile, "wall_seconds": time.perf_counter() - begun}
+    print(f"measured {', '.join(case.label for case in cases)}", file=sys.stderr, flush=True)
+    return [label | common | result for label, result in zip(labels, found, strict=True)]
+
+
+def measure(cases: Sequence[Case], args: argparse.Namespace, world: World, micro_batch: int) -> list[dict[str, Any]]:
+    """Measure cases that are in memory together and take turns; of `--sizes`, one that has the device to itself."""
+    from rich.console import Console
+
+    device, alone = world.device, bool(args.sizes)
+    with Console(stderr=True).status("memory") as status:
+        peaks: list[int | None] = [None] * len(cases)
+        if not alone and not args.no_memory:
+            peaks = [peak_in_fresh_process(case, device, torch.get_num_threads(), micro_batch) for case in cases]
+        status.update("warm-up")
+        counters.clear()
+        trainings = [Training.of(case, world, micro_batch) for case in cases]
+        # Compiled blocks need more steps until they have seen all shapes.
+        warmup = [training.window(at_least=6 if alone else 2).seconds for training in trainings]
+        graphs = counters["stats"]["unique_graphs"]
+        reset_peak_memory(device)  # compilation takes memory of its own
+        # A short step of one model on a GPU is timed best among others of its kind, without waiting in between.
+        rounds = args.rounds or (3 if alone else None)
+        seconds, at_least = ((args.seconds or 9.0) / rounds, 2) if alone and rounds else (0.0, 1)
+        windows = take_turns(trainings, rounds, args.seconds or 60.0, status.update, seconds, at_least)
+    if alone:
+        peaks = [trainings[0].peak_bytes()]
+    results = [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
+    if alone:
+        reserved = peak_memory(device)["memory/peak_reserved_gib"]
+        results[0] |= {
+            "warmup_seconds": warmup[0],
+            "peak_reserved_bytes": None if reserved is None else round(reserved * 2**30),
+            "graphs": graphs,
+            "recompilations_after_warmup": counters["stats"]["unique_graphs"] - graphs,
+            "recompile_limit_hit": recompile_limit_hit(),
+        }
+    if args.profile:
+        for result, training in zip(results, trainings, strict=True):
+            result["profile"] = profile_steps(training)
+    return results
+
+
+def take_turns(
+    trainings: Sequence[Training],
+    rounds: int | None,
+    seconds: float,
+    progress: Callable[[str], None] = lambda _: None,
+    window_seconds: float = 0,
+    at_least: int = 1,
+) -> list[list[Window]]:
+    """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one)."""
+    found: list[list[Window]] = [[] for _ in trainings]
     done, started = 0, time.perf_counter()
-    while budget.allows(done, started):
-        shift = done % len(steps)
-        for step in steps[shift:] + steps[:shift]:
-            _measure_step(step, WARMUP_ROUNDS + done, device, found[step.case.name])
+    while done < rounds if rounds else done == 0 or time.perf_counter() - started < seconds:
+        for index in rotated(range(len(trainings)), done):
+            found[index].append(trainings[index].window(window_seconds, at_least))
         done += 1
-        progress(done)
+        progress(f"{done} rounds")
     return found
 
 
-def _measure_step(step: TrainingStep, number: int, device: torch.device, into: Measurements) -> None:
-    batch = make_batch(step.case.config, number, device)
-    _synchronize(device)
-    start = time.perf_counter()
-    out = step.run(*batch)
-    _synchronize(device)
-    into.seconds.append(time.perf_counter() - start)
-    into.flops.append(step.flops(out))
-    into.depth.append(None if out.depth is None else float(out.depth.double().mean()))
+def recompile_limit_hit() -> bool:
+    """Whether torch.compile has given up on a function since the counters were cleared: it then runs uncompiled."""
+    reasons = [*counters["unimplemented"], *counters["graph_break"]]
+    return any("limit exceeded" in reason for reason in reasons)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def bench_setting(
-    cases: Sequence[Case],
-    device: torch.device,
-    budget: Budget,
-    progress: Callable[[int], None],
-    *,
-    memory: bool,
-) -> dict[str, Any]:
-    """One setting of the report: all `cases` at one sequence length. The fields are those of benchmarks/README.md."""
-    threads = torch.get_num_threads()
-    peaks = {case.name: step_memory(case, device, threads) if memory else None for case in cases}
-    measured = measure_rounds(cases, device, budget, progress)
-    config = cases[0].config
-    reference = measured[REFERENCE]
-    return {
-        "seq_len": config.data.seq_len,
-        "batch_size": config.train.micro_batch_size,
-        "precision": config.train.precision,
-        "rounds": len(reference.seconds),
-        "cases": [_summary(case, measured[case.name], reference, peaks) for case in cases],
-    }
-
-
-def _summary(
-    case: Case, measured: Measurements, reference: Measurements, peaks: dict[str, int | None]
-) -> dict[str, Any]:
-    ratios = [mine / theirs for mine, theirs in zip(measured.seconds, reference.seconds, strict=True)]
-    time_ratio = quartiles(ratios)
-    flops = statistics.mean(measured.flops)
-    flops_ratio = flops / statistics.mean(reference.flops)
-    depths = [depth for depth in measured.depth if depth is not None]
-    mine, theirs = peaks[case.name], peaks[REFERENCE]
-    return {
-        "name": case.name,
-        "label": case.label,
+def summary(case: Case, training: Training, windows: Sequence[Window], peak: int | None) -> dict[str, Any]:
+    """What was measured of a case in its windows."""
+    config, device = training.config, training.device
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    flops = [step for window in windows for step in window.flops]
+    executed = statistics.mean(step.training for step in flops)
+    recomputed = statistics.mean(step.recomputed(config.train) for step in flops)
+    seconds = quartiles([window.step_seconds for window in windows])
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    peak_rate = peak_flops(gpu, config.train.precision)
+    depths = [window.depth for window in windows if window.depth is not None]
+    result: dict[str, Any] = {
         "overrides": list(case.overrides),
-        "parameters": measured.parameters,
+        "batch_size": config.train.micro_batch_size,
+        "parameters": training.num_parameters,
         "mean_depth": statistics.mean(depths) if depths else None,
-        "step_seconds": quartiles(measured.seconds),
-        "time_ratio": time_ratio,
-        "training_flops": flops,
-        "flops_ratio": flops_ratio,
-        "time_over_flops": time_ratio["median"] / flops_ratio,
-        "peak_memory_bytes": mine,
-        "memory_ratio": mine / theirs if mine and theirs else None,
-        "round_seconds": measured.seconds,
+        "steps": len(flops),
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds["median"],
+        "training_flops": executed,
+        "mfu": executed / seconds["median"] / peak_rate if peak_rate else None,
+        "hfu": (executed + recomputed) / seconds["median"] / peak_rate if peak_rate else None,
+        "peak_memory_bytes": peak,
+        "round_seconds": [window.step_seconds for window in windows],
     }
+    if case.policy:
+        estimate = step_memory(config, 1, on_gpu=device.type == "cuda")
+        # The measured peak is above the built model, so the estimate is given without its fp32 weights.
+        estimated = round(estimate.total - 4 * training.num_parameters)
+        result |= {"recomputed_flops_ratio": recomputed / executed, "estimated_memory": asdict(estimate)}
+        result |= {"estimated_memory_bytes": estimated, "estimate_over_peak": estimated / peak if peak else None}
+    return result
 
 
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles (inclusive method; all equal for a single value)."""
-    if len(values) == 1:
-        return {"q1": values[0], "median": values[0], "q3": values[0]}
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"q1": q1, "median": median, "q3": q3}
+def compare(results: Sequence[dict[str, Any]]) -> None:
+    """Add to each result its ratios to the first case, per sequence, round by round.
+
+    The first case may have been measured more than once; its rounds are then averaged.
+    """
+    measured = [result for result in results if "round_seconds" in result]
+    first = [other for other in measured if all(other[key] == results[0][key] for key in ("name", "policy"))]
+    if not first:
+        return
+    # The batch is smaller where memory ran out, so everything is compared per sequence.
+    times = [[seconds / other["batch_size"] for seconds in other["round_seconds"]] for other in first]
+    reference = [statistics.mean(of_a_round) for of_a_round in zip(*times, strict=True)]
+    flops, memory = first[0]["training_flops"] / first[0]["batch_size"], first[0]["peak_memory_bytes"]
+    for result in measured:
+        size, peak = result["batch_size"], result["peak_memory_bytes"]
+        ratios = [mine / size / other for mine, other in zip(result["round_seconds"], reference, strict=True)]
+        result["time_ratio"] = quartiles(ratios)
+        result["flops_ratio"] = result["training_flops"] / size / flops
+        result["time_over_flops"] = result["time_ratio"]["median"] / result["flops_ratio"]
+        result["memory_ratio"] = peak / memory if peak and memory and size == first[0]["batch_size"] else None
+
+
+def tables(report: Row) -> Iterator[Table]:
+    """One table for each comparison."""
+    for setting in report["settings"] if report["schema"] == SCHEMA else [_setting_of_policies(report)]:
+        config, first = setting.get("config") or report["config"], setting["cases"][0]
+        title = (
+            f"Training step of {setting['batch_size']} × {setting['seq_len']} tokens, {config['model']['num_layers']} "
+            f"effective layers, width {config['model']['dim']}, vocabulary {config['model']['vocab_size']:,}, "
+            f"{setting['precision']}; {device_name(report)}; {setting['rounds']} rounds, {provenance(report, 'torch')}."
+        )
+        reference = first.get("policy") or first["name"]
+        columns = (
+            Column("model", text("label"), left=True),
+            Column("policy", lambda row: f"`{row['policy']}`" if row.get("policy") else "", left=True),
+            Column("compiled", lambda row: "yes" if row.get("compiled") else "", left=True),
+            Column("fitting batch", lambda row: str(row["batch_size"]) if row.get("out_of_memory_at") else ""),
+            Column("M parameters", number("parameters", ".2f", 1e-6)),
+            Column("step, ms (quartiles)", spread("step_seconds", ".0f", 1e3)),
+            Column("tokens/s", number("tokens_per_second", ",.0f")),
+            Column("MFU", number("mfu", ".1%")),
+            Column("HFU", number("hfu", ".1%")),
+            Column(f"time / {reference}", number("time_ratio.median", ".3f")),
+            Column(f"FLOPs / {reference}", number("flops_ratio", ".3f")),
+            Column("quotient", number("time_over_flops", ".3f")),
+            Column("recomputed FLOPs", number("recomputed_flops_ratio", ".1%")),
+            Column("peak MB", number("peak_memory_bytes", ".0f", 1e-6)),
+            Column("estimated MB", number("estimated_memory_bytes", ".0f", 1e-6)),
+            Column("estimate / peak", number("estimate_over_peak", ".2f")),
+            Column("mean depth", number("mean_depth", ".2f", null="")),
+            Column("recompiled", number("recompilations_after_warmup", "d")),
+            Column("given up", lambda row: "yes" if row.get("recompile_limit_hit") else ""),
+            Column("", lambda row: "failed" if "error" in row else "skipped" if "skipped" in row else "", left=True),
+        )
+        yield Table(columns, setting["cases"], title)
+
+
+def _setting_of_policies(report: Row) -> dict[str, Any]:
+    config = report["config"]
+    ratios = [case["estimated_memory_bytes"] / case["peak_memory_bytes"] for case in report["policies"]]
+    return {
+        "seq_len": config["data"]["seq_len"],
+        "batch_size": config["train"]["micro_batch_size"],
+        "precision": config["train"]["precision"],
+        "rounds": report["rounds"],
+        "cases": [{**case, "estimate_over_peak": r} for case, r in zip(report["policies"], ratios, strict=True)],
+    }

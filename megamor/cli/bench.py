@@ -1,173 +1,228 @@
-"""Measure on this machine, beside what the FLOPs allow.
+"""Measure on this machine: training steps, data loading, preprocessing, saving and serving.
 
 examples:
-  megamor bench train --config configs/bench/cpu.yaml --json out.json
   megamor bench train --config configs/bench/cpu.yaml --seq-len 512,1024 --baseline hf-llama --threads 2
-  megamor bench train --config configs/bench/cpu.yaml --cases vanilla,mor_token train.micro_batch_size=16 \\
-      train.global_batch_size=16
+  megamor bench train --config configs/bench/cpu.yaml --policies none,block --rounds 6
+  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --profile --json out.json
+  megamor bench loader --documents 100000000 --directory /scratch
+  megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json
+  megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
+  megamor bench serve --config configs/bench/serve_cpu.yaml --threads 1
+  megamor bench serve --checkpoint runs/x/checkpoints/latest --residents 16,64
+  megamor bench load --url http://localhost:8000 --rate 8 --goodput ttft:500
 
-`train` runs one training step (forward, backward, AdamW) of vanilla, recursive and MoR models of equal effective depth
-in turns, and compares each with vanilla round by round: time, executed FLOPs, peak memory. The times of a busy machine
-are off, its ratios less so. `loader` measures how fast batches come from token shards; see `bench.py loader --help`.
-`save` measures what a checkpoint costs, blocking and asynchronous; see `bench.py save --help`. `preprocess` measures
-how fast text becomes token shards; see `bench.py preprocess --help`. `checkpointing` measures memory and time of each
-activation checkpointing policy; see `bench.py checkpointing --help`.
-benchmarks/README.md explains the JSON files.
+Every report ends as tables in the terminal and, with --json, as a file. Absolute times suffer from other load on the
+machine, ratios much less, because cases take turns. docs/benchmarks.md explains each bench and the fields of its file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.status import Status
-from rich.table import Table
-
-from megamor.bench import checkpointing as bench_checkpointing
-from megamor.bench import loader as bench_loader
-from megamor.bench import preprocess as bench_preprocess
-from megamor.bench import save as bench_save
-from megamor.bench.baselines import BASELINES
-from megamor.bench.cases import CASES, make_cases
-from megamor.bench.origin import describe_origin
-from megamor.bench.train import Budget, bench_setting
-from megamor.config import config_to_dict, load_config
+from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
+from megamor.bench.load import Load
+from megamor.bench.report import write_report
+from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
+from megamor.serve.options import POLICIES as SCHEDULING
 
-SCHEMA = "megamor-bench-train/1"
-_FILE_WIDTH = 110
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = ["train", "loader", "save", "preprocess", "checkpointing"]
-    parser.add_argument("what", choices=kinds, help="what to measure; each but train has its own --help")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, for all cases")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a recursive model, as configs/bench/cpu.yaml")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    parser.add_argument(
-        "--cases", type=_names, default=list(CASES), metavar="A,B", help=f"of {', '.join(CASES)} (default: all)"
-    )
-    parser.add_argument(
-        "--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla as well"
-    )
-    parser.add_argument(
-        "--seq-len", type=_lengths, metavar="N,M", help="sequence lengths to run (default: the configuration's)"
-    )
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="this many rounds, however long they take")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch (default: torch's own choice)")
-    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
-    parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    return parser.parse_intermixed_args(argv)
+MODULES = {"serve": "serving"}
+"""Modules of megamor.bench that are not named as their subcommand."""
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
 
 
-def _lengths(text: str) -> list[int]:
-    return [_positive(length) for length in _names(text)]
+def names(text: str) -> list[str]:
+    """Comma-separated words."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """Comma-separated positive integers."""
+    return [positive(word) for word in names(text)]
+
+
+def token_range(text: str) -> tuple[int, int]:
+    """A range such as 40-60, or one number for both ends."""
+    low, _, high = text.partition("-")
+    if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
+        raise argparse.ArgumentTypeError(f"{text} is not a range such as 40-60")
+    return int(low), int(high or low)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of one subcommand."""
+    parser = command_parser("bench", __doc__)
+    subparsers = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, (summary, declare) in SUBCOMMANDS.items():
+        sub = subparsers.add_parser(what, help=summary, description=summary)
+        declare(sub)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+        sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
+    # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [word for word in rest if re.match(r"[\w.]+=", word)] if "config" in args else []
+    unknown = [word for word in rest if word not in args.overrides]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench train`."""
+    add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--config", metavar="FILE", help="a recursive model; key=value changes settings of all cases")
+    models.add_argument(
+        "--sizes", type=names, metavar="A,B", help=f"published sizes, one case at a time: {','.join(SIZES)}"
+    )
+    cases = f"with --config: {', '.join(CASES)} (default: all); with --sizes: {', '.join(PUBLISHED)} (default: first 7)"
+    add("--cases", type=names, metavar="A,B", help=cases)
+    add("--policies", type=names, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
+    add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
+    add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
+    add("--micro-batch", type=positive, metavar="N", help="sequences of a step (default: configured, or by size)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured; with --sizes both, in turn")
+    add("--static-shapes", action="store_true", help="compile for each number of tokens: expert-choice only")
+    add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
+    add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
+    add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
+    add("--time-limit", type=float, metavar="T", help="start nothing that would end later, as far as is known")
+    add("--profile", action="store_true", help="list the kernels that take most time")
+    add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
+    add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
+    add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
+
+
+def loader_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench loader`."""
+    add = parser.add_argument
+    add("--seconds", type=float, default=3.0, metavar="T", help="per case and batch shape (default: 3)")
+    add("--tokens", type=float, default=128e6, metavar="N", help="of the real data set (default: 128e6)")
+    add("--documents", type=positive, default=1_000_000, metavar="N", help="of the index (default: 1000000)")
+    add("--directory", type=Path, metavar="DIR", help="for temporary files")
+
+
+def preprocess_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench preprocess`."""
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="texts, as for megamor preprocess")
+    add("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
+    add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)")
+    add("--rounds", type=positive, default=3, metavar="N", help="runs of each case (default: 3)")
+    add("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases (default: 8)")
+    add("--copies", type=positive, default=6, metavar="N", help="of the input, to measure memory on (default: 6)")
+    add("--memory-workers", type=positive, default=8, metavar="N", help="threads there (default: 8)")
+    add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM, to run its tools too")
+    add("--directory", type=Path, metavar="DIR", help="for temporary files")
+
+
+def save_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench save`."""
+    add = parser.add_argument
+    add("--config", default="configs/vanilla_135m.yaml", metavar="FILE", help="model (default: %(default)s)")
+    add("--steps", type=int, default=8, metavar="N", help="with each kind of save in a round (default: 8)")
+    add("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    add("--directory", type=Path, metavar="DIR", help="for checkpoints (default: the system's temporary one)")
+    add("--device", metavar="D", help="cpu or cuda (default: cpu, with one sequence of 128 tokens a step)")
+
+
+def serve_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench serve`."""
+    add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--config", metavar="FILE", help="a model with random weights; key=value changes its settings")
+    models.add_argument("--checkpoint", help="a checkpoint, `latest`, the directory of a run or of an export")
+    add("--vanilla", metavar="FILE", help="configuration of a model without recursions, to compare with")
+    add("--policies", type=names, default=list(SCHEDULING), metavar="A,B", help=f"default: {','.join(SCHEDULING)}")
+    add("--kv-policies", type=names, metavar="A,B", help="with --config: recursion_wise, share_first … in turn")
+    add("--residents", type=numbers, default=[32], metavar="N,M", help="sequences at work at once (default: 32)")
+    add("--turns", type=positive, default=30, metavar="N", help="of each engine (default: 30)")
+    add("--prompt-tokens", type=positive, default=4, metavar="N", help="of each request (default: 4)")
+    add("--new-tokens", type=token_range, default=(40, 60), metavar="A-B", help="of each request (default: 40-60)")
+    add("--hold", type=positive, default=1, metavar="N", help="core batches to a boundary, depthwise (default: 1)")
+    add("--page-size", type=positive, default=16, metavar="N", help="tokens of a page (default: 16)")
+    add("--no-cuda-graphs", action="store_true", help="launch every kernel separately")
+    add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+
+
+def load_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `megamor bench load`."""
+    add = parser.add_argument
+    add("--url", required=True, help="of a running server")
+    counts = {
+        "num_requests": "how many",
+        "input_tokens": "of a prompt",
+        "output_tokens": "of an answer",
+        "vocab_size": "prompts are ids below this",
+    }
+    for name, meaning in counts.items():
+        default, option = getattr(Load, name), f"--{name.replace('_', '-')}"
+        add(option, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    add("--rate", type=float, default=Load.rate, metavar="R", help="mean arrivals per second (default: all at once)")
+    add("--max-concurrency", type=positive, metavar="N", help="requests under way at once (default: no limit)")
+    add("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 tpot:50")
+    add("--api-key", help="sent as a bearer token; never written to the report")
+
+
+SUBCOMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "train": ("Time, memory and FLOPs of a training step, for models or checkpointing policies.", train_options),
+    "loader": ("How fast batches come from token shards.", loader_options),
+    "preprocess": ("How fast text becomes token shards, and how much memory that takes.", preprocess_options),
+    "save": ("What saving a checkpoint costs a training run, blocking and asynchronous.", save_options),
+    "serve": ("The serving engine alone: scheduling policies on the same requests.", serve_options),
+    "load": ("Send requests to a running server and measure what its users would experience.", load_options),
+}
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    for what, other in (
-        ("loader", bench_loader),
-        ("save", bench_save),
-        ("preprocess", bench_preprocess),
-        ("checkpointing", bench_checkpointing),
-    ):
-        if words[:1] == [what]:
-            other.main(words[1:])
-            return
-    args = parse_arguments(argv)
+    """Run one bench, print its tables and write its report.
+
+    Raises:
+        SystemExit: status 1 if a case failed, 2 for a mistake in the arguments.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(words)
+    import torch
+
+    from megamor.bench.origin import describe_origin
+
+    if getattr(args, "device", None) is None:
+        gpu = torch.cuda.is_available() if args.what == "serve" else bool(getattr(args, "sizes", None))
+        args.device = "cuda" if gpu else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: torch sees no CUDA device; leave it out or install a CUDA build")
-    if args.threads:
+        raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
+    if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
-    report = bench_train(args)
-    report = {
-        "command": shlex.join(["megamor", "bench", *(sys.argv[1:] if argv is None else argv)]),
-        **report,
-    }
-    print_report(report)
+    bench = import_module(f"megamor.bench.{MODULES.get(args.what, args.what)}")
+    # The key is replaced before quoting, which may change how it is spelt.
+    shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in words]
+    report = {"schema": bench.SCHEMA, "command": shlex.join(["megamor", "bench", *shown])}
+    report |= describe_origin(torch.device(args.device))
+    if args.revision:
+        report["commit"] = {"revision": args.revision, "dirty": None}
+    bench.run(args, report, partial(write_report, args.json, report) if args.json else lambda: None)
+    for table in bench.tables(report):
+        table.show()
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"schema": SCHEMA, **report}, indent=1) + "\n")
         print(f"written to {args.json}")
-
-
-def bench_train(args: argparse.Namespace) -> dict[str, Any]:
-    """The report, all but `schema` and `command`."""
-    device, console = torch.device(args.device), Console(stderr=True)
-    config = load_config(args.config, args.overrides)
-    origin = describe_origin(device)
-    budget, settings = Budget(args.seconds, args.rounds), []
-    for seq_len in args.seq_len or [config.data.seq_len]:
-        overrides = [*args.overrides, f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}"]
-        cases = make_cases(args.config, overrides, args.cases, args.baseline)
-        with console.status(f"sequence length {seq_len}: memory") as status:
-            progress = partial(_show_round, status, seq_len)
-            settings.append(bench_setting(cases, device, budget, progress, memory=not args.no_memory))
-    return {**origin, "config": config_to_dict(config), "settings": settings}
-
-
-def _show_round(status: Status, seq_len: int, done: int) -> None:
-    status.update(f"sequence length {seq_len}: {done} rounds")
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """One table per sequence length."""
-    machine, console = report["machine"], Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
-    for setting in report["settings"]:
-        device = f"{machine['accelerator'] or machine['cpu']}, {machine['threads']} threads"
-        batch = f"batch {setting['batch_size']} × {setting['seq_len']} tokens"
-        conditions = f"{batch}, {setting['precision']}, {setting['rounds']} rounds"
-        table = Table(title=f"training step, {conditions}\n{device}")
-        table.add_column("case")
-        for heading in ("step ms", "quartiles", "time ratio", "FLOPs ratio", "time/FLOPs", "peak MB", "ratio", "depth"):
-            table.add_column(heading, justify="right")
-        for case in setting["cases"]:
-            table.add_row(case["name"], *_cells(case))
-        console.print(table)
-
-
-def _cells(case: dict[str, Any]) -> list[str]:
-    seconds = {name: 1e3 * value for name, value in case["step_seconds"].items()}
-    memory, ratio, depth = case["peak_memory_bytes"], case["memory_ratio"], case["mean_depth"]
-    return [
-        f"{seconds['median']:.1f}",
-        f"{seconds['q1']:.1f}–{seconds['q3']:.1f}",
-        f"{case['time_ratio']['median']:.3f}",
-        f"{case['flops_ratio']:.3f}",
-        f"{case['time_over_flops']:.3f}",
-        "n/a" if memory is None else f"{memory / 1e6:.0f}",
-        "n/a" if ratio is None else f"{ratio:.2f}",
-        "" if depth is None else f"{depth:.2f}",
-    ]
+    failed = any("error" in case for setting in report.get("settings", ()) for case in setting["cases"])
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

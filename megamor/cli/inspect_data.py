@@ -17,8 +17,10 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 from megamor.cli import command_parser, counted
@@ -124,44 +126,36 @@ def first_documents(
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the report for people, in lines that wrap at the width of the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-
-    def row(name: str, value: str) -> None:
-        table.add_row(Text(name), Text(value))
-
-    row("documents", f"{report['documents']:,}")
-    row("tokens", f"{report['tokens']:,} ({report['dtype']}; {report['bytes'] / 1e6:,.1f} MB with the index)")
+    """Print the report for people: name and value, folded at the width of the terminal."""
     lengths = f"median {report['median_sequence']:,} tokens, longest {report['longest_sequence']:,}"
     empty = f", {report['empty_sequences']:,} empty" if report["empty_sequences"] else ""
-    row("sequences", f"{report['sequences']:,}: {lengths}{empty}")
+    rows = [
+        ("data set", report["prefix"]),
+        ("documents", f"{report['documents']:,}"),
+        ("tokens", f"{report['tokens']:,} ({report['dtype']}; {report['bytes'] / 1e6:,.1f} MB with the index)"),
+        ("sequences", f"{report['sequences']:,}: {lengths}{empty}"),
+    ]
     tokenizer, eod = report["tokenizer"], report["end_of_document"]
     if tokenizer is None:
-        row("tokenizer", "unknown: no side file (data of Megatron-LM or GPT-NeoX)")
+        rows.append(("tokenizer", "unknown: no side file (data of Megatron-LM or GPT-NeoX)"))
     else:
         known = f"{tokenizer['name']}, vocabulary of {report['vocab_size']:,}" if tokenizer["sha256"] else "unknown"
-        row("tokenizer", known)
+        rows.append(("tokenizer", known))
         if eod["token"] is not None:
-            ending = f"{eod['token']} (id {eod['id']}), {'appended' if eod['appended'] else 'not appended'}"
-            row("end of document", ending)
+            appended = "appended" if eod["appended"] else "not appended"
+            rows.append(("end of document", f"{eod['token']} (id {eod['id']}), {appended}"))
         for source in report["sources"]:
             size = f"{counted(source['documents'], 'document')}, {counted(source['tokens'], 'token')}"
-            row("source", f"{source['name']}: {size}")
+            rows.append(("source", f"{source['name']}: {size}"))
     for number, document in enumerate(report["first_documents"]):
         start = str(document["ids"]) if document["text"] is None else repr(document["text"])
-        row(f"document {number}", f"{counted(document['tokens'], 'token')}: {start}")
+        rows.append((f"document {number}", f"{counted(document['tokens'], 'token')}: {start}"))
     read = "and tokens" if report["contents_verified"] else "not the tokens (large; --verify reads them)"
-    row("intact", f"sizes, index {read}")
-    # Lines are folded on a terminal only: a pipe into grep gets whole ones.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
-    console.print(Text(report["prefix"], style="bold"))
-    console.print(table)
+    rows.append(("intact", f"sizes, index {read}"))
+    # A pipe into grep gets whole lines.
+    width = get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    for name, value in rows:
+        print(textwrap.fill(f"{name:<17}{value}", width, subsequent_indent=17 * " "))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,12 @@ def hash_log_path(prefix: str) -> Path:
 class HashLog:
     """The hashes of the documents that a shard has so far, in memory and in `<prefix>.hashes.partial`.
 
-    An interrupted run reads the file when it resumes. Like `ShardWriter`, a context manager that removes its file in
-    the end unless `keep_partial` is set.
+    A resumed run reads the file. As a context manager it removes the file if `keep_partial` has been reset.
     """
 
     def __init__(self, prefix: str) -> None:
         self.path = hash_log_path(prefix)
-        self.keep_partial = False
+        self.keep_partial = True
         self._seen = SeenHashes()
         self.path.touch()
         self._file = self.path.open("r+b")
@@ -64,6 +63,7 @@ class HashLog:
         """Remove the documents seen before from one split of `chunk`, and return how many they were."""
         hashes, lengths = chunk.hashes[split], chunk.lengths[split]
         new = self._seen.add(hashes)
+        # One hash for each document that is kept, so that `rewind` can cut the file at the journal's document count.
         self._file.write(hashes[new].astype("<u8").tobytes())
         if not new.all():
             chunk.tokens[split] = chunk.tokens[split][np.repeat(new, lengths)]

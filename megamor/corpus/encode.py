@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -37,24 +37,8 @@ _CHECKED_CHARACTERS = 2**16
 _BYTES_IN_WORK = 48 * 2**20
 
 
-class Encoder(Protocol):
-    """Turns the documents of a chunk into ids."""
-
-    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
-        """Ids of each document [n], of any integer type. Thread-safe. Raises DataError naming the chunk."""
-        ...
-
-
-class PlainEncoder:
-    """`tokenizers` itself."""
-
-    def __init__(self, reference: TextEncoder) -> None:
-        self._reference = reference
-
-    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
-        """See `Encoder`."""
-        with _naming(chunk):
-            return self._reference.encode(documents.texts)
+Encode = Callable[[int, Documents], list[NDArray[Any]]]
+"""From the index of a source and documents of it to the ids of each document [n], of any integer type. Thread-safe."""
 
 
 class GigatokenEncoder:
@@ -71,21 +55,21 @@ class GigatokenEncoder:
         self._checked_sources: set[int] = set()
         self._lock = threading.Lock()
 
-    def encode(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
-        """See `Encoder`. Raises DataError also if the ids of the first chunk of a source are wrong."""
-        with _naming(chunk):
-            # The limit that `tokenizers` needs holds here too: which encoder runs must not decide what is accepted.
-            for text in documents.texts if self._reference.cuts else ():
-                self._reference.require_cuttable(text)
+    def encode(self, source: int, documents: Documents) -> list[NDArray[Any]]:
+        """See `Encode`. Raises DataError as `TextEncoder.encode` does, and for wrong ids at the start of a source."""
+        # The limit that `tokenizers` needs holds here too: which encoder runs must not decide what is accepted.
+        for text in documents.texts if self._reference.cuts else ():
+            self._reference.require_cuttable(text)
         # The library asks for one call at a time. It is so fast that other threads hardly wait, and several tokenizers
         # would each have a table of known words.
         with self._lock:
-            self._renew_if_large(chunk.size)
+            self._renew_if_large(sum(map(len, documents.encoded)))
             ids = [self._tokenizer.encode(data) for data in documents.encoded]
-            first = chunk.id.source not in self._checked_sources
-            self._checked_sources.add(chunk.id.source)
+            first = bool(ids) and source not in self._checked_sources
+            if first:
+                self._checked_sources.add(source)
         if first:
-            self._check(chunk, documents.texts, ids)
+            self._check(documents.texts, ids)
         return ids
 
     def _load(self) -> Any:
@@ -107,33 +91,37 @@ class GigatokenEncoder:
             self._bytes_since_renewal = 0
             self._tokenizer = self._load()
 
-    def _check(self, chunk: TextChunk, texts: Sequence[str], ids: Sequence[NDArray[Any]]) -> None:
+    def _check(self, texts: Sequence[str], ids: Sequence[NDArray[Any]]) -> None:
         left = _CHECKED_CHARACTERS
-        for number, text in enumerate(texts):
-            found, compared = ids[number], text[:left]
+        for text, whole in zip(texts, ids, strict=True):
+            found, compared = whole, text[:left]
             if len(compared) < len(text):
                 # The ids of a long document's beginning aren't the beginning of its ids: encode it on its own.
                 with self._lock:
                     found = self._tokenizer.encode(compared.encode())
             if not np.array_equal(found, self._reference.encode([compared])[0]):
                 raise DataError(
-                    f"gigatoken and tokenizers give different ids for document {number + 1} of those that start at "
-                    f"record {chunk.first_record} of {chunk.name} (beginning {text[:40]!r}); use --accelerator none"
+                    "gigatoken and tokenizers give different ids for the document that begins "
+                    f"{text[:40]!r}; use --accelerator none"
                 )
             left -= len(compared)
             if not left:
                 return
 
 
-def make_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encoder, str]:
-    """The encoder that `--accelerator` asks for, and its name for the user. Raises ConfigError if it can't be had."""
+def choose_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encode, str]:
+    """What `--accelerator` asks for, and its name for the user. Raises ConfigError if it isn't available."""
+
+    def plain(source: int, documents: Documents) -> list[NDArray[Any]]:
+        return reference.encode(documents.texts)
+
     if accelerator == "none":
-        return PlainEncoder(reference), "none"
+        return plain, "none"
     try:
-        return GigatokenEncoder(reference), "gigatoken"
+        return GigatokenEncoder(reference).encode, "gigatoken"
     except ConfigError as error:
         if accelerator == "auto":
-            return PlainEncoder(reference), f"none ({error})"
+            return plain, f"none ({error})"
         raise
 
 
@@ -143,15 +131,6 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
-
-
-@contextmanager
-def _naming(chunk: TextChunk) -> Iterator[None]:
-    """Add file and position to errors."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
 
 
 def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:
@@ -194,9 +173,9 @@ class EncodedChunk:
 class ChunkEncoder:
     """Turns chunks into ids: parses, leaves out, tokenizes and splits. Thread-safe."""
 
-    def __init__(self, options: EncodeOptions, encoder: Encoder, reference: TextEncoder) -> None:
+    def __init__(self, options: EncodeOptions, encode: Encode, reference: TextEncoder) -> None:
         self._options = options
-        self._encoder = encoder
+        self._encode = encode
         self._dtype = reference.dtype
         self._eod = np.array([reference.eod_id] if options.append_eod else [], self._dtype)
         # A document belongs to the first split whose bound is above its hash.
@@ -204,12 +183,13 @@ class ChunkEncoder:
         self._needs_hashes = options.hashes or len(options.fractions) > 1 or len(options.held_out) > 0
 
     def encode(self, chunk: TextChunk) -> EncodedChunk:
-        """The ids of `chunk`. Raises DataError for a bad record unless those are skipped."""
+        """The ids of `chunk`. Raises DataError naming the file for a bad record, unless those are skipped."""
         options = self._options
         documents = parse_chunk(chunk, options.json_key, options.separator, skip_bad=options.skip_bad)
         result = EncodedChunk(chunk, documents.counts)
         hashes = np.array([document_hash(data) for data in documents.encoded if self._needs_hashes], np.uint64)
         if len(options.held_out):
+            # Held-out documents go before tokenizing, which costs most; short ones can only be found after it.
             nearest = np.minimum(np.searchsorted(options.held_out, hashes), len(options.held_out) - 1)
             kept = np.flatnonzero(options.held_out[nearest] != hashes)
             result.counts.held_out = len(hashes) - len(kept)
@@ -217,7 +197,10 @@ class ChunkEncoder:
             documents.encoded = [documents.encoded[number] for number in kept]
             hashes = hashes[kept]
         result.counts.text_bytes = sum(map(len, documents.encoded))
-        ids = self._encoder.encode(chunk, documents)
+        try:
+            ids = self._encode(chunk.id.source, documents)
+        except DataError as error:
+            raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
         if options.min_tokens:
             long = [number for number, own in enumerate(ids) if len(own) >= options.min_tokens]
             result.counts.short = len(ids) - len(long)
@@ -227,6 +210,7 @@ class ChunkEncoder:
 
     def _split(self, ids: Sequence[NDArray[Any]], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
         everything = np.arange(len(ids))
+        # A hash divided by 2^64 is uniform in [0, 1), and the same for all copies of a text.
         splits = np.searchsorted(self._bounds, hashes / 2**64, side="right") if len(self._bounds) else 0 * everything
         for split in range(len(self._options.fractions)):
             chosen = everything[splits == split]
@@ -252,6 +236,7 @@ def encode_in_order(
     with _one_thread_each():
         try:
             for chunk in chunks:
+                # Twice as many chunks as threads, so that a slow one at the head doesn't leave the others idle.
                 while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
                     size, future = pending.popleft()
                     in_work -= size
@@ -261,6 +246,7 @@ def encode_in_order(
             while pending:
                 yield pending.popleft()[1].result()
         finally:
+            # Also when the consumer stops early, so that no thread outlives the run.
             pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -40,7 +40,6 @@ class Journal:
         self.path = Path(f"{prefix}.journal")
         # In the form in which it will be read: tuples have become lists.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self.exists = False
 
     def read(self) -> tuple[JournalEntry | None, str]:
         """The entry of an interrupted run of this identity, or None and why there is nothing to resume.
@@ -63,7 +62,6 @@ class Journal:
             return None, f"{self.path} is damaged"
         if differing:
             return None, f"{self.path} is of a run that differs in: {', '.join(differing)}"
-        self.exists = True
         return entry, ""
 
     def write(self, entry: JournalEntry) -> None:
@@ -73,9 +71,7 @@ class Journal:
             replace_file(self.path, json.dumps(content))
         except OSError as error:
             raise DataError(f"{self.path} can't be written: {error.strerror}; free space or fix permissions") from error
-        self.exists = True
 
     def remove(self) -> None:
         """Forget the run."""
         self.path.unlink(missing_ok=True)
-        self.exists = False

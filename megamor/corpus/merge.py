@@ -45,6 +45,7 @@ def merge_shards(
     meta = merge_metas(shards, metas, assume_same_tokenizer=assume_same_tokenizer)
     for shard, own in zip(shards, metas, strict=True):
         _require_mergeable(shard, shards[0])
+        # The index is checked before anything is written; the tokens, whose hashes need a pass, while they are copied.
         verify_index(shard, own)
     with ShardWriter(output_prefix, shards[0].dtype) as writer:
         for shard, own in zip(shards, metas, strict=True):
@@ -116,6 +117,7 @@ def _require_mergeable(shard: TokenShard, first: TokenShard) -> None:
 
 def _append(writer: ShardWriter, shard: TokenShard, meta: ShardMeta | None, advance: Callable[[int], None]) -> None:
     """Copy lengths and tokens. Raises DataError if the tokens don't have the hashes of the side file."""
+    # Offsets aren't copied: `finish` computes them anew from the lengths.
     for lengths in read_blocks(f"{shard.prefix}.idx", "<i4", shard.num_sequences, HEADER.size):
         writer.add_lengths(lengths)
     hasher = BlockHasher(meta.bin_block_bytes) if meta else None

@@ -108,51 +108,35 @@ class Interrupted(Exception):
         self.kept = False
 
 
-class StopSignals:
-    """Turns Ctrl-C and SIGTERM into `Interrupted`, which within `shielded` is raised at the end of the block only."""
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` on Ctrl-C and SIGTERM within the block, at any point of it; once, so that clean-up completes.
 
-    def __init__(self) -> None:
-        self._shielded = False
-        self._received: int | None = None
+    Does nothing outside the main thread, where Python can't catch signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch the signals within the block. Does nothing outside the main thread, where Python can't catch any."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise Interrupted(signum)
 
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """Delay signals until the end of the block."""
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self._received is not None:
-            raise Interrupted(self._received)
-
-    def ignore(self) -> None:
-        """Raise nothing any more."""
-        self._shielded = True
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        if not self._shielded:
-            raise Interrupted(signum)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class PreprocessRun:
     """One run of preprocessing, from the first chunk or from where an earlier run stopped.
 
-    `tell` is called with messages for the user.
+    `tell` is called with messages for the user. `resumed_bytes` of the totals' text are of earlier runs.
     """
 
     def __init__(self, job: PreprocessJob, encoder: ChunkEncoder, tell: Callable[[str], None]) -> None:
@@ -160,11 +144,11 @@ class PreprocessRun:
         self._encoder = encoder
         self._tell = tell
         self._journal = Journal(job.journal_prefix, job.identity)
-        self._signals = StopSignals()
         self._next = FIRST
         self._writers: list[ShardWriter] = []
         self._logs: list[HashLog] = []
         self.totals = Totals()
+        self.resumed_bytes = 0
 
     def execute(
         self, workers: int, display: Callable[[Totals], AbstractContextManager[Callable[[Totals], None]]]
@@ -174,7 +158,8 @@ class PreprocessRun:
         Raises DataError for damaged input, for a shard without a document, and if the output can't be written;
         Interrupted after Ctrl-C and SIGTERM. Once there is a journal, all of them leave behind what a later run needs.
         """
-        with self._signals.caught():
+        # A signal may arrive at any point: being killed there would be harmless, too, so there is nothing to protect.
+        with interruptible():
             found, reason = self._find_journal()
             if found and found.complete:
                 # Killed between finishing and renaming: only the renames are left.
@@ -182,22 +167,21 @@ class PreprocessRun:
                 self._publish()
                 return self.totals
             with ExitStack() as stack:
-                self._open(stack, keep=found is not None)
-                self._resume(found, reason)
                 try:
+                    self._open(stack)
+                    self._resume(found, reason)
                     with display(self.totals) as show:
                         self._encode(workers, show)
-                    with self._signals.shielded():
-                        self._finish()
-                        self._publish()
-                except Interrupted as stop:
-                    self._signals.ignore()
-                    self._record()
-                    stop.kept = True
-                    raise
-                except DataError:
-                    if self._journal.exists:
+                    self._finish()
+                    self._publish()
+                except BaseException as error:
+                    kept = self._journal.path.exists()
+                    for file in self._files():
+                        file.keep_partial = kept
+                    if kept and isinstance(error, DataError):
                         self._tell("finished work is kept: fix the cause, then rerun the same command to resume")
+                    if isinstance(error, Interrupted):
+                        error.kept = kept
                     raise
         return self.totals
 
@@ -205,43 +189,37 @@ class PreprocessRun:
         if self._job.restart:
             return None, "--restart"
         found, reason = self._journal.read()
+        # The other way round, from stop to skip, the run can resume: it stopped before the first bad line.
         if found and found.counts["bad"] and not self._job.skip_bad:
             return None, f"{self._journal.path} is of a run that skipped bad lines"
         return found, reason
 
-    def _open(self, stack: ExitStack, *, keep: bool) -> None:
-        # Kept or not is set after each one: if the next can't be opened, those before must not remove what they hold.
+    def _open(self, stack: ExitStack) -> None:
         for prefix in self._job.prefixes:
             self._writers.append(stack.enter_context(ShardWriter(prefix, self._job.dtype, resume=True)))
-            self._keep_partial(keep)
         for prefix in self._job.prefixes if self._job.deduplicate else ():
             self._logs.append(stack.enter_context(HashLog(prefix)))
-            self._keep_partial(keep)
 
     def _files(self) -> list[ShardWriter | HashLog]:
         return [*self._writers, *self._logs]
-
-    def _keep_partial(self, keep: bool) -> None:
-        for file in self._files():
-            file.keep_partial = keep
 
     def _resume(self, found: JournalEntry | None, reason: str) -> None:
         """Truncate the partial files to the point that the journal describes, or to nothing."""
         if found and self._rewind(found.written):
             self._next = found.next
             self.totals = Totals.from_json(found.counts)
-            done = self.totals.counts.text_bytes / 1e6
-            self._tell(f"resuming an interrupted run after {done:,.1f} MB of text")
+            self.resumed_bytes = self.totals.counts.text_bytes
+            self._tell(f"resuming an interrupted run after {self.resumed_bytes / 1e6:,.1f} MB of text")
             return
         if found:
             reason = f"the partial files are shorter than {self._journal.path} says"
         if reason:
             self._tell(f"starting from the beginning: {reason}")
-        self._keep_partial(False)
         self._journal.remove()
         self._rewind([(0, 0)] * len(self._writers))
 
     def _rewind(self, written: Sequence[tuple[int, int]]) -> bool:
+        # Not strict for the logs: without --deduplicate there are none.
         documents = [counts[0] for counts in written]
         return all(writer.rewind(*counts) for writer, counts in zip(self._writers, written, strict=True)) and all(
             log.rewind(count) for log, count in zip(self._logs, documents, strict=False)
@@ -252,15 +230,15 @@ class PreprocessRun:
         chunks = self._job.texts.chunks(self._job.within, self._next)
         with closing(encode_in_order(chunks, self._encoder, workers)) as results:
             for chunk in results:
-                # A chunk is written and counted as a whole, or the journal would disagree with the files.
-                with self._signals.shielded():
-                    self._write(chunk)
-                    if time.monotonic() - recorded >= JOURNAL_SECONDS:
-                        self._record()
-                        recorded = time.monotonic()
+                self._write(chunk)
+                # Between chunks, so that files, counts and the next chunk's number agree.
+                if time.monotonic() - recorded >= JOURNAL_SECONDS:
+                    self._record()
+                    recorded = time.monotonic()
                 show(self.totals)
 
     def _write(self, chunk: EncodedChunk) -> None:
+        # Here and not in the threads, so that the first copy in the order of the input is the one that is kept.
         for split, log in enumerate(self._logs):
             chunk.counts.duplicates += log.drop_seen(chunk, split)
         for writer, tokens, lengths in zip(self._writers, chunk.tokens, chunk.lengths, strict=True):
@@ -270,18 +248,17 @@ class PreprocessRun:
 
     def _record(self, *, complete: bool = False) -> None:
         """Make everything written durable, then say so in the journal."""
+        # In this order: the journal may describe less than the files hold, never more.
         for file in self._files():
             file.sync()
         written = [(writer.num_documents, writer.num_tokens) for writer in self._writers]
         self._journal.write(JournalEntry(self._next, written, self.totals.to_json(), complete))
-        self._keep_partial(True)
 
     def _finish(self) -> None:
         """Complete all shards under their partial names."""
         for split, writer in enumerate(self._writers):
             if not writer.num_documents and not self._job.allow_empty:
                 self._journal.remove()
-                self._keep_partial(False)
                 counts = asdict(self.totals.counts)
                 left_out = ", ".join(
                     f"{counts[name]} {name.replace('_', ' ')}"
@@ -292,6 +269,8 @@ class PreprocessRun:
                     f"{writer.prefix} would have no document ({self.totals.documents.total()} in all; left out: "
                     f"{left_out}); check the input" + (" or the fractions of --split" if len(self._writers) > 1 else "")
                 )
+            # All sources are listed, even those without a document here, so that the shards of an input merge into the
+            # side file of one run.
             documents, tokens = self.totals.documents, self.totals.tokens
             sources = [
                 {"name": name, "documents": documents[split, source], "tokens": tokens[split, source]}
@@ -309,5 +288,7 @@ class PreprocessRun:
         for prefix in self._job.prefixes:
             publish_finished(prefix)
             hash_log_path(prefix).unlink(missing_ok=True)
+        for writer in self._writers:
+            writer.close()
         # Last: until here a rerun repeats the renames.
         self._journal.remove()

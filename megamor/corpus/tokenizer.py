@@ -116,6 +116,7 @@ class TextEncoder:
         largest = max(fragments, key=len)
         self.require_cuttable(largest)
         with _one_at_a_time if len(largest) > _LARGE_FRAGMENT else nullcontext():
+            # The fast variant doesn't compute character offsets, which nothing here needs.
             encodings = self.tokenizer.encode_batch_fast(fragments, add_special_tokens=False)
             return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 

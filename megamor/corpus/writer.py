@@ -34,8 +34,8 @@ class ShardWriter:
     `commit` finishes and renames them. As a context manager it removes the partial files unless they were committed.
     Failing writes (disk full, no permission) raise DataError, and so does a second writer on the same prefix.
 
-    To resume after an interruption: `sync` makes everything added durable, `keep_partial` leaves it behind, and a new
-    writer with `resume` must `rewind` to such a point before anything is added.
+    To resume after an interruption: `sync` makes everything added durable, and a writer with `resume` keeps the partial
+    files, unless `keep_partial` is reset. It must `rewind` to a synced point before anything is added.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False) -> None:
@@ -45,10 +45,11 @@ class ShardWriter:
             raise DataError(f"token ids can't be written as {self.dtype}; use uint16 or int32")
         self.num_sequences = 0
         self.num_tokens = 0
-        self.keep_partial = False
+        self.keep_partial = resume
         self._hasher = BlockHasher()
         self._files: list[BinaryIO] = []
         try:
+            # Both files are opened, and so locked, before either is truncated: a second writer must change nothing.
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._open_locked(f"{self.prefix}.bin.partial")
             self._idx = self._open_locked(f"{self.prefix}.idx.partial")
@@ -97,6 +98,7 @@ class ShardWriter:
             self._bin.write(data)
         except OSError as error:
             raise _failure(self.prefix, error) from error
+        # Hashed on the way: the hashes of the side file then need no second pass over the tokens.
         self._hasher.update(data)
         self.num_tokens += len(tokens)
 
@@ -113,6 +115,7 @@ class ShardWriter:
 
         Reads the tokens that remain, to hash them.
         """
+        # At this stage the index holds its header and lengths only; `finish` writes the rest.
         sizes = HEADER.size + 4 * num_sequences, num_tokens * self.dtype.itemsize
         if num_sequences and any(
             os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
@@ -125,6 +128,7 @@ class ShardWriter:
             # Room for the header, which holds counts that are known at the end only.
             self._idx.write(bytes(HEADER.size))
             self._idx.seek(sizes[0])
+            # The hash of what remains can't be recorded in the journal: hashlib's state can't be saved.
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):
                 self._hasher.update(memoryview(block))
@@ -145,7 +149,7 @@ class ShardWriter:
         """Finish the files and rename them to their final names."""
         self.finish(meta, document_starts)
         publish_finished(self.prefix)
-        self._close()
+        self.close()
 
     def finish(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
         """Complete the partial files and make them durable, still under their temporary names.
@@ -179,7 +183,7 @@ class ShardWriter:
         for path in [*mine, self._partial_meta] if mine else []:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self._close()
+        self.close()
 
     @property
     def _partial_meta(self) -> str:
@@ -187,7 +191,8 @@ class ShardWriter:
 
     def _open_locked(self, path: str) -> BinaryIO:
         """Open for writing, without truncating what a killed run left, and lock until closed."""
-        file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by _close)
+        # Not "w+b", which would truncate the file before the lock says whether it is ours.
+        file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by close)
         try:
             _lock(file)
             # The previous holder may have renamed the file after we opened it and before we locked it.
@@ -199,7 +204,7 @@ class ShardWriter:
         self._files.append(file)
         return file
 
-    def _close(self) -> None:
+    def close(self) -> None:
         for file in self._files:
             # Closing flushes the buffer, which on a full disk fails a second time.
             with contextlib.suppress(OSError):
@@ -232,6 +237,7 @@ def publish_finished(prefix: str) -> None:
     try:
         # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
+        # Only what is still partial, since an earlier call may have been killed after some of the renames.
         for path in (f"{prefix}.bin", str(meta_path(prefix))):
             if os.path.exists(f"{path}.partial"):
                 os.replace(f"{path}.partial", path)
@@ -268,6 +274,7 @@ def write_index(
     for starts in document_starts if document_starts is not None else _one_each(num_sequences):
         file.write(np.ascontiguousarray(starts, "<i8").tobytes())
         entries += len(starts)
+    # The header last: until then the file doesn't begin with the magic bytes and no reader would accept it.
     file.seek(0)
     file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_sequences, entries))
     return entries - 1

@@ -258,6 +258,7 @@ def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int)
         for slot, start, length in zip(*columns, strict=True):
             inputs[slot : slot + length] = each.shard.tokens[start : start + length]
             labels[slot : slot + length] = each.shard.tokens[start + 1 : start + length + 1]
+    # 0 is a valid id for the check below, whatever the vocabulary.
     padding = _gaps(found, inputs.size)
     for start, end in padding:
         inputs[start:end] = labels[start:end] = 0

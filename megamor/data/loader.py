@@ -115,6 +115,7 @@ class TrainingLoader:
         Raises DataError if a token id is outside the vocabulary. So does every later call: the position stays at the
         step that failed.
         """
+        # Not in the constructor: `load_state_dict` may still change the position.
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         # The order is extended here, in the caller's thread: only filling the tensors is left to the other one.
@@ -239,6 +240,7 @@ class ValidationSet:
         so that collectives match; rows beyond the last window are padding (label -100).
         """
         count = min(self.num_sequences, max_sequences or self.num_sequences)
+        # Evenly spread instead of the first ones: the beginning of a data set is often of one source.
         chosen = np.arange(count) * self.num_sequences // count
         per_round = world_size * micro_batch_size
         for start in range(0, count, per_round):

@@ -55,6 +55,7 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
     copies_of = np.array(per_bin, np.int64)
     totals = copies_of * np.array(numbers, np.int64)
     positions, within = ranges(np.array(firsts, np.int64), totals)
+    # `within` counts the items of a step through all bins of its group; each bin takes `copies_of` of them.
     bins = np.repeat(np.array(first_bins, np.int64), totals) + within // np.repeat(copies_of, totals)
     items = by_size[positions]
     order = np.lexsort((items, -sizes[items], bins))

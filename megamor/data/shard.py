@@ -73,6 +73,7 @@ class TokenShard:
                 f"{prefix}.idx is damaged: its document index runs from {document_index[0]} to {document_index[-1]}, "
                 f"not from 0 to {num_sequences}; copy or preprocess the data again"
             )
+        # Dropped if it says nothing: an array of a billion entries is then never read.
         one_each = short or index_length == num_sequences + 1
         tokens = _map_tokens(prefix, dtype, lengths, offsets)
         return cls(prefix, tokens, lengths, offsets, None if one_each else document_index)
@@ -206,6 +207,7 @@ def _parse_header(index: NDArray[np.uint8], path: str) -> tuple[np.dtype, int, i
         known = ", ".join(f"{c} {d.name}" for c, d in DTYPE_OF_CODE.items())
         raise DataError(f"{path} has dtype code {code}, which isn't a type of token ids (known: {known})")
     expected = HEADER.size + 12 * num_sequences + 8 * index_length
+    # Sizes are compared exactly: this finds a truncated copy without reading it.
     # Megatron's multimodal files append one mode byte for each sequence.
     if len(index) not in (expected, expected + num_sequences) or index_length < 1:
         raise DataError(

@@ -25,6 +25,7 @@ from megamor.data.shard import TokenShard
 DOCUMENTS_PER_BLOCK = 2**19
 """Documents that are packed together. More would hardly save padding. A packed block takes about 12 MB and a tenth of a
 second to compute, and the more blocks there are, the longer the first pass over all lengths takes."""
+# A batch may contain the end of one block and the beginning of the next.
 _BLOCKS_KEPT = 2
 
 
@@ -164,6 +165,7 @@ class PackedSource(Source):
             pairs = self._pairs_of(block)
             full, rests = np.divmod(pairs, self.chunk_len)
             counts = np.bincount(rests, minlength=self.chunk_len + 1)
+            # Every full chunk of a long document is a bin of its own, so only the rests need packing.
             bins.append(int(full.sum()) + (count_bins(counts) if self._join else int(counts[1:].sum())))
             total += int(pairs.sum())
         return np.array(bins, np.int64), total
@@ -215,6 +217,7 @@ class PackedSource(Source):
             visible = np.maximum(columns, begins)
             lengths = np.minimum(columns + packed.lengths[items], begins + wanted.lengths[owner]) - visible
             found.append((wanted.slots[owner] + visible - begins, packed.starts[items] + visible - columns, lengths))
+        # Found block by block; callers rely on ascending slots.
         slots, starts, lengths = map(np.concatenate, zip(*found, strict=True))
         order = np.argsort(slots)
         order = order[lengths[order] > 0]

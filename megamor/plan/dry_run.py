@@ -24,7 +24,7 @@ def describe_run(config: Config, world_size: int) -> str:
         # The formulas can't know the parameters of a user's own router; the built model does.
         derived = replace(
             derived,
-            router_parameters=own,
+            unique_parameters_with_embedding=counted,
             unique_parameters=derived.unique_parameters + own,
             effective_parameters=derived.effective_parameters + own,
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megamor.bench import serving as bench
-from megamor.bench import tables as readme_numbers
+from megamor.bench import tables
 from megamor.bench.load import Load, Record, parse_limits, send, served_model, summarise
+from megamor.cli import bench
 from megamor.errors import ConfigError, DataError
 from tests.serve.fake import MODEL, FakeEngine, serving
 
@@ -54,16 +54,15 @@ def test_errors_are_counted_not_hidden() -> None:
     assert "ClientConnectorError" in records[0].error
 
 
-def test_a_result_becomes_a_row_of_the_readme(tmp_path: Path) -> None:
+def test_a_result_becomes_a_row_of_a_table(tmp_path: Path) -> None:
     """The key isn't written anywhere."""
     out = tmp_path / "serve_load_here.json"
     with serving(FakeEngine(lambda *_: "abc"), api_keys=("it's hidden",)) as server:
         options = ["--num-requests", "3", "--input-tokens", "2", "--output-tokens", "3", "--api-key", "it's hidden"]
-        bench.main(["--url", server.url, *options, "--json", str(out)])
+        bench.main(["load", "--url", server.url, *options, "--json", str(out)])
     assert "hidden" not in out.read_text()
-    table = "\n".join(readme_numbers.load_table(tmp_path))
-    assert f"| {MODEL}, " in table
-    assert "| 3, all | 2 + 3 | " in table
+    table = tables.regenerate("<!-- generated: bench-load -->\n<!-- /generated -->\n", tmp_path)
+    assert f"| {MODEL} | 3 | all | 2 + 3 | " in table
     assert table.count("| 0 |") == 1, "none failed"
 
 

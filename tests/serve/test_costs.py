@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megamor.bench.serving import main
 from megamor.bench.tables import regenerate
+from megamor.cli.bench import main
 from megamor.serve.engine.costs import Costs, LineFit
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
@@ -68,10 +68,10 @@ def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     config, vanilla, out = tmp_path / "tiny.yaml", tmp_path / "vanilla.yaml", tmp_path / "serve_offline_tiny.json"
     config.write_text(TINY)
     vanilla.write_text(VANILLA.replace("expert_choice", "fixed"))
-    arguments = ["--offline", "--config", str(config), "--residents", "4", "--turns", "3"]
+    arguments = ["serve", "--config", str(config), "--residents", "4", "--turns", "3"]
     main([*arguments, "--vanilla", str(vanilla), "--new-tokens", "6-10", "--device", "cpu", "--json", str(out)])
-    report = json.loads(out.read_text())
-    cases = {case["case"]: case for case in report["cases"]}
+    (setting,) = json.loads(out.read_text())["settings"]
+    cases = {case["case"]: case for case in setting["cases"]}
     assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
     assert cases["vanilla"]["over_vanilla"] == 1
     assert cases["vanilla"]["scheduler_over_core"] is None
@@ -79,7 +79,7 @@ def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cases["depthwise"]["mixed_launches"] > 0.5
     assert cases["shrink"]["mixed_launches"] == 0
     assert cases["depthwise, equal KV bytes"]["residents"] > 4
-    assert "prediction beside measurement" in capsys.readouterr().out
+    assert "predicted" in capsys.readouterr().out
     block = "<!-- generated: bench-serve -->\n<!-- /generated -->\n"
     rows = [line for line in regenerate(block, tmp_path).splitlines() if line.startswith("| ")]
     assert len(rows) == 6
@@ -90,8 +90,8 @@ def test_what_the_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
     with pytest.raises(SystemExit):
-        main(["--offline"])
+        main(["serve"])
     with pytest.raises(SystemExit) as refusal:
-        main(["--offline", "--config", str(config), "--new-tokens", "40-60"])
+        main(["serve", "--config", str(config), "--new-tokens", "40-60"])
     assert refusal.value.code == 2
     assert "context of 32" in capsys.readouterr().err

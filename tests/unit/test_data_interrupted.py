@@ -23,7 +23,7 @@ from megamor.cli import preprocess
 from megamor.corpus import preprocess as preprocess_module
 from megamor.corpus import text
 from megamor.corpus.journal import Journal, JournalEntry
-from megamor.corpus.preprocess import Interrupted, StopSignals
+from megamor.corpus.preprocess import Interrupted, interruptible
 from megamor.corpus.text import ChunkId
 from megamor.corpus.tokenizer import byte_tokenizer
 from megamor.corpus.writer import ShardWriter
@@ -189,24 +189,23 @@ def test_ctrl_c_says_how_to_go_on(
     assert outputs(folder) == expected
 
 
-def test_what_was_begun_is_finished_before_a_signal_counts() -> None:
-    signals, done = StopSignals(), []
+def test_a_signal_stops_once() -> None:
+    """A second one doesn't interrupt the cleaning up; afterwards the handlers are what they were."""
+    before, done = signal.getsignal(signal.SIGINT), []
 
-    def begin_and_finish() -> None:
-        with signals.shielded():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("finished")
+    def stopped() -> None:
+        with interruptible():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("cleaned up")
 
-    def wait() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-
-    with signals.caught():
-        with pytest.raises(Interrupted, match="SIGINT"):
-            begin_and_finish()
-        with pytest.raises(Interrupted, match="SIGTERM"):
-            wait()
-    assert done == ["finished"]
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        stopped()
+    assert done == ["cleaned up"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def stop_in_the_middle(corpus: Path, folder: Path, *more: str) -> None:

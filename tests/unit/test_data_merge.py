@@ -115,7 +115,7 @@ def test_missing_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     inputs = [shard_prefix(str(tmp_path / "x"), index, 5) for index in (0, 1, 3)]
     assert "missing: 2, 4" in refused(capsys, "--inputs", *inputs, "--output-prefix", tmp_path / "y")
     write(shard_prefix(str(tmp_path / "x"), 0, 2), [[0]])
-    assert "runs with 2 and 5 parts" in refused(capsys, "--output-prefix", tmp_path / "x")
+    assert "runs with 2 and 5 shards" in refused(capsys, "--output-prefix", tmp_path / "x")
     assert "there are no shards" in refused(capsys, "--output-prefix", tmp_path / "other")
     assert not list(tmp_path.glob("x.*"))
 

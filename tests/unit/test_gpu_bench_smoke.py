@@ -1,4 +1,4 @@
-"""The GPU bench on a CPU with a tiny model: its bookkeeping, not its figures."""
+"""The benches of published sizes on a CPU with a tiny model: their bookkeeping, not their figures."""
 
 from __future__ import annotations
 
@@ -9,126 +9,122 @@ from typing import Any
 import pytest
 import torch
 
-from megamor.bench import gpu_measure as measure
-from megamor.bench import gpu_memory as memory
-from megamor.bench import gpu_serve as serve
-from megamor.bench import gpu_train as train
-from megamor.bench.gpu_cases import CASES, SIZES, plan_cases
-from megamor.errors import ConfigError
-from megamor.parallel import World
+from megamor.bench import train
+from megamor.bench.cases import PUBLISHED, SIZES, cases_of_size
+from megamor.bench.measure import within_memory
+from megamor.cli import bench
 
 TINY = [
     *("model.vocab_size=64", "model.dim=32", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_dim=64"),
     *("model.num_layers=8", "model.max_seq_len=32", "data.seq_len=32", "train.precision=fp32"),
 ]
-ARGUMENTS = ["--device", "cpu", "--sizes", "135m", "--no-compile", "--micro-batch", "2", "--seconds-per-case", "0.1"]
+ARGUMENTS = [
+    "train",
+    "--sizes",
+    "135m",
+    "--device",
+    "cpu",
+    "--micro-batch",
+    "2",
+    "--seconds",
+    "0.1",
+    "--backend",
+    "single",
+]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("gpu") / "out.json"
-    cases = "vanilla,mor3_expert,mor3_token"
-    status = train.main([*ARGUMENTS, "--backend", "single", "--cases", cases, "--json", str(out), *TINY])
-    assert status == 0
-    return json.loads(out.read_text())
+def measured(path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Results of a run with `arguments`."""
+    bench.main([*ARGUMENTS, "--backend", "single", "--no-compile", *arguments, "--json", str(path), *TINY])
+    return [result for setting in json.loads(path.read_text())["settings"] for result in setting["cases"]]
 
 
-def test_vanilla_stands_on_both_sides(report: dict[str, Any]) -> None:
-    assert [result["case"] for result in report["results"]] == ["vanilla", "mor3_expert", "mor3_token", "vanilla"]
-    assert report["schema"] == train.SCHEMA
-    assert {"command", "date", "commit", "machine", "versions"} <= report.keys()
-
-
-def test_speedups_follow_from_the_rates(report: dict[str, Any]) -> None:
-    first, expert, token, last = report["results"]
-    per_token = (1 / first["tokens_per_second"] + 1 / last["tokens_per_second"]) / 2
+def test_speed_beside_vanilla_on_both_sides(tmp_path: Path) -> None:
+    results = measured(tmp_path / "out.json", "--cases", "vanilla,mor3_expert,mor3_token")
+    assert [result["name"] for result in results] == ["vanilla", "mor3_expert", "mor3_token", "vanilla"]
+    first, expert, token, last = results
+    windows = [(a + b) / 2 for a, b in zip(first["round_seconds"], last["round_seconds"], strict=True)]
     for result in (expert, token):
-        assert result["speedup"] == pytest.approx(result["tokens_per_second"] * per_token)
-        assert result["implied_speedup"] == pytest.approx(first["flops_per_token"] / result["flops_per_token"])
-        assert result["implied_speedup"] > 1
+        ratios = sorted(mine / other for mine, other in zip(result["round_seconds"], windows, strict=True))
+        assert result["time_ratio"]["median"] == pytest.approx(ratios[1])
+        assert result["flops_ratio"] == pytest.approx(result["training_flops"] / first["training_flops"])
+        assert result["flops_ratio"] < 1
     assert expert["mean_depth"] == pytest.approx((32 + 21 + 10) / 32)
     assert first["mean_depth"] is None
     assert first["mfu"] is None, "no peak is known for a CPU"
 
 
 def test_published_models_load_with_every_case() -> None:
-    for case in plan_cases(list(SIZES), list(CASES), [True, False], "fsdp2", []):
-        config = case.config(4)
-        assert config.train.compile == case.compiled
-        assert config.data.seq_len == 2048
-        assert (config.recursion.num_recursions == 1) == (case.name == "vanilla")
+    for size in SIZES:
+        for case in cases_of_size(size, ["parallel.backend=fsdp2"], PUBLISHED):
+            config = case.config(4)
+            assert config.data.seq_len == 2048
+            assert (config.recursion.num_recursions == 1) == (case.name == "vanilla")
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match="7b"):
-        plan_cases(["7b"], ["vanilla"], [True], "fsdp2", [])
-    with pytest.raises(ConfigError, match="mor9"):
-        plan_cases(["360m"], ["mor9"], [True], "fsdp2", [])
+@pytest.mark.parametrize("names", [["--sizes", "7b"], ["--sizes", "360m", "--cases", "mor9"]])
+def test_unknown_names_are_refused(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        bench.main(["train", "--device", "cpu", *names])
+    assert left.value.code == 2
+    assert f"{names[-1]!r}; choose from" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_halves_the_micro_batch() -> None:
-    world = World(0, 1, 0, torch.device("cpu"))
-    (case,) = plan_cases(["360m"], ["vanilla"], [False], "single", [])
-
-    def run(micro_batch: int) -> dict[str, Any]:
+    def run(micro_batch: int) -> list[dict[str, Any]]:
         if micro_batch > 4:
             raise torch.OutOfMemoryError("full")
-        return {"micro_batch": micro_batch}
+        return [{"micro_batch": micro_batch}]
 
-    found = measure.measure_within_memory(case, world, 16, run)
-    assert found == {"micro_batch": 4, "out_of_memory_at": [16, 8]}
+    assert within_memory(run, 16, torch.device("cpu")) == [{"micro_batch": 4, "out_of_memory_at": [16, 8]}]
     with pytest.raises(torch.OutOfMemoryError):
-        measure.measure_within_memory(case, world, 3, lambda _: run(5))
+        within_memory(lambda _: run(5), 3, torch.device("cpu"))
 
 
 def test_a_failure_or_the_time_limit_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> dict[str, Any]:
+    def fail(*_: Any) -> list[dict[str, Any]]:
         raise RuntimeError("broken kernel")
 
     out = tmp_path / "out.json"
     monkeypatch.setattr(train, "measure", fail)
-    arguments = [*ARGUMENTS, "--backend", "single", "--cases", "vanilla", "--json", str(out), *TINY]
-    assert train.main(arguments) == 1
-    assert "broken kernel" in json.loads(out.read_text())["results"][0]["error"]
-    assert train.main([*arguments, "--time-limit", "0"]) == 0
-    assert "skipped" in json.loads(out.read_text())["results"][0]
+    with pytest.raises(SystemExit) as left:
+        measured(out, "--cases", "vanilla")
+    assert left.value.code == 1
+    assert "broken kernel" in json.loads(out.read_text())["settings"][0]["cases"][0]["error"]
+    (result,) = measured(out, "--cases", "vanilla", "--time-limit", "0")
+    assert "skipped" in result
 
 
 def test_memory_of_every_policy(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
     policies = ("none", "selective:sdpa", "recursion", "block")
-    arguments = ["--device", "cpu", "--size", "135m", "--micro-batch", "2", "--seconds-per-case", "0.1"]
-    chosen = ["--cases", "mor3_expert", "--policies", ",".join(policies), "--backend", "single", "--json", str(out)]
-    assert memory.main([*arguments, *chosen, *TINY]) == 0
-    report = json.loads(out.read_text())
-    assert report["schema"] == memory.SCHEMA
-    assert [result["policy"] for result in report["results"]] == list(policies)
-    for result in report["results"]:
-        assert result["tokens_per_second"] > 0
-        assert result["peak_memory_gib"] > result["estimated_gib"]["total"] > 0, (
-            "a CPU's resident set has all of Python"
-        )
-    activations = {result["policy"]: result["estimated_gib"]["activations"] for result in report["results"]}
+    results = measured(tmp_path / "out.json", "--cases", "mor3_expert", "--policies", ",".join(policies))
+    assert [(result["name"], result["policy"]) for result in results] == [
+        (name, policy) for name in ("vanilla", "mor3_expert") for policy in policies
+    ]
+    assert all(result["tokens_per_second"] > 0 for result in results)
+    assert all(result["estimated_memory_bytes"] > 0 for result in results)
+    activations = {result["policy"]: result["estimated_memory"]["activations"] for result in results[4:]}
     assert activations["block"] < activations["selective:sdpa"] < activations["none"]
 
 
-def test_unknown_policies_are_refused() -> None:
-    with pytest.raises(SystemExit):
-        memory.main(["--device", "cpu", "--policies", "sometimes", *TINY])
-    with pytest.raises(SystemExit):
-        memory.main(["--device", "cpu", "--policies", "selective:sin", *TINY])
+def test_profile(tmp_path: Path) -> None:
+    (result,) = measured(tmp_path / "out.json", "--cases", "vanilla", "--rounds", "1", "--profile")
+    assert len(result["round_seconds"]) == 1
+    assert all(entry["ms"] >= 0 for entry in result["profile"])
+    assert any("mm" in entry["name"] for entry in result["profile"])
 
 
 def test_serving_beside_vanilla(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--device", "cpu", "--size", "135m", "--residents", "2,4", "--turns", "2", "--json", str(out)]
-    serve.main([*arguments, "--prompt-tokens", "3", "--new-tokens", "4,9", *TINY])
-    report = json.loads(out.read_text())
-    assert report["schema"] == serve.SCHEMA
-    settings = [(result["kv_policy"], result["workload"]["residents"]) for result in report["results"]]
-    assert settings == [(policy, count) for policy in serve.KV_POLICIES for count in (2, 4)]
-    for result in report["results"]:
-        cases = {case["case"]: case for case in result["cases"]}
+    models = ["--config", "configs/bench/serve_360m.yaml", "--vanilla", "configs/bench/serve_360m_vanilla.yaml"]
+    arguments = ["--residents", "2,4", "--turns", "2", "--prompt-tokens", "3", "--new-tokens", "4-9"]
+    policies = ["--kv-policies", "recursion_wise,share_first", "--device", "cpu", "--json", str(out)]
+    bench.main(["serve", *models, *arguments, *policies, *TINY])
+    settings = json.loads(out.read_text())["settings"]
+    found = [(setting["config"]["recursion"]["kv_policy"], setting["workload"]["residents"]) for setting in settings]
+    assert found == [(policy, count) for policy in ("recursion_wise", "share_first") for count in (2, 4)]
+    for setting in settings:
+        cases = {case["case"]: case for case in setting["cases"]}
         assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
         assert 1 < cases["depthwise"]["mean_depth"] < 3
         assert cases["depthwise"]["over_vanilla"] > 0

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megamor.bench.tables import RESULTS
 from megamor.cli import plan
 from megamor.config import Config, config_from_dict, load_config
 from megamor.metrics.gpus import GPUS
 from megamor.model.flops import nominal_flops
-from megamor.plan import tables
 from megamor.plan.estimate import (
     ADAMW_BYTES,
     HOP_SECONDS,
@@ -116,12 +116,7 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
         assert gpu.source
 
 
-def test_the_page_on_scaling_is_up_to_date() -> None:
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.updated(page) == page, "python -m megamor.plan.tables --write"
-
-
-@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
 def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
     """Resident memory of processes with steps of seconds, against today's estimate, within 10 %."""
     measured = json.loads(path.read_text(encoding="utf-8"))

@@ -42,8 +42,8 @@ from megamor.serve.engine.prefix import PageCopy, PrefixBlock, PrefixCache
 from megamor.serve.options import EngineOptions
 
 BOUND_BROKEN = (
-    "token {position} takes {depth} recursions where {bound} is the bound (the request's max_depth, or the depth before "
-    "a preemption): the router must select through RoutingSession.bounded, see docs/routers.md"
+    "token {position} takes {depth} recursions where {bound} is the bound (max_depth of the request, or the depth "
+    "before a preemption): the router must select through RoutingSession.bounded, see docs/routers.md"
 )
 
 

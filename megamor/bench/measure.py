@@ -1,0 +1,229 @@
+"""The training step that benchmarks measure: forward, backward, clipping and AdamW of one micro-batch of random tokens.
+
+It goes through the backend that training uses. The learning rate is 0, which costs the same as any other and keeps the
+routing as initialised: training on random tokens would only collapse it.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megamor.bench.baselines import HuggingFaceLlama
+from megamor.bench.cases import Case
+from megamor.config import Config
+from megamor.errors import ConfigError, TrainingError
+from megamor.metrics import peak_memory, reset_peak_memory
+from megamor.model import build_model
+from megamor.model.flops import Flops, executed_flops, nominal_flops
+from megamor.optim import build_adamw
+from megamor.parallel import World, build_backend, init_world
+
+NUM_BATCHES = 8
+_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Settings of glibc under which freed tensors leave the resident set at once, so that its peak is that of live ones."""
+
+
+@dataclass
+class Window:
+    """Steps in a row, timed as one. `flops` are executed by each; `depth` is in recursions per token, None without."""
+
+    seconds: float
+    flops: list[Flops]
+    depth: float | None
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of a step."""
+        return self.seconds / len(self.flops)
+
+
+class Training:
+    """A model with its optimizer, ready to step. `config` sets the micro-batch."""
+
+    def __init__(self, config: Config, world: World, model: nn.Module) -> None:
+        self.config, self.device = config, world.device
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        # Memory is counted from here: what training adds to a model that is built.
+        self._can_reset_peak = reset_peak_memory(world.device)
+        self._built = peak_memory(world.device)["memory/peak_gib"]
+        self.backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
+        self.backend.set_lr(0.0)
+        # Made beforehand, because drawing ids and copying them to a GPU would be timed as well.
+        self.batches = [make_batch(config, number, world.device) for number in range(NUM_BATCHES)]
+        self.number = 0
+
+    @classmethod
+    def of(cls, case: Case, world: World, micro_batch: int | None = None) -> Training:
+        """The model of a case, with weights drawn from `run.seed`."""
+        config = case.config(micro_batch)
+        return cls(config, world, build_case(case, config, world.device))
+
+    def step(self) -> tuple[Tensor | None, Tensor | None]:
+        """One step; returns tokens and attention pairs [Nr, 2] of its recursions and their mean depth (scalar)."""
+        inputs, labels = self.batches[self.number % NUM_BATCHES]
+        self.number += 1
+        with self.backend.forward_context(last_micro_batch=True):
+            out = self.backend.model(inputs, labels, mode="train", step=self.number)
+            loss = out.loss_sum / labels.numel() + sum(out.router_losses.values())
+        self.backend.backward(loss, last_micro_batch=True)
+        self.backend.step(self.config.optim.grad_clip)
+        if out.totals:
+            self.backend.module.stage.router.update(out.totals)  # type: ignore[union-attr, operator]
+        return out.work, None if out.depth is None else out.depth.double().mean()
+
+    def window(self, seconds: float = 0, at_least: int = 1) -> Window:
+        """Steps for about `seconds`, and `at_least` as many."""
+        results: list[tuple[Tensor | None, Tensor | None]] = []
+        synchronize(self.device)
+        started = time.perf_counter()
+        # A step ends by reading the norm of its gradients, so the host can't run far ahead of the device.
+        while len(results) < at_least or time.perf_counter() - started < seconds:
+            results.append(self.step())
+        synchronize(self.device)
+        elapsed = time.perf_counter() - started
+        # Reading results from a GPU waits for it, so this comes after the time was taken.
+        depths = [float(depth) for _, depth in results if depth is not None]
+        flops = [self.flops(work) for work, _ in results]
+        return Window(elapsed, flops, statistics.mean(depths) if depths else None)
+
+    def flops(self, work: Tensor | None) -> Flops:
+        """What a step executed, from the routing that was realised."""
+        sequences = self.config.train.micro_batch_size
+        if work is None:
+            return nominal_flops(self.config, sequences)
+        return executed_flops(self.config, sequences, [(tokens, pairs) for tokens, pairs in work.tolist()])
+
+    def peak_bytes(self) -> int | None:
+        """Highest memory since the model was built (or since a later reset), less that of the model.
+
+        Allocated memory on a GPU, resident memory on a CPU; None where the system can't reset a process's peak.
+        """
+        peak = peak_memory(self.device)["memory/peak_gib"]
+        if not self._can_reset_peak or peak is None or self._built is None:
+            return None
+        return round((peak - self._built) * 2**30)
+
+
+def build_case(case: Case, config: Config, device: torch.device) -> nn.Module:
+    """The model of a case on `device`."""
+    return build_model(config, device=device) if case.baseline is None else HuggingFaceLlama(config, device)
+
+
+def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and labels [B, S] of random ids; batch `number` is the same for every case."""
+    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + number)
+    shape = (config.train.micro_batch_size, config.data.seq_len + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def world_for(config: Config, device: torch.device) -> World:
+    """This process alone on `device`; other backends than `single` get a process group of one rank.
+
+    Raises:
+        ConfigError: another backend than `single` would use this machine's GPU instead of `device`.
+    """
+    if config.parallel.backend == "single":
+        return World(0, 1, 0, device)
+    world = init_world(config.parallel)
+    if world.device.type != device.type:
+        raise ConfigError(f"parallel.backend {config.parallel.backend} runs on {world.device}; give --device cuda")
+    return world
+
+
+def peak_in_fresh_process(case: Case, device: torch.device, threads: int, micro_batch: int) -> int | None:
+    """`Training.peak_bytes` of a few steps in a process of their own, where no allocator remembers another case.
+
+    Raises:
+        TrainingError: the process died, most likely because memory ran out.
+    """
+    saved = dict(os.environ)
+    os.environ.update(_RETURN_FREED_MEMORY)  # glibc reads them when the child starts
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_peak_of, case, device, threads, micro_batch).result()
+    except BrokenProcessPool:
+        message = f"the process that measures the memory of {case.name} died; lower train.micro_batch_size"
+        raise TrainingError(message) from None
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _peak_of(case: Case, device: torch.device, threads: int, micro_batch: int) -> int | None:
+    torch.set_num_threads(threads)
+    config = case.config(micro_batch)
+    model = build_case(case, config, device)
+    # One pass over a few tokens, so that code and workspaces of the kernels are not counted as the step's.
+    inputs, labels = make_batch(config, 0, device)
+    model(inputs[:1, :8], labels[:1, :8], mode="train", step=0).loss_sum.backward()
+    model.zero_grad(set_to_none=True)
+    training = Training(config, world_for(config, device), model)
+    for _ in range(3):
+        training.step()
+    return training.peak_bytes()
+
+
+def within_memory(
+    run: Callable[[int], list[dict[str, Any]]], micro_batch: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """`run(micro_batch)`, with half as many sequences whenever memory runs out; `out_of_memory_at` lists what failed.
+
+    Raises:
+        torch.OutOfMemoryError: not even one sequence fits.
+    """
+    too_large: list[int] = []
+    while True:
+        try:
+            return [result | {"out_of_memory_at": too_large} for result in run(micro_batch)]
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+        # Outside the handler: the exception's traceback keeps the tensors of the failed step alive.
+        too_large.append(micro_batch)
+        micro_batch //= 2
+        release(device)
+
+
+def profile_steps(training: Training, num_steps: int = 3, top: int = 30) -> list[dict[str, Any]]:
+    """The operations and kernels that take most of the device's time: milliseconds and calls of one step."""
+    on_device = training.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_device:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(num_steps):
+            training.step()
+        synchronize(training.device)
+    key = "self_device_time_total" if on_device else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, key), reverse=True)
+    return [
+        {"name": event.key, "ms": getattr(event, key) / 1e3 / num_steps, "calls": event.count / num_steps}
+        for event in events[:top]
+    ]
+
+
+def release(device: torch.device) -> None:
+    """Forget compiled code and give cached memory back, so that cases don't affect each other."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
