@@ -48,8 +48,8 @@ class Memory:
 def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
     """Peak of one rank of `world_size`, at the configured capacities, eager, without the allocator's fragmentation."""
     sizes = element_sizes(config, world_size, on_gpu)
-    moments = step_moments(config, sizes, bytes_per_parameter(config, world_size), unit_parameters(config))
-    return max(moments, key=lambda memory: memory.total)
+    found = memory_during_step(config, sizes, bytes_per_parameter(config, world_size), unit_parameters(config))
+    return max(found, key=lambda memory: memory.total)
 
 
 def element_sizes(config: Config, world_size: int, on_gpu: bool) -> ElementSizes:
@@ -142,10 +142,10 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
     return BytesPerParameter(element + master, slices, gradients, buckets=element + FP32 if copies else element)
 
 
-def step_moments(
+def memory_during_step(
     config: Config, sizes: ElementSizes, held: BytesPerParameter, counts: dict[str, int]
 ) -> Iterator[Memory]:
-    """The moments of a step that may be its peak."""
+    """Memory at each point of a step that may be its peak."""
     total, root = sum(counts.values()), counts["root"]
     parts = spans(config, sizes)
     loss, loss_widest = loss_bytes(config, sizes)
@@ -162,6 +162,8 @@ def step_moments(
     # The peak of the forward pass is at its end, when all activations and the logits of a chunk exist.
     in_forward = replace(always, gathered=always.gathered + copies)
     yield replace(in_forward, activations=activations, loss=loss + loss_widest)
+    # Autograd saves autocast's copies of the weights until the backward pass is over. With checkpointing they are freed
+    # in the forward pass and made again for one span at a time.
     if config.train.activation_checkpointing == "none":
         always, copies = in_forward, 0.0
     # The head's gradient waits until the end for that of the embedding, with which it shares its weights.
@@ -179,6 +181,7 @@ def step_moments(
         gradients += held.gradients * new
         next_unit = parts[index - 1].unit if index else "root"
         is_done = next_unit != span.unit
+        # FSDP2 gathers the next unit while this one computes; its own weights go once its last span is done.
         gathered = always.gathered + held.unit * (size + (counts[next_unit] if is_done else 0))
         gathered += held.fresh * (size - left[span.unit]) + (held.copies * used if copies else 0)
         at_work = activations + span.recomputed + span.widest

@@ -25,10 +25,6 @@ from tests.resume.runs import directory_of, tiny_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-UNFINISHED = {
-    name: pytest.mark.xfail(strict=False, reason="not yet rewritten")
-    for name in (*("preprocess", "merge-data", "inspect-data", "plan", "serve", "verify-checkpoint"),)
-}
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " * 400
 
 
@@ -58,7 +54,7 @@ def processor_seconds(*arguments: str) -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("command", ["", *(pytest.param(name, marks=UNFINISHED.get(name, ())) for name in COMMANDS)])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_takes_half_a_second_of_processor_time(command: str) -> None:
     arguments = ["-m", "megamor", *command.split(), "--help"]
     assert min(processor_seconds(*arguments) for _ in range(3)) <= 0.5

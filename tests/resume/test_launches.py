@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,12 @@ def at_step(step: int, action: Any) -> Any:
 
 def test_a_finished_run_says_so_and_changes_nothing(base: Config, capfd: pytest.CaptureFixture) -> None:
     assert fit(base, world_size=1) == [True]
+    told = capfd.readouterr().out
+    assert re.search(rf"trained +{STEPS} steps, {STEPS * 128:,} tokens in ", told)
+    assert re.search(r"validation loss, held_out +topk \d\.\d{4}, causal \d\.\d{4} nats/token", told)
+    assert re.search(r"depth +1\.9\d of 3 recursions per token", told)
+    assert re.search(r"FLOPs executed, \d+\.\d% less than at full depth", told)
+    assert f"megamor evaluate --checkpoint {directory_of(base)}/checkpoints/latest --data " in told
     before = {path: path.stat().st_mtime_ns for path in directory_of(base).rglob("*") if path.is_file()}
     capfd.readouterr()
     assert fit(base, world_size=1) == [True]

@@ -121,5 +121,5 @@ def test_an_error_is_printed_once(config: Config) -> None:
     with launched(replace(config, data=replace(config.data, tokenizer="nowhere.json"))) as process:
         printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert printed.count("nowhere.json can't be read") == 1
-    assert "DataError: nowhere.json" in printed
+    assert "DataError: tokenizer nowhere.json" in printed
     assert process.returncode != 0

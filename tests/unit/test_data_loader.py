@@ -116,6 +116,16 @@ def test_seed_changes_the_order(config: DataConfig, data: TrainingData) -> None:
     assert (windows(other, 0, 30) != windows(data, 0, 30)).any()
 
 
+def test_a_step_that_is_taken_back_is_given_again(data: TrainingData) -> None:
+    (loader,) = loaders(data, 1, 4)
+    steps([loader], 2)
+    before = loader.state_dict()
+    batches = joined(loader.next_step())
+    loader.take_back()
+    assert loader.state_dict() == before
+    assert np.array_equal(joined(loader.next_step()), batches)
+
+
 def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingData) -> None:
     (loader,) = loaders(data, 1, 4)
     steps([loader], 2)
