@@ -179,9 +179,8 @@ class KernelLayout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `GatherLayout.attend`."""
-        from megamor.serve.engine.paged_kernel import (
-            paged_attention,  # needs Triton, which torch installs for GPUs only
-        )
+        # Here, because it needs Triton, which torch brings along for GPUs only.
+        from megamor.serve.engine.paged_kernel import paged_attention
 
         return paged_attention(q, k, v, self.tables, self.owners, self.ends).flatten(1)
 
