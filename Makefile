@@ -48,8 +48,7 @@ reliability: install ## run the tests of every promise and update docs/reliabili
 	    status=$$?; $(BIN)/python -m megamor.bench.tables --write && exit $$status
 
 docs: install ## build the documentation site; a warning is an error
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/zensical build --strict --clean
 
 test-slow: install ## the slow cases alone
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest -m slow

@@ -34,17 +34,12 @@ def draw(report: Row, picture: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Patch
 
     setting = report["settings"][0]
     cases = [case for name in CASES for case in setting["cases"] if case["name"] == name]
     # Text stays text, so that a browser uses its own fonts and the file doesn't depend on ours.
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "megamor",
-        "font.family": "sans-serif",
-        "font.size": 10,
-    }
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "megamor", "font.family": "sans-serif", "font.size": 10}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(7.4, 0.5 * len(cases) + 1.4), layout="constrained")
         for index, case in enumerate(cases):
@@ -60,7 +55,7 @@ def draw(report: Row, picture: Path) -> None:
         axes.set_xlabel("relative to vanilla")
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(1, color="#888888", linewidth=0.8, linestyle=":")
-        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in (FLOPS_COLOUR, TIME_COLOUR)]
+        handles = [Patch(color=colour) for colour in (FLOPS_COLOUR, TIME_COLOUR)]
         figure.legend(handles, ["FLOPs executed", "time of a training step"], loc="outside upper right", ncols=2)
         figure.supxlabel(
             f"width {report['config']['model']['dim']}, {setting['batch_size']} × {setting['seq_len']} tokens, "

@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,28 +177,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = make_job(args, texts, within, tokenizer, options, accelerator)
     run = PreprocessRun(job, ChunkEncoder(options, encode, tokenizer.encoder), tell)
     started = time.monotonic()
-    before = 0
-
-    @contextmanager
-    def display(resumed: Totals) -> Iterator[Callable[[Totals], None]]:
-        from megamor.progress import ProgressDisplay, format_count
-
-        nonlocal before
-        before = resumed.counts.text_bytes
-        begin, length = texts.size * within.index // within.count, texts.size // within.count
-        done = max(resumed.position - begin, 0)
-        with ProgressDisplay("tokenizing", length or None, unit=texts.unit, start=done) as progress:
-            yield lambda totals: progress.update(
-                totals.position - begin, {"tokens": format_count(totals.tokens.total())}
-            )
-
     try:
-        totals = run.execute(args.workers, display)
+        totals = run.execute(args.workers, partial(show_progress, texts, within))
     except Interrupted as stop:
-        done = f"after {run.totals.counts.text_bytes / 1e6:,.1f} MB of text; rerun the same command to resume"
-        tell(f"stopped by {stop} {done if stop.kept else 'before anything was done; rerun the same command'}")
+        when = f"after {run.totals.counts.text_bytes / 1e6:,.1f} MB of text" if stop.kept else "before the first record"
+        tell(f"stopped by {stop} {when}; rerun the same command to {'resume' if stop.kept else 'start again'}")
         raise SystemExit(128 + stop.signum) from None
-    print_summary(job, totals, time.monotonic() - started, totals.counts.text_bytes - before)
+    print_summary(job, totals, time.monotonic() - started, totals.counts.text_bytes - run.resumed_bytes)
+
+
+@contextmanager
+def show_progress(texts: TextInput, within: InputRange, resumed: Totals) -> Iterator[Callable[[Totals], None]]:
+    """Display the progress through a range of the input, from `resumed` on; yields a function to call with totals."""
+    from megamor.progress import ProgressDisplay, format_count
+
+    begin, length = texts.size * within.index // within.count, texts.size // within.count
+    done = max(resumed.position - begin, 0)
+    with ProgressDisplay("tokenizing", length or None, unit=texts.unit, start=done) as progress:
+        yield lambda totals: progress.update(totals.position - begin, {"tokens": format_count(totals.tokens.total())})
 
 
 def tell(message: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megamor.corpus.text import CHUNK_BYTES, FIRST, WHOLE, ChunkId, InputRange, TextChunk, select_chunks
+from megamor.corpus.text import FIRST, WHOLE, ChunkId, InputRange, TextChunk, group_rows, select_chunks
 from megamor.errors import DataError
 
 _ROWS_READ = 64
@@ -52,17 +51,10 @@ class DatasetInput:
 
     def _all_chunks(self) -> Iterator[TextChunk]:
         name = f"dataset {self.name}, split {self._split}"
-        numbers, values, size, row = count(), list[Any](), 0, 0
-        for batch in self._rows.iter(batch_size=_ROWS_READ):
-            texts = batch[self._column]
-            values += texts
-            size += sum(len(text) for text in texts if isinstance(text, str))
-            row += len(texts)
-            if size >= CHUNK_BYTES:
-                yield TextChunk(ChunkId(0, next(numbers)), name, row - len(values) + 1, "rows", values, size, row)
-                values, size = [], 0
-        if values:
-            yield TextChunk(ChunkId(0, next(numbers)), name, row - len(values) + 1, "rows", values, size, row)
+        columns = (batch[self._column] for batch in self._rows.iter(batch_size=_ROWS_READ))
+        batches = ((texts, sum(len(text) for text in texts if isinstance(text, str))) for texts in columns)
+        for number, (first, values, size, row) in enumerate(group_rows(batches)):
+            yield TextChunk(ChunkId(0, number), name, first, "rows", values, size, row)
 
 
 def _load(name: str, config: str | None, split: str, revision: str | None, *, streaming: bool) -> Any:

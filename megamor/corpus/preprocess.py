@@ -136,7 +136,7 @@ def interruptible() -> Iterator[None]:
 class PreprocessRun:
     """One run of preprocessing, from the first chunk or from where an earlier run stopped.
 
-    `tell` is called with messages for the user.
+    `tell` is called with messages for the user. `resumed_bytes` of the totals' text are of earlier runs.
     """
 
     def __init__(self, job: PreprocessJob, encoder: ChunkEncoder, tell: Callable[[str], None]) -> None:
@@ -148,6 +148,7 @@ class PreprocessRun:
         self._writers: list[ShardWriter] = []
         self._logs: list[HashLog] = []
         self.totals = Totals()
+        self.resumed_bytes = 0
 
     def execute(
         self, workers: int, display: Callable[[Totals], AbstractContextManager[Callable[[Totals], None]]]
@@ -207,8 +208,8 @@ class PreprocessRun:
         if found and self._rewind(found.written):
             self._next = found.next
             self.totals = Totals.from_json(found.counts)
-            done = self.totals.counts.text_bytes / 1e6
-            self._tell(f"resuming an interrupted run after {done:,.1f} MB of text")
+            self.resumed_bytes = self.totals.counts.text_bytes
+            self._tell(f"resuming an interrupted run after {self.resumed_bytes / 1e6:,.1f} MB of text")
             return
         if found:
             reason = f"the partial files are shorter than {self._journal.path} says"

@@ -128,9 +128,8 @@ class FileInput:
     def _chunks_of(self, source: int, path: str, begin: int) -> Iterator[TextChunk]:
         size = self._sizes[source]
         if path.endswith(".parquet"):
-            for number, (row, values, length, read) in enumerate(_parquet_batches(path, self._column)):
-                position = begin + int(read * size)
-                yield TextChunk(ChunkId(source, number), path, row, "rows", values, length, position)
+            for number, (first, values, length, read) in enumerate(_parquet_rows(path, self._column)):
+                yield TextChunk(ChunkId(source, number), path, first, "rows", values, length, begin + int(read * size))
             return
         kind: Kind = "txt" if path.endswith(".txt") else "jsonl"
         # Lines of JSON always end with a line feed; --document-separator then splits within the decoded text.
@@ -181,11 +180,24 @@ def find_files(
     return FileInput(paths, column, separator)
 
 
-def _parquet_batches(path: str, column: str) -> Iterator[tuple[int, list[Any], int, float]]:
-    """Values of a column in batches of about `CHUNK_BYTES`.
+def group_rows(batches: Iterable[tuple[list[Any], int]]) -> Iterator[tuple[int, list[Any], int, int]]:
+    """Join `batches` of (values, bytes) to about `CHUNK_BYTES`: (first row from 1, values, bytes, last row)."""
+    first, row, values, size = 1, 0, list[Any](), 0
+    for batch, length in batches:
+        values += batch
+        size += length
+        row += len(batch)
+        if size >= CHUNK_BYTES:
+            yield first, values, size, row
+            first, values, size = row + 1, [], 0
+    if values:
+        yield first, values, size, row
 
-    Each comes with the number of its first row (from 1), its size in bytes, and the fraction of the file read by its
-    end. Raises DataError if the file is damaged or has no such column.
+
+def _parquet_rows(path: str, column: str) -> Iterator[tuple[int, list[Any], int, float]]:
+    """Values of a column as `group_rows` joins them, with the fraction of the file read instead of the last row.
+
+    Raises DataError if the file is damaged or has no such column.
     """
     # pyarrow comes with `datasets` and is needed for these files only.
     import pyarrow as arrow
@@ -197,17 +209,10 @@ def _parquet_batches(path: str, column: str) -> Iterator[tuple[int, list[Any], i
             if column not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names[:8])
                 raise DataError(f"{path} has no column {column!r} but {columns}; name the right one with --json-key")
-            rows, first, row, values, collected = max(table.metadata.num_rows, 1), 1, 0, list[Any](), 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-                texts = batch.column(0)
-                values += texts.to_pylist()
-                collected += texts.get_total_buffer_size()
-                row += len(texts)
-                if collected >= CHUNK_BYTES:
-                    yield first, values, collected, row / rows
-                    first, values, collected = row + 1, [], 0
-            if values:
-                yield first, values, collected, 1.0
+            arrays = (batch.column(0) for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]))
+            batches = ((array.to_pylist(), array.get_total_buffer_size()) for array in arrays)
+            for first, values, size, row in group_rows(batches):
+                yield first, values, size, row / table.metadata.num_rows
     except (OSError, arrow.ArrowException) as error:
         raise DataError(f"{path} can't be read to its end: {error}; download the file again") from error
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -49,8 +52,26 @@ def test_links(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([\w-]+))?\)", page.read_text(encoding="utf-8")):
         file = page.parent / target if target else page
         assert file.exists(), target
+        assert DOCS in file.resolve().parents, f"{target} isn't on the documentation site: link to the repository"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
                 anchor
             )
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    pages = {page.name for page in DOCS.glob("*.md")}
+    assert set(re.findall(r"[\w-]+\.md\b", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))) == pages
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    settings = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    (tmp_path / "mkdocs.yml").write_text(settings, encoding="utf-8")
+    command = [Path(sys.executable).with_name("zensical"), "build", "--strict"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    for page in DOCS.glob("*.md"):
+        html = tmp_path / "build" / "site" / ("" if page.stem == "index" else page.stem) / "index.html"
+        assert "<h1" in html.read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "routing": {"config"},
     "model": {"routing", "config"},
     "data": {"config", "files"},
-    "corpus": {"data", "config", "files", "metrics", "progress"},
+    "corpus": {"data", "config", "files"},
     "optim": {"config"},
     "parallel": {"checkpoint", "config"},
     "checkpoint": {"config", "files", "ranks"},

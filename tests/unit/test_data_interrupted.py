@@ -113,9 +113,9 @@ def killed_at(count: int, names: tuple[str, ...]) -> Callable[[], None]:
 def test_killed_between_any_two_steps_that_reach_the_disk(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Every rename and sync is a place to be killed at, the last ones, which give the files their names, included."""
+    """A kill may come before every rename and sync, including the last renames, which give the files their names."""
     kills, folder = 0, tmp_path / "out"
-    for start in (0, 1):  # all in one run that goes on again and again, at every second place
+    for start in (0, 1):  # one run that is resumed again and again, at every second point
         for count in range(start, 400, 2):
 
             def action(count: int = count) -> None:
@@ -260,7 +260,7 @@ def test_another_run_starts_over_and_says_why(
 def test_a_bad_line_keeps_what_was_done(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With --on-bad-line skip the run goes on where it stopped; the other way round it would have stopped before."""
+    """With --on-bad-line skip the run resumes where it stopped; the other way round it would have stopped earlier."""
     lines = (corpus / "b.jsonl").read_bytes()
     (corpus / "b.jsonl").write_bytes(lines + b"\nnonsense\n")
     with pytest.raises(SystemExit, match="2"):
@@ -289,7 +289,7 @@ def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes
 
 
 def test_second_run_on_one_prefix_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It must not touch the files of the first, which goes on undisturbed."""
+    """It must not touch the files of the first, which continues undisturbed."""
     folder = tmp_path / "out"
     stop_in_the_middle(corpus, folder)
     before = outputs(folder)

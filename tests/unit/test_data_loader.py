@@ -44,7 +44,7 @@ def write(prefix: Path, tokens: np.ndarray, **meta: object) -> str:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Two sources of 40 and 25 windows whose tokens are all different, so that a token tells its place."""
+    """Two sources of 40 and 25 windows whose tokens are all different, so that a token tells where it is from."""
     folder = tmp_path_factory.mktemp("data")
     a = write(folder / "a", np.arange(0, 40 * SEQ_LEN + 3))
     b = write(folder / "b", np.arange(1000, 1000 + 25 * SEQ_LEN + 1))

@@ -159,20 +159,20 @@ def test_what_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert documents_of(tmp_path / "x") == [[1], [0, 1], [2, 3, 4]]
 
 
-@pytest.mark.parametrize(("part", "place"), [("a.bin", 4), ("a.idx", 34 + 4 * 3 + 8)])
+@pytest.mark.parametrize(("part", "offset"), [("a.bin", 4), ("a.idx", 34 + 4 * 3 + 8)])
 def test_damaged_shards_are_not_merged(
-    tmp_path: Path, part: str, place: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, part: str, offset: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = [write(tmp_path / name, [[1, 2], [3], [4]]) for name in "ab"]
-    flip(tmp_path / part, place)
+    flip(tmp_path / part, offset)
     message = refused(capsys, "--inputs", *shards, "--output-prefix", tmp_path / "x")
     assert str(tmp_path / part) in message
     assert not list(tmp_path.glob("x.*"))
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
@@ -201,9 +201,9 @@ def test_a_flipped_bit_is_found_in_every_part(
     tmp_path: Path, part: str, side_file: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = write(tmp_path / "x", [[n + 1] * (n + 1) for n in range(SEQUENCES)])
-    ending, place, says = PARTS[part]
+    ending, offset, says = PARTS[part]
     inspect_data.main([prefix, "--verify"])
-    flip(tmp_path / f"x.{ending}", place)
+    flip(tmp_path / f"x.{ending}", offset)
     if not side_file:
         meta_path(prefix).unlink()
         if ending == "bin":  # nothing to compare tokens with

@@ -29,7 +29,7 @@ PACKINGS = ("stream", "best_fit", "document")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources of documents of 1 to 20 tokens; a token says its source (thousands) and its place."""
+    """Three sources of documents of 1 to 20 tokens; a token says its source (thousands) and its position."""
     folder, generator = tmp_path_factory.mktemp("phases"), np.random.default_rng(0)
     for number, name in enumerate(NAMES):
         with ShardWriter(folder / name, np.uint16) as writer:

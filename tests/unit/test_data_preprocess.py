@@ -320,7 +320,7 @@ def test_inspect_reports_and_decodes(
     assert report["contents_verified"] is True
     assert report["first_documents"][0]["text"] == TEXTS[0] + EOD
     (tmp_path / "tok.json").write_bytes(Path(tokenizer).read_bytes())
-    inspect_data.main([str(out)])  # the tokenizer that lies beside it
+    inspect_data.main([str(out)])  # the tokenizer next to it
     shown = capsys.readouterr().out
     assert re.search("^documents +100$", shown, re.MULTILINE)
     assert "uint16" in shown

@@ -158,7 +158,7 @@ def test_char_vocabulary_is_of_all_inputs_and_splits(tmp_path: Path) -> None:
         assert first.removesuffix(EOD) in TEXTS
     from megamor.cli import inspect_data
 
-    inspect_data.main([f"{out}_train"])  # finds and accepts the tokenizer beside it
+    inspect_data.main([f"{out}_train"])  # finds and accepts the tokenizer next to it
 
 
 @given(st.text())
@@ -231,11 +231,11 @@ def test_cutting_a_text_never_changes_its_words(text: str, size: int) -> None:
                                          pre_tokenizers.ByteLevel(add_prefix_space=False)])  # fmt: skip
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = words
-        places = find_cuts(made)
-        assert places is not None
-        parts = cut(text, size, places)
+        cuts = find_cuts(made)
+        assert cuts is not None
+        parts = cut(text, size, cuts)
         assert "".join(parts) == text
-        assert longest_fragment(text, size, places) == max(map(len, parts))
+        assert longest_fragment(text, size, cuts) == max(map(len, parts))
         together = [word for word, _ in words.pre_tokenize_str(text)]
         assert [word for part in parts for word, _ in words.pre_tokenize_str(part)] == together
 

@@ -88,7 +88,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_play(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Puts `PLAY` in the place of Tiny Shakespeare; returns its path at the publisher's."""
+    """Puts `PLAY` in place of Tiny Shakespeare; returns its path at the publisher's."""
     path = "data/tinyshakespeare/input.txt"
     chosen = CORPORA["tiny-shakespeare"]
     assert isinstance(chosen.source, GitHubFiles)
