@@ -38,6 +38,7 @@ REPLACED_PREFIX = ".replaced_"
 DELETING_PREFIX = ".deleting_"
 DRAFT_SUFFIX = "_draft"
 
+# Zeros in front make names sort by step; more digits than eight are allowed, so that any step has a name.
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 

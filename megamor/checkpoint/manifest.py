@@ -79,6 +79,7 @@ def find_damage(checkpoint: Path, ranks: Ranks | None = None, *, hashes: bool = 
     """
     ranks = ranks or Ranks()
     views = ranks.gather(_view(checkpoint))
+    # Written by rank 0 and read by all, so ranks that see it whole see the same one.
     manifest = next((found for found, _ in views if isinstance(found, dict)), None)
     if manifest is None:
         return list(dict.fromkeys(str(found) for found, _ in views))

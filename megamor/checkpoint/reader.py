@@ -72,7 +72,7 @@ def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}{link}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a checkpoint's directory, such as runs/x/checkpoints/latest")
-    directory = path.resolve()
+    directory = path.resolve()  # a run may move `latest` while the checkpoint is being read
     verify(directory, hashes=full)
     return Checkpoint(directory)
 

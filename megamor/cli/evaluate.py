@@ -32,7 +32,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for option in ("sequences", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    return arguments
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -17,11 +17,10 @@ from megamor.model.flops import executed_flops
 
 
 def at_full_depth(model: Transformer) -> Transformer:
-    """Return a copy of `model` that sends every token through all recursions and has no router weights."""
+    """Return a model with the weights of `model`, not copied, that sends every token through all recursions."""
     full = build_model(replace(model.config, router=FixedDepthConfig()), device="meta")
-    full.to_empty(device=model.embed.weight.device)
     weights = model.state_dict()
-    full.load_state_dict({name: weights[name] for name in full.state_dict()})
+    full.load_state_dict({name: weights[name] for name in full.state_dict()}, assign=True)
     return full.eval()
 
 

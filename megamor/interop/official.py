@@ -109,6 +109,7 @@ def import_official(
     sources = sources_of(config, run.routing)
     check_names(state, {key for keys in sources.values() for key in keys})
     expected = {name: value.shape for name, value in build_model(config, device="meta").state_dict().items()}
+    # Every copy of a shared weight is compared: if copies differ, the model isn't the one its settings describe.
     weights: dict[str, Tensor] = {}
     reduced: list[str] = []
     for name, keys in sources.items():
@@ -140,6 +141,7 @@ def shape_of(state: Mapping[str, Tensor]) -> Shape:
         return found
 
     embedding = first(re.escape(EMBEDDING))
+    # One query projection for each application of a layer, shared or not.
     depth = sum(name.endswith(".self_attn.q_proj.weight") for name in state)
     hidden = [value.shape[0] for name, value in state.items() if name.endswith(".mor_router.router.0.weight")]
     return Shape(
@@ -156,6 +158,7 @@ def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
     """megamor's name of a weight → the names of all its copies in the released state dict."""
     sources = {"embed.weight": [EMBEDDING], "norm.weight": [NORM]}
     for recursion, ours, theirs in applications(config, routing):
+        # Applications of one shared block have the same name in megamor, so their copies gather in one list.
         for our_weight, their_weight in BLOCK_WEIGHTS.items():
             name = f"{ours}.{our_weight}.weight"
             if recursion and config.recursion.separate_norms and our_weight.endswith("_norm"):

@@ -77,12 +77,14 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append a line."""
+        # Flushed line by line, so that a kill loses no step that was reported, at the cost of one write per step.
         record = {"step": step, "time": round(time.time(), 3), **{name: _to_json(v) for name, v in metrics.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
     def rewind(self, step: int) -> None:
         """Remove the lines of later steps."""
+        # The file is replaced by a shorter one, so the open handle would write to the old one.
         self._file.close()
         _drop_after(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")

@@ -69,6 +69,7 @@ class Throughput:
         try:
             yield
         finally:
+            # Moving the mark forward takes the time out of the step that is under way.
             self._mark += self._clock() - entered
 
     def lap(self) -> float:

@@ -36,6 +36,7 @@ class Slices(torch.Tensor):
     def __init__(self, size: Sequence[int], dtype: torch.dtype, boxes: Sequence[Box]) -> None:
         super().__init__()
 
+    # torch.distributed.checkpoint accepts tensors only, so this is one. It has no memory: any operation is a mistake.
     @classmethod
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
         raise TypeError(f"{function} was called on slices of a tensor")

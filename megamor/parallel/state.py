@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, write_state
 from megamor.parallel.slices import Slices
 
+# One key for each tensor, `state.<parameter>.<moment>`, instead of nested dictionaries and lists of groups: keys that
+# `ZeroState` can produce too, whose engine knows neither.
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 

@@ -185,15 +185,16 @@ def engine_config(config: Config) -> dict[str, Any]:
     The training loop accumulates gradients and scales losses, so to the engine every step has one micro-batch.
     """
     stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
+    # A sum of bf16 gradients over many ranks or micro-batches loses the small ones, so both kinds of sums are in fp32.
+    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return {
+        **fp32_sums,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
-        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
+        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},  # leave out steps that aren't finite
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
         "steps_per_print": None,
     }
 

@@ -54,17 +54,16 @@ def variants(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config]]:
     if cluster.gpus > 1:
         backends = {
             "ddp": {"backend": "ddp"},
-            "fsdp2": {"backend": "fsdp2", "shard_degree": None, "reshard_after_forward": True},
-            "fsdp2, kept": {"backend": "fsdp2", "shard_degree": None, "reshard_after_forward": False},
+            "fsdp2": {"backend": "fsdp2", "reshard_after_forward": True},
+            "fsdp2, kept": {"backend": "fsdp2", "reshard_after_forward": False},
             **{f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
         }
         if cluster.nodes > 1 and cluster.gpus % cluster.per_node == 0:
-            degree = {"shard_degree": cluster.per_node}
-            backends["hsdp"] = {"backend": "fsdp2", "reshard_after_forward": True, **degree}
+            hsdp = {"shard_degree": cluster.per_node, "reshard_after_forward": True}
+            backends["hsdp"] = {"backend": "fsdp2", **hsdp}
     for name, options in backends.items():
-        if "shard_degree" not in options:
-            options = {**options, "shard_degree": None}
-        parallel = replace(config.parallel, **options)  # type: ignore[arg-type]
+        # Every variant but HSDP shards over all GPUs, whatever the recipe says.
+        parallel = replace(config.parallel, **{"shard_degree": None, **options})  # type: ignore[arg-type]
         for mode in MODES:
             train = replace(config.train, activation_checkpointing=mode)  # type: ignore[arg-type]
             yield name, replace(config, parallel=parallel, train=train)
@@ -91,6 +90,7 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     gpu, train = cluster.gpu, config.train
     memory, traffic = step_memory(config, cluster.gpus), step_traffic(config, cluster.gpus)
     flops = nominal_flops(config, train.global_batch_size / cluster.gpus)
+    # MFU counts the FLOPs that the model needs; recomputation takes time but isn't useful work.
     needed = flops.training / gpu.bf16_peak
     compute = needed + flops.recomputed(train) / gpu.bf16_peak
     communication = communication_seconds(traffic, cluster)

@@ -1,1 +1,1 @@
-"""Serving with continuous depth-wise batching: tokens at different recursions share one launch of the shared core."""
+"""Serving with continuous depth-wise batching: tokens at different recursions go through the shared core together."""

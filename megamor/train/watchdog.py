@@ -16,7 +16,6 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from megamor.train.stop import EXIT_INTERRUPTED
 
@@ -62,6 +61,7 @@ class Watchdog:
 
     def _watch(self, timeout: float) -> None:
         while not self._ended.wait(timeout / CHECKS_PER_TIMEOUT):
+            # Read without a lock: a stale value delays the alarm by one check at most.
             silent = time.monotonic() - self._beaten_at
             self._write_heartbeat(silent)
             if silent > timeout:
@@ -84,14 +84,15 @@ class Watchdog:
         print(f"rank {self.rank} hangs: {self._doing} for {silent:.0f} s. Last heartbeats:", file=sys.stderr)
         for line in self._others(timeout):
             print(f"  {line}", file=sys.stderr)
-        self._dump_stacks(sys.stderr)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         try:
             with (self.directory / f"stacks_{self.rank}.txt").open("w") as file:
-                self._dump_stacks(file)
+                faulthandler.dump_traceback(file=file, all_threads=True)
             write_flight_recorder(self.directory / f"nccl_{self.rank}.pickle")
         except OSError as error:
             print(f"can't write into {self.directory}: {error}", file=sys.stderr)
         sys.stderr.flush()
+        # Not sys.exit: that would only end this thread.
         os._exit(EXIT_INTERRUPTED)
 
     def _others(self, timeout: float) -> list[str]:
@@ -105,9 +106,6 @@ class Watchdog:
             except OSError:
                 continue
         return [text for _, text in sorted(notes, reverse=True)]
-
-    def _dump_stacks(self, file: TextIO) -> None:
-        faulthandler.dump_traceback(file=file, all_threads=True)
 
 
 def write_flight_recorder(path: Path) -> bool:

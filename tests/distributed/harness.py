@@ -1,4 +1,4 @@
-"""Run a function on several processes that talk through gloo on localhost, quickly.
+"""Run a function on several processes that communicate through gloo on localhost, quickly.
 
 Processes are forked from the test's own after torch is imported: under a second, where starting interpreters takes ten.
 """
@@ -50,7 +50,7 @@ def run_ranks(
 
 
 def start_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[tuple[ForkProcess, Connection]]:
-    """The processes of `run_ranks`, running: each with the end of a pipe from which its answer will come."""
+    """Start the processes of `run_ranks`; each comes with the end of a pipe that will receive its result."""
     torch.set_num_threads(1)  # a thread pool doesn't survive a fork
     context = multiprocessing.get_context("fork")
     port = free_port()

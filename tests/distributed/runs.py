@@ -1,4 +1,4 @@
-"""A tiny Mixture-of-Recursions run on any backend, small enough for a test and real in every part."""
+"""A tiny Mixture-of-Recursions run on any backend: a real model, optimizer and backend, small enough for a test."""
 
 from __future__ import annotations
 

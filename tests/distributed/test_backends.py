@@ -130,7 +130,7 @@ def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, t
 @pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2"))
 @pytest.mark.promise("R1")
 def test_ddp_resumes_bitwise_on_three_ranks(tmp_path: Path) -> None:
-    """Where the order of a sum shows: buckets that DDP arranges anew after the first step would change it."""
+    """With three ranks the order of sums shows, which changes if DDP rearranges its buckets after the first step."""
     config = tiny("ddp")
     config = replace(config, train=replace(config.train, global_batch_size=6))
     straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=3)

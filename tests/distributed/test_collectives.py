@@ -53,7 +53,7 @@ def count(config: Config) -> tuple[int, int]:
 
 
 def test_collectives_do_not_depend_on_the_number_of_recursions() -> None:
-    """Prelude, core, coda and root: gathered in both directions but for the root, which stays; each reduced once."""
+    """Prelude, core and coda are gathered in both directions, the root once; the gradient of each is reduced once."""
     assert [run_ranks(count, with_recursions(depth))[0] for depth in (2, 4)] == [(4 + 3, 4)] * 2
     assert run_ranks(count, with_recursions(4, reshard_after_forward=False))[0] == (4, 4)
 
@@ -66,7 +66,7 @@ def test_ranks_talk_in_the_last_micro_batch_only() -> None:
 
 @pytest.mark.parametrize("policy", ["recursion", "block", "selective"])
 def test_recomputation_gathers_nothing_again(policy: str) -> None:
-    """It happens inside a unit's backward pass, for which its weights are there: counts are those without it."""
+    """Recomputation happens in a unit's backward pass, while its weights are gathered, so it adds no collectives."""
     config = with_recursions(4)
     config = replace(config, train=replace(config.train, activation_checkpointing=policy))  # type: ignore[arg-type]
     assert run_ranks(count, config)[0] == (4 + 3, 4)

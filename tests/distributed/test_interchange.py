@@ -34,7 +34,7 @@ CHAIN = [
 
 
 def copy(config: Config, source: Path, target: Path, aside: bool) -> None:
-    """Load and save again, from the backend's memory or from a copy of it that is written after that has changed."""
+    """Load and save again: from the backend's memory, or from a copy that is written after the memory has changed."""
     backend = start(config)
     backend.load(source)
     if not aside:
@@ -76,9 +76,9 @@ def test_ranges_of_a_flattened_tensor_are_boxes_of_it(shape: tuple[int, ...]) ->
             covered = torch.full(shape, -1.0)
             for offsets, values in boxes:
                 assert values.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-                place = tuple(slice(at, at + size) for at, size in zip(offsets, values.shape, strict=True))
-                assert (covered[place] == -1).all()
-                covered[place] = values
+                box = tuple(slice(at, at + size) for at, size in zip(offsets, values.shape, strict=True))
+                assert (covered[box] == -1).all()
+                covered[box] = values
             expected = torch.full_like(whole, -1.0)
             expected[first:end] = whole[first:end]
             assert torch.equal(covered, expected.view(shape))

@@ -1,4 +1,4 @@
-"""The estimate of a rank's peak memory against the tensors that it really has alive, on two processes."""
+"""The estimate of a rank's peak memory against its live tensors, on two processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 0.10
 
 
 def peak(config: Config) -> int:
-    """Bytes of a rank at its busiest, in a step after the first."""
+    """Bytes of live tensors at the peak of a step after the first."""
     backend = start(config)
     run_step(backend, 0, config)
     existing = [*backend.module.parameters()]

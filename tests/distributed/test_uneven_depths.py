@@ -1,4 +1,4 @@
-"""Ranks whose tokens reach different depths, in the real model: nobody waits for ever, and gradients are those of one
+"""Ranks whose tokens reach different depths, in the real model: no rank hangs, and gradients are those of one
 process that sees both batches. What a recursion alone uses (blocks, norms, updates) must still get a gradient of zero
 where no token takes it."""
 

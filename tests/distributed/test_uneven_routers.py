@@ -1,4 +1,4 @@
-"""Every router that can send the tokens of two ranks to different depths: nobody waits for ever, and losses and
+"""Every router that can send the tokens of two ranks to different depths: no rank hangs, and losses and
 gradients are those of one process that sees both ranks' batches."""
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_layouts_agree() -> None:
     ("kv_policy", "recorded"), [("recursion_wise", False), ("share_first", True)], ids=["alone", "as a graph"]
 )
 def test_the_engine_answers_as_the_reference(kv_policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole schedule, with launches one by one and through the buffers of CUDA graphs."""
+    """A whole schedule, batch by batch and through the buffers of CUDA graphs."""
     calls = list[int]()
 
     def counted(layout: KernelLayout, *tensors: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Answer:
 
 
 def forward(model: Transformer, tokens: Sequence[int], max_depth: int | None) -> tuple[list[list[float]], list[int]]:
-    """Logits and depths at every place, under the inference rule."""
+    """Logits and depths at every position, under the inference rule."""
     bounds = None
     if max_depth is not None:
         least = torch.zeros(len(tokens), dtype=torch.int64)

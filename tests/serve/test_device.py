@@ -65,7 +65,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends
 def test_nothing_waits_but_for_rows_and_tokens(
     router: str, policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host looks once a core launch, however many depths share it."""
+    """The host looks once per core batch, however many depths share it."""
     looks = Looks()
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.at(tensor))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device

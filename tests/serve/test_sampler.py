@@ -36,7 +36,7 @@ def test_tokens_have_their_probabilities(params: SamplingParams, kept: set[int])
     wanted = torch.tensor([z / params.temperature if i in kept else -math.inf for i, z in enumerate(LOGITS.tolist())])
     found, wanted = frequencies(params), wanted.softmax(-1)
     assert set(found.nonzero().flatten().tolist()) <= kept
-    # Four standard deviations of a share.
+    # Four standard deviations of a frequency.
     assert bool(((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / COUNT).sqrt() + 1e-9).all())
 
 

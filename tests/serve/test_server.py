@@ -233,16 +233,16 @@ def test_a_full_queue_says_so_and_empties() -> None:
         runner = server.uvicorn._runner
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(post, server, prompt="abcd")]
-            server.wait_until(lambda: runner.num_queued == 1)
+            server.wait_until(lambda: len(runner.waiting) == 1)
             long = client.post(server.url + "/v1/completions", json={"prompt": "a" * 7})
             error_of(long, 429)
             assert long.headers["retry-after"] == "1"
             waiting.append(pool.submit(post, server, prompt="abcd"))
-            server.wait_until(lambda: runner.num_queued == 2)
+            server.wait_until(lambda: len(runner.waiting) == 2)
             error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "stream": True}), 429)
             engine.gate.set()
             assert [future.result().status_code for future in waiting] == [200, 200]
-        assert (runner.num_queued, runner.num_running, runner.num_queued_tokens) == (0, 0, 0)
+        assert (runner.waiting, runner.num_running) == ([], 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

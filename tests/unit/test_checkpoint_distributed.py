@@ -1,20 +1,15 @@
-"""Saving with two gloo processes: weights are the same whoever wrote them, a failure of one rank is everybody's."""
+"""Saving with several gloo processes: weights read back equal, and a failure on one rank is a failure on all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-import socket
-import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # imported before the fork, which is what makes it quick
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,43 +19,17 @@ from megamor.checkpoint import CheckpointManager, load_weights, open_checkpoint,
 from megamor.checkpoint.layout import LATEST, step_name
 from megamor.checkpoint.manifest import read_manifest
 from megamor.errors import CheckpointError
-
-DEADLINE_SECONDS = 60
-
-
-def run_ranks(num_ranks: int, body: Callable[[int], None]) -> list[int]:
-    """Run `body(rank)` in forked gloo processes; their wait statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(num_ranks):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
-                body(rank)
-                dist.destroy_process_group()
-                status = 0
-            except BaseException:
-                traceback.print_exc(file=sys.stderr)
-            finally:
-                os._exit(status)
-        children.append(pid)
-    return [wait(pid) for pid in children]
+from tests.distributed.harness import RankFailed, run_ranks
 
 
-def wait(pid: int) -> int:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    pytest.fail(f"process {pid} hung")
+def run(num_ranks: int, body: Callable[[int], None]) -> None:
+    """Call `body(rank)` in forked processes that have joined a gloo group."""
+    run_ranks(_joined, body, world_size=num_ranks)
+
+
+def _joined(body: Callable[[int], None]) -> None:
+    dist.init_process_group("gloo")
+    body(dist.get_rank())
 
 
 def full_weights() -> dict[str, torch.Tensor]:
@@ -89,7 +58,7 @@ def test_sharded_save_reads_back_bitwise_in_one_process(tmp_path: Path, num_rank
         path = manager.save(7, [write_sharded, write_random_states], {"config.yaml": "a: 1\n"})
         assert manager.latest_valid() == path
 
-    assert run_ranks(num_ranks, body) == [0] * num_ranks
+    run(num_ranks, body)
     checkpoint = open_checkpoint(tmp_path, full=True)
     assert len(list((checkpoint.directory / "rng").iterdir())) == num_ranks
     loaded = checkpoint.weights()
@@ -130,7 +99,7 @@ def test_failure_of_one_rank_is_everybodys(tmp_path: Path, failing: Callable[[Pa
         assert manager.latest_valid() == good
         manager.save(3, [write_sharded], {})
 
-    assert run_ranks(2, body) == [0, 0]
+    run(2, body)
     assert {entry.name for entry in tmp_path.iterdir()} == {LATEST, step_name(1), step_name(3)}
     verify(tmp_path / LATEST)
 
@@ -145,7 +114,7 @@ def test_a_bug_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
         with pytest.raises(KeyError if rank == 1 else CheckpointError, match="typo"):
             manager.save(1, [buggy], {})
 
-    assert run_ranks(2, body) == [0, 0]
+    run(2, body)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +131,7 @@ def test_damage_is_found_by_whichever_rank_reads_the_file(tmp_path: Path) -> Non
         dist.barrier()
         assert manager.latest_valid() == steps[0]
 
-    assert run_ranks(2, body) == [0, 0]
+    run(2, body)
 
 
 @pytest.mark.promise("R2")
@@ -176,7 +145,8 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
 
         manager.save(2, [write_sharded, die], {})
 
-    assert all(os.WIFSIGNALED(status) for status in run_ranks(2, body))
+    with pytest.raises(RankFailed, match="died without an answer"):
+        run(2, body)
     assert CheckpointManager(tmp_path, keep_last=1).latest_valid() == tmp_path / step_name(1)
     assert load_weights(tmp_path / LATEST).keys() == full_weights().keys()
     assert {entry.name for entry in tmp_path.iterdir()} == {LATEST, step_name(1)}
@@ -207,7 +177,7 @@ def test_own_files_are_recorded_even_when_others_can_not_see_them_yet(
         monkeypatch.setattr(manifest, "list_sizes", delayed)
         CheckpointManager(tmp_path, keep_last=1).save(1, [write], {})
 
-    assert run_ranks(2, body) == [0, 0]
+    run(2, body)
     verify(tmp_path / LATEST)
     sizes = {name: record.size for name, record in read_manifest(tmp_path / LATEST).items()}
     assert sizes == {"late_0": 100, "late_1": 100, "short_0": 100, "short_1": 100}

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every n-th, the best; and nothing goes before its successor was read back."""
+"""Which checkpoints are kept: the newest, every n-th, the best. None is deleted before a newer one was read back."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def save(manager: CheckpointManager, step: int) -> Path:
         (Retention(1, every=3), set(), [1, 2, 4, 5]),
         (Retention(1, best=1), set(), [1, 3, 4, 5]),
         (Retention(2, every=4, best=2), set(), [1]),
-        (Retention(2), {5}, [1, 2, 3]),  # a damaged one isn't one of the two, and isn't deleted before its time
+        (Retention(2), {5}, [1, 2, 3]),  # a damaged one is none of the two, but isn't deleted early
         (Retention(1, best=1), {2}, [1, 2, 4, 5]),  # nor is it the best
-        (Retention(1, every=2), {4}, [1, 3, 5]),  # what is kept for ever may be mended
+        (Retention(1, every=2), {4}, [1, 3, 5]),  # a damaged one that is kept may be repaired
     ],
 )
 def test_what_expires(keep: Retention, damaged: set[int], expired: list[int]) -> None:
@@ -43,7 +43,7 @@ def test_the_newest_the_round_ones_and_the_best_stay(tmp_path: Path) -> None:
         assert os.readlink(tmp_path / BEST) == step_name(min(step, 3))
     assert published_steps(tmp_path) == [3, 4, 8, 9]
     verify(tmp_path / BEST)
-    again = CheckpointManager(tmp_path, keep_last=2, keep_best=1)  # losses outlive the launch
+    again = CheckpointManager(tmp_path, keep_last=2, keep_best=1)  # losses are read from disk after a restart
     again.record_loss(9, 1.0)
     assert os.readlink(tmp_path / BEST) == step_name(9)
     save(again, 10)

@@ -125,7 +125,7 @@ torch.save(found, root / "found.pt")
 
 
 def make_model(name: str) -> Transformer:
-    """A model of CONFIGS in fp32 in which no parameter is zero, as those that tell recursions apart are at first."""
+    """A model of CONFIGS in fp32 in which no parameter is zero; some of those for single recursions are at first."""
     model = lively_model(CONFIGS[name], dtype=torch.float32)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

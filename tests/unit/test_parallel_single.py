@@ -34,7 +34,7 @@ def test_each_group_learns_at_its_own_multiple() -> None:
 
 
 def test_allocated_state_leaves_no_trace() -> None:
-    """Same weights as an optimizer whose state appears by itself, from the first step on."""
+    """The same weights as with an optimizer that creates its state in the first step."""
     plain, allocated = small_model(), small_model()
     optimizers = [build_adamw(plain, OPTIM), build_adamw(allocated, OPTIM)]
     allocate_optimizer_state(optimizers[1])

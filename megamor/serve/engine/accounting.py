@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from megamor.serve.engine.costs import Costs, LineFit
+from megamor.serve.engine.pages import EVERY_TOKEN
 from megamor.serve.engine.request import EngineStats
 from megamor.serve.engine.scheduler import ScheduledBatch, Scheduler
 
@@ -69,16 +70,18 @@ class Accounting:
         """The counters, and the scheduler's present state."""
         scheduler, book, stats = self.scheduler, self.scheduler.book, deepcopy(self.total)
         stats.resident, stats.waiting = len(scheduler.residents), len(scheduler.waiting)
-        stats.in_core = [0] * scheduler.num_recursions
+        stats.in_core, stats.pages_by_depth = [0] * scheduler.num_recursions, [0] * scheduler.num_recursions
         for chunk in scheduler.in_core:
             stats.in_core[chunk.recursion] += len(chunk.active)
         stats.held_exits = sum(chunk.length for chunk in scheduler.leaving)
-        stats.pages_by_depth = scheduler.pages_by_depth()
         stats.preemptions = scheduler.num_preempted
+        # Sets: residents share the pages of a common prefix, which must not be counted twice.
         held: dict[str, set[int]] = {pool: set() for pool in book.pools}
         for sequence in scheduler.residents:
             for spec, table in zip(book.specs, sequence.tables, strict=True):
-                held[spec.pool].update(table.pages)  # a set: residents share the pages of a common prefix
+                held[spec.pool].update(table.pages)
+                if spec.recursion != EVERY_TOKEN:
+                    stats.pages_by_depth[spec.recursion] += len(table.pages)
         stats.pages_total = dict(book.num_pages)
         stats.pages_used = {pool: len(pages) for pool, pages in held.items()}
         stats.pages_cached = {

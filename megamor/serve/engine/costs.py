@@ -17,8 +17,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from statistics import median
 
+# Old samples are dropped, so that the fit follows a machine whose speed changes.
 SAMPLES_PER_WIDTH = 64
-"""Old samples are dropped, so that the fit follows a machine whose speed changes."""
 
 
 @dataclass
@@ -42,6 +42,7 @@ class LineFit:
         mean = sum(seconds * count for _, seconds, count in points) / total
         spread = sum(count * (width - mean_width) ** 2 for width, _, count in points)
         slope = sum(count * (width - mean_width) * (seconds - mean) for width, seconds, count in points)
+        # Noise can tilt the line. Negative costs would make the prediction prefer absurd widths.
         per_row = max(0.0, slope / spread) if spread else 0.0
         return max(0.0, mean - per_row * mean_width), per_row
 

@@ -6,14 +6,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.engine.accounting import Accounting
-from megamor.serve.engine.graphs import BatchGraphs, CudaRecorder, Record
+from megamor.serve.engine.graphs import BatchGraphs, Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.request import (
     EngineStats,
@@ -28,41 +27,23 @@ from megamor.serve.engine.sampler import Draw, logprobs_of, sample
 from megamor.serve.engine.scheduler import Chunk, Scheduler, SequenceState
 from megamor.serve.options import EngineOptions
 
+# Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
-"""Core batches after which the engine decides again how long to hold exits."""
-
-
-@dataclass
-class Branch:
-    """One of the n continuations of a request, as a sequence of its own."""
-
-    request: Request
-    index: int
-    sequence: SequenceState
-    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
-    """By position in the prompt, filled chunk by chunk."""
-
-    @property
-    def num_new(self) -> int:
-        """Tokens generated so far."""
-        return len(self.sequence.tokens) - self.sequence.prompt_length
 
 
 @dataclass
 class Request:
     """A request and those of its continuations that are not finished."""
 
-    number: int
     params: SamplingParams
     seed: int
-    open: list[Branch] = field(default_factory=list)
+    open: list[SequenceState] = field(default_factory=list)
+    # By position in the prompt, filled chunk by chunk while continuation 0 reads it.
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
 
-class Sampled(NamedTuple):
-    """A token that was drawn, and its log-probability if the request asks for it."""
-
-    token: int
-    logprob: TokenLogprob | None
+# A token that was drawn, and its log-probability if the request asks for it.
+Sampled = tuple[int, TokenLogprob | None]
 
 
 class ServingEngine:
@@ -85,21 +66,17 @@ class ServingEngine:
         full = self.options.policy == "full"
         self.runner = Runner(model, self.layers, self.options.page_size, num_pages, self.options.num_slots, full)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
-            self.record_graphs(CudaRecorder(self.runner.device))
+            self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
-        self.branches: dict[int, Branch] = {}
-        """By number of the sequence."""
         self.num_sequences = self.num_requests = 0
         self.accounting = Accounting(self.scheduler)
 
     @property
     def context_length(self) -> int:
-        """The model's longest sequence."""
         return self.model.config.model.max_seq_len
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
         return self.scheduler.has_work
 
     def record_graphs(self, record: Record) -> None:
@@ -127,20 +104,20 @@ class ServingEngine:
         """Queue a prompt; see `Engine.add_request`."""
         self.check(prompt, params)
         self.num_requests += 1
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = self.requests[self.num_requests] = Request(self.num_requests, params, seed)
+        request = Request(params, secrets.randbits(63) if params.seed is None else params.seed)
+        self.requests[self.num_requests] = request
         max_depth = min(params.max_depth or self.layers.num_recursions, self.layers.num_recursions)
-        leader: SequenceState | None = None
         for index in range(params.n):
             self.num_sequences += 1
+            leader = request.open[0] if request.open else None
             reuse = params.prompt_logprobs is None or index > 0
-            tokens = list(prompt)
-            state = SequenceState(self.num_sequences, tokens, len(tokens), max_depth, leader, reuse)
-            leader = leader or state
-            self.branches[state.number] = Branch(request, index, state)
-            request.open.append(self.branches[state.number])
-            self.scheduler.add(state)
-        return request.number
+            request.open.append(
+                SequenceState(
+                    self.num_sequences, [*prompt], len(prompt), max_depth, leader, reuse, self.num_requests, index
+                )
+            )
+            self.scheduler.add(request.open[-1])
+        return self.num_requests
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse what can't be served."""
@@ -155,7 +132,9 @@ class ServingEngine:
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the context of "
                 f"{self.context_length}: shorten the prompt or lower max_tokens"
             )
-        num_read = len(prompt) + max(0, params.max_tokens - 1)  # the last one is never read
+        # The last token is never read: nothing has to be predicted after it.
+        num_read = len(prompt) + max(0, params.max_tokens - 1)
+        # Refused now: the scheduler serves in order of arrival, so a request that never fits would block all others.
         if not self.scheduler.fits(num_read, params.max_depth or self.layers.num_recursions):
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the memory for keys and values: "
@@ -165,9 +144,9 @@ class ServingEngine:
     def abort(self, request: int, index: int | None = None) -> None:
         """Drop a request, or one of its continuations; ignored if it is finished or unknown."""
         found = self.requests.get(request)
-        for branch in list(found.open) if found else ():
-            if index in (None, branch.index):
-                self.release(branch)
+        for sequence in list(found.open) if found else ():
+            if index in (None, sequence.index):
+                self.release(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -187,6 +166,8 @@ class ServingEngine:
             sampled = self.leave(batch.chunks)
         if self.options.synchronize and self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
+        # The host may be ahead of a GPU here: only a batch that had to know which rows continue, or which tokens were
+        # drawn, has waited for it.
         ran = time.perf_counter()
         self.accounting.count(batch, ran - scheduled)
         self.scheduler.complete(batch, continuing)
@@ -204,21 +185,21 @@ class ServingEngine:
         ends, rows, first = [], [], 0
         for chunk in chunks:
             first += chunk.length
-            branch = self.branches[chunk.sequence.number]
-            if chunk.start + chunk.length == len(chunk.sequence.tokens) and branch.request.params.max_tokens > 0:
-                ends.append((chunk, branch))
+            request = self.requests[chunk.sequence.request]
+            if chunk.start + chunk.length == len(chunk.sequence.tokens) and request.params.max_tokens > 0:
+                ends.append((chunk, request))
                 rows.append(first - 1)
         if not ends:
             return {}
-        # Norm and head for these rows alone: those inside a prompt predict tokens that are known.
+        # Norm and head for these rows only: those inside a prompt predict tokens that are known.
         logits = self.runner.logits(x[self.runner.tensor(rows)])
-        tokens = sample(logits, [self.draw(branch) for _, branch in ends])
-        wanted = [branch.request.params.logprobs for _, branch in ends]
+        tokens = sample(logits, [self.draw(chunk.sequence, request) for chunk, request in ends])
+        wanted = [request.params.logprobs for _, request in ends]
         logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)
         if any(count is not None for count in wanted):
             logprobs = logprobs_of(logits, tokens, [count or 0 for count in wanted])
         return {
-            chunk: Sampled(token, None if count is None else logprob)
+            chunk: (token, None if count is None else logprob)
             for (chunk, _), token, logprob, count in zip(ends, tokens, logprobs, wanted, strict=True)
         }
 
@@ -226,22 +207,22 @@ class ServingEngine:
         """Log-probabilities of prompt tokens, where requested; x [N, dim] has the rows of `chunks`."""
         first = 0
         for chunk in chunks:
-            branch = self.branches[chunk.sequence.number]
-            count = branch.request.params.prompt_logprobs
+            sequence, request = chunk.sequence, self.requests[chunk.sequence.request]
+            count = request.params.prompt_logprobs
             # A row predicts the token after it. The last prompt token predicts the first new one, which `leave` draws.
-            end = min(chunk.start + chunk.length, chunk.sequence.prompt_length - 1)
-            if count is not None and branch.index == 0 and end > chunk.start:
-                following = chunk.sequence.tokens[chunk.start + 1 : end + 1]
+            end = min(chunk.start + chunk.length, sequence.prompt_length - 1)
+            if count is not None and sequence.index == 0 and end > chunk.start:
+                following = sequence.tokens[chunk.start + 1 : end + 1]
                 logits = self.runner.logits(x[first : first + end - chunk.start])
                 found = logprobs_of(logits, following, [count] * len(following))
-                branch.prompt_logprobs.update(zip(range(chunk.start + 1, end + 1), found, strict=True))
+                request.prompt_logprobs.update(zip(range(chunk.start + 1, end + 1), found, strict=True))
             first += chunk.length
 
-    def draw(self, branch: Branch) -> Draw:
-        """What the sampler must know to draw the next token of `branch`."""
-        request, sequence = branch.request, branch.sequence
-        banned = self.stop_tokens(request.params) if branch.num_new < request.params.min_tokens else ()
-        return Draw(request.params, request.seed, branch.index, sequence.tokens, sequence.prompt_length, banned)
+    def draw(self, sequence: SequenceState, request: Request) -> Draw:
+        """What the sampler must know to draw the next token of `sequence`."""
+        params = request.params
+        banned = self.stop_tokens(params) if sequence.num_new < params.min_tokens else ()
+        return Draw(params, request.seed, sequence.index, sequence.tokens, sequence.prompt_length, banned)
 
     def stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
         """Tokens that end a continuation."""
@@ -252,53 +233,48 @@ class ServingEngine:
         """Append the sampled tokens, and finish the continuations that have ended."""
         outputs, total = [], self.accounting.total
         for chunk in chunks:
-            sequence, draw = chunk.sequence, sampled.get(chunk)
-            branch = self.branches[sequence.number]
-            params = branch.request.params
-            reason: FinishReason | None = None
-            if draw is not None:
-                sequence.tokens.append(draw.token)
-                total.generated_tokens += 1
-                if draw.token in self.stop_tokens(params):
-                    reason = "stop"
-            elif sequence.unread:
+            sequence = chunk.sequence
+            request = self.requests[sequence.request]
+            if chunk not in sampled and sequence.unread:
                 continue  # in the middle of the prompt, or of a text that is read again after a preemption
-            first = branch.num_new == (draw is not None)
-            if reason is None and branch.num_new >= params.max_tokens:
+            new, logprob = sampled.get(chunk, (None, None))
+            reason: FinishReason | None = None
+            if new is not None:
+                sequence.tokens.append(new)
+                total.generated_tokens += 1
+                if new in self.stop_tokens(request.params):
+                    reason = "stop"
+            if reason is None and sequence.num_new >= request.params.max_tokens:
                 reason = "length"
-            if first:
+            prompt_logprobs = None
+            if first := sequence.num_new == (new is not None):
                 total.prompt_tokens += sequence.prompt_length
                 total.cached_prompt_tokens += sequence.cached_tokens or 0
+            if first and request.params.prompt_logprobs is not None and sequence.index == 0:
+                prompt_logprobs = None, *(request.prompt_logprobs[row] for row in range(1, sequence.prompt_length))
             outputs.append(
                 RequestOutput(
-                    branch.request.number,
-                    branch.index,
-                    tokens=(draw.token,) if draw else (),
-                    depths=(sequence.depths[-1],) if draw else (),
-                    logprobs=(draw.logprob,) if draw and draw.logprob else None,
-                    prompt_logprobs=self.take_prompt_logprobs(branch) if first else None,
+                    sequence.request,
+                    sequence.index,
+                    tokens=() if new is None else (new,),
+                    depths=() if new is None else (sequence.depths[-1],),
+                    logprobs=None if logprob is None else (logprob,),
+                    prompt_logprobs=prompt_logprobs,
                     cached_tokens=sequence.cached_tokens or 0,
                     finish_reason=reason,
                 )
             )
             if reason is not None:
-                self.release(branch)
+                self.release(sequence)
         return outputs
 
-    def take_prompt_logprobs(self, branch: Branch) -> tuple[TokenLogprob | None, ...] | None:
-        """Those of the whole prompt, if requested."""
-        if branch.request.params.prompt_logprobs is None or branch.index > 0:
-            return None
-        return None, *(branch.prompt_logprobs[position] for position in range(1, branch.sequence.prompt_length))
-
-    def release(self, branch: Branch) -> None:
+    def release(self, sequence: SequenceState) -> None:
         """Free what a finished or aborted continuation holds."""
-        self.scheduler.remove(branch.sequence)
-        del self.branches[branch.sequence.number]
-        branch.request.open.remove(branch)
-        if not branch.request.open:
-            del self.requests[branch.request.number]
+        self.scheduler.remove(sequence)
+        request = self.requests[sequence.request]
+        request.open.remove(sequence)
+        if not request.open:
+            del self.requests[sequence.request]
 
     def stats(self) -> EngineStats:
-        """A snapshot."""
         return self.accounting.snapshot()

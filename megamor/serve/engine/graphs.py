@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.blocks import rotary_angles
-from megamor.serve.engine.attention import KVView, PagedKeysValues, single_rows_layout, to_device
+from megamor.serve.engine.attention import KVRows, PagedKeysValues, single_rows_layout, to_device
 
+# Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each.
 Store = tuple[Tensor, ...]
-"""Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each."""
+# Runs and records a function. Returns its result and a replay, which computes it again into the same memory.
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
-"""Runs and records a function. Returns its result and a replay, which computes it again into the same memory."""
 
 
 @dataclass(frozen=True)
@@ -47,40 +47,28 @@ class BatchGraphs:
         self.widths: list[int] = sorted({1, 2, 4, *range(8, widest, 8), widest})
         self.recorded: dict[tuple[str, int, int], RecordedGraph] = {}
 
-    @property
-    def widest(self) -> int:
-        """Rows of the widest graph."""
-        return self.widths[-1]
+    def fits(self, num_rows: int) -> bool:
+        """Whether there is a graph for so many rows."""
+        return num_rows <= self.widths[-1]
 
-    def run(
-        self,
-        chain: str,
-        blocks: Sequence[nn.Module],
-        stores: Sequence[Store],
-        x: Tensor,
-        positions: Sequence[int],
-        addresses: Sequence[int | None],
-        views: Sequence[KVView],
-    ) -> Tensor:
-        """x [N, dim] through `blocks` with the keys and values in `stores`, which `chain` is the name of.
-
-        A row whose address is None writes nothing.
-        """
+    def run(self, chain: str, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, rows: KVRows) -> Tensor:
+        """x [N, dim], the given rows, through `blocks` with the keys and values in `stores`, known by name `chain`."""
         spare = len(stores[0][0]) - 1
-        rows = [(view.pages, end) for view in views for end in view.ends]
+        seen = [(view.pages, end) for view in rows.views for end in view.ends]
         width = next(width for width in self.widths if width >= len(x))
-        num_pages = 1 << (-(-max(end for _, end in rows) // self.page_size) - 1).bit_length()
+        # Longer tables are rounded up to a power of two, so that a growing text needs a new graph only log₂ n times.
+        num_pages = 1 << (-(-max(end for _, end in seen) // self.page_size) - 1).bit_length()
         nowhere = spare * self.page_size
         numbers = [
             [position, nowhere if address is None else address, end, *(pages + [spare] * num_pages)[:num_pages]]
-            for position, address, (pages, end) in zip(positions, addresses, rows, strict=True)
+            for position, address, (pages, end) in zip(rows.positions, rows.addresses, seen, strict=True)
         ]
         padding = [0, nowhere, 1, *[spare] * num_pages]
         graph = self.recorded.get((chain, width, num_pages))
         if graph is None:
             graph = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), to_device([padding] * width, x.device).T)
             self.recorded[chain, width, num_pages] = graph
-        graph.numbers.copy_(to_device(numbers + [padding] * (width - len(rows)), x.device).T)
+        graph.numbers.copy_(to_device(numbers + [padding] * (width - len(x)), x.device).T)
         graph.x[: len(x)] = x
         graph.replay()
         # All graphs share one memory pool: the next replay, of another chain or width, may overwrite `out`.
@@ -103,16 +91,13 @@ class BatchGraphs:
         return RecordedGraph(x, numbers, *self.record(run))
 
 
-class CudaRecorder:
+def cuda_recorder(device: torch.device) -> Record:
     """A `Record` of CUDA graphs on `device`, which share one memory pool for what they compute."""
+    pool = torch.cuda.graph_pool_handle()
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """Record `run`."""
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             # Libraries choose their kernels and allocate workspaces in the first calls, which must not be recorded.
             with torch.cuda.stream(side):
@@ -120,6 +105,8 @@ class CudaRecorder:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=pool):
                 out = run()
             return out, graph.replay
+
+    return record

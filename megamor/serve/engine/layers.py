@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TypeVar
@@ -38,8 +38,8 @@ class Layers:
     access: tuple[tuple[LayerAccess, ...], ...]
     tables: tuple[TableSpec, ...]
     in_pool: dict[str, int]
+    # Whether recursions use different weights in the same block (norms, LoRA), so that no call may mix them.
     differ: bool
-    """Whether recursions use different weights in the same block (norms, LoRA), so that no call may mix them."""
 
     @staticmethod
     def of(model: Transformer) -> Layers:
@@ -59,7 +59,7 @@ class Layers:
                 "keys. Train with recursion_wise or share_first, or use `megamor generate`"
             )
         schedule = stage.schedule[: stage.router.num_recursions]
-        access = own_layers(schedule) if recursion.kv_policy == "recursion_wise" else first_layers(schedule)
+        access = accesses(schedule, shared=recursion.kv_policy == "share_first")
         written = [item for row in access for item in row if item.writes]
         core = tuple(TableSpec("core", table) for table in sorted({item.table for item in written}))
         in_pool = {"edge": num_edge} if num_edge else {}
@@ -94,6 +94,7 @@ class Layers:
         """Split `groups` into runs of neighbours that may go through their block at `index` in one call."""
 
         def kind(group: T) -> tuple[int, int, int]:
+            # Rows of one call share the block's weights, and the tensor that holds the layer's pages.
             recursion = recursion_of(group)
             block = self.schedule[recursion][index]
             return block, self.access[recursion][index].layer, recursion if self.differ else 0
@@ -102,26 +103,22 @@ class Layers:
             yield block, list(run)
 
 
-def own_layers(schedule: tuple[tuple[int, ...], ...]) -> tuple[tuple[LayerAccess, ...], ...]:
-    """Recursion-wise: every application has keys and values of its own."""
-    return tuple(
-        tuple(LayerAccess(recursion, index, True) for index in range(len(blocks)))
-        for recursion, blocks in enumerate(schedule)
-    )
+def accesses(schedule: tuple[tuple[int, ...], ...], shared: bool) -> tuple[tuple[LayerAccess, ...], ...]:
+    """Share-first if `shared`: the first application of a block writes, all later ones read what it wrote.
 
-
-def first_layers(schedule: tuple[tuple[int, ...], ...]) -> tuple[tuple[LayerAccess, ...], ...]:
-    """Share-first: the first application of a block writes, all later ones read what it wrote."""
+    Otherwise recursion-wise: every application has keys and values of its own.
+    """
     stored: dict[int, LayerAccess] = {}
-    access = []
+    table = []
     for recursion, blocks in enumerate(schedule):
-        row, count = [], 0
+        row, num_written = [], 0
         for block in blocks:
-            if block in stored:
-                row.append(LayerAccess(stored[block].table, stored[block].layer, False))
+            if shared and block in stored:
+                row.append(replace(stored[block], writes=False))
                 continue
-            stored[block] = LayerAccess(recursion, count, True)
-            count += 1
+            # A page has layers only for the blocks that write in its recursion, which under share-first may be few.
+            stored[block] = LayerAccess(recursion, num_written, True)
+            num_written += 1
             row.append(stored[block])
-        access.append(tuple(row))
-    return tuple(access)
+        table.append(tuple(row))
+    return tuple(table)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Products of a query, an entry and a dimension that a program keeps in registers at a time.
 PROGRAM_VALUES = 4096
-"""Products of a query, an entry and a dimension that a program keeps in registers at a time."""
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Ten
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator]
 def attend_row(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, tables: tl.tensor, owners: tl.tensor, ends: tl.tensor,
     table_stride: tl.tensor, page_stride: tl.tensor,

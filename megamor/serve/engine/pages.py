@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+# In `TableSpec.recursion`: the table of the edge, which has an entry for every token.
 EVERY_TOKEN = -1
-"""In `TableSpec.recursion`: the table of the edge, which has an entry for every token."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,15 @@ class PageBook:
         self, tables: Sequence[PageTable], num_tokens: int, max_depth: int
     ) -> Iterator[tuple[TableSpec, PageTable, int]]:
         for spec, table in zip(self.specs, tables, strict=True):
+            # Every token might take every recursion. The router decides only when the chunk is in flight, which is too
+            # late to find that a page is missing.
             count = self.pages_for(table.length + num_tokens) - len(table.pages)
             if count > 0 and spec.holds(max_depth):
                 yield spec, table, count
 
     def trim(self, tables: Sequence[PageTable]) -> None:
         """Give back the reserved pages that turned out not to be needed."""
+        # At once, rather than keeping them for the next chunk: others may be waiting for pages.
         for spec, table in zip(self.specs, tables, strict=True):
             kept = self.pages_for(table.length)
             if kept < len(table.pages):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from megamor.serve.engine.pages import PageBook, PageTable
 
+# Number of the parent block and the block's tokens. The first block of a prompt has -max_depth as its parent: prompts
+# read under different depth bounds have different keys and values and must not be shared.
 Key = tuple[int, tuple[int, ...]]
-"""Number of the parent block and the block's tokens. The first block of a prompt has -max_depth as its parent: prompts
-read under different depth bounds have different keys and values and must not be shared."""
 
 
 @dataclass
@@ -54,8 +54,8 @@ class PrefixCache:
     def __init__(self, book: PageBook) -> None:
         self.book = book
         self.blocks: dict[Key, PrefixBlock] = {}
+        # Blocks without children by number, least recently used first (a dict keeps its insertion order).
         self.leaves: dict[int, PrefixBlock] = {}
-        """Blocks without children by number, least recently used first (a dict keeps its insertion order)."""
         self.next_number = 0
 
     def find(self, tokens: Sequence[int], max_depth: int) -> list[PrefixBlock]:
@@ -72,40 +72,25 @@ class PrefixCache:
             self.leaves[chain[-1].number] = self.leaves.pop(chain[-1].number)
         return chain
 
-    def adopt(self, chain: Sequence[PrefixBlock], tables: Sequence[PageTable]) -> None:
-        """Fill the empty `tables` with the pages of `chain`. A partly filled last page is shared until `detach`."""
+    def adopt(self, chain: Sequence[PrefixBlock], tables: Sequence[PageTable]) -> list[tuple[str, int, PageTable]]:
+        """Fill the empty `tables` with the full pages of `chain`.
+
+        Returns pool, page and table where the chain ends inside a page, with a reference to it. Two sequences that
+        continue the same prefix both write after its last entry: on a shared page they would overwrite each other's
+        keys. So each needs a copy, and `tables` lack the page for it.
+        """
+        partial = []
         for index, (spec, table) in enumerate(zip(self.book.specs, tables, strict=True)):
             for block in chain:
-                # If its parent ended in the middle of a page, the sequence that wrote this block had its own copy of
-                # that page (see `detach`). The copy contains the parent's entries too, so it replaces the parent's.
+                # If its parent ended inside a page, the sequence that wrote this block had its own copy of that page.
+                # The copy has the parent's entries too, so it replaces the parent's page.
                 table.pages[block.first[index] :] = block.pages[index]
-            table.length = chain[-1].lengths[index]
+            table.length = chain[-1].lengths[index] if chain else 0
             del table.pages[self.book.pages_for(table.length) :]
             self.book.pools[spec.pool].share(table.pages)
-
-    def num_partial(self, tables: Sequence[PageTable]) -> dict[str, int]:
-        """Pages of each pool that `detach` will take."""
-        counts = dict.fromkeys(self.book.pools, 0)
-        for spec, table in zip(self.book.specs, tables, strict=True):
-            counts[spec.pool] += table.length % self.book.page_size > 0
-        return counts
-
-    def detach(self, tables: Sequence[PageTable]) -> list[PageCopy]:
-        """Give each table its own copy of a partly filled last page; returns the copies to make, in this order.
-
-        Two sequences that continue the same prefix both write after its last entry. On a shared page they would
-        overwrite each other's keys.
-        """
-        copies = []
-        for spec, table in zip(self.book.specs, tables, strict=True):
             if table.length % self.book.page_size:
-                pool, source = self.book.pools[spec.pool], table.pages[-1]
-                table.pages[-1] = pool.take(1)[0]
-                # The source may be free from here on. It keeps its contents until the copies, which come before any
-                # write of the batch; and if a later copy takes it as its target, the order of the copies is right.
-                pool.release([source])
-                copies.append(PageCopy(spec.pool, source, table.pages[-1]))
-        return copies
+                partial.append((spec.pool, table.pages.pop(), table))
+        return partial
 
     def insert(
         self,
@@ -150,8 +135,3 @@ class PrefixCache:
             if block.parent.num_children == 0 and not block.parent.dropped:
                 self.leaves[block.parent.number] = block.parent
         return True
-
-    def clear(self) -> None:
-        """Forget everything."""
-        while self.drop_oldest():
-            pass

@@ -25,8 +25,8 @@ from megamor.errors import MegamorError
 
 FinishReason = Literal["stop", "length"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# Maps the tokens so far (prompt and continuation) and logits [vocab] to other logits; called before anything else.
 LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
-"""Maps the tokens so far (prompt and continuation) and logits [vocab] to other logits; called before anything else."""
 
 
 class RequestError(MegamorError):

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.errors import ConfigError
@@ -24,8 +24,8 @@ from megamor.model import Transformer
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
-from megamor.serve.engine.attention import KVView, Layout, PagedKeysValues, paged_layout, to_device
-from megamor.serve.engine.graphs import BatchGraphs
+from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout, to_device
+from megamor.serve.engine.graphs import BatchGraphs, Store
 from megamor.serve.engine.layers import LayerAccess, Layers
 from megamor.serve.engine.pages import EVERY_TOKEN
 from megamor.serve.engine.prefix import PageCopy
@@ -36,24 +36,6 @@ FOREIGN_SET = (
     "router must select with candidates.where, see docs/routers.md"
 )
 MIX_WEIGHTS = tuple(field.name for field in fields(Mix))
-
-
-class SlotTable:
-    """Named tensors with one row per slot. A tensor is created, with zeros, when something is first put there."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.tensors: dict[str, Tensor] = {}
-
-    def put(self, name: str, slots: Tensor, values: Tensor) -> None:
-        """Set the rows of `slots` [N]."""
-        if name not in self.tensors:
-            self.tensors[name] = values.new_zeros(self.num_slots, *values.shape[1:])
-        self.tensors[name].index_copy_(0, slots, values)
-
-    def get(self, name: str, slots: Tensor) -> Tensor:
-        """The rows of `slots` [N]."""
-        return self.tensors[name].index_select(0, slots)
 
 
 @dataclass(frozen=True)
@@ -74,16 +56,22 @@ class DepthGroup:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block on neighbouring groups: angles, what the rows read, and where which of them write."""
+    """What a block is told about its rows: angles, what they see, and which `rows` (None: all) write to `addresses`."""
 
     angles: RotaryAngles
     layout: Layout
     addresses: Tensor
     rows: Tensor | None
 
+    def apply(self, block: nn.Module, x: Tensor, store: Store, recursion: int) -> Tensor:
+        """x [N, dim] to [N, dim]."""
+        k, v = store
+        y: Tensor = block(x, self.angles, self.layout, PagedKeysValues(k, v, self.addresses, self.rows), recursion)[0]
+        return y
 
+
+# The rows of each chunk that the router was asked about, and its answer [N] on the device; None keeps them all.
 Outcome = tuple[list[list[int]], Tensor | None]
-"""The rows of each chunk that the router was asked about, and its answer [N] on the device; None keeps them all."""
 
 
 def kept_rows(outcomes: Sequence[Outcome]) -> list[list[int]]:
@@ -115,11 +103,25 @@ class Runner:
             ]
             for pool, count in layers.in_pool.items()
         }
-        self.slots = SlotTable(num_slots)
+        self.num_slots = num_slots
+        # Named tensors with one row per slot: what is known of the tokens in flight.
+        self.state: dict[str, Tensor] = {}
         self.all_rows = torch.arange(num_slots, device=self.device)
+        # By recursion. Only the weights that are numbers are used; those that differ between rows are in `state`.
         self.mixes: dict[int, Mix] = {}
+        # The session of the last entry batch. It serves as the pattern for sessions of other rows.
         self.session: RoutingSession | None = None
         self.graphs: BatchGraphs | None = None
+
+    def put(self, name: str, slots: Tensor, values: Tensor) -> None:
+        """Set the rows of `slots` [N] in the state tensor `name`, which is zero where nothing was set yet."""
+        if name not in self.state:
+            self.state[name] = values.new_zeros(self.num_slots, *values.shape[1:])
+        self.state[name].index_copy_(0, slots, values)
+
+    def get(self, name: str, slots: Tensor) -> Tensor:
+        """The rows of `slots` [N] in the state tensor `name`."""
+        return self.state[name].index_select(0, slots)
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
         """Copy pages, in the given order."""
@@ -133,19 +135,18 @@ class Runner:
         slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.length]]
         x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), chunks, first_layer=0)
-        self.slots.put("stream", slots, x)
+        self.put("stream", slots, x)
         stage = self.model.stage
         if stage is None:
             return [[] for _ in chunks]
-        self.slots.put("input", slots, x)
+        self.put("input", slots, x)
         # Emitted outputs add up over the recursions, and the slot still has the sum of the token before.
-        if "emitted" in self.slots.tensors:
-            self.slots.put("emitted", slots, torch.zeros_like(x))
+        if "emitted" in self.state:
+            self.put("emitted", slots, torch.zeros_like(x))
         rows = [list(range(chunk.length)) for chunk in chunks]
         positions = self.tensor([chunk.start + row for chunk in chunks for row in range(chunk.length)])
         session = self.session = stage.router.begin(x, self.context(chunks, rows, positions))
         kept = self.route(session, 0, x, slots)
-        self.store_session(session, slots)
         return kept_rows([(rows, kept)])
 
     def core(self, chunks: Sequence[Chunk]) -> list[list[int]]:
@@ -157,75 +158,32 @@ class Runner:
         slots, positions = self.tensor(
             [[chunk.slots[row] for chunk, row in rows], [chunk.start + row for chunk, row in rows]]
         )
-        x = self.slots.get("stream", slots)
+        x = self.get("stream", slots)
+        # The embedding tells the blocks which recursion this is. Their output is combined with the stream without it.
         entered = x
         if stage.recursion_embedding is not None:
             added = [stage.recursion_embedding[group.recursion].expand(group.end - group.first, -1) for group in groups]
             x = x + torch.cat(added)
-        if self.graphs is not None and len(rows) <= self.graphs.widest and self.layers.uniform:
-            x = self.replay_core(self.graphs, groups, rows, x)
-        else:
-            x = self.run_core(groups, x, positions)
+        x = self.run_core(groups, x)
         outcomes = []
         for group in groups:
             tensors = [tensor[group.first : group.end] for tensor in (entered, x, slots, positions)]
+            # Stopped rows were computed for nothing (policy full) and must not change their stream.
             if group.taking is not None:
                 tensors = [tensor.index_select(0, group.taking) for tensor in tensors]
             outcomes.append(self.finish_recursion(group, *tensors))
         return kept_rows(outcomes)
 
-    def run_core(self, groups: Sequence[DepthGroup], x: Tensor, positions: Tensor) -> Tensor:
-        """The core's blocks on x [N, dim], the rows of `groups` at `positions` [N]."""
-        stage = self.model.stage
-        assert stage is not None
-        angles = self.angles(positions)
-        # Most blocks of a batch read and write the same tables. Building a call costs more than some blocks compute.
-        calls: dict[tuple[Any, ...], BlockCall] = {}
-        for index in range(len(self.layers.schedule[0])):
-            outs = []
-            for block, run in self.layers.runs(index, groups, lambda group: group.recursion):
-                first, end = run[0].first, run[-1].end
-                accesses = [self.layers.access[group.recursion][index] for group in run]
-                key = (first, end, *((access.table, access.writes) for access in accesses))
-                if key not in calls:
-                    inside = None if end - first == len(x) else self.tensor(range(first, end))
-                    addresses = self.written(run, accesses)
-                    writers = [row for row, address in enumerate(addresses) if address is not None]
-                    calls[key] = BlockCall(
-                        angles.select(inside),
-                        self.layout(self.views(run, accesses)),
-                        self.tensor([address for address in addresses if address is not None]),
-                        None if len(writers) == end - first else self.tensor(writers),
-                    )
-                call = calls[key]
-                k, v = self.pages["core"][accesses[0].layer]
-                store = PagedKeysValues(k, v, call.addresses, call.rows)
-                y, _ = stage.blocks[block](x[first:end], call.angles, call.layout, store, run[0].recursion)
-                outs.append(y)
-            x = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return x
-
-    def replay_core(
-        self, graphs: BatchGraphs, groups: Sequence[DepthGroup], rows: Sequence[tuple[Chunk, int]], x: Tensor
-    ) -> Tensor:
-        """As `run_core`, by a graph."""
-        stage, accesses = self.model.stage, [self.layers.access[group.recursion][0] for group in groups]
-        assert stage is not None
-        blocks = [stage.blocks[block] for block in self.layers.schedule[0]]
-        stores = [self.pages["core"][access.layer] for access in self.layers.access[0]]
-        positions = [chunk.start + row for chunk, row in rows]
-        addresses, views = self.written(groups, accesses), self.views(groups, accesses)
-        return graphs.run("core", blocks, stores, x, positions, addresses, views)
-
     def exit(self, chunks: Sequence[Chunk]) -> Tensor:
         """The coda: [rows of all chunks, dim]."""
         slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
-        name = "emitted" if "emitted" in self.slots.tensors else "stream"
-        return self.run_edge("coda", self.slots.get(name, slots), chunks, len(self.model.prelude))
+        name = "emitted" if "emitted" in self.state else "stream"
+        return self.run_edge("coda", self.get(name, slots), chunks, len(self.model.prelude))
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
         logits = F.linear(self.model.norm(x), self.model.embed.weight)
+        # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def run_edge(self, name: str, x: Tensor, chunks: Sequence[Chunk], first_layer: int) -> Tensor:
@@ -233,21 +191,59 @@ class Runner:
         blocks = getattr(self.model, name)
         if not len(blocks):
             return x
-        table = self.layers.table_of[EVERY_TOKEN]
-        views, addresses, positions = [], list[int](), list[int]()
+        rows, table = KVRows([], [], []), self.layers.table_of[EVERY_TOKEN]
         for chunk in chunks:
             # In the edge's table a token's index is its position.
             pages, entries = chunk.sequence.tables[table].pages, range(chunk.start, chunk.start + chunk.length)
-            views.append(KVView(pages, [entry + 1 for entry in entries]))
-            addresses += [self.address(pages, entry) for entry in entries]
-            positions += entries
-        stores = self.pages["edge"][first_layer : first_layer + len(blocks)]
-        if self.graphs is not None and len(x) <= self.graphs.widest:
-            return self.graphs.run(name, blocks, stores, x, positions, addresses, views)
-        layout, angles, written = self.layout(views), self.angles(self.tensor(positions)), self.tensor(addresses)
-        for block, (k, v) in zip(blocks, stores, strict=True):
-            x, _ = block(x, angles, layout, PagedKeysValues(k, v, written, None), 0)
+            rows.positions.extend(entries)
+            rows.addresses.extend(self.address(pages, entry) for entry in entries)
+            rows.views.append(KVView(pages, [entry + 1 for entry in entries]))
+        return self.run_chain(name, blocks, self.pages["edge"][first_layer : first_layer + len(blocks)], x, rows)
+
+    def run_core(self, groups: Sequence[DepthGroup], x: Tensor) -> Tensor:
+        """x [N, dim], the rows of `groups`, through the blocks of the core."""
+        stage, schedule, access = self.model.stage, self.layers.schedule, self.layers.access
+        assert stage is not None
+        if self.layers.uniform:
+            stores = [self.pages["core"][application.layer] for application in access[0]]
+            rows = self.core_rows(groups, [access[group.recursion][0] for group in groups])
+            return self.run_chain("core", [stage.blocks[block] for block in schedule[0]], stores, x, rows)
+        # Most blocks of a batch read and write the same tables. Building a call can cost more than the block computes.
+        calls: dict[tuple[Any, ...], BlockCall] = {}
+        for index in range(len(schedule[0])):
+            outs = []
+            for block, run in self.layers.runs(index, groups, lambda group: group.recursion):
+                first, end = run[0].first, run[-1].end
+                accesses = [access[group.recursion][index] for group in run]
+                key = (first, end, *((access.table, access.writes) for access in accesses))
+                if key not in calls:
+                    calls[key] = self.block_call(self.core_rows(run, accesses))
+                store = self.pages["core"][accesses[0].layer]
+                outs.append(calls[key].apply(stage.blocks[block], x[first:end], store, run[0].recursion))
+            x = outs[0] if len(outs) == 1 else torch.cat(outs)
         return x
+
+    def run_chain(
+        self, name: str, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, rows: KVRows
+    ) -> Tensor:
+        """x [N, dim] through blocks that all treat `rows` alike, by a graph if there is one for so many."""
+        if self.graphs is not None and self.graphs.fits(len(x)):
+            return self.graphs.run(name, blocks, stores, x, rows)
+        call = self.block_call(rows)
+        for block, store in zip(blocks, stores, strict=True):
+            x = call.apply(block, x, store, recursion=0)
+        return x
+
+    def block_call(self, rows: KVRows) -> BlockCall:
+        """How blocks are called on `rows`."""
+        writers = [row for row, address in enumerate(rows.addresses) if address is not None]
+        config = self.model.config.model
+        return BlockCall(
+            rotary_angles(self.tensor(rows.positions), config.head_dim, config.rope_theta, self.dtype),
+            paged_layout(rows.views, self.page_size, self.dtype, self.device),
+            self.tensor([rows.addresses[row] for row in writers]),
+            None if len(writers) == len(rows.addresses) else self.tensor(writers),
+        )
 
     def group_by_depth(self, chunks: Sequence[Chunk]) -> list[DepthGroup]:
         """The rows of a core batch, recursion by recursion."""
@@ -264,31 +260,22 @@ class Runner:
             first = end
         return groups
 
-    def views(self, groups: Sequence[DepthGroup], accesses: Sequence[LayerAccess]) -> list[KVView]:
-        """What the rows of `groups` see."""
-        views = []
+    def core_rows(self, groups: Sequence[DepthGroup], accesses: Sequence[LayerAccess]) -> KVRows:
+        """The rows of `groups` for blocks with these `accesses`, one for each group."""
+        result = KVRows([], [], [])
         for group, access in zip(groups, accesses, strict=True):
-            table = self.layers.table_of[access.table]
             for chunk, rows in zip(group.chunks, group.rows, strict=True):
-                entries, stored = chunk.entries[access.table], chunk.sequence.tables[table]
-                # A stopped row has no entry; what it reads doesn't matter, but attention needs at least one entry.
+                entries, stored = chunk.entries[access.table], chunk.sequence.tables[self.layers.table_of[access.table]]
+                result.positions.extend(chunk.start + row for row in rows)
+                # A stopped row has no entry, and nothing is written for it. What it reads doesn't matter, but attention
+                # needs at least one entry.
                 ends = [entries.get(row, stored.length) + 1 for row in rows]
-                if ends:
-                    views.append(KVView(stored.pages, ends))
-        return views
-
-    def written(self, groups: Sequence[DepthGroup], accesses: Sequence[LayerAccess]) -> list[int | None]:
-        """The address that each row of `groups` writes to; None for a row that doesn't write."""
-        addresses: list[int | None] = []
-        for group, access in zip(groups, accesses, strict=True):
-            for chunk, rows in zip(group.chunks, group.rows, strict=True):
-                if not access.writes:
-                    addresses += [None] * len(rows)
-                    continue
-                entries = chunk.entries[group.recursion]
-                pages = chunk.sequence.tables[self.layers.table_of[group.recursion]].pages
-                addresses += [self.address(pages, entries[row]) if row in entries else None for row in rows]
-        return addresses
+                for row, end in zip(rows, ends, strict=True):
+                    writes = access.writes and row in entries
+                    result.addresses.append(self.address(stored.pages, end - 1) if writes else None)
+                if rows:
+                    result.views.append(KVView(stored.pages, ends))
+        return result
 
     def finish_recursion(
         self, group: DepthGroup, before: Tensor, y: Tensor, slots: Tensor, positions: Tensor
@@ -296,29 +283,27 @@ class Runner:
         """Combine the core's output y [N, dim] with the stream `before` it, and ask the router who continues."""
         rows = [chunk.active for chunk in group.chunks]
         if len(y) == 0:
-            return rows, None
+            return rows, None  # policy full: all rows of the group have stopped
         assert self.session is not None
         # The session of the last entry batch, given the state of these rows: they may have entered in other batches.
-        state = {name: self.slots.get(f"router.{name}", slots) for name in self.session.per_row}
+        state = {name: self.get(f"router.{name}", slots) for name in self.session.per_row}
         session = self.session.regrouped(self.context(group.chunks, rows, positions), state)
         mix = self.mixes[group.recursion]
         tensors = [name for name in MIX_WEIGHTS if isinstance(getattr(mix, name), Tensor)]
-        stored: dict[str, Any] = {name: self.slots.get(f"mix.{name}", slots) for name in tensors}
+        stored: dict[str, Any] = {name: self.get(f"mix.{name}", slots) for name in tensors}
         plan = RoutingPlan(TokenSet.all(len(slots), 1), None, replace(mix, **stored))
         mix = session.mix(group.recursion, plan, y)
         if mix.emit is not None:
             emitted = weighted(mix.emit, y).to(y.dtype)
-            if "emitted" in self.slots.tensors:
-                emitted = emitted + self.slots.get("emitted", slots)
-            self.slots.put("emitted", slots, emitted)
-        stage_input = before if mix.from_input is None else self.slots.get("input", slots)
+            if "emitted" in self.state:
+                emitted = emitted + self.get("emitted", slots)
+            self.put("emitted", slots, emitted)
+        stage_input = before if mix.from_input is None else self.get("input", slots)
         x = combine(mix, before, y, stage_input, plan)
-        self.slots.put("stream", slots, x)
-        outcome: Outcome = [[] for _ in rows], None
-        if group.recursion + 1 < self.layers.num_recursions:
-            outcome = rows, self.route(session, group.recursion + 1, x, slots)
-        self.store_session(session, slots)
-        return outcome
+        self.put("stream", slots, x)
+        if group.recursion + 1 == self.layers.num_recursions:
+            return [[] for _ in rows], None
+        return rows, self.route(session, group.recursion + 1, x, slots)
 
     def route(self, session: RoutingSession, recursion: int, x: Tensor, slots: Tensor) -> Tensor | None:
         """Which rows take `recursion`, [N], given the stream x [N, dim] of the rows in `slots`; None for all.
@@ -327,21 +312,18 @@ class Runner:
             ConfigError: the router selects other tokens than those it was given.
         """
         plan = session.route(recursion, x, MarkedSet.of(self.all_rows[: len(slots)]))
-        # Which weights of a mix are tensors is the same in every batch. Their rows are stored by slot, since the rows
-        # that this recursion brings together later may have been routed in different batches.
+        # The rows that take this recursion together may have been routed in different batches. So weights that differ
+        # between rows are stored by slot. Which weights those are depends on the router alone.
         self.mixes[recursion] = plan.mix
         for name in MIX_WEIGHTS:
             weight = getattr(plan.mix, name)
             if isinstance(weight, Tensor):
-                self.slots.put(f"mix.{name}", slots, weight)
+                self.put(f"mix.{name}", slots, weight)
         if not isinstance(plan.tokens, MarkedSet) or plan.tokens.index is not None:
             raise ConfigError(FOREIGN_SET.format(recursion=recursion))
-        return plan.tokens.kept
-
-    def store_session(self, session: RoutingSession, slots: Tensor) -> None:
-        """Keep what the router knows about the rows in `slots`."""
         for name in session.per_row:
-            self.slots.put(f"router.{name}", slots, getattr(session, name))
+            self.put(f"router.{name}", slots, getattr(session, name))
+        return plan.tokens.kept
 
     def context(self, chunks: Sequence[Chunk], rows: Sequence[Sequence[int]], positions: Tensor) -> RoutingContext:
         """The routing context of `rows` of each chunk, at `positions` [N]."""
@@ -352,18 +334,9 @@ class Runner:
             bounds = DepthBounds(*self.tensor([*zip(*pairs, strict=True)]))
         return RoutingContext(len(positions), 1, "causal", 0, positions, bounds)
 
-    def layout(self, views: Sequence[KVView]) -> Layout:
-        """The attention layout of rows that see `views`."""
-        return paged_layout(views, self.page_size, self.dtype, self.device)
-
     def address(self, pages: Sequence[int], entry: int) -> int:
         """Where an entry of a table is stored, counted through all pages of the pool."""
         return pages[entry // self.page_size] * self.page_size + entry % self.page_size
-
-    def angles(self, positions: Tensor) -> RotaryAngles:
-        """RoPE angles of `positions` [N]."""
-        config = self.model.config.model
-        return rotary_angles(positions, config.head_dim, config.rope_theta, self.dtype)
 
     def tensor(self, numbers: Sequence[Any]) -> Tensor:
         """Integers on the device."""

@@ -71,6 +71,7 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if draw.banned:
             logits[row].index_fill_(0, to_device(draw.banned, logits.device), float("-inf"))
         if params.repetition_penalty != 1:
+            # As in CTRL (arXiv 1909.05858): dividing a negative logit would make its token more likely.
             seen = to_device(sorted(set(draw.tokens)), logits.device)
             old = logits[row, seen]
             logits[row, seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
@@ -92,6 +93,7 @@ def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     vocab = logits.shape[1]
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     if min(top_k) < vocab or any(p.top_p < 1 for p in params):
+        # Stable: equal logits are cut off in the order of token ids, on every device.
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= column([*top_k]), float("-inf"))
         probabilities = ordered.softmax(-1)
@@ -112,6 +114,7 @@ def truncated(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def gumbel(keys: Sequence[int], like: Tensor) -> Tensor:
     """Gumbel noise [M, vocab]: argmax of logits plus noise is a sample of the softmax."""
     tokens = torch.arange(like.shape[1], device=like.device)
+    # Clamped because the hash can be 0, whose logarithm is infinite.
     uniform = uniform_hash(to_device(keys, like.device).unsqueeze(1) + tokens)
     return -torch.log(-torch.log(uniform.clamp_min(2.0**-60))).to(like.dtype)
 

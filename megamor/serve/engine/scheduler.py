@@ -31,13 +31,12 @@ sequence finishes.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megamor.errors import ConfigError
-from megamor.serve.engine.pages import EVERY_TOKEN, PageBook, PageTable, TableSpec
+from megamor.serve.engine.pages import PageBook, PageTable, TableSpec
 from megamor.serve.engine.prefix import PageCopy, PrefixBlock, PrefixCache
 from megamor.serve.options import EngineOptions
 
@@ -68,7 +67,7 @@ class Chunk:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A prompt and its continuation. `number` is its order of arrival.
+    """A prompt and one continuation: the one with `index` of `request`. `number` is its order of arrival.
 
     `num_read` of its tokens are in the tables. `depths` are those of all tokens that were ever read, which are more
     after a preemption. `leader` is an earlier sequence with the same prompt, which this one waits for in order to find
@@ -82,6 +81,8 @@ class SequenceState:
     max_depth: int
     leader: SequenceState | None = None
     reuse: bool = True
+    request: int = 0
+    index: int = 0
     num_read: int = 0
     depths: list[int] = field(default_factory=list)
     tables: list[PageTable] = field(default_factory=list)
@@ -94,6 +95,11 @@ class SequenceState:
     def unread(self) -> int:
         """Tokens that are not in the tables yet."""
         return len(self.tokens) - self.num_read
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of the continuation so far."""
+        return len(self.tokens) - self.prompt_length
 
     def bounds(self, position: int) -> tuple[int, int]:
         """Least and most recursions that the token at `position` may take.
@@ -135,6 +141,7 @@ class Scheduler:
         self.leaving: list[Chunk] = []
         self.free_slots = list(range(options.num_slots - 1, -1, -1))
         self.running: ScheduledBatch | None = None
+        # With hold 0 in the options, the engine changes it as it learns what batches cost.
         self.hold = options.hold or 1
         self.since_boundary = 0
         self.num_preempted = 0
@@ -150,7 +157,7 @@ class Scheduler:
         return all(count <= self.book.num_pages[pool] for pool, count in worst.items())
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence, which must fit. A preempted one returns to its place before all younger ones."""
+        """Queue a sequence, which must fit. A preempted one goes before all younger ones."""
         bisect.insort(self.waiting, sequence, key=lambda other: other.number)
 
     def next(self) -> ScheduledBatch | None:
@@ -168,6 +175,7 @@ class Scheduler:
 
     def at_boundary(self) -> bool:
         """Whether tokens may leave and enter now."""
+        # An empty core always is one: nothing else could run.
         return not self.in_core or (self.options.policy == "depthwise" and self.since_boundary >= self.hold)
 
     def complete(self, batch: ScheduledBatch, continuing: Sequence[Sequence[int]] = ()) -> None:
@@ -205,22 +213,23 @@ class Scheduler:
         """New chunks: first for residents, decoding before prompts, then for waiting sequences while there is room."""
         entered, copies = list[Chunk](), list[PageCopy]()
         idle = [sequence for sequence in self.residents if sequence.chunk is None]
+        # Decoding before prompts: a long prompt may take all slots, and answers that are being streamed would stall.
+        # Then by age, as the oldest must make progress.
         for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
-            if self.free_slots and sequence.state == "resident":
-                count = min(sequence.unread, self.options.chunk_size, len(self.free_slots))
-                if self.reserve(sequence, count):
-                    entered.append(self.begin(sequence, count))
+            if self.free_slots and sequence.state == "resident" and (count := self.reserve(sequence)):
+                entered.append(self.begin(sequence, count))
         while self.waiting and self.free_slots and len(self.residents) < self.options.max_resident:
             sequence = self.waiting[0]
+            # Continuations of one request would all read its prompt at the same time. If they wait for the first of
+            # them, they find it in the prefix cache.
             if sequence.leader is not None and self.is_reading_prompt(sequence.leader):
                 break
             fresh = self.admit(sequence)
             if fresh is None:
-                break  # strictly in order of arrival: a smaller one behind it must not overtake, or it might starve
+                # Strictly in order of arrival. If smaller requests could overtake a large one, it might never start.
+                break
             copies += fresh
-            count = min(sequence.unread, self.options.chunk_size, len(self.free_slots))
-            self.book.reserve(sequence.tables, count, sequence.max_depth)
-            entered.append(self.begin(sequence, count))
+            entered.append(self.begin(sequence, self.chunk_length(sequence)))
         # A sequence that was given a chunk above may have been preempted for an older one afterwards.
         chunks = [chunk for chunk in entered if chunk.sequence.chunk is chunk]
         return ScheduledBatch("entry", chunks, copies) if chunks else None
@@ -235,29 +244,35 @@ class Scheduler:
         Returns the page copies to make, or None if there are too few pages.
         """
         sequence.tables = [PageTable() for _ in self.book.specs]
-        chain = []
+        chain = list[PrefixBlock]()
         if self.options.prefix_caching and (sequence.reuse or len(sequence.depths) >= sequence.prompt_length):
             chain = self.prefixes.find(sequence.tokens, sequence.max_depth)
-        if chain:
-            # Adopted before any page is looked for: the references keep `make_room` from freeing the chain's own pages.
-            self.prefixes.adopt(chain, sequence.tables)
+        # Adopted before room is made: the references keep `make_room` from freeing the chain's own pages.
+        partial = self.prefixes.adopt(chain, sequence.tables)
         read = len(chain) * self.options.page_size
         count = min(len(sequence.tokens) - read, self.options.chunk_size, len(self.free_slots))
+        # A spare page of each pool for every resident. Otherwise newcomers and residents would preempt each other in
+        # turns, and prompts would be read again and again.
         needed = self.book.missing(sequence.tables, count, sequence.max_depth)
-        for pool, partial in self.prefixes.num_partial(sequence.tables).items():
-            needed[pool] += partial
-            # A spare page of each pool for every resident. Otherwise newcomers and residents would preempt each other
-            # in turns, and prompts would be read again and again.
-            if not self.make_room({pool: needed[pool] + len(self.residents)}):
-                self.book.release(sequence.tables)
-                return None
-        copies = self.prefixes.detach(sequence.tables)
+        fits = self.make_room({pool: number + len(self.residents) for pool, number in needed.items()})
+        if fits:
+            self.book.reserve(sequence.tables, count, sequence.max_depth)
+        else:
+            self.book.release(sequence.tables)
+        # A source may be free from here on. It keeps its contents until the copies, which come before any write.
+        for pool, source, _ in partial:
+            self.book.pools[pool].release([source])
+        if not fits:
+            return None
+        size = self.options.page_size
+        copies = [PageCopy(pool, source, table.pages[table.length // size]) for pool, source, table in partial]
         self.waiting.pop(0)
         self.residents.append(sequence)
         sequence.state = "resident"
         sequence.num_read, sequence.block = read, chain[-1] if chain else None
         if sequence.cached_tokens is None:
             sequence.cached_tokens = read
+        # After a preemption the depths are longer than the chain, and equal where both know a token.
         known = [depth for block in chain for depth in block.depths]
         sequence.depths += known[len(sequence.depths) :]
         return copies
@@ -270,19 +285,26 @@ class Scheduler:
                     return False
         return True
 
-    def reserve(self, sequence: SequenceState, count: int) -> bool:
-        """Reserve pages for `count` more tokens of a resident, preempting younger sequences if necessary."""
-        while not self.make_room(needed := self.book.missing(sequence.tables, count, sequence.max_depth)):
+    def reserve(self, sequence: SequenceState) -> int:
+        """Reserve pages for the next chunk of a resident, preempting younger sequences if necessary.
+
+        Returns the number of tokens there is room for, 0 if the sequence must wait for older ones to finish.
+        """
+        count = self.chunk_length(sequence)
+        while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
-                return False  # it waits for older ones to finish
+                return 0
             self.preempt(youngest)
-        if any(needed.values()):
-            self.book.reserve(sequence.tables, count, sequence.max_depth)
-        return True
+        self.book.reserve(sequence.tables, count, sequence.max_depth)
+        return count
+
+    def chunk_length(self, sequence: SequenceState) -> int:
+        """Tokens in the next chunk."""
+        return min(sequence.unread, self.options.chunk_size, len(self.free_slots))
 
     def begin(self, sequence: SequenceState, count: int) -> Chunk:
-        """A chunk of the next `count` tokens."""
+        """A chunk of the next `count` tokens, for which there are pages."""
         slots = [self.free_slots.pop() for _ in range(count)]
         sequence.chunk = Chunk(sequence, sequence.num_read, count, slots, depths=[0] * count)
         return sequence.chunk
@@ -306,6 +328,7 @@ class Scheduler:
             # before it, wherever they are in the text. RoPE still uses their original positions.
             first = chunk.sequence.tables[self.table_of[recursion]].length
             chunk.entries[recursion] = {row: first + rank for rank, row in enumerate(chunk.active)}
+        # Under the policy full a chunk goes through all recursions, even if none of its rows takes them.
         stays = recursion < self.num_recursions if self.options.policy == "full" else bool(chunk.active)
         if not stays:
             self.in_core.remove(chunk)
@@ -317,6 +340,7 @@ class Scheduler:
         self.leaving.remove(chunk)
         self.free_slots += chunk.slots
         sequence.chunk = None
+        # Only now: all recursions of the chunk have numbered their entries from the same lengths.
         for spec, table in zip(self.book.specs, sequence.tables, strict=True):
             table.length += sum([spec.holds(depth) for depth in chunk.depths])
         self.book.trim(sequence.tables)
@@ -331,6 +355,7 @@ class Scheduler:
 
     def remember(self, sequence: SequenceState, before: int) -> None:
         """Put the blocks into the prefix cache that were completed since `before` tokens were read."""
+        # From the beginning of a block that was only partly read before.
         size = self.options.page_size
         for start in range(before - before % size, sequence.num_read - size + 1, size):
             parent = sequence.block if start else None
@@ -361,13 +386,5 @@ class Scheduler:
             for chunks in (self.in_core, self.leaving):
                 if chunk in chunks:
                     chunks.remove(chunk)
+        # The tokens and their depths stay. A preempted sequence is read again from what the prefix cache still has.
         sequence.num_read, sequence.block = 0, None
-
-    def pages_by_depth(self) -> list[int]:
-        """Pages of the core in the residents' tables of each recursion, [num_recursions]."""
-        counts = Counter[int]()
-        for sequence in self.residents:
-            for spec, table in zip(self.book.specs, sequence.tables, strict=True):
-                counts[spec.recursion] += len(table.pages)
-        counts.pop(EVERY_TOKEN, None)
-        return [counts[recursion] for recursion in range(self.num_recursions)]

@@ -9,56 +9,54 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 
 from megamor.errors import MegamorError
 from megamor.serve.engine.request import Engine, EngineStats, RequestOutput, SamplingParams
+from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
 
+Item = tuple[int, RequestOutput] | MegamorError
 ENGINE_FAILED = "the engine has failed; the server must be restarted"
 
 
-class BusyError(MegamorError):
-    """The queue is full; the client should try again later."""
+class StatusError(MegamorError):
+    """Ends a request with an HTTP status: 429 if too much is waiting, 499 if the client has left (nginx's number),
+    503 if the server is shutting down or the engine has failed, 504 at the time limit."""
 
-
-class UnavailableError(MegamorError):
-    """The server is shutting down, or the engine has failed."""
-
-
-class RequestTimeoutError(MegamorError):
-    """The request was not finished within the server's time limit."""
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Generation:
-    """The prompts of one HTTP request in progress, made by `AsyncEngine.submit` and used from its event loop.
+    """The prompts of one HTTP request in progress; belongs to the event loop.
 
     `open` [prompt] are the continuations that are neither finished nor dropped. `waiting` [prompt] is the length of a
-    prompt without any output yet. Close it when done; that aborts what is still open.
+    prompt without any output yet. `queue` gets everything the request can wait for: outputs, each with the number of
+    its prompt, and whatever ends the request early.
     """
 
-    def __init__(self, runner: AsyncEngine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        self._runner, self.prompts, self.params = runner, prompts, params
+    def __init__(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        self.prompts, self.params = prompts, params
         self.open = {number: set(range(params.n)) for number in range(len(prompts))}
         self.waiting = {number: len(prompt) for number, prompt in enumerate(prompts)}
-        self.queue: asyncio.Queue[tuple[int, RequestOutput] | MegamorError] = asyncio.Queue()
-        """Everything the consumer can wait for: outputs with the number of their prompt, errors, the timeout."""
-        self.timer: asyncio.TimerHandle | None = None
-        self.engine_numbers: dict[int, int] = {}
-        """By prompt; used by the engine's thread alone."""
+        self.queue: asyncio.Queue[Item] = asyncio.Queue()
+        # Number of each prompt in the engine; used by the engine's thread only.
+        self.numbers: dict[int, int] = {}
 
     async def next(self) -> tuple[int, RequestOutput]:
         """The next output and the number of its prompt.
 
         Raises:
             RequestError: the engine can't serve a prompt.
-            UnavailableError: the engine has failed.
-            RequestTimeoutError: the time is up.
+            StatusError: the request ends early.
         """
         while True:
             item = await self.queue.get()
@@ -66,49 +64,30 @@ class Generation:
                 raise item
             prompt, output = item
             self.waiting.pop(prompt, None)
-            # A dropped continuation may still have outputs in the queue.
+            # Outputs of a dropped continuation may have been in the queue when it was dropped.
             if output.index in self.open.get(prompt, ()):
                 if output.finish_reason is not None:
-                    self._forget(prompt, output.index)
+                    self.forget(prompt, output.index)
                 return item
 
-    def drop(self, prompt: int, index: int) -> None:
-        """Abort a continuation, unless it is finished."""
-        if index in self.open.get(prompt, ()):
-            self._forget(prompt, index)
-            self._runner.abort(self, prompt, index)
-
-    def close(self) -> None:
-        """Abort whatever is open. Nothing more is expected from the engine."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self._runner.end(self)
-
-    def _forget(self, prompt: int, index: int) -> None:
+    def forget(self, prompt: int, index: int) -> None:
+        """A continuation has ended."""
         self.open[prompt].remove(index)
         if not self.open[prompt]:
             del self.open[prompt]
 
 
 class AsyncEngine:
-    """Runs `engine` until `close`. All methods but `close` are called from the event loop of `start`.
+    """Runs `engine` until `close`. All methods but `close` are called from the event loop of `start`."""
 
-    Args:
-        max_queued_requests: prompts without any output yet; further ones are refused.
-        max_queued_tokens: total length of those prompts.
-    """
-
-    def __init__(self, engine: Engine, *, max_queued_requests: int, max_queued_tokens: int) -> None:
-        self._engine = engine
-        self._max_requests, self._max_tokens = max_queued_requests, max_queued_tokens
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._closing = False
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self._engine, self._options = engine, options
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generations: set[Generation] = set()
+        # By the engine's number of the request; used by the engine's thread only.
         self._active: dict[int, tuple[Generation, int]] = {}
-        """Generation and prompt by the engine's number of the request; used by the engine's thread alone."""
         self.draining = False
         self.failure: BaseException | None = None
 
@@ -119,9 +98,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """End the thread after its current step. Unfinished requests stay unfinished."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join()
 
@@ -132,130 +109,117 @@ class AsyncEngine:
         return sum(max(1, len(generation.open)) for generation in self._generations)
 
     @property
-    def num_queued(self) -> int:
-        """Prompts without any output yet."""
-        return sum(len(generation.waiting) for generation in self._generations)
+    def waiting(self) -> list[int]:
+        """Lengths of the prompts without any output yet."""
+        return [length for generation in self._generations for length in generation.waiting.values()]
 
-    @property
-    def num_queued_tokens(self) -> int:
-        """Total length of the prompts without any output yet."""
-        return sum(sum(generation.waiting.values()) for generation in self._generations)
-
-    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float) -> Generation:
-        """Start to continue `prompts`; errors of the engine and the end of `timeout` [s] come from `Generation.next`.
+    @contextmanager
+    def generation(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Generation]:
+        """Continue `prompts`; at the end of the context, whatever is still open is aborted.
 
         Raises:
-            BusyError: too much is waiting.
-            UnavailableError: the server is shutting down or the engine has failed.
+            StatusError: too much is waiting, or no new requests are accepted.
         """
         self.check_accepting()
-        requests, tokens = self.num_queued, self.num_queued_tokens
+        limits, waiting = self._options, self.waiting
         for prompt in prompts:
-            if requests >= self._max_requests:
-                raise BusyError(f"{requests} requests are waiting already; try again soon")
-            # A single prompt over the limit is accepted when nothing waits, otherwise it could never be served.
-            if requests and tokens + len(prompt) > self._max_tokens:
-                raise BusyError(
-                    f"{tokens} prompt tokens are waiting already, {len(prompt)} more are too many; try again soon"
-                )
-            requests, tokens = requests + 1, tokens + len(prompt)
-        generation = Generation(self, prompts, params)
-        expired = RequestTimeoutError(f"not finished within {timeout:g} s, the limit of this server")
-        generation.timer = asyncio.get_running_loop().call_later(timeout, generation.queue.put_nowait, expired)
+            if len(waiting) >= limits.max_queued_requests:
+                raise StatusError(429, f"{len(waiting)} requests are waiting already; try again soon")
+            # With nothing waiting, even a prompt over the limit is accepted: it could never be served otherwise.
+            if waiting and sum(waiting) + len(prompt) > limits.max_queued_tokens:
+                busy = f"{sum(waiting)} prompt tokens are waiting already, {len(prompt)} more are too many"
+                raise StatusError(429, f"{busy}; try again soon")
+            waiting.append(len(prompt))
+        generation, seconds = Generation(prompts, params), limits.request_timeout
+        late = StatusError(504, f"not finished within {seconds:g} s, the limit of this server")
+        # One timer for the request. A timeout around every wait for an output would cost a task for each token.
+        timer = asyncio.get_running_loop().call_later(seconds, generation.queue.put_nowait, late)
         self._generations.add(generation)
-        self._command(partial(self._add, generation))
-        return generation
+        self._commands.put(partial(self._add, generation))
+        try:
+            yield generation
+        finally:
+            timer.cancel()
+            self._generations.remove(generation)
+            self._commands.put(partial(self._end, generation))
 
-    def abort(self, generation: Generation, prompt: int, index: int) -> None:
-        """Stop computing a continuation."""
-        self._command(partial(self._abort, generation, [(prompt, index)]))
-
-    def end(self, generation: Generation) -> None:
-        """Stop computing whatever of `generation` is open, and forget it."""
-        self._generations.discard(generation)
-        still_open = [(prompt, index) for prompt, indices in generation.open.items() for index in indices]
-        self._command(partial(self._end, generation, still_open))
+    def drop(self, generation: Generation, prompt: int, index: int) -> None:
+        """Abort a continuation, unless it is finished."""
+        if index in generation.open.get(prompt, ()):
+            generation.forget(prompt, index)
+            self._commands.put(partial(self._abort, generation, prompt, index))
 
     async def stats(self) -> EngineStats:
         """The engine's statistics, taken between two steps."""
         answer: Future[EngineStats] = Future()
-        self._command(lambda: answer.set_result(self._engine.stats()))
+        self._commands.put(lambda: answer.set_result(self._engine.stats()))
         return await asyncio.wrap_future(answer)
 
     def check_accepting(self) -> None:
-        """Raise UnavailableError if new requests are not accepted."""
+        """Raise StatusError if new requests are not accepted."""
         if self.failure is not None:
-            raise UnavailableError(ENGINE_FAILED)
+            raise StatusError(503, ENGINE_FAILED)
         if self.draining:
-            raise UnavailableError("the server is shutting down; try another one")
-
-    def _command(self, action: Callable[[], None]) -> None:
-        with self._wake:
-            self._commands.append(action)
-            self._wake.notify()
+            raise StatusError(503, "the server is shutting down; try another one")
 
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
         try:
-            while self._take_commands():
-                if self._engine.has_work:
-                    self._deliver(self._engine.step())
+            while self._run_commands():
+                self._deliver(self._engine.step())
         except Exception as error:  # of any kind: the clients that wait must be told
             log.exception("the engine has failed")
             self.failure = error
-            for generation in {generation for generation, _ in self._active.values()}:
-                self._call(generation.queue.put_nowait, UnavailableError(ENGINE_FAILED))
-            while self._take_commands():
-                pass
+            failed = StatusError(503, ENGINE_FAILED)
+            self._send([(generation, failed) for generation in {generation for generation, _ in self._active.values()}])
+            self._run_commands()
 
-    def _take_commands(self) -> bool:
-        """Run the commands, waiting for one if there is nothing else to do; False when it is time to end."""
-        with self._wake:
+    def _run_commands(self) -> bool:
+        """Run the commands there are, and wait for more until the engine has work; False when it is time to end."""
+        while True:
             idle = self.failure is not None or not self._engine.has_work
-            while idle and not self._commands and not self._closing:
-                self._wake.wait()
-            commands = list(self._commands)
-            self._commands.clear()
-            closing = self._closing
-        for command in commands:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
             command()
-        return not closing
 
     def _add(self, generation: Generation) -> None:
         try:
-            for number, prompt in enumerate(generation.prompts):
+            for prompt, tokens in enumerate(generation.prompts):
                 if self.failure is not None:
-                    raise UnavailableError(ENGINE_FAILED)
-                engine_number = self._engine.add_request(prompt, generation.params)
-                generation.engine_numbers[number] = engine_number
-                self._active[engine_number] = generation, number
+                    raise StatusError(503, ENGINE_FAILED)
+                generation.numbers[prompt] = self._engine.add_request(tokens, generation.params)
+                self._active[generation.numbers[prompt]] = generation, prompt
         except MegamorError as error:
-            self._call(generation.queue.put_nowait, error)
+            self._send([(generation, error)])
 
-    def _abort(self, generation: Generation, continuations: Sequence[tuple[int, int]]) -> None:
-        for prompt, index in continuations:
-            number = generation.engine_numbers.get(prompt)
-            if number is not None and self.failure is None:
-                self._engine.abort(number, index)
+    def _abort(self, generation: Generation, prompt: int, index: int) -> None:
+        if prompt in generation.numbers and self.failure is None:
+            self._engine.abort(generation.numbers[prompt], index)
 
-    def _end(self, generation: Generation, still_open: Sequence[tuple[int, int]]) -> None:
-        self._abort(generation, still_open)
-        for number in generation.engine_numbers.values():
+    def _end(self, generation: Generation) -> None:
+        # The event loop doesn't change `open` any more once it has sent this command.
+        for prompt, indices in generation.open.items():
+            for index in indices:
+                self._abort(generation, prompt, index)
+        for number in generation.numbers.values():
             del self._active[number]
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        found = [(*self._active[output.request], output) for output in outputs if output.request in self._active]
-        if found:
-            # One call for all: waking the event loop costs a system call.
-            self._call(_put_all, found)
+        active = [(self._active[output.request], output) for output in outputs if output.request in self._active]
+        if active:
+            self._send([(generation, (prompt, output)) for (generation, prompt), output in active])
 
-    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+    def _send(self, items: list[tuple[Generation, Item]]) -> None:
+        def put() -> None:
+            for generation, item in items:
+                generation.queue.put_nowait(item)
+
         assert self._loop is not None
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-
-def _put_all(outputs: list[tuple[Generation, int, RequestOutput]]) -> None:
-    for generation, prompt, output in outputs:
-        generation.queue.put_nowait((prompt, output))
+            # One call for all outputs of a step: each call costs a system call to wake the event loop.
+            self._loop.call_soon_threadsafe(put)

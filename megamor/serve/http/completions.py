@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megamor.serve.engine.request import FinishReason, RequestOutput, TokenLogprob
-from megamor.serve.http.async_engine import Generation
+from megamor.serve.http.async_engine import AsyncEngine, Generation
 from megamor.serve.http.text import TextCodec, TextStream
 from megamor.serve.http.wire import Choice, Completion, CompletionRequest, Logprobs, Usage
 
@@ -21,11 +21,11 @@ class ChoiceState:
     stream: TextStream
     prompt: Sequence[int]
     started: bool = False
+    # Where in the text of the choice the next token's text begins, in characters.
     offset: int = 0
-    """Where in the text of the choice the next token's text begins, in characters."""
     finish_reason: FinishReason | None = None
+    # When each token came, in monotonic seconds.
     times: list[float] = field(default_factory=list)
-    """When each token came, in monotonic seconds."""
 
 
 class CompletionRun:
@@ -35,8 +35,8 @@ class CompletionRun:
         RequestError: the body asks for something that can't be served.
     """
 
-    def __init__(self, body: CompletionRequest, codec: TextCodec, model: str) -> None:
-        self.body, self.codec = body, codec
+    def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
+        self.body, self.codec, self.runner = body, codec, runner
         self.params = body.sampling()
         self.prompts = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
@@ -57,7 +57,7 @@ class CompletionRun:
         """Wait for the next output of the engine; returns what is new of the choices.
 
         Raises:
-            RequestError, UnavailableError, RequestTimeoutError: as `Generation.next`.
+            MegamorError: as `Generation.next`.
         """
         prompt, output = await generation.next()
         self._count(output)
@@ -68,7 +68,7 @@ class CompletionRun:
         found.append(self._continue(states[output.index], output))
         if states[output.index].stream.stopped:
             # The engine doesn't know stop strings and would continue up to max_tokens.
-            generation.drop(prompt, output.index)
+            self.runner.drop(generation, prompt, output.index)
         return found
 
     async def complete(self, generation: Generation) -> Completion:

@@ -12,11 +12,11 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib import resources
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -30,44 +30,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from megamor import __version__
 from megamor.errors import MegamorError
 from megamor.serve.engine.request import Engine, RequestError, describe_invalid
-from megamor.serve.http.async_engine import (
-    ENGINE_FAILED,
-    AsyncEngine,
-    BusyError,
-    Generation,
-    RequestTimeoutError,
-    UnavailableError,
-)
+from megamor.serve.http import wire
+from megamor.serve.http.async_engine import ENGINE_FAILED, AsyncEngine, Generation, StatusError
 from megamor.serve.http.completions import CompletionRun
 from megamor.serve.http.monitoring import Monitoring
 from megamor.serve.http.text import TextCodec
-from megamor.serve.http.wire import (
-    Completion,
-    CompletionRequest,
-    DetokenizeRequest,
-    ErrorBody,
-    ErrorDetail,
-    Model,
-    ModelList,
-    TokenizeRequest,
-)
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
 requests_log = logging.getLogger("megamor.serve.requests")
 
 CLIENT_LEFT = 499
-"""The status that nginx logs when the client closes the connection."""
+# Longer than clients and proxies keep an idle connection. Otherwise the server could close it just when they send.
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients and proxies keep an idle connection. Otherwise the server could close it just when they send."""
 LAST_BYTES_SECONDS = 0.05
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_STATUS = {RequestError: 400, BusyError: 429, UnavailableError: 503, RequestTimeoutError: 504}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
+    status: {"model": wire.ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
 }
-
-T = TypeVar("T")
 
 
 class Server:
@@ -75,10 +55,8 @@ class Server:
 
     def __init__(self, engine: Engine, codec: TextCodec, name: str, options: ServerOptions) -> None:
         self.codec, self.options = codec, options
-        self.model = Model(id=name, created=int(time.time()), max_model_len=engine.context_length)
-        self.runner = AsyncEngine(
-            engine, max_queued_requests=options.max_queued_requests, max_queued_tokens=options.max_queued_tokens
-        )
+        self.model = wire.Model(id=name, created=int(time.time()), max_model_len=engine.context_length)
+        self.runner = AsyncEngine(engine, options)
         self.monitoring = Monitoring()
 
     def check_model(self, name: str | None) -> None:
@@ -96,29 +74,25 @@ class Server:
         if scheme.lower() != "bearer" or not any(matches):
             raise HTTPException(401, "a valid key is needed: send 'Authorization: Bearer KEY'")
 
-    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+    async def complete(self, body: wire.CompletionRequest, request: Request) -> Response:
         """`POST /v1/completions`."""
         self.check_model(body.model)
         self.runner.check_accepting()
         # In a thread: tokenizing a long prompt would hold up the streams of all other clients.
-        run = await run_in_threadpool(CompletionRun, body, self.codec, self.model.id)
+        run = await run_in_threadpool(CompletionRun, body, self.codec, self.runner, self.model.id)
         if not body.stream:
-            answer = await _until_client_leaves(request, self._answer(run))
-            return JSONResponse(answer.model_dump())
-        events = self._events(run)
+            with self._generation(run, request) as generation:
+                return JSONResponse((await run.complete(generation)).model_dump())
+        events = self._events(run, request)
         # What is wrong with a request shows before its first output, when a status can still be sent.
-        await _until_client_leaves(request, anext(events))
+        await anext(events)
         return StreamingResponse(events, media_type="text/event-stream")
 
-    async def _answer(self, run: CompletionRun) -> Completion:
-        with self._generation(run) as generation:
-            return await run.complete(generation)
-
-    async def _events(self, run: CompletionRun) -> AsyncIterator[str]:
+    async def _events(self, run: CompletionRun, request: Request) -> AsyncIterator[str]:
         """Server-sent events. The first one is empty and comes with the first output; an error before it is raised."""
         started = False
         try:
-            with self._generation(run) as generation:
+            with self._generation(run, request) as generation:
                 while generation.open:
                     choices = await run.next_choices(generation)
                     if not started:
@@ -135,12 +109,16 @@ class Server:
         yield "data: [DONE]\n\n"
 
     @contextmanager
-    def _generation(self, run: CompletionRun) -> Iterator[Generation]:
-        """Submit `run` to the engine. However it ends, it is closed, counted and logged."""
-        status = CLIENT_LEFT  # unless something else is known: then the handler was cancelled
+    def _generation(self, run: CompletionRun, request: Request) -> Iterator[Generation]:
+        """Submit `run` to the engine. However it ends, it is counted and logged."""
+        status = CLIENT_LEFT  # if the handler is cancelled, which happens when the client of a stream leaves
         try:
-            with closing(self.runner.submit(run.prompts, run.params, self.options.request_timeout)) as generation:
-                yield generation
+            with self.runner.generation(run.prompts, run.params) as generation:
+                watcher = asyncio.ensure_future(_wait_until_client_leaves(request, generation))
+                try:
+                    yield generation
+                finally:
+                    watcher.cancel()
             status = 200
         except MegamorError as error:
             status = _status_of(error)
@@ -206,31 +184,31 @@ def serve(engine: Engine, codec: TextCodec, name: str, options: ServerOptions, l
 def _add_inference(app: FastAPI, server: Server) -> None:
     guarded = [Depends(server.check_key)]
 
-    @app.post("/v1/completions", dependencies=guarded, response_model=Completion)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", dependencies=guarded, response_model=wire.Completion)
+    async def completions(body: wire.CompletionRequest, request: Request) -> Response:
         return await server.complete(body, request)
 
-    @app.post("/v1/chat/completions", dependencies=guarded, status_code=400, response_model=ErrorBody)
+    @app.post("/v1/chat/completions", dependencies=guarded, status_code=400, response_model=wire.ErrorBody)
     async def chat() -> None:
         raise HTTPException(400, "this is a base model without a chat template; use POST /v1/completions")
 
     @app.get("/v1/models", dependencies=guarded)
-    async def models() -> ModelList:
-        return ModelList(data=[server.model])
+    async def models() -> wire.ModelList:
+        return wire.ModelList(data=[server.model])
 
     @app.get("/v1/models/{name:path}", dependencies=guarded)
-    async def model_by_name(name: str) -> Model:
+    async def model_by_name(name: str) -> wire.Model:
         server.check_model(name)
         return server.model
 
     @app.post("/tokenize", dependencies=guarded)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
         tokens = await run_in_threadpool(server.codec.encode, body.prompt, body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: wire.DetokenizeRequest) -> dict[str, str]:
         server.check_model(body.model)
         return {"prompt": server.codec.decode(body.tokens, skip_special_tokens=False)}
 
@@ -255,13 +233,13 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        text = server.monitoring.exposition(await runner.stats(), runner.num_queued, runner.num_running)
+        text = server.monitoring.exposition(await runner.stats(), len(runner.waiting), runner.num_running)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         figures = vars(await runner.stats())
-        return {**figures, "requests_running": runner.num_running, "requests_queued": runner.num_queued}
+        return {**figures, "requests_running": runner.num_running, "requests_queued": len(runner.waiting)}
 
     @app.get("/dashboard", response_class=HTMLResponse)
     async def dashboard() -> str:
@@ -293,35 +271,22 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _status_of(error: MegamorError) -> int:
-    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return error.status if isinstance(error, StatusError) else 400 if isinstance(error, RequestError) else 500
 
 
-def _error_body(status: int, message: str, param: str | None = None) -> ErrorBody:
+def _error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=status))
+    return wire.ErrorBody(error=wire.ErrorDetail(message=message, type=kind, param=param, code=status))
 
 
 def _event(content: BaseModel) -> str:
     return f"data: {content.model_dump_json()}\n\n"
 
 
-async def _until_client_leaves(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects."""
-
-    async def disconnection() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnection())
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(CLIENT_LEFT, "the client has left")
-        return task.result()
-    finally:
-        watcher.cancel()
-        task.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+async def _wait_until_client_leaves(request: Request, generation: Generation) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    generation.queue.put_nowait(StatusError(CLIENT_LEFT, "the client has left"))
 
 
 class JsonBodies:

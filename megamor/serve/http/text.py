@@ -62,12 +62,12 @@ class TextStream:
     _tokens: list[int] = field(default_factory=list)
     # A token's text depends on the token before it (spaces, split characters), so a window of tokens is decoded with
     # and without the new ones, and the difference is the new text. Decoding everything would cost O(n²).
+    # First token of the window.
     _start: int = 0
-    """First token of the window."""
+    # Tokens whose text has been returned or is in `_held`.
     _read: int = 0
-    """Tokens whose text has been returned or is in `_held`."""
+    # Text that may be the beginning of a stop string.
     _held: str = ""
-    """Text that may be the beginning of a stop string."""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens; returns the text that can no longer become part of a stop string."""
