@@ -126,7 +126,6 @@ def preprocess_options(parser: argparse.ArgumentParser) -> None:
     add("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases (default: 8)")
     add("--copies", type=positive, default=6, metavar="N", help="of the input, to measure memory on (default: 6)")
     add("--memory-workers", type=positive, default=8, metavar="N", help="threads there (default: 8)")
-    add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM, to run its tools too")
     add("--directory", type=Path, metavar="DIR", help="for temporary files")
 
 
