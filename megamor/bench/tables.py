@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "reliability", "scaling"))]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
+BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
@@ -58,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.write and new != old:
             page.write_text(new, encoding="utf-8")
         if args.check:
-            lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm="")
-            for line in lines:
-                print(line)
-                different = True
+            print(
+                *difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm=""), sep="\n"
+            )
+            different |= new != old
     if different:
         print("the tables differ from the results: python -m megamor.bench.tables --write")
         raise SystemExit(1)
@@ -71,25 +72,23 @@ def regenerate(page: str, results: Path, name: str = "README.md") -> str:
     """`page` with the inside of every generated block replaced.
 
     Raises:
-        DataError: a block without an end, an end without a beginning, a block of an unknown name, no block at all, or
-            results that are missing or not in the expected form.
+        DataError: half a block, a block of an unknown name, no block at all, or results that are missing or malformed.
     """
-    marks = list(MARK.finditer(page))
-    # Marks alternate: a beginning, which has a name, then an end, which has none.
-    for index, mark in enumerate(marks):
-        if bool(mark[1]) == index % 2:
-            where = f"{name}:{page[: mark.start()].count(chr(10)) + 1}"
-            raise DataError(f"{where}: {mark[0]} where a block {'is open' if mark[1] else 'has no beginning'}")
-        if mark[1] and mark[1] not in BLOCKS:
-            raise DataError(f"{name}: nothing generates {mark[1]!r}; choose from {', '.join(BLOCKS)}")
-    if not marks or len(marks) % 2:
-        what = f"the block {marks[-1][1]!r} has no end" if marks else "no generated block"
-        raise DataError(f"{name}: {what}; add the lines <!-- generated: NAME --> and <!-- /generated -->")
-    parts, end = [], 0
-    for opening, closing in zip(marks[::2], marks[1::2], strict=True):
-        parts += [page[end : opening.end()], "\n", *(f"{line}\n" for line in BLOCKS[opening[1]](results)), "\n"]
-        end = closing.start()
-    return "".join([*parts, page[end:]])
+
+    def fresh(block: re.Match[str]) -> str:
+        if block[1] not in BLOCKS:
+            raise DataError(f"{name}: nothing generates {block[1]!r}; choose from {', '.join(BLOCKS)}")
+        return "\n".join([f"<!-- generated: {block[1]} -->", *BLOCKS[block[1]](results), "", "<!-- /generated -->"])
+
+    new, count = BLOCK.subn(fresh, page)
+    # Whole blocks are emptied but keep their lines, so that a mark that is left is found under its number.
+    rest = BLOCK.sub(lambda block: "\n" * block[0].count("\n"), page)
+    if alone := MARK.search(rest):
+        line, missing = rest.count("\n", 0, alone.start()) + 1, "end" if alone[1] else "beginning"
+        raise DataError(f"{name}:{line}: {alone[0]} has no {missing}; add it")
+    if not count:
+        raise DataError(f"{name}: no generated block; add the lines <!-- generated: NAME --> and <!-- /generated -->")
+    return new
 
 
 def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:
@@ -121,10 +120,7 @@ def quickstart(results: Path) -> Iterator[str]:
         rows = [(f"{order} (interpolated Kneser-Ney)", f"{loss:.4f}") for order, loss in report["floors"].items()]
         rows.append(("network, top-k routing (looks ahead)", f"{network['loss_topk']:.4f}"))
         rows.append(("**network, causal routing**", f"**{network['loss_causal']:.4f}**"))
-        columns = (
-            Column("model", text("model"), left=True),
-            Column("validation loss, nats/token", text("loss")),
-        )
+        columns = Column("model", text("model"), left=True), Column("validation loss, nats/token", text("loss"))
         note = (
             f"({report['tokens_seen']:,} tokens, {minutes:.1f} minutes on {machine['cores']} cores of "
             f"{machine['cpu']}; {provenance(report, 'torch')})"

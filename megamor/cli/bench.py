@@ -30,20 +30,12 @@ from pathlib import Path
 from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
-from megamor.cli import command_parser
+from megamor.cli import command_parser, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
 MODULES = {"serve": "serving"}
 """Modules of megamor.bench that are not named as their subcommand."""
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def names(text: str) -> list[str]:
