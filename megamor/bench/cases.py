@@ -98,8 +98,9 @@ def cases_of_size(size: str, overrides: Sequence[str], names: Sequence[str]) -> 
     """The named cases of a published size, most important first; vanilla at both ends, so that drift shows.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown size or name.
     """
+    check_names([size], SIZES, "size")
     check_names(names, PUBLISHED, "case")
     others = [name for name in PUBLISHED if name in names and name != REFERENCE]
     order = [REFERENCE, *others, REFERENCE] if others else [REFERENCE]
@@ -115,16 +116,6 @@ def published(size: str, name: str, overrides: Sequence[str]) -> Case:
     own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
     suffix = "" if shape == REFERENCE else f"_{shape}"
     return Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own))
-
-
-def micro_batch_of(size: str) -> int:
-    """The sequences of a micro-batch that a published size begins with.
-
-    Raises:
-        ConfigError: an unknown size.
-    """
-    check_names([size], SIZES, "size")
-    return SIZES[size]
 
 
 def with_policy(case: Case, policy: str) -> Case:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megamor.bench import load, loader, preprocess, save, scaling, serving, train
+from megamor.bench import load, loader, preprocess, save, scaling, serve, train
 from megamor.bench.report import Column, Row, Table, provenance, read_report, text
 from megamor.errors import DataError, user_errors
 
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: status 1 if a checked page differs, 2 if a page or a result can't be used.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m megamor.bench.tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m megamor.bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="show differences; exit status 1 if there are any")
@@ -59,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.write and new != old:
             page.write_text(new, encoding="utf-8")
         if args.check:
-            print(
-                *difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm=""), sep="\n"
-            )
-            different |= new != old
+            for line in difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm=""):
+                print(line)
+                different = True
     if different:
         print("the tables differ from the results: python -m megamor.bench.tables --write")
         raise SystemExit(1)
@@ -163,7 +160,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-loader": partial(measured, "loader_*.json", loader),
     "bench-preprocess": partial(measured, "preprocess_*.json", preprocess),
     "bench-save": partial(measured, "save_*.json", save),
-    "bench-serve": partial(measured, "serve_offline_*.json", serving),
+    "bench-serve": partial(measured, "serve_offline_*.json", serve),
     "bench-load": partial(measured, "serve_load_*.json", load),
     "quickstart": quickstart,
     "reliability": reliability,

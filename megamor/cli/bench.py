@@ -3,7 +3,7 @@
 examples:
   megamor bench train --config configs/bench/cpu.yaml --seq-len 512,1024 --baseline hf-llama --threads 2
   megamor bench train --config configs/bench/cpu.yaml --policies none,block --rounds 6
-  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --profile --json out.json
+  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --json out.json
   megamor bench loader --documents 100000000 --directory /scratch
   megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json
   megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
@@ -33,9 +33,6 @@ from megamor.bench.report import write_report
 from megamor.cli import command_parser, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
-
-MODULES = {"serve": "serving"}
-"""Modules of megamor.bench that are not named as their subcommand."""
 
 
 def names(text: str) -> list[str]:
@@ -88,12 +85,10 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
     add("--micro-batch", type=positive, metavar="N", help="sequences of a step (default: configured, or by size)")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured; with --sizes both, in turn")
-    add("--static-shapes", action="store_true", help="compile for each number of tokens: expert-choice only")
     add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
     add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
     add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
     add("--time-limit", type=float, metavar="T", help="start nothing that would end later, as far as is known")
-    add("--profile", action="store_true", help="list the kernels that take most time")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
     add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
@@ -154,13 +149,8 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     """Options of `megamor bench load`."""
     add = parser.add_argument
     add("--url", required=True, help="of a running server")
-    counts = {
-        "num_requests": "how many",
-        "input_tokens": "of a prompt",
-        "output_tokens": "of an answer",
-        "vocab_size": "prompts are ids below this",
-    }
-    for name, meaning in counts.items():
+    counts = {"num_requests": "how many", "input_tokens": "of a prompt", "output_tokens": "of an answer"}
+    for name, meaning in {**counts, "vocab_size": "prompts are ids below this"}.items():
         default, option = getattr(Load, name), f"--{name.replace('_', '-')}"
         add(option, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
     add("--rate", type=float, default=Load.rate, metavar="R", help="mean arrivals per second (default: all at once)")
@@ -199,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
-    bench = import_module(f"megamor.bench.{MODULES.get(args.what, args.what)}")
+    bench = import_module(f"megamor.bench.{args.what}")
     # The key is replaced before quoting, which may change how it is spelt.
     shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in words]
     report = {"schema": bench.SCHEMA, "command": shlex.join(["megamor", "bench", *shown])}

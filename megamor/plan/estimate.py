@@ -137,9 +137,8 @@ def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | 
     """
     sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=None)
     backends = [config.parallel] if cluster.gpus == 1 else [config.parallel, sharded]
-    sizes = [
-        config.train.micro_batch_size >> halvings for halvings in range(config.train.micro_batch_size.bit_length())
-    ]
+    largest = config.train.micro_batch_size
+    sizes = [largest >> halvings for halvings in range(largest.bit_length())]
     for parallel, size, mode in product(backends, sizes, MODES[MODES.index(config.train.activation_checkpointing) :]):
         train = replace(config.train, activation_checkpointing=mode, micro_batch_size=size)  # type: ignore[arg-type]
         changed = replace(config, parallel=parallel, train=train)

@@ -107,13 +107,6 @@ def test_memory_of_every_policy(tmp_path: Path) -> None:
     assert activations["block"] < activations["selective:sdpa"] < activations["none"]
 
 
-def test_profile(tmp_path: Path) -> None:
-    (result,) = measured(tmp_path / "out.json", "--cases", "vanilla", "--rounds", "1", "--profile")
-    assert len(result["round_seconds"]) == 1
-    assert all(entry["ms"] >= 0 for entry in result["profile"])
-    assert any("mm" in entry["name"] for entry in result["profile"])
-
-
 def test_serving_beside_vanilla(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     models = ["--config", "configs/bench/serve_360m.yaml", "--vanilla", "configs/bench/serve_360m_vanilla.yaml"]
