@@ -1,8 +1,7 @@
 """How fast `megamor preprocess` turns text into token shards, and how much memory it takes.
 
-Cases run in turns, each in a fresh process, and count from when everything is imported: the whole command, from
-compressed files to finished shards, with gigatoken and without; and the libraries alone, on texts that are in memory
-already. Cases without gigatoken are slow and get the first documents of each file only.
+Cases run in turns, each in a fresh process, and count from when everything is imported. Cases without gigatoken are
+slow and get the first documents of each file only.
 """
 
 from __future__ import annotations

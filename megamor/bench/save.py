@@ -1,9 +1,7 @@
 """What saving a checkpoint costs a training run: blocking, and while training continues.
 
-A round trains some steps without a save, with a blocking save after the first, and with an asynchronous one, in turns.
-The stall is the time in which no step can run. An asynchronous save also slows down the steps beside it, by the
-processors and the disk that it uses; `added` is all the time that a round lost. Files go through the whole commit
-protocol (checksums, fsync), from one process, with weights and AdamW's moments in fp32.
+The stall is the time in which no step can run. An asynchronous save also slows down the steps beside it; `added` is all
+the time that was lost. Files go through the whole commit protocol, from one process.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Models of one configuration are all kept in memory and take turns: a round runs one step of each on the same batch, in
 an order that rotates. Published sizes are measured one at a time, each for a few windows of steps, with vanilla before
-and after the others. Ratios are taken round by round (window by window), so that other load on the machine affects
-both sides of them. docs/benchmarks.md explains the fields of the report.
+and after the others.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     Raises:
         ConfigError: an unknown case, size or policy, or a configuration that can't be built.
     """
-    started = time.perf_counter()
     # All configurations are loaded first: a mistake in any of them ends the command before time is spent.
     planned = [[(case, case.config()) for case in cases] for cases in comparisons(args)]
     report |= {"cuda": torch.version.cuda, "settings": []}
@@ -61,10 +59,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
             }
             report["settings"].append(setting)
             for group in [[case] for case in cases] if args.sizes else [cases]:
-                done = [result for other in report["settings"] for result in other["cases"]]
-                longest = max((result.get("wall_seconds", 0) for result in done), default=0)
-                late = args.time_limit is not None and time.perf_counter() - started + longest > args.time_limit
-                results += attempt(group, args, world, late)
+                results += attempt(group, args, world)
                 setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
                 compare(results)
                 save()
@@ -99,15 +94,13 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
             yield models
 
 
-def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World, late: bool) -> list[dict[str, Any]]:
+def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
     """A result for each case: its measurements, with as large a micro-batch as fits, or why there are none.
 
-    A failure is recorded, so that the other cases are still measured; so is a case that would end too `late`.
+    A failure is recorded, so that the other cases are still measured.
     """
     begun, train = time.perf_counter(), cases[0].config().train
     labels = [{"name": case.name, "label": case.label, "policy": case.policy} for case in cases]
-    if late:
-        return [label | {"skipped": f"{args.time_limit:.0f} s would not have been enough"} for label in labels]
     try:
         found = within_memory(partial(measure, cases, args, world), train.micro_batch_size, world.device)
     except MegamorError:

@@ -22,7 +22,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -57,8 +57,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of one subcommand."""
     parser = command_parser("bench", __doc__)
     subparsers = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for what, (summary, declare) in SUBCOMMANDS.items():
-        sub = subparsers.add_parser(what, help=summary, description=summary)
+    for what, declare in SUBCOMMANDS.items():
+        sub = subparsers.add_parser(what, help=declare.__doc__, description=declare.__doc__)
         declare(sub)
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench train`."""
+    """Time, memory and FLOPs of a training step, for models or checkpointing policies."""
     add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--config", metavar="FILE", help="a recursive model; key=value changes settings of all cases")
     models.add_argument(
@@ -88,14 +88,13 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
     add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
     add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
-    add("--time-limit", type=float, metavar="T", help="start nothing that would end later, as far as is known")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
     add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
 
 
 def loader_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench loader`."""
+    """How fast batches come from token shards."""
     add = parser.add_argument
     add("--seconds", type=float, default=3.0, metavar="T", help="per case and batch shape (default: 3)")
     add("--tokens", type=float, default=128e6, metavar="N", help="of the real data set (default: 128e6)")
@@ -104,7 +103,7 @@ def loader_options(parser: argparse.ArgumentParser) -> None:
 
 
 def preprocess_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench preprocess`."""
+    """How fast text becomes token shards, and how much memory that takes."""
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="texts, as for megamor preprocess")
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
@@ -117,7 +116,7 @@ def preprocess_options(parser: argparse.ArgumentParser) -> None:
 
 
 def save_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench save`."""
+    """What saving a checkpoint costs a training run, blocking and asynchronous."""
     add = parser.add_argument
     add("--config", default="configs/vanilla_135m.yaml", metavar="FILE", help="model (default: %(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="with each kind of save in a round (default: 8)")
@@ -127,7 +126,7 @@ def save_options(parser: argparse.ArgumentParser) -> None:
 
 
 def serve_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench serve`."""
+    """The serving engine alone: scheduling policies on the same requests."""
     add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--config", metavar="FILE", help="a model with random weights; key=value changes its settings")
     models.add_argument("--checkpoint", help="a checkpoint, `latest`, the directory of a run or of an export")
@@ -146,7 +145,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench load`."""
+    """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
     add("--url", required=True, help="of a running server")
     counts = {"num_requests": "how many", "input_tokens": "of a prompt", "output_tokens": "of an answer"}
@@ -159,14 +158,9 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     add("--api-key", help="sent as a bearer token; never written to the report")
 
 
-SUBCOMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "train": ("Time, memory and FLOPs of a training step, for models or checkpointing policies.", train_options),
-    "loader": ("How fast batches come from token shards.", loader_options),
-    "preprocess": ("How fast text becomes token shards, and how much memory that takes.", preprocess_options),
-    "save": ("What saving a checkpoint costs a training run, blocking and asynchronous.", save_options),
-    "serve": ("The serving engine alone: scheduling policies on the same requests.", serve_options),
-    "load": ("Send requests to a running server and measure what its users would experience.", load_options),
-}
+# The docstring of each is the summary that --help shows.
+DECLARE = (train_options, loader_options, preprocess_options, save_options, serve_options, load_options)
+SUBCOMMANDS = {declare.__name__.removesuffix("_options"): declare for declare in DECLARE}
 
 
 @user_errors
@@ -201,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.show()
     if args.json:
         print(f"written to {args.json}")
-    failed = any("error" in case for setting in report.get("settings", ()) for case in setting["cases"])
-    if failed:
+    if any("error" in case for setting in report.get("settings", ()) for case in setting["cases"]):
         raise SystemExit(1)
 
 

@@ -49,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = ", ".join(GPUS)
         raise ConfigError(f"--gpu {args.gpu}: unknown; choose one of {known}, or add it to megamor/metrics/gpus.py")
 
-    from rich.console import Console
-
     from megamor.config import load_config
     from megamor.plan.estimate import Cluster
     from megamor.plan.report import plan_report, print_report
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster = Cluster(GPUS[args.gpu.lower()], args.gpus or args.nodes * args.gpus_per_node, args.gpus_per_node)
     config = load_config(args.config, args.overrides, world_size=cluster.gpus)
     report = plan_report(config, cluster, gpu=args.gpu, mfu=args.mfu, source=args.config, overrides=args.overrides)
-    print_report(report, Console(highlight=False))
+    print_report(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written to {args.json}")

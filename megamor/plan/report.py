@@ -58,9 +58,9 @@ def _row(backend: str, config: Config, cluster: Cluster, mfu: float) -> dict[str
     }
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Print what all rows share, then a table of at most 80 columns, then how to make the rest fit."""
-    rows, gpu = report["rows"], report["gpu"]
+    console, rows, gpu = Console(highlight=False), report["rows"], report["gpu"]
     hours = {round(row["hours"], 1) for row in rows}
     console.print(
         f"{report['config']}: {report['parameters'] / 1e6:,.0f}M parameters, {report['tokens_per_step']:,} tokens per "
