@@ -1,9 +1,7 @@
-"""How fast batches come from token shards.
+"""How fast batches come from token shards, on one thread and without prefetching.
 
-Two data sets of made-up tokens are written into a temporary directory: a real one, from which the loader takes batches
-as fast as it can under each packing, on one thread and without prefetching; and an index of many documents over an
-empty file, to time what grows with their number. For comparison: copying the same windows with NumPy and nothing else,
-and only the arithmetic of the order of samples. The files are in the page cache, so no disk is measured.
+Two data sets of made-up tokens are written into a temporary directory: a real one, for every packing, and an index of
+many documents over an empty file, to time what grows with their number.
 """
 
 from __future__ import annotations

@@ -46,6 +46,14 @@ def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     )
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1, as an argument's type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def counted(count: int, noun: str) -> str:
     """`1 document`, `1,204 documents`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
