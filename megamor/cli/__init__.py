@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from megamor import __version__
+from megamor.errors import EXIT_USER_ERROR
 
 
 class Command(NamedTuple):
@@ -88,5 +89,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean `megamor {near[0]}`?" if near else "`megamor --help` lists the commands"
         print(f"megamor: unknown command {words[0]!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(EXIT_USER_ERROR)
     import_module(f"megamor.cli.{COMMANDS[words[0]].module}").main(words[1:])

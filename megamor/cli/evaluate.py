@@ -66,7 +66,7 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     console.print(table)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every data set, print the table, and write the JSON file if asked to."""
     arguments = parse_arguments(argv)

@@ -22,7 +22,7 @@ from megamor.cli import command_parser, counted
 from megamor.errors import user_errors
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the export and list its files."""
     parser = command_parser("export-hf", __doc__)

@@ -59,7 +59,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert the weights, write a checkpoint, and say how exact it is."""
     arguments = parse_arguments(argv)

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megamor.cli import command_parser
+from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
-EXIT_INTERRUPTED = 75
-EXIT_USER_ERROR = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

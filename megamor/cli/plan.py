@@ -46,7 +46,7 @@ def _positive(text: str) -> int:
     return value
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write the report where `--json` says."""
     args = parse_arguments(argv)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megamor.cli import command_parser
-from megamor.errors import ConfigError, user_errors
+from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, user_errors
 
 if TYPE_CHECKING:
     from megamor.config import Config
@@ -57,7 +57,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         time.sleep(SECONDS_BEFORE_SILENT_EXIT)
-        raise SystemExit(2) from None
+        raise SystemExit(EXIT_USER_ERROR) from None
 
 
 def describe(config: Config, *, whole_config: bool) -> str:
@@ -72,7 +72,7 @@ def describe(config: Config, *, whole_config: bool) -> str:
     return describe_run(config, launched_world_size())
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train to the end, or until a signal asks the run to stop.
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megamor.parallel import close_world, init_world
     from megamor.ranks import report_errors_once
-    from megamor.train import EXIT_INTERRUPTED, build_trainer, ignore_signals
+    from megamor.train import build_trainer, ignore_signals
 
     world = init_world(config.parallel)
     try:

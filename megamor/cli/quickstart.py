@@ -268,7 +268,7 @@ def sample_documents(corpus: Path) -> Iterator[str]:
                 yield document["text"]
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the quickstart."""
     parser = command_parser("quickstart", __doc__)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamor.cli import command_parser, counted
-from megamor.errors import CheckpointError, MegamorError, user_errors
+from megamor.errors import EXIT_USER_ERROR, CheckpointError, MegamorError, user_errors
 
 if TYPE_CHECKING:
     from megamor.checkpoint import TrainerState
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print each checkpoint's faults.
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for fault in faults:
             print(f"  {fault}")
     if any_faults:
-        raise SystemExit(2)
+        raise SystemExit(EXIT_USER_ERROR)
 
 
 def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
