@@ -40,19 +40,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Name data sets by the last component of their paths, or by the whole path where two would get the same name."""
-    names = [Path(path).name for path in paths]
-    return [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-
-
 def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     """Print a row for each data set and way of routing; fits 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(f"validation loss of {origin}", markup=False, soft_wrap=True)
+    from megamor.data.dataset import short_names
+
+    print(f"validation loss of {origin}")
     table = Table()
     table.add_column("data", overflow="fold")
     table.add_column("routing")
@@ -63,7 +58,7 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
             if f"loss_{mode}" in figures:
                 loss, ppl, depth = (figures[f"{figure}_{mode}"] for figure in ("loss", "perplexity", "mean_depth"))
                 table.add_row(name, label, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
-    console.print(table)
+    Console(highlight=False).print(table)
 
 
 @user_errors()

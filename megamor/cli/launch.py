@@ -77,24 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.allow_abbrev = False  # the rest is for `megamor pretrain`, whose options must not be taken for ours
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="processes here: one for each GPU")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    parser.add_argument(
-        "--node-rank", type=int, default=0, metavar="I", help="number of this machine, from 0 (default)"
-    )
+    parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine, from 0 (default)")
     parser.add_argument("--address", default="127.0.0.1", help="machine 0 as the others reach it (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=29500, help="a free port there (default: 29500)")
     arguments, pretrain_arguments = parser.parse_known_args(argv)
     forwarder = SignalForwarder()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets the same, with a warning
-    status = run_workers(
-        [
-            f"--nnodes={arguments.nodes}",
-            f"--node-rank={arguments.node_rank}",
-            f"--nproc-per-node={arguments.processes}",
-            f"--master-addr={arguments.address}",
-            f"--master-port={arguments.port}",
-        ],
-        pretrain_arguments,
-    )
+    options = [f"--nnodes={arguments.nodes}", f"--node-rank={arguments.node_rank}"]
+    options += [f"--nproc-per-node={arguments.processes}"]
+    options += [f"--master-addr={arguments.address}", f"--master-port={arguments.port}"]
+    status = run_workers(options, pretrain_arguments)
     if status not in (0, EXIT_USER_ERROR) and forwarder.was_asked:
         status = EXIT_INTERRUPTED  # asked to stop before there was anything to save, or killed while saving
     raise SystemExit(status)

@@ -60,18 +60,6 @@ def read_config(arguments: argparse.Namespace) -> Config:
         raise SystemExit(EXIT_USER_ERROR) from None
 
 
-def describe(config: Config, *, whole_config: bool) -> str:
-    """Return what --print-config or --dry-run prints."""
-    if whole_config:
-        from megamor.config import config_to_yaml
-
-        return config_to_yaml(config)
-    from megamor.parallel import launched_world_size
-    from megamor.plan.dry_run import describe_run
-
-    return describe_run(config, launched_world_size())
-
-
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train to the end, or until a signal asks the run to stop.
@@ -83,12 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)
+
+    from megamor.parallel import close_world, init_world, launched_world_size
+
     if arguments.dry_run or arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(config, whole_config=arguments.print_config))
+            from megamor.config import config_to_yaml
+            from megamor.plan.dry_run import describe_run
+
+            print(config_to_yaml(config) if arguments.print_config else describe_run(config, launched_world_size()))
         return
 
-    from megamor.parallel import close_world, init_world
     from megamor.ranks import report_errors_once
     from megamor.train import build_trainer, ignore_signals
 

@@ -70,14 +70,14 @@ def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
         return [path.resolve()]
     if not all_of_them:
         latest = latest_step(root)
-        steps = [latest if latest is not None else steps[-1]]
+        steps = steps[-1:] if latest is None else [latest]
     return [root / step_name(step) for step in steps]
 
 
 def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
     """Everything that is wrong with `checkpoint`, one line for each fault."""
     from megamor.checkpoint import TrainerState, find_damage, stored_file
-    from megamor.checkpoint.layout import CONFIG_FILE
+    from megamor.checkpoint.layout import CONFIG_FILE, parse_step, rng_path
     from megamor.config import config_from_yaml
 
     yield from find_damage(checkpoint, hashes=not quick)
@@ -91,15 +91,8 @@ def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
         config = config_from_yaml(text, str(checkpoint / CONFIG_FILE))
     except (MegamorError, OSError, ValueError) as error:
         yield f"{checkpoint / CONFIG_FILE} can't be read: {error}"
-    if trainer is not None:
-        yield from _trainer_faults(checkpoint, trainer)
-    if config is not None and trainer is not None and not quick:
-        yield from _state_faults(checkpoint, config, trainer)
-
-
-def _trainer_faults(checkpoint: Path, trainer: TrainerState) -> Iterator[str]:
-    from megamor.checkpoint.layout import parse_step, rng_path
-
+    if trainer is None:
+        return
     named = parse_step(checkpoint.name)
     if named is not None and named != trainer.step:
         yield f"the directory is named after step {named}, but trainer.json says step {trainer.step}"
@@ -107,6 +100,8 @@ def _trainer_faults(checkpoint: Path, trainer: TrainerState) -> Iterator[str]:
         for rank in range(trainer.world_size):
             if not rng_path(checkpoint, rank).is_file():
                 yield f"{rng_path(checkpoint, rank)} is missing, though {trainer.world_size} ranks saved the checkpoint"
+    if config is not None and not quick:
+        yield from _state_faults(checkpoint, config, trainer)
 
 
 def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> Iterator[str]:
@@ -124,9 +119,8 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     model = build_model(config, device="meta")
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    if trainer.step > 0:
-        for name, shape in parameters.items():
-            expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
+    for name, shape in parameters.items() if trainer.step > 0 else ():
+        expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
     yield from shape_differences(stored, expected)
     try:
         for name, tensor in iterate_state(checkpoint):

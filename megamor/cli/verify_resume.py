@@ -75,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"both runs are in {directory}")
         else:
             shutil.rmtree(directory)
-    compared = f"{args.steps} steps and {half} + {args.steps - half} steps"
-    if args.again:
-        compared = f"two runs of {args.steps} steps"
+    restarted = f"{args.steps} steps and {half} + {args.steps - half} steps"
+    compared = f"two runs of {args.steps} steps" if args.again else restarted
     if found:
         more = ["..."] if len(found) > MAX_DIFFERENCES_SHOWN else []
         raise TrainingError("\n  ".join([f"{compared} differ:", *found[:MAX_DIFFERENCES_SHOWN], *more]))
