@@ -58,10 +58,13 @@ class Derived:
 
     def describe(self) -> str:
         """The quantities as aligned lines of text."""
+        stages = self.batches.stages(0, self.total_steps)
+        steps = " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages)
+        decay = f"decay over {self.decay_steps:,} steps from step {self.decay_start:,}"
         lines = {
-            "steps": f"{self._describe_steps()} = {self.total_tokens:,} tokens",
+            "steps": f"{steps} tokens = {self.total_tokens:,} tokens",
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
-            "learning rate": f"{self.warmup_steps:,} warm-up steps, {self._describe_decay()}",
+            "learning rate": f"{self.warmup_steps:,} warm-up steps, {decay if self.decay_steps else 'no decay'}",
             "layers": self._describe_layers(),
             "parameters": f"{self.unique_parameters:,} unique, {self.effective_parameters:,} effective (no embedding), "
             f"{self.unique_parameters_with_embedding:,} unique with embedding",
@@ -69,24 +72,13 @@ class Derived:
         width = max(map(len, lines))
         return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
 
-    def _describe_steps(self) -> str:
-        stages = self.batches.stages(0, self.total_steps)
-        return " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages) + " tokens"
-
     def _describe_layers(self) -> str:
         if self.num_recursions == 1:
             return f"{self.num_layers}, none shared"
-        parts = [f"{self.core_layers} core x {self.num_recursions} recursions"]
-        if self.prelude_layers:
-            parts.insert(0, f"{self.prelude_layers} prelude")
-        if self.coda_layers:
-            parts.append(f"{self.coda_layers} coda")
-        return f"{' + '.join(parts)} = {self.num_layers} effective, {self.num_unique_layers} unique"
-
-    def _describe_decay(self) -> str:
-        if self.decay_steps == 0:
-            return "no decay"
-        return f"decay over {self.decay_steps:,} steps from step {self.decay_start:,}"
+        core = f"{self.core_layers} core x {self.num_recursions} recursions"
+        if self.prelude_layers:  # and as many in the coda
+            core = f"{self.prelude_layers} prelude + {core} + {self.coda_layers} coda"
+        return f"{core} = {self.num_layers} effective, {self.num_unique_layers} unique"
 
 
 def derive(config: Config, world_size: int) -> Derived:
@@ -105,7 +97,7 @@ def derive(config: Config, world_size: int) -> Derived:
         world_size=world_size,
         total_steps=steps,
         batches=batches,
-        tokens_per_step=batches.final.tokens,
+        tokens_per_step=batches.shapes[-1].tokens,
         total_tokens=batches.tokens(steps),
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
         warmup_steps=warmup_steps,
