@@ -30,17 +30,6 @@ SECONDS_BEFORE_SILENT_EXIT = 10.0
 error must exit first."""
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options; the overrides may stand before, between or after them."""
-    parser = command_parser("pretrain", __doc__)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
-    parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_intermixed_args(argv)
-
-
 def read_config(arguments: argparse.Namespace) -> Config:
     """Load and validate the configuration; only the first process of each machine reports an error in it.
 
@@ -67,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
     """
-    arguments = parse_arguments(argv)
+    parser = command_parser("pretrain", __doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
+    parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
-from megamor.config.derive import schedule_steps, total_steps
+from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
 from megamor.config.schema import Config
 from megamor.errors import ConfigError
@@ -167,7 +167,7 @@ def _length(config: Config) -> Iterator[str]:
         yield f"train.max_steps and train.max_tokens: found {found}; give exactly one"
         return
     steps = total_steps(config)
-    warmup, decay = schedule_steps(config.optim, steps)
+    warmup, decay = config.optim.warmup_steps, decay_steps(config.optim, steps)
     if warmup > steps:
         yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"
     elif warmup + decay > steps:
