@@ -21,9 +21,8 @@ from megamor.errors import ConfigError, user_errors
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options and check their values."""
     parser = command_parser("generate", __doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, `latest`, a run's directory or a Hugging Face export"
-    )
+    checkpoint = "a checkpoint, `latest`, or the directory of a run or an export"
+    parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to add (default: %(default)s)")
     greedy = "0 always takes the likeliest token (default: %(default)s)"

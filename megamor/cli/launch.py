@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 from megamor.cli import command_parser
@@ -38,10 +39,8 @@ class SignalForwarder:
 
         self.was_asked = True
         for worker in psutil.Process().children():
-            try:
+            with suppress(psutil.NoSuchProcess):  # it exited between the listing and the signal
                 worker.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue  # it exited between the listing and the signal
 
 
 def run_workers(options: Sequence[str], pretrain_arguments: Sequence[str]) -> int:
