@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.load import load_model
 
     loaded = load_model(arguments.checkpoint, arguments.device)
+    size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
-            settings = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-            results[prefix] = dataset_losses(loaded, prefix, **settings, watch=progress.track)
+            results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
     show(results, loaded.origin)
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results

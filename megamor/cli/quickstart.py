@@ -34,7 +34,6 @@ SCHEMA = "megamor-quickstart/1"
 SHORT_OVERRIDES = ("train.max_steps=8", "train.eval_every=4", "optim.warmup_steps=2", "checkpoint.every_steps=4")
 SHORT_CORPUS_CHARACTERS = 1_500_000
 TOKENIZER_SAMPLE_CHARACTERS = 12_000_000
-END_OF_TEXT = "<|endoftext|>"
 PROMPT = 'def read_lines(path):\n    """Return'
 
 
@@ -112,7 +111,7 @@ class Quickstart:
             tokenizer.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
                 vocab_size=vocab_size,
-                special_tokens=[END_OF_TEXT],
+                special_tokens=["<|endoftext|>"],
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             )

@@ -111,25 +111,21 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     from megamor.config.derive import derive
     from megamor.model import build_model
 
-    try:
-        stored = state_shapes(checkpoint)
-    except CheckpointError as error:
-        yield str(error)
-        return
     model = build_model(config, device="meta")
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
     for name, shape in parameters.items() if trainer.step > 0 else ():
         expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
-    yield from shape_differences(stored, expected)
     try:
+        stored = state_shapes(checkpoint)
+        yield from shape_differences(stored, expected)
+        # Tied weights that were stored twice would show in the sum.
+        counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
+        formula = derive(config, trainer.world_size).unique_parameters_with_embedding
+        if counted != formula and config.router.kind != "custom":
+            yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"
         for name, tensor in iterate_state(checkpoint):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 yield f"{name} has values that are not finite"
     except CheckpointError as error:
         yield str(error)
-    # Tied weights that were stored twice would show in the sum.
-    counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
-    formula = derive(config, trainer.world_size).unique_parameters_with_embedding
-    if counted != formula and config.router.kind != "custom":
-        yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"
