@@ -10,7 +10,6 @@ models. Finished steps are recognised when you run it again, and an interrupted 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -78,7 +77,7 @@ class Quickstart:
         }
         seconds = {}
         for name, action in actions.items():
-            print(f"── {name} ".ljust(80, "─"))
+            print(f"── {name} ".ljust(80, "─"), flush=True)  # before what the step's processes print
             started = time.perf_counter()
             action()
             seconds[name] = time.perf_counter() - started
@@ -157,7 +156,7 @@ class Quickstart:
             sequences = self.config.train.eval_sequences
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
-            print("counting the n-grams that the network has seen ...")
+            print("counting the n-grams that the network has seen ...", flush=True)
             figures = make_report(self.latest, json.loads(losses.read_text()), "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
@@ -244,9 +243,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default="runs/quickstart", help="where to write (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="8 training steps on little data, to try the path")
     arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a log file too, each step's heading must precede what its processes print.
-        sys.stdout.reconfigure(line_buffering=True)
     try:
         Quickstart(arguments.root.resolve(), short=arguments.short).run()
     except OSError as error:
