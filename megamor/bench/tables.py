@@ -32,7 +32,7 @@ QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check or rewrite the tables of the pages.
 

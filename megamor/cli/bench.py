@@ -163,7 +163,7 @@ DECLARE = (train_options, loader_options, preprocess_options, save_options, serv
 SUBCOMMANDS = {declare.__name__.removesuffix("_options"): declare for declare in DECLARE}
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one bench, print its tables and write its report.
 

@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch a corpus, or list all of them. Exits with status 2 and one message after an error the user can fix."""
     args = parse_arguments(argv)

@@ -140,7 +140,7 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Preprocess. Exits with status 2 and one message after an error the user can fix, 130 after Ctrl-C."""
     args = parse_arguments(argv)

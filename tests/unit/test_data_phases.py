@@ -141,7 +141,7 @@ def test_ramp() -> None:
 def test_derived_quantities_of_a_ramp() -> None:
     train = TrainConfig(global_batch_size=8, micro_batch_size=2, max_tokens=480, ramp=RAMP)
     derived = derive(Config(data=DataConfig(seq_len=16), train=train), world_size=1)
-    assert (derived.total_steps, derived.total_tokens) == (7, 480)
+    assert (derived.total_steps, derived.batches.tokens(7)) == (7, 480)
     assert "2 of 16 + 3 of 64 + 2 of 128 tokens = 480 tokens" in derived.describe()
 
 
