@@ -24,7 +24,6 @@ class Incoming:
         self.arrival = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
     def tolist(self) -> list[Any]:
-        """The numbers."""
         if self.arrival is not None:
             self.arrival.synchronize()
         return self.copy.tolist()
