@@ -125,7 +125,8 @@ class RecursionStage(nn.Module):
         run = self.recomputation.recursion(partial(self.run_blocks, call, blocks))
         y, *kept = run(x, *policy.inputs(call))
         policy.keep(call, kept)
-        return y, policy.keys_of(call)
+        # FLOPs are counted for all blocks from the keys that the first one attended to.
+        return y, call.shared_of(order[0]).keys
 
     def touch_core(
         self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
@@ -144,12 +145,12 @@ class RecursionStage(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The blocks of `call` in order, on x [N, dim].
 
-        `stored` are the keys and values that enter (`CoreCall.stored`); those that leave (`CoreCall.kept`) follow the
+        `stored` are the keys and values that enter (`CoreCall.shared`); those that leave (`CoreCall.kept`) follow the
         result.
         """
         # Activation checkpointing may run this a second time in the backward pass: it depends on its arguments alone,
         # and everything that the rest of the stage needs from it is a tensor in its result.
-        available = dict(zip(call.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
+        available = dict(zip(call.shared, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
