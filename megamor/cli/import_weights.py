@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.console import Console
 
-    from megamor.interop import import_official, read_state_dict, save_imported
+    from megamor.interop.official import import_official, read_state_dict, save_imported
 
     settings = read_settings(arguments.config)
     if arguments.model_config is not None:

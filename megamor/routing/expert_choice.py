@@ -83,8 +83,7 @@ class ExpertChoiceSession(ScoredSession):
             return candidates, None
         top = z.detach().view(candidates.batch, num_candidates).topk(k, dim=-1, sorted=False).indices
         chosen = top.sort(dim=-1).values
-        offsets = torch.arange(candidates.batch, device=z.device).unsqueeze(1) * num_candidates
-        return candidates.pick(chosen), (chosen + offsets).flatten()
+        return candidates.pick(chosen), (chosen + candidates.bounds(z.device)[:-1].unsqueeze(1)).flatten()
 
     def select_causal(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
         """All if the capacity is all (recursion 0 by default), else those predicted to be selected."""
