@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from megamor.checkpoint.layout import TOKENIZER_FILE
-    from megamor.interop import export_huggingface
+    from megamor.interop.export import export_huggingface
     from megamor.load import load_model
 
     loaded = load_model(arguments.checkpoint, "cpu")

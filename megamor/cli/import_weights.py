@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--untied", choices=("first", "mean"), help=untied)
     arguments = parser.parse_args(argv)
 
-    from megamor.interop import import_official, read_state_dict, save_imported
+    from megamor.interop.official import import_official, read_state_dict, save_imported
 
     settings = read_settings(arguments.config)
     if arguments.model_config is not None:

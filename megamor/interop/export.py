@@ -117,10 +117,7 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
     return {
         "architectures": ["MegamorForCausalLM"],
         "model_type": "megamor",
-        "auto_map": {
-            "AutoConfig": f"{module}.MegamorConfig",
-            "AutoModelForCausalLM": f"{module}.MegamorForCausalLM",
-        },
+        "auto_map": {"AutoConfig": f"{module}.MegamorConfig", "AutoModelForCausalLM": f"{module}.MegamorForCausalLM"},
         "dtype": str(dtype).removeprefix("torch."),
         **model_shape(config),
         "use_cache": True,
