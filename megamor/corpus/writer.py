@@ -50,17 +50,15 @@ class ShardWriter:
         self._files: list[BinaryIO] = []
         try:
             # Both files are opened, and so locked, before either is truncated: a second writer must change nothing.
-            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._open_locked(f"{self.prefix}.bin.partial")
-            self._idx = self._open_locked(f"{self.prefix}.idx.partial")
+            with _write_errors(self.prefix):
+                Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+                self._bin = self._open_locked(f"{self.prefix}.bin.partial")
+                self._idx = self._open_locked(f"{self.prefix}.idx.partial")
             if not resume:
                 self.rewind(0, 0)
         except DataError:
             self.abort()
             raise
-        except OSError as error:
-            self.abort()
-            raise _failure(self.prefix, error) from error
 
     @property
     def num_documents(self) -> int:
@@ -94,20 +92,16 @@ class ShardWriter:
     def add_tokens(self, tokens: NDArray[Any]) -> None:
         """Append ids [n] to the stream. `add_lengths`, called before or after, says how they are cut into sequences."""
         data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
-        try:
+        with _write_errors(self.prefix):
             self._bin.write(data)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         # Hashed on the way: the hashes of the side file then need no second pass over the tokens.
         self._hasher.update(data)
         self.num_tokens += len(tokens)
 
     def add_lengths(self, lengths: NDArray[Any]) -> None:
         """Append the lengths [n] of sequences whose ids are given to `add_tokens`."""
-        try:
+        with _write_errors(self.prefix):
             self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         self.num_sequences += len(lengths)
 
     def rewind(self, num_sequences: int, num_tokens: int) -> bool:
@@ -121,7 +115,7 @@ class ShardWriter:
             os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
         ):
             return False
-        try:
+        with _write_errors(self.prefix):
             for file, size in zip((self._idx, self._bin), sizes, strict=True):
                 file.truncate(size)
                 file.seek(0)
@@ -132,18 +126,14 @@ class ShardWriter:
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):
                 self._hasher.update(memoryview(block))
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
         return True
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""
-        try:
+        with _write_errors(self.prefix):
             for file in (self._bin, self._idx):
                 _sync(file)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
 
     def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
         """Finish the files and rename them to their final names."""
@@ -158,7 +148,7 @@ class ShardWriter:
         end the number of sequences. Writers of several splits all finish before `publish_finished` renames the first:
         a full disk then leaves none of them.
         """
-        try:
+        with _write_errors(self.prefix):
             documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
             for file in (self._bin, self._idx):
                 _sync(file)
@@ -173,8 +163,6 @@ class ShardWriter:
             with open(self._partial_meta, "wb") as side_file:
                 side_file.write(meta.to_json().encode())
                 _sync(side_file)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
 
     def abort(self) -> None:
         """Close the files and remove them unless they are kept; does nothing after `commit` or a second time."""
@@ -220,11 +208,15 @@ class ShardWriter:
         return tokens.astype(self.dtype, copy=False)
 
 
-def _failure(prefix: str, error: OSError) -> DataError:
-    return DataError(
-        f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix (nothing "
-        "was left under that name)"
-    )
+@contextlib.contextmanager
+def _write_errors(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
+            "(nothing was left under that name)"
+        ) from error
 
 
 def publish_finished(prefix: str) -> None:
@@ -234,7 +226,7 @@ def publish_finished(prefix: str) -> None:
     """
     if not os.path.exists(f"{prefix}.idx.partial"):
         return
-    try:
+    with _write_errors(prefix):
         # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         # Only what is still partial, since an earlier call may have been killed after some of the renames.
@@ -243,8 +235,6 @@ def publish_finished(prefix: str) -> None:
                 os.replace(f"{path}.partial", path)
         os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
         sync_directory(Path(prefix).parent)
-    except OSError as error:
-        raise _failure(prefix, error) from error
 
 
 def write_index(
