@@ -75,7 +75,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in record["files"]:
         count = f"{counted(file['documents'], 'document')}, " if "documents" in file else ""
         print(f"  {file['file']}: {count}{file['bytes'] / 1e6:,.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

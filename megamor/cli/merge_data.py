@@ -52,7 +52,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     documents, tokens = counted(merged.num_documents, "document"), counted(merged.num_tokens, "token")
     print(f"{merged.prefix}: {documents}, {tokens} from {counted(len(prefixes), 'shard')}")
-
-
-if __name__ == "__main__":
-    main()

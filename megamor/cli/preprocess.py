@@ -239,13 +239,13 @@ class OpenTokenizer:
 
 def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
     """The tokenizer that the command line names, or one built from `texts`. Raises DataError if there is none."""
-    from megamor.corpus.tokenizer import TextEncoder, built_in_tokenizer, find_tokenizer
+    from megamor.corpus.tokenizer import TextEncoder, byte_tokenizer, char_tokenizer, find_tokenizer
 
     eod = {"eod_token": args.eod_token, "need_eod": args.append_eod}
     own = Path(f"{args.output_prefix}.tokenizer.json")
     if args.tokenizer in BUILT_IN_TOKENIZERS:
         special = [args.eod_token or DEFAULT_EOD_TOKENS[0]] if args.append_eod or args.eod_token else []
-        made = built_in_tokenizer(args.tokenizer, lambda: _all_texts(args, texts), special)
+        made = char_tokenizer(_all_texts(args, texts), special) if args.tokenizer == "char" else byte_tokenizer(special)
         content = made.to_str(pretty=True).encode()
         return OpenTokenizer(TextEncoder.of(made, args.tokenizer, **eod), own.name, content, own)
     path = find_tokenizer(args.tokenizer)
@@ -334,7 +334,3 @@ def print_summary(job: PreprocessJob, totals: Totals, seconds: float, new_bytes:
         print(f"skipped: {counted(counts.bad, 'bad line')}{among}")
         for message in counts.bad_shown:
             print(f"  {message}")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,11 +16,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from megamor.corpus.documents import Counts, Documents, document_hash, parse_chunk
@@ -49,7 +49,10 @@ class GigatokenEncoder:
 
     def __init__(self, reference: TextEncoder) -> None:
         self._reference = reference
-        self._spec = msgspec.json.encode(_without_special_tokens(reference))
+        # Special tokens aren't recognised: in a corpus they are text.
+        spec = msgspec.json.decode(reference.tokenizer.to_str())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+        self._spec = msgspec.json.encode(spec | {"post_processor": None})
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
         self._checked_sources: set[int] = set()
@@ -87,7 +90,7 @@ class GigatokenEncoder:
 
     def _renew_if_large(self, size: int) -> None:
         self._bytes_since_renewal += size
-        if self._bytes_since_renewal > _BYTES_BETWEEN_RENEWALS and resident_bytes() > _MEMORY_LIMIT:
+        if self._bytes_since_renewal > _BYTES_BETWEEN_RENEWALS and psutil.Process().memory_info().rss > _MEMORY_LIMIT:
             self._bytes_since_renewal = 0
             self._tokenizer = self._load()
 
@@ -123,22 +126,6 @@ def choose_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encode, st
         if accelerator == "auto":
             return plain, f"none ({error})"
         raise
-
-
-def resident_bytes() -> int:
-    """Memory of this process; 0 on systems that don't tell, where gigatoken's table grows without limit."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
-def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:
-    """The tokenizer as JSON in which special tokens aren't recognised: in a corpus they are text."""
-    spec: dict[str, Any] = msgspec.json.decode(reference.tokenizer.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-    spec["post_processor"] = None
-    return spec
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,11 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def _write_splits(source: GitHubFiles | HubDataset, request: _Request) -> list[dict[str, Any]]:
+    commit: str | None = None
     if isinstance(source, GitHubFiles):
         commit = source.commit
-    else:
-        commit = None if request.local else _hub_info(source, request.revision).sha
+    elif not request.local:
+        commit = _hub_info(source, request.revision).sha
     written = []
     for split in request.splits:
         if isinstance(source, GitHubFiles):

@@ -251,13 +251,13 @@ class PreprocessRun:
         # In this order: the journal may describe less than the files hold, never more.
         for file in self._files():
             file.sync()
-        written = [(writer.num_documents, writer.num_tokens) for writer in self._writers]
+        written = [(writer.num_sequences, writer.num_tokens) for writer in self._writers]
         self._journal.write(JournalEntry(self._next, written, self.totals.to_json(), complete))
 
     def _finish(self) -> None:
         """Complete all shards under their partial names."""
         for split, writer in enumerate(self._writers):
-            if not writer.num_documents and not self._job.allow_empty:
+            if not writer.num_sequences and not self._job.allow_empty:
                 self._journal.remove()
                 counts = asdict(self.totals.counts)
                 left_out = ", ".join(

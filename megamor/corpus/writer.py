@@ -60,11 +60,6 @@ class ShardWriter:
             self.abort()
             raise
 
-    @property
-    def num_documents(self) -> int:
-        """Documents so far, one per sequence."""
-        return self.num_sequences
-
     def __enter__(self) -> ShardWriter:
         return self
 

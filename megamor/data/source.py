@@ -11,9 +11,8 @@ What a chunk is depends on the packing: a range of the data set as it is on disk
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,6 @@ from megamor.data.shard import TokenShard
 DOCUMENTS_PER_BLOCK = 2**19
 """Documents that are packed together. More would hardly save padding. A packed block takes about 12 MB and a tenth of a
 second to compute, and the more blocks there are, the longer the first pass over all lengths takes."""
-# A batch may contain the end of one block and the beginning of the next.
-_BLOCKS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,8 @@ class PackedSource(Source):
         super().__init__(shard, chunk_len)
         self._join = join
         self._num_blocks = -(-shard.num_documents // DOCUMENTS_PER_BLOCK)
-        self._packed: OrderedDict[int, _PackedBlock] = OrderedDict()
+        # A batch may contain the end of one block and the beginning of the next.
+        self._block = lru_cache(maxsize=2)(self._pack)
 
     @property
     def num_chunks(self) -> int:
@@ -174,16 +172,6 @@ class PackedSource(Source):
         """Number of pairs of each document of a block."""
         lengths = self.shard.lengths_of(slice(block, None, self._num_blocks))
         return np.maximum(lengths - 1, 0)
-
-    def _block(self, block: int) -> _PackedBlock:
-        """A packed block, from the cache if it was read recently."""
-        if block in self._packed:
-            self._packed.move_to_end(block)
-        else:
-            self._packed[block] = self._pack(block)
-            while len(self._packed) > _BLOCKS_KEPT:
-                self._packed.popitem(last=False)
-        return self._packed[block]
 
     def _pack(self, block: int) -> _PackedBlock:
         pairs = self._pairs_of(block)
