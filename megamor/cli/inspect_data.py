@@ -27,7 +27,8 @@ from megamor.cli import command_parser, counted
 from megamor.errors import DataError, user_errors
 
 if TYPE_CHECKING:
-    from megamor.data import ShardMeta, TokenShard
+    from megamor.data.meta import ShardMeta
+    from megamor.data.shard import TokenShard
 
 _READ_BY_DEFAULT_BYTES = 2**30
 _DOCUMENT_TOKENS_SHOWN = 64
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check and describe a data set. Exits with status 2 and one message if it is damaged or can't be read."""
     args = parse_arguments(argv)
     from megamor.corpus.verify import index_faults, token_faults
-    from megamor.data import TokenShard, read_meta
+    from megamor.data.meta import read_meta
+    from megamor.data.shard import TokenShard
     from megamor.progress import ProgressDisplay
 
     shard, meta = TokenShard.open(args.prefix), read_meta(args.prefix)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from megamor.corpus import writer as writer_module
 from megamor.corpus.verify import token_faults, verify_index
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta, TokenShard, dtype_for_vocab, fingerprint, read_meta
-from megamor.data.meta import BlockHasher
+from megamor.data.meta import BlockHasher, ShardMeta, fingerprint, read_meta
+from megamor.data.shard import TokenShard, dtype_for_vocab
 from megamor.errors import DataError
 
 # Both foreign readers return exactly the documents [1, 2, 0] and [513, 0] from these.

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
 from megamor.corpus.writer import ShardWriter
-from megamor.data import TrainingData, TrainingLoader, open_validation_sets, source
+from megamor.data import source
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import TrainingLoader, open_validation_sets
 from megamor.data.packing import best_fit, count_bins
 from megamor.errors import DataError
 
