@@ -288,14 +288,7 @@ def make_job(
         prefixes,
         journal,
         encoder.dtype,
-        ShardMeta(
-            tokenizer_name=tokenizer.name,
-            tokenizer_sha256=digest,
-            vocab_size=encoder.vocab_size,
-            eod_token=encoder.eod_token,
-            eod_id=encoder.eod_id,
-            eod_appended=args.append_eod,
-        ),
+        ShardMeta(tokenizer.name, digest, encoder.vocab_size, encoder.eod_token, encoder.eod_id, args.append_eod),
         tokenizer.content,
         tokenizer.path,
         identity={
@@ -305,8 +298,7 @@ def make_job(
             "--holdout": sha256(options.held_out.tobytes()).hexdigest(),
             "the input": [list(texts.identity), CHUNK_BYTES],
         },
-        skip_bad=options.skip_bad,
-        deduplicate=args.deduplicate,
+        options=options,
         allow_empty=bool(args.shard),
         restart=args.restart,
     )

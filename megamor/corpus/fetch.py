@@ -133,7 +133,7 @@ def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None
 
     column, theirs = source.column or "", source.splits[split]
     if local:
-        dataset = DatasetInput(str(local), None, theirs, column)
+        dataset = DatasetInput(str(local), None, theirs, column, None)
     else:
         dataset = DatasetInput(source.dataset, source.config, theirs, column, commit, streaming=True)
     chunks = dataset.chunks()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from megamor.data.meta import BlockHasher, ShardMeta, meta_path
 from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megamor.errors import DataError
-from megamor.files import sync_directory
+from megamor.files import sha256_of_file, sync_directory
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 _ENTRIES = 2**20
@@ -152,7 +151,7 @@ class ShardWriter:
                 dtype=self.dtype.name,
                 documents=documents,
                 tokens=self.num_tokens,
-                idx_sha256=_hash_open_file(self._idx),
+                idx_sha256=sha256_of_file(self._idx.name),
                 bin_block_sha256=self._hasher.digests(),
             )
             with open(self._partial_meta, "wb") as side_file:
@@ -233,16 +232,11 @@ def publish_finished(prefix: str) -> None:
 
 
 def write_index(
-    file: BinaryIO,
-    num_sequences: int,
-    num_tokens: int,
-    dtype: np.dtype,
-    document_starts: Iterable[NDArray[Any]] | None = None,
+    file: BinaryIO, num_sequences: int, num_tokens: int, dtype: np.dtype, starts: Iterable[NDArray[Any]] | None = None
 ) -> int:
     """Complete an index that holds only the lengths of its sequences; returns the number of documents.
 
-    Adds the offsets, the document index (each sequence a document unless `document_starts` says otherwise) and the
-    header.
+    Adds the offsets, the document index (each sequence a document unless `starts` says otherwise) and the header.
     """
     offset = 0  # a Python integer, since 32 bits would overflow after 2 GiB
     for first in range(0, num_sequences, _ENTRIES):
@@ -256,9 +250,9 @@ def write_index(
     assert offset == num_tokens * dtype.itemsize, "lengths must add up to the tokens"
     file.seek(HEADER.size + 12 * num_sequences)
     entries = 0
-    for starts in document_starts if document_starts is not None else _one_each(num_sequences):
-        file.write(np.ascontiguousarray(starts, "<i8").tobytes())
-        entries += len(starts)
+    for block in starts if starts is not None else _one_each(num_sequences):
+        file.write(np.ascontiguousarray(block, "<i8").tobytes())
+        entries += len(block)
     # The header last: until then the file doesn't begin with the magic bytes and no reader would accept it.
     file.seek(0)
     file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_sequences, entries))
@@ -278,8 +272,6 @@ def _create_without_truncating(path: str, flags: int) -> int:
 def _lock(file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as error:
         # Some network file systems have no locks. There, nothing protects against a second writer.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -289,11 +281,3 @@ def _lock(file: BinaryIO) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _hash_open_file(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
