@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,32 +219,19 @@ def encode_in_order(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     pending: deque[tuple[int, Future[EncodedChunk]]] = deque()
     in_work = 0
-    with _one_thread_each():
-        try:
-            for chunk in chunks:
-                # Twice as many chunks as threads, so that a slow one at the head doesn't leave the others idle.
-                while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
-                    size, future = pending.popleft()
-                    in_work -= size
-                    yield future.result()
-                pending.append((chunk.size, pool.submit(encoder.encode, chunk)))
-                in_work += chunk.size
-            while pending:
-                yield pending.popleft()[1].result()
-        finally:
-            # Also when the consumer stops early, so that no thread outlives the run.
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep `tokenizers` from starting threads of its own in each of ours."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    # Keeps `tokenizers` from starting threads of its own in each of ours, from here on.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        yield
+        for chunk in chunks:
+            # Twice as many chunks as threads, so that a slow one at the head doesn't leave the others idle.
+            while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
+                size, future = pending.popleft()
+                in_work -= size
+                yield future.result()
+            pending.append((chunk.size, pool.submit(encoder.encode, chunk)))
+            in_work += chunk.size
+        while pending:
+            yield pending.popleft()[1].result()
     finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+        # Also when the consumer stops early, so that no thread outlives the run.
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,9 +24,7 @@ _ENTRIES = 2**20
 
 
 class ShardWriter:
-    """Writes a data set that appears under its name only when complete.
-
-    One document is one sequence, unless `finish` is told where documents start.
+    """Writes a data set. One document is one sequence, unless `finish` is told where documents start.
 
     Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
     `commit` finishes and renames them. As a context manager it removes the partial files unless they were committed.
@@ -62,9 +59,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     def add(self, tokens: ArrayLike) -> None:
@@ -144,8 +139,7 @@ class ShardWriter:
         """
         with _write_errors(self.prefix):
             documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
-            for file in (self._bin, self._idx):
-                _sync(file)
+            self.sync()
             meta = replace(
                 meta or ShardMeta(),
                 dtype=self.dtype.name,

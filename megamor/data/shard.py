@@ -118,11 +118,6 @@ class TokenShard:
         sequences = _last_up_to(self.offsets, tokens * self.dtype.itemsize)
         return sequences if self.document_index is None else _last_up_to(self.document_index[:-1], sequences)
 
-    def sequence(self, number: int) -> NDArray[Any]:
-        """The ids of one sequence, a view of the mapped file."""
-        start = int(self.offsets[number]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[number])]
-
     def document(self, number: int) -> NDArray[Any]:
         """The ids of one document, a view of the mapped file; its sequences are contiguous."""
         start, end = self.starts_of(np.array([number, number + 1])).tolist()

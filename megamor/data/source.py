@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
-from megamor.data.packing import Packing, best_fit, count_bins, ranges
+from megamor.data.packing import best_fit, count_bins, ranges
 from megamor.data.shard import TokenShard
 
 DOCUMENTS_PER_BLOCK = 2**19
@@ -182,11 +182,10 @@ class PackedSource(Source):
         number, _ = ranges(np.zeros_like(pairs), num_items)
         lengths = np.minimum(pairs[document] - number * self.chunk_len, self.chunk_len)
         if self._join:
-            packing = best_fit(lengths, self.chunk_len)
+            items, bounds = best_fit(lengths, self.chunk_len)
         else:
-            packing = Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
+            items, bounds = np.arange(len(lengths)), np.arange(len(lengths) + 1)
         # Then the column of each item: pairs before it in the list, less those before its bin.
-        items, bounds = packing.items, packing.bounds
         before = np.cumsum(lengths[items]) - lengths[items]
         columns = before - np.repeat(before[bounds[:-1]], np.diff(bounds))
         starts = (starts[document] + number * self.chunk_len)[items]
