@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def rooms_one_by_one(sizes: Sequence[int], capacity: int) -> list[int]:
 def test_best_fit_is_that_of_items_one_by_one(data: st.DataObject, capacity: int) -> None:
     sizes = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=120)), np.int64)
     items, bounds = best_fit(sizes, capacity)
-    bins = [items[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    bins = [items[a:b] for a, b in pairwise(bounds)]
     assert sorted(items.tolist()) == list(range(len(sizes)))
     assert sorted(capacity - int(sizes[items].sum()) for items in bins) == rooms_one_by_one(sizes.tolist(), capacity)
     assert count_bins(np.bincount(sizes, minlength=capacity + 1)) == len(bins)
