@@ -22,8 +22,9 @@ from megamor.config import DataConfig, SourceConfig
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.corpus.writer import ShardWriter
 from megamor.corpus.writer import write_index as complete_index
-from megamor.data import TokenShard, TrainingData, TrainingLoader
-from megamor.data.shard import HEADER
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import TrainingLoader
+from megamor.data.shard import HEADER, TokenShard
 
 SCHEMA = "megamor-bench-loader/1"
 VOCABULARY = 50_304

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megamor.config import Config
-from megamor.data import TrainingData, ValidationSet, open_validation_sets
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import ValidationSet, open_validation_sets
 from megamor.evaluate.ngram import NGramModel
 from megamor.evaluate.savings import measure_savings
 from megamor.load import load_model

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megamor.data import open_validation_sets
+from megamor.data.loader import open_validation_sets
 from megamor.model import ModelOutput, Transformer
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
-    from megamor.data import MicroBatch
+    from megamor.data.loader import MicroBatch
     from megamor.load import LoadedModel
 
 

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from megamor.config import FixedDepthConfig
-from megamor.data import MicroBatch
+from megamor.data.loader import MicroBatch
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
 

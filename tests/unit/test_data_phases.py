@@ -16,10 +16,11 @@ from megamor.config import Config, DataConfig, RampConfig, SourceConfig, TrainCo
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import derive
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta, TokenShard, TrainingData, TrainingLoader, fingerprint
-from megamor.data.dataset import source_weights
-from megamor.data.meta import meta_path
+from megamor.data.dataset import TrainingData, source_weights
+from megamor.data.loader import TrainingLoader
+from megamor.data.meta import ShardMeta, fingerprint, meta_path
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
+from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError, DataError
 
 CHUNK = 8

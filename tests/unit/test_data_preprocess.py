@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megamor.cli import inspect_data, preprocess
 from megamor.corpus import text
 from megamor.corpus.tokenizer import TextEncoder
-from megamor.data import TokenShard, read_meta
+from megamor.data.meta import read_meta
+from megamor.data.shard import TokenShard
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {n}: the quick brown fox, naïve café №{n} " + "jumps " * (n % 37) for n in range(400)]

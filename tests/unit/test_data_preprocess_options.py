@@ -25,7 +25,8 @@ from megamor.corpus.documents import document_hash
 from megamor.corpus.encode import GigatokenEncoder
 from megamor.corpus.text import InputRange, find_files
 from megamor.corpus.tokenizer import MAX_FRAGMENT, TextEncoder, byte_tokenizer, char_tokenizer
-from megamor.data import TokenShard, read_meta
+from megamor.data.meta import read_meta
+from megamor.data.shard import TokenShard
 from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, status, tokenizer
 
 __all__ = ["corpus", "tokenizer"]  # fixtures
