@@ -79,8 +79,8 @@ def merge_metas(
                 )
     sources: dict[str, dict[str, Any]] = {}
     for shard, own in zip(shards, metas, strict=True):
-        foreign_source = {"name": Path(shard.prefix).name, "documents": shard.num_documents, "tokens": shard.num_tokens}
-        for source in own.sources if own else [foreign_source]:
+        whole = dict[str, Any](name=Path(shard.prefix).name, documents=shard.num_documents, tokens=shard.num_tokens)
+        for source in own.sources if own else [whole]:
             total = sources.setdefault(source["name"], {**source, "documents": 0, "tokens": 0})
             for count in ("documents", "tokens"):
                 total[count] += source.get(count, 0)
