@@ -55,7 +55,7 @@ def merge_shards(
 
 
 def merge_metas(
-    shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool = False
+    shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool
 ) -> ShardMeta:
     """The side file of the merged data, except counts and hashes. Counts of sources with the same name are added up.
 
