@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,28 +33,6 @@ class MetricSink(Protocol):
 
     def close(self) -> None:
         """Flush and close; nothing may be logged afterwards."""
-
-
-class MultiSink:
-    """Writes to several sinks."""
-
-    def __init__(self, sinks: Sequence[MetricSink]) -> None:
-        self._sinks = tuple(sinks)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Write `metrics` of `step` to every sink."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
-
-    def rewind(self, step: int) -> None:
-        """Rewind every sink to `step`."""
-        for sink in self._sinks:
-            sink.rewind(step)
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
 
 
 class JsonlSink:
@@ -154,9 +132,7 @@ def _drop_after(path: Path, resume_step: int | None) -> None:
         record = _parse(line) if line.endswith("\n") else None
         if record is not None and resume_step is not None and record["step"] <= resume_step:
             kept.append(line)
-    if len(kept) == len(lines):
-        return
-    log.warning(
-        "%s: %d of %d lines removed, because their steps will run again", path, len(lines) - len(kept), len(lines)
-    )
-    replace_file(path, "".join(kept))
+    removed = len(lines) - len(kept)
+    if removed:
+        log.warning("%s: %d of %d lines removed, because their steps will run again", path, removed, len(lines))
+        replace_file(path, "".join(kept))

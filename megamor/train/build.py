@@ -18,7 +18,6 @@ from megamor.errors import ConfigError
 from megamor.metrics import (
     JsonlSink,
     MetricSink,
-    MultiSink,
     TensorBoardSink,
     Throughput,
     TrainingDisplay,
@@ -93,7 +92,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         progress=progress,
         saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
+        sinks=run_on_all_ranks(lambda: build_sinks(config, world, progress, restored is not None)),
         throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
         display=TrainingDisplay(
             config.run.name,
@@ -149,10 +148,10 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def build_sink(config: Config, world: World, progress: RunProgress, resumed: bool) -> MetricSink:
+def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bool) -> list[MetricSink]:
     """The first rank's sinks; other ranks write nothing. Puts the tracker's run id into `progress.run_ids`."""
     if not world.is_main:
-        return MultiSink([])
+        return []
     directory = run_directory(config)
     resume_step = progress.step if resumed else None
     try:
@@ -172,7 +171,7 @@ def build_sink(config: Config, world: World, progress: RunProgress, resumed: boo
         )
         progress.run_ids["wandb"] = wandb.run_id
         sinks.append(wandb)
-    return MultiSink(sinks)
+    return sinks
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:

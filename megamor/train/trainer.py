@@ -85,7 +85,7 @@ class Trainer:
     validation: Mapping[str, ValidationSet]
     checkpoints: RunCheckpoints
     progress: RunProgress
-    sink: MetricSink
+    sinks: list[MetricSink]
     throughput: Throughput
     display: TrainingDisplay
     stop: StopRequest
@@ -310,7 +310,8 @@ class Trainer:
     def write_metrics(self, step: int, metrics: Metrics) -> None:
         """Write figures of `step`. A failure is raised by the next vote, on every rank."""
         try:
-            self.sink.log(step, metrics)
+            for sink in self.sinks:
+                sink.log(step, metrics)
         except OSError as error:
             self.unwritten = self.unwritten or TrainingError(
                 f"can't write the metrics of step {step}: {error}; free space under run.dir and rerun the same command "
@@ -338,10 +339,15 @@ class Trainer:
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
-        run_on_all_ranks(lambda: self.sink.rewind(restored.step))
+        run_on_all_ranks(self.rewind_metrics)
         self.announce(
             f"step {spiked_at}: the loss spikes; back to the weights of step {restored.step}, with the data that follow"
         )
+
+    def rewind_metrics(self) -> None:
+        """Remove metrics of steps that will run again, where a sink can."""
+        for sink in self.sinks:
+            sink.rewind(self.progress.step)
 
     def last_step(self) -> int:
         """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
@@ -474,6 +480,7 @@ class Trainer:
             self.loader.close()
             self.checkpoints.close()
             try:
-                self.sink.close()
+                for sink in self.sinks:
+                    sink.close()
             except OSError as error:
                 log.error("the last metrics are lost: %s", error)
