@@ -10,12 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megamor.config import Config
-from megamor.parallel.backend import ModelStructure
+from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.mesh import autocast
-from megamor.parallel.single import SingleBackend
 
 
-class DdpBackend(SingleBackend):
+class DdpBackend(Backend):
     """`Backend` with DistributedDataParallel. All ranks start with rank 0's weights and buffers."""
 
     def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:

@@ -10,9 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megamor.config import Config
-from megamor.parallel.backend import ModelStructure
+from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.mesh import fsdp_policy
-from megamor.parallel.single import SingleBackend
 
 
 def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
@@ -31,7 +30,7 @@ def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: s
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-class Fsdp2Backend(SingleBackend):
+class Fsdp2Backend(Backend):
     """`Backend` with `fully_shard`. Every rank builds the same model and keeps its slice."""
 
     def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:

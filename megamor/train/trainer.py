@@ -16,7 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from megamor.config import Config
-from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
@@ -33,12 +32,12 @@ from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
 from megamor.optim import lr_multiplier
-from megamor.parallel import Backend
+from megamor.parallel import Backend, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard, Verdict
 from megamor.train.run_state import RunCheckpoints, RunProgress
-from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary
+from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary, UnreadStep
 from megamor.train.stop import Stopped, StopRequest
 from megamor.train.summary import LaunchSummary
 from megamor.train.validation import validation_losses
@@ -53,24 +52,6 @@ class StepBatch:
 
     micro_batches: list[MicroBatch]
     labels: int
-
-
-@dataclass(frozen=True)
-class UnreadStep:
-    """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
-
-    `number` counts steps from 1; `seconds` is the time of its turn of the loop.
-    """
-
-    number: int
-    shape: BatchShape
-    micro_batches: list[MicroBatch]
-    lr: float
-    tokens_seen: int
-    epochs: dict[str, float]
-    data_wait: float
-    seconds: float
-    figures: PendingSummary
 
 
 @dataclass
@@ -188,7 +169,9 @@ class Trainer:
         number = self.progress.step + 1
         shape = self.derived.batches.at(self.progress.step)
         lr = self.config.optim.lr * lr_multiplier(self.progress.step, self.config.optim, self.derived.total_steps)
-        with self.without_recompiling():
+        settled_after = self.config.train.fail_on_recompile_after
+        settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
+        with without_recompiling(number, settled_after) if settled else nullcontext():
             figures = self.run_micro_batches(batch, lr)
         if not self.guard.decides and self.model.stage is not None:
             # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
@@ -374,29 +357,6 @@ class Trainer:
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to this rank's device without waiting."""
         return tensor.to(self.backend.device, non_blocking=True)
-
-    @contextmanager
-    def without_recompiling(self) -> Iterator[None]:
-        """Refuse to compile anything inside, once the first `train.fail_on_recompile_after` steps of a launch are done.
-
-        Raises:
-            TrainingError: on the rank that would have compiled; the others wait in a collective until the launcher
-                ends them.
-        """
-        settled_after = self.config.train.fail_on_recompile_after
-        if settled_after is None or self.summary.steps + len(self.unread) < settled_after:
-            yield
-            return
-        try:
-            with torch.compiler.set_stance("fail_on_recompile"):
-                yield
-        except RuntimeError as error:
-            if "fail_on_recompile" not in str(error):
-                raise
-            raise TrainingError(
-                f"step {self.progress.step + 1} needs a recompilation, and train.fail_on_recompile_after = "
-                f"{settled_after}: {error}\nRaise the number if shapes change on purpose (train.ramp, warm-ups)"
-            ) from error
 
     def save(self, *, finish: bool) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, only start to, unless told to `finish` it."""
