@@ -54,7 +54,6 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append a line."""
         # Flushed line by line, so that a kill loses no step that was reported, at the cost of one write per step.
         record = {"step": step, "time": round(time.time(), 3), **{name: _to_json(v) for name, v in metrics.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -68,7 +67,6 @@ class JsonlSink:
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -97,7 +95,6 @@ class TensorBoardSink:
         self._writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
-        """Flush and close the event file."""
         self._writer.close()
 
 

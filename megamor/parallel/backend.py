@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from megamor.checkpoint.state import write_state
 from megamor.config import Config
-from megamor.parallel.mesh import World, autocast
+from megamor.parallel.mesh import World
 from megamor.parallel.state import collect_state, copy_to_host, load_state
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -75,7 +75,7 @@ class Backend:
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         """Context of a forward pass: precision, and whether its backward pass will communicate."""
-        return autocast(self.device, self.precision)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every parameter group to `lr` times its `lr_multiplier`."""

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megamor.config import Config
 from megamor.parallel.backend import Backend, ModelStructure
-from megamor.parallel.mesh import autocast
 
 
 class DdpBackend(Backend):
@@ -38,5 +37,5 @@ class DdpBackend(Backend):
         # DDP decides in the forward pass whether the backward pass will communicate.
         assert isinstance(self.model, DistributedDataParallel)
         communication = nullcontext() if last_micro_batch else self.model.no_sync()
-        with communication, autocast(self.device, self.precision):
+        with communication, super().forward_context():
             yield

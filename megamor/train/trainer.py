@@ -408,12 +408,7 @@ class Trainer:
         if self.saved_step != self.progress.step:
             self.save(finish=True)
         self.report_saved(self.checkpoints.wait())
-        run_on_all_ranks(self.check_written)  # no further vote will tell
-
-    def check_written(self) -> None:
-        """Raises TrainingError if metrics couldn't be written here."""
-        if self.unwritten is not None:
-            raise self.unwritten
+        raise_on_all_ranks(self.unwritten)  # no further vote will tell
 
     def announce(self, text: str) -> None:
         """Print a line, once, even where progress isn't shown."""
