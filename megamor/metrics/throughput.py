@@ -22,7 +22,7 @@ class _Step(NamedTuple):
     """Sums over all ranks in one optimizer step, or in several."""
 
     seconds: float = 0.0
-    tokens: float = 0
+    tokens: int = 0
     model_flops: float = 0.0
     hardware_flops: float = 0.0
 
@@ -43,7 +43,7 @@ class Throughput:
         self._total_peak = None if peak_flops is None else peak_flops * world_size
         self._clock = clock
         self._recent: deque[_Step] = deque(maxlen=window)
-        self._total = _Step()
+        self.total = _Step()  # of this launch
         self._mark = clock()
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class Throughput:
         """
         step = _Step(seconds, tokens, model_flops, hardware_flops)
         self._recent.append(step)
-        self._total = _sum([self._total, step])
+        self.total = _sum([self.total, step])
 
     def metrics(self) -> dict[str, float | None]:
         """Flat metrics; None where the device's peak is unknown or no time has passed.
@@ -87,9 +87,9 @@ class Throughput:
         recent = _sum(self._recent)
         return {
             "throughput/tokens_per_second": _ratio(recent.tokens, recent.seconds),
-            "throughput/tokens_per_second_mean": _ratio(self._total.tokens, self._total.seconds),
+            "throughput/tokens_per_second_mean": _ratio(self.total.tokens, self.total.seconds),
             "throughput/step_seconds": _ratio(recent.seconds, len(self._recent)),
-            "throughput/executed_flops": self._total.model_flops,
+            "throughput/executed_flops": self.total.model_flops,
             "throughput/flops_per_second": _ratio(recent.model_flops, recent.seconds),
             "throughput/mfu": self._utilisation(recent.model_flops, recent.seconds),
             "throughput/hfu": self._utilisation(recent.hardware_flops, recent.seconds),

@@ -81,6 +81,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
     )
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    throughput = Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size)
     return Trainer(
         config=config,
         derived=derived,
@@ -93,7 +94,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         saved_step=progress.step,
         evaluated_step=evaluated_step,
         sinks=run_on_all_ranks(lambda: build_sinks(config, world, progress, restored is not None)),
-        throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
+        throughput=throughput,
         display=TrainingDisplay(
             config.run.name,
             derived.total_steps,
@@ -105,7 +106,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        summary=LaunchSummary(config),
+        summary=LaunchSummary(config, throughput),
     )
 
 

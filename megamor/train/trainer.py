@@ -29,7 +29,6 @@ from megamor.data import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
-from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
 from megamor.optim import lr_multiplier
 from megamor.parallel import Backend, without_recompiling
@@ -263,15 +262,7 @@ class Trainer:
 
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        shape = step.shape
-        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len, summary.pairs)
-        self.throughput.add(
-            seconds=step.seconds,
-            tokens=shape.tokens,
-            model_flops=flops.training,
-            hardware_flops=flops.training + flops.recomputed(self.config.train),
-        )
-        self.summary.add(summary, shape, step.seconds, flops)
+        self.summary.add(summary, step.shape, step.seconds)
         if step.number % self.config.metrics.log_every and step.number != self.derived.total_steps:
             return
         metrics: dict[str, float | int | None] = {
