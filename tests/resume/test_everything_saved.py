@@ -25,7 +25,6 @@ FORGOTTEN = {
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",
-    ("CheckpointManager", "last_saved_step"): "for whoever asks this launch",
     ("Throughput", "*"): "speed of this launch",
     ("TrainingDisplay", "*"): "display",
     ("Watchdog", "*"): "when this launch last gave a sign of life",
