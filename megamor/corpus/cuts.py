@@ -46,13 +46,11 @@ def find_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """The boundaries at which texts for `tokenizer` may be cut, after each match; None if none are known."""
     spec = msgspec.json.decode(tokenizer.to_str())
     normalizer, pre_tokenizer, model = spec["normalizer"], spec["pre_tokenizer"], spec["model"]
+    specials_are_text = tokenizer.encode_special_tokens
     steps = pre_tokenizer["pretokenizers"] if (pre_tokenizer or {}).get("type") == "Sequence" else [pre_tokenizer]
-    recognised = [
-        token for token in spec["added_tokens"] if not token["special"] or not tokenizer.encode_special_tokens
-    ]
     harmless = (
         (normalizer is None or normalizer["type"] == "NFC")
-        and all(_is_plain(token) for token in recognised)
+        and all(_is_plain(each) or (each["special"] and specials_are_text) for each in spec["added_tokens"])
         and all(step is not None and _allows_cuts(step) for step in steps)
         # Digits and a byte-level step without a pattern don't end words, and the latter hides spaces from later steps.
         and any(_ends_words(step) for step in steps)

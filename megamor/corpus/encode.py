@@ -209,9 +209,7 @@ class ChunkEncoder:
             result.hashes.append(hashes[chosen] if self._options.hashes else hashes[:0])
 
 
-def encode_in_order(
-    chunks: Iterable[TextChunk], encoder: ChunkEncoder, workers: int
-) -> Generator[EncodedChunk, None, None]:
+def encode_in_order(chunks: Iterable[TextChunk], encoder: ChunkEncoder, workers: int) -> Generator[EncodedChunk]:
     """Encode chunks in `workers` threads; yields results in the order of the chunks, with few in memory at a time.
 
     Raises DataError for the first bad record, unless they are skipped.

@@ -136,13 +136,8 @@ def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None
         dataset = DatasetInput(str(local), None, theirs, column, None)
     else:
         dataset = DatasetInput(source.dataset, source.config, theirs, column, commit, streaming=True)
-    chunks = dataset.chunks()
-    while True:
-        with _network_errors(f"dataset {dataset.name}"):
-            chunk = next(chunks, None)
-        if chunk is None:
-            return
-        for text in chunk.data:
+    with _network_errors(f"dataset {dataset.name}"):
+        for text in (value for chunk in dataset.chunks() for value in chunk.data):
             if not isinstance(text, str):
                 raise DataError(f"dataset {dataset.name} has a row that holds {type(text).__name__}, not text")
             yield text

@@ -55,7 +55,7 @@ def merge_shards(
 
 
 def merge_metas(
-    shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool = False
+    shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool
 ) -> ShardMeta:
     """The side file of the merged data, except counts and hashes. Counts of sources with the same name are added up.
 
@@ -79,9 +79,9 @@ def merge_metas(
                 )
     sources: dict[str, dict[str, Any]] = {}
     for shard, own in zip(shards, metas, strict=True):
-        foreign_source = {"name": Path(shard.prefix).name, "documents": shard.num_documents, "tokens": shard.num_tokens}
-        for source in own.sources if own else [foreign_source]:
-            total = sources.setdefault(str(source["name"]), {**source, "documents": 0, "tokens": 0})
+        whole = dict[str, Any](name=Path(shard.prefix).name, documents=shard.num_documents, tokens=shard.num_tokens)
+        for source in own.sources if own else [whole]:
+            total = sources.setdefault(source["name"], {**source, "documents": 0, "tokens": 0})
             for count in ("documents", "tokens"):
                 total[count] += source.get(count, 0)
     return replace(merged, sources=list(sources.values()))

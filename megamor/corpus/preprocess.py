@@ -219,9 +219,8 @@ class PreprocessRun:
 
     def _rewind(self, written: Sequence[tuple[int, int]]) -> bool:
         # Not strict for the logs: without --deduplicate there are none.
-        documents = [counts[0] for counts in written]
         return all(writer.rewind(*counts) for writer, counts in zip(self._writers, written, strict=True)) and all(
-            log.rewind(count) for log, count in zip(self._logs, documents, strict=False)
+            log.rewind(documents) for log, (documents, _) in zip(self._logs, written, strict=False)
         )
 
     def _encode(self, workers: int, show: Callable[[Totals], None]) -> None:

@@ -99,18 +99,16 @@ class ShardWriter:
         Reads the tokens that remain, to hash them.
         """
         # At this stage the index holds its header and lengths only; `finish` writes the rest.
-        sizes = HEADER.size + 4 * num_sequences, num_tokens * self.dtype.itemsize
-        if num_sequences and any(
-            os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
-        ):
+        files = ((self._idx, HEADER.size + 4 * num_sequences), (self._bin, num_tokens * self.dtype.itemsize))
+        if num_sequences and any(os.fstat(file.fileno()).st_size < size for file, size in files):
             return False
         with _write_errors(self.prefix):
-            for file, size in zip((self._idx, self._bin), sizes, strict=True):
+            for file, size in files:
                 file.truncate(size)
                 file.seek(0)
             # Room for the header, which holds counts that are known at the end only.
             self._idx.write(bytes(HEADER.size))
-            self._idx.seek(sizes[0])
+            self._idx.seek(files[0][1])
             # The hash of what remains can't be recorded in the journal: hashlib's state can't be saved.
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):

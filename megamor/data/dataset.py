@@ -85,12 +85,6 @@ class BatchArrays:
     labels: NDArray[np.int64]
     documents: NDArray[np.int64] | None = None
 
-    @classmethod
-    def empty(cls, num_rows: int, seq_len: int, *, documents: bool) -> BatchArrays:
-        """Uninitialised arrays."""
-        inputs, labels, numbers = np.empty((3, num_rows, seq_len), np.int64)
-        return cls(inputs, labels, numbers if documents else None)
-
 
 @dataclass(frozen=True)
 class ShardSpans:
@@ -137,14 +131,10 @@ class TrainingData:
                 )
             shards[key] = opened[prefix]
         chunk_len = config.chunk_len or config.seq_len
-        return cls(
-            config,
-            {key: make_source(shard, config.packing, chunk_len) for key, shard in shards.items()},
-            dict(zip(shards, source_weights(config, [s.num_tokens for s in shards.values()]), strict=True)),
-            dict(zip(shards, short_names(prefixes), strict=True)),
-            seed,
-            vocab_size,
-        )
+        sources = {key: make_source(shard, config.packing, chunk_len) for key, shard in shards.items()}
+        weights = source_weights(config, [shard.num_tokens for shard in shards.values()])
+        by_key, names = dict(zip(shards, weights, strict=True)), dict(zip(shards, short_names(prefixes), strict=True))
+        return cls(config, sources, by_key, names, seed, vocab_size)
 
     @property
     def chunk_len(self) -> int:
@@ -165,15 +155,15 @@ class TrainingData:
         `order` is that of the run's loader; None stands for a run whose settings never changed.
         """
         order = order or self.order()
-        batch = BatchArrays.empty(count, order.seq_len_at(first_sample), documents=self.config.document_mask)
+        shape = (3 if self.config.document_mask else 2, count, order.seq_len_at(first_sample))
+        batch = BatchArrays(*np.empty(shape, np.int64))
         self.fill(batch, first_sample, order)
         return batch
 
     def fill(self, batch: BatchArrays, first_sample: int, order: SampleOrder) -> None:
         """Write the samples from `first_sample` on into `batch`.
 
-        Raises DataError if a token id is outside the vocabulary, or if the samples come from a data set that isn't
-        listed any more.
+        Raises DataError for a token id outside the vocabulary, or samples of a data set that isn't listed any more.
         """
         count, seq_len = batch.inputs.shape
         samples = np.arange(first_sample, first_sample + count)

@@ -104,11 +104,6 @@ class TrainingLoader:
         """Samples of all ranks that `next_step` has returned so far: the position in the data."""
         return self._given.sample
 
-    @property
-    def order(self) -> SampleOrder:
-        """The order of the run's samples, with all phases so far."""
-        return self._given.order
-
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next optimizer step.
 

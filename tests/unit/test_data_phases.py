@@ -154,7 +154,7 @@ def test_a_ramp_is_the_same_phases_as_restarts(folder: Path) -> None:
     loader = TrainingLoader(data, rank=0, world_size=1, batches=batches)
     ramped = [np.concatenate([micro.inputs.numpy() for micro in loader.next_step()]) for _ in range(7)]
     assert [rows.shape for rows in ramped] == [(4, 4)] * 2 + [(8, 8)] * 3 + [(8, 16)] * 2
-    assert [phase.first_sample for phase in loader.order.phases] == [0, 8, 32]
+    assert [phase["first_sample"] for phase in loader.state_dict()["phases"]] == [0, 8, 32]
     state = None
     for first, end, shape in batches.stages(0, 7):
         single = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule((shape,)))
