@@ -8,12 +8,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megamor.config import MetricsConfig
 from megamor.errors import ConfigError
 from megamor.metrics import JsonlSink, TensorBoardSink, WandbSink, read_jsonl
+from tests.resume.runs import tiny_run
 
 
 def write_steps(path: Path, steps: range, resume_step: int | None, loss: float = 1.0) -> None:
@@ -109,9 +112,10 @@ def test_tensorboard_hides_what_was_done_again(tmp_path: Path) -> None:
 
 def test_wandb_offline_keeps_the_run_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    config = replace(tiny_run(tmp_path), metrics=MetricsConfig(wandb=True, wandb_mode="offline"))
     run_id = None
     for launch in range(2):
-        sink = WandbSink(project="p", name="n", directory=tmp_path, mode="offline", run_id=run_id, config={"a": 1})
+        sink = WandbSink(config, tmp_path, run_id)
         assert run_id in (None, sink.run_id)
         run_id = sink.run_id
         sink.log(launch, {"train/loss": 1.0, "throughput/mfu": None})
@@ -128,7 +132,7 @@ def test_missing_library_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, make: type
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    arguments = {"project": "p", "name": "n"} if make is WandbSink else {"resume_step": None}
+    arguments = {"config": tiny_run(tmp_path)} if make is WandbSink else {"resume_step": None}
     with pytest.raises(ConfigError, match=r"is not installed: pip install (wandb|tensorboard)"):
         make(directory=tmp_path, **arguments)
 
