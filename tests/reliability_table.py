@@ -98,10 +98,7 @@ class ReliabilityTable:
         if self.path.exists():
             written = json.loads(self.path.read_text(encoding="utf-8"))["tests"]
             known = {node: test for node, test in written.items() if self.is_there(node)}
-        origin = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "revision": code_revision(),
-        }
+        origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "revision": code_revision()}
         for name, by_promise in self.outcomes.items():
             known[name] = {
                 **origin,

@@ -20,11 +20,7 @@ from tests.distributed.runs import preload_deepspeed, save, stored_tensors, tiny
 DIM = 8
 # Recursions of the two samples of each step. At zero the core isn't called, and its gradient is zero.
 DEPTHS = [(1, 3), (2, 2), (0, 0), (3, 1), (0, 0), (0, 0), (1, 2)]
-BACKENDS = [
-    tiny("ddp"),
-    tiny("fsdp2"),
-    *(tiny("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)),
-]
+BACKENDS = [tiny("ddp"), tiny("fsdp2"), *(tiny("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3))]
 
 
 class Core(nn.Module):

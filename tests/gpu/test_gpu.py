@@ -26,10 +26,7 @@ from megamor.routing import TokenSet
 from megamor.routing.plan import Incoming
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config, tokens, vanilla_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
 CUDA = torch.device("cuda", 0)
 

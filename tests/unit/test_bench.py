@@ -221,7 +221,7 @@ def test_a_table_is_the_same_in_the_terminal_and_in_markdown(capsys: pytest.Capt
         columns, [{"name": "a [b]", "times": {"median": 0.0123}, "peak": None}, {"name": "c"}], "Title.", ("Note.",)
     )
     assert list(table.markdown()) == [
-        *("", "Title.", "", "| case | ms |", "|---|---:|", "| a [b] | 12.3 |", "| c |  |", "", "Note."),
+        *("", "Title.", "", "| case | ms |", "|---|---:|", "| a [b] | 12.3 |", "| c |  |", "", "Note.")
     ]
     table.show()
     shown = capsys.readouterr().out

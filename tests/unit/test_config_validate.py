@@ -138,14 +138,8 @@ def test_all_violations_are_reported_at_once() -> None:
             {"train": {"ramp": [{"until_step": 5}, {"until_step": 5}]}},
             "train.ramp[1].until_step = 5 isn't after step 5",
         ),
-        (
-            {"train": {"ramp": [{"until_step": 1000}]}},
-            "ramp ends at step 1000, but the run ends after 1000",
-        ),
-        (
-            {"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}},
-            "(x) has tokens = 5.0 and weight = 2.0",
-        ),
+        ({"train": {"ramp": [{"until_step": 1000}]}}, "ramp ends at step 1000, but the run ends after 1000"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}}, "(x) has tokens = 5.0 and weight = 2.0"),
         ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens, but others do"),
         (
             {"data": {"train": [{"prefix": "x", "tokens": 5}], "blend_temperature": 2.0}},

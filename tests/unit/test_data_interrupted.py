@@ -228,12 +228,7 @@ def stop_in_the_middle(corpus: Path, folder: Path, *more: str) -> None:
     ],
 )
 def test_another_run_starts_over_and_says_why(
-    change: str,
-    says: str,
-    corpus: Path,
-    expected: dict[str, bytes],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    change: str, says: str, corpus: Path, expected: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, more = tmp_path / "out", list[str]()
     stop_in_the_middle(corpus, folder, *(["--min-length", "3"] if change == "option" else []))

@@ -97,9 +97,7 @@ changes = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(changes=changes)
-def test_phases_use_every_sample_of_a_source_once_and_in_order(
-    changes: list[tuple[int, int, dict[str, int]]],
-) -> None:
+def test_phases_use_every_sample_of_a_source_once_and_in_order(changes: list[tuple[int, int, dict[str, int]]]) -> None:
     order = SampleOrder.start(8, 1, {"a": 1, "b": 2})
     now = 0
     for samples, batch, weights in changes:
