@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help that teaches, dry runs of every recipe, checkpoints that were moved."""
+"""The commands as users run them: help with examples, dry runs of every recipe, checkpoints that were moved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny models are quickest so, and later tests fork."""
+    """One thread: fastest for tiny models, and safe for later tests that fork."""
     torch.set_num_threads(1)
 
 
@@ -44,7 +44,7 @@ def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture) ->
 
 
 def processor_seconds(*arguments: str) -> float:
-    """User and system time of a new Python process; its output must be a usage."""
+    """User and system time of a new Python process that must print its usage."""
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.read().startswith("usage: megamor")
@@ -120,7 +120,7 @@ def write_text(prefix: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint far from where it was trained, with a validation set beside it; all else is gone."""
+    """A checkpoint moved away from where it was trained, with only a validation set next to it."""
     torch.set_num_threads(1)
     home, elsewhere = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
     base = tiny_run(home, max_steps=6, eval_every=3)

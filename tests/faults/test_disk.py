@@ -1,4 +1,4 @@
-"""Disks that fail during a run: the error is clear and everybody's, and the run goes on bitwise on a good one."""
+"""Disks that fail during a run: every rank raises a clear error, and a rerun on a good disk is bitwise the same run."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def straight(base: Config) -> Trace:
-    """The run on a good disk."""
+    """The same run on a disk without faults."""
     assert fit(base) == [True, True]
     return trace(base)
 
 
 def full_at(step: int) -> Callable[[Trainer], None]:
-    """No file of this process may grow beyond a few kilobytes once `step` steps are done."""
+    """Limit the files of this process to a few kilobytes once `step` steps are done."""
 
     def spoil(trainer: Trainer) -> None:
         save = trainer.checkpoints.save

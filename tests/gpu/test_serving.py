@@ -1,5 +1,4 @@
-"""Serving on a GPU: the paged kernel gives what gathered pages give, and graphs replay what the reference says;
-`python -m pytest tests/gpu`."""
+"""Serving on a GPU: the paged kernel agrees with gathered pages, and replayed graphs with the reference."""
 
 from __future__ import annotations
 
