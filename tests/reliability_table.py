@@ -60,7 +60,7 @@ def promises_of(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def backend_of(item: pytest.Item) -> str:
-    """The backend in a test's parameters: `config`, `parallel`, or `backend` and `stage`; DeepSpeed gives zero0 to zero3."""
+    """The backend in a test's parameters: `config`, `parallel`, or `backend` and `stage`; DeepSpeed: zero0 to zero3."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend, stage = parameters.get("backend", ""), parameters.get("stage")
     parallel = getattr(parameters.get("config"), "parallel", parameters.get("parallel"))

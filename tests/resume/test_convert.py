@@ -1,4 +1,4 @@
-"""megamor convert-checkpoint: one file with every weight once, and errors that leave nothing behind."""
+"""megamor convert-checkpoint: one file with every weight once, and errors that leave no file behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_file_of_weights(run: Config, tmp_path: Path) -> None:
     model = build_model(config_from_dict(yaml.safe_load(metadata["config"])))
     assert metadata["step"] == "5"
     model.load_state_dict(weights)
-    # Tied weights once: what is in the file is what the model counts.
+    # Tied weights are stored once: the file has exactly the parameters that the model counts.
     parameters = dict(model.named_parameters())
     assert sum(weights[name].numel() for name in parameters) == model.num_parameters()
     assert weights.keys() == model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Whatever changes during training is in the checkpoint, or is known not to matter after a restart."""
+"""Everything that changes during training is in the checkpoint, or is known not to matter after a restart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megamor.train import Trainer, build_trainer
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import LOSS_FREE, tiny_run, until
 
-# Class and attribute (or all of them) of what changes and isn't saved, and why it needn't be.
+# Class and attribute (or all attributes) of state that changes and isn't saved, with the reason.
 FORGOTTEN = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
@@ -55,7 +55,7 @@ def reachable(root: object) -> Iterator[object]:
 
 
 def frozen(value: object) -> object:
-    """What can be compared later: plain data and arrays by value, everything else by its type."""
+    """A copy that can be compared later: plain data and arrays by value, everything else by its type."""
     if isinstance(value, bool | int | float | str | bytes | type(None)):
         return value
     if isinstance(value, Tensor):
@@ -72,7 +72,7 @@ def frozen(value: object) -> object:
 
 
 def attributes(item: object) -> dict[str, object]:
-    """An object's attributes by value; of a module, also the buffers that its state leaves out."""
+    """An object's attributes by value; for a module, also the buffers that aren't in its state dict."""
     found = {name: frozen(value) for name, value in vars(item).items() if not name.startswith("_modules")}
     if isinstance(item, nn.Module):
         for name in ("_parameters", "_buffers"):
@@ -82,7 +82,7 @@ def attributes(item: object) -> dict[str, object]:
 
 
 def changed_and_not_saved(trainer: Trainer) -> set[tuple[str, str]]:
-    """(class, attribute) of all that training changes outside of what `RunCheckpoints` saves."""
+    """(class, attribute) of all state that training changes and `RunCheckpoints` doesn't save."""
     checkpoints = trainer.checkpoints
     saved = [trainer.progress, checkpoints.loader, *checkpoints.components.values()]
     covered = {id(item) for root in saved for item in reachable(root)}
@@ -97,7 +97,7 @@ def changed_and_not_saved(trainer: Trainer) -> set[tuple[str, str]]:
 
 
 class Stray:
-    """Something with a memory that nobody told the checkpoints about."""
+    """A stateful object that isn't registered with the checkpoints."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -1,4 +1,4 @@
-"""megamor verify-checkpoint and megamor verify-resume: what they find, and their exit statuses."""
+"""megamor verify-checkpoint and megamor verify-resume: the faults that they find, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture
 def checkpoint(run: Config, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy that the test may damage."""
     return Path(shutil.copytree(directory_of(run) / "checkpoints" / "step_00000008", tmp_path / "step_00000008"))
 
 

@@ -1,4 +1,4 @@
-"""The prediction of speed from the costs of launches, and the bench around it."""
+"""The prediction of speed from measured costs of calls, and the bench around it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
 
 
 def costs(x: float) -> Costs:
-    """Boundaries that cost x core launches of equal width."""
+    """A boundary call costs x core calls of the same width."""
     return Costs((A, B), (x * A, x * B))
 
 

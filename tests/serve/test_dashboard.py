@@ -1,4 +1,4 @@
-"""The live page in a real browser, without a window."""
+"""The dashboard in a real, headless browser."""
 
 from __future__ import annotations
 
@@ -44,4 +44,4 @@ def test_the_page_shows_the_engine_at_work(tmp_path: Path) -> None:
     assert '<b id="resident">1</b>' in page
     assert '<b id="pages">25.0%</b>' in page
     assert page.partition("<script>")[0].count('class="bar"') == 4, "three recursions and the held exits"
-    assert "<polyline" in page, "it has asked more than once"
+    assert "<polyline" in page, "the page polls"

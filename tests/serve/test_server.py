@@ -1,4 +1,4 @@
-"""The HTTP side, over real sockets, with an engine whose answers are known."""
+"""The HTTP server over real sockets, with an engine whose answers are known."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_stop_strings(server: Running, include: bool) -> None:
     assert (choice["text"], choice["finish_reason"]) == (want, "stop")
     texts = [json.loads(event)["choices"][0]["text"] for event in events(server, **body)[:-1]]
     assert "".join(texts) == want
-    server.wait_until(lambda: len(server.engine.aborted) == 2, 5)  # the engine need not go on
+    server.wait_until(lambda: len(server.engine.aborted) == 2, 5)  # the engine may stop computing this one
 
 
 def test_a_stop_string_ends_its_own_continuation_alone() -> None:
@@ -111,7 +111,7 @@ def test_a_stop_string_ends_its_own_continuation_alone() -> None:
             ("x" * 100, "length"),
         ]
         assert server.engine.dropped == [(0, 1)]
-        assert server.engine.generated < 250, "the engine didn't go on with it"
+        assert server.engine.generated < 250, "the engine stopped computing it"
 
 
 def test_text_like_the_beginning_of_a_stop_string_is_not_lost(server: Running) -> None:
@@ -284,7 +284,7 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         assert rest[-1] == "data: [DONE]"
         assert len(rest) == 100
         server.thread.join(10)
-        assert not server.thread.is_alive(), "the server has ended by itself"
+        assert not server.thread.is_alive(), "the server exited"
 
 
 def test_an_engine_that_breaks_is_reported_to_everybody() -> None:

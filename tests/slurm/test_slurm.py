@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real slurm: a run is preempted, queued again, and ends as if nothing had been."""
+"""The scripts of slurm/ on a real Slurm: a preempted run is requeued and ends as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Config:
-    """A run that lasts long enough to be interrupted."""
+    """A run long enough to be interrupted."""
     return tiny_run(tmp_path, max_steps=120, eval_every=1000)
 
 
 def variables(config: Config, **more: str) -> dict[str, str]:
-    """What a user would set for two nodes without GPUs; nothing of this test's own environment."""
+    """The environment that a user would set for two nodes without GPUs, and none of this test's own variables."""
     file = Path(config.run.dir) / f"{config.run.name}.yaml"
     file.write_text(config_to_yaml(config))
     return {
@@ -46,7 +46,7 @@ def variables(config: Config, **more: str) -> dict[str, str]:
         "NODES": "2",
         "GPUS": "0",
         "TIME": "30:00",
-        "MASTER_ADDR": "127.0.0.1",  # names of nodes don't resolve here
+        "MASTER_ADDR": "127.0.0.1",  # node names don't resolve on this machine
         "CLUSTER_SBATCH_OPTIONS": "--cpus-per-task=1",
         "CLUSTER_LOGS": str(Path(config.run.dir) / "logs"),
         "CLUSTER_VENV": sys.prefix,
@@ -57,13 +57,13 @@ def variables(config: Config, **more: str) -> dict[str, str]:
 
 
 def wait_for_steps(config: Config, count: int) -> None:
-    """Until so many steps are logged."""
+    """Wait until `steps` steps are logged."""
     metrics = directory_of(config) / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, f"{count} steps")
 
 
 def log_of(config: Config) -> str:
-    """The job's output, of all its starts."""
+    """The output of all starts of the job."""
     return "".join(file.read_text() for file in sorted((Path(config.run.dir) / "logs").glob("*.log")))
 
 
@@ -101,7 +101,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None
     wait_for_steps(config, 3)
     cluster.cancel(job)
     cluster.wait_for(job, "CANCELLED")
-    time.sleep(8)  # longer than slurm waits before it starts a job again
+    time.sleep(8)  # longer than Slurm waits before it restarts a job
     assert cluster.job(job)["JobState"] == "CANCELLED"
     assert "is requeued" not in log_of(config)
 
@@ -128,5 +128,5 @@ def test_a_sweep_trains_one_run_for_each_line(cluster: Cluster, base: Config) ->
 
 
 def rank_logs(config: Config) -> str:
-    """What the ranks printed."""
+    """The output of the ranks."""
     return "".join(file.read_text() for file in (Path(config.run.dir) / "logs").rglob("node_*/**/*.log"))

@@ -1,4 +1,4 @@
-"""megamor bench on tiny models: what a report says, what is refused, and the documentation's tables."""
+"""megamor bench on tiny models: its reports, the requests that it refuses, and the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_ratios_are_paired_per_round(report: dict[str, Any]) -> None:
 def test_flops_are_those_of_the_realised_routing(report: dict[str, Any], config_file: Path) -> None:
     cases = cases_of(report)
     assert {cases[name]["flops_ratio"] for name in ("vanilla", "recursive", "hf-llama")} == {1.0}
-    # Two of eight layers see all tokens, six see 2/3 of them on average: 0.75, which attention lowers (it shrinks
-    # with the square) and the head raises.
+    # Two of eight layers get all tokens and six get 2/3 of them on average, so 0.75. Attention, which shrinks
+    # quadratically, lowers it; the head raises it.
     assert 0.70 < cases["mor_expert"]["flops_ratio"] < 0.77
     assert cases["mor_expert"]["mean_depth"] == pytest.approx(2.0)
     assert cases["mor_token"]["mean_depth"] != 2.0
@@ -95,7 +95,7 @@ def test_peak_memory_is_that_of_gradients_moments_and_activations(config_file: P
     if vanilla is None or mor is None:
         pytest.skip("this system can't reset a process's peak memory")
     state = 3 * 4 * Training.of(cases[0], WORLD).num_parameters
-    # Per token and layer, backward needs at least the inputs of the seven matrix products.
+    # Backward needs at least the inputs of the seven matrix products of each token and layer.
     activations = 4 * 2 * 256 * 8 * (3 * 192 + 3 * 512)
     assert state + activations < vanilla < 3 * (state + activations)
     assert mor < vanilla
@@ -178,7 +178,7 @@ def test_bad_requests_are_refused(
 
 
 def test_checkpointing_of_every_policy(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies trade memory for FLOPs; that peaks are measured in processes of their own is tested above."""
+    """Policies trade memory for FLOPs. Peaks are replaced by a constant: a test above measures them."""
     out = tmp_path / "checkpointing_tiny.json"
     monkeypatch.setattr(train, "peak_in_fresh_process", lambda *_: 10**6)
     policies = ["--policies", ",".join(POLICIES)]
@@ -300,5 +300,5 @@ def test_missing_or_foreign_results_are_refused(page: list[str], tmp_path: Path)
 
 
 def test_the_projects_own_pages_follow_its_results() -> None:
-    """Every table of the documentation, from reports of every age."""
+    """Every table of the documentation, from new and old reports."""
     assert status_of(["--check"]) == 0

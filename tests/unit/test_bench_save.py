@@ -1,4 +1,4 @@
-"""`megamor bench save`: a report with every field, and checkpoints that were really written."""
+"""`megamor bench save` writes real checkpoints and a report with every field."""
 
 from __future__ import annotations
 

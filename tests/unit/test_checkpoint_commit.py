@@ -1,4 +1,4 @@
-"""The commit protocol in one process: damage is named and refused, kills and full disks lose nothing."""
+"""The commit protocol in one process: damage is named and refused; kills and full disks lose no checkpoint."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_everything_is_flushed_before_it_gets_its_name(
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked child; its wait status."""
+    """Run `action` in a forked child and return its wait status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -324,7 +324,7 @@ def test_sigkill_anywhere_leaves_a_whole_checkpoint(
 
 
 def test_file_size_limit_in_a_real_process(tmp_path: Path) -> None:
-    """The operating system refuses the write (EFBIG), as a quota would."""
+    """The operating system refuses the write with EFBIG, like a quota."""
     save(CheckpointManager(tmp_path, keep_last=1), 10)
 
     def child() -> None:

@@ -1,4 +1,4 @@
-"""The files of `configs/`: recipes are complete, overlays are models and backends of the sizes that the paper gives."""
+"""The files of `configs/`: recipes are complete, and model overlays have the sizes of the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading configurations: overlays, overrides, types, and what the errors say."""
+"""Reading configurations: overlays, overrides, types and error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOR = "recursion: {num_recursions: 3, sharing: middle_cycle}\nmodel: {num_layers
 
 
 def write(directory: Path, **files: str) -> Path:
-    """Write NAME.yaml for each keyword; returns the last one."""
+    """Write NAME.yaml for each keyword, and return the last path."""
     for name, text in files.items():
         path = directory / f"{name}.yaml"
         path.write_text(text)
@@ -41,7 +41,7 @@ def write(directory: Path, **files: str) -> Path:
 
 
 def refused(path: Path, *overrides: str) -> str:
-    """The message with which loading fails."""
+    """The error message of loading."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)
@@ -197,7 +197,7 @@ def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
     text = config_to_yaml(config)
     again = load_config(write(tmp_path, document=text))
     assert again == config_from_yaml(text, "here") == config
-    assert config_from_dict(yaml.safe_load(text)) == config  # YAML 1.1 reads the same strings
+    assert config_from_dict(yaml.safe_load(text)) == config  # a YAML 1.1 reader gets the same strings
     assert config_from_dict(config_to_dict(config)) == config
     assert config_to_yaml(again) == text
 
@@ -272,7 +272,7 @@ def test_a_value_out_of_range_is_refused(tmp_path: Path, override: str, expected
 
 
 def test_reading_the_schema_needs_no_pydantic() -> None:
-    """An exported model carries the schema, and `--help` must not wait for an import it has no use for."""
+    """An exported model contains the schema, and `--help` should not wait for imports that it doesn't need."""
     code = "import sys, megamor.config; assert not {'pydantic', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""Rules between fields: each violation is found, with the value and the fix, and all of them at once."""
+"""Rules between fields: all violations are reported at once, each with its value and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALID: dict[str, Any] = {
 
 
 def changed(**sections: Any) -> Config:
-    """`VALID` with other values in some sections; a router replaces the whole section."""
+    """`VALID` with some values replaced; `router` replaces its whole section."""
     values = {name: dict(section) for name, section in VALID.items()}
     for name, section in sections.items():
         values[name] = section if name == "router" else values.get(name, {}) | section
@@ -27,7 +27,7 @@ def changed(**sections: Any) -> Config:
 
 
 def violations(config: Config, world_size: int | None = None) -> list[str]:
-    """The lines of the error, without its first."""
+    """The lines of the error after the first."""
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""Token shards on disk: bytes of the format, what the reader accepts and refuses, what the writer leaves behind."""
+"""Token shards on disk: the bytes of the format, what the reader accepts, and what an interrupted writer leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOCUMENTS = [[1, 2, 0], [513, 0]]
 
 
 def idx_i32() -> bytes:
-    """The uint16 vector with the type code and the second pointer of the int32 one."""
+    """The uint16 test vector with the type code and the second offset of int32."""
     return IDX_U16[:17] + b"\x04" + IDX_U16[18:50] + b"\x0c" + IDX_U16[51:]
 
 
@@ -307,7 +307,7 @@ def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
 def test_a_file_that_another_writer_just_published_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the partial file and locking it, its former owner may have renamed it into place."""
+    """Between opening the partial file and locking it, its former owner may have renamed it to its final name."""
 
     def owner_publishes_first(file: io.BufferedRandom) -> None:
         Path(file.name).rename(tmp_path / "x.bin")

@@ -1,4 +1,4 @@
-"""Merging shards, and finding the part of a data set that is damaged."""
+"""Merging shards, and finding the damaged part of a data set."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_merged_is_what_one_run_would_write(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]], dtype: str
 ) -> None:
-    """Empty shards and empty documents included; in pieces of a few items, so that every loop runs several times."""
+    """Includes empty shards and documents, and processes few items at a time so that every loop runs several times."""
     folder = tmp_path_factory.mktemp("merge")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "_READ_BYTES", 12)
@@ -77,7 +77,7 @@ def test_merged_is_what_one_run_would_write(
 
 
 def test_block_hashes_across_shards(tmp_path: Path) -> None:
-    """Shards end within a block of the merged file; its hashes are those of its own blocks."""
+    """Shards end inside blocks of the merged file, so its block hashes must be computed anew."""
     parts = [write(tmp_path / f"p{n}", [[n] * 3_000_000, [7] * (n * 1111)]) for n in range(13)]
     merge_data.main(["--inputs", *parts, "--output-prefix", str(tmp_path / "x")])
     meta = read_meta(str(tmp_path / "x"))
@@ -89,7 +89,7 @@ def test_block_hashes_across_shards(tmp_path: Path) -> None:
 
 
 def test_foreign_pairs_keep_their_documents(tmp_path: Path) -> None:
-    """Documents of several sequences, of none, and the short index of GPT-NeoX's merge."""
+    """Documents of several sequences and of none, and the short document index of GPT-NeoX's merge."""
     tokens, several = np.arange(5, dtype="<u2").tobytes(), make_idx([2, 0, 3, 0], [0, 2, 2, 4])
     pairs = [
         put(tmp_path / "a", tokens, several),
@@ -206,7 +206,7 @@ def test_a_flipped_bit_is_found_in_every_part(
     flip(tmp_path / f"x.{ending}", offset)
     if not side_file:
         meta_path(prefix).unlink()
-        if ending == "bin":  # nothing to compare tokens with
+        if ending == "bin":  # no hash or vocabulary to compare tokens with
             inspect_data.main([prefix, "--verify"])
             return
     capsys.readouterr()
@@ -232,7 +232,7 @@ def test_all_faults_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
-    """Peak memory of merging 400 MB, beyond that of merging nothing, stays below 100 MB."""
+    """Merging 400 MB needs less than 100 MB more memory than merging an empty shard."""
     zeros = np.zeros(2**25, np.uint16)
     for name, pieces in (("small", 0), ("a", 3), ("b", 3)):
         with ShardWriter(tmp_path / name, "u2") as writer:
@@ -265,7 +265,7 @@ def test_names_of_shards() -> None:
 
 
 def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than files, some of them empty: merged, each split and its side file are those of one run."""
+    """More jobs than files, some with no text: the merged splits and side files equal those of a single run."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 500)
     for name in "ab":
         lines = [json.dumps({"text": f"{name}{number} " * (number % 50 + 1)}) for number in range(60)]
@@ -286,7 +286,7 @@ def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share the tokenizer's file; another part writes it while this one does."""
+    """Two jobs write the same tokenizer file at the same time."""
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 9}) + "\n")
     command = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", "byte", "--output-prefix", str(tmp_path / "x")]
@@ -300,7 +300,7 @@ def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", with_the_other)
     preprocess.main([*command, "--shard", "0/2", "--workers", "1"])
-    assert os.replace is rename, "the other part has run"
+    assert os.replace is rename, "the other job has run"
     assert not list(tmp_path.glob("*.partial"))
     merge_data.main(["--output-prefix", str(tmp_path / "x")])
     assert documents_of(tmp_path / "x") == [[97] * 9, [98] * 9]

@@ -1,4 +1,4 @@
-"""Order of samples: permutations, blends, phases. All of it is a function of numbers, without data."""
+"""Order of samples: permutations, blends and phases, which are functions of numbers and need no data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_any_position_alone_is_the_same_as_in_company(size: int, seed: int, posi
 
 
 def test_order_is_pinned() -> None:
-    """Runs that were saved must resume into the same order for ever: these numbers may not change."""
+    """Saved runs must resume with the same order, so these numbers must never change."""
     assert shuffled_windows(np.arange(12), 10, seed=1234).tolist() == [7, 4, 3, 0, 1, 9, 8, 2, 6, 5, 4, 9]
 
 
@@ -53,7 +53,7 @@ def test_blend_is_within_one_sample_at_every_prefix(weights: list[int], length: 
     given_so_far = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
     shares = np.array(weights) / sum(weights)
     ideal = np.arange(1, length + 1)[:, None] * shares
-    bound = 1 - 1 / (2 * len(weights) - 2) if len(weights) > 1 else 0  # Tijdeman's, under one sample
+    bound = 1 - 1 / (2 * len(weights) - 2) if len(weights) > 1 else 0  # Tijdeman's bound, less than one sample
     assert length == 0 or np.abs(given_so_far - ideal).max() <= bound + 1e-9
     assert (ranks == [given_so_far[n, s] - 1 for n, s in enumerate(sources)]).all()
     assert (blend.counts(length) == np.bincount(sources, minlength=len(weights))).all()

@@ -27,7 +27,7 @@ EOD = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-level BPE of 400 entries that would also truncate and pad, which must not happen to a corpus."""
+    """A byte-level BPE of 400 entries with truncation and padding enabled, which preprocessing must not apply."""
     result = Tokenizer(models.BPE())
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     result.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All kinds of files, in chunks small enough that several workers have something to do."""
+    """A file of each kind, and chunks small enough that several workers get some."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 1000)
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -58,7 +58,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(inputs: Path | list[Path], tokenizer: str, prefix: Path, *options: object) -> int:
-    """Exit status of the tool; run within this process, so that tests stay quick."""
+    """Run preprocessing in this process, for speed, and return its exit status."""
     paths = inputs if isinstance(inputs, list) else [inputs]
     arguments = ["--input", *paths, "--tokenizer", tokenizer, "--output-prefix", prefix, *options]
     return status(preprocess.main, arguments)
@@ -293,7 +293,7 @@ def test_hugging_face_dataset_on_disk(tokenizer: str, tmp_path: Path, capsys: py
 
 
 def test_full_disk_leaves_nothing(tokenizer: str, corpus: Path, tmp_path: Path) -> None:
-    """As a program of its own, with a limit on file size in place of a full disk; the old data set survives."""
+    """A separate process with a file size limit in place of a full disk; the old data set survives."""
     out = tmp_path / "out" / "x"
     (tmp_path / "small.jsonl").write_text('{"text": "small"}')
     assert run(tmp_path / "small.jsonl", tokenizer, out) == 0

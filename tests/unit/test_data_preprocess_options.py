@@ -1,4 +1,4 @@
-"""Options of tools/preprocess.py: input, tokenizers, the accelerator, what is left out, arrays of jobs."""
+"""Options of tools/preprocess.py: input, tokenizers, the accelerator, filters, arrays of jobs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_hugging_face_dataset_streamed_is_the_same(tokenizer: str, tmp_path: Pat
 def test_document_separator_splits_texts_and_only_when_asked(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As TinyStories: one text file with the token's spelling between the stories, here across many chunks."""
+    """Like TinyStories: one text file with the token's text between the stories, read in many chunks."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 500)
     (tmp_path / "a.txt").write_text(EOD.join(TEXTS) + EOD)
     write_lines(tmp_path / "b.jsonl", [f"one{EOD}two", f"three{EOD}"])
@@ -280,7 +280,7 @@ def test_difference_in_any_file_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An accelerator that is wrong about the first document of one file alone."""
+    """An accelerator that encodes only the first document of one file wrongly."""
     marks = {"a.jsonl": 0, "b.jsonl.zst": 100, "c.jsonl.gz": 200, "d.txt": 399}
     original = GigatokenEncoder._load
 
@@ -303,7 +303,7 @@ def test_difference_in_any_file_stops_the_run(
 def test_the_beginning_of_a_long_document_is_checked(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is compared is bounded: the rest of a long document isn't given to `tokenizers`."""
+    """Only a bounded prefix is compared: `tokenizers` doesn't get the rest of a long document."""
     monkeypatch.setattr(encode, "_CHECKED_CHARACTERS", 100)
     asked: list[str] = []
     original = TextEncoder.encode
@@ -340,7 +340,7 @@ def test_table_of_known_words_is_thrown_away_when_large(
     assert documents(tmp_path / "x", tokenizer) == TEXTS
 
 
-# What is left out
+# Filters
 
 
 def test_minimum_length_counts_tokens_of_the_text(
@@ -432,7 +432,7 @@ def test_bad_held_out_list(tokenizer: str, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("count", [1, 3, 11])
 def test_shards_merge_into_what_one_run_writes(count: int, corpus: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Also with more jobs than files, and with splits that a shard has nothing of."""
+    """Also with more jobs than files, and with splits of which a shard has no document."""
     common = ("--split", "0.9,0.1", "--append-eod")
     assert run(corpus / "*", tokenizer, tmp_path / "whole" / "x", *common) == 0
     sizes = []
@@ -457,19 +457,19 @@ def test_every_chunk_is_of_exactly_one_share(corpus: Path) -> None:
     assert [c.id for c in files.chunks(InputRange(1, 2), whole[-2])] == whole[-2:]
 
 
-# Bad surroundings
+# Failing environments
 
 
 def test_output_directory_that_can_not_be_written(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
-    assert run(tmp_path / "a.jsonl", tokenizer, Path("/proc/self/x")) == 2  # a file system nobody can write to
+    assert run(tmp_path / "a.jsonl", tokenizer, Path("/proc/self/x")) == 2  # a read-only file system
     assert re.fullmatch(r"DataError: /proc/self/x can't be written: .*\n", capsys.readouterr().err)
 
 
 def test_read_only_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As somebody else, since permissions don't bind root."""
+    """Run as another user, because root ignores permissions."""
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
     (tmp_path / "out").mkdir(mode=0o555)
     for folder in [tmp_path, *tmp_path.parents][:3]:

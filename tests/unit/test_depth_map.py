@@ -1,4 +1,4 @@
-"""The depth map: where tokens are placed, what their colours and digits say, and what the picture shows."""
+"""The depth map: positions, colours and digits of tokens, and the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megamor fetch-data against a server of its own, local copies, and no network at all."""
+"""megamor fetch-data from a test server, from local copies, and without a network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def git_id(content: bytes) -> str:
 
 
 def use_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Let GitHub and the hub be at `url`. The hub's client reads HF_ENDPOINT when it is imported."""
+    """Replace GitHub and the hub by `url`. (The hub's client reads HF_ENDPOINT only when it is imported.)"""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -43,7 +43,7 @@ def use_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A server with `files`, by path; `asked` lists requests, `cut` breaks one answer off after so many bytes."""
+    """A server with `files` by path; `asked` lists requests; `cut` ends an answer after that many bytes, once."""
     state = SimpleNamespace(files={}, asked=[], cut={})
 
     class Handler(BaseHTTPRequestHandler):
@@ -145,7 +145,7 @@ def test_a_text_file(web: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.M
     assert first["revision"] == "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
     asked = len(web.asked)
     assert run("tiny-shakespeare", "--output-dir", tmp_path) == 0
-    assert len(web.asked) == asked  # it is there already
+    assert len(web.asked) == asked  # it was fetched before
 
 
 def test_a_file_that_was_changed_is_refused(
@@ -209,12 +209,12 @@ def test_a_broken_download_is_tried_again(web: SimpleNamespace, tmp_path: Path) 
     path = f"{PILE}/resolve/{PILE_COMMIT}/val.jsonl.zst"
     web.cut[path] = 10
     assert run("pile", "--splits", "validation", "--output-dir", tmp_path) == 0
-    assert [asked for asked, _ in web.asked].count(path) == 2  # from its last 10 MB on, so here from the start
+    assert [asked for asked, _ in web.asked].count(path) == 2  # resumed 10 MB before the break, here: at 0
     assert (tmp_path / "pile/val.jsonl.zst").read_bytes() == PARTS["val.jsonl.zst"]
 
 
 def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One for each kind of source; the rows from a data set on disk, and from text files as WikiText is distributed."""
+    """A local copy for each kind of source: text, a data set on disk, WikiText's text files, and hub files."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

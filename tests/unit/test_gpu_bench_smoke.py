@@ -1,4 +1,4 @@
-"""The benches of published sizes on a CPU with a tiny model: their bookkeeping, not their figures."""
+"""The benches of published sizes, run on a CPU with a tiny model: the fields of their reports, not the timings."""
 
 from __future__ import annotations
 

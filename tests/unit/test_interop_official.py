@@ -1,4 +1,4 @@
-"""Import of the released code's checkpoints: the reference cases in its layout give the reference logits."""
+"""Import of checkpoints of the released code: reference cases in its layout give the reference logits."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ QUERY = "model.layers.{}.block.1.self_attn.q_proj.weight"
 
 
 def untied_run() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An expert-choice model whose second recursion has attention of its own."""
+    """An expert-choice model whose second recursion has its own attention weights."""
     state, settings = small_run()
     state[QUERY.format(2)] = state[QUERY.format(2)] + 3
     return state, settings
@@ -231,7 +231,7 @@ def test_a_head_of_its_own_is_refused() -> None:
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
         import_official(state, settings)
-    del state["lm_head.weight"]  # dropped where a tied head is stored once
+    del state["lm_head.weight"]  # dropped if a tied head is stored once
     import_official(state, settings)
 
 
@@ -255,7 +255,7 @@ def test_a_missing_weight_is_named(key: str, match: str) -> None:
 
 def test_a_weight_too_many_is_named() -> None:
     state, settings = small_run()
-    state["model.layers.1.block.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # of older transformers: no weight
+    state["model.layers.1.block.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # a buffer of older transformers
     import_official(state, settings)
     state["model.layers.1.mlp_router.router.weight"] = torch.ones(1, DIM)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp_router\.router\.weight is not in the model"):

@@ -26,7 +26,7 @@ def make_throughput(peak: float | None, **options: int) -> tuple[Throughput, Clo
 
 def test_rates_and_utilisation() -> None:
     throughput, clock = make_throughput(1000.0, window=2)
-    clock.now += 50  # before the loop: start() forgets it
+    clock.now += 50  # before the loop, so start() discards it
     throughput.start()
     for seconds in (10.0, 1.0, 3.0):
         clock.now += seconds

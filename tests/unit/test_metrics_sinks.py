@@ -1,4 +1,4 @@
-"""Sinks keep every metric once, over kills and restarts."""
+"""Sinks record every metric exactly once, across kills and restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's arithmetic, and what it says where a run doesn't fit."""
+"""The planner's arithmetic, and its answer if a run doesn't fit."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_nothing_helps_is_said(tmp_path: Path) -> None:
 
 
 def test_bounds_by_hand() -> None:
-    """DDP on one node: compute at peak, gradients through a ring of links, AdamW through memory."""
+    """DDP on one node: compute at peak speed, gradients over a ring of links, AdamW bound by memory."""
     config = load_config(RECIPE, ["parallel.backend=ddp", "train.micro_batch_size=8"])
     gpu = GPUS["h100"]
     cluster = Cluster(gpu, 8, 8)
@@ -87,7 +87,7 @@ def test_rings_over_nodes_use_the_network() -> None:
     one, two = Cluster(gpu, 8, 8), Cluster(gpu, 16, 8)
     assert one.bandwidth(8, neighbours=True) == gpu.link
     assert two.bandwidth(16, neighbours=True) == 8 * gpu.network, "all ports of a node at once"
-    assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: a port each"
+    assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: one port each"
     config = load_config(RECIPE, ["parallel.backend=fsdp2", "parallel.shard_degree=8", "train.micro_batch_size=8"])
     traffic = estimate("hsdp", config, two).traffic
     expected = traffic.sent_among_shards / gpu.link + traffic.sent_among_replicas / gpu.network
@@ -118,7 +118,7 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
 def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
-    """Resident memory of processes with steps of seconds, against today's estimate, within 10 %."""
+    """Measured resident memory of processes with steps of seconds, compared with the estimate, within 10 %."""
     measured = json.loads(path.read_text(encoding="utf-8"))
     assert len(measured["policies"]) >= 5
     for found in measured["policies"]:
@@ -128,7 +128,7 @@ def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
 
 
 def policy_case_of(config: dict[str, Any], policy: str) -> Config:
-    """A stored configuration under a policy written as in the bench."""
+    """A stored configuration under a policy in the bench's notation."""
     mode, _, kept = policy.partition(":")
     ops = {"selective_ops": kept.split("+")} if kept else {}
     train = {**config["train"], "activation_checkpointing": mode, **ops}

@@ -1,4 +1,4 @@
-"""Who raises and who prints when something fails on one rank, on all, or differently on each."""
+"""Which rank raises and which prints after a failure on one rank, on all, or a different one on each."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from megamor.train.stop import SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Handlers of the test's own, restored afterwards."""
+    """Install test handlers, and restore the old ones afterwards."""
 
     def end(number: int, frame: object) -> None:
         raise AssertionError(f"{signal.Signals(number).name} would have ended the process")
