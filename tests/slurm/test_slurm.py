@@ -69,7 +69,7 @@ def log_of(config: Config) -> str:
 
 @pytest.mark.promise("R4", backend="slurm")
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
-def test_a_preempted_job_is_requeued_and_resumes(cluster: Cluster, base: Config, launcher: str) -> None:
+def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
     config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
     job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
     wait_for_steps(config, 3)
