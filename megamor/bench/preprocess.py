@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         with suppress(metadata.PackageNotFoundError):
             report["versions"][library] = metadata.version(library)
     with TemporaryDirectory(dir=args.directory) as folder:
-        runner = Runner(args, Path(folder))
+        runner = CaseRunner(args, Path(folder))
         report |= {
             "tokenizer": Path(args.tokenizer).name,
             "input": [Path(path).name for path in runner.paths],
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     save()
 
 
-class Runner:
+class CaseRunner:
     """The cases, on files in `folder`: all the text, and some of it for what is slow."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:

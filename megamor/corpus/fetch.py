@@ -152,28 +152,19 @@ def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None
 
 
 def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
-    patterns = {split: source.splits[split] for split in request.splits}
+    hashes: dict[str, str | None] = {}
+    commit = None
     if request.local:
-        commit, names = None, [str(path.relative_to(request.local)) for path in request.local.rglob("*")]
-        hashes: dict[str, str | None] = {}
+        names = [str(path.relative_to(request.local)) for path in request.local.rglob("*") if path.is_file()]
     else:
         info = _hub_info(source, request.revision)
         commit, names = info.sha, [file.rfilename for file in info.siblings]
         hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings}
-    chosen = {split: sorted(fnmatch.filter(names, pattern)) for split, pattern in patterns.items()}
+    chosen = {split: sorted(fnmatch.filter(names, source.splits[split])) for split in request.splits}
     for split, found in chosen.items():
         if not found:
-            raise DataError(f"{request.local or source.dataset} has no {patterns[split]}, the files of split {split}")
-    if not request.local:
-        import huggingface_hub
-
-        with _network_errors(source.location):
-            huggingface_hub.snapshot_download(
-                source.dataset,
-                repo_type="dataset",
-                revision=commit,
-                allow_patterns=[name for found in chosen.values() for name in found],
-                local_dir=request.directory,
+            raise DataError(
+                f"{request.local or source.dataset} has no {source.splits[split]}, the files of split {split}"
             )
     written = []
     for split, name in ((split, name) for split, found in chosen.items() for name in found):
@@ -181,8 +172,10 @@ def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any
         if request.local:
             with draft_for(path) as draft:
                 shutil.copyfile(request.local / name, draft)
+        else:
+            _download(source.dataset, name, commit, request.directory)
         entry = _entry(split, path, name, commit)
-        # The client checks only the size.
+        # The client checks the size only.
         if hashes.get(name) not in (None, entry["sha256"]):
             path.unlink()
             raise DataError(f"{path} was damaged on the way: its SHA-256 isn't {hashes[name]}; run the command again")
@@ -190,6 +183,13 @@ def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any
     # What the client keeps to resume downloads, which are complete now.
     shutil.rmtree(request.directory / ".cache", ignore_errors=True)
     return written
+
+
+def _download(dataset: str, name: str, commit: str | None, directory: Path) -> None:
+    import huggingface_hub
+
+    with _network_errors(f"{name} of dataset {dataset}"):
+        huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset", revision=commit, local_dir=directory)
 
 
 def _hub_info(source: HubDataset, revision: str | None) -> Any:

@@ -260,7 +260,11 @@ class Trainer:
         while len(self.unread) > all_but:
             step = self.unread.popleft()
             summary = step.figures.wait()
-            verdict = self.guard.judge(step.number, summary.loss, summary.grad_norm)
+            try:
+                verdict = self.guard.judge(step.number, summary.loss, summary.grad_norm)
+            except TrainingError:
+                self.unread.clear()  # what ran after a failed step means nothing
+                raise
             if verdict is Verdict.SKIPPED:
                 self.announce(
                     f"step {step.number} is skipped: gradient norm {summary.grad_norm} "
@@ -460,10 +464,13 @@ class Trainer:
             yield
         finally:
             # After an error the ranks may be in different places, so nothing here is collective.
-            with suppress(RuntimeError):  # a device that failed has no figures any more
+            # A device that failed has no figures any more, and those of a step that failed aren't written.
+            with suppress(RuntimeError, TrainingError):
                 while self.unread:
                     step = self.unread.popleft()
-                    self.log_step(step, step.figures.wait())
+                    summary = step.figures.wait()
+                    self.guard.judge(step.number, summary.loss, summary.grad_norm)
+                    self.log_step(step, summary)
             self.loader.close()
             self.checkpoints.close()
             try:

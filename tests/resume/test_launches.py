@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_saves_nothing(base: Confi
 
     first, second = fit_to_failure(config, spoil=spoil, on_rank=1)
     assert first == second
-    assert "the gradient norm of step 5 is" in first
+    assert "the gradient norm of step 6 is" in first
     assert checkpoint_names(config) == ["latest", "step_00000004"]
     assert [record["step"] for record in trace(config).steps] == [1, 2, 3, 4, 5]
 
@@ -167,7 +167,7 @@ def start_without_tokenizer_on_rank_1(config: Config) -> str:
 @pytest.mark.promise("R16")
 def test_an_error_of_one_rank_at_the_start_is_everybodys(base: Config) -> None:
     said = run_ranks(start_without_tokenizer_on_rank_1, base)
-    assert said == ["rank 1: nowhere.json can't be read: No such file or directory"] * 2
+    assert said == ["rank 1: tokenizer nowhere.json can't be read: No such file or directory; correct the path"] * 2
     assert not directory_of(base).exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamor.config import config_from_dict
 from megamor.data.blend import MAX_PERIOD, Blend
 from megamor.data.order import SampleOrder, shuffled_windows
 from megamor.errors import ConfigError
@@ -79,10 +80,15 @@ def test_decimal_weights_repeat_exactly() -> None:
     assert Blend([0.2]).period == 1
 
 
-@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], [1, 1e-9]])
-def test_weights_that_cannot_be_blended(weights: list[float]) -> None:
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_weights_that_are_not_positive_are_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\[0\]\.weight: found .*, expected a positive number"):
+        config_from_dict({"data": {"train": [{"prefix": "a", "weight": weight}]}})
+
+
+def test_a_weight_too_small_to_be_scheduled_is_refused() -> None:
     with pytest.raises(ConfigError, match="weights"):
-        Blend(weights)
+        Blend([1, 1e-9])
 
 
 changes = st.lists(
