@@ -21,6 +21,7 @@ from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
 from megamor.parallel import init_world
 from megamor.train import build_trainer
+from tests.commands import refusal, status
 from tests.resume.runs import directory_of, tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,7 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        main([command, "--help"])
-    assert leaving.value.code in (0, None)
+    assert status(main, command, "--help") == 0
     _, _, example = re.sub(r"\s+", " ", capsys.readouterr().out).partition("example")
     assert f"megamor {command} " in example, f"no example of megamor {command} in its help"
 
@@ -162,13 +161,10 @@ def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFix
     assert "recursions" in shown
     assert "mean depth" in shown
     assert picture.read_text().startswith("<svg")
-    with pytest.raises(SystemExit):
-        generate.main([*arguments, "--depth-png", str(tmp_path / "depth.png")])
-    assert f"give --depth-image {picture}" in capsys.readouterr().err
+    message = refusal(capsys, generate.main, *arguments, "--depth-png", tmp_path / "depth.png")
+    assert f"give --depth-image {picture}" in message
 
 
 def test_a_checkpoint_that_is_not_there(moved: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        generate.main(["--checkpoint", str(moved / "modal"), "--prompt", "x"])
-    assert leaving.value.code == 2
-    assert capsys.readouterr().err == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"
+    message = refusal(capsys, generate.main, "--checkpoint", moved / "modal", "--prompt", "x")
+    assert message == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"

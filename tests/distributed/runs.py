@@ -33,6 +33,7 @@ from megamor.model import build_model
 from megamor.optim import build_adamw, lr_multiplier
 from megamor.parallel import Backend, build_backend, init_world
 from megamor.parallel.zero import import_deepspeed
+from tests.distributed.harness import run_ranks
 
 TINY = Config(
     model=ModelConfig(vocab_size=128, dim=32, num_layers=8, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32),
@@ -149,6 +150,17 @@ def load_and_run(config: Config, first: Path, final: Path) -> list[StepResult]:
     results = [run_step(backend, step, config) for step in range(3, 6)]
     save(backend, final)
     return results
+
+
+def assert_resumes_bitwise(config: Config, directory: Path, world_size: int = 2) -> None:
+    """A run that resumes from its third step gives the same results and the same state as one that went on."""
+    saved, straight, resumed = (directory / name for name in ("saved", "straight", "resumed"))
+    expected = run_ranks(run_and_save, config, saved, straight, world_size=world_size)
+    assert run_ranks(load_and_run, config, saved, resumed, world_size=world_size) == expected
+    tensors = stored_tensors(straight)
+    assert digest(tensors) == digest(stored_tensors(resumed))
+    assert digest(tensors) != digest(stored_tensors(saved))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
 def save(backend: Backend, directory: Path) -> None:

@@ -22,9 +22,9 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
+    assert_resumes_bitwise,
     digest,
     fresh_run,
-    load_and_run,
     relative_differences,
     run_and_save,
     run_step,
@@ -117,14 +117,7 @@ def _types_in_a_block(config: Config) -> tuple[torch.dtype, torch.dtype]:
 @pytest.mark.parametrize(("precision", "router"), [("fp32", EXPERT_CHOICE), ("bf16", LOSS_FREE)])
 @pytest.mark.parametrize("backend", WORLD_SIZE)
 def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, tmp_path: Path) -> None:
-    config = tiny(backend, precision=precision, router=router)
-    straight = run(config, run_and_save, tmp_path / "saved", tmp_path / "straight")
-    resumed = run(config, load_and_run, tmp_path / "saved", tmp_path / "resumed")
-    assert straight == resumed
-    tensors = stored_tensors(tmp_path / "straight")
-    assert digest(tensors) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(tensors) != digest(stored_tensors(tmp_path / "saved"))
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert_resumes_bitwise(tiny(backend, precision=precision, router=router), tmp_path, WORLD_SIZE[backend])
 
 
 @pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2"))
@@ -132,11 +125,7 @@ def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, t
 def test_ddp_resumes_bitwise_on_three_ranks(tmp_path: Path) -> None:
     """With three ranks the result depends on the order of sums, which changes if DDP rebuilds its buckets."""
     config = tiny("ddp")
-    config = replace(config, train=replace(config.train, global_batch_size=6))
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=3)
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=3)
-    assert straight == resumed
-    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
+    assert_resumes_bitwise(replace(config, train=replace(config.train, global_batch_size=6)), tmp_path, world_size=3)
 
 
 @pytest.mark.promise("R9", "R10", backend="fsdp2")

@@ -18,13 +18,10 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
-    digest,
+    assert_resumes_bitwise,
     fresh_run,
-    load_and_run,
     relative_differences,
-    run_and_save,
     start,
-    stored_tensors,
     tiny,
 )
 
@@ -53,12 +50,7 @@ def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_b
 def test_resume_is_bitwise(replicas: int, shards: int, precision: str, tmp_path: Path) -> None:
     router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
     config = tiny("fsdp2", shard_degree=shards, precision=precision, router=router)
-    world_size = replicas * shards
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=world_size)
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=world_size)
-    assert straight == resumed
-    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(stored_tensors(tmp_path / "straight")) != digest(stored_tensors(tmp_path / "saved"))
+    assert_resumes_bitwise(config, tmp_path, replicas * shards)
 
 
 def held(config: Config) -> tuple[tuple[int, ...], float]:

@@ -18,13 +18,12 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
+    assert_resumes_bitwise,
     digest,
     fresh_run,
-    load_and_run,
     mark_buffers,
     preload_deepspeed,
     relative_differences,
-    run_and_save,
     run_step,
     save,
     start,
@@ -82,14 +81,7 @@ def test_bf16_stays_close(stage: int, one_process: dict[str, list[StepResult]]) 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resume_is_bitwise(stage: int, precision: str, tmp_path: Path) -> None:
     router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
-    config = tiny("deepspeed", zero_stage=stage, precision=precision, router=router)
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight")
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed")
-    assert straight == resumed
-    weights = stored_tensors(tmp_path / "straight")
-    assert digest(weights) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(weights) != digest(stored_tensors(tmp_path / "saved"))
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert_resumes_bitwise(tiny("deepspeed", zero_stage=stage, precision=precision, router=router), tmp_path)
 
 
 @pytest.mark.parametrize("stage", STAGES)

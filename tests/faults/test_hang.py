@@ -20,7 +20,7 @@ from megamor.config import Config, config_to_yaml
 from megamor.train import EXIT_INTERRUPTED
 from megamor.train.watchdog import Watchdog
 from tests.distributed.harness import free_port
-from tests.resume.runs import directory_of, fit, named, tiny_run, trace, until
+from tests.resume.runs import directory_of, fit, named, tiny_run, trace, until, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0
@@ -54,15 +54,6 @@ def ranks(config: Config) -> Iterator[list[subprocess.Popen]]:
         for process in processes:
             process.kill()
             process.communicate()
-
-
-def wait_for_steps(config: Config, count: int) -> None:
-    """Wait until `steps` steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "the run didn't start"
-        time.sleep(0.05)
 
 
 def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:

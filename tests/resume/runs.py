@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -147,6 +148,15 @@ def signal_after(step: int, number: signal.Signals) -> Spoil:
         trainer.backend.step = interrupted  # type: ignore[method-assign]
 
     return spoil
+
+
+def wait_for_steps(config: Config, count: int, seconds: float = 180.0) -> None:
+    """Wait until `count` steps are logged."""
+    metrics = directory_of(config) / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run didn't start"
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,16 @@ import pytest
 
 from megamor.config import Config, OptimConfig, config_to_yaml
 from tests.distributed.harness import free_port
-from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace, until
+from tests.resume.runs import (
+    assert_same_run,
+    checkpoint_names,
+    fit,
+    named,
+    tiny_run,
+    trace,
+    until,
+    wait_for_steps,
+)
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 120.0
@@ -61,15 +69,6 @@ def children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += map(int, (task / "children").read_text().split())
     return found
-
-
-def wait_for_steps(config: Config, count: int) -> None:
-    """Wait until `steps` steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "the run didn't start"
-        time.sleep(0.05)
 
 
 def assert_saved_and_continues(config: Config) -> None:

@@ -10,6 +10,7 @@ import pytest
 from megamor.bench.tables import regenerate
 from megamor.cli.bench import main
 from megamor.serve.engine.costs import Costs, LineFit
+from tests.commands import refusal, status
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
 
@@ -89,9 +90,5 @@ def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_the_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
-    with pytest.raises(SystemExit):
-        main(["serve"])
-    with pytest.raises(SystemExit) as refusal:
-        main(["serve", "--config", str(config), "--new-tokens", "40-60"])
-    assert refusal.value.code == 2
-    assert "context of 32" in capsys.readouterr().err
+    assert status(main, "serve") == 2
+    assert "context of 32" in refusal(capsys, main, "serve", "--config", config, "--new-tokens", "40-60")

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from megamor.config import Config, ParallelConfig, config_to_yaml
-from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace
+from tests.resume.runs import (
+    assert_same_run,
+    checkpoint_names,
+    fit,
+    named,
+    tiny_run,
+    trace,
+    wait_for_steps,
+)
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +62,6 @@ def variables(config: Config, **more: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         **more,
     }
-
-
-def wait_for_steps(config: Config, count: int) -> None:
-    """Wait until `steps` steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, f"{count} steps")
 
 
 def log_of(config: Config) -> str:

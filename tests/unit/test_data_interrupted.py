@@ -28,6 +28,7 @@ from megamor.corpus.text import ChunkId
 from megamor.corpus.tokenizer import byte_tokenizer
 from megamor.corpus.writer import ShardWriter
 from megamor.data import TokenShard
+from tests.commands import in_child, refusal
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = random.Random(0)
@@ -77,18 +78,6 @@ def expected(corpus: Path, tmp_path: Path) -> dict[str, bytes]:
     found = outputs(tmp_path / "whole")
     assert sorted(found) == [f"x_{s}.{e}" for s in ("train", "val") for e in ("bin", "idx", "meta.json")]
     return found
-
-
-def in_child(action: Callable[[], Any]) -> int:
-    """Run `action` in a forked process and return its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(70)
-    return os.waitpid(child, 0)[1]
 
 
 def killed_at(count: int, names: tuple[str, ...]) -> Callable[[], None]:
@@ -258,15 +247,12 @@ def test_a_bad_line_keeps_what_was_done(
     """The run resumes at the bad line with --on-bad-line skip."""
     lines = (corpus / "b.jsonl").read_bytes()
     (corpus / "b.jsonl").write_bytes(lines + b"\nnonsense\n")
-    with pytest.raises(SystemExit, match="2"):
-        preprocess.main(arguments(corpus, tmp_path / "out" / "x"))
-    said = capsys.readouterr().err
+    said = refusal(capsys, preprocess.main, *arguments(corpus, tmp_path / "out" / "x"))
     assert "b.jsonl, line" in said
     assert "finished work is kept" in said
     preprocess.main(arguments(corpus, tmp_path / "out" / "x", "--on-bad-line", "skip"))
     assert "resuming" in capsys.readouterr().err
-    found = outputs(tmp_path / "out")
-    assert found == expected
+    assert outputs(tmp_path / "out") == expected
 
 
 def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
@@ -290,9 +276,8 @@ def test_second_run_on_one_prefix_is_refused(corpus: Path, tmp_path: Path, capsy
     before = outputs(folder)
     with ShardWriter(folder / "x_val", np.uint16, resume=True) as other:
         other.keep_partial = True
-        with pytest.raises(SystemExit, match="2"):
-            preprocess.main(arguments(corpus, folder / "x"))
-    assert "another process is writing" in capsys.readouterr().err
+        message = refusal(capsys, preprocess.main, *arguments(corpus, folder / "x"))
+    assert "another process is writing" in message
     assert outputs(folder) == before
     preprocess.main(arguments(corpus, folder / "x"))
     assert TokenShard.open(folder / "x_train").num_documents > 100

@@ -19,11 +19,12 @@ from megamor.cli import inspect_data, merge_data, preprocess
 from megamor.corpus import merge, text
 from megamor.corpus.array import parse_shard, shard_prefix, split_shard_prefix
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta, TokenShard, read_meta
+from megamor.data import ShardMeta, TokenShard
 from megamor.data import shard as indexed
 from megamor.data.meta import meta_path
 from megamor.errors import ConfigError
-from tests.unit.test_data_format import make_idx, put
+from tests.commands import flip_bit, refusal
+from tests.unit.test_data_format import make_idx, meta_of, put
 
 ROOT = Path(__file__).parents[2]
 META = ShardMeta(tokenizer_name="t.json", tokenizer_sha256="ab", vocab_size=100, eod_id=0, eod_appended=True)
@@ -46,10 +47,7 @@ def documents_of(prefix: Path | str) -> list[list[int]]:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The message of a merge that must be refused."""
-    with pytest.raises(SystemExit) as leaving:
-        merge_data.main([str(argument) for argument in arguments])
-    assert leaving.value.code == 2
-    return capsys.readouterr().err
+    return refusal(capsys, merge_data.main, *arguments)
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,8 +78,7 @@ def test_block_hashes_across_shards(tmp_path: Path) -> None:
     """Shards end inside blocks of the merged file, so its block hashes must be computed anew."""
     parts = [write(tmp_path / f"p{n}", [[n] * 3_000_000, [7] * (n * 1111)]) for n in range(13)]
     merge_data.main(["--inputs", *parts, "--output-prefix", str(tmp_path / "x")])
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
+    meta = meta_of(tmp_path / "x")
     assert len(meta.bin_block_sha256) == 2
     assert [source["name"] for source in meta.sources] == [f"p{n}" for n in range(13)]
     assert meta.sources[2] == {"name": "p2", "documents": 2, "tokens": 3_002_222}
@@ -101,8 +98,7 @@ def test_foreign_pairs_keep_their_documents(tmp_path: Path) -> None:
     expected = [[0, 1], [], [2, 3, 4]]
     assert documents_of(tmp_path / "x") == [*expected, [10, 11], [12, 13, 14], *expected]
     assert (tmp_path / "x.idx").read_bytes() == make_idx([2, 0, 3, 0, 2, 3, 2, 0, 3, 0], [0, 2, 2, 4, 5, 6, 8, 8, 10])
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
+    meta = meta_of(tmp_path / "x")
     assert (meta.tokenizer_sha256, meta.eod_appended, meta.documents) == (None, None, 8)
     inspect_data.main([str(tmp_path / "x")])
 
@@ -164,16 +160,10 @@ def test_damaged_shards_are_not_merged(
     tmp_path: Path, part: str, offset: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = [write(tmp_path / name, [[1, 2], [3], [4]]) for name in "ab"]
-    flip(tmp_path / part, offset)
+    flip_bit(tmp_path / part, offset)
     message = refused(capsys, "--inputs", *shards, "--output-prefix", tmp_path / "x")
     assert str(tmp_path / part) in message
     assert not list(tmp_path.glob("x.*"))
-
-
-def flip(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
 
 
 SEQUENCES = 5
@@ -203,29 +193,23 @@ def test_a_flipped_bit_is_found_in_every_part(
     prefix = write(tmp_path / "x", [[n + 1] * (n + 1) for n in range(SEQUENCES)])
     ending, offset, says = PARTS[part]
     inspect_data.main([prefix, "--verify"])
-    flip(tmp_path / f"x.{ending}", offset)
+    flip_bit(tmp_path / f"x.{ending}", offset)
     if not side_file:
         meta_path(prefix).unlink()
         if ending == "bin":  # no hash or vocabulary to compare tokens with
             inspect_data.main([prefix, "--verify"])
             return
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as leaving:
-        inspect_data.main([prefix, "--verify"])
-    assert leaving.value.code == 2
-    assert says in capsys.readouterr().err
+    assert says in refusal(capsys, inspect_data.main, prefix, "--verify")
 
 
 def test_all_faults_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = write(tmp_path / "x", [[1], [2, 2], [3]])
-    flip(tmp_path / "x.bin", 1)
+    flip_bit(tmp_path / "x.bin", 1)
     index = bytearray((tmp_path / "x.idx").read_bytes())
     struct.pack_into("<i", index, 34, -1)
     struct.pack_into("<q", index, 34 + 12 + 8, 4)
     (tmp_path / "x.idx").write_bytes(index)
-    with pytest.raises(SystemExit):
-        inspect_data.main([prefix])
-    message = capsys.readouterr().err
+    message = refusal(capsys, inspect_data.main, prefix)
     assert message.startswith("DataError: 5 faults:\n")
     for fault in ("negative length", "offset of sequence 1", "(SHA-256)", "token id 257", "bytes 0 to 7"):
         assert fault in message
@@ -279,9 +263,7 @@ def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.Monkey
         merge_data.main(["--output-prefix", str(tmp_path / f"x_{split}")])
         for ending in ("bin", "idx"):
             assert (tmp_path / f"x_{split}.{ending}").read_bytes() == (tmp_path / f"one_{split}.{ending}").read_bytes()
-        one, merged = read_meta(str(tmp_path / f"one_{split}")), read_meta(str(tmp_path / f"x_{split}"))
-        assert one is not None
-        assert merged is not None
+        one, merged = meta_of(tmp_path / f"one_{split}"), meta_of(tmp_path / f"x_{split}")
         assert replace(merged, tokenizer_name=None) == replace(one, tokenizer_name=None)
 
 

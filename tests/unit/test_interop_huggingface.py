@@ -34,6 +34,7 @@ from tests.combinations import (
     tokens,
     vanilla_config,
 )
+from tests.commands import refusal
 
 pytest.importorskip("transformers")
 
@@ -306,9 +307,8 @@ def test_refused_exports(tmp_path: Path, exports: Path, capsys: pytest.CaptureFi
     with pytest.raises(ConfigError, match=r"tests\.unit\.nowhere:Router can't be exported"):
         export_huggingface(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
-        export_hf.main(["--checkpoint", str(exports / "checkpoints"), "--output", str(exports)])
-    assert "not an empty directory" in capsys.readouterr().err
+    arguments = ("--checkpoint", exports / "checkpoints", "--output", exports)
+    assert "not an empty directory" in refusal(capsys, export_hf.main, *arguments)
 
 
 def test_all_exports_have_the_same_code(exports: Path) -> None:

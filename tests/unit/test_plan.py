@@ -24,6 +24,7 @@ from megamor.plan.estimate import (
     parameters,
 )
 from megamor.plan.memory import step_memory
+from tests.commands import refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = str(CONFIGS / "mor_1b.yaml")
@@ -104,10 +105,7 @@ def test_rings_over_nodes_use_the_network() -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        plan.main(["--config", RECIPE, *arguments])
-    assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert said in refusal(capsys, plan.main, "--config", RECIPE, *arguments)
 
 
 def test_every_gpu_has_a_peak_and_a_source() -> None:
