@@ -7,12 +7,13 @@ traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-P = ParamSpec("P")
-T = TypeVar("T")
+EXIT_USER_ERROR = 2
+"""Exit status after an error that the user can fix."""
+EXIT_INTERRUPTED = 75
+"""Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): rerun it to resume."""
 
 
 class MegamorError(Exception):
@@ -41,15 +42,11 @@ def print_error(error: MegamorError, rank: int | None = None) -> None:
     print(f"{origin}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def user_errors(main: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a command's `main` so that a `MegamorError` ends it with a message instead of a traceback."""
-
-    @wraps(main)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return main(*args, **kwargs)
-        except MegamorError as error:
-            print_error(error)
-            raise SystemExit(2) from None
-
-    return wrapped
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Decorates a command's `main`: a `MegamorError` ends it with a message instead of a traceback."""
+    try:
+        yield
+    except MegamorError as error:
+        print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.config import Config, config_from_yaml
-from megamor.interop import is_export, read_export
+from megamor.interop.export import is_export, read_export
 from megamor.model import Transformer, build_model
 
 

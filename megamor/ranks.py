@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamor.errors import CheckpointError, MegamorError, print_error
+from megamor.errors import EXIT_USER_ERROR, CheckpointError, MegamorError, print_error
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ def report_errors_once() -> Iterator[None]:
             print_error(error, rank=rank if len(set(said)) > 1 else None)
         # The launcher kills all ranks when one exits, so nobody exits before the ranks that print have printed.
         _exchange("", group, size)
-        raise SystemExit(2) from error
+        raise SystemExit(EXIT_USER_ERROR) from error
 
 
 def _joined(found: list[tuple[type[MegamorError], str] | None]) -> MegamorError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megamor.config import Config
 from megamor.errors import ConfigError
+from megamor.interop.export import model_shape
 from megamor.model import ModelOutput
 from megamor.model.loss import IGNORE
 
@@ -28,24 +29,10 @@ class HuggingFaceLlama(nn.Module):
         except ImportError:
             raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
         torch.manual_seed(config.run.seed)
-        shape: dict[str, Any] = {
-            "vocab_size": config.model.vocab_size,
-            "hidden_size": config.model.dim,
-            "intermediate_size": config.model.ffn_dim,
-            "num_hidden_layers": config.model.num_layers,
-            "num_attention_heads": config.model.num_heads,
-            "num_key_value_heads": config.model.num_kv_heads,
-            "head_dim": config.model.head_dim,
-            "max_position_embeddings": config.model.max_seq_len,
-            "rms_norm_eps": config.model.norm_eps,
-            "rope_theta": config.model.rope_theta,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "use_cache": False,
-            "attn_implementation": "sdpa",
-        }
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        settings: dict[str, Any] = {"rms_norm_eps": config.model.norm_eps, "rope_theta": config.model.rope_theta}
+        settings |= {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "use_cache": False}
+        settings |= {**model_shape(config), "attn_implementation": "sdpa"}
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
         self.model = model.to(device)
 
     def forward(self, inputs: Tensor, labels: Tensor, **_: object) -> ModelOutput:

@@ -1,8 +1,7 @@
 """What the training bench compares: models of equal effective depth, checkpointing policies, compiled or not.
 
-A case is a configuration file with overrides; nothing here needs torch. The models of one configuration differ in
-recursion and routing alone, so they have the same width, vocabulary and batch. The published sizes have a file each in
-configs/model.
+A case is a configuration file with overrides; nothing here needs torch. The models of one configuration have the same
+width, vocabulary and batch. The published sizes have a file each in configs/model.
 """
 
 from __future__ import annotations
@@ -98,33 +97,22 @@ def cases_of_size(size: str, overrides: Sequence[str], names: Sequence[str]) -> 
     """The named cases of a published size, most important first; vanilla at both ends, so that drift shows.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown size or name.
     """
+    check_names([size], SIZES, "size")
     check_names(names, PUBLISHED, "case")
     others = [name for name in PUBLISHED if name in names and name != REFERENCE]
     order = [REFERENCE, *others, REFERENCE] if others else [REFERENCE]
-    return [published(size, name, overrides) for name in order]
-
-
-def published(size: str, name: str, overrides: Sequence[str]) -> Case:
-    """One case of a published size."""
-    shape, *words = name.split("_")
-    own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
-    own += [_TOKEN if "token" in words else _EXPERT] if words else []
-    # The files describe a shape alone; what else a run must say has no effect here.
-    own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
-    suffix = "" if shape == REFERENCE else f"_{shape}"
-    return Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own))
-
-
-def micro_batch_of(size: str) -> int:
-    """The sequences of a micro-batch that a published size begins with.
-
-    Raises:
-        ConfigError: an unknown size.
-    """
-    check_names([size], SIZES, "size")
-    return SIZES[size]
+    found = []
+    for name in order:
+        shape, *words = name.split("_")
+        own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
+        own += [_TOKEN if "token" in words else _EXPERT] if words else []
+        # The files describe a shape alone; what else a run must say has no effect here.
+        own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
+        suffix = "" if shape == REFERENCE else f"_{shape}"
+        found.append(Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own)))
+    return found
 
 
 def with_policy(case: Case, policy: str) -> Case:

@@ -41,7 +41,6 @@ class Load:
     input_tokens: int = 64
     output_tokens: int = 64
     vocab_size: int = 256
-    temperature: float = 0.0
     seed: int = 0
     api_key: str | None = None
 
@@ -157,7 +156,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
     body = {
         "prompt": prompt,
         "max_tokens": load.output_tokens,
-        "temperature": load.temperature,
+        "temperature": 0.0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -1,9 +1,7 @@
-"""How fast batches come from token shards.
+"""How fast batches come from token shards, on one thread and without prefetching.
 
-Two data sets of made-up tokens are written into a temporary directory: a real one, from which the loader takes batches
-as fast as it can under each packing, on one thread and without prefetching; and an index of many documents over an
-empty file, to time what grows with their number. For comparison: copying the same windows with NumPy and nothing else,
-and only the arithmetic of the order of samples. The files are in the page cache, so no disk is measured.
+Two data sets of made-up tokens are written into a temporary directory: a real one, for every packing, and an index of
+many documents over an empty file, to time what grows with their number.
 """
 
 from __future__ import annotations
@@ -24,8 +22,9 @@ from megamor.config import DataConfig, SourceConfig
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.corpus.writer import ShardWriter
 from megamor.corpus.writer import write_index as complete_index
-from megamor.data import TokenShard, TrainingData, TrainingLoader
-from megamor.data.shard import HEADER
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import TrainingLoader
+from megamor.data.shard import HEADER, TokenShard
 
 SCHEMA = "megamor-bench-loader/1"
 VOCABULARY = 50_304

@@ -197,24 +197,6 @@ def within_memory(
         release(device)
 
 
-def profile_steps(training: Training, num_steps: int = 3, top: int = 30) -> list[dict[str, Any]]:
-    """The operations and kernels that take most of the device's time: milliseconds and calls of one step."""
-    on_device = training.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_device:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(num_steps):
-            training.step()
-        synchronize(training.device)
-    key = "self_device_time_total" if on_device else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, key), reverse=True)
-    return [
-        {"name": event.key, "ms": getattr(event, key) / 1e3 / num_steps, "calls": event.count / num_steps}
-        for event in events[:top]
-    ]
-
-
 def release(device: torch.device) -> None:
     """Forget compiled code and give cached memory back, so that cases don't affect each other."""
     torch._dynamo.reset()

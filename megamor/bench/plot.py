@@ -18,7 +18,7 @@ FLOPS_COLOUR, TIME_COLOUR = "#a9cfe0", "#225ea8"
 CASES = ("vanilla", "recursive", "mor_expert", "mor_expert_share", "mor_threshold", "mor_token")
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the first setting of a report of `megamor bench train`."""
     parser = argparse.ArgumentParser(prog="python -m megamor.bench.plot", description=__doc__)

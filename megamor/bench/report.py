@@ -35,38 +35,28 @@ class Table:
     title: str = ""
     notes: Sequence[str] = ()
 
-    def filled(self) -> tuple[list[Column], list[list[str]]]:
-        """The columns that are shown, and the cells of each row."""
-        cells = [[column.cell(row) for column in self.columns] for row in self.rows]
-        shown = [index for index in range(len(self.columns)) if any(row[index] not in ("", "n/a") for row in cells)]
-        return [self.columns[index] for index in shown], [[row[index] for index in shown] for row in cells]
-
     def markdown(self) -> Iterator[str]:
         """Lines of Markdown; the first is empty."""
-        columns, rows = self.filled()
+        rows = [[column.cell(row) for column in self.columns] for row in self.rows]
+        shown = [index for index in range(len(self.columns)) if any(cells[index] not in ("", "n/a") for cells in rows)]
+        columns = [self.columns[index] for index in shown]
         if self.title:
             yield from ("", self.title)
         yield ""
         yield f"| {' | '.join(column.header for column in columns)} |"
         yield f"|{'|'.join('---' if column.left else '---:' for column in columns)}|"
-        yield from (f"| {' | '.join(cells)} |" for cells in rows)
+        yield from (f"| {' | '.join(cells[index] for index in shown)} |" for cells in rows)
         for note in self.notes:
             yield from ("", note)
 
     def show(self) -> None:
         """Print the table to the terminal."""
         from rich.console import Console
-        from rich.table import Table as RichTable
+        from rich.markdown import Markdown
 
         # A file has no width of its own, and 80 columns would wrap the headers.
-        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-        columns, rows = self.filled()
-        table = RichTable()
-        for column in columns:
-            table.add_column(column.header, justify="left" if column.left else "right")
-        for cells in rows:
-            table.add_row(*cells)
-        console.print(self.title, table, *self.notes, sep="\n")
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(Markdown("\n".join(self.markdown())))
 
 
 def text(path: str) -> Callable[[Row], str]:

@@ -1,22 +1,19 @@
 """What saving a checkpoint costs a training run: blocking, and while training continues.
 
-A round trains some steps without a save, with a blocking save after the first, and with an asynchronous one, in turns.
-The stall is the time in which no step can run. An asynchronous save also slows down the steps beside it, by the
-processors and the disk that it uses; `added` is all the time that a round lost. Files go through the whole commit
-protocol (checksums, fsync), from one process, with weights and AdamW's moments in fp32.
+The stall is the time in which no step can run. An asynchronous save also slows down the steps beside it; `added` is all
+the time that was lost. Files go through the whole commit protocol, from one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,71 +42,67 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     device = torch.device(args.device)
     config = load_config(args.config, [*(SHORT if device.type == "cpu" else ()), *args.overrides])
     config = replace(config, parallel=ParallelConfig("single"))
+    times: dict[str, list[Times]] = {kind: [] for kind in KINDS}
     with TemporaryDirectory(dir=args.directory) as directory:
         training = Training(config, World(0, 1, 0, device), build_model(config, device=device))
-        rounds = Rounds(training, CheckpointManager(Path(directory), keep_last=1))
+        manager, background = CheckpointManager(Path(directory), keep_last=1), BackgroundSave()
         training.window(at_least=2)
         for index in range(args.rounds):
             for kind in rotated(KINDS, index):
-                rounds.train_and_save(kind, args.steps)
+                times[kind].append(train_and_save(kind, args.steps, training, manager, background))
         size = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+    seconds = {kind: quartiles([found.seconds for found in times[kind]])["median"] for kind in KINDS}
     report |= {
         "config": config_to_dict(config),
         "parameters": training.num_parameters,
         "checkpoint_bytes": size,
         "steps": args.steps,
         "rounds": args.rounds,
-        **rounds.summary(args.steps),
+        "step_seconds": seconds["none"] / args.steps,
     }
+    for kind in KINDS[1:]:
+        stalls = quartiles([found.stall for found in times[kind]])
+        report[kind] = {"stall_seconds": stalls, "added_seconds": seconds[kind] - seconds["none"]}
+    written = quartiles([found.written_after for found in times["asynchronous"]])
+    report["asynchronous"]["written_after_seconds"] = written
     save()
 
 
-class Rounds:
-    """Trains and saves, and keeps the times of all rounds by kind of save."""
+class Times(NamedTuple):
+    """Seconds of some steps with a save, of the time in which none could run, and until the save was published."""
 
-    def __init__(self, training: Training, manager: CheckpointManager) -> None:
-        self.training, self.manager = training, manager
-        self.background = BackgroundSave()
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.stalls: dict[str, list[float]] = defaultdict(list)
-        self.written_after: list[float] = []
-        self.published = 0.0
+    seconds: float
+    stall: float
+    written_after: float
 
-    def train_and_save(self, kind: str, steps: int) -> None:
-        """Train `steps` steps with a save of `kind` after the first, and wait for it at the end."""
-        started = time.perf_counter()
-        self.training.window()
-        before = time.perf_counter()
-        if kind == "blocking":
-            self.manager.save(self.training.number, [self.training.backend.save], {})
-        elif kind == "asynchronous":
-            write = partial(self.training.backend.copy_state().write, group=None)
-            self.background.start(partial(self._publish, self.training.number, write))
-        after = time.perf_counter()
-        # Each window waits for the device, so that a stall has no steps in it that were only queued.
-        self.training.window(at_least=steps - 1)
-        trained = time.perf_counter()
-        self.background.wait()
-        ended = time.perf_counter()
-        self.seconds[kind].append(ended - started)
-        self.stalls[kind].append(after - before + ended - trained)
-        if kind == "asynchronous":
-            self.written_after.append(self.published - before)
 
-    def _publish(self, step: int, write: Callable[[Path], None]) -> Path:
-        path = self.manager.save(step, [write], {})
-        self.published = time.perf_counter()
+def train_and_save(
+    kind: str, steps: int, training: Training, manager: CheckpointManager, background: BackgroundSave
+) -> Times:
+    """Train `steps` steps with a save of `kind` after the first, and wait for it at the end."""
+    published = 0.0
+
+    def publish(step: int, write: Callable[[Path], None]) -> Path:
+        nonlocal published
+        path = manager.save(step, [write], {})
+        published = time.perf_counter()
         return path
 
-    def summary(self, steps: int) -> dict[str, Any]:
-        """The fields of the report that depend on the times."""
-        seconds = {kind: quartiles(self.seconds[kind])["median"] for kind in KINDS}
-        found: dict[str, Any] = {"step_seconds": seconds["none"] / steps}
-        for kind in KINDS[1:]:
-            added = seconds[kind] - seconds["none"]
-            found[kind] = {"stall_seconds": quartiles(self.stalls[kind]), "added_seconds": added}
-        found["asynchronous"]["written_after_seconds"] = quartiles(self.written_after)
-        return found
+    started = time.perf_counter()
+    training.window()
+    before = time.perf_counter()
+    if kind == "blocking":
+        publish(training.number, training.backend.save)
+    elif kind == "asynchronous":
+        write = partial(training.backend.copy_state().write, group=None)
+        background.start(partial(publish, training.number, write))
+    after = time.perf_counter()
+    # Each window waits for the device, so that a stall has no steps in it that were only queued.
+    training.window(at_least=steps - 1)
+    trained = time.perf_counter()
+    background.wait()
+    ended = time.perf_counter()
+    return Times(ended - started, after - before + ended - trained, published - before)
 
 
 def tables(report: Row) -> Iterator[Table]:

@@ -29,27 +29,20 @@ def planned(recipe: str, nodes: int, backend: str, policy: str = "none") -> dict
         for name, variant in variants(config, cluster)
         if (name, variant.train.activation_checkpointing) == (backend, policy)
     )
-    result = estimate(backend, variant, cluster)
     return {
         "nodes": nodes,
         "gpus": cluster.gpus,
         "backend": backend,
         "policy": f"`{policy}`",
         "batch": f"{micro_batch} × {config.train.global_batch_size // (micro_batch * cluster.gpus)}",
-        "activations": result.memory.activations,
-        "memory": result.memory.total,
-        "sent": result.traffic.sent,
-        "compute": result.compute_seconds,
-        "communication": result.communication_seconds,
-        "bound": result.mfu_bound,
-        "no_overlap": result.mfu_without_overlap,
+        **vars(estimate(variant, cluster)),
     }
 
 
-MEMORY = Column("GiB per GPU", number("memory", ".1f", 1 / GIB))
-SENT = Column("GB sent per GPU and step", number("sent", ".2f", 1e-9))
-COMMUNICATION = Column("communication, ms", number("communication", ".0f", 1e3))
-BOUNDS = Column("MFU at most", lambda row: f"{row['bound']:.0%} / {row['no_overlap']:.0%}")
+MEMORY = Column("GiB per GPU", lambda row: f"{row['memory'].total / GIB:.1f}")
+SENT = Column("GB sent per GPU and step", lambda row: f"{row['traffic'].sent / 1e9:.2f}")
+COMMUNICATION = Column("communication, ms", number("communication_seconds", ".0f", 1e3))
+BOUNDS = Column("MFU at most", lambda row: f"{row['mfu_bound']:.0%} / {row['mfu_without_overlap']:.0%}")
 
 
 def strong_scaling(recipe: str) -> Table:
@@ -60,7 +53,7 @@ def strong_scaling(recipe: str) -> Table:
         Column("micro-batch × accumulation", text("batch")),
         MEMORY,
         SENT,
-        Column("step at peak, ms", number("compute", ".0f", 1e3)),
+        Column("step at peak, ms", number("compute_seconds", ".0f", 1e3)),
         COMMUNICATION,
         BOUNDS,
     )
@@ -78,8 +71,8 @@ def policies(recipe: str) -> Table:
     """Activation checkpointing policies on one node."""
     columns = (
         Column("checkpointing", text("policy"), left=True),
-        Column("activations, GiB", number("activations", ".1f", 1 / GIB)),
+        Column("activations, GiB", lambda row: f"{row['memory'].activations / GIB:.1f}"),
         Column("step, GiB per GPU", MEMORY.cell),
-        Column("MFU at most", number("bound", ".0%")),
+        Column("MFU at most", number("mfu_bound", ".0%")),
     )
     return Table(columns, [planned(recipe, 1, "fsdp2", name) for name in ("none", "selective", "recursion", "block")])

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megamor.bench import load, loader, preprocess, save, scaling, serving, train
+from megamor.bench import load, loader, preprocess, save, scaling, serve, train
 from megamor.bench.report import Column, Row, Table, provenance, read_report, text
 from megamor.errors import DataError, user_errors
 
@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "reliability", "scaling"))]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
+BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check or rewrite the tables of the pages.
 
@@ -39,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: status 1 if a checked page differs, 2 if a page or a result can't be used.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m megamor.bench.tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m megamor.bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--check", action="store_true", help="show differences; exit status 1 if there are any")
@@ -58,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.write and new != old:
             page.write_text(new, encoding="utf-8")
         if args.check:
-            lines = difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm="")
-            for line in lines:
+            for line in difflib.unified_diff(old.splitlines(), new.splitlines(), str(page), "results", lineterm=""):
                 print(line)
                 different = True
     if different:
@@ -71,25 +69,23 @@ def regenerate(page: str, results: Path, name: str = "README.md") -> str:
     """`page` with the inside of every generated block replaced.
 
     Raises:
-        DataError: a block without an end, an end without a beginning, a block of an unknown name, no block at all, or
-            results that are missing or not in the expected form.
+        DataError: half a block, a block of an unknown name, no block at all, or results that are missing or malformed.
     """
-    marks = list(MARK.finditer(page))
-    # Marks alternate: a beginning, which has a name, then an end, which has none.
-    for index, mark in enumerate(marks):
-        if bool(mark[1]) == index % 2:
-            where = f"{name}:{page[: mark.start()].count(chr(10)) + 1}"
-            raise DataError(f"{where}: {mark[0]} where a block {'is open' if mark[1] else 'has no beginning'}")
-        if mark[1] and mark[1] not in BLOCKS:
-            raise DataError(f"{name}: nothing generates {mark[1]!r}; choose from {', '.join(BLOCKS)}")
-    if not marks or len(marks) % 2:
-        what = f"the block {marks[-1][1]!r} has no end" if marks else "no generated block"
-        raise DataError(f"{name}: {what}; add the lines <!-- generated: NAME --> and <!-- /generated -->")
-    parts, end = [], 0
-    for opening, closing in zip(marks[::2], marks[1::2], strict=True):
-        parts += [page[end : opening.end()], "\n", *(f"{line}\n" for line in BLOCKS[opening[1]](results)), "\n"]
-        end = closing.start()
-    return "".join([*parts, page[end:]])
+
+    def fresh(block: re.Match[str]) -> str:
+        if block[1] not in BLOCKS:
+            raise DataError(f"{name}: nothing generates {block[1]!r}; choose from {', '.join(BLOCKS)}")
+        return "\n".join([f"<!-- generated: {block[1]} -->", *BLOCKS[block[1]](results), "", "<!-- /generated -->"])
+
+    new, count = BLOCK.subn(fresh, page)
+    # Whole blocks are emptied but keep their lines, so that a mark that is left is found under its number.
+    rest = BLOCK.sub(lambda block: "\n" * block[0].count("\n"), page)
+    if alone := MARK.search(rest):
+        line, missing = rest.count("\n", 0, alone.start()) + 1, "end" if alone[1] else "beginning"
+        raise DataError(f"{name}:{line}: {alone[0]} has no {missing}; add it")
+    if not count:
+        raise DataError(f"{name}: no generated block; add the lines <!-- generated: NAME --> and <!-- /generated -->")
+    return new
 
 
 def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:
@@ -121,10 +117,7 @@ def quickstart(results: Path) -> Iterator[str]:
         rows = [(f"{order} (interpolated Kneser-Ney)", f"{loss:.4f}") for order, loss in report["floors"].items()]
         rows.append(("network, top-k routing (looks ahead)", f"{network['loss_topk']:.4f}"))
         rows.append(("**network, causal routing**", f"**{network['loss_causal']:.4f}**"))
-        columns = (
-            Column("model", text("model"), left=True),
-            Column("validation loss, nats/token", text("loss")),
-        )
+        columns = Column("model", text("model"), left=True), Column("validation loss, nats/token", text("loss"))
         note = (
             f"({report['tokens_seen']:,} tokens, {minutes:.1f} minutes on {machine['cores']} cores of "
             f"{machine['cpu']}; {provenance(report, 'torch')})"
@@ -167,7 +160,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-loader": partial(measured, "loader_*.json", loader),
     "bench-preprocess": partial(measured, "preprocess_*.json", preprocess),
     "bench-save": partial(measured, "save_*.json", save),
-    "bench-serve": partial(measured, "serve_offline_*.json", serving),
+    "bench-serve": partial(measured, "serve_offline_*.json", serve),
     "bench-load": partial(measured, "serve_load_*.json", load),
     "quickstart": quickstart,
     "reliability": reliability,

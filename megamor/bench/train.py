@@ -2,8 +2,7 @@
 
 Models of one configuration are all kept in memory and take turns: a round runs one step of each on the same batch, in
 an order that rotates. Published sizes are measured one at a time, each for a few windows of steps, with vanilla before
-and after the others. Ratios are taken round by round (window by window), so that other load on the machine affects
-both sides of them. docs/benchmarks.md explains the fields of the report.
+and after the others.
 """
 
 from __future__ import annotations
@@ -23,16 +22,8 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from megamor.bench.cases import CASES, PUBLISHED, Case, cases_of_config, cases_of_size, micro_batch_of, with_policy
-from megamor.bench.measure import (
-    Training,
-    Window,
-    peak_in_fresh_process,
-    profile_steps,
-    release,
-    within_memory,
-    world_for,
-)
+from megamor.bench.cases import CASES, PUBLISHED, SIZES, Case, cases_of_config, cases_of_size, with_policy
+from megamor.bench.measure import Training, Window, peak_in_fresh_process, release, within_memory, world_for
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
 from megamor.errors import MegamorError
@@ -51,10 +42,6 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     Raises:
         ConfigError: an unknown case, size or policy, or a configuration that can't be built.
     """
-    started = time.perf_counter()
-    if args.static_shapes:
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 64
     # All configurations are loaded first: a mistake in any of them ends the command before time is spent.
     planned = [[(case, case.config()) for case in cases] for cases in comparisons(args)]
     report |= {"cuda": torch.version.cuda, "settings": []}
@@ -72,10 +59,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
             }
             report["settings"].append(setting)
             for group in [[case] for case in cases] if args.sizes else [cases]:
-                done = [result for other in report["settings"] for result in other["cases"]]
-                longest = max((result.get("wall_seconds", 0) for result in done), default=0)
-                late = args.time_limit is not None and time.perf_counter() - started + longest > args.time_limit
-                results += attempt(group, args, world, late)
+                results += attempt(group, args, world)
                 setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
                 compare(results)
                 save()
@@ -95,7 +79,7 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
         overrides = [f"parallel.backend={args.backend or ('fsdp2' if size else 'single')}", *length, *args.overrides]
         if compiled is not None:
             overrides.append(f"train.compile={str(compiled).lower()}")
-        batch = args.micro_batch or (size and micro_batch_of(size))
+        batch = args.micro_batch or SIZES.get(size or "")
         if batch:
             overrides = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}", *overrides]
         if size:
@@ -110,15 +94,13 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
             yield models
 
 
-def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World, late: bool) -> list[dict[str, Any]]:
+def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
     """A result for each case: its measurements, with as large a micro-batch as fits, or why there are none.
 
-    A failure is recorded, so that the other cases are still measured; so is a case that would end too `late`.
+    A failure is recorded, so that the other cases are still measured.
     """
     begun, train = time.perf_counter(), cases[0].config().train
     labels = [{"name": case.name, "label": case.label, "policy": case.policy} for case in cases]
-    if late:
-        return [label | {"skipped": f"{args.time_limit:.0f} s would not have been enough"} for label in labels]
     try:
         found = within_memory(partial(measure, cases, args, world), train.micro_batch_size, world.device)
     except MegamorError:
@@ -145,28 +127,27 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, world: World, micro
         counters.clear()
         trainings = [Training.of(case, world, micro_batch) for case in cases]
         # Compiled blocks need more steps until they have seen all shapes.
-        warmup = [training.window(at_least=6 if alone else 2).seconds for training in trainings]
+        for training in trainings:
+            training.window(at_least=6 if alone else 2)
         graphs = counters["stats"]["unique_graphs"]
         reset_peak_memory(device)  # compilation takes memory of its own
         # A short step of one model on a GPU is timed best among others of its kind, without waiting in between.
         rounds = args.rounds or (3 if alone else None)
-        seconds, at_least = ((args.seconds or 9.0) / rounds, 2) if alone and rounds else (0.0, 1)
-        windows = take_turns(trainings, rounds, args.seconds or 60.0, status.update, seconds, at_least)
+        window = partial(Training.window, seconds=(args.seconds or 9.0) / (rounds or 1), at_least=2)
+        status.update("rounds")
+        windows = take_turns(trainings, rounds, args.seconds or 60.0, window if alone else Training.window)
     if alone:
         peaks = [trainings[0].peak_bytes()]
     results = [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
     if alone:
+        reasons = [*counters["unimplemented"], *counters["graph_break"]]
         reserved = peak_memory(device)["memory/peak_reserved_gib"]
         results[0] |= {
-            "warmup_seconds": warmup[0],
             "peak_reserved_bytes": None if reserved is None else round(reserved * 2**30),
-            "graphs": graphs,
             "recompilations_after_warmup": counters["stats"]["unique_graphs"] - graphs,
-            "recompile_limit_hit": recompile_limit_hit(),
+            # torch.compile has given up on a function, which then runs uncompiled.
+            "recompile_limit_hit": any("limit exceeded" in reason for reason in reasons),
         }
-    if args.profile:
-        for result, training in zip(results, trainings, strict=True):
-            result["profile"] = profile_steps(training)
     return results
 
 
@@ -174,25 +155,16 @@ def take_turns(
     trainings: Sequence[Training],
     rounds: int | None,
     seconds: float,
-    progress: Callable[[str], None] = lambda _: None,
-    window_seconds: float = 0,
-    at_least: int = 1,
+    window: Callable[[Training], Window] = Training.window,
 ) -> list[list[Window]]:
     """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one)."""
     found: list[list[Window]] = [[] for _ in trainings]
     done, started = 0, time.perf_counter()
     while done < rounds if rounds else done == 0 or time.perf_counter() - started < seconds:
         for index in rotated(range(len(trainings)), done):
-            found[index].append(trainings[index].window(window_seconds, at_least))
+            found[index].append(window(trainings[index]))
         done += 1
-        progress(f"{done} rounds")
     return found
-
-
-def recompile_limit_hit() -> bool:
-    """Whether torch.compile has given up on a function since the counters were cleared: it then runs uncompiled."""
-    reasons = [*counters["unimplemented"], *counters["graph_break"]]
-    return any("limit exceeded" in reason for reason in reasons)
 
 
 def summary(case: Case, training: Training, windows: Sequence[Window], peak: int | None) -> dict[str, Any]:

@@ -6,44 +6,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 from megamor import __version__
+from megamor.errors import EXIT_USER_ERROR
 
-
-class Command(NamedTuple):
-    """A subcommand: the module in `megamor.cli` whose `main` runs it, and a line about it for `megamor --help`."""
-
-    module: str
-    summary: str
-
-
-COMMANDS: dict[str, Command] = {
-    "quickstart": Command("quickstart", "train, interrupt, resume, evaluate and sample a small model in minutes"),
-    "fetch-data": Command("fetch_data", "download a public corpus"),
-    "preprocess": Command("preprocess", "tokenize text into memory-mapped shards"),
-    "merge-data": Command("merge_data", "merge shards into one data set"),
-    "inspect-data": Command("inspect_data", "show and check a shard"),
-    "plan": Command("plan", "estimate memory, traffic and time of a run on given GPUs"),
-    "pretrain": Command("pretrain", "train a model, or resume training"),
-    "launch": Command("launch", "start the training processes of one machine"),
-    "evaluate": Command("evaluate", "measure the validation loss of a checkpoint"),
-    "generate": Command("generate", "continue a prompt and show how deep each token went"),
-    "serve": Command("serve", "serve a checkpoint over HTTP (OpenAI completions API)"),
-    "export-hf": Command("export_hf", "export a checkpoint to Hugging Face format"),
-    "import": Command("import_weights", "import a checkpoint of the paper's authors"),
-    "convert-checkpoint": Command("convert_checkpoint", "convert a checkpoint to one safetensors file"),
-    "verify-checkpoint": Command("verify_checkpoint", "check that a checkpoint is intact and loads"),
-    "verify-resume": Command("verify_resume", "check that a run resumes bitwise on this machine"),
-    "bench": Command("bench", "measure training, loading, preprocessing, saving and serving"),
+COMMANDS: dict[str, str] = {
+    "quickstart": "train, interrupt, resume, evaluate and sample a small model in minutes",
+    "fetch-data": "download a public corpus",
+    "preprocess": "tokenize text into memory-mapped shards",
+    "merge-data": "merge shards into one data set",
+    "inspect-data": "show and check a shard",
+    "plan": "estimate memory, traffic and time of a run on given GPUs",
+    "pretrain": "train a model, or resume training",
+    "launch": "start the training processes of one machine",
+    "evaluate": "measure the validation loss of a checkpoint",
+    "generate": "continue a prompt and show how deep each token went",
+    "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
+    "export-hf": "export a checkpoint to Hugging Face format",
+    "import": "import a checkpoint of the paper's authors",
+    "convert-checkpoint": "convert a checkpoint to one safetensors file",
+    "verify-checkpoint": "check that a checkpoint is intact and loads",
+    "verify-resume": "check that a run resumes bitwise on this machine",
+    "bench": "measure training, loading, preprocessing, saving and serving",
 }
+"""Each subcommand, and a line about it for `megamor --help`."""
 
 
 def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     """A parser for `megamor <name>` whose help shows `text` (a module's docstring, examples included) as written."""
-    return argparse.ArgumentParser(
-        prog=f"megamor {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"megamor {name}", description=text, formatter_class=layout)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as an argument's type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
 def counted(count: int, noun: str) -> str:
@@ -54,19 +54,15 @@ def counted(count: int, noun: str) -> str:
 def usage() -> str:
     """The text of `megamor --help`."""
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: megamor <command> [options]",
-            "",
-            "Pretrain, study and serve Mixture-of-Recursions language models.",
-            "",
-            "commands:",
-            *rows,
-            "",
-            "`megamor <command> --help` explains a command. Start with `megamor quickstart`.",
-        ]
-    )
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return f"""usage: megamor <command> [options]
+
+Pretrain, study and serve Mixture-of-Recursions language models.
+
+commands:
+{rows}
+
+`megamor <command> --help` explains a command. Start with `megamor quickstart`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,5 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean `megamor {near[0]}`?" if near else "`megamor --help` lists the commands"
         print(f"megamor: unknown command {words[0]!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
-    import_module(f"megamor.cli.{COMMANDS[words[0]].module}").main(words[1:])
+        raise SystemExit(EXIT_USER_ERROR)
+    module = "import_weights" if words[0] == "import" else words[0].replace("-", "_")
+    import_module(f"megamor.cli.{module}").main(words[1:])

@@ -3,7 +3,7 @@
 examples:
   megamor bench train --config configs/bench/cpu.yaml --seq-len 512,1024 --baseline hf-llama --threads 2
   megamor bench train --config configs/bench/cpu.yaml --policies none,block --rounds 6
-  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --profile --json out.json
+  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --json out.json
   megamor bench loader --documents 100000000 --directory /scratch
   megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json
   megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
@@ -22,7 +22,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -30,20 +30,9 @@ from pathlib import Path
 from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
-from megamor.cli import command_parser
+from megamor.cli import command_parser, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
-
-MODULES = {"serve": "serving"}
-"""Modules of megamor.bench that are not named as their subcommand."""
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def names(text: str) -> list[str]:
@@ -68,8 +57,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of one subcommand."""
     parser = command_parser("bench", __doc__)
     subparsers = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for what, (summary, declare) in SUBCOMMANDS.items():
-        sub = subparsers.add_parser(what, help=summary, description=summary)
+    for what, declare in SUBCOMMANDS.items():
+        sub = subparsers.add_parser(what, help=declare.__doc__, description=declare.__doc__)
         declare(sub)
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
@@ -83,7 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench train`."""
+    """Time, memory and FLOPs of a training step, for models or checkpointing policies."""
     add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--config", metavar="FILE", help="a recursive model; key=value changes settings of all cases")
     models.add_argument(
@@ -96,19 +85,16 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
     add("--micro-batch", type=positive, metavar="N", help="sequences of a step (default: configured, or by size)")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured; with --sizes both, in turn")
-    add("--static-shapes", action="store_true", help="compile for each number of tokens: expert-choice only")
     add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
     add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
     add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
-    add("--time-limit", type=float, metavar="T", help="start nothing that would end later, as far as is known")
-    add("--profile", action="store_true", help="list the kernels that take most time")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
     add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
 
 
 def loader_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench loader`."""
+    """How fast batches come from token shards."""
     add = parser.add_argument
     add("--seconds", type=float, default=3.0, metavar="T", help="per case and batch shape (default: 3)")
     add("--tokens", type=float, default=128e6, metavar="N", help="of the real data set (default: 128e6)")
@@ -117,7 +103,7 @@ def loader_options(parser: argparse.ArgumentParser) -> None:
 
 
 def preprocess_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench preprocess`."""
+    """How fast text becomes token shards, and how much memory that takes."""
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="texts, as for megamor preprocess")
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.json")
@@ -126,12 +112,11 @@ def preprocess_options(parser: argparse.ArgumentParser) -> None:
     add("--slow-megabytes", type=float, default=8.0, metavar="M", help="text for the slow cases (default: 8)")
     add("--copies", type=positive, default=6, metavar="N", help="of the input, to measure memory on (default: 6)")
     add("--memory-workers", type=positive, default=8, metavar="N", help="threads there (default: 8)")
-    add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM, to run its tools too")
     add("--directory", type=Path, metavar="DIR", help="for temporary files")
 
 
 def save_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench save`."""
+    """What saving a checkpoint costs a training run, blocking and asynchronous."""
     add = parser.add_argument
     add("--config", default="configs/vanilla_135m.yaml", metavar="FILE", help="model (default: %(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="with each kind of save in a round (default: 8)")
@@ -141,7 +126,7 @@ def save_options(parser: argparse.ArgumentParser) -> None:
 
 
 def serve_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench serve`."""
+    """The serving engine alone: scheduling policies on the same requests."""
     add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--config", metavar="FILE", help="a model with random weights; key=value changes its settings")
     models.add_argument("--checkpoint", help="a checkpoint, `latest`, the directory of a run or of an export")
@@ -160,16 +145,11 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `megamor bench load`."""
+    """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
     add("--url", required=True, help="of a running server")
-    counts = {
-        "num_requests": "how many",
-        "input_tokens": "of a prompt",
-        "output_tokens": "of an answer",
-        "vocab_size": "prompts are ids below this",
-    }
-    for name, meaning in counts.items():
+    counts = {"num_requests": "how many", "input_tokens": "of a prompt", "output_tokens": "of an answer"}
+    for name, meaning in {**counts, "vocab_size": "prompts are ids below this"}.items():
         default, option = getattr(Load, name), f"--{name.replace('_', '-')}"
         add(option, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
     add("--rate", type=float, default=Load.rate, metavar="R", help="mean arrivals per second (default: all at once)")
@@ -178,17 +158,12 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     add("--api-key", help="sent as a bearer token; never written to the report")
 
 
-SUBCOMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "train": ("Time, memory and FLOPs of a training step, for models or checkpointing policies.", train_options),
-    "loader": ("How fast batches come from token shards.", loader_options),
-    "preprocess": ("How fast text becomes token shards, and how much memory that takes.", preprocess_options),
-    "save": ("What saving a checkpoint costs a training run, blocking and asynchronous.", save_options),
-    "serve": ("The serving engine alone: scheduling policies on the same requests.", serve_options),
-    "load": ("Send requests to a running server and measure what its users would experience.", load_options),
-}
+# The docstring of each is the summary that --help shows.
+DECLARE = (train_options, loader_options, preprocess_options, save_options, serve_options, load_options)
+SUBCOMMANDS = {declare.__name__.removesuffix("_options"): declare for declare in DECLARE}
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one bench, print its tables and write its report.
 
@@ -208,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
-    bench = import_module(f"megamor.bench.{MODULES.get(args.what, args.what)}")
+    bench = import_module(f"megamor.bench.{args.what}")
     # The key is replaced before quoting, which may change how it is spelt.
     shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in words]
     report = {"schema": bench.SCHEMA, "command": shlex.join(["megamor", "bench", *shown])}
@@ -220,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.show()
     if args.json:
         print(f"written to {args.json}")
-    failed = any("error" in case for setting in report.get("settings", ()) for case in setting["cases"])
-    if failed:
+    if any("error" in case for setting in report.get("settings", ()) for case in setting["cases"]):
         raise SystemExit(1)
 
 

@@ -19,7 +19,7 @@ from megamor.errors import ConfigError, user_errors
 DTYPES = ("float32", "bfloat16")
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write every weight and buffer once, under its name in the model; the tied head is the embedding's tensor.
 

@@ -10,7 +10,6 @@ better the router has learned to decide without looking ahead.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,40 +18,14 @@ from megamor.cli import command_parser
 from megamor.errors import user_errors
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options."""
-    parser = command_parser("evaluate", __doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, `latest`, a run's directory or a Hugging Face export"
-    )
-    parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix"
-    )
-    parser.add_argument("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    arguments = parser.parse_args(argv)
-    for option in ("sequences", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
-    return arguments
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Name data sets by the last component of their paths, or by the whole path where two would get the same name."""
-    names = [Path(path).name for path in paths]
-    return [path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
-
-
 def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     """Print a row for each data set and way of routing; fits 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(f"validation loss of {origin}", markup=False, soft_wrap=True)
+    from megamor.data.dataset import short_names
+
+    print(f"validation loss of {origin}")
     table = Table()
     table.add_column("data", overflow="fold")
     table.add_column("routing")
@@ -63,13 +36,25 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
             if f"loss_{mode}" in figures:
                 loss, ppl, depth = (figures[f"{figure}_{mode}"] for figure in ("loss", "perplexity", "mean_depth"))
                 table.add_row(name, label, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
-    console.print(table)
+    Console(highlight=False).print(table)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every data set, print the table, and write the JSON file if asked to."""
-    arguments = parse_arguments(argv)
+    parser = command_parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a checkpoint, `latest`, or the directory of a run or an export")
+    add("--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
+    add("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
+    add("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    arguments = parser.parse_args(argv)
+    for option in ("sequences", "batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
 
     from rich.console import Console
     from rich.progress import Progress
@@ -78,18 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.load import load_model
 
     loaded = load_model(arguments.checkpoint, arguments.device)
+    size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
-            results[prefix] = dataset_losses(
-                loaded,
-                prefix,
-                sequences=arguments.sequences,
-                batch_size=arguments.batch_size,
-                watch=lambda batches, total, label: progress.track(batches, total=total, description=label),
-            )
+            results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
     show(results, loaded.origin)
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results

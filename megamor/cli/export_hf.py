@@ -22,40 +22,30 @@ from megamor.cli import command_parser, counted
 from megamor.errors import user_errors
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the export and list its files."""
     parser = command_parser("export-hf", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint directory, `latest`, or a run's directory")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must be new or empty")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="data type of the weights (default: %(default)s)",
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="type of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     import torch
-    from rich.console import Console
 
     from megamor.checkpoint.layout import TOKENIZER_FILE
-    from megamor.interop import export_huggingface
+    from megamor.interop.export import export_huggingface
     from megamor.load import load_model
 
     loaded = load_model(arguments.checkpoint, "cpu")
     tokenizer = loaded.directory / TOKENIZER_FILE
-    has_tokenizer = tokenizer.is_file()
-    files = export_huggingface(
-        loaded.model,
-        arguments.output,
-        tokenizer=tokenizer if has_tokenizer else None,
-        dtype=getattr(torch, arguments.dtype),
-    )
-    console = Console(highlight=False)
+    stored = tokenizer if tokenizer.is_file() else None
+    dtype = getattr(torch, arguments.dtype)
+    files = export_huggingface(loaded.model, arguments.output, tokenizer=stored, dtype=dtype)
     for file in (file for file in files if file.suffix != ".py"):
-        console.print(f"{file}  {file.stat().st_size:,} bytes", markup=False, soft_wrap=True)
+        print(f"{file}  {file.stat().st_size:,} bytes")
     modules = counted(sum(file.suffix == ".py" for file in files) - 1, "module")
-    console.print(f"{arguments.output / 'modeling_megamor.py'} and {modules} that it imports", soft_wrap=True)
-    if not has_tokenizer:
-        console.print("The checkpoint has no tokenizer; add one before using AutoTokenizer.")
+    print(f"{arguments.output / 'modeling_megamor.py'} and {modules} that it imports")
+    if stored is None:
+        print("The checkpoint has no tokenizer; add one before using AutoTokenizer.")

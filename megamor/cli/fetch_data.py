@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch a corpus, or list all of them. Exits with status 2 and one message after an error the user can fix."""
     args = parse_arguments(argv)
@@ -63,19 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # For files of the hub, its client draws bars of its own.
     drawn = isinstance(corpus.source, HubDataset) and corpus.source.column is None
     with ProgressDisplay(f"fetching {args.name}", enabled=not drawn) as progress:
-        record = fetch(
-            args.name,
-            directory,
-            args.splits or list(known),
-            local=args.local,
-            revision=args.revision,
-            advance=progress.advance,
-        )
+        splits = args.splits or list(known)
+        record = fetch(args.name, directory, splits, local=args.local, revision=args.revision, advance=progress.advance)
     print(f"{directory}: {corpus.title}; licence: {corpus.licence}; from {record['location']}")
     for file in record["files"]:
         count = f"{counted(file['documents'], 'document')}, " if "documents" in file else ""
         print(f"  {file['file']}: {count}{file['bytes'] / 1e6:,.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,20 +21,14 @@ from megamor.errors import ConfigError, user_errors
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options and check their values."""
     parser = command_parser("generate", __doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a checkpoint, `latest`, a run's directory or a Hugging Face export"
-    )
+    checkpoint = "a checkpoint, `latest`, or the directory of a run or an export"
+    parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=64, help="how many tokens to add (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="sample only from the likeliest tokens that have this probability together (default: %(default)s)",
-    )
+    greedy = "0 always takes the likeliest token (default: %(default)s)"
+    parser.add_argument("--temperature", type=float, default=0.8, help=greedy)
+    nucleus = "sample only from the likeliest tokens that have this probability together (default: %(default)s)"
+    parser.add_argument("--top-p", type=float, default=0.95, help=nucleus)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
     parser.add_argument("--depth-image", type=Path, metavar="FILE.svg", help="also save the depth map as a picture")
@@ -51,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
@@ -76,14 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
         stop_id=tokenizer.token_to_id("<|endoftext|>"),
     )
-    console = Console()
     # The last token was sampled but never read, so it has no depth.
     texts = [tokenizer.decode([token]) for token in result.ids[: len(result.depths)]]
     depth_map = DepthMap(texts, result.depths, loaded.config.recursion.num_recursions, result.prompt_length)
     if arguments.show_depth:
-        depth_map.print(console)
+        depth_map.print(Console())
     else:
-        console.print(tokenizer.decode(result.ids), markup=False, highlight=False)
+        print(tokenizer.decode(result.ids))
     if arguments.depth_image:
         depth_map.save_svg(arguments.depth_image, f"Recursions per token: {loaded.name}")
-        console.print(f"depth map: {arguments.depth_image}", markup=False, highlight=False, soft_wrap=True)
+        print(f"depth map: {arguments.depth_image}")

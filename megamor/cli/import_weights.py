@@ -11,35 +11,12 @@ such weights and refuses them; `--untied first` or `--untied mean` imports an ap
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options."""
-    parser = command_parser("import", __doc__)
-    parser.add_argument(
-        "--state-dict", required=True, type=Path, help="pytorch_model.bin, model.safetensors, or their directory"
-    )
-    parser.add_argument("--config", required=True, type=Path, help="the YAML file of the run")
-    parser.add_argument(
-        "--model-config", type=Path, help="Hugging Face config.json of the backbone, if it isn't SmolLM"
-    )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to store in the checkpoint")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="checkpoints directory to write; must be new or empty"
-    )
-    parser.add_argument(
-        "--untied",
-        choices=("first", "mean"),
-        help="for untied attention: take the first recursion's weights, or the mean of all (default: refuse)",
-    )
-    return parser.parse_args(argv)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -59,14 +36,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert the weights, write a checkpoint, and say how exact it is."""
-    arguments = parse_arguments(argv)
+    parser = command_parser("import", __doc__)
+    weights = "pytorch_model.bin, model.safetensors, or their directory"
+    parser.add_argument("--state-dict", required=True, type=Path, help=weights)
+    parser.add_argument("--config", required=True, type=Path, help="the YAML file of the run")
+    parser.add_argument("--model-config", type=Path, help="Hugging Face config.json of a backbone other than SmolLM")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to store in the checkpoint")
+    parser.add_argument("--output", required=True, type=Path, help="checkpoints directory to write; new or empty")
+    untied = "for untied attention: take the first recursion's weights, or the mean of all (default: refuse)"
+    parser.add_argument("--untied", choices=("first", "mean"), help=untied)
+    arguments = parser.parse_args(argv)
 
-    from rich.console import Console
-
-    from megamor.interop import import_official, read_state_dict, save_imported
+    from megamor.interop.official import import_official, read_state_dict, save_imported
 
     settings = read_settings(arguments.config)
     if arguments.model_config is not None:
@@ -74,13 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["model_config"] = {**read_settings(arguments.model_config), **(settings.get("model_config") or {})}
     imported = import_official(read_state_dict(arguments.state_dict), settings, untied=arguments.untied)
     checkpoint = save_imported(imported, arguments.output, arguments.tokenizer)
-    console = Console(highlight=False)
-    count = sum(weight.numel() for weight in imported.weights.values())
-    console.print(f"{checkpoint}: {count:,} parameters", markup=False, soft_wrap=True)
+    print(f"{checkpoint}: {sum(weight.numel() for weight in imported.weights.values()):,} parameters")
     if imported.untied:
-        console.print(
+        print(
             f"{len(imported.untied)} attention weights were untied and are now shared (--untied {arguments.untied}): "
-            "this is not the model that was trained",
-            markup=False,
-            soft_wrap=True,
+            "this is not the model that was trained"
         )

@@ -27,7 +27,8 @@ from megamor.cli import command_parser, counted
 from megamor.errors import DataError, user_errors
 
 if TYPE_CHECKING:
-    from megamor.data import ShardMeta, TokenShard
+    from megamor.data.meta import ShardMeta
+    from megamor.data.shard import TokenShard
 
 _READ_BY_DEFAULT_BYTES = 2**30
 _DOCUMENT_TOKENS_SHOWN = 64
@@ -44,15 +45,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Check and describe a data set. Exits with status 2 and one message if it is damaged or can't be read."""
     args = parse_arguments(argv)
-    from megamor.data import TokenShard, read_meta
+    from megamor.corpus.verify import index_faults, token_faults
+    from megamor.data.meta import read_meta
+    from megamor.data.shard import TokenShard
+    from megamor.progress import ProgressDisplay
 
     shard, meta = TokenShard.open(args.prefix), read_meta(args.prefix)
     read_tokens = args.verify or shard.tokens.nbytes <= _READ_BY_DEFAULT_BYTES
-    faults = find_faults(shard, meta, read_tokens=read_tokens)
+    faults = list(index_faults(shard, meta))
+    if read_tokens:
+        with ProgressDisplay("verifying", shard.tokens.nbytes) as progress:
+            faults += token_faults(shard, meta, progress.advance)
     if faults:
         raise DataError(faults[0] if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults:", *faults]))
     report = describe(shard, meta)
@@ -62,18 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         print_report(report)
-
-
-def find_faults(shard: TokenShard, meta: ShardMeta | None, *, read_tokens: bool) -> list[str]:
-    """Everything that is wrong with a data set whose sizes are right."""
-    from megamor.corpus.verify import index_faults, token_faults
-    from megamor.progress import ProgressDisplay
-
-    found = list(index_faults(shard, meta))
-    if read_tokens:
-        with ProgressDisplay("verifying", shard.tokens.nbytes) as progress:
-            found += token_faults(shard, meta, progress.advance)
-    return found
 
 
 def describe(shard: TokenShard, meta: ShardMeta | None) -> dict[str, Any]:
@@ -156,7 +151,3 @@ def print_report(report: dict[str, Any]) -> None:
     width = get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for name, value in rows:
         print(textwrap.fill(f"{name:<17}{value}", width, subsequent_indent=17 * " "))
-
-
-if __name__ == "__main__":
-    main()

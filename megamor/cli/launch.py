@@ -17,12 +17,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 from megamor.cli import command_parser
+from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
-EXIT_INTERRUPTED = 75
-EXIT_USER_ERROR = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -39,10 +39,8 @@ class SignalForwarder:
 
         self.was_asked = True
         for worker in psutil.Process().children():
-            try:
+            with suppress(psutil.NoSuchProcess):  # it exited between the listing and the signal
                 worker.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue  # it exited between the listing and the signal
 
 
 def run_workers(options: Sequence[str], pretrain_arguments: Sequence[str]) -> int:
@@ -78,24 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.allow_abbrev = False  # the rest is for `megamor pretrain`, whose options must not be taken for ours
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="processes here: one for each GPU")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    parser.add_argument(
-        "--node-rank", type=int, default=0, metavar="I", help="number of this machine, from 0 (default)"
-    )
+    parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine, from 0 (default)")
     parser.add_argument("--address", default="127.0.0.1", help="machine 0 as the others reach it (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=29500, help="a free port there (default: 29500)")
     arguments, pretrain_arguments = parser.parse_known_args(argv)
     forwarder = SignalForwarder()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets the same, with a warning
-    status = run_workers(
-        [
-            f"--nnodes={arguments.nodes}",
-            f"--node-rank={arguments.node_rank}",
-            f"--nproc-per-node={arguments.processes}",
-            f"--master-addr={arguments.address}",
-            f"--master-port={arguments.port}",
-        ],
-        pretrain_arguments,
-    )
+    options = [f"--nnodes={arguments.nodes}", f"--node-rank={arguments.node_rank}"]
+    options += [f"--nproc-per-node={arguments.processes}"]
+    options += [f"--master-addr={arguments.address}", f"--master-port={arguments.port}"]
+    status = run_workers(options, pretrain_arguments)
     if status not in (0, EXIT_USER_ERROR) and forwarder.was_asked:
         status = EXIT_INTERRUPTED  # asked to stop before there was anything to save, or killed while saving
     raise SystemExit(status)

@@ -17,9 +17,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import command_parser
+from megamor.cli import command_parser, positive
 from megamor.errors import ConfigError, user_errors
-from megamor.metrics.gpus import GPUS, find_gpu
+from megamor.metrics.gpus import GPUS
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,9 +29,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe to plan")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"one of {', '.join(GPUS)}")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--gpus", type=_positive, metavar="N", help="number of GPUs")
-    size.add_argument("--nodes", type=_positive, metavar="N", help="number of whole nodes, instead of --gpus")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
+    size.add_argument("--gpus", type=positive, metavar="N", help="number of GPUs")
+    size.add_argument("--nodes", type=positive, metavar="N", help="number of whole nodes, instead of --gpus")
+    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--mfu", type=float, default=0.35, metavar="X", help="model FLOPs utilisation for the hours (default: 0.35)"
     )
@@ -39,31 +39,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write the report where `--json` says."""
     args = parse_arguments(argv)
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu {args.mfu}: give a fraction of the peak, above 0 and at most 1")
-    gpu = find_gpu(args.gpu)
-
-    from rich.console import Console
+    if args.gpu.lower() not in GPUS:
+        known = ", ".join(GPUS)
+        raise ConfigError(f"--gpu {args.gpu}: unknown; choose one of {known}, or add it to megamor/metrics/gpus.py")
 
     from megamor.config import load_config
     from megamor.plan.estimate import Cluster
     from megamor.plan.report import plan_report, print_report
 
-    cluster = Cluster(gpu, args.gpus or args.nodes * args.gpus_per_node, args.gpus_per_node)
+    cluster = Cluster(GPUS[args.gpu.lower()], args.gpus or args.nodes * args.gpus_per_node, args.gpus_per_node)
     config = load_config(args.config, args.overrides, world_size=cluster.gpus)
     report = plan_report(config, cluster, gpu=args.gpu, mfu=args.mfu, source=args.config, overrides=args.overrides)
-    print_report(report, Console(highlight=False))
+    print_report(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written to {args.json}")

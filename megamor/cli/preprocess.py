@@ -140,7 +140,7 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Preprocess. Exits with status 2 and one message after an error the user can fix, 130 after Ctrl-C."""
     args = parse_arguments(argv)
@@ -239,13 +239,13 @@ class OpenTokenizer:
 
 def open_tokenizer(args: argparse.Namespace, texts: TextInput) -> OpenTokenizer:
     """The tokenizer that the command line names, or one built from `texts`. Raises DataError if there is none."""
-    from megamor.corpus.tokenizer import TextEncoder, built_in_tokenizer, find_tokenizer
+    from megamor.corpus.tokenizer import TextEncoder, byte_tokenizer, char_tokenizer, find_tokenizer
 
     eod = {"eod_token": args.eod_token, "need_eod": args.append_eod}
     own = Path(f"{args.output_prefix}.tokenizer.json")
     if args.tokenizer in BUILT_IN_TOKENIZERS:
         special = [args.eod_token or DEFAULT_EOD_TOKENS[0]] if args.append_eod or args.eod_token else []
-        made = built_in_tokenizer(args.tokenizer, lambda: _all_texts(args, texts), special)
+        made = char_tokenizer(_all_texts(args, texts), special) if args.tokenizer == "char" else byte_tokenizer(special)
         content = made.to_str(pretty=True).encode()
         return OpenTokenizer(TextEncoder.of(made, args.tokenizer, **eod), own.name, content, own)
     path = find_tokenizer(args.tokenizer)
@@ -288,14 +288,7 @@ def make_job(
         prefixes,
         journal,
         encoder.dtype,
-        ShardMeta(
-            tokenizer_name=tokenizer.name,
-            tokenizer_sha256=digest,
-            vocab_size=encoder.vocab_size,
-            eod_token=encoder.eod_token,
-            eod_id=encoder.eod_id,
-            eod_appended=args.append_eod,
-        ),
+        ShardMeta(tokenizer.name, digest, encoder.vocab_size, encoder.eod_token, encoder.eod_id, args.append_eod),
         tokenizer.content,
         tokenizer.path,
         identity={
@@ -305,8 +298,7 @@ def make_job(
             "--holdout": sha256(options.held_out.tobytes()).hexdigest(),
             "the input": [list(texts.identity), CHUNK_BYTES],
         },
-        skip_bad=options.skip_bad,
-        deduplicate=args.deduplicate,
+        options=options,
         allow_empty=bool(args.shard),
         restart=args.restart,
     )
@@ -334,7 +326,3 @@ def print_summary(job: PreprocessJob, totals: Totals, seconds: float, new_bytes:
         print(f"skipped: {counted(counts.bad, 'bad line')}{among}")
         for message in counts.bad_shown:
             print(f"  {message}")
-
-
-if __name__ == "__main__":
-    main()

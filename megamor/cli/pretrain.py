@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megamor.cli import command_parser
-from megamor.errors import ConfigError, user_errors
+from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, user_errors
 
 if TYPE_CHECKING:
     from megamor.config import Config
@@ -28,17 +28,6 @@ if TYPE_CHECKING:
 SECONDS_BEFORE_SILENT_EXIT = 10.0
 """Other ranks wait this long before exiting: the launcher kills all ranks when one exits, so the rank that prints the
 error must exit first."""
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options; the overrides may stand before, between or after them."""
-    parser = command_parser("pretrain", __doc__)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
-    parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_intermixed_args(argv)
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
@@ -57,40 +46,39 @@ def read_config(arguments: argparse.Namespace) -> Config:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         time.sleep(SECONDS_BEFORE_SILENT_EXIT)
-        raise SystemExit(2) from None
+        raise SystemExit(EXIT_USER_ERROR) from None
 
 
-def describe(config: Config, *, whole_config: bool) -> str:
-    """Return what --print-config or --dry-run prints."""
-    if whole_config:
-        from megamor.config import config_to_yaml
-
-        return config_to_yaml(config)
-    from megamor.parallel import launched_world_size
-    from megamor.plan.dry_run import describe_run
-
-    return describe_run(config, launched_world_size())
-
-
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train to the end, or until a signal asks the run to stop.
 
     Raises:
         SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
     """
-    arguments = parse_arguments(argv)
+    parser = command_parser("pretrain", __doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
+    parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)
+
+    from megamor.parallel import close_world, init_world, launched_world_size
+
     if arguments.dry_run or arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(config, whole_config=arguments.print_config))
+            from megamor.config import config_to_yaml
+            from megamor.plan.dry_run import describe_run
+
+            print(config_to_yaml(config) if arguments.print_config else describe_run(config, launched_world_size()))
         return
 
-    from megamor.parallel import close_world, init_world
     from megamor.ranks import report_errors_once
-    from megamor.train import EXIT_INTERRUPTED, build_trainer, ignore_signals
+    from megamor.train import build_trainer, ignore_signals
 
     world = init_world(config.parallel)
     try:

@@ -10,7 +10,6 @@ models. Finished steps are recognised when you run it again, and an interrupted 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -18,36 +17,44 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megamor.cli import command_parser
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
 from megamor.files import replace_file
 
-if TYPE_CHECKING:
-    from megamor.config import Config
-
 # In a checkout this is a link to configs/quickstart.yaml; a wheel contains the file itself.
 CONFIG = Path(__file__).with_name("quickstart.yaml")
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 PROCESSES = 2
 SCHEMA = "megamor-quickstart/1"
 SHORT_OVERRIDES = ("train.max_steps=8", "train.eval_every=4", "optim.warmup_steps=2", "checkpoint.every_steps=4")
 SHORT_CORPUS_CHARACTERS = 1_500_000
 TOKENIZER_SAMPLE_CHARACTERS = 12_000_000
-END_OF_TEXT = "<|endoftext|>"
 PROMPT = 'def read_lines(path):\n    """Return'
 
 
-@dataclass
 class Quickstart:
     """The seven steps, below `root`. `short` takes a slice of the corpus and 8 training steps, to try the path."""
 
-    root: Path
-    short: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, root: Path, *, short: bool) -> None:
+        from megamor.config import load_config
+
+        self.root, self.short, self.latest = root, short, root / "checkpoints" / "latest"
+        self.overrides = [
+            f"run.dir={root.parent}",
+            f"run.name={root.name}",
+            f"data.train=[{root}/data/stdlib_train]",
+            f"data.validation={{stdlib: {root}/data/stdlib_val}}",
+            f"data.tokenizer={root}/tokenizer.json",
+            *(SHORT_OVERRIDES if short else ()),
+        ]
+        self.config = load_config(CONFIG, self.overrides)
+        self._finished = root / "finished.json"
+        self._stamps: dict[str, str] = json.loads(self._finished.read_text()) if self._finished.exists() else {}
+        """For each finished step, the hash of its inputs."""
 
     def run(self) -> None:
         """Run all steps in order and print where the time went.
@@ -59,47 +66,24 @@ class Quickstart:
 
         self.root.mkdir(parents=True, exist_ok=True)
         steps = total_steps(self.config)
-        self.step("1 corpus", self.corpus)
-        self.step("2 tokenizer", self.tokenizer)
-        self.step("3 shards", self.shards)
-        self.step("4 train to the middle", lambda: self.train(steps // 2))
-        self.step("5 resume and finish", lambda: self.train(steps))
-        self.step("6 evaluate", self.evaluate)
-        self.step("7 generate", self.generate)
-        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        print(f"── done in {sum(self.seconds.values()):.0f} s: {took}")
-        self.finish_report()
-
-    def step(self, name: str, action: Callable[[], None]) -> None:
-        """Announce a step, run it and record its time."""
-        print(f"── {name} ".ljust(80, "─"))
-        started = time.perf_counter()
-        action()
-        self.seconds[name] = time.perf_counter() - started
-
-    @property
-    def overrides(self) -> list[str]:
-        """What differs from configs/quickstart.yaml."""
-        moved = [
-            f"run.dir={self.root.parent}",
-            f"run.name={self.root.name}",
-            f"data.train=[{self.root}/data/stdlib_train]",
-            f"data.validation={{stdlib: {self.root}/data/stdlib_val}}",
-            f"data.tokenizer={self.root}/tokenizer.json",
-        ]
-        return [*moved, *(SHORT_OVERRIDES if self.short else ())]
-
-    @property
-    def config(self) -> Config:
-        """The configuration of the run."""
-        from megamor.config import load_config
-
-        return load_config(CONFIG, self.overrides)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of the run's checkpoints."""
-        return self.root / "checkpoints"
+        actions = {
+            "1 corpus": self.corpus,
+            "2 tokenizer": self.tokenizer,
+            "3 shards": self.shards,
+            "4 train to the middle": lambda: self.train(steps // 2),
+            "5 resume and finish": lambda: self.train(steps),
+            "6 evaluate": self.evaluate,
+            "7 generate": self.generate,
+        }
+        seconds = {}
+        for name, action in actions.items():
+            print(f"── {name} ".ljust(80, "─"), flush=True)  # before what the step's processes print
+            started = time.perf_counter()
+            action()
+            seconds[name] = time.perf_counter() - started
+        took = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
+        print(f"── done in {sum(seconds.values()):.0f} s: {took}")
+        self.finish_report(seconds)
 
     def corpus(self) -> None:
         """Write the standard library's source files as JSON lines, one document per file."""
@@ -112,7 +96,7 @@ class Quickstart:
             characters = sum(len(text) for _, text in documents)
             print(f"{len(documents):,} files, {characters / 1e6:.1f} million characters of Python")
 
-        self.once("corpus", f"{sys.version} {standard_library()} {self.short}", corpus, write)
+        self.once("corpus", f"{sys.version} {STANDARD_LIBRARY} {self.short}", corpus, write)
 
     def tokenizer(self) -> None:
         """Train a byte-level BPE tokenizer on documents spread evenly over the corpus."""
@@ -126,7 +110,7 @@ class Quickstart:
             tokenizer.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
                 vocab_size=vocab_size,
-                special_tokens=[END_OF_TEXT],
+                special_tokens=["<|endoftext|>"],
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             )
@@ -134,65 +118,59 @@ class Quickstart:
             replace_file(path, tokenizer.to_str(pretty=True))
             print(f"{vocab_size:,} entries: {path}")
 
-        self.once("tokenizer", f"{self.stamps()['corpus']} {vocab_size}", path, train)
+        self.once("tokenizer", f"{self._stamps['corpus']} {vocab_size}", path, train)
 
     def shards(self) -> None:
         """Tokenize the corpus into training and validation shards."""
 
         def preprocess() -> None:
             # A run that was trained on other shards can't resume on these.
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            shutil.rmtree(self.latest.parent, ignore_errors=True)
             options = ["--input", f"{self.root}/corpus.jsonl", "--tokenizer", f"{self.root}/tokenizer.json"]
             options += ["--append-eod", "--split", "0.9,0.1" if self.short else "0.97,0.03"]
             options += ["--output-prefix", f"{self.root}/data/stdlib", "--workers", str(PROCESSES)]
-            self.call(["megamor", "preprocess", *options])
+            call(["megamor", "preprocess", *options])
 
-        self.once("shards", self.stamps()["tokenizer"], self.root / "data" / "stdlib_train.idx", preprocess)
+        self.once("shards", self._stamps["tokenizer"], self.root / "data" / "stdlib_train.idx", preprocess)
 
     def train(self, until_step: int) -> None:
         """Train from the newest checkpoint, if any, to `until_step`."""
-        if self.finished_steps() >= until_step:
-            print(f"already done: {self.finished_steps()} steps")
-            return
+        from megamor.checkpoint import open_checkpoint
+
+        with suppress(CheckpointError):  # there is none yet
+            if (done := open_checkpoint(self.latest).step) >= until_step:
+                print(f"already done: {done} steps")
+                return
         # Two processes whatever the machine has, so that the result is the same everywhere.
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m"]
         command = ["megamor", "pretrain", "--config", str(CONFIG), *self.overrides]
-        self.call([*launcher, *command, f"train.stop_at_step={until_step}"])
-
-    def finished_steps(self) -> int:
-        """Number of optimizer steps in the newest checkpoint; 0 without one."""
-        from megamor.checkpoint import open_checkpoint
-
-        try:
-            return open_checkpoint(self.checkpoints / "latest").step
-        except CheckpointError:
-            return 0
+        call([*launcher, *command, f"train.stop_at_step={until_step}"])
 
     def evaluate(self) -> None:
         """Measure loss in both routing modes, n-gram models to compare with, and what routing saves."""
         from megamor.cli.quickstart_report import make_report, show_report
 
-        latest, losses, report = self.checkpoints / "latest", self.root / "evaluation.json", self.root / "report.json"
+        losses, report = self.root / "evaluation.json", self.root / "report.json"
 
         def measure() -> None:
             sequences = self.config.train.eval_sequences
-            options = ["--checkpoint", str(latest), "--json", str(losses), "--data", f"{self.root}/data/stdlib_val"]
-            self.call(["megamor", "evaluate", *options, "--sequences", str(sequences)], threads=PROCESSES)
-            print("counting the n-grams that the network has seen ...")
-            figures = make_report(latest, json.loads(losses.read_text()), "stdlib", sequences)
+            options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
+            call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
+            print("counting the n-grams that the network has seen ...", flush=True)
+            figures = make_report(self.latest, json.loads(losses.read_text()), "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.
-        self.once("report", f"{SCHEMA} {(latest / 'manifest.json').read_text()}", report, measure)
+        self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text()}", report, measure)
         show_report(json.loads(report.read_text()))
 
     def generate(self) -> None:
         """Continue a prompt and show the depth of each token."""
-        options = ["--checkpoint", str(self.checkpoints / "latest"), "--prompt", PROMPT, "--max-tokens", "96"]
+        options = ["--checkpoint", str(self.latest), "--prompt", PROMPT, "--max-tokens", "96"]
         options += ["--show-depth", "--depth-image", str(self.root / "depth.svg")]
-        self.call(["megamor", "generate", *options], threads=PROCESSES)
+        call(["megamor", "generate", *options], threads=PROCESSES)
 
-    def finish_report(self) -> None:
+    def finish_report(self, seconds: Mapping[str, float]) -> None:
         """Add times, machine and versions to report.json, and check that the model has learned something."""
         import torch
 
@@ -200,50 +178,41 @@ class Quickstart:
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.
-        report = {"seconds": self.seconds, **json.loads(path.read_text())}
+        report = {"seconds": seconds, **json.loads(path.read_text())}
         report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
         replace_file(path, json.dumps(report, indent=1) + "\n")
         if report["beats_bigram_by"] <= 0 and not self.short:
             raise TrainingError("the network has not learned more than a bigram model; this should not happen")
 
-    def call(self, module: Sequence[str], threads: int = 1) -> None:
-        """Run `python -m <module>` with its output shown.
-
-        Raises:
-            TrainingError: it failed, and has printed why.
-        """
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        status = subprocess.run([sys.executable, "-m", *module], env=environment, check=False).returncode
-        if status:
-            raise TrainingError(
-                f"this step exited with status {status}; its message is above. Rerun the same command to resume"
-            )
-
-    def stamps(self) -> dict[str, str]:
-        """For each finished step, the hash of its inputs."""
-        path = self.root / "finished.json"
-        stamps: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        return stamps
-
     def once(self, name: str, inputs: str, product: Path, make: Callable[[], None]) -> None:
         """Call `make` unless an earlier quickstart made `product` from the same `inputs`."""
         stamp = hashlib.sha256(inputs.encode()).hexdigest()[:16]
-        if self.stamps().get(name) == stamp and product.exists():
+        if self._stamps.get(name) == stamp and product.exists():
             print(f"already done: {product}")
             return
         make()
-        replace_file(self.root / "finished.json", json.dumps({**self.stamps(), name: stamp}, indent=1))
+        self._stamps[name] = stamp
+        replace_file(self._finished, json.dumps(self._stamps, indent=1))
 
 
-def standard_library() -> Path:
-    """Return the directory of the running interpreter's standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
+def call(module: Sequence[str], threads: int = 1) -> None:
+    """Run `python -m <module>` with its output shown.
+
+    Raises:
+        TrainingError: it failed, and has printed why.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    status = subprocess.run([sys.executable, "-m", *module], env=environment, check=False).returncode
+    if status:
+        raise TrainingError(
+            f"this step exited with status {status}; its message is above. Rerun the same command to resume"
+        )
 
 
 def source_files(limit_characters: int | None = None) -> Iterator[tuple[str, str]]:
     """Yield name and text of the standard library's Python files, sorted by name, without those that aren't UTF-8."""
-    root, total = standard_library(), 0
-    for path in sorted(root.rglob("*.py")):
+    total = 0
+    for path in sorted(STANDARD_LIBRARY.rglob("*.py")):
         # Some systems keep third-party packages inside the standard library's directory.
         if {"site-packages", "dist-packages"} & set(path.parts):
             continue
@@ -252,7 +221,7 @@ def source_files(limit_characters: int | None = None) -> Iterator[tuple[str, str
         except (UnicodeDecodeError, OSError):
             continue
         if text.strip():
-            yield str(path.relative_to(root)), text
+            yield str(path.relative_to(STANDARD_LIBRARY)), text
             total += len(text)
             if limit_characters is not None and total >= limit_characters:
                 return
@@ -264,23 +233,17 @@ def sample_documents(corpus: Path) -> Iterator[str]:
     with corpus.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             if number % stride == 0:
-                document: dict[str, Any] = json.loads(line)
-                yield document["text"]
+                yield json.loads(line)["text"]
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the quickstart."""
     parser = command_parser("quickstart", __doc__)
-    parser.add_argument(
-        "--root", type=Path, default=Path("runs/quickstart"), help="directory to write (default: %(default)s)"
-    )
+    parser.add_argument("--root", type=Path, default="runs/quickstart", help="where to write (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="8 training steps on little data, to try the path")
     arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # In a log file too, each step's heading must precede what its processes print.
-        sys.stdout.reconfigure(line_buffering=True)
     try:
-        Quickstart(arguments.root.resolve(), arguments.short).run()
+        Quickstart(arguments.root.resolve(), short=arguments.short).run()
     except OSError as error:
         raise MegamorError(f"can't write to {arguments.root}: {error}; give another --root") from error

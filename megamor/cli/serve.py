@@ -72,7 +72,7 @@ def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingE
     return ServingEngine(loaded.model, EngineOptions(**chosen(arguments, EngineOptions), end_token=end_token))
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then return when the running requests have finished."""
     arguments = parse_arguments(argv)

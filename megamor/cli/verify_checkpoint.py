@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamor.cli import command_parser, counted
-from megamor.errors import CheckpointError, MegamorError, user_errors
+from megamor.errors import EXIT_USER_ERROR, CheckpointError, MegamorError, user_errors
 
 if TYPE_CHECKING:
     from megamor.checkpoint import TrainerState
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-@user_errors
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print each checkpoint's faults.
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for fault in faults:
             print(f"  {fault}")
     if any_faults:
-        raise SystemExit(2)
+        raise SystemExit(EXIT_USER_ERROR)
 
 
 def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
@@ -70,14 +70,14 @@ def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
         return [path.resolve()]
     if not all_of_them:
         latest = latest_step(root)
-        steps = [latest if latest is not None else steps[-1]]
+        steps = steps[-1:] if latest is None else [latest]
     return [root / step_name(step) for step in steps]
 
 
 def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
     """Everything that is wrong with `checkpoint`, one line for each fault."""
     from megamor.checkpoint import TrainerState, find_damage, stored_file
-    from megamor.checkpoint.layout import CONFIG_FILE
+    from megamor.checkpoint.layout import CONFIG_FILE, parse_step, rng_path
     from megamor.config import config_from_yaml
 
     yield from find_damage(checkpoint, hashes=not quick)
@@ -91,15 +91,8 @@ def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:
         config = config_from_yaml(text, str(checkpoint / CONFIG_FILE))
     except (MegamorError, OSError, ValueError) as error:
         yield f"{checkpoint / CONFIG_FILE} can't be read: {error}"
-    if trainer is not None:
-        yield from _trainer_faults(checkpoint, trainer)
-    if config is not None and trainer is not None and not quick:
-        yield from _state_faults(checkpoint, config, trainer)
-
-
-def _trainer_faults(checkpoint: Path, trainer: TrainerState) -> Iterator[str]:
-    from megamor.checkpoint.layout import parse_step, rng_path
-
+    if trainer is None:
+        return
     named = parse_step(checkpoint.name)
     if named is not None and named != trainer.step:
         yield f"the directory is named after step {named}, but trainer.json says step {trainer.step}"
@@ -107,6 +100,8 @@ def _trainer_faults(checkpoint: Path, trainer: TrainerState) -> Iterator[str]:
         for rank in range(trainer.world_size):
             if not rng_path(checkpoint, rank).is_file():
                 yield f"{rng_path(checkpoint, rank)} is missing, though {trainer.world_size} ranks saved the checkpoint"
+    if config is not None and not quick:
+        yield from _state_faults(checkpoint, config, trainer)
 
 
 def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> Iterator[str]:
@@ -116,26 +111,21 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     from megamor.config.derive import derive
     from megamor.model import build_model
 
-    try:
-        stored = state_shapes(checkpoint)
-    except CheckpointError as error:
-        yield str(error)
-        return
     model = build_model(config, device="meta")
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    if trainer.step > 0:
-        for name, shape in parameters.items():
-            expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
-    yield from shape_differences(stored, expected)
+    for name, shape in parameters.items() if trainer.step > 0 else ():
+        expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
     try:
+        stored = state_shapes(checkpoint)
+        yield from shape_differences(stored, expected)
+        # Tied weights that were stored twice would show in the sum.
+        counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
+        formula = derive(config, trainer.world_size).unique_parameters_with_embedding
+        if counted != formula and config.router.kind != "custom":
+            yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"
         for name, tensor in iterate_state(checkpoint):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 yield f"{name} has values that are not finite"
     except CheckpointError as error:
         yield str(error)
-    # Tied weights that were stored twice would show in the sum.
-    counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
-    formula = derive(config, trainer.world_size).unique_parameters_with_embedding
-    if counted != formula and config.router.kind != "custom":
-        yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"

@@ -38,8 +38,9 @@ CLOCK_METRICS = ("time", "throughput/", "memory/")
 MAX_DIFFERENCES_SHOWN = 20
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options; the overrides may stand before, between or after them."""
+@user_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train both runs, compare them, and print the result."""
     parser = command_parser("verify-resume", __doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as for megamor pretrain")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration")
@@ -48,15 +49,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, metavar="DIR", help="where to work (default: the system's temporary one)")
     parser.add_argument("--keep", action="store_true", help="keep both runs' directories")
     parser.add_argument("--again", action="store_true", help="compare two runs without a restart")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
 
-
-@user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train both runs, compare them, and print the result."""
     from megamor.config import load_config
 
-    args = parse_arguments(argv)
     if args.steps < 2:
         raise ConfigError(f"--steps {args.steps}: give at least 2, one before the restart and one after it")
     load_config(args.config, args.overrides, args.processes)  # reports errors before processes start
@@ -75,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"both runs are in {directory}")
         else:
             shutil.rmtree(directory)
-    compared = f"{args.steps} steps and {half} + {args.steps - half} steps"
-    if args.again:
-        compared = f"two runs of {args.steps} steps"
+    restarted = f"{args.steps} steps and {half} + {args.steps - half} steps"
+    compared = f"two runs of {args.steps} steps" if args.again else restarted
     if found:
         more = ["..."] if len(found) > MAX_DIFFERENCES_SHOWN else []
         raise TrainingError("\n  ".join([f"{compared} differ:", *found[:MAX_DIFFERENCES_SHOWN], *more]))

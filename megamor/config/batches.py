@@ -44,11 +44,6 @@ class BatchSchedule:
         ]
         return cls((*stages, final), tuple(stage.until_step for stage in config.train.ramp))
 
-    @property
-    def final(self) -> BatchShape:
-        """The shape at the end of the run."""
-        return self.shapes[-1]
-
     def at(self, step: int) -> BatchShape:
         """The shape of the next step when `step` steps are done."""
         return self.shapes[bisect_right(self.ends, step)]

@@ -26,42 +26,32 @@ class Derived:
     """Quantities printed at the start of a run.
 
     `unique_parameters` counts each parameter once; `effective_parameters` counts a shared block once per recursion.
-    Like the paper's tables, both leave out the embedding, whose weights are also the output head. `core_layers` are the
-    unique blocks that each recursion runs. `tokens_per_step` and `micro_batches` are those after `train.ramp`.
+    Like the paper's tables, both leave out the embedding, whose weights are also the output head.
     """
 
+    config: Config
     world_size: int
     total_steps: int
     batches: BatchSchedule
-    tokens_per_step: int
-    total_tokens: int
     micro_batches: int
-    """Micro-batches that each rank accumulates per optimizer step."""
-    warmup_steps: int
-    decay_start: int
-    """Steps done when the learning rate starts to fall; `total_steps` if it never does."""
+    """Micro-batches that each rank accumulates per optimizer step, after `train.ramp`."""
     decay_steps: int
-    num_recursions: int
-    prelude_layers: int
-    core_layers: int
-    coda_layers: int
-    num_layers: int
-    """Effective depth."""
+    layers: tuple[int, int, int]
+    """See `layer_counts`."""
     unique_parameters: int
     unique_parameters_with_embedding: int
     effective_parameters: int
 
-    @property
-    def num_unique_layers(self) -> int:
-        """Blocks that own parameters."""
-        return self.prelude_layers + self.core_layers + self.coda_layers
-
     def describe(self) -> str:
         """The quantities as aligned lines of text."""
+        stages = self.batches.stages(0, self.total_steps)
+        steps = " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages)
+        start = self.total_steps - self.decay_steps
+        decay = f"decay over {self.decay_steps:,} steps from step {start:,}" if self.decay_steps else "no decay"
         lines = {
-            "steps": f"{self._describe_steps()} = {self.total_tokens:,} tokens",
+            "steps": f"{steps} tokens = {self.batches.tokens(self.total_steps):,} tokens",
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
-            "learning rate": f"{self.warmup_steps:,} warm-up steps, {self._describe_decay()}",
+            "learning rate": f"{self.config.optim.warmup_steps:,} warm-up steps, {decay}",
             "layers": self._describe_layers(),
             "parameters": f"{self.unique_parameters:,} unique, {self.effective_parameters:,} effective (no embedding), "
             f"{self.unique_parameters_with_embedding:,} unique with embedding",
@@ -69,53 +59,34 @@ class Derived:
         width = max(map(len, lines))
         return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
 
-    def _describe_steps(self) -> str:
-        stages = self.batches.stages(0, self.total_steps)
-        return " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages) + " tokens"
-
     def _describe_layers(self) -> str:
-        if self.num_recursions == 1:
-            return f"{self.num_layers}, none shared"
-        parts = [f"{self.core_layers} core x {self.num_recursions} recursions"]
-        if self.prelude_layers:
-            parts.insert(0, f"{self.prelude_layers} prelude")
-        if self.coda_layers:
-            parts.append(f"{self.coda_layers} coda")
-        return f"{' + '.join(parts)} = {self.num_layers} effective, {self.num_unique_layers} unique"
-
-    def _describe_decay(self) -> str:
-        if self.decay_steps == 0:
-            return "no decay"
-        return f"decay over {self.decay_steps:,} steps from step {self.decay_start:,}"
+        depth, recursions = self.config.model.num_layers, self.config.recursion.num_recursions
+        prelude, core, coda = self.layers
+        if recursions == 1:
+            return f"{depth}, none shared"
+        before, after = (f"{prelude} prelude + ", f" + {coda} coda") if prelude else ("", "")
+        blocks = f"{before}{core} core x {recursions} recursions{after}"
+        return f"{blocks} = {depth} effective, {prelude + core + coda} unique"
 
 
 def derive(config: Config, world_size: int) -> Derived:
     """Everything that follows from a configuration that `validate(config, world_size)` accepts."""
     steps = total_steps(config)
-    batches = BatchSchedule.of(config)
-    warmup_steps, decay = schedule_steps(config.optim, steps)
-    prelude, core, coda = layer_counts(config.model, config.recursion)
+    layers = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
     final_norm = config.model.dim
-    outside_layers = final_norm + router_parameters(config) + core * recursion_parameters(config)
+    outside_layers = final_norm + router_parameters(config) + layers[1] * recursion_parameters(config)
     if config.recursion.recursion_embedding:
         outside_layers += config.recursion.num_recursions * config.model.dim
-    unique_parameters = (prelude + core + coda) * per_layer + outside_layers
+    unique_parameters = sum(layers) * per_layer + outside_layers
     return Derived(
+        config=config,
         world_size=world_size,
         total_steps=steps,
-        batches=batches,
-        tokens_per_step=batches.final.tokens,
-        total_tokens=batches.tokens(steps),
+        batches=BatchSchedule.of(config),
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
-        warmup_steps=warmup_steps,
-        decay_start=steps - decay,
-        decay_steps=decay,
-        num_recursions=config.recursion.num_recursions,
-        prelude_layers=prelude,
-        core_layers=core,
-        coda_layers=coda,
-        num_layers=config.model.num_layers,
+        decay_steps=decay_steps(config.optim, steps),
+        layers=layers,
         unique_parameters=unique_parameters,
         unique_parameters_with_embedding=unique_parameters + config.model.vocab_size * config.model.dim,
         effective_parameters=config.model.num_layers * per_layer + outside_layers,
@@ -131,14 +102,14 @@ def total_steps(config: Config) -> int:
     return BatchSchedule.of(config).steps_for(train.max_tokens)
 
 
-def schedule_steps(optim: OptimConfig, steps: int) -> tuple[int, int]:
-    """(warm-up steps, decay steps) of a run of `steps`; the decay ends with the run.
+def decay_steps(optim: OptimConfig, steps: int) -> int:
+    """Steps at the end of a run of `steps` over which the learning rate falls.
 
     `wsd` decays over the last int(decay_fraction * steps) steps (arXiv 2507.10524, appendix B), `cosine` over all steps
     after the warm-up, `constant` never.
     """
     decay = {"wsd": int(optim.decay_fraction * steps), "cosine": steps - optim.warmup_steps, "constant": 0}
-    return optim.warmup_steps, decay[optim.schedule]
+    return decay[optim.schedule]
 
 
 def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, int, int]:

@@ -21,8 +21,6 @@ from megamor.config.schema import Config
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
 
-_EXTENDS = "extends"
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
     """Read a YAML file with what it extends, apply `a.b.c=value` overrides, and validate for `world_size` processes.
@@ -67,7 +65,7 @@ def _layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
     values = _parse_mapping(text, str(path))
-    parents = values.pop(_EXTENDS, [])
+    parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: extends: found {parents!r}, expected a file name or a list of file names")

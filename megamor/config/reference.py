@@ -9,7 +9,6 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
@@ -55,18 +54,15 @@ def documentation(section: type) -> dict[str, str]:
     return found
 
 
-def _part(heading: str, section: type) -> str:
+def _part(heading: str, section: Any) -> str:
     """A heading, the section's docstring, and a table of its settings."""
-    rows = ["| Setting | Value | Default | Meaning |", "|---|---|---|---|", *_rows(section)]
-    return "\n\n".join([heading, inspect.cleandoc(section.__doc__ or ""), "\n".join(rows)])
-
-
-def _rows(section: Any) -> Iterator[str]:
+    rows = ["| Setting | Value | Default | Meaning |", "|---|---|---|---|"]
     meanings = documentation(section)
     for item in fields(section):
         if item.name != "kind":  # the heading says it
             value = describe_type(field_types(section)[item.name])
-            yield f"| `{item.name}` | {value} | {_default(item)} | {meanings[item.name]} |"
+            rows.append(f"| `{item.name}` | {value} | {_default(item)} | {meanings[item.name]} |")
+    return "\n\n".join([heading, inspect.cleandoc(section.__doc__ or ""), "\n".join(rows)])
 
 
 def _default(item: Any) -> str:

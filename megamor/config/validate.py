@@ -9,13 +9,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
-from megamor.config.derive import schedule_steps, total_steps
-from megamor.config.routers import (
-    CustomRouterConfig,
-    FixedDepthConfig,
-    ScoredConfig,
-    SkipForwardRecurseConfig,
-)
+from megamor.config.derive import decay_steps, total_steps
+from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
 from megamor.config.schema import Config
 from megamor.errors import ConfigError
 
@@ -66,21 +61,16 @@ def _sources(config: Config) -> Iterator[str]:
 def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.dim % (2 * model.num_heads):
-        yield (
-            f"model.dim = {model.dim} can't be split into model.num_heads = {model.num_heads} heads of even width "
-            f"(rotary embeddings need pairs): use dim {_multiples_around(model.dim, 2 * model.num_heads)}"
-        )
+        widths = f"model.dim = {model.dim} can't be split into model.num_heads = {model.num_heads} heads of even width"
+        fix = f"use dim {_multiples_around(model.dim, 2 * model.num_heads)}"
+        yield f"{widths} (rotary embeddings need pairs): {fix}"
     if model.num_heads % model.num_kv_heads:
-        divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-        yield (
-            f"model.num_heads = {model.num_heads} isn't divisible by model.num_kv_heads = {model.num_kv_heads}: "
-            f"use num_kv_heads {_either(divisors)}"
-        )
+        divisors = _either([n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0])
+        heads = f"model.num_heads = {model.num_heads} isn't divisible by model.num_kv_heads = {model.num_kv_heads}"
+        yield f"{heads}: use num_kv_heads {divisors}"
     if config.data.seq_len > model.max_seq_len:
-        yield (
-            f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: "
-            "lower seq_len or raise max_seq_len"
-        )
+        lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
+        yield f"{lengths}: lower seq_len or raise max_seq_len"
 
 
 def _sharing(config: Config) -> Iterator[str]:
@@ -104,17 +94,13 @@ def _sharing(config: Config) -> Iterator[str]:
 def _router(config: Config) -> Iterator[str]:
     router, recursions = config.router, config.recursion.num_recursions
     if recursions == 1 and not isinstance(router, FixedDepthConfig):
-        yield (
-            f"router.kind = {router.kind} with recursion.num_recursions = 1 has nothing to choose: "
-            "use kind: fixed, or more recursions"
-        )
+        given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
+        yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return
     match router:
         case FixedDepthConfig(depth=int(depth)) if depth > recursions:
-            yield (
-                f"router.depth = {depth} is more than recursion.num_recursions = {recursions}: "
-                f"give 1 to {recursions}, or null for all"
-            )
+            given = f"router.depth = {depth} is more than recursion.num_recursions = {recursions}"
+            yield f"{given}: give 1 to {recursions}, or null for all"
         case ScoredConfig(capacity=tuple(capacity)):
             yield from _capacity(capacity, recursions)
         case SkipForwardRecurseConfig(target_depth=float(depth)) if depth > recursions:
@@ -124,32 +110,26 @@ def _router(config: Config) -> Iterator[str]:
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
-    shown, default = list(capacity), [round((recursions - r) / recursions, 4) for r in range(recursions)]
+    given = f"router.capacity = {list(capacity)}"
+    default = [round((recursions - r) / recursions, 4) for r in range(recursions)]
     if len(capacity) != recursions:
-        yield (
-            f"router.capacity = {shown} has {len(capacity)} entries for recursion.num_recursions = {recursions}: "
-            f"give one per recursion, or null for {default}"
-        )
+        wrong = f"has {len(capacity)} entries for recursion.num_recursions = {recursions}"
+        yield f"{given} {wrong}: give one per recursion, or null for {default}"
     if any(later > earlier for earlier, later in pairwise(capacity)):
-        yield (
-            f"router.capacity = {shown} rises, but a recursion selects from the tokens of the one before: "
-            f"give fractions that never rise, for example {default}"
-        )
+        wrong = "rises, but a recursion selects from the tokens of the one before"
+        yield f"{given} {wrong}: give fractions that never rise, for example {default}"
 
 
 def _ramp(config: Config) -> Iterator[str]:
     previous = 0
     for index, stage in enumerate(config.train.ramp):
+        where = f"train.ramp[{index}]"
         if stage.seq_len is not None and stage.seq_len > config.data.seq_len:
-            yield (
-                f"train.ramp[{index}].seq_len = {stage.seq_len} is more than data.seq_len = {config.data.seq_len}, "
-                "the length after the ramp: lower it"
-            )
+            lengths = f"seq_len = {stage.seq_len} is more than data.seq_len = {config.data.seq_len}"
+            yield f"{where}.{lengths}, the length after the ramp: lower it"
         if stage.until_step <= previous:
-            yield (
-                f"train.ramp[{index}].until_step = {stage.until_step} isn't after step {previous}, where the stage "
-                "starts: list the stages in ascending order"
-            )
+            steps = f"until_step = {stage.until_step} isn't after step {previous}, where the stage starts"
+            yield f"{where}.{steps}: list the stages in ascending order"
         previous = stage.until_step
 
 
@@ -160,10 +140,8 @@ def _batch(config: Config, world_size: int | None) -> Iterator[str]:
         unit = micro * (world_size or 1)
         if batch % unit:
             divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
-            yield (
-                f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: "
-                f"use global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
-            )
+            fix = f"use global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+            yield f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: {fix}"
 
 
 def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
@@ -175,10 +153,8 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
     if backend not in ("auto", "fsdp2"):
         yield f"parallel.shard_degree = {degree} needs fsdp2, but parallel.backend = {backend}: drop one of them"
     elif world_size and world_size % degree and not (backend == "auto" and world_size == 1):
-        yield (
-            f"parallel.shard_degree = {degree} doesn't divide {world_size} processes into equal groups: "
-            "give a divisor, or null for one group"
-        )
+        given = f"parallel.shard_degree = {degree} doesn't divide {world_size} processes into equal groups"
+        yield f"{given}: give a divisor, or null for one group"
 
 
 def _length(config: Config) -> Iterator[str]:
@@ -191,15 +167,13 @@ def _length(config: Config) -> Iterator[str]:
         yield f"train.max_steps and train.max_tokens: found {found}; give exactly one"
         return
     steps = total_steps(config)
-    warmup, decay = schedule_steps(config.optim, steps)
+    warmup, decay = config.optim.warmup_steps, decay_steps(config.optim, steps)
     if warmup > steps:
         yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"
     elif warmup + decay > steps:
-        yield (
-            f"optim.warmup_steps = {warmup} and a decay of {decay} steps "
-            f"(optim.decay_fraction = {config.optim.decay_fraction}) don't fit into the run's {steps} steps: "
-            "shorten one of them or train longer"
-        )
+        decaying = f"a decay of {decay} steps (optim.decay_fraction = {config.optim.decay_fraction})"
+        given = f"optim.warmup_steps = {warmup} and {decaying} don't fit into the run's {steps} steps"
+        yield f"{given}: shorten one of them or train longer"
     if train.ramp and train.ramp[-1].until_step >= steps:
         where = f"train.ramp ends at step {train.ramp[-1].until_step}"
         yield f"{where}, but the run ends after {steps} steps: shorten the ramp or train longer"

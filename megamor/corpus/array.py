@@ -37,11 +37,7 @@ def split_shard_prefix(prefix: str) -> tuple[str, int, int] | None:
 
 
 def find_shards(prefix: str) -> list[str]:
-    """Prefixes of all shards of `prefix`, in order.
-
-    Raises DataError if there is none, if any is missing (with its number), or if there are shards of two runs with
-    different counts.
-    """
+    """Prefixes of all shards of `prefix`, in order. DataError if none or some are missing, or if counts differ."""
     found = [path.removesuffix(".idx") for path in glob.glob(f"{glob.escape(prefix)}_shard_*_of_*.idx")]
     shards = [shard for shard in map(split_shard_prefix, found) if shard and shard[0] == prefix]
     counts = sorted({count for _, _, count in shards})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice, tee
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
     table rows that look the same; with them, WikiText-2 has its 600, 60 and 60 articles.
     """
     article: list[str] = []
-    for before, line, after in _with_neighbours(raw.rstrip("\n") for raw in lines):
+    befores, middles, afters = tee(chain([""], (raw.rstrip("\n") for raw in lines), [""]), 3)
+    for before, line, after in zip(befores, islice(middles, 1, None), islice(afters, 2, None), strict=False):
         if _HEADING.fullmatch(line) and not before.strip() and not after.strip() and "".join(article).strip():
             yield "\n".join(article) + "\n"
             article = []
@@ -82,24 +84,14 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(article) + "\n"
 
 
-def _with_neighbours(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Each line with the one before and the one after, empty at the ends."""
-    before, line = "", None
-    for after in lines:
-        if line is not None:
-            yield before, line, after
-            before = line
-        line = after
-    if line is not None:
-        yield before, line, ""
-
-
-def _wikitext(config: str) -> HubDataset:
+def _wikitext(title: str, config: str, size: str) -> Corpus:
     splits = {split: split for split in ("train", "validation", "test")}
-    return HubDataset("Salesforce/wikitext", splits, "b08601e04326c79dfdd32d625aee71d232d685c3", config, "text")
+    source = HubDataset("Salesforce/wikitext", splits, "b08601e04326c79dfdd32d625aee71d232d685c3", config, "text")
+    note = "Raw version (case, punctuation and numbers kept); one document per article."
+    return Corpus(title, "CC BY-SA 3.0, GFDL", source, size, note, wikitext_articles)
 
 
-_WIKITEXT_NOTE = "Raw version (case, punctuation and numbers kept); one document per article."
+_SHAKESPEARE = ("data/tinyshakespeare/input.txt", "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9")
 
 CORPORA: dict[str, Corpus] = {
     "tiny-shakespeare": Corpus(
@@ -108,31 +100,14 @@ CORPORA: dict[str, Corpus] = {
         source=GitHubFiles(
             "karpathy/char-rnn",
             "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e",
-            {
-                split: ("data/tinyshakespeare/input.txt", "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9", fractions)
-                for split, fractions in (("train", (0.0, 0.9)), ("test", (0.9, 1.0)))
-            },
+            {"train": (*_SHAKESPEARE, (0.0, 0.9)), "test": (*_SHAKESPEARE, (0.9, 1.0))},
         ),
         size="1.1 MB",
         note="One document per split: the first 90 % of the characters, and the rest.",
         documents=one_document,
     ),
-    "wikitext-2": Corpus(
-        title="WikiText-2",
-        licence="CC BY-SA 3.0, GFDL",
-        source=_wikitext("wikitext-2-raw-v1"),
-        size="13 MB",
-        note=_WIKITEXT_NOTE,
-        documents=wikitext_articles,
-    ),
-    "wikitext-103": Corpus(
-        title="WikiText-103",
-        licence="CC BY-SA 3.0, GFDL",
-        source=_wikitext("wikitext-103-raw-v1"),
-        size="550 MB",
-        note=_WIKITEXT_NOTE,
-        documents=wikitext_articles,
-    ),
+    "wikitext-2": _wikitext("WikiText-2", "wikitext-2-raw-v1", "13 MB"),
+    "wikitext-103": _wikitext("WikiText-103", "wikitext-103-raw-v1", "550 MB"),
     "ptb": Corpus(
         title="Penn Treebank (Mikolov's preprocessing)",
         licence="LDC user agreement for non-members",

@@ -12,15 +12,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from megamor.corpus.documents import Counts, Documents, document_hash, parse_chunk
@@ -49,7 +48,10 @@ class GigatokenEncoder:
 
     def __init__(self, reference: TextEncoder) -> None:
         self._reference = reference
-        self._spec = msgspec.json.encode(_without_special_tokens(reference))
+        # Special tokens aren't recognised: in a corpus they are text.
+        spec = msgspec.json.decode(reference.tokenizer.to_str())
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
+        self._spec = msgspec.json.encode(spec | {"post_processor": None})
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
         self._checked_sources: set[int] = set()
@@ -87,7 +89,7 @@ class GigatokenEncoder:
 
     def _renew_if_large(self, size: int) -> None:
         self._bytes_since_renewal += size
-        if self._bytes_since_renewal > _BYTES_BETWEEN_RENEWALS and resident_bytes() > _MEMORY_LIMIT:
+        if self._bytes_since_renewal > _BYTES_BETWEEN_RENEWALS and psutil.Process().memory_info().rss > _MEMORY_LIMIT:
             self._bytes_since_renewal = 0
             self._tokenizer = self._load()
 
@@ -123,22 +125,6 @@ def choose_encoder(accelerator: str, reference: TextEncoder) -> tuple[Encode, st
         if accelerator == "auto":
             return plain, f"none ({error})"
         raise
-
-
-def resident_bytes() -> int:
-    """Memory of this process; 0 on systems that don't tell, where gigatoken's table grows without limit."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
-def _without_special_tokens(reference: TextEncoder) -> dict[str, Any]:
-    """The tokenizer as JSON in which special tokens aren't recognised: in a corpus they are text."""
-    spec: dict[str, Any] = msgspec.json.decode(reference.tokenizer.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-    spec["post_processor"] = None
-    return spec
 
 
 @dataclass(frozen=True)
@@ -233,32 +219,19 @@ def encode_in_order(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     pending: deque[tuple[int, Future[EncodedChunk]]] = deque()
     in_work = 0
-    with _one_thread_each():
-        try:
-            for chunk in chunks:
-                # Twice as many chunks as threads, so that a slow one at the head doesn't leave the others idle.
-                while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
-                    size, future = pending.popleft()
-                    in_work -= size
-                    yield future.result()
-                pending.append((chunk.size, pool.submit(encoder.encode, chunk)))
-                in_work += chunk.size
-            while pending:
-                yield pending.popleft()[1].result()
-        finally:
-            # Also when the consumer stops early, so that no thread outlives the run.
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep `tokenizers` from starting threads of its own in each of ours."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    # Keeps `tokenizers` from starting threads of its own in each of ours, from here on.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        yield
+        for chunk in chunks:
+            # Twice as many chunks as threads, so that a slow one at the head doesn't leave the others idle.
+            while pending and (len(pending) > 2 * workers or in_work + chunk.size > _BYTES_IN_WORK):
+                size, future = pending.popleft()
+                in_work -= size
+                yield future.result()
+            pending.append((chunk.size, pool.submit(encoder.encode, chunk)))
+            in_work += chunk.size
+        while pending:
+            yield pending.popleft()[1].result()
     finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+        # Also when the consumer stops early, so that no thread outlives the run.
+        pool.shutdown(wait=True, cancel_futures=True)

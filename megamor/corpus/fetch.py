@@ -68,11 +68,10 @@ def fetch(
         raise DataError(f"--from {local}: no such file or directory")
     request = _Request(corpus, directory, missing, Path(local) if local else None, revision, advance)
     try:
-        if isinstance(corpus.source, GitHubFiles):
-            files = _from_github(corpus.source, request)
+        if isinstance(corpus.source, HubDataset) and not corpus.source.column:
+            record["files"] += _copy_hub_files(corpus.source, request)
         else:
-            files = (_from_rows if corpus.source.column else _from_hub_files)(corpus.source, request)
-        record["files"] += files
+            record["files"] += _write_splits(corpus.source, request)
         replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{directory} can't be written: {error.strerror or error}") from error
@@ -88,14 +87,21 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
         raise DataError(f"{directory / RECORD} can't be read: {error}; remove it to fetch again") from error
 
 
-def _from_github(source: GitHubFiles, request: _Request) -> list[dict[str, Any]]:
+def _write_splits(source: GitHubFiles | HubDataset, request: _Request) -> list[dict[str, Any]]:
+    commit: str | None = None
+    if isinstance(source, GitHubFiles):
+        commit = source.commit
+    elif not request.local:
+        commit = _hub_info(source, request.revision).sha
     written = []
     for split in request.splits:
-        path, blob, (start, end) = source.splits[split]
-        text = _github_file(source, path, blob, request).decode()
-        selected = text[round(start * len(text)) : round(end * len(text))]
-        documents = request.corpus.documents(io.StringIO(selected))
-        written.append(_write_documents(request, split, documents, source.commit))
+        if isinstance(source, GitHubFiles):
+            path, blob, (start, end) = source.splits[split]
+            text = _github_file(source, path, blob, request).decode()
+            texts: Iterable[str] = io.StringIO(text[round(start * len(text)) : round(end * len(text))])
+        else:
+            texts = _rows(source, split, request.local, commit)
+        written.append(_write_documents(request, split, request.corpus.documents(texts), commit))
     return written
 
 
@@ -122,21 +128,12 @@ def _github_file(source: GitHubFiles, path: str, blob: str, request: _Request) -
     return content
 
 
-def _from_rows(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
-    commit = None if request.local else _hub_info(source, request.revision).sha
-    written = []
-    for split in request.splits:
-        rows = _rows(source, split, request.local, commit)
-        written.append(_write_documents(request, split, request.corpus.documents(rows), commit))
-    return written
-
-
 def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None) -> Iterator[str]:
     from megamor.corpus.hub import DatasetInput
 
     column, theirs = source.column or "", source.splits[split]
     if local:
-        dataset = DatasetInput(str(local), None, theirs, column)
+        dataset = DatasetInput(str(local), None, theirs, column, None)
     else:
         dataset = DatasetInput(source.dataset, source.config, theirs, column, commit, streaming=True)
     chunks = dataset.chunks()
@@ -151,7 +148,7 @@ def _rows(source: HubDataset, split: str, local: Path | None, commit: str | None
             yield text
 
 
-def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
+def _copy_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any]]:
     hashes: dict[str, str | None] = {}
     commit = None
     if request.local:
@@ -173,7 +170,12 @@ def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any
             with draft_for(path) as draft:
                 shutil.copyfile(request.local / name, draft)
         else:
-            _download(source.dataset, name, commit, request.directory)
+            import huggingface_hub as hub
+
+            with _network_errors(f"{name} of dataset {source.dataset}"):
+                hub.hf_hub_download(
+                    source.dataset, name, repo_type="dataset", revision=commit, local_dir=request.directory
+                )
         entry = _entry(split, path, name, commit)
         # The client checks the size only.
         if hashes.get(name) not in (None, entry["sha256"]):
@@ -183,13 +185,6 @@ def _from_hub_files(source: HubDataset, request: _Request) -> list[dict[str, Any
     # What the client keeps to resume downloads, which are complete now.
     shutil.rmtree(request.directory / ".cache", ignore_errors=True)
     return written
-
-
-def _download(dataset: str, name: str, commit: str | None, directory: Path) -> None:
-    import huggingface_hub
-
-    with _network_errors(f"{name} of dataset {dataset}"):
-        huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset", revision=commit, local_dir=directory)
 
 
 def _hub_info(source: HubDataset, revision: str | None) -> Any:

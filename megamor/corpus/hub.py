@@ -22,14 +22,7 @@ class DatasetInput:
     unit = "rows"
 
     def __init__(
-        self,
-        name: str,
-        config: str | None,
-        split: str,
-        column: str,
-        revision: str | None = None,
-        *,
-        streaming: bool = False,
+        self, name: str, config: str | None, split: str, column: str, revision: str | None, *, streaming: bool = False
     ) -> None:
         rows = _load(name, config, split, revision, streaming=streaming)
         columns = rows.column_names or list(next(iter(rows), {}))

@@ -79,15 +79,12 @@ def merge_metas(
                 )
     sources: dict[str, dict[str, Any]] = {}
     for shard, own in zip(shards, metas, strict=True):
-        for source in own.sources if own else [_foreign_source(shard)]:
+        foreign_source = {"name": Path(shard.prefix).name, "documents": shard.num_documents, "tokens": shard.num_tokens}
+        for source in own.sources if own else [foreign_source]:
             total = sources.setdefault(source["name"], {**source, "documents": 0, "tokens": 0})
             for count in ("documents", "tokens"):
                 total[count] += source.get(count, 0)
     return replace(merged, sources=list(sources.values()))
-
-
-def _foreign_source(shard: TokenShard) -> dict[str, Any]:
-    return {"name": Path(shard.prefix).name, "documents": shard.num_documents, "tokens": shard.num_tokens}
 
 
 def _require_distinct(prefixes: Sequence[str], output_prefix: str) -> None:

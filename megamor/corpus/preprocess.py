@@ -20,7 +20,7 @@ import numpy as np
 
 from megamor.corpus.dedup import HashLog, hash_log_path
 from megamor.corpus.documents import Counts
-from megamor.corpus.encode import ChunkEncoder, EncodedChunk, encode_in_order
+from megamor.corpus.encode import ChunkEncoder, EncodedChunk, EncodeOptions, encode_in_order
 from megamor.corpus.journal import Journal, JournalEntry
 from megamor.corpus.text import FIRST, ChunkId, InputRange, TextInput
 from megamor.corpus.writer import ShardWriter, publish_finished
@@ -80,8 +80,8 @@ class PreprocessJob:
     """What to do: the chunks of `texts` in the range `within` into one shard for each of `prefixes`, in `dtype`.
 
     `tokenizer` is written to `tokenizer_path` if that is given. `identity` is plain data with everything else that
-    decides the output, except `skip_bad`: that may be switched on to resume a run that a bad line stopped. With
-    `deduplicate` only the first of equal documents is kept. With `allow_empty` a shard may have no document.
+    decides the output, except `options.skip_bad`: that may be switched on to resume a run that a bad line stopped. With
+    `options.hashes` only the first of equal documents is kept. With `allow_empty` a shard may have no document.
     """
 
     texts: TextInput
@@ -93,8 +93,7 @@ class PreprocessJob:
     tokenizer: bytes
     tokenizer_path: Path | None
     identity: Mapping[str, Any]
-    skip_bad: bool = False
-    deduplicate: bool = False
+    options: EncodeOptions
     allow_empty: bool = False
     restart: bool = False
 
@@ -190,14 +189,14 @@ class PreprocessRun:
             return None, "--restart"
         found, reason = self._journal.read()
         # The other way round, from stop to skip, the run can resume: it stopped before the first bad line.
-        if found and found.counts["bad"] and not self._job.skip_bad:
+        if found and found.counts["bad"] and not self._job.options.skip_bad:
             return None, f"{self._journal.path} is of a run that skipped bad lines"
         return found, reason
 
     def _open(self, stack: ExitStack) -> None:
         for prefix in self._job.prefixes:
             self._writers.append(stack.enter_context(ShardWriter(prefix, self._job.dtype, resume=True)))
-        for prefix in self._job.prefixes if self._job.deduplicate else ():
+        for prefix in self._job.prefixes if self._job.options.hashes else ():
             self._logs.append(stack.enter_context(HashLog(prefix)))
 
     def _files(self) -> list[ShardWriter | HashLog]:
@@ -251,20 +250,16 @@ class PreprocessRun:
         # In this order: the journal may describe less than the files hold, never more.
         for file in self._files():
             file.sync()
-        written = [(writer.num_documents, writer.num_tokens) for writer in self._writers]
+        written = [(writer.num_sequences, writer.num_tokens) for writer in self._writers]
         self._journal.write(JournalEntry(self._next, written, self.totals.to_json(), complete))
 
     def _finish(self) -> None:
         """Complete all shards under their partial names."""
         for split, writer in enumerate(self._writers):
-            if not writer.num_documents and not self._job.allow_empty:
+            if not writer.num_sequences and not self._job.allow_empty:
                 self._journal.remove()
-                counts = asdict(self.totals.counts)
-                left_out = ", ".join(
-                    f"{counts[name]} {name.replace('_', ' ')}"
-                    for name in counts
-                    if name not in ("text_bytes", "bad_shown")
-                )
+                counts = {k: n for k, n in asdict(self.totals.counts).items() if k not in ("text_bytes", "bad_shown")}
+                left_out = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
                 raise DataError(
                     f"{writer.prefix} would have no document ({self.totals.documents.total()} in all; left out: "
                     f"{left_out}); check the input" + (" or the fractions of --split" if len(self._writers) > 1 else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,11 +155,6 @@ def find_tokenizer(name: str) -> str:
             f"--tokenizer {name} is not a file or directory, and no tokenizer.json could be fetched under that name "
             f"from the Hugging Face hub: {reason}"
         ) from error
-
-
-def built_in_tokenizer(name: str, texts: Callable[[], Iterable[str]], special: Sequence[str] = ()) -> Tokenizer:
-    """The `char` tokenizer of the characters in `texts()`, or the `byte` tokenizer."""
-    return char_tokenizer(texts(), special) if name == "char" else byte_tokenizer(special)
 
 
 def char_tokenizer(texts: Iterable[str], special: Sequence[str] = ()) -> Tokenizer:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,16 +17,14 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from megamor.data.meta import BlockHasher, ShardMeta, meta_path
 from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megamor.errors import DataError
-from megamor.files import sync_directory
+from megamor.files import sha256_of_file, sync_directory
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 _ENTRIES = 2**20
 
 
 class ShardWriter:
-    """Writes a data set that appears under its name only when complete.
-
-    One document is one sequence, unless `finish` is told where documents start.
+    """Writes a data set. One document is one sequence, unless `finish` is told where documents start.
 
     Tokens and lengths go straight to `<prefix>.bin.partial` and `<prefix>.idx.partial`, so memory stays constant.
     `commit` finishes and renames them. As a context manager it removes the partial files unless they were committed.
@@ -50,29 +46,20 @@ class ShardWriter:
         self._files: list[BinaryIO] = []
         try:
             # Both files are opened, and so locked, before either is truncated: a second writer must change nothing.
-            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = self._open_locked(f"{self.prefix}.bin.partial")
-            self._idx = self._open_locked(f"{self.prefix}.idx.partial")
+            with _write_errors(self.prefix):
+                Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+                self._bin = self._open_locked(f"{self.prefix}.bin.partial")
+                self._idx = self._open_locked(f"{self.prefix}.idx.partial")
             if not resume:
                 self.rewind(0, 0)
         except DataError:
             self.abort()
             raise
-        except OSError as error:
-            self.abort()
-            raise _failure(self.prefix, error) from error
-
-    @property
-    def num_documents(self) -> int:
-        """Documents so far, one per sequence."""
-        return self.num_sequences
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     def add(self, tokens: ArrayLike) -> None:
@@ -94,20 +81,16 @@ class ShardWriter:
     def add_tokens(self, tokens: NDArray[Any]) -> None:
         """Append ids [n] to the stream. `add_lengths`, called before or after, says how they are cut into sequences."""
         data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
-        try:
+        with _write_errors(self.prefix):
             self._bin.write(data)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         # Hashed on the way: the hashes of the side file then need no second pass over the tokens.
         self._hasher.update(data)
         self.num_tokens += len(tokens)
 
     def add_lengths(self, lengths: NDArray[Any]) -> None:
         """Append the lengths [n] of sequences whose ids are given to `add_tokens`."""
-        try:
+        with _write_errors(self.prefix):
             self._idx.write(np.ascontiguousarray(lengths, "<i4").tobytes())
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         self.num_sequences += len(lengths)
 
     def rewind(self, num_sequences: int, num_tokens: int) -> bool:
@@ -121,7 +104,7 @@ class ShardWriter:
             os.fstat(file.fileno()).st_size < size for file, size in zip((self._idx, self._bin), sizes, strict=True)
         ):
             return False
-        try:
+        with _write_errors(self.prefix):
             for file, size in zip((self._idx, self._bin), sizes, strict=True):
                 file.truncate(size)
                 file.seek(0)
@@ -132,18 +115,14 @@ class ShardWriter:
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):
                 self._hasher.update(memoryview(block))
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
         return True
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""
-        try:
+        with _write_errors(self.prefix):
             for file in (self._bin, self._idx):
                 _sync(file)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
 
     def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
         """Finish the files and rename them to their final names."""
@@ -158,23 +137,20 @@ class ShardWriter:
         end the number of sequences. Writers of several splits all finish before `publish_finished` renames the first:
         a full disk then leaves none of them.
         """
-        try:
+        with _write_errors(self.prefix):
             documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
-            for file in (self._bin, self._idx):
-                _sync(file)
+            self.sync()
             meta = replace(
                 meta or ShardMeta(),
                 dtype=self.dtype.name,
                 documents=documents,
                 tokens=self.num_tokens,
-                idx_sha256=_hash_open_file(self._idx),
+                idx_sha256=sha256_of_file(self._idx.name),
                 bin_block_sha256=self._hasher.digests(),
             )
             with open(self._partial_meta, "wb") as side_file:
                 side_file.write(meta.to_json().encode())
                 _sync(side_file)
-        except OSError as error:
-            raise _failure(self.prefix, error) from error
 
     def abort(self) -> None:
         """Close the files and remove them unless they are kept; does nothing after `commit` or a second time."""
@@ -220,11 +196,15 @@ class ShardWriter:
         return tokens.astype(self.dtype, copy=False)
 
 
-def _failure(prefix: str, error: OSError) -> DataError:
-    return DataError(
-        f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix (nothing "
-        "was left under that name)"
-    )
+@contextlib.contextmanager
+def _write_errors(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
+            "(nothing was left under that name)"
+        ) from error
 
 
 def publish_finished(prefix: str) -> None:
@@ -234,7 +214,7 @@ def publish_finished(prefix: str) -> None:
     """
     if not os.path.exists(f"{prefix}.idx.partial"):
         return
-    try:
+    with _write_errors(prefix):
         # From here until the last rename there is no index, hence no data set: never an old index on new tokens.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         # Only what is still partial, since an earlier call may have been killed after some of the renames.
@@ -243,21 +223,14 @@ def publish_finished(prefix: str) -> None:
                 os.replace(f"{path}.partial", path)
         os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
         sync_directory(Path(prefix).parent)
-    except OSError as error:
-        raise _failure(prefix, error) from error
 
 
 def write_index(
-    file: BinaryIO,
-    num_sequences: int,
-    num_tokens: int,
-    dtype: np.dtype,
-    document_starts: Iterable[NDArray[Any]] | None = None,
+    file: BinaryIO, num_sequences: int, num_tokens: int, dtype: np.dtype, starts: Iterable[NDArray[Any]] | None = None
 ) -> int:
     """Complete an index that holds only the lengths of its sequences; returns the number of documents.
 
-    Adds the offsets, the document index (each sequence a document unless `document_starts` says otherwise) and the
-    header.
+    Adds the offsets, the document index (each sequence a document unless `starts` says otherwise) and the header.
     """
     offset = 0  # a Python integer, since 32 bits would overflow after 2 GiB
     for first in range(0, num_sequences, _ENTRIES):
@@ -271,9 +244,9 @@ def write_index(
     assert offset == num_tokens * dtype.itemsize, "lengths must add up to the tokens"
     file.seek(HEADER.size + 12 * num_sequences)
     entries = 0
-    for starts in document_starts if document_starts is not None else _one_each(num_sequences):
-        file.write(np.ascontiguousarray(starts, "<i8").tobytes())
-        entries += len(starts)
+    for block in starts if starts is not None else _one_each(num_sequences):
+        file.write(np.ascontiguousarray(block, "<i8").tobytes())
+        entries += len(block)
     # The header last: until then the file doesn't begin with the magic bytes and no reader would accept it.
     file.seek(0)
     file.write(HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[dtype], num_sequences, entries))
@@ -293,8 +266,6 @@ def _create_without_truncating(path: str, flags: int) -> int:
 def _lock(file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as error:
         # Some network file systems have no locks. There, nothing protects against a second writer.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -304,11 +275,3 @@ def _lock(file: BinaryIO) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _hash_open_file(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

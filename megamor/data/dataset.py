@@ -339,19 +339,13 @@ class SourceUse:
 
 
 def forecast(
-    order: SampleOrder,
-    weights: Mapping[str, float],
-    batches: BatchSchedule,
-    epoch_tokens: Mapping[str, int],
-    *,
-    step: int,
-    sample: int,
-    total_steps: int,
+    data: TrainingData, order: SampleOrder, batches: BatchSchedule, *, step: int, sample: int, total_steps: int
 ) -> list[SourceUse]:
-    """The use of each source of `weights` by the end of a run that is at `step` and `sample`.
+    """The use of each source of `data` by the end of a run that is at `step` and `sample`.
 
     Pure arithmetic: a few evaluations of the blend for each range of steps with equal batches.
     """
+    weights, epoch_tokens = data.weights, {key: source.epoch_tokens for key, source in data.sources.items()}
     repeats: dict[str, int] = {}
     order = order.changed_at(sample, batches.at(step).global_batch_size, batches.at(step).seq_len, weights)
     for first, end, shape in batches.stages(step, total_steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,15 +144,8 @@ class TrainingLoader:
 
     def forecast(self, total_steps: int) -> list[SourceUse]:
         """What the run will have read from each source after `total_steps`, counted from the current position."""
-        return forecast(
-            self._given.order,
-            self._data.weights,
-            self._batches,
-            {key: source.epoch_tokens for key, source in self._data.sources.items()},
-            step=self._given.step,
-            sample=self._given.sample,
-            total_steps=total_steps,
-        )
+        at = self._given
+        return forecast(self._data, at.order, self._batches, step=at.step, sample=at.sample, total_steps=total_steps)
 
     def describe(self, total_steps: int) -> list[str]:
         """Lines on what the run will have read after `total_steps`, followed by warnings."""
@@ -185,10 +178,8 @@ class TrainingLoader:
         """
         self._data = self._data.resumed(state)
         self.close()
-        position = _Position(state["steps"], state["consumed_samples"], SampleOrder.from_state(state["phases"]))
-        self._given = _Position(
-            position.step, position.sample, self._order_at(position, self._batches.at(position.step))
-        )
+        saved = _Position(state["steps"], state["consumed_samples"], SampleOrder.from_state(state["phases"]))
+        self._given = replace(saved, order=self._order_at(saved, self._batches.at(saved.step)))
 
     def close(self) -> None:
         """Stop the thread and drop prefetched batches. A later `next_step` starts another thread."""

@@ -111,6 +111,10 @@ def _round_keys(seed: int, *which: int) -> NDArray[np.uint64]:
     return np.frombuffer(digest, "<u8")
 
 
+# Phases with equal weights share a schedule, since a long one is slow to make.
+_blend = lru_cache(maxsize=16)(Blend)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A range of samples with one global batch size, one sequence length and one blend.
@@ -144,11 +148,6 @@ class Phase:
         for source, count in zip(self.weights, given.tolist(), strict=True):
             totals[source] = totals.get(source, 0) + count * self.seq_len
         return totals
-
-
-@lru_cache(maxsize=16)
-def _blend(weights: tuple[float, ...]) -> Blend:
-    return Blend(weights)
 
 
 class SampleOrder:

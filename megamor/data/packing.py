@@ -9,24 +9,10 @@ bins with equal contents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 _NO_STEP = -1
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Which item is in which bin.
-
-    `items` [n] lists the items bin by bin, the largest of a bin first; those of bin b are `items[bounds[b]]` to
-    `items[bounds[b + 1] - 1]`, with `bounds` [bins + 1].
-    """
-
-    items: NDArray[np.int64]
-    bounds: NDArray[np.int64]
 
 
 def count_bins(counts: NDArray[np.int64]) -> int:
@@ -34,8 +20,12 @@ def count_bins(counts: NDArray[np.int64]) -> int:
     return sum(number for _, number in _Groups.fill(counts).all())
 
 
-def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
-    """Pack items of `sizes` [n], each from 1 to `capacity`, into bins of `capacity`."""
+def best_fit(sizes: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack items of `sizes` [n], each from 1 to `capacity`, into bins of `capacity`; returns items and bounds.
+
+    `items` [n] lists the items bin by bin, the largest of a bin first; those of bin b are `items[bounds[b]]` to
+    `items[bounds[b + 1] - 1]`, with `bounds` [bins + 1].
+    """
     counts = np.bincount(sizes, minlength=capacity + 1)
     groups = _Groups.fill(counts)
     # Items of one size are interchangeable, so each step takes the next ones of its size, in ascending order.
@@ -61,7 +51,7 @@ def best_fit(sizes: NDArray[np.int64], capacity: int) -> Packing:
     order = np.lexsort((items, -sizes[items], bins))
     bounds = np.zeros(num_bins + 1, np.int64)
     np.cumsum(np.bincount(bins, minlength=num_bins), out=bounds[1:])
-    return Packing(items[order], bounds)
+    return items[order], bounds
 
 
 def ranges(firsts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

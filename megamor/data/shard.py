@@ -118,20 +118,10 @@ class TokenShard:
         sequences = _last_up_to(self.offsets, tokens * self.dtype.itemsize)
         return sequences if self.document_index is None else _last_up_to(self.document_index[:-1], sequences)
 
-    def sequence(self, number: int) -> NDArray[Any]:
-        """The ids of one sequence, a view of the mapped file."""
-        start = int(self.offsets[number]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[number])]
-
     def document(self, number: int) -> NDArray[Any]:
         """The ids of one document, a view of the mapped file; its sequences are contiguous."""
-        if self.document_index is None:
-            return self.sequence(number)
-        first, end = self.document_index[number], self.document_index[number + 1]
-        if first == end:
-            return self.tokens[:0]
-        start = int(self.offsets[first]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
+        start, end = self.starts_of(np.array([number, number + 1])).tolist()
+        return self.tokens[start:end]
 
 
 def _last_up_to(ascending: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:

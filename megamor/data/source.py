@@ -11,22 +11,19 @@ What a chunk is depends on the packing: a range of the data set as it is on disk
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
-from megamor.data.packing import Packing, best_fit, count_bins, ranges
+from megamor.data.packing import best_fit, count_bins, ranges
 from megamor.data.shard import TokenShard
 
 DOCUMENTS_PER_BLOCK = 2**19
 """Documents that are packed together. More would hardly save padding. A packed block takes about 12 MB and a tenth of a
 second to compute, and the more blocks there are, the longer the first pass over all lengths takes."""
-# A batch may contain the end of one block and the beginning of the next.
-_BLOCKS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,8 @@ class PackedSource(Source):
         super().__init__(shard, chunk_len)
         self._join = join
         self._num_blocks = -(-shard.num_documents // DOCUMENTS_PER_BLOCK)
-        self._packed: OrderedDict[int, _PackedBlock] = OrderedDict()
+        # A batch may contain the end of one block and the beginning of the next.
+        self._block = lru_cache(maxsize=2)(self._pack)
 
     @property
     def num_chunks(self) -> int:
@@ -175,16 +173,6 @@ class PackedSource(Source):
         lengths = self.shard.lengths_of(slice(block, None, self._num_blocks))
         return np.maximum(lengths - 1, 0)
 
-    def _block(self, block: int) -> _PackedBlock:
-        """A packed block, from the cache if it was read recently."""
-        if block in self._packed:
-            self._packed.move_to_end(block)
-        else:
-            self._packed[block] = self._pack(block)
-            while len(self._packed) > _BLOCKS_KEPT:
-                self._packed.popitem(last=False)
-        return self._packed[block]
-
     def _pack(self, block: int) -> _PackedBlock:
         pairs = self._pairs_of(block)
         starts = self.shard.starts_of(np.arange(block, self.shard.num_documents, self._num_blocks))
@@ -194,11 +182,10 @@ class PackedSource(Source):
         number, _ = ranges(np.zeros_like(pairs), num_items)
         lengths = np.minimum(pairs[document] - number * self.chunk_len, self.chunk_len)
         if self._join:
-            packing = best_fit(lengths, self.chunk_len)
+            items, bounds = best_fit(lengths, self.chunk_len)
         else:
-            packing = Packing(np.arange(len(lengths)), np.arange(len(lengths) + 1))
+            items, bounds = np.arange(len(lengths)), np.arange(len(lengths) + 1)
         # Then the column of each item: pairs before it in the list, less those before its bin.
-        items, bounds = packing.items, packing.bounds
         before = np.cumsum(lengths[items]) - lengths[items]
         columns = before - np.repeat(before[bounds[:-1]], np.diff(bounds))
         starts = (starts[document] + number * self.chunk_len)[items]

@@ -65,27 +65,24 @@ class DepthMap:
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.depths):
             raise ValueError(f"{len(self.tokens)} tokens but {len(self.depths)} depths: give one depth per token")
-        outside = [depth for depth in self.depths if not 0 <= depth <= self.num_recursions]
-        if outside:
-            raise ValueError(
-                f"depth {outside[0]} lies outside 0..{self.num_recursions}: give the model's number of recursions"
-            )
+        for depth in self.depths:
+            if not 0 <= depth <= self.num_recursions:
+                raise ValueError(f"depth {depth} isn't in 0..{self.num_recursions}: give the model's num_recursions")
 
     def print(self, console: Console) -> None:
         """Print the map to `console`, legend first."""
-        colours = palette(self.num_recursions)
+        styles = [f"{_ink(colour)} on {colour}" for colour in palette(self.num_recursions)]
+        fractions, summary = self._legend()
         legend = Text("recursions ")
-        for depth, fraction in self._fractions():
-            legend.append(f" {depth} ", style=f"{_ink(colours[depth])} on {colours[depth]}").append(f" {fraction}  ")
-        console.print(legend.append(self._summary()))
+        for depth, fraction in fractions:
+            legend.append(f" {depth} ", style=styles[depth]).append(f" {fraction}  ")
+        console.print(legend.append(summary))
         for heading, lines in self._sections(min(console.width, _MAX_COLUMNS)):
             if heading:
                 console.print(heading, style="italic", highlight=False)
             for cells in lines:
                 indent = " " * cells[0].column
-                row = Text(indent, no_wrap=True)
-                for cell in cells:
-                    row.append(cell.text, style=f"{_ink(colours[cell.depth])} on {colours[cell.depth]}")
+                row = Text.assemble(indent, *((cell.text, styles[cell.depth]) for cell in cells), no_wrap=True)
                 console.print(row, soft_wrap=True)
                 if console.color_system is None:
                     digits = indent + "".join(str(cell.depth).ljust(cell.width) for cell in cells)
@@ -96,6 +93,7 @@ class DepthMap:
         # rich can export what it prints as SVG, but it squeezes wide characters into one column and leaves no gap
         # between neighbouring tokens of the same depth.
         colours = palette(self.num_recursions)
+        fractions, summary = self._legend()
         shapes: list[str] = []
         line = -1.0
         for row in textwrap.wrap(title, _MAX_COLUMNS):
@@ -104,10 +102,10 @@ class DepthMap:
         line += 1.2
         shapes += _label(line, 0, "recursions")
         column = 11
-        for depth, fraction in self._fractions():
+        for depth, fraction in fractions:
             shapes += _box(line, column, f" {depth} ", colours[depth]) + _label(line, column + 4, fraction)
             column += 9
-        shapes += _label(line, column, self._summary())
+        shapes += _label(line, column, summary)
         for heading, lines in self._sections(_MAX_COLUMNS):
             line += 0.4
             if heading:
@@ -125,6 +123,13 @@ class DepthMap:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("\n".join(lines_of_file), encoding="utf-8")
 
+    def _legend(self) -> tuple[list[tuple[int, str]], str]:
+        """Fraction of the tokens at each depth, and the mean; depth 0 (the core was skipped) only if it occurs."""
+        shown = range(0 if 0 in self.depths else 1, self.num_recursions + 1)
+        count = max(len(self.depths), 1)
+        fractions = [(depth, f"{list(self.depths).count(depth) / count:.0%}") for depth in shown]
+        return fractions, f"mean depth {sum(self.depths) / count:.2f} over {len(self.depths)} tokens"
+
     def _sections(self, columns: int) -> Iterator[tuple[str, list[list[Cell]]]]:
         """Heading and lines of the prompt, then of the continuation; without a prompt, all lines and no heading."""
         cells = lay_out(self.tokens, self.depths, columns, self.prompt_length)
@@ -133,15 +138,6 @@ class DepthMap:
             heading = "prompt" if in_prompt else "continuation"
             lines = [list(line) for _, line in groupby(section, key=lambda cell: cell.line)]
             yield heading if self.prompt_length else "", lines
-
-    def _fractions(self) -> list[tuple[int, str]]:
-        """Fraction of the tokens at each depth; a skipped core (depth 0) is listed only where it occurs."""
-        shown = range(0 if 0 in self.depths else 1, self.num_recursions + 1)
-        return [(depth, f"{list(self.depths).count(depth) / max(len(self.depths), 1):.0%}") for depth in shown]
-
-    def _summary(self) -> str:
-        mean = sum(self.depths) / max(len(self.depths), 1)
-        return f"mean depth {mean:.2f} over {len(self.depths)} tokens"
 
 
 def lay_out(tokens: Sequence[str], depths: Sequence[int], columns: int, prompt_length: int = 0) -> list[Cell]:

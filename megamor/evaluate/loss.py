@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megamor.data import open_validation_sets
+from megamor.data.loader import open_validation_sets
 from megamor.model import ModelOutput, Transformer
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
-    from megamor.data import MicroBatch
+    from megamor.data.loader import MicroBatch
     from megamor.load import LoadedModel
 
 
@@ -68,13 +68,14 @@ def dataset_losses(
     *,
     sequences: int | None = None,
     batch_size: int = 16,
-    watch: Callable[[Iterable[MicroBatch], int, str], Iterable[MicroBatch]] = lambda batches, total, label: batches,
+    watch: Callable[..., Iterable[MicroBatch]] = lambda batches, total, description: batches,
 ) -> dict[str, float]:
     """Measure a model on the data set `prefix` (.bin/.idx), in each of its routing modes.
 
     Args:
         sequences: how many sequences to measure, evenly spread over the set; None for all.
-        watch: wraps the batches of one mode to show progress, given also their number and a label.
+        watch: wraps the batches of one mode to show progress, given also their number and a text, as `rich.progress`
+            does.
 
     Returns:
         `tokens`; for each mode (`topk`, `causal`) `loss_<mode>` in nats per token, `perplexity_<mode>`, and
@@ -89,7 +90,8 @@ def dataset_losses(
     num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
     figures: dict[str, float] = {}
     for mode in modes_of(loaded.model):
-        batches = watch(data.batches(0, 1, batch_size, sequences), num_batches, f"{Path(prefix).name}, {mode}")
+        what = f"{Path(prefix).name}, {mode}"
+        batches = watch(data.batches(0, 1, batch_size, sequences), total=num_batches, description=what)
         loss, tokens, recursions = summed_loss(loaded.model, batches, mode, loaded.device).tolist()
         figures["tokens"] = tokens
         figures[f"loss_{mode}"] = loss / tokens

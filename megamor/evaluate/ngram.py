@@ -76,10 +76,7 @@ class NGramModel:
         Raises:
             DataError: there are no windows, they are too short, or a token lies outside the vocabulary.
         """
-        return cls._fit_checked(_checked(windows, vocab_size), order, vocab_size)
-
-    @classmethod
-    def _fit_checked(cls, windows: IntArray, order: int, vocab_size: int) -> NGramModel:
+        windows = _checked(windows, vocab_size)
         grams, counts = np.unique(_grams(windows, order, vocab_size), return_counts=True)
         levels = [_Level.from_counts(grams, counts, vocab_size)]
         for length in range(order - 1, 0, -1):
@@ -87,7 +84,7 @@ class NGramModel:
             grams, counts = np.unique(grams % vocab_size**length, return_counts=True)
             levels.append(_Level.from_counts(grams, counts, vocab_size))
         # The first targets of a window have fewer than order - 1 tokens before them: a lower order predicts them.
-        shorter = cls._fit_checked(windows, order - 1, vocab_size) if order > 1 else None
+        shorter = cls.fit(windows, order - 1, vocab_size) if order > 1 else None
         return cls(levels[::-1], vocab_size, shorter)
 
     def probabilities(self, contexts: npt.ArrayLike, tokens: npt.ArrayLike) -> FloatArray:
@@ -120,8 +117,7 @@ class NGramModel:
 
 def _checked(windows: Windows, vocab_size: int) -> IntArray:
     """The windows as one int64 array [n, seq_len + 1] whose tokens all lie in the vocabulary."""
-    rows = windows if isinstance(windows, np.ndarray) else list(windows)
-    array = np.asarray(rows, dtype=np.int64)
+    array = np.asarray(windows if isinstance(windows, np.ndarray) else list(windows), dtype=np.int64)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
         raise DataError(
             f"an n-gram model needs windows [n >= 1, seq_len + 1 >= 2], found shape {array.shape}: "

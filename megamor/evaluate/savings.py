@@ -6,12 +6,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple
 
 import torch
 
 from megamor.config import FixedDepthConfig
-from megamor.data import MicroBatch
+from megamor.data.loader import MicroBatch
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
 
@@ -37,12 +36,11 @@ def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: i
     flops = full_flops = tokens = 0.0
     ratios = []
     for batch in batches:
-        routed, deep = _forward(model, batch), _forward(full, batch)
-        flops += routed.flops
-        full_flops += deep.flops
-        # The passes above were a warm-up, so their times don't count.
+        # These two passes are a warm-up, so their times don't count.
+        flops += _forward(model, batch)[0]
+        full_flops += _forward(full, batch)[0]
         for _ in range(rounds):
-            ratios.append(_forward(model, batch).seconds / _forward(full, batch).seconds)
+            ratios.append(_forward(model, batch)[1] / _forward(full, batch)[1])
         tokens += batch.inputs.numel()
     return {
         "flops_per_token": flops / tokens,
@@ -52,13 +50,9 @@ def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: i
     }
 
 
-class _Pass(NamedTuple):
-    flops: float
-    seconds: float
-
-
 @torch.no_grad()
-def _forward(model: Transformer, batch: MicroBatch) -> _Pass:
+def _forward(model: Transformer, batch: MicroBatch) -> tuple[float, float]:
+    """FLOPs executed in a forward pass, and its seconds."""
     device = model.embed.weight.device
     inputs, labels = batch.inputs.to(device), batch.labels.to(device)
     documents = None if batch.documents is None else batch.documents.to(device)
@@ -68,4 +62,4 @@ def _forward(model: Transformer, batch: MicroBatch) -> _Pass:
     seconds = time.perf_counter() - started
     work = [] if out.work is None else out.work.tolist()
     flops = executed_flops(model.config, len(inputs), work, seq_len=inputs.shape[1], pairs=float(out.pairs))
-    return _Pass(flops.forward, seconds)
+    return flops.forward, seconds

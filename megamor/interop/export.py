@@ -117,11 +117,22 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
     return {
         "architectures": ["MegamorForCausalLM"],
         "model_type": "megamor",
-        "auto_map": {
-            "AutoConfig": f"{module}.MegamorConfig",
-            "AutoModelForCausalLM": f"{module}.MegamorForCausalLM",
-        },
+        "auto_map": {"AutoConfig": f"{module}.MegamorConfig", "AutoModelForCausalLM": f"{module}.MegamorForCausalLM"},
         "dtype": str(dtype).removeprefix("torch."),
+        **model_shape(config),
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        **_special_ids(end_of_text),
+        "megamor": {
+            **{name: values[name] for name in SECTIONS},
+            "data": {name: values["data"][name] for name in DATA_SETTINGS},
+        },
+    }
+
+
+def model_shape(config: Config) -> dict[str, int]:
+    """The sizes of a model under the names that Hugging Face configurations use."""
+    return {
         "vocab_size": config.model.vocab_size,
         "hidden_size": config.model.dim,
         "intermediate_size": config.model.ffn_dim,
@@ -130,13 +141,6 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) 
         "num_key_value_heads": config.model.num_kv_heads,
         "head_dim": config.model.head_dim,
         "max_position_embeddings": config.model.max_seq_len,
-        "use_cache": True,
-        "tie_word_embeddings": False,
-        **_special_ids(end_of_text),
-        "megamor": {
-            **{name: values[name] for name in SECTIONS},
-            "data": {name: values["data"][name] for name in DATA_SETTINGS},
-        },
     }
 
 

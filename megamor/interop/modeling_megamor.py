@@ -81,10 +81,8 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self, input_ids: Any, *_: Any, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {"input_ids": input_ids[:, start:], "past_key_values": past_key_values}
-        for name in ("attention_mask", "use_cache"):
-            inputs[name] = kwargs.get(name)
-        return inputs
+        kept = {name: kwargs.get(name) for name in ("attention_mask", "use_cache")}
+        return {"input_ids": input_ids[:, start:], "past_key_values": past_key_values, **kept}
 
     def forward(
         self,
@@ -105,7 +103,9 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if attention_mask is not None and bool((attention_mask == 0).any()):
             raise ValueError("padding isn't supported: use sequences of equal length, or one at a time")
         if use_cache and past_key_values is None:
-            past_key_values = DecodingCache(self.new_cache(input_ids))
+            weight, config = self.model.embed.weight, self.model.config.model
+            size = (input_ids.shape[0], config.max_seq_len)
+            past_key_values = DecodingCache(KVCache(config, *size, weight.dtype, weight.device))
         cache = None if past_key_values is None else past_key_values.cache
         if cache is not None and cache.num_tokens + input_ids.shape[1] > cache.capacity:
             raise ValueError(
@@ -119,12 +119,6 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORE)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
-
-    def new_cache(self, input_ids: Tensor) -> KVCache:
-        """An empty cache for the batch size of `input_ids` and the model's full context length."""
-        weight = self.model.embed.weight
-        config = self.model.config.model
-        return KVCache(config, input_ids.shape[0], config.max_seq_len, weight.dtype, weight.device)
 
 
 def settings(sections: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -16,6 +16,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -283,8 +284,5 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
     }
     if tokenizer is not None:
         files[TOKENIZER_FILE] = tokenizer
-
-    def write_weights(draft: Path) -> None:
-        write_state(draft, {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()})
-
-    return CheckpointManager(directory, keep_last=1).save(0, [write_weights], files)
+    weights = {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}
+    return CheckpointManager(directory, keep_last=1).save(0, [partial(write_state, tensors=weights)], files)

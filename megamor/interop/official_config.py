@@ -151,11 +151,8 @@ def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, A
         )
     num_heads = int(NUM_HEADS[name] if num_heads is None else num_heads)
     if shape.dim % num_heads or shape.kv_dim % (shape.dim // num_heads):
-        raise refusal(
-            "model_config.num_attention_heads",
-            num_heads,
-            f"it doesn't divide the widths {shape.dim} and {shape.kv_dim}",
-        )
+        reason = f"it doesn't divide the widths {shape.dim} and {shape.kv_dim}"
+        raise refusal("model_config.num_attention_heads", num_heads, reason)
     return {
         "vocab_size": shape.vocab_size,
         "dim": shape.dim,

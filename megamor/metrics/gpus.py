@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megamor.errors import ConfigError
-
 TERA, GB = 1e12, 1e9
 
 
@@ -105,16 +103,3 @@ def peak_flops(device_name: str | None, precision: str = "bf16") -> float | None
     name = re.sub(r"^(nvidia|amd|tesla)\s+", "", device_name.strip().lower())
     # "MIG" names a slice of a device, whose peak isn't the whole one's; no pattern matches it.
     return next((peak for pattern, peak in _PEAKS.items() if re.fullmatch(pattern, name)), None)
-
-
-def find_gpu(name: str) -> Gpu:
-    """The GPU that `--gpu` names.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name.lower() not in GPUS:
-        raise ConfigError(
-            f"--gpu {name}: unknown; choose one of {', '.join(GPUS)}, or add it to megamor/metrics/gpus.py"
-        )
-    return GPUS[name.lower()]

@@ -58,19 +58,18 @@ class KeysValues:
         return fresh
 
 
+@dataclass(frozen=True)
 class StoredKeysValues(KeysValues):
     """Those of an earlier application; the rows' own keys and values are not projected at all."""
 
     needs_fresh = False
-
-    def __init__(self, stored: KeyValue) -> None:
-        self.stored = stored
+    stored: KeyValue
 
     def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """The stored keys and values."""
         return self.stored
 
 
+@dataclass(frozen=True)
 class RefreshedKeysValues(KeysValues):
     """Those of an earlier application, with the current rows replaced by fresh ones.
 
@@ -78,12 +77,10 @@ class RefreshedKeysValues(KeysValues):
     they are.
     """
 
-    def __init__(self, stored: KeyValue, rows: Tensor | None) -> None:
-        self.stored = stored
-        self.rows = rows
+    stored: KeyValue
+    rows: Tensor | None
 
     def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """Stored keys and values with `rows` overwritten."""
         assert fresh is not None
         if self.rows is None:
             return fresh
@@ -192,12 +189,7 @@ class Block(nn.Module):
         self.recomputation = Recomputation()
 
     def forward(
-        self,
-        x: Tensor,
-        angles: RotaryAngles,
-        layout: AttentionLayout,
-        keys_values: KeysValues,
-        recursion: int = 0,
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int = 0
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
         run = self.recomputation.inside_block(self.compute)

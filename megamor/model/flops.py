@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 from megamor.config import (
     Config,
-    EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
-    RandomConfig,
+    ScoredConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -122,11 +121,10 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
 
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
     """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it."""
-    router = config.router
-    heads = 1
+    router, heads = config.router, 1
     if isinstance(router, TokenChoiceConfig) and recursion > 0:
         heads = 0
-    if isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
+    elif isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
         heads = 2
     decided = selected if isinstance(router, HaltingConfig) else candidates
     return 2 * heads * decided * router_head_parameters(config)
@@ -142,7 +140,7 @@ def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, floa
         fractions = (1.0,) * (config.router.depth or num_recursions)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
-    elif isinstance(config.router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig):
+    elif isinstance(config.router, ScoredConfig):
         fractions = config.router.capacity or fractions
     work = []
     for recursion, fraction in enumerate(fractions):

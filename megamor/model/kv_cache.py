@@ -38,10 +38,9 @@ class CacheStore:
         # Sequences fill at different speeds, as routing sends different numbers of their tokens here.
         rows = tokens.rows(self.order.device)
         sequence = rows // tokens.seq_len
-        counts = torch.bincount(sequence, minlength=tokens.batch)
         slots = sequence * self.order.shape[1] + self.lengths[sequence] + tokens.rank_of(tokens, rows.device)
         self.order.view(-1)[slots] = geometry.order_of(tokens)
-        self.lengths += counts
+        self.lengths += torch.bincount(sequence, minlength=tokens.batch)
         return slots
 
     def write(self, slots: Tensor, keys_values: KeyValue) -> None:
@@ -51,19 +50,20 @@ class CacheStore:
 
 
 class CachedKeysValues(KeysValues):
-    """The first `length` slots of a store, after what `added` resolves to has been written to `slots` [N].
+    """The first `length` slots of a store, after what `write` resolves to has been written to its slots [N].
 
-    `added` None reads the store as an earlier application filled it.
+    Without `write` the store is read as an earlier application filled it.
     """
 
-    def __init__(self, store: CacheStore, length: int, added: KeysValues | None, slots: Tensor | None) -> None:
-        self.store, self.length, self.added, self.slots = store, length, added, slots
-        self.needs_fresh = added is not None and added.needs_fresh
+    def __init__(self, store: CacheStore, length: int, write: tuple[KeysValues, Tensor] | None) -> None:
+        self.store, self.length, self.write = store, length, write
+        self.needs_fresh = write is not None and write[0].needs_fresh
 
     def resolve(self, fresh: KeyValue | None) -> KeyValue:
         """Keys and values [batch, length, kv_heads, head_dim], old and new."""
-        if self.added is not None and self.slots is not None:
-            self.store.write(self.slots, self.added.resolve(fresh))
+        if self.write is not None:
+            source, slots = self.write
+            self.store.write(slots, source.resolve(fresh))
         return self.store.k[:, : self.length], self.store.v[:, : self.length]
 
 
@@ -94,26 +94,16 @@ class KVCache:
             self.stores[key] = CacheStore(k, v, order, lengths)
         return self.stores[key]
 
-    def add(
-        self, key: Hashable, added: KeysValues, queries: TokenSet, keys: TokenSet, geometry: Geometry
+    def view(
+        self, key: Hashable, queries: TokenSet, geometry: Geometry, added: tuple[KeysValues, TokenSet] | None
     ) -> tuple[KeysValues, AttentionLayout]:
-        """`queries` attend to the store of `key` after `keys` have been added to it."""
+        """`queries` attend to the store of `key`, after `added` (from these tokens) has been added to it."""
         store = self.store(key)
         # Slots are reserved before the layout is made, so that the new keys are in the mask; they are written when the
         # block has projected them.
-        slots = store.admit(keys, geometry)
-        return self._view(store, queries, geometry, added, slots)
-
-    def read(self, key: Hashable, queries: TokenSet, geometry: Geometry) -> tuple[KeysValues, AttentionLayout]:
-        """`queries` attend to the store of `key` as it is."""
-        return self._view(self.store(key), queries, geometry, None, None)
-
-    def _view(
-        self, store: CacheStore, queries: TokenSet, geometry: Geometry, added: KeysValues | None, slots: Tensor | None
-    ) -> tuple[KeysValues, AttentionLayout]:
+        write = None if added is None else (added[0], store.admit(added[1], geometry))
         # No sequence can have more entries than tokens, so the rest of the store need not be looked at.
         length = self.num_tokens + geometry.seq_len
         grid = Grid.of(queries)
-        query_order = grid.pad(geometry.order_of(queries), -1)
-        mask = visibility_mask(query_order, store.order[:, :length])
-        return CachedKeysValues(store, length, added, slots), AttentionLayout(grid, None, mask)
+        mask = visibility_mask(grid.pad(geometry.order_of(queries), -1), store.order[:, :length])
+        return CachedKeysValues(store, length, write), AttentionLayout(grid, None, mask)

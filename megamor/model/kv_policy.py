@@ -34,8 +34,8 @@ class Shared:
 class CoreCall:
     """One pass of `tokens` through the core: the blocks of one recursion, in order.
 
-    `stored` are the blocks whose keys and values from an earlier recursion enter as tensors, `kept` those whose fresh
-    ones leave as tensors, both in the order of the tensors.
+    The keys and values of the blocks `shared` enter from an earlier recursion as tensors, and the fresh ones of the
+    blocks `kept` leave as tensors, both in this order.
     """
 
     recursion: int
@@ -49,18 +49,16 @@ class CoreCall:
     kept: tuple[int, ...] = ()
     cache: KVCache | None = None
 
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """Blocks whose keys and values enter."""
-        return tuple(self.shared)
+    def shared_of(self, block: int) -> Shared:
+        """The keys that `block` attends to: those of the call's own tokens, where no earlier recursion has run it."""
+        return self.shared.get(block, Shared(self.tokens, self.own, None))
 
     def attention(self, layer: int, available: dict[int, KeyValue]) -> tuple[KeysValues, AttentionLayout]:
         """What the `layer`-th block of this call attends to; `available` holds stored keys and values by block."""
         block = self.blocks[layer]
         # A block may run several times within one recursion (sharing `sequence`): then its first application is in this
         # very call, and `available` has it although `shared` does not.
-        first = block not in available
-        shared = self.shared.get(block, Shared(self.tokens, self.own, None))
+        first, shared = block not in available, self.shared_of(block)
         source: KeysValues
         if first:
             source = KeysValues()
@@ -74,9 +72,9 @@ class CoreCall:
         # Otherwise each application has a store of its own; under hybrid it must hold what the tokens of this step that
         # skip the recursion had at the block's first application too, which is why `shared.keys` are added.
         if self.policy == "share_first" and not first:
-            return self.cache.read(("block", block), self.tokens, self.geometry)
+            return self.cache.view(("block", block), self.tokens, self.geometry, None)
         key = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
-        return self.cache.add(key, source, self.tokens, shared.keys, self.geometry)
+        return self.cache.view(key, self.tokens, self.geometry, (source, shared.keys))
 
 
 class KVPolicy:
@@ -90,28 +88,25 @@ class KVPolicy:
     def core_call(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> CoreCall:
         """The call of `blocks` on `tokens`, with the layouts of everything that they attend to."""
         angles, own = geometry.angles_of(tokens), geometry.layout(tokens, tokens)
+        unique = () if self.policy == "recursion_wise" else tuple(dict.fromkeys(blocks))
+        kept = tuple(block for block in unique if block not in self.store)
+        # Blocks that first ran together stored keys of the same tokens: their layout (a mask) is built once.
+        by_keys: dict[int, Shared] = {}
         shared: dict[int, Shared] = {}
-        kept: tuple[int, ...] = ()
-        if self.policy != "recursion_wise":
-            unique = tuple(dict.fromkeys(blocks))
-            kept = tuple(block for block in unique if block not in self.store)
-            # Blocks that first ran together stored keys of the same tokens: their layout (a mask) is built once.
-            by_keys: dict[int, Shared] = {}
-            for block in unique:
-                if block in self.store:
-                    keys = self.store[block][1]
-                    if id(keys) not in by_keys:
-                        layout = geometry.layout(tokens, keys)
-                        by_keys[id(keys)] = Shared(keys, layout, keys.find(tokens))
-                    shared[block] = by_keys[id(keys)]
+        for block in unique:
+            if block in self.store:
+                keys = self.store[block][1]
+                if id(keys) not in by_keys:
+                    by_keys[id(keys)] = Shared(keys, geometry.layout(tokens, keys), keys.find(tokens))
+                shared[block] = by_keys[id(keys)]
         return CoreCall(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
 
     # Stored keys and values enter and leave a call as tensors: `run_blocks` never reads or writes `store` itself.
     # Activation checkpointing runs a call a second time in the backward pass, when `store` already holds what this call
     # and later ones have added. A call that looked there would take other branches than in its first run.
     def inputs(self, call: CoreCall) -> list[Tensor]:
-        """Keys and values of the blocks `call.stored`, flat."""
-        return [tensor for block in call.stored for tensor in self.store[block][0]]
+        """Keys and values of the blocks `call.shared`, flat."""
+        return [tensor for block in call.shared for tensor in self.store[block][0]]
 
     def keep(self, call: CoreCall, tensors: list[Tensor]) -> None:
         """Remember the fresh keys and values of the blocks `call.kept`, flat."""
@@ -129,8 +124,3 @@ class KVPolicy:
                 keys_values, tokens = self.store[block]
                 store = self.cache.store((recursion, layer))
                 store.write(store.admit(tokens, geometry), keys_values)
-
-    def keys_of(self, call: CoreCall) -> TokenSet:
-        """The tokens whose keys the first block of `call` attended to; FLOPs are counted for all blocks from it."""
-        shared = call.shared.get(call.blocks[0])
-        return call.tokens if shared is None else shared.keys

@@ -43,11 +43,7 @@ class Geometry:
 
     @staticmethod
     def of(
-        tokens: Tensor,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        documents: Tensor | None = None,
-        start: int = 0,
+        tokens: Tensor, config: ModelConfig, dtype: torch.dtype, documents: Tensor | None = None, start: int = 0
     ) -> Geometry:
         """Geometry of token ids [B, S]; positions count from `start`, or restart in each document if configured.
 

@@ -27,6 +27,9 @@ from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerStack
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
 
+Blocks = Sequence[Callable[..., Any]]
+"""The callables that run the core's blocks in one recursion."""
+
 
 class StageOutput(NamedTuple):
     """The stream [B·S, dim] after the stage, and what the router did.
@@ -99,20 +102,14 @@ class RecursionStage(nn.Module):
         result = stream if emitted is None else emitted
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
-    def blocks_by_recursion(self) -> list[Sequence[Callable[..., Any]]]:
-        """[recursion][block]: the callables that run the core's blocks in each recursion."""
+    def blocks_by_recursion(self) -> list[Blocks]:
+        """The core's blocks in each recursion."""
         if self.adds_in_fp32 and torch.is_grad_enabled():
-            return [*fan_out(self.blocks, self.router.num_recursions)]
+            return fan_out(self.blocks, self.router.num_recursions)
         return [list(self.blocks)] * self.router.num_recursions
 
     def run_recursion(
-        self,
-        recursion: int,
-        x: Tensor,
-        tokens: TokenSet,
-        geometry: Geometry,
-        policy: KVPolicy,
-        blocks: Sequence[Callable[..., Any]],
+        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy, blocks: Blocks
     ) -> tuple[Tensor, TokenSet]:
         """The core on the selected rows x [N, dim]: its output [N, dim], and the tokens whose keys it attended to."""
         order = self.schedule[recursion]
@@ -125,11 +122,10 @@ class RecursionStage(nn.Module):
         run = self.recomputation.recursion(partial(self.run_blocks, call, blocks))
         y, *kept = run(x, *policy.inputs(call))
         policy.keep(call, kept)
-        return y, policy.keys_of(call)
+        # FLOPs are counted for all blocks from the keys that the first one attended to.
+        return y, call.shared_of(order[0]).keys
 
-    def touch_core(
-        self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Sequence[Callable[..., Any]]
-    ) -> Tensor:
+    def touch_core(self, recursion: int, stream: Tensor, geometry: Geometry, blocks: Blocks) -> Tensor:
         """`stream` unchanged in value, with a gradient of zero for the parameters of a recursion that no token took."""
         # Sharded training needs every rank to use the same parameters in a step. A rank that skips a recursion would
         # not join the reduction of its gradients, and ZeRO-3 would even apply the gradient of an earlier step. One row
@@ -139,17 +135,15 @@ class RecursionStage(nn.Module):
         y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, policy, blocks)
         return stream + 0.0 * y.sum()
 
-    def run_blocks(
-        self, call: CoreCall, blocks: Sequence[Callable[..., Any]], x: Tensor, *stored: Tensor
-    ) -> tuple[Tensor, ...]:
+    def run_blocks(self, call: CoreCall, blocks: Blocks, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
         """The blocks of `call` in order, on x [N, dim].
 
-        `stored` are the keys and values that enter (`CoreCall.stored`); those that leave (`CoreCall.kept`) follow the
+        `stored` are the keys and values that enter (`CoreCall.shared`); those that leave (`CoreCall.kept`) follow the
         result.
         """
         # Activation checkpointing may run this a second time in the backward pass: it depends on its arguments alone,
         # and everything that the rest of the stage needs from it is a tensor in its result.
-        available = dict(zip(call.stored, zip(stored[0::2], stored[1::2], strict=True), strict=True))
+        available = dict(zip(call.shared, zip(stored[0::2], stored[1::2], strict=True), strict=True))
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
@@ -196,8 +190,8 @@ class _FanOut(torch.autograd.Function):
         return total.to(present[0].dtype), None
 
 
-def fan_out(blocks: nn.ModuleList, count: int) -> list[list[Callable[..., Any]]]:
-    """[recursion][block]: the blocks, each recursion with its own views of all their weights."""
+def fan_out(blocks: nn.ModuleList, count: int) -> list[Blocks]:
+    """The blocks in each of `count` recursions, which have their own views of all weights."""
     apply: Callable[[Tensor, int], tuple[Tensor, ...]] = _FanOut.apply
     views = [{name: apply(weight, count) for name, weight in block.named_parameters()} for block in blocks]
     return [

@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
         for number, block in enumerate(getattr(self, group)):
             if cache is not None:
-                keys_values, layout = cache.add((group, number), KeysValues(), everything, everything, geometry)
+                keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
             x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
         return x
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megamor.config import OptimConfig
-from megamor.config.derive import schedule_steps
+from megamor.config.derive import decay_steps
 
 
 def lr_multiplier(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -25,8 +25,8 @@ def lr_multiplier(step: int, config: OptimConfig, total_steps: int) -> float:
     if config.schedule == "cosine":
         progress = _progress(step, config.warmup_steps, total_steps)
         return _blend(0.5 * (1.0 + math.cos(math.pi * progress)), config.min_lr_ratio)
-    _, decay_steps = schedule_steps(config, total_steps)
-    return _blend(1.0 - _progress(step, total_steps - decay_steps, total_steps), config.min_lr_ratio)
+    decay_start = total_steps - decay_steps(config, total_steps)
+    return _blend(1.0 - _progress(step, decay_start, total_steps), config.min_lr_ratio)
 
 
 def _progress(step: int, start: int, end: int) -> float:

@@ -27,11 +27,6 @@ class ElementSizes:
     products: int
     on_gpu: bool
 
-    @property
-    def autocast(self) -> bool:
-        """Whether weights and stream are fp32 while products are bf16."""
-        return self.products < self.stream
-
 
 @dataclass(frozen=True)
 class Span:
@@ -54,7 +49,8 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     plan = layer_stack(config)
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     everything = BlockRows(config, sizes, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
-    found = [_unshared(f"prelude.{number}", everything) for number in range(plan.num_prelude)]
+    unshared = Span("", 1.0, *everything.block(), everything.widest())
+    found = [replace(unshared, unit=f"prelude.{number}") for number in range(plan.num_prelude)]
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
     policy = config.recursion.kv_policy
     for recursion, (selected, _) in enumerate(nominal_work(config, batch)):
@@ -63,7 +59,7 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
         keeps = recursion == 0 and policy != "recursion_wise"
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, plan.num_core)
-    return found + [_unshared(f"coda.{number}", everything) for number in range(plan.num_coda)]
+    return found + [replace(unshared, unit=f"coda.{number}") for number in range(plan.num_coda)]
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,8 @@ class BlockRows:
         model, size = self.config.model, self.sizes.products
         # The normed input is saved once for attention and once for SwiGLU. Autocast copies it for each of q, k, v, gate
         # and up instead; share-first computes no keys and values, which leaves three.
-        normed = 5 if self.sizes.autocast else 2
-        if self.sizes.autocast and self.shares == "share_first":
-            normed = 3
+        autocast = size < self.sizes.stream
+        normed = 2 if not autocast else 3 if self.shares == "share_first" else 5
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
@@ -117,29 +112,20 @@ class BlockRows:
             saved += self.count * model.dim * size
         return saved
 
-    def block_kept(self) -> float:
-        """What a block keeps under the configured activation checkpointing."""
-        train = self.config.train
+    def block(self) -> tuple[float, float]:
+        """What a block keeps under the configured activation checkpointing, and what backward then creates again."""
+        saved, train = self.block_saved(), self.config.train
         if train.activation_checkpointing == "none":
-            return self.block_saved()
-        kept = self.stream + (self.keys_values if self.keeps else 0.0)
+            return saved, 0.0
+        kept, again = self.stream + (self.keys_values if self.keeps else 0.0), saved - self.stream
         if train.activation_checkpointing == "selective":
             results = self._results()
             kept += sum(results[op] for op in train.selective_ops)
+            again -= sum(results[op] for op in train.selective_ops)
             if "mm" in train.selective_ops:
                 # The policy keeps every product, also the last of attention and of SwiGLU, which backward doesn't need.
                 kept += 2 * self.count * self.config.model.dim * self.sizes.products
-        return kept
-
-    def block_recomputed(self) -> float:
-        """What a block's backward pass creates again under activation checkpointing."""
-        train = self.config.train
-        if train.activation_checkpointing == "none":
-            return 0.0
-        again = self.block_saved() - self.stream
-        if train.activation_checkpointing == "selective":
-            again -= sum(self._results()[op] for op in train.selective_ops)
-        return again
+        return kept, again
 
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
@@ -168,16 +154,12 @@ class BlockRows:
         return saved
 
 
-def _unshared(unit: str, rows: BlockRows) -> Span:
-    return Span(unit, 1.0, rows.block_kept(), rows.block_recomputed(), rows.widest())
-
-
 def _recursion(rows: BlockRows, num_blocks: int) -> list[Span]:
     if rows.config.train.activation_checkpointing == "recursion":
         kept = rows.stream + (num_blocks * rows.keys_values if rows.keeps else 0.0)
         again = num_blocks * rows.block_saved() - rows.stream
         return [Span("core", 1.0, kept + rows.around_blocks(), again, rows.widest())]
-    block = Span("core", 1 / num_blocks, rows.block_kept(), rows.block_recomputed(), rows.widest())
+    block = Span("core", 1 / num_blocks, *rows.block(), rows.widest())
     return [replace(block, saved=block.saved + rows.around_blocks()), *[block] * (num_blocks - 1)]
 
 

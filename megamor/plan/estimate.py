@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megamor.config import Config
 from megamor.config.derive import derive
 from megamor.metrics.gpus import Gpu
 from megamor.model.flops import nominal_flops
-from megamor.plan.memory import MOMENTS, Memory, step_memory, unit_parameters
+from megamor.plan.memory import MOMENTS, Memory, step_memory
 from megamor.plan.traffic import Traffic, step_traffic
 
 USABLE = 0.92
@@ -73,8 +74,6 @@ def variants(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config]]:
 class Estimate:
     """One way to run on a cluster. Seconds are per step at the devices' peaks: real steps take longer."""
 
-    backend: str
-    config: Config
     memory: Memory
     traffic: Traffic
     compute_seconds: float
@@ -85,7 +84,7 @@ class Estimate:
     fits: bool
 
 
-def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
+def estimate(config: Config, cluster: Cluster) -> Estimate:
     """Memory, traffic and bounds of one configuration."""
     gpu, train = cluster.gpu, config.train
     memory, traffic = step_memory(config, cluster.gpus), step_traffic(config, cluster.gpus)
@@ -97,8 +96,6 @@ def estimate(name: str, config: Config, cluster: Cluster) -> Estimate:
     updated = memory.optimizer / MOMENTS  # parameters whose moments this rank holds
     update = ADAMW_BYTES * updated / gpu.memory_bandwidth
     return Estimate(
-        name,
-        config,
         memory,
         traffic,
         compute,
@@ -126,12 +123,11 @@ def communication_seconds(traffic: Traffic, cluster: Cluster) -> float:
     return seconds
 
 
-def run_seconds(found: Estimate, cluster: Cluster, mfu: float) -> float:
-    """Seconds of the whole run at MFU `mfu`, or at the bound without overlap where that is lower."""
-    config = found.config
+def run_seconds(config: Config, cluster: Cluster, mfu: float) -> float:
+    """Seconds of the whole run at an MFU."""
     steps = derive(config, cluster.gpus).total_steps
     flops = nominal_flops(config, config.train.global_batch_size).training
-    return steps * flops / (cluster.gpus * cluster.gpu.bf16_peak * min(mfu, found.mfu_without_overlap))
+    return steps * flops / (cluster.gpus * cluster.gpu.bf16_peak * mfu)
 
 
 def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | None:
@@ -139,33 +135,18 @@ def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | 
 
     Tries more checkpointing first, then smaller micro-batches, then FSDP2.
     """
-    micro_batch, backends = config.train.micro_batch_size, [config.parallel]
-    if cluster.gpus > 1:
-        sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=None)
-        backends.append(sharded)
-    for parallel in backends:
-        size = micro_batch
-        while size >= 1:
-            for mode in MODES[MODES.index(config.train.activation_checkpointing) :]:
-                train = replace(config.train, activation_checkpointing=mode, micro_batch_size=size)  # type: ignore[arg-type]
-                changed = replace(config, parallel=parallel, train=train)
-                if step_memory(changed, cluster.gpus).total <= USABLE * cluster.gpu.memory:
-                    return described_change(config, changed), changed
-            size //= 2
+    sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=None)
+    backends = [config.parallel] if cluster.gpus == 1 else [config.parallel, sharded]
+    largest = config.train.micro_batch_size
+    sizes = [largest >> halvings for halvings in range(largest.bit_length())]
+    for parallel, size, mode in product(backends, sizes, MODES[MODES.index(config.train.activation_checkpointing) :]):
+        train = replace(config.train, activation_checkpointing=mode, micro_batch_size=size)  # type: ignore[arg-type]
+        changed = replace(config, parallel=parallel, train=train)
+        if step_memory(changed, cluster.gpus).total <= USABLE * cluster.gpu.memory:
+            sharding = "parallel.backend=fsdp2 parallel.reshard_after_forward=true"
+            changes = [sharding] if parallel != config.parallel else []
+            for name in ("activation_checkpointing", "micro_batch_size"):
+                if getattr(train, name) != getattr(config.train, name):
+                    changes.append(f"train.{name}={getattr(train, name)}")
+            return " ".join(changes), changed
     return None
-
-
-def described_change(old: Config, new: Config) -> str:
-    """The overrides that turn `old` into `new`."""
-    changes = []
-    if new.parallel != old.parallel:
-        changes.append("parallel.backend=fsdp2 parallel.reshard_after_forward=true")
-    for name in ("activation_checkpointing", "micro_batch_size"):
-        if getattr(new.train, name) != getattr(old.train, name):
-            changes.append(f"train.{name}={getattr(new.train, name)}")
-    return " ".join(changes)
-
-
-def parameters(config: Config) -> int:
-    """Number of unique parameters, embedding included."""
-    return sum(unit_parameters(config).values())

@@ -10,16 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megamor.config import Config
-from megamor.plan.estimate import (
-    USABLE,
-    Cluster,
-    Estimate,
-    estimate,
-    nearest_that_fits,
-    parameters,
-    run_seconds,
-    variants,
-)
+from megamor.plan.estimate import USABLE, Cluster, estimate, nearest_that_fits, run_seconds, variants
+from megamor.plan.memory import unit_parameters
 
 SCHEMA = "megamor-plan/1"
 GIB = 2**30
@@ -43,36 +35,32 @@ def plan_report(
         "gpu": {"name": gpu, **asdict(cluster.gpu)},
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
-        "parameters": parameters(config),
+        "parameters": sum(unit_parameters(config).values()),
         "tokens_per_step": config.train.global_batch_size * config.data.seq_len,
         "micro_batch_size": config.train.micro_batch_size,
         "mfu": mfu,
         "usable_memory": USABLE * cluster.gpu.memory,
-        "rows": [_row(estimate(name, variant, cluster), cluster, mfu) for name, variant in variants(config, cluster)],
+        "rows": [_row(name, variant, cluster, mfu) for name, variant in variants(config, cluster)],
     }
 
 
-def _row(found: Estimate, cluster: Cluster, mfu: float) -> dict[str, Any]:
-    nearest = None if found.fits else nearest_that_fits(found.config, cluster)
+def _row(backend: str, config: Config, cluster: Cluster, mfu: float) -> dict[str, Any]:
+    found = estimate(config, cluster)
+    nearest = None if found.fits else nearest_that_fits(config, cluster)
     return {
-        "backend": found.backend,
-        "activation_checkpointing": found.config.train.activation_checkpointing,
+        "backend": backend,
+        "activation_checkpointing": config.train.activation_checkpointing,
+        **asdict(found),
         "memory": {**asdict(found.memory), "total": found.memory.total},
-        "fits": found.fits,
-        "instead": None if found.fits else nearest[0] if nearest else NOTHING_FITS,
         "traffic": {**asdict(found.traffic), "sent": found.traffic.sent},
-        "compute_seconds": found.compute_seconds,
-        "communication_seconds": found.communication_seconds,
-        "update_seconds": found.update_seconds,
-        "mfu_bound": found.mfu_bound,
-        "mfu_without_overlap": found.mfu_without_overlap,
-        "hours": run_seconds(found, cluster, mfu) / 3600,
+        "instead": None if found.fits else nearest[0] if nearest else NOTHING_FITS,
+        "hours": run_seconds(config, cluster, min(mfu, found.mfu_without_overlap)) / 3600,
     }
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Print what all rows share, then a table of at most 80 columns, then how to make the rest fit."""
-    rows, gpu = report["rows"], report["gpu"]
+    console, rows, gpu = Console(highlight=False), report["rows"], report["gpu"]
     hours = {round(row["hours"], 1) for row in rows}
     console.print(
         f"{report['config']}: {report['parameters'] / 1e6:,.0f}M parameters, {report['tokens_per_step']:,} tokens per "

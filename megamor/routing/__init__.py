@@ -5,17 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from megamor.config import (
-    CustomRouterConfig,
-    EmaThresholdConfig,
-    ExpertChoiceConfig,
-    FixedDepthConfig,
-    HaltingConfig,
-    RandomConfig,
-    RouterConfig,
-    SkipForwardRecurseConfig,
-    TokenChoiceConfig,
-)
+from megamor.config import CustomRouterConfig, RouterConfig, SkipForwardRecurseConfig
 from megamor.errors import ConfigError
 from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
@@ -44,29 +34,26 @@ __all__ = [
 ]
 
 
+ROUTERS: dict[str, Callable[..., Router]] = {
+    "fixed": FixedDepthRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "token_choice": TokenChoiceRouter,
+    "ema_threshold": EmaThresholdRouter,
+    "random": RandomRouter,
+    "skip_forward_recurse": SkipForwardRecurseRouter,
+    "act": HaltingRouter,
+}
+
+
 def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
     """The router that `config.kind` names, for hidden states of width `dim`.
 
     Raises:
         ConfigError: a custom router that cannot be imported or is not a `Router`.
     """
-    match config:
-        case FixedDepthConfig():
-            return FixedDepthRouter(config, num_recursions)
-        case ExpertChoiceConfig():
-            return ExpertChoiceRouter(config, dim, num_recursions)
-        case TokenChoiceConfig():
-            return TokenChoiceRouter(config, dim, num_recursions)
-        case EmaThresholdConfig():
-            return EmaThresholdRouter(config, dim, num_recursions)
-        case RandomConfig():
-            return RandomRouter(config, dim, num_recursions)
-        case SkipForwardRecurseConfig():
-            return SkipForwardRecurseRouter(config, dim, num_recursions)
-        case HaltingConfig():
-            return HaltingRouter(config, dim, num_recursions)
-        case CustomRouterConfig():
-            return import_router(config.target)(dict(config.options), dim, num_recursions)
+    if isinstance(config, CustomRouterConfig):
+        return import_router(config.target)(dict(config.options), dim, num_recursions)
+    return ROUTERS[config.kind](config, dim, num_recursions)
 
 
 def draws_random(config: RouterConfig) -> bool:

@@ -39,11 +39,6 @@ class EmaThresholdRouter(ScoredRouter):
         seen = 1 - self.config.ema_decay ** self.num_updates[recursion]
         return self.quantiles[recursion] / seen.clamp_min(torch.finfo(seen.dtype).tiny)
 
-    def fraction_of_candidates(self, recursion: int) -> float:
-        """Fraction of the candidates that meets the capacity, which is a fraction of the whole sequence."""
-        before = self.capacity[recursion - 1] if recursion else 1.0
-        return self.capacity[recursion] / before
-
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Move each average towards the mean quantile of the step's micro-batches on all ranks."""
@@ -57,9 +52,10 @@ class EmaThresholdRouter(ScoredRouter):
 class EmaThresholdSession(ScoredSession):
     """EMA-threshold routing during one forward pass."""
 
+    router: EmaThresholdRouter
+
     def __init__(self, router: EmaThresholdRouter, context: RoutingContext) -> None:
-        super().__init__(context, router.config.z_coeff)
-        self.router = router
+        super().__init__(router, context)
         if context.mode == "train":
             for name in ("threshold_quantiles", "threshold_batches"):
                 self.totals[name] = torch.zeros_like(router.quantiles)
@@ -68,7 +64,9 @@ class EmaThresholdSession(ScoredSession):
         """Candidates above the threshold; all of them if the capacity is all."""
         z = self.router.score(recursion, rows)
         self.add_z_loss(z)
-        fraction = self.router.fraction_of_candidates(recursion)
+        # Capacities are fractions of the whole sequence; the candidates are what the recursion before has left of it.
+        capacity = self.router.capacity
+        fraction = capacity[recursion] / (capacity[recursion - 1] if recursion else 1.0)
         if fraction >= 1.0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
         if self.context.mode == "train" and z.numel():

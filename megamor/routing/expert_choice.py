@@ -48,20 +48,11 @@ class ExpertChoiceRouter(ScoredRouter):
     def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
         return ExpertChoiceSession(self, context)
 
-    def num_selected(self, recursion: int, context: RoutingContext) -> int:
-        """k of the top-k: max(1, int(capacity · S)), with the capacity at this step."""
-        capacity = self.capacity[recursion]
-        if context.mode == "train":
-            capacity = warmed_up_capacity(capacity, context.step, self.config.capacity_warmup_steps)
-        return max(1, int(capacity * context.seq_len))
-
 
 class ExpertChoiceSession(ScoredSession):
     """Expert-choice during one forward pass."""
 
-    def __init__(self, router: ExpertChoiceRouter, context: RoutingContext) -> None:
-        super().__init__(context, router.config.z_coeff)
-        self.router = router
+    router: ExpertChoiceRouter
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Top-k among the candidates in training, the threshold rule at inference."""
@@ -72,28 +63,27 @@ class ExpertChoiceSession(ScoredSession):
             predictor = self.router.aux_router[recursion](rows.detach()).squeeze(-1)
 
         if self.context.mode == "causal":
-            tokens, indices = self.select_causal(recursion, predictor, candidates)
-        else:
-            tokens, indices = self.select_top_k(recursion, z, candidates)
-        if self.context.mode != "causal":
-            chosen = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
-            if self.context.mode == "train":
-                self.add_losses(z, predictor, chosen)
-            if recursion > 0:
-                agreed = self.predicts(predictor) == chosen.bool()
-                self.add_ratio("topk_causal_agreement", agreed.sum(), agreed.numel())
+            return self.router.plan(z, *self.select_causal(recursion, predictor, candidates))
+        tokens, indices = self.select_top_k(recursion, z, candidates)
+        chosen = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
+        if self.context.mode == "train":
+            self.add_losses(z, predictor, chosen)
+        if recursion > 0:
+            agreed = self.predicts(predictor) == chosen.bool()
+            self.add_ratio("topk_causal_agreement", agreed.sum(), agreed.numel())
         return self.router.plan(z, tokens, indices)
 
     def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """The k highest scores of each sequence, in ascending order of position."""
-        num_candidates = candidates.max_length
-        k = min(self.router.num_selected(recursion, self.context), num_candidates)
+        """The k = max(1, int(capacity · S)) highest scores of each sequence, in ascending order of position."""
+        capacity, context, num_candidates = self.router.capacity[recursion], self.context, candidates.max_length
+        if context.mode == "train":
+            capacity = warmed_up_capacity(capacity, context.step, self.router.config.capacity_warmup_steps)
+        k = min(max(1, int(capacity * context.seq_len)), num_candidates)
         if k == num_candidates:
             return candidates, None
         top = z.detach().view(candidates.batch, num_candidates).topk(k, dim=-1, sorted=False).indices
         chosen = top.sort(dim=-1).values
-        offsets = torch.arange(candidates.batch, device=z.device).unsqueeze(1) * num_candidates
-        return candidates.pick(chosen), (chosen + offsets).flatten()
+        return candidates.pick(chosen), (chosen + candidates.bounds(z.device)[:-1].unsqueeze(1)).flatten()
 
     def select_causal(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
         """All if the capacity is all (recursion 0 by default), else those predicted to be selected."""

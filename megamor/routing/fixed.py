@@ -13,7 +13,6 @@ class FixedDepthSession(RoutingSession):
     """Every token takes every recursion; the core's output replaces the stream."""
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Select every candidate."""
         return RoutingPlan(*self.take_all(recursion, candidates), Mix(from_core=1.0))
 
 
@@ -23,7 +22,7 @@ class FixedDepthRouter(Router):
     causal_in_training = True
     inference_rule = InferenceRule("fixed_depth")
 
-    def __init__(self, config: FixedDepthConfig, num_recursions: int) -> None:
+    def __init__(self, config: FixedDepthConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config.depth or num_recursions)
 
     def begin(self, rows: Tensor, context: RoutingContext) -> FixedDepthSession:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megamor.config import HaltingConfig
-from megamor.routing.heads import LinearHead
+from megamor.routing.heads import RouterLinear
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
@@ -27,7 +27,7 @@ class HaltingRouter(Router):
     def __init__(self, config: HaltingConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
-        self.head = LinearHead(dim, 1)
+        self.head = RouterLinear(dim, 1)
         self.bias = nn.Parameter(torch.empty(1))
 
     def reset(self) -> None:
@@ -73,7 +73,12 @@ class HaltingSession(RoutingSession):
         weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
         self.spent = tokens.scatter(self.spent, spent + weight)
         self.halted = tokens.scatter(self.halted, halted | ends)
-        self.add_ponder_cost(halted, ends, weight, last)
+        # The mean over all tokens of the number of updates (a constant) plus the remainder.
+        self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / len(self.spent)
+        if last:
+            self.add_ratio("ponder_cost", self.ponder, 1.0)
+            if self.context.mode == "train":
+                self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)
         return Mix(from_core=1.0, emit=weight)
 
     def continues(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
@@ -84,12 +89,3 @@ class HaltingSession(RoutingSession):
         if self.router.config.mode == "hard":
             return self.bounded(recursion + 1, below, tokens)
         return below & self.bounded(recursion + 1, torch.ones_like(below), tokens)
-
-    def add_ponder_cost(self, halted: Tensor, ends: Tensor, weight: Tensor, last: bool) -> None:
-        """Mean over all tokens of the number of updates (a constant) plus the remainder."""
-        num_tokens = len(self.spent)
-        self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / num_tokens
-        if last:
-            self.add_ratio("ponder_cost", self.ponder, 1.0)
-            if self.context.mode == "train":
-                self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)

@@ -24,10 +24,6 @@ class RouterLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
-class LinearHead(RouterLinear):
-    """One projection."""
-
-
 class MLPHead(nn.Module):
     """Two projections with exact GELU between them."""
 
@@ -45,5 +41,5 @@ class MLPHead(nn.Module):
 def build_head(kind: RouterHead, in_features: int, out_features: int) -> nn.Module:
     """The head named by the config: linear, mlp (hidden 2d) or wide_mlp (hidden 4d)."""
     if kind == "linear":
-        return LinearHead(in_features, out_features)
+        return RouterLinear(in_features, out_features)
     return MLPHead(in_features, out_features, HIDDEN_MULTIPLIER[kind] * in_features)

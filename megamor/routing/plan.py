@@ -24,7 +24,6 @@ class Incoming:
         self.arrival = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
     def tolist(self) -> list[Any]:
-        """The numbers."""
         if self.arrival is not None:
             self.arrival.synchronize()
         return self.copy.tolist()
@@ -57,8 +56,7 @@ class TokenSet:
         """
         assert self.lengths is None
         # Rectangular in, rectangular out: no size has to be read from the device.
-        offsets = torch.arange(self.batch, device=chosen.device).unsqueeze(1) * self.max_length
-        indices = (chosen + offsets).flatten()
+        indices = (chosen + self.bounds(chosen.device)[:-1].unsqueeze(1)).flatten()
         index = indices if self.index is None else self.index[indices]
         return replace(self, max_length=chosen.shape[1], index=index)
 
@@ -95,13 +93,9 @@ class TokenSet:
 
     def rank_of(self, subset: TokenSet, device: torch.device) -> Tensor:
         """How many tokens of this set come before each token of `subset` in its sequence, [n]."""
-        rows = subset.rows(device)
-        sequence = rows // self.seq_len
-        indices = self.find(subset)
+        rows, indices = subset.rows(device), self.find(subset)
         indices = torch.arange(len(rows), device=device) if indices is None else indices
-        if self.lengths is None:
-            return indices - sequence * self.max_length
-        return indices - (self.lengths.cumsum(0) - self.lengths)[sequence]
+        return indices - self.bounds(device)[rows // self.seq_len]
 
     def rows(self, device: torch.device) -> Tensor:
         """The rows as a tensor [N], also if the set is the whole stream."""

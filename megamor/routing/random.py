@@ -34,8 +34,7 @@ class RandomSession(ScoredSession):
     per_row = ("draw",)
 
     def __init__(self, router: RandomRouter, rows: Tensor, context: RoutingContext) -> None:
-        super().__init__(context, router.config.z_coeff)
-        self.router = router
+        super().__init__(router, context)
         key = context.positions_of(rows.device)
         if context.mode == "train":
             # Different sequences and steps need different draws, or the same positions would always go deep.

@@ -47,11 +47,12 @@ class ScoredRouter(Router):
 class ScoredSession(RoutingSession):
     """A scored router during one forward pass."""
 
-    def __init__(self, context: RoutingContext, z_coeff: float) -> None:
+    def __init__(self, router: ScoredRouter, context: RoutingContext) -> None:
         super().__init__(context)
-        self.z_coeff = z_coeff
+        self.router = router
 
     def add_z_loss(self, z: Tensor) -> None:
         """Mean of z² over the candidates, which keeps scores small; off unless it has a coefficient."""
-        if self.z_coeff and self.context.mode == "train" and z.numel():
-            self.add_loss("z_loss", self.z_coeff * z.square().mean())
+        coeff = self.router.config.z_coeff
+        if coeff and self.context.mode == "train" and z.numel():
+            self.add_loss("z_loss", coeff * z.square().mean())

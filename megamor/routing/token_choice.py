@@ -67,9 +67,11 @@ class TokenChoiceSession(RoutingSession):
         if config.gating == "additive":
             self.gate = torch.ones_like(self.gate)
         self.reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
-        # All sizes are known now. Their copy to the host starts before the device is given recursion 0, which hides the
-        # wait that selecting for recursion 1 would otherwise cause.
-        self.sizes: Incoming | None = Incoming(self.sizes_by_recursion())
+        # All sizes are known now: the tokens of each recursion, in total and at most in one sequence. Their copy to the
+        # host starts before the device is given recursion 0, which hides the wait that selecting for recursion 1 would
+        # otherwise cause.
+        lengths = self.reaching.view(context.batch, context.seq_len, -1).sum(1)
+        self.sizes: Incoming | None = Incoming(torch.stack((lengths.sum(0), lengths.amax(0)), dim=1))
         self.add_balance(router, scores)
 
     def allowed(self, scores: Tensor) -> Tensor:
@@ -87,11 +89,6 @@ class TokenChoiceSession(RoutingSession):
         assert isinstance(session, TokenChoiceSession)
         session.sizes = None
         return session
-
-    def sizes_by_recursion(self) -> Tensor:
-        """Tokens of each recursion, in total and at most in one sequence, [Nr, 2]."""
-        lengths = self.reaching.view(self.context.batch, self.context.seq_len, -1).sum(1)
-        return torch.stack((lengths.sum(0), lengths.amax(0)), dim=1)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Tokens of depth >= recursion. Those that leave become x_in + gate·y, the others y."""

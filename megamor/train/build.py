@@ -13,7 +13,8 @@ from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, config_to_dict
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
-from megamor.data import TrainingData, TrainingLoader, ValidationSet, open_validation_sets
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
     JsonlSink,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamor.config import Alarm, Config, CustomRouterConfig, HaltingConfig, SkipForwardRecurseConfig, TokenChoiceConfig
-from megamor.data import MicroBatch
+from megamor.data.loader import MicroBatch
 from megamor.errors import TrainingError
 from megamor.model.loss import IGNORE
 from megamor.train.guard import Guard

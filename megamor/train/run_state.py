@@ -23,7 +23,7 @@ from megamor.checkpoint import (
 )
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.config import Config, config_to_yaml
-from megamor.data import TrainingLoader
+from megamor.data.loader import TrainingLoader
 from megamor.errors import MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.ranks import run_on_all_ranks

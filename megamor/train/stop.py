@@ -10,9 +10,6 @@ from typing import Any
 from megamor.ranks import sum_over_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_INTERRUPTED = 75
-"""Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): rerun it to resume."""
-
 PATIENCE_SECONDS = 3.0
 """Launchers forward a terminal's Ctrl-C to processes that have already received it; such echoes are ignored."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from megamor.config import Config
 from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
-from megamor.data import MicroBatch, TrainingLoader, ValidationSet
+from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer

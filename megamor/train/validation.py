@@ -9,7 +9,7 @@ from statistics import fmean
 import torch.distributed as dist
 
 from megamor.config import TrainConfig
-from megamor.data import MicroBatch, ValidationSet
+from megamor.data.loader import MicroBatch, ValidationSet
 from megamor.evaluate.loss import modes_of, perplexity, summed_loss
 from megamor.model import Transformer
 from megamor.parallel import Backend

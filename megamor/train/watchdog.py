@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from megamor.train.stop import EXIT_INTERRUPTED
+from megamor.errors import EXIT_INTERRUPTED
 
 DIRECTORY = "heartbeats"
 STALE = 4

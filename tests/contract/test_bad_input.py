@@ -16,7 +16,7 @@ import torch
 
 from megamor.cli import pretrain
 from megamor.config import config_to_yaml
-from megamor.data import ShardMeta
+from megamor.data.meta import ShardMeta
 from megamor.parallel import close_world
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import VOCABULARY, checkpoint_names, directory_of, tiny_run, trace, write_shard

@@ -77,11 +77,6 @@ def test_a_command_is_imported_only_when_it_runs() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_evaluation_names_data_sets_briefly() -> None:
-    names = evaluate.short_names(["/a/b/train/pile_val", "/a/b/test/pile_val", "/a/c4"])
-    assert names == ["/a/b/train/pile_val", "/a/b/test/pile_val", "c4"]
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_can_be_dry_run(
     path: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

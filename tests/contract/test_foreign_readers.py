@@ -20,7 +20,7 @@ import pytest
 from megamor.corpus.merge import merge_shards
 from megamor.corpus.verify import verify_index
 from megamor.corpus.writer import ShardWriter
-from megamor.data import TokenShard
+from megamor.data.shard import TokenShard
 
 DOCUMENTS = [[5, 6, 7], [], [8], list(range(300)), []]
 VARIABLES = {"megatron": "MEGAMOR_MEGATRON", "neox": "MEGAMOR_NEOX"}

@@ -13,7 +13,7 @@ import pytest
 
 from megamor.corpus.array import shard_prefix
 from megamor.corpus.writer import ShardWriter
-from megamor.data import TokenShard
+from megamor.data.shard import TokenShard
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "preprocess.sh"

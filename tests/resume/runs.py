@@ -32,7 +32,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta
+from megamor.data.meta import ShardMeta
 from megamor.errors import MegamorError
 from megamor.metrics import read_jsonl
 from megamor.parallel import init_world

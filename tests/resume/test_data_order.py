@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megamor.config import CheckpointConfig, Config, RampConfig
-from megamor.data import MicroBatch, TrainingData
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import MicroBatch
 from megamor.parallel import init_world
 from megamor.train import Trainer, build_trainer
 from tests.distributed.harness import run_ranks

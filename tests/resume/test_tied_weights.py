@@ -11,7 +11,7 @@ from torch import nn
 
 from megamor.config import Config, ParallelConfig, RecursionConfig
 from megamor.config.derive import derive
-from megamor.interop import export_huggingface
+from megamor.interop.export import export_huggingface
 from megamor.load import load_model
 from megamor.model import build_model
 from megamor.optim import build_adamw

@@ -27,7 +27,7 @@ from megamor.corpus.preprocess import Interrupted, interruptible
 from megamor.corpus.text import ChunkId
 from megamor.corpus.tokenizer import byte_tokenizer
 from megamor.corpus.writer import ShardWriter
-from megamor.data import TokenShard
+from megamor.data.shard import TokenShard
 from tests.commands import in_child, refusal
 
 ROOT = Path(__file__).parents[2]

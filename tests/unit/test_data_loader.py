@@ -17,17 +17,11 @@ from hypothesis import strategies as st
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
 from megamor.corpus.writer import ShardWriter
-from megamor.data import (
-    MicroBatch,
-    ShardMeta,
-    TokenShard,
-    TrainingData,
-    TrainingLoader,
-    ValidationSet,
-    open_validation_sets,
-)
-from megamor.data.dataset import BatchArrays
+from megamor.data.dataset import BatchArrays, TrainingData
+from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet, open_validation_sets
+from megamor.data.meta import ShardMeta
 from megamor.data.order import SampleOrder
+from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError, DataError
 
 VOCAB = 30_000

@@ -19,9 +19,9 @@ from megamor.cli import inspect_data, merge_data, preprocess
 from megamor.corpus import merge, text
 from megamor.corpus.array import parse_shard, shard_prefix, split_shard_prefix
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta, TokenShard
 from megamor.data import shard as indexed
-from megamor.data.meta import meta_path
+from megamor.data.meta import ShardMeta, meta_path
+from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError
 from tests.commands import flip_bit, refusal
 from tests.unit.test_data_format import make_idx, meta_of, put

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.schema import DataConfig, SourceConfig
 from megamor.corpus.writer import ShardWriter
-from megamor.data import TrainingData, TrainingLoader, open_validation_sets, source
+from megamor.data import source
+from megamor.data.dataset import TrainingData
+from megamor.data.loader import TrainingLoader, open_validation_sets
 from megamor.data.packing import best_fit, count_bins
 from megamor.errors import DataError
 
@@ -40,12 +43,12 @@ def rooms_one_by_one(sizes: Sequence[int], capacity: int) -> list[int]:
 @given(data=st.data(), capacity=st.integers(1, 40))
 def test_best_fit_is_that_of_items_one_by_one(data: st.DataObject, capacity: int) -> None:
     sizes = np.array(data.draw(st.lists(st.integers(1, capacity), max_size=120)), np.int64)
-    packing = best_fit(sizes, capacity)
-    bins = [packing.items[a:b] for a, b in zip(packing.bounds[:-1], packing.bounds[1:], strict=True)]
-    assert sorted(packing.items.tolist()) == list(range(len(sizes)))
+    items, bounds = best_fit(sizes, capacity)
+    bins = [items[a:b] for a, b in pairwise(bounds)]
+    assert sorted(items.tolist()) == list(range(len(sizes)))
     assert sorted(capacity - int(sizes[items].sum()) for items in bins) == rooms_one_by_one(sizes.tolist(), capacity)
     assert count_bins(np.bincount(sizes, minlength=capacity + 1)) == len(bins)
-    assert (packing.items == best_fit(sizes, capacity).items).all()
+    assert (items == best_fit(sizes, capacity)[0]).all()
 
 
 def test_best_fit_wastes_little() -> None:

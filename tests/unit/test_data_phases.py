@@ -16,10 +16,11 @@ from megamor.config import Config, DataConfig, RampConfig, SourceConfig, TrainCo
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import derive
 from megamor.corpus.writer import ShardWriter
-from megamor.data import ShardMeta, TokenShard, TrainingData, TrainingLoader, fingerprint
-from megamor.data.dataset import source_weights
-from megamor.data.meta import meta_path
+from megamor.data.dataset import TrainingData, source_weights
+from megamor.data.loader import TrainingLoader
+from megamor.data.meta import ShardMeta, fingerprint, meta_path
 from megamor.data.order import shuffled_in_blocks, shuffled_windows
+from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError, DataError
 
 CHUNK = 8
@@ -141,7 +142,7 @@ def test_ramp() -> None:
 def test_derived_quantities_of_a_ramp() -> None:
     train = TrainConfig(global_batch_size=8, micro_batch_size=2, max_tokens=480, ramp=RAMP)
     derived = derive(Config(data=DataConfig(seq_len=16), train=train), world_size=1)
-    assert (derived.total_steps, derived.total_tokens) == (7, 480)
+    assert (derived.total_steps, derived.batches.tokens(7)) == (7, 480)
     assert "2 of 16 + 3 of 64 + 2 of 128 tokens = 480 tokens" in derived.describe()
 
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megamor.cli import inspect_data, preprocess
 from megamor.corpus import text
 from megamor.corpus.tokenizer import TextEncoder
-from megamor.data import TokenShard
+from megamor.data.shard import TokenShard
 from tests.commands import flip_bit, refusal, status
 from tests.unit.test_data_format import meta_of
 

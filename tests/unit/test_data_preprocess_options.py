@@ -25,7 +25,7 @@ from megamor.corpus.documents import document_hash
 from megamor.corpus.encode import GigatokenEncoder
 from megamor.corpus.text import InputRange, find_files
 from megamor.corpus.tokenizer import MAX_FRAGMENT, TextEncoder, byte_tokenizer, char_tokenizer
-from megamor.data import TokenShard
+from megamor.data.shard import TokenShard
 from tests.commands import status
 from tests.unit.test_data_format import meta_of
 from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, tokenizer

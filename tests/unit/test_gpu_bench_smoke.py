@@ -70,7 +70,7 @@ def test_memory_that_runs_out_halves_the_micro_batch() -> None:
         within_memory(lambda _: run(5), 3, torch.device("cpu"))
 
 
-def test_a_failure_or_the_time_limit_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> list[dict[str, Any]]:
         raise RuntimeError("broken kernel")
 
@@ -80,14 +80,11 @@ def test_a_failure_or_the_time_limit_leaves_the_rest(tmp_path: Path, monkeypatch
         measured(out, "--cases", "vanilla")
     assert left.value.code == 1
     assert "broken kernel" in json.loads(out.read_text())["settings"][0]["cases"][0]["error"]
-    (result,) = measured(out, "--cases", "vanilla", "--time-limit", "0")
-    assert "skipped" in result
 
 
-def test_memory_and_profile_of_every_policy(tmp_path: Path) -> None:
+def test_memory_of_every_policy(tmp_path: Path) -> None:
     policies = ("none", "selective:sdpa", "recursion", "block")
-    cases = ("--cases", "mor3_expert", "--policies", ",".join(policies))
-    results = measured(tmp_path / "out.json", *cases, "--rounds", "1", "--profile")
+    results = measured(tmp_path / "out.json", "--cases", "mor3_expert", "--policies", ",".join(policies))
     assert [(result["name"], result["policy"]) for result in results] == [
         (name, policy) for name in ("vanilla", "mor3_expert") for policy in policies
     ]
@@ -95,10 +92,6 @@ def test_memory_and_profile_of_every_policy(tmp_path: Path) -> None:
     assert all(result["estimated_memory_bytes"] > 0 for result in results)
     activations = {result["policy"]: result["estimated_memory"]["activations"] for result in results[4:]}
     assert activations["block"] < activations["selective:sdpa"] < activations["none"]
-    for result in results:
-        assert len(result["round_seconds"]) == 1
-        assert all(entry["ms"] >= 0 for entry in result["profile"])
-        assert any("mm" in entry["name"] for entry in result["profile"])
 
 
 def test_serving_beside_vanilla(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megamor.cli import export_hf
 from megamor.config import Config, CustomRouterConfig
 from megamor.errors import CheckpointError, ConfigError
-from megamor.interop import Imported, export_huggingface, save_imported
-from megamor.interop.export import code_files
+from megamor.interop.export import code_files, export_huggingface
+from megamor.interop.official import Imported, save_imported
 from megamor.load import load_model
 from megamor.model import Transformer
 from tests.combinations import (

@@ -21,9 +21,8 @@ from megamor.plan.estimate import (
     communication_seconds,
     estimate,
     nearest_that_fits,
-    parameters,
 )
-from megamor.plan.memory import step_memory
+from megamor.plan.memory import step_memory, unit_parameters
 from tests.commands import refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -71,7 +70,7 @@ def test_bounds_by_hand() -> None:
     config = load_config(RECIPE, ["parallel.backend=ddp", "train.micro_batch_size=8"])
     gpu = GPUS["h100"]
     cluster = Cluster(gpu, 8, 8)
-    found = estimate("ddp", config, cluster)
+    found = estimate(config, cluster)
     size = 772_282_368
     assert found.traffic.sent == pytest.approx(2 * 4 * size * 7 / 8, rel=1e-3)
     compute = nominal_flops(config, 1024 / 8).training / 989.4e12
@@ -90,7 +89,7 @@ def test_rings_over_nodes_use_the_network() -> None:
     assert two.bandwidth(16, neighbours=True) == 8 * gpu.network, "all ports of a node at once"
     assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: one port each"
     config = load_config(RECIPE, ["parallel.backend=fsdp2", "parallel.shard_degree=8", "train.micro_batch_size=8"])
-    traffic = estimate("hsdp", config, two).traffic
+    traffic = estimate(config, two).traffic
     expected = traffic.sent_among_shards / gpu.link + traffic.sent_among_replicas / gpu.network
     expected += (8 * 4 + 4) * 7 * HOP_SECONDS  # eight micro-batches; four units, kept gathered
     assert communication_seconds(traffic, two) == pytest.approx(expected)
@@ -121,7 +120,7 @@ def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
     assert len(measured["policies"]) >= 5
     for found in measured["policies"]:
         case = policy_case_of(measured["config"], found["policy"])
-        estimated = step_memory(case, 1, on_gpu=False).total - 4 * parameters(case)
+        estimated = step_memory(case, 1, on_gpu=False).total - 4 * sum(unit_parameters(case).values())
         assert estimated == pytest.approx(found["peak_memory_bytes"], rel=0.1), found["policy"]
 
 

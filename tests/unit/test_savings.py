@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamor.data import MicroBatch
+from megamor.data.loader import MicroBatch
 from megamor.evaluate.savings import at_full_depth, measure_savings
 from megamor.model.flops import nominal_flops
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens

@@ -1,10 +1,8 @@
 """The serving engine alone: policies side by side on the same requests, beside what the costs of batches predict.
 
-Every case has an engine of its own, which always has more requests than slots. The engines take turns of some batches
-each, so that other load on the machine affects all of them; ratios are taken within a turn. All that a token costs is
-counted: prompts, every layer, all work on keys and values, head, sampling, scheduling. The prediction
-(serve/engine/costs.py) knows only the residents, the mean depth, and what batches cost in further engines with other
-numbers of residents, which take turns with the rest. docs/benchmarks.md explains the fields of the report.
+Every case has an engine of its own, which always has more requests than slots; the engines take turns, and ratios are
+taken within a turn. The prediction (serve/engine/costs.py) knows only the residents, the mean depth, and what batches
+cost in further engines with other numbers of residents, which take turns with the rest.
 """
 
 from __future__ import annotations
