@@ -108,9 +108,9 @@ def _outside_reason(path: Path, imported: Import) -> str | None:
         return "nothing imports a command"
     for folder, modules in FORBIDDEN.items():
         if path.as_posix().startswith(folder) and imported.target.startswith(modules):
-            return f"{folder} doesn't know {imported.target}"
+            return f"{folder} must not import {imported.target}"
     if imported.package in LAZY and not imported.nested and path != EXPORTED:
-        return "only inside a function, so that nobody needs it who doesn't use it"
+        return "an optional package: import it inside a function, so that others don't need it"
     return None
 
 
@@ -135,9 +135,9 @@ def _library_reason(room: str, file: str, imported: Import) -> str | None:
     if room == "config" and imported.package not in {"megamor", "yaml", "pydantic"} | sys.stdlib_module_names:
         return "config has the standard library, yaml and pydantic only"
     if room == "model" and f"{imported.target}.".startswith("torch.distributed."):
-        return "the model knows nothing of processes"
+        return "the model must not depend on processes"
     if room == "data" and file != "loader.py" and imported.package == "torch":
-        return "in data only loader.py knows torch"
+        return "in data only loader.py may import torch"
     return None
 
 

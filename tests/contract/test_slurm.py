@@ -39,10 +39,8 @@ class Cluster:
 
     def run(self, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CLUSTER_"))}
-        path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = (
-            clean | {"PATH": path, "CLUSTER_VENV": ""} | {name: str(value) for name, value in variables.items()}
-        )
+        own = {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "CLUSTER_VENV": ""}
+        environment = clean | own | {name: str(value) for name, value in variables.items()}
         command = ["bash", *map(str, arguments)]
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
 
@@ -158,7 +156,7 @@ def test_merge_job(cluster: Cluster) -> None:
         ([], 143, 143),
     ],
 )
-def test_the_status_of_a_job_is_the_one_that_explains_it(
+def test_a_jobs_status_is_the_one_that_explains_the_failure(
     tmp_path: Path, ranks: list[int], srun: int, telling: int
 ) -> None:
     for rank, status in enumerate(ranks):

@@ -58,7 +58,7 @@ def test_collectives_do_not_depend_on_the_number_of_recursions() -> None:
     assert run_ranks(count, with_recursions(4, reshard_after_forward=False))[0] == (4, 4)
 
 
-def test_ranks_talk_in_the_last_micro_batch_only() -> None:
+def test_ranks_communicate_in_the_last_micro_batch_only() -> None:
     config = with_recursions(2)
     accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
     assert run_ranks(count, accumulated)[0] == (2 * 7, 4)

@@ -103,11 +103,11 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
 
 
 @pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert choice", "token choice"])
-def test_a_healthy_run_hears_nothing(tmp_path: Path, router: Any) -> None:
+def test_a_healthy_run_raises_no_alarm(tmp_path: Path, router: Any) -> None:
     assert fit(healthy(tmp_path, router)) == [True, True]
 
 
-def test_a_warning_is_given_once_and_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_warning_is_given_once_and_training_continues(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     config = healthy(tmp_path, replace(EXPERT_CHOICE, aux_coeff=0.0, z_coeff=0.0, gating="additive"))
     config = replace(config, diagnosis=replace(SENSITIVE, dead_router="warn"))
     assert fit(config) == [True, True]

@@ -12,6 +12,7 @@ import pytest
 
 from megamor.config import Config
 from megamor.train import Trainer
+from tests.commands import flip_bit
 from tests.resume.runs import (
     Trace,
     assert_same_run,
@@ -75,9 +76,7 @@ def test_a_flipped_byte_costs_the_steps_since_the_checkpoint_before(base: Config
     config = named(base, "flipped")
     assert fit(until(config, 6)) == [True, True]
     state = max((directory_of(config) / "checkpoints" / "step_00000006" / "state").glob("*.distcp"))
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(content)
+    flip_bit(state, state.stat().st_size // 2)
 
     def begins_before(trainer: Trainer) -> None:
         assert trainer.progress.step == 4

@@ -56,7 +56,7 @@ def ranks(config: Config) -> Iterator[list[subprocess.Popen]]:
             process.communicate()
 
 
-def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
+def test_a_frozen_rank_ends_the_run_with_the_requeue_status(config: Config) -> None:
     with ranks(config) as (first, second):
         wait_for_steps(config, 3)
         second.send_signal(signal.SIGSTOP)
@@ -75,7 +75,7 @@ def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
     assert json.loads((heartbeats / "rank_1.json").read_text())["pid"] == second.pid
 
 
-def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
+def test_the_launcher_exits_with_the_requeue_status_too(config: Config) -> None:
     file = Path(config.run.dir) / "config.yaml"
     file.write_text(config_to_yaml(config))
     command = [sys.executable, "-m", "megamor", "launch", "--processes", "2", "--port", str(free_port())]
@@ -98,7 +98,7 @@ def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
         launcher.wait()
 
 
-def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
+def test_a_rank_that_makes_progress_is_not_ended_if_the_clock_jumps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the wall clock jumps by years, in either direction, only the times in the metrics change."""
@@ -115,7 +115,7 @@ def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
     assert [r["train/loss"] for r in trace(stopped).steps] == [r["train/loss"] for r in trace(config).steps]
 
 
-def test_a_rank_is_heard_of_from_its_first_step_on(tmp_path: Path) -> None:
+def test_heartbeats_start_with_the_first_step(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 1, 1000.0) as watchdog:
         assert not (tmp_path / "heartbeats").exists()
         watchdog.beat("step 1")
@@ -123,7 +123,7 @@ def test_a_rank_is_heard_of_from_its_first_step_on(tmp_path: Path) -> None:
     assert (note["doing"], note["pid"]) == ("step 1", os.getpid())
 
 
-def test_a_watchdog_that_is_beaten_or_switched_off_keeps_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watchdog_reports_only_missing_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[float] = []
     monkeypatch.setattr(Watchdog, "_report_and_exit", lambda self, silent, timeout: reported.append(silent))
     with Watchdog(tmp_path, 0, None):

@@ -151,7 +151,7 @@ def test_the_kernel_alone(heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "token_choice_loss_free"])
-def test_nothing_waits_in_the_forward_pass(router: str, kv_policy: str) -> None:
+def test_the_forward_pass_never_waits_for_the_device(router: str, kv_policy: str) -> None:
     """Token-choice waits once for its sizes: for the event of a copy that was queued before the first recursion."""
     model = model_of(tiny_config(ROUTERS[router], kv_policy)).to(CUDA)
     inputs, labels = tokens().to(CUDA), tokens(1).to(CUDA)

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=2, choices=[0, 1, 2, 3])
     parser.add_argument("--shard-degree", type=int, help="HSDP with groups of this size")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--asynchronous", action="store_true", help="save while training goes on")
+    parser.add_argument("--asynchronous", action="store_true", help="save in the background")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the report here as well")
     args = parser.parse_args()

@@ -89,7 +89,7 @@ def test_every_checkpoint_is_what_a_blocking_save_writes(base: Config, parallel:
         assert states[0] == states[1]
 
 
-def test_training_goes_on_while_one_is_written(base: Config) -> None:
+def test_training_continues_while_a_checkpoint_is_written(base: Config) -> None:
     def spoil(trainer: Trainer) -> None:
         def wait_for_a_later_step(step: int) -> None:
             deadline = time.monotonic() + 30

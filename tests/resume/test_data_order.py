@@ -35,7 +35,7 @@ def fit_and_tell(config: Config, directory: Path) -> None:
     trainer.fit()
 
 
-def test_one_two_four_and_three_processes_see_the_samples_of_one(tmp_path: Path) -> None:
+def test_any_number_of_processes_reads_the_samples_of_one(tmp_path: Path) -> None:
     """R5: every global batch has the ids of the run's order, and losses equal those of an uninterrupted run."""
     base = tiny_run(tmp_path, backend="ddp", global_batch_size=12)
     straight, elastic = named(base, "straight"), named(base, "elastic")
@@ -74,7 +74,7 @@ def test_a_ramp_resumes_bitwise(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_ends_where_its_data_does_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_ends_with_its_data_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """156 chunks of 32 tokens and 40 samples a step: the fourth step would repeat some."""
     base = tiny_run(tmp_path, global_batch_size=160)
     base = replace(base, checkpoint=CheckpointConfig(every_steps=1))

@@ -20,15 +20,15 @@ from tests.distributed.harness import run_ranks
 from tests.resume.runs import LOSS_FREE, tiny_run, until
 
 # Class and attribute (or all attributes) of state that changes and isn't saved, with the reason.
-FORGOTTEN = {
+NOT_SAVED = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",
-    ("CheckpointManager", "last_saved_step"): "for whoever asks this launch",
+    ("CheckpointManager", "last_saved_step"): "what this launch last saved",
     ("Throughput", "*"): "speed of this launch",
     ("TrainingDisplay", "*"): "display",
-    ("Watchdog", "*"): "when this launch last gave a sign of life",
+    ("Watchdog", "*"): "last heartbeat of this launch",
     ("StopRequest", "*"): "signals to this launch",
     ("JsonlSink", "*"): "where the metrics file ends",
 }
@@ -129,7 +129,7 @@ def unsaved(config: Config, stray: str) -> set[tuple[str, str]]:
 
 
 def is_forgotten_on_purpose(found: tuple[str, str]) -> bool:
-    return found in FORGOTTEN or (found[0], "*") in FORGOTTEN
+    return found in NOT_SAVED or (found[0], "*") in NOT_SAVED
 
 
 @pytest.mark.promise("R9")
@@ -138,7 +138,7 @@ def test_everything_that_changes_is_saved(router: Any, tmp_path: Path) -> None:
     config = replace(tiny_run(tmp_path, eval_every=2), router=router, checkpoint=CheckpointConfig(every_steps=2))
     (found,) = run_ranks(unsaved, until(config, 3), "", world_size=1)
     unexpected = {item for item in found if not is_forgotten_on_purpose(item)}
-    assert not unexpected, "register it with RunCheckpoints.components, or say in FORGOTTEN why it needn't be"
+    assert not unexpected, "register it with RunCheckpoints.components, or say in NOT_SAVED why it needn't be"
 
 
 @pytest.mark.promise("R9")

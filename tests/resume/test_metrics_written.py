@@ -63,7 +63,7 @@ def test_executed_flops_are_those_of_the_selected_tokens(run: Config) -> None:
     assert all(0.98 * per_step < flops <= 1.000001 * per_step for flops in of_steps)
 
 
-def test_validation_has_both_ways_of_routing(run: Config) -> None:
+def test_validation_measures_both_routing_rules(run: Config) -> None:
     validation = trace(run).validation
     assert [record["step"] for record in validation] == [4, 8]
     for record in validation:
@@ -91,7 +91,7 @@ def test_wandb_keeps_its_run_over_a_restart(run: Config) -> None:
     assert len(written) == 2
 
 
-def test_a_checkpoint_says_where_it_comes_from(run: Config) -> None:
+def test_a_checkpoint_records_its_origin(run: Config) -> None:
     state = json.loads((directory_of(run) / "checkpoints" / "latest" / "trainer.json").read_text())
     assert state["step"] == STEPS
     assert state["tokens_seen"] == STEPS * run.train.global_batch_size * run.data.seq_len

@@ -62,6 +62,6 @@ def test_evaluation_may_compile(tmp_path: Path) -> None:
     assert fit(base, world_size=1) == [True]
 
 
-def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:
+def test_watching_recompilation_without_compiling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fail_on_recompile_after"):
         validate(tiny_run(tmp_path, fail_on_recompile_after=2))

@@ -66,7 +66,7 @@ def test_no_rank_needs_to_see_what_another_has_just_written(
     assert_same_run(trace(straight), trace(config))
 
 
-def test_the_delay_is_one_that_matters(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ignores_the_delay_fails(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run fails if a rank doesn't wait until it sees what another rank created."""
     monkeypatch.setattr(manager, "_wait_until", lambda visible, directory: None)
     with pytest.raises(RankFailed, match=r"checkpoint/manager\.py"):  # the step of a save that fails depends on timing

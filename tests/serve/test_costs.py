@@ -35,7 +35,7 @@ def test_depthwise_beats_shrink_exactly_where_it_should(x: float) -> None:
     assert (predict("depthwise", R, NR, D) < predict("shrink", R, NR, D)) == (x < (NR - D) / (D - 1))
 
 
-def test_holding_pays_when_boundaries_are_dear() -> None:
+def test_holding_pays_when_boundaries_are_expensive() -> None:
     assert costs(0.1).best_hold(R, NR, D) == 1
     assert costs(1.2).best_hold(R, NR, D) == 2
     assert costs(9.0).best_hold(R, NR, D) == 3

@@ -37,14 +37,14 @@ class Looks:
 
     def __init__(self) -> None:
         self.count = 0
-        self.goes_on = True
+        self.continues = True
 
     def at(self, tensor: Tensor) -> Any:
         """Numbers of the right shape: most rows continue, token 1 is sampled."""
         assert tensor.device.type == "meta"
         self.count += 1
         if tensor.dtype == torch.bool:
-            return [self.goes_on and (row + self.count) % 3 > 0 for row in range(len(tensor))]
+            return [self.continues and (row + self.count) % 3 > 0 for row in range(len(tensor))]
         return torch.ones(tensor.shape).int().numpy().tolist()
 
 
@@ -62,7 +62,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends
 @pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_nothing_waits_but_for_rows_and_tokens(
+def test_the_host_waits_only_for_rows_and_tokens(
     router: str, policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host reads from the device once per core batch, however many depths it contains."""
@@ -88,7 +88,7 @@ def test_nothing_waits_but_for_rows_and_tokens(
         if engine.accounting.total.launches["core"] > launches:
             assert looks.count - before <= 1
     assert sum(len(output.tokens) for output in outputs) == 5 * 6
-    looks.goes_on = False  # invented rows don't respect bounds
+    looks.continues = False  # invented rows don't respect bounds
     engine.add_request(PROMPT, SamplingParams(max_tokens=6, temperature=0, max_depth=2))
     while engine.has_work:
         engine.step()

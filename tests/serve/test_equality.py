@@ -278,7 +278,7 @@ def test_recursions_that_differ(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_continuation_is_given_up(policy: str) -> None:
+def test_one_continuation_is_aborted(policy: str) -> None:
     """Its siblings continue, also if the aborted one was reading the prompt for them."""
     model = model_of("token_choice", "recursion_wise", "middle_cycle")
     params = SamplingParams(max_tokens=6, temperature=0.9, seed=5, n=3)
@@ -299,7 +299,7 @@ def test_one_continuation_is_given_up(policy: str) -> None:
 @pytest.mark.parametrize(
     "made", [lambda tokens: tokens.pick(torch.zeros(1, 1).long()), lambda _: TokenSet(1, 1, 1, torch.zeros(1).long())]
 )
-def test_a_router_that_makes_sets_of_its_own(
+def test_a_router_that_makes_its_own_token_sets(
     made: Callable[[TokenSet], TokenSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExpertChoiceSession, "select_causal", lambda *arguments: (made(arguments[-1]), None))

@@ -92,7 +92,7 @@ def test_disconnects_free_everything(process: Process) -> None:
     assert figures["failed"] == 0
 
 
-def test_slow_readers_hold_up_nobody(process: Process) -> None:
+def test_slow_readers_delay_no_other_client(process: Process) -> None:
     address = urlsplit(process.url)
     body = json.dumps({"prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -111,7 +111,7 @@ def test_slow_readers_hold_up_nobody(process: Process) -> None:
     check_nothing_is_held(process)
 
 
-def test_an_idle_connection_outlives_its_clients_patience(process: Process) -> None:
+def test_an_idle_connection_stays_open_longer_than_clients_wait(process: Process) -> None:
     """httpx and many others close idle connections after 5 seconds: the server must keep them open longer."""
     connection = HTTPConnection(urlsplit(process.url).netloc, timeout=30)
     for pause in (6.0, 0.0):

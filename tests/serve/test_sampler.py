@@ -40,7 +40,7 @@ def test_tokens_have_their_probabilities(params: SamplingParams, kept: set[int])
     assert bool(((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / COUNT).sqrt() + 1e-9).all())
 
 
-def test_a_row_does_not_know_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
     kinds = [
         SamplingParams(temperature=0),
         SamplingParams(top_k=2),

@@ -279,6 +279,6 @@ def test_exits_are_held() -> None:
     assert min(runs) >= 2
 
 
-def test_the_scheduler_knows_no_torch() -> None:
+def test_the_scheduler_imports_no_torch() -> None:
     code = "import sys, megamor.serve.engine.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

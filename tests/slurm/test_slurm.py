@@ -90,7 +90,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     assert_same_run(trace(straight), trace(config))
 
 
-def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, base: Config) -> None:
+def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
     job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")

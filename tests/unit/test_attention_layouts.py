@@ -209,7 +209,7 @@ def test_kernels_are_for_16_bits_on_gpus() -> None:
     assert not has_packed_kernel(torch.device("cuda"), torch.bfloat16, 20)
 
 
-def test_masks_come_in_the_type_of_attention() -> None:
+def test_masks_have_the_dtype_of_attention() -> None:
     config = vanilla_config().model
     ids = tokens()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -223,7 +223,7 @@ def test_masks_come_in_the_type_of_attention() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_where_keeps_what_it_is_told_to(seed: int) -> None:
+def test_where_keeps_the_rows_of_the_mask(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     stream = torch.arange(3 * SEQ_LEN)
     chosen = TokenSet.all(3, SEQ_LEN)

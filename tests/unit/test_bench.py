@@ -233,7 +233,7 @@ def page(tmp_path: Path, report: dict[str, Any]) -> list[str]:
     return [str(tmp_path / "page.md"), "--results", str(tmp_path / "results")]
 
 
-def test_a_page_follows_the_results(page: list[str], tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_page_is_generated_from_the_results(page: list[str], tmp_path: Path, report: dict[str, Any]) -> None:
     assert status(tables.main, "--check", *page) == 1
     assert (tmp_path / "page.md").read_text() == PAGE
     assert status(tables.main, "--write", *page) == 0
@@ -266,6 +266,6 @@ def test_broken_blocks_and_missing_or_foreign_results_are_refused(page: list[str
     assert status(tables.main, "--check", *page) == 2
 
 
-def test_the_projects_own_pages_follow_its_results() -> None:
+def test_the_documentations_tables_are_current() -> None:
     """Every table of the documentation, from new and old reports."""
     assert status(tables.main, "--check") == 0

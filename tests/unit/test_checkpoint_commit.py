@@ -328,7 +328,7 @@ class TestOpening:
         for path in (run, manager.directory, manager.directory / LATEST, manager.directory / step_name(10)):
             assert open_checkpoint(path).directory == (manager.directory / step_name(10)).resolve()
 
-    def test_falls_back_only_when_not_asked_for_a_certain_one(self, manager: CheckpointManager) -> None:
+    def test_falls_back_only_if_no_specific_one_was_requested(self, manager: CheckpointManager) -> None:
         save(manager, 10)
         (save(manager, 20) / "state" / "a.bin").unlink()
         assert open_checkpoint(manager.directory).step == 10
@@ -342,7 +342,7 @@ class TestOpening:
         with pytest.raises(CheckpointError, match=r"a\.bin has changed"):
             open_checkpoint(path, full=True)
 
-    def test_answers_for_what_is_no_checkpoint(self, tmp_path: Path) -> None:
+    def test_errors_for_paths_that_are_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):
             open_checkpoint(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match=r"no manifest\.json: it is not a complete checkpoint"):

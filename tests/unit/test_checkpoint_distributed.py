@@ -86,7 +86,7 @@ def fail_inside_collective_save(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [fail_on_second_rank, fail_inside_collective_save])
-def test_failure_of_one_rank_is_everybodys(tmp_path: Path, failing: Callable[[Path], None]) -> None:
+def test_failure_of_one_rank_raises_on_every_rank(tmp_path: Path, failing: Callable[[Path], None]) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=2)
         good = manager.save(1, [write_sharded], {})

@@ -35,7 +35,7 @@ def test_what_expires(keep: Retention, damaged: set[int], expired: list[int]) ->
     assert keep.expired([1, 2, 3, 4, 5, 6], damaged, losses) == expired
 
 
-def test_the_newest_the_round_ones_and_the_best_stay(tmp_path: Path) -> None:
+def test_the_newest_every_nth_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=4, keep_best=1)
     for step, loss in enumerate((5.0, 3.0, 2.0, 4.0, 2.5, 2.6, 2.7, 2.8, 2.9), start=1):
         save(checkpoints, step)

@@ -52,7 +52,7 @@ def violations(config: Config, world_size: int | None = None) -> list[str]:
         {"data": {"train": ["a"], "seq_len": 1}},
     ],
 )
-def test_the_edge_of_what_is_allowed(sections: dict[str, Any]) -> None:
+def test_limits_of_valid_values(sections: dict[str, Any]) -> None:
     validate(changed(**sections), world_size=4)
 
 
@@ -109,7 +109,7 @@ def test_a_router_without_recursions_has_nothing_to_choose() -> None:
     ]
 
 
-def test_the_world_divides_the_batch() -> None:
+def test_the_batch_must_be_divisible_by_the_processes() -> None:
     config = changed(train={"global_batch_size": 32, "micro_batch_size": 4})
     validate(config)
     validate(config, world_size=8)

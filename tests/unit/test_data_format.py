@@ -173,7 +173,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path, bin_bytes: bytes, idx_bytes: 
     assert str(tmp_path / file) in str(caught.value)
 
 
-def test_missing_pair_helps(tmp_path: Path) -> None:
+def test_missing_pair_suggests_existing_ones(tmp_path: Path) -> None:
     put(tmp_path / "there", OK_BIN, OK_IDX)
     with pytest.raises(DataError, match=r"absent\.idx doesn't exist.*there"):
         TokenShard.open(tmp_path / "absent")
@@ -266,20 +266,20 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path, ids: list[int]) -> None
         writer.add(ids)
 
 
-def test_unwritable_place_is_a_data_error(tmp_path: Path) -> None:
+def test_unwritable_path_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="can't be written"):
         ShardWriter(tmp_path / "file" / "x", "u2")
 
 
-def test_block_hashes_do_not_depend_on_the_pieces() -> None:
+def test_block_hashes_do_not_depend_on_how_data_is_fed() -> None:
     data = bytes(range(256)) * 10
-    whole, pieces = BlockHasher(1000), BlockHasher(1000)
+    whole, fed = BlockHasher(1000), BlockHasher(1000)
     whole.update(memoryview(data))
     for start in range(0, len(data), 77):
-        pieces.update(memoryview(data)[start : start + 77])
+        fed.update(memoryview(data)[start : start + 77])
     digests = whole.digests()
-    assert digests == pieces.digests()
+    assert digests == fed.digests()
     assert len(digests) == 3
 
 
@@ -294,7 +294,7 @@ def test_meta_survives_unknown_keys_and_refuses_other_files(tmp_path: Path) -> N
             read_meta(str(tmp_path / "x"))
 
 
-def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_contents_not_on_the_path(tmp_path: Path) -> None:
     same = [fingerprint(written(tmp_path / name, [[1, 2], [3]])) for name in ("a", "b")]
     other_tokens = fingerprint(written(tmp_path / "c", [[1, 2], [4]]))
     other_cut = fingerprint(written(tmp_path / "d", [[1], [2, 3]]))

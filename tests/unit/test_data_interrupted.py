@@ -157,7 +157,7 @@ def test_no_chunk_twice(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_says_how_to_go_on(
+def test_an_interrupted_run_says_how_to_resume(
     signum: signal.Signals, corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -241,7 +241,7 @@ def test_another_run_starts_over_and_says_why(
     assert sorted(found) == sorted(expected)
 
 
-def test_a_bad_line_keeps_what_was_done(
+def test_after_a_bad_line_finished_work_is_kept(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run resumes at the bad line with --on-bad-line skip."""
@@ -255,7 +255,7 @@ def test_a_bad_line_keeps_what_was_done(
     assert outputs(tmp_path / "out") == expected
 
 
-def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_after_a_full_disk_finished_work_is_kept(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     command = [sys.executable, "-c", SMALL_STEPS, *arguments(corpus, folder / "x")]
     full = subprocess.run(

@@ -83,11 +83,7 @@ def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, w
     ranks = loaders(data, world, micro, 48)
     assert (steps(ranks, 3) == windows(data, 0, 144)).all()
     assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
-
-
-def test_micro_batches_have_their_size(data: TrainingData) -> None:
-    batches = loaders(data, 2, 3)[0].next_step()
-    assert [batch.inputs.shape for batch in batches] == [(3, SEQ_LEN)] * 4
+    assert [batch.inputs.shape for batch in ranks[0].next_step()] == [(micro, SEQ_LEN)] * (48 // world // micro)
 
 
 def test_an_epoch_of_each_source_covers_its_stream(data: TrainingData, config: DataConfig) -> None:
@@ -110,20 +106,15 @@ def test_seed_changes_the_order(config: DataConfig, data: TrainingData) -> None:
     assert (windows(other, 0, 30) != windows(data, 0, 30)).any()
 
 
-def test_a_step_that_is_taken_back_is_given_again(data: TrainingData) -> None:
+def test_state_counts_delivered_samples_and_a_step_can_be_taken_back(data: TrainingData) -> None:
     (loader,) = loaders(data, 1, 4)
     steps([loader], 2)
     before = loader.state_dict()
+    assert before["consumed_samples"] == loader.consumed_samples == 48, "prefetched samples don't count"
     batches = joined(loader.next_step())
     loader.take_back()
     assert loader.state_dict() == before
     assert np.array_equal(joined(loader.next_step()), batches)
-
-
-def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingData) -> None:
-    (loader,) = loaders(data, 1, 4)
-    steps([loader], 2)
-    assert loader.state_dict()["consumed_samples"] == loader.consumed_samples == 48
 
 
 @pytest.mark.promise("R5", "R6")
@@ -168,7 +159,7 @@ def test_blend_may_change_at_a_restart(config: DataConfig, data: TrainingData) -
         windows(only_b, 0, 48, resumed.order)
 
 
-def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
+def test_moved_data_resumes_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
     (loader,) = loaders(data, 1, 4)
     steps([loader], 2)
     state = loader.state_dict()
@@ -224,7 +215,7 @@ def test_prefetch_is_bounded_and_changes_nothing(
     assert asked == [24 * i for i in range(len(asked))]
 
 
-def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
+def test_errors_of_the_prefetch_thread_are_raised_every_time(config: DataConfig) -> None:
     """b contains ids from 1000 on, so with a smaller vocabulary the first of its samples must raise."""
     (loader,) = loaders(TrainingData.open(config, seed=3, vocab_size=1000), 1, 4)
     for _ in range(2):
@@ -234,7 +225,7 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
     loader.close()
 
 
-def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_is_never_skipped(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingData.fill
 
     def failing_first(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
@@ -270,7 +261,7 @@ def change(config: DataConfig, **fields: object) -> DataConfig:
         (lambda c: change(c, tokenizer="/nowhere/tok.json"), DataError, r"/nowhere/tok\.json can't be read"),
     ],
 )
-def test_unfit_configurations(
+def test_data_that_does_not_fit_the_configuration_is_refused(
     config: DataConfig, spoil: Callable[[DataConfig], DataConfig], kind: type[Exception], says: str
 ) -> None:
     with pytest.raises(kind, match=says):

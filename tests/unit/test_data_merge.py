@@ -218,9 +218,9 @@ def test_all_faults_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
     """Merging 400 MB needs less than 100 MB more memory than merging an empty shard."""
     zeros = np.zeros(2**25, np.uint16)
-    for name, pieces in (("small", 0), ("a", 3), ("b", 3)):
+    for name, copies in (("small", 0), ("a", 3), ("b", 3)):
         with ShardWriter(tmp_path / name, "u2") as writer:
-            for _ in range(pieces):
+            for _ in range(copies):
                 writer.add(zeros)
             writer.commit()
     code = (
@@ -248,7 +248,7 @@ def test_names_of_shards() -> None:
             parse_shard(wrong)
 
 
-def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_jobs_equal_one_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More jobs than files, some with no text: the merged splits and side files equal those of a single run."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 500)
     for name in "ab":
@@ -267,7 +267,7 @@ def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert replace(merged, tokenizer_name=None) == replace(one, tokenizer_name=None)
 
 
-def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs write the same tokenizer file at the same time."""
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 9}) + "\n")

@@ -24,7 +24,7 @@ def test_each_epoch_holds_each_window_once(size: int, seed: int, epoch: int) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 10**12), seed=st.integers(0, 2**32), positions=st.lists(st.integers(0, 10**13), min_size=1))
-def test_any_position_alone_is_the_same_as_in_company(size: int, seed: int, positions: list[int]) -> None:
+def test_each_position_can_be_computed_alone(size: int, seed: int, positions: list[int]) -> None:
     together = shuffled_windows(np.array(positions), size, seed)
     alone = [shuffled_windows(np.array([position]), size, seed)[0] for position in positions]
     assert together.tolist() == alone
@@ -141,7 +141,7 @@ def test_only_real_changes_open_a_phase() -> None:
     assert blend.changed_at(81, 8, 1, {"a": 1}).phases[1].consumed == blend.phases[1].consumed
 
 
-def test_sources_named_in_another_order_go_on_as_before() -> None:
+def test_sources_may_be_listed_in_another_order() -> None:
     order = SampleOrder.start(8, 1, {"a": 1, "b": 1})
     assert order.changed_at(80, 8, 1, {"b": 1, "a": 1}) is order
     longer = order.changed_at(80, 16, 1, {"b": 1, "a": 1})

@@ -106,10 +106,10 @@ def test_best_fit_cuts_only_documents_longer_than_the_window(tmp_path: Path) -> 
     rows = data.samples(0, only.num_chunks)
     assert rows.documents is not None
     for number, length in enumerate(LENGTHS):
-        places = np.argwhere((rows.inputs // 100 == number) & (rows.labels != -100))
-        pieces = Counter(rows.documents[row, column] for row, column in places)
+        positions = np.argwhere((rows.inputs // 100 == number) & (rows.labels != -100))
+        lengths = Counter(rows.documents[row, column] for row, column in positions)
         full, rest = divmod(max(length - 1, 0), SEQ_LEN)
-        assert sorted(pieces.values(), reverse=True) == [SEQ_LEN] * full + [rest] * (rest > 0)
+        assert sorted(lengths.values(), reverse=True) == [SEQ_LEN] * full + [rest] * (rest > 0)
     # 118 pairs need at least 15 windows of 8 even if documents could be cut anywhere.
     assert (len(expected_pairs()), only.num_chunks) == (118, 15)
 

@@ -69,7 +69,7 @@ legs = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(legs=legs, packing=st.sampled_from(PACKINGS))
-def test_whatever_changes_at_restarts_each_source_is_read_on(
+def test_each_source_is_read_without_gaps_across_any_changes_at_restarts(
     folder: Path, legs: list[tuple[int, int, int, dict[str, int], int]], packing: str
 ) -> None:
     """The tokens of a source that the ranks of all launches get are its stream, from the first token, without gaps."""
@@ -190,10 +190,9 @@ def test_a_run_resumes_with_the_chunks_it_was_started_with(folder: Path) -> None
     assert resumed.state_dict()["data.chunk_len"] == CHUNK
     assert any("chunks of 8 tokens, so sequences of 16 are joined" in line for line in resumed.describe(10))
     said = TrainingData.open(replace(data.config, seq_len=16, chunk_len=16), seed=5, vocab_size=5000)
+    refusing = TrainingLoader(said, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),)))
     with pytest.raises(ConfigError, match=r"data\.chunk_len 8, not 16"):
-        TrainingLoader(said, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),))).load_state_dict(
-            state
-        )
+        refusing.load_state_dict(state)
 
 
 def test_a_position_of_another_version_is_refused(folder: Path) -> None:
@@ -223,10 +222,9 @@ def test_blocks_are_read_one_after_the_other_and_each_window_once(sizes: list[in
     for epoch in np.split(np.stack((blocks, windows), axis=1), 3):
         assert sorted(map(tuple, epoch.tolist())) == [(b, w) for b, size in enumerate(sizes) for w in range(size)]
         assert (np.diff(epoch[:, 0]) != 0).sum() == len(sizes) - 1
-    alone = [
-        tuple(int(x[0]) for x in shuffled_in_blocks(positions[i : i + 1], np.array(sizes), seed)) for i in (0, total)
-    ]
-    assert alone == [(int(blocks[i]), int(windows[i])) for i in (0, total)]
+    for i in (0, total):
+        alone = shuffled_in_blocks(positions[i : i + 1], np.array(sizes), seed)
+        assert (alone[0], alone[1]) == (blocks[i], windows[i])
 
 
 def test_order_of_blocks_is_pinned() -> None:
@@ -245,7 +243,7 @@ def config_of(folder: Path, *sources: SourceConfig, **changes: object) -> DataCo
     return DataConfig(train=train, seq_len=CHUNK, **changes)  # type: ignore[arg-type]
 
 
-def test_shares(folder: Path) -> None:
+def test_source_weights(folder: Path) -> None:
     budgets = config_of(folder, SourceConfig("a", tokens=3e9), SourceConfig("b", tokens=1e9))
     assert source_weights(budgets, [10, 20]) == [3e9, 1e9]
     weights = (SourceConfig("a", 2.0), SourceConfig("b"))
@@ -258,12 +256,8 @@ def test_shares(folder: Path) -> None:
 
 def test_budgets_are_kept(folder: Path) -> None:
     config = config_of(folder, SourceConfig("a", tokens=320), SourceConfig("b", tokens=80))
-    loader = TrainingLoader(
-        TrainingData.open(config, seed=0, vocab_size=5000),
-        rank=0,
-        world_size=1,
-        batches=BatchSchedule((BatchShape(10, 10, CHUNK),)),
-    )
+    data, batches = TrainingData.open(config, seed=0, vocab_size=5000), BatchSchedule((BatchShape(10, 10, CHUNK),))
+    loader = TrainingLoader(data, rank=0, world_size=1, batches=batches)
     assert [use.tokens for use in loader.forecast(total_steps=5)] == [320, 80]
 
 
@@ -274,7 +268,7 @@ def test_budgets_are_kept(folder: Path) -> None:
     batch=st.integers(1, 6),
     start=st.integers(0, 12),
 )
-def test_the_forecast_is_what_happens(
+def test_the_forecast_equals_what_happens(
     folder: Path, weights: tuple[int, int], until: tuple[int, int], batch: int, start: int
 ) -> None:
     """Forecast tokens, epochs and the first step with a repeat equal those of a loader that runs the steps."""
@@ -298,7 +292,7 @@ def test_the_forecast_is_what_happens(
 
 
 @pytest.mark.parametrize(("on_exhausted", "says"), [("repeat", "and then read again"), ("stop", "the run ends early")])
-def test_a_source_that_is_not_enough_is_named_beforehand(folder: Path, on_exhausted: str, says: str) -> None:
+def test_a_source_that_will_repeat_or_run_out_is_named_at_the_start(folder: Path, on_exhausted: str, says: str) -> None:
     data = opened(folder, "stream", {"a": 1, "c": 1}, on_exhausted=on_exhausted)
     loader = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule((BatchShape(4, 4, CHUNK),)))
     use, other = loader.forecast(1000)

@@ -296,7 +296,7 @@ def test_the_beginning_of_a_long_document_is_checked(
     assert asked == ["short", " ".join(TEXTS)[:95]]
 
 
-def test_accelerator_that_is_missing_or_can_not(
+def test_accelerator_that_is_missing_or_lacks_support(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
@@ -311,7 +311,7 @@ def test_accelerator_that_is_missing_or_can_not(
     assert "accelerator: none (" in capsys.readouterr().out
 
 
-def test_table_of_known_words_is_thrown_away_when_large(
+def test_the_word_cache_is_dropped_when_it_grows_large(
     corpus: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "_BYTES_BETWEEN_RENEWALS", 5000)
@@ -382,7 +382,7 @@ def test_seen_hashes_takes_eight_bytes_each() -> None:
 
 
 @pytest.mark.parametrize("form", ["texts", "hashes"])
-def test_held_out_documents_are_nowhere(
+def test_held_out_documents_are_in_no_split(
     form: str, corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = TEXTS[90:110]
@@ -428,7 +428,7 @@ def test_shards_merge_into_what_one_run_writes(count: int, corpus: Path, tokeniz
     assert len([size for size in sizes if size]) >= min(count, 4)
 
 
-def test_every_chunk_is_of_exactly_one_share(corpus: Path) -> None:
+def test_every_chunk_belongs_to_exactly_one_shard(corpus: Path) -> None:
     files = find_files([str(corpus / "*")])
     whole = [chunk.id for chunk in files.chunks()]
     for count in (1, 2, 5, 40):

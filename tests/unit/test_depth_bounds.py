@@ -34,7 +34,7 @@ def test_a_known_depth_is_replayed(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_any_depth_can_be_demanded(router: str) -> None:
+def test_any_depth_can_be_required(router: str) -> None:
     model = lively_model(tiny_config(ROUTERS[router]))
     deepest = model.stage.router.num_recursions
     demanded = torch.randint(1, deepest + 1, (NUM_TOKENS,), generator=torch.Generator().manual_seed(5))

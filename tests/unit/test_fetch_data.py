@@ -167,7 +167,7 @@ def serve_the_pile(web: SimpleNamespace) -> None:
     web.files |= {f"{PILE}/resolve/{PILE_COMMIT}/{name}": content for name, content in PARTS.items()}
 
 
-def test_hub_files_are_taken_unchanged(
+def test_hub_files_are_copied_unchanged(
     web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve_the_pile(web)

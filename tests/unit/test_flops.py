@@ -74,7 +74,7 @@ def test_paper_accounting(model: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("model", HONEST, ids=" ".join)
-def test_honest_accounting(model: tuple[str, ...]) -> None:
+def test_complete_accounting(model: tuple[str, ...]) -> None:
     gflop, fraction = HONEST[model]
     flops = nominal_flops(model_config(*model))
     assert round(flops.forward / 1e9, 2) == gflop

@@ -226,7 +226,7 @@ def test_saving_again_keeps_the_model(found: dict[str, Any], exports: Path) -> N
     assert (exports / "saved_again" / "modeling_megamor.py").is_file()
 
 
-def test_the_tokenizer_comes_along(found: dict[str, Any], tokenizer_file: Path) -> None:
+def test_the_tokenizer_is_exported(found: dict[str, Any], tokenizer_file: Path) -> None:
     encoded = Tokenizer.from_file(str(tokenizer_file)).encode(TEXT).ids
     assert found["encoded"].tolist() == [encoded]
     assert found["decoded"] == TEXT

@@ -227,7 +227,7 @@ def test_other_weights_must_be_tied_even_then() -> None:
         import_official(state, settings, untied="mean")
 
 
-def test_a_head_of_its_own_is_refused() -> None:
+def test_an_untied_head_is_refused() -> None:
     state, settings = small_run("recursive")
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
@@ -254,7 +254,7 @@ def test_a_missing_weight_is_named(key: str, match: str) -> None:
         import_official(state, settings)
 
 
-def test_a_weight_too_many_is_named() -> None:
+def test_an_unexpected_weight_is_named() -> None:
     state, settings = small_run()
     state["model.layers.1.block.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # a buffer of older transformers
     import_official(state, settings)

@@ -41,7 +41,7 @@ def test_lines_are_standard_json_and_read_back(tmp_path: Path) -> None:
     sink.close()
 
 
-def test_resuming_removes_what_will_be_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_removes_steps_that_will_be_repeated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 9), None)
     with path.open("a") as file:
@@ -53,7 +53,7 @@ def test_resuming_removes_what_will_be_done_again(tmp_path: Path, caplog: pytest
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_torn_line_of_a_kept_step_goes_too(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 3), None)
     path.write_text(path.read_text().rstrip("\n"))
@@ -91,7 +91,7 @@ def scalars(directory: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
 
 
-def test_tensorboard_hides_what_was_done_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     for resume_step, steps, loss in ((None, range(1, 6), 1.0), (3, range(4, 6), 2.0)):
         sink = MultiSink([TensorBoardSink(tmp_path, resume_step=resume_step)])
         for step in steps:

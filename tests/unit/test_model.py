@@ -261,7 +261,7 @@ def test_hand_written_gradients(function: str) -> None:
 
 
 @pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
-def test_cutting_queries_into_chunks_changes_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_queries_change_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
     with torch.no_grad():
         whole = model(ids, mode="topk").logits

@@ -25,7 +25,7 @@ def give_gradients(model: nn.Module) -> None:
         parameter.grad = torch.full_like(parameter, index + 1.0)
 
 
-def test_each_group_learns_at_its_own_multiple() -> None:
+def test_each_group_has_its_own_learning_rate_multiple() -> None:
     optimizer = build_adamw(small_model(), OPTIM)
     set_group_lr(optimizer, 0.01)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(

@@ -45,7 +45,7 @@ def test_every_backend_and_policy_has_a_line(tmp_path: Path, capsys: pytest.Capt
     assert "hsdp" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_comes_with_what_does(tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_gets_a_suggestion(tmp_path: Path) -> None:
     found = report(tmp_path, "--gpus", "8", "--gpu", "a100-40", "train.micro_batch_size=16")
     tight = [row for row in found["rows"] if not row["fits"]]
     assert {row["activation_checkpointing"] for row in tight} >= {"none"}
@@ -59,7 +59,7 @@ def test_what_does_not_fit_comes_with_what_does(tmp_path: Path) -> None:
     assert step_memory(again, 8).total <= USABLE * cluster.gpu.memory
 
 
-def test_what_nothing_helps_is_said(tmp_path: Path) -> None:
+def test_a_run_that_nothing_makes_fit_is_reported(tmp_path: Path) -> None:
     long = ["data.seq_len=1048576", "model.max_seq_len=1048576", "train.micro_batch_size=1"]
     found = report(tmp_path, "--gpus", "8", "--gpu", "l40s", *long)
     assert all("nothing fits" in row["instead"] for row in found["rows"])
@@ -114,7 +114,7 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
-def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
+def test_the_estimate_matches_measured_memory(path: Path) -> None:
     """Measured resident memory of processes with steps of seconds, compared with the estimate, within 10 %."""
     measured = json.loads(path.read_text(encoding="utf-8"))
     assert len(measured["policies"]) >= 5

@@ -150,16 +150,16 @@ def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig, steps: int =
 
 
 def test_depth_penalty_lowers_the_depth() -> None:
-    cheap, dear = (
+    cheap, expensive = (
         trained_depth(SkipForwardRecurseConfig(hidden=16, depth_coeff=coefficient)) for coefficient in (1e-4, 3.0)
     )
-    assert dear < 0.5 * cheap
+    assert expensive < 0.5 * cheap
 
 
 def test_ponder_cost_lowers_the_depth() -> None:
     config = HaltingConfig(ponder_coeff=1e-5)
-    cheap, dear = (trained_depth(replace(config, ponder_coeff=coefficient)) for coefficient in (1e-5, 1.0))
-    assert dear < cheap - 0.3
+    cheap, expensive = (trained_depth(replace(config, ponder_coeff=coefficient)) for coefficient in (1e-5, 1.0))
+    assert expensive < cheap - 0.3
 
 
 @pytest.mark.parametrize("target", [0.7, 1.5, 2.2])
@@ -218,14 +218,14 @@ class EveryOtherSession(RoutingSession):
         return RoutingPlan(chosen, indices, Mix())
 
 
-def test_a_router_of_ones_own() -> None:
+def test_a_custom_router() -> None:
     config = CustomRouterConfig(target="tests.unit.test_routers:EveryOther", options={"stride": 3})
     out = build_model(tiny_config(config))(tokens())
     assert out.depth[0, :6].tolist() == [3, 1, 1, 3, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["tests.unit.test_routers:Nothing", "no_such_module:Router", "math:pi"])
-def test_custom_router_that_is_none(target: str) -> None:
+def test_a_custom_router_that_does_not_exist_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=target):
         build_model(tiny_config(CustomRouterConfig(target=target)))
 
@@ -251,7 +251,7 @@ def test_picking_and_finding_agree() -> None:
 
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_choosing_in_place_is_choosing(router: str, bounded: bool) -> None:
+def test_selection_in_place_equals_selection_by_moving_rows(router: str, bounded: bool) -> None:
     """Serving keeps all rows in place and marks the selected ones: the same rows with the same weights."""
     stage = lively_model(tiny_config(ROUTERS[router])).eval().stage
     states = torch.randn(4, 40, tiny_config(ROUTERS[router]).model.dim, generator=torch.Generator().manual_seed(3))

@@ -49,7 +49,7 @@ def test_sums_over_micro_batches() -> None:
     assert step.mean_depth == (4 * 1 + 2 * 2 + 2 * 3) / 8
 
 
-def test_every_token_weighs_the_same() -> None:
+def test_every_token_has_the_same_weight() -> None:
     statistics = StepStatistics(3)
     statistics.add(output(loss=9.0, tokens=3, aux=0.0, agree=0.0, depth=[1]))
     statistics.add(output(loss=1.0, tokens=1, aux=0.0, agree=0.0, depth=[1]))
