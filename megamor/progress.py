@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -56,8 +56,9 @@ class ProgressDisplay:
         self._unit, self._enabled, self._clock = unit, enabled, clock
         self._console = console or Console(stderr=True, highlight=False)
         self._live = enabled and self._console.is_terminal
+        label = Column(no_wrap=True, overflow="ellipsis", max_width=24)
         self._bar = _TwoLines(
-            _Description(table_column=Column(no_wrap=True, overflow="ellipsis", max_width=24)),
+            TextColumn("{task.description}", "bold", markup=False, table_column=label),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             _State(unit, table_column=Column(no_wrap=True, justify="right")),
             console=self._console,
@@ -77,9 +78,7 @@ class ProgressDisplay:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._live:
             self._bar.stop()
         elif self._lines and self._unlogged:
@@ -138,11 +137,6 @@ class _TwoLines(Progress):
                     Text.assemble((f"{label} ", "dim"), (value, "bold"))
                     for label, value in task.fields["figures"].items()
                 )
-
-
-class _Description(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.description, style="bold")
 
 
 class _State(ProgressColumn):

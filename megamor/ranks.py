@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Also a barrier."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return [value] if self.group is None else gather(value, self.group)
 
     def run_on_all(self, what: str, action: Callable[[], Any] | None) -> list[Any]:
         """Run `action` here (None: nothing) and return every rank's result; if it fails on one rank, fail on all.
@@ -82,6 +78,15 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, MegamorError) else f"{type(error).__name__}: {text}"
 
 
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, in rank order, on every rank. Collective over `group` (default: all ranks)."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def sum_over_ranks(values: Sequence[int]) -> list[int]:
     """Sum each of `values` over all ranks. Collective.
 
@@ -96,31 +101,37 @@ def sum_over_ranks(values: Sequence[int]) -> list[int]:
 def run_on_all_ranks(action: Callable[[], T]) -> T:
     """Run `action` on every rank and return this rank's result; if it fails on any rank, every rank raises. Collective.
 
-    Without a failure this costs one reduction of a number. Only errors that a user can cause are shared between the
-    ranks; a bug raises on the rank that has it.
+    Only errors that a user can cause are shared between the ranks; a bug raises on the rank that has it.
 
     Raises:
-        MegamorError: of the kind of the first failure, with the message of every rank that failed.
+        MegamorError: as `raise_on_all_ranks`.
     """
     failure: MegamorError | None = None
     try:
         result = action()
     except MegamorError as error:
-        # Not raised yet: the other ranks would wait forever in the reduction below.
-        failure = error
-    if any(sum_over_ranks([failure is not None])):
-        raise_on_all_ranks(failure)
+        failure = error  # not raised yet: the other ranks would wait for this one forever
+    raise_on_all_ranks(failure)
     return result
 
 
-def raise_on_all_ranks(failure: MegamorError | None) -> NoReturn:
-    """Raise one error for the failures of all ranks, at least one of which has one; None is no failure. Collective."""
-    if not dist.is_initialized():
-        assert failure is not None
+def raise_on_all_ranks(failure: MegamorError | None) -> None:
+    """Raise one error on every rank if any has a `failure`. Collective.
+
+    Raises:
+        MegamorError: of the kind of the first failure. It has the plain message if every rank failed with the same,
+            else each message with its rank.
+    """
+    if failure is not None and not dist.is_initialized():
         raise failure
-    found: list[tuple[type[MegamorError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (type(failure), str(failure)) if failure else None)
-    raise _joined(found) from failure
+    found = gather((type(failure), str(failure)) if failure else None)
+    failures = {rank: mine for rank, mine in enumerate(found) if mine is not None}
+    if not failures:
+        return
+    kind, message = next(iter(failures.values()))
+    if len(set(found)) > 1:
+        message = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in failures.items())
+    raise kind(message) from failure
 
 
 def from_first_rank(action: Callable[[], T]) -> T:
@@ -147,32 +158,19 @@ def report_errors_once() -> Iterator[None]:
     try:
         yield
     except MegamorError as error:
-        said = _exchange(str(error), group, size)
+        said = _exchange(str(error), group)
         if said is None:
             print_error(error, rank=rank)
         elif said.index(str(error)) == rank:
             print_error(error, rank=rank if len(set(said)) > 1 else None)
         # The launcher kills all ranks when one exits, so nobody exits before the ranks that print have printed.
-        _exchange("", group, size)
+        _exchange("", group)
         raise SystemExit(EXIT_USER_ERROR) from error
 
 
-def _joined(found: list[tuple[type[MegamorError], str] | None]) -> MegamorError:
-    """One error for all: the plain message if every rank has the same, else each message with its rank."""
-    failures = {rank: failure for rank, failure in enumerate(found) if failure is not None}
-    kind, message = next(iter(failures.values()))
-    if len(failures) == len(found) and len(set(failures.values())) == 1:
-        return kind(message)
-    return kind("; ".join(f"rank {rank}: {text}" for rank, (_, text) in failures.items()))
-
-
-def _exchange(message: str, group: dist.ProcessGroup | None, world_size: int) -> list[str] | None:
+def _exchange(message: str, group: dist.ProcessGroup | None) -> list[str] | None:
     """Every rank's message; None if a rank doesn't answer within the group's timeout."""
-    if group is None:
-        return [message]
-    messages = [""] * world_size
     try:
-        dist.all_gather_object(messages, message, group=group)
+        return gather(message, group)
     except RuntimeError:
         return None
-    return messages

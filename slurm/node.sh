@@ -15,7 +15,8 @@ run_dir() {
     python -c 'import sys
 from megamor.config import load_config
 from megamor.errors import user_errors
-print(user_errors(load_config)(sys.argv[1], sys.argv[2:]).run.dir)' "$CONFIG" "$@"
+with user_errors():
+    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)' "$CONFIG" "$@"
 }
 
 check() {

@@ -20,6 +20,7 @@ import torch
 from megamor.bench.measure import Training
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.checkpoint import BackgroundSave, CheckpointManager
+from megamor.checkpoint.state import write_state
 from megamor.config import ParallelConfig, config_to_dict, load_config
 from megamor.errors import ConfigError
 from megamor.model import build_model
@@ -94,7 +95,7 @@ def train_and_save(
     if kind == "blocking":
         publish(training.number, training.backend.save)
     elif kind == "asynchronous":
-        write = partial(training.backend.copy_state().write, group=None)
+        write = partial(write_state, tensors=training.backend.copy_state())
         background.start(partial(publish, training.number, write))
     after = time.perf_counter()
     # Each window waits for the device, so that a stall has no steps in it that were only queued.

@@ -15,14 +15,9 @@ class BackgroundSave:
         self._pending: Future[Path] | None = None
 
     @property
-    def is_pending(self) -> bool:
-        """Whether a save was started and `wait` hasn't been called since."""
-        return self._pending is not None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the pending save has ended on this rank, successfully or not."""
-        return self._pending is not None and self._pending.done()
+    def is_running(self) -> bool:
+        """Whether this rank is still saving."""
+        return self._pending is not None and not self._pending.done()
 
     def start(self, save: Callable[[], Path]) -> None:
         """Run `save` in the thread. The save before must have been waited for."""

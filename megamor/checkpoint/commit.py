@@ -10,13 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megamor.checkpoint.layout import (
-    DELETING_PREFIX,
-    DRAFT_SUFFIX,
-    REPLACED_PREFIX,
-    WRITING_PREFIX,
-    draft_of,
-)
+from megamor.checkpoint.layout import DELETING_PREFIX, DRAFT_SUFFIX, REPLACED_PREFIX, WRITING_PREFIX, draft_of
 from megamor.files import sync_directory
 
 

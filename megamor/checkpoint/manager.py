@@ -69,7 +69,6 @@ class CheckpointManager:
         self.directory = directory
         self.keep = Retention(keep_last, keep_every, keep_best)
         self.ranks = ranks or Ranks.current()
-        self.last_saved_step: int | None = None
         self.on_stage = on_stage
         self._damaged: set[int] = set()
         # `best` is moved by saves, possibly in a thread, and by `record_loss`.
@@ -100,7 +99,6 @@ class CheckpointManager:
             # All ranks agreed on the failure before it was raised, so none of them is still writing to `draft`.
             self._on_first_rank("clearing away a failed save", self._clear)
             raise
-        self.last_saved_step = step
         self._expire(step)
         self.on_stage("done")
         return final
@@ -163,7 +161,7 @@ class CheckpointManager:
         self.ranks.run_on_all("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
         self.on_stage("started")
         for writer in writers:
-            self.ranks.run_on_all(f"writing {draft}", partial(_call, writer, draft))
+            self.ranks.run_on_all(f"writing {draft}", partial(writer, draft))
         self._on_first_rank(f"writing {draft}", lambda: _add_files(draft, files))
 
     def _commit(self, draft: Path, step: int) -> Path:
@@ -246,10 +244,6 @@ class CheckpointManager:
         """Result of `action` on rank 0, on every rank; a failure there is a failure everywhere."""
         result: T = self.ranks.run_on_all(what, action if self.ranks.rank == 0 else None)[0]
         return result
-
-
-def _call(writer: Writer, draft: Path) -> None:
-    writer(draft)  # the result isn't returned: `run_on_all` would send it to the other ranks
 
 
 def _is_visible(checkpoint: Path) -> bool:

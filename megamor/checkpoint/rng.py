@@ -62,14 +62,8 @@ def restore_rng(
         states = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
         if states is None or states["world_size"] != world_size:
             saved = states["world_size"] if states else "no"
-            log.log(
-                level,
-                "random states set anew from seed %d and step %d: saved by %s ranks, now %d",
-                seed,
-                step,
-                saved,
-                world_size,
-            )
+            anew = f"random states set anew from seed {seed} and step {step}"
+            log.log(level, "%s: saved by %s ranks, now %d", anew, saved, world_size)
             reseed(seed, step, rank)
             return False
         name, keys, *rest = states["numpy"]

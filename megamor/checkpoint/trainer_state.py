@@ -56,10 +56,6 @@ class TrainerState:
             content = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"can't read {path}: {error}") from error
-        return cls._from_content(content, path)
-
-    @classmethod
-    def _from_content(cls, content: Any, path: Path) -> TrainerState:
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{path} contains a {type(content).__name__} instead of an object")
         fields = dataclasses.fields(cls)

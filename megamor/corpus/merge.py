@@ -81,7 +81,7 @@ def merge_metas(
     for shard, own in zip(shards, metas, strict=True):
         foreign_source = {"name": Path(shard.prefix).name, "documents": shard.num_documents, "tokens": shard.num_tokens}
         for source in own.sources if own else [foreign_source]:
-            total = sources.setdefault(source["name"], {**source, "documents": 0, "tokens": 0})
+            total = sources.setdefault(str(source["name"]), {**source, "documents": 0, "tokens": 0})
             for count in ("documents", "tokens"):
                 total[count] += source.get(count, 0)
     return replace(merged, sources=list(sources.values()))

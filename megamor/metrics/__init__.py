@@ -3,7 +3,7 @@
 from megamor.metrics.gpus import peak_flops
 from megamor.metrics.memory import peak_memory, reset_peak_memory
 from megamor.metrics.progress import TrainingDisplay
-from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, MultiSink, TensorBoardSink, read_jsonl
+from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, TensorBoardSink, read_jsonl
 from megamor.metrics.throughput import Throughput
 from megamor.metrics.wandb_sink import WandbSink
 
@@ -11,7 +11,6 @@ __all__ = [
     "JsonlSink",
     "MetricSink",
     "Metrics",
-    "MultiSink",
     "TensorBoardSink",
     "Throughput",
     "TrainingDisplay",

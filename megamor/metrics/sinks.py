@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,28 +35,6 @@ class MetricSink(Protocol):
         """Flush and close; nothing may be logged afterwards."""
 
 
-class MultiSink:
-    """Writes to several sinks."""
-
-    def __init__(self, sinks: Sequence[MetricSink]) -> None:
-        self._sinks = tuple(sinks)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Write `metrics` of `step` to every sink."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
-
-    def rewind(self, step: int) -> None:
-        """Rewind every sink to `step`."""
-        for sink in self._sinks:
-            sink.rewind(step)
-
-    def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
-
-
 class JsonlSink:
     """One JSON object per line: `{"step": 3, "time": 1700000000.0, "train/loss": 5.2, …}`, flushed line by line.
 
@@ -76,7 +54,6 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append a line."""
         # Flushed line by line, so that a kill loses no step that was reported, at the cost of one write per step.
         record = {"step": step, "time": round(time.time(), 3), **{name: _to_json(v) for name, v in metrics.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -90,7 +67,6 @@ class JsonlSink:
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -119,7 +95,6 @@ class TensorBoardSink:
         self._writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
-        """Flush and close the event file."""
         self._writer.close()
 
 
@@ -154,9 +129,7 @@ def _drop_after(path: Path, resume_step: int | None) -> None:
         record = _parse(line) if line.endswith("\n") else None
         if record is not None and resume_step is not None and record["step"] <= resume_step:
             kept.append(line)
-    if len(kept) == len(lines):
-        return
-    log.warning(
-        "%s: %d of %d lines removed, because their steps will run again", path, len(lines) - len(kept), len(lines)
-    )
-    replace_file(path, "".join(kept))
+    removed = len(lines) - len(kept)
+    if removed:
+        log.warning("%s: %d of %d lines removed, because their steps will run again", path, removed, len(lines))
+        replace_file(path, "".join(kept))

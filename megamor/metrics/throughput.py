@@ -11,27 +11,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
+
+Clock = Callable[[], float]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Sums over all ranks in one optimizer step."""
+class _Step(NamedTuple):
+    """Sums over all ranks in one optimizer step, or in several."""
 
     seconds: float = 0.0
     tokens: int = 0
     model_flops: float = 0.0
     hardware_flops: float = 0.0
-
-    def __add__(self, other: _Step) -> _Step:
-        return _Step(
-            self.seconds + other.seconds,
-            self.tokens + other.tokens,
-            self.model_flops + other.model_flops,
-            self.hardware_flops + other.hardware_flops,
-        )
 
 
 class Throughput:
@@ -45,17 +38,12 @@ class Throughput:
     """
 
     def __init__(
-        self,
-        *,
-        peak_flops: float | None,
-        world_size: int,
-        window: int = 20,
-        clock: Callable[[], float] = time.perf_counter,
+        self, *, peak_flops: float | None, world_size: int, window: int = 20, clock: Clock = time.perf_counter
     ) -> None:
         self._total_peak = None if peak_flops is None else peak_flops * world_size
         self._clock = clock
         self._recent: deque[_Step] = deque(maxlen=window)
-        self._total = _Step()
+        self.total = _Step()  # of this launch
         self._mark = clock()
 
     def start(self) -> None:
@@ -89,19 +77,19 @@ class Throughput:
         """
         step = _Step(seconds, tokens, model_flops, hardware_flops)
         self._recent.append(step)
-        self._total += step
+        self.total = _sum([self.total, step])
 
     def metrics(self) -> dict[str, float | None]:
         """Flat metrics; None where the device's peak is unknown or no time has passed.
 
         Units: tokens/s of all devices together, seconds, FLOPs since launch, FLOP/s, fractions of peak.
         """
-        recent = sum(self._recent, start=_Step())
+        recent = _sum(self._recent)
         return {
             "throughput/tokens_per_second": _ratio(recent.tokens, recent.seconds),
-            "throughput/tokens_per_second_mean": _ratio(self._total.tokens, self._total.seconds),
+            "throughput/tokens_per_second_mean": _ratio(self.total.tokens, self.total.seconds),
             "throughput/step_seconds": _ratio(recent.seconds, len(self._recent)),
-            "throughput/executed_flops": self._total.model_flops,
+            "throughput/executed_flops": self.total.model_flops,
             "throughput/flops_per_second": _ratio(recent.model_flops, recent.seconds),
             "throughput/mfu": self._utilisation(recent.model_flops, recent.seconds),
             "throughput/hfu": self._utilisation(recent.hardware_flops, recent.seconds),
@@ -109,6 +97,10 @@ class Throughput:
 
     def _utilisation(self, flops: float, seconds: float) -> float | None:
         return None if self._total_peak is None else _ratio(flops, seconds * self._total_peak)
+
+
+def _sum(steps: Iterable[_Step]) -> _Step:
+    return _Step(*(sum(column) for column in zip(*steps, strict=True)))
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

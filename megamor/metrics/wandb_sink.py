@@ -70,5 +70,4 @@ class WandbSink:
         """Does nothing: wandb can't remove points, and shows both the old and the new ones of a step."""
 
     def close(self) -> None:
-        """Finish the run."""
         self._run.finish()

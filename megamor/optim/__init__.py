@@ -1,7 +1,6 @@
 """Optimizer, parameter groups and learning-rate schedules."""
 
-from megamor.optim.adamw import build_adamw
-from megamor.optim.groups import ParamGroup, build_param_groups
+from megamor.optim.adamw import ParamGroup, build_adamw, build_param_groups
 from megamor.optim.schedule import lr_multiplier
 
 __all__ = ["ParamGroup", "build_adamw", "build_param_groups", "lr_multiplier"]

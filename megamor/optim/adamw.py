@@ -1,14 +1,44 @@
-"""AdamW, fused where the device has the kernel."""
+"""AdamW and its parameter groups: which parameters have weight decay, and which a higher learning rate."""
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 from torch import nn
 
 from megamor.config import OptimConfig
-from megamor.optim.groups import build_param_groups
 
-FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+class ParamGroup(TypedDict):
+    """One parameter group of a torch optimizer. The backends' `set_lr` reads `lr_multiplier`."""
+
+    name: str
+    params: list[torch.nn.Parameter]
+    weight_decay: float
+    lr_multiplier: float
+
+
+def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
+    """Split the trainable parameters of `model` into groups; each unique parameter is in exactly one.
+
+    Matrices (embedding and routers included) have weight decay; vectors (norms, biases) don't. Auxiliary routers, which
+    have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1).
+    Empty groups are left out. Call it on the wrapped model, because FSDP2 replaces the parameters.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, "aux_router" in name), []).append(parameter)
+    return [
+        ParamGroup(
+            name=f"{'aux_router' if auxiliary else 'model'}_{'decay' if decays else 'no_decay'}",
+            params=parameters,
+            weight_decay=config.weight_decay if decays else 0.0,
+            lr_multiplier=config.aux_router_lr_multiplier if auxiliary else 1.0,
+        )
+        for (decays, auxiliary), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -20,5 +50,5 @@ def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=devices <= FUSED_DEVICES,
+        fused=devices <= {"cpu", "cuda"},
     )

@@ -1,7 +1,7 @@
-"""Training on one or more processes: the `Backend` protocol and its implementations (single, ddp, fsdp2, zero)."""
+"""Training on one or more processes: `Backend` for one process, and its subclasses (ddp, fsdp2, zero)."""
 
 from megamor.parallel.backend import Backend, ModelStructure
-from megamor.parallel.build import build_backend
+from megamor.parallel.build import build_backend, without_recompiling
 from megamor.parallel.mesh import World, close_world, init_world, launched_world_size, resolve_backend
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "init_world",
     "launched_world_size",
     "resolve_backend",
+    "without_recompiling",
 ]

@@ -1,16 +1,20 @@
-"""What the training loop sees of parallelism: the Backend protocol, and what it expects of a model."""
+"""What the training loop sees of parallelism: the backend for one process, from which the others inherit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from megamor.parallel.state import StateCopy
+from megamor.checkpoint.state import write_state
+from megamor.config import Config
+from megamor.parallel.mesh import World
+from megamor.parallel.state import collect_state, copy_to_host, load_state
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -33,10 +37,11 @@ class ModelStructure(Protocol):
     def compile_targets(self) -> Sequence[nn.Module]: ...
 
 
-class Backend(Protocol):
-    """A wrapped model with its optimizer. All methods except `set_lr` are collective: all ranks call them in one order.
+class Backend:
+    """A wrapped model with its optimizer: here plain PyTorch in one process, with bf16 by autocast.
 
-    Every backend averages gradients over ranks. One optimizer step is
+    All methods except `set_lr` are collective: all ranks call them in one order. Every backend averages gradients over
+    ranks. One optimizer step is
 
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
@@ -49,34 +54,61 @@ class Backend(Protocol):
     use the same parameters in a step; a rank that needs a module for no token adds zero times its output.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
     model: nn.Module
     """The module to call. Under FSDP2 and ZeRO-3 a forward pass is collective, in evaluation too."""
     module: nn.Module
     """The model as it was built, for its methods and buffers."""
 
+    def __init__(
+        self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
+    ) -> None:
+        self.rank, self.world_size, self.device = world.rank, world.size, world.device
+        self.precision = config.train.precision
+        self.module = model
+        self.model = self.wrap(model, plan, config)
+        self.optimizer = build_optimizer(model)
+        allocate_optimizer_state(self.optimizer)
+
+    def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:
+        """Move `model` to the device and, in subclasses, distribute it. The training loop calls the result."""
+        return model.to(self.device)
+
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         """Context of a forward pass: precision, and whether its backward pass will communicate."""
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every parameter group to `lr` times its `lr_multiplier`."""
+        set_group_lr(self.optimizer, lr)
 
     def backward(self, loss: Tensor, *, last_micro_batch: bool) -> None:
         """Add the gradient of `loss` (scalar) to the gradients of the step."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, max_grad_norm: float) -> Tensor:
         """Clip to `max_grad_norm`, update, clear the gradients. Returns the global norm before clipping (fp32 scalar).
 
         When that norm isn't finite, weights and moments stay bitwise as they were, on every rank.
         """
+        norm = clip_gradients(self.optimizer, max_grad_norm)
+        # The norm is of all ranks' gradients, so all ranks decide alike. A skipped step must leave every bit as it
+        # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0.
+        if norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def save(self, directory: Path) -> None:
         """Write model and optimizer to `state/` in the existing `directory`: see `megamor.checkpoint.state`."""
+        write_state(directory, self.tensors())
 
-    def copy_state(self) -> StateCopy:
-        """Copy what `save` would write to host memory; training can continue while it is written."""
+    def copy_state(self) -> dict[str, Tensor]:
+        """What `save` would write, copied to host memory: `write_state` may write it while training continues."""
+        return copy_to_host(self.tensors(), self.rank, self.world_size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by stored name, sharing memory with model and optimizer."""
+        return collect_state(self.module, self.optimizer)
 
     def load(self, directory: Path) -> None:
         """Restore what any backend's `save` wrote: bitwise at the same world size.
@@ -84,3 +116,44 @@ class Backend(Protocol):
         Raises:
             CheckpointError: the state belongs to another model, or has no optimizer state.
         """
+        load_state(directory, self.module, self.optimizer)
+
+
+def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group `lr` times its `lr_multiplier` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scale all gradients of `optimizer` so that their global norm is at most `max_norm`; return the norm before.
+
+    Parameters without a gradient get zeros first: their moments then decay as under backends that always have one.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create moments and step counts now, all zero.
+
+    So a GPU runs out of memory at the start or not at all, and a checkpoint of step 0 is like any other. Left to
+    itself, torch.distributed.checkpoint creates missing state by an optimizer step of its own, which it counts.
+    """
+    # torch creates the state in the first step. A step with gradient 0 and learning rate 0 changes no weight (weight
+    # decay is times the learning rate) and leaves the moments 0; only the counts have to be set back.
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()

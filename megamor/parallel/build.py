@@ -1,19 +1,22 @@
-"""Choose the backend of a run and wrap the model with it."""
+"""Choose the backend of a run and wrap the model with it; compilation."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from megamor.config import Config
+from megamor.errors import TrainingError
 from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure
 from megamor.parallel.ddp import DdpBackend
 from megamor.parallel.fsdp2 import Fsdp2Backend
 from megamor.parallel.mesh import World, resolve_backend
-from megamor.parallel.single import SingleBackend
 from megamor.parallel.zero import ZeroBackend
 
-BACKENDS = {"single": SingleBackend, "ddp": DdpBackend, "fsdp2": Fsdp2Backend, "deepspeed": ZeroBackend}
+BACKENDS = {"single": Backend, "ddp": DdpBackend, "fsdp2": Fsdp2Backend, "deepspeed": ZeroBackend}
 
 
 def build_backend(model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> Backend:
@@ -31,3 +34,23 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
         for target in plan.compile_targets:
             target.compile()
     return BACKENDS[resolve_backend(config.parallel, world.size)](model, plan, config, world, build_optimizer)
+
+
+@contextmanager
+def without_recompiling(step: int, settled_after: int | None) -> Iterator[None]:
+    """Refuse to compile anything inside, in `step` of a run that was to have compiled all after so many steps.
+
+    Raises:
+        TrainingError: on the rank that would have compiled; the others wait in a collective until the launcher ends
+            them.
+    """
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            yield
+    except RuntimeError as error:
+        if "fail_on_recompile" not in str(error):
+            raise
+        raise TrainingError(
+            f"step {step} needs a recompilation, and train.fail_on_recompile_after = {settled_after}: {error}\n"
+            "Raise the number if shapes change on purpose (train.ramp, warm-ups)"
+        ) from error

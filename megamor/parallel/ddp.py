@@ -10,12 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megamor.config import Config
-from megamor.parallel.backend import ModelStructure
-from megamor.parallel.mesh import autocast
-from megamor.parallel.single import SingleBackend
+from megamor.parallel.backend import Backend, ModelStructure
 
 
-class DdpBackend(SingleBackend):
+class DdpBackend(Backend):
     """`Backend` with DistributedDataParallel. All ranks start with rank 0's weights and buffers."""
 
     def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:
@@ -39,5 +37,5 @@ class DdpBackend(SingleBackend):
         # DDP decides in the forward pass whether the backward pass will communicate.
         assert isinstance(self.model, DistributedDataParallel)
         communication = nullcontext() if last_micro_batch else self.model.no_sync()
-        with communication, autocast(self.device, self.precision):
+        with communication, super().forward_context():
             yield

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megamor.config import Config
-from megamor.parallel.backend import ModelStructure
-from megamor.parallel.mesh import fsdp_policy
-from megamor.parallel.single import SingleBackend
+from megamor.parallel.backend import Backend, ModelStructure
 
 
 def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
@@ -21,7 +20,11 @@ def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: s
     With `reshard` a unit's weights are freed after its forward pass and gathered again for its backward pass.
     Parameters on the meta device stay there, sharded, until `to_empty`.
     """
-    policy = fsdp_policy(precision)
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        # bf16 gathers and compute, fp32 reduction of gradients. The units' inputs are not cast: hidden states are bf16
+        # from the embedding on, and rotary angles must stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # A gather waits for all ranks, and ranks may run different numbers of recursions. So the shared core is one unit:
     # one gather in each direction, whatever happens between. A unit for each block inside it would deadlock.
     for unit in plan.units:
@@ -31,7 +34,7 @@ def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: s
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-class Fsdp2Backend(SingleBackend):
+class Fsdp2Backend(Backend):
     """`Backend` with `fully_shard`. Every rank builds the same model and keeps its slice."""
 
     def wrap(self, model: nn.Module, plan: ModelStructure, config: Config) -> nn.Module:

@@ -10,12 +10,10 @@ FSDP2 casts the gathered weights, and DeepSpeed keeps a bf16 copy. fp16 isn't of
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
@@ -79,19 +77,6 @@ def close_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Context of a forward pass with fp32 weights: bf16 matrix products, or nothing for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def fsdp_policy(precision: str) -> MixedPrecisionPolicy:
-    """FSDP2's policy: bf16 gathers and compute with fp32 gradient reduction, or fp32 throughout."""
-    if precision == "fp32":
-        return MixedPrecisionPolicy()
-    # Inputs of the units are not cast: hidden states are bf16 from the embedding on, and rotary angles must stay fp32.
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _select_device(local_rank: int) -> torch.device:

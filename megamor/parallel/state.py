@@ -7,12 +7,10 @@ tensor a rank holds, so every backend reads what any of them wrote, at any numbe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, write_state
+from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state
 from megamor.parallel.slices import Slices
 
 # One key for each tensor, `state.<parameter>.<moment>`, instead of nested dictionaries and lists of groups: keys that
@@ -61,41 +59,30 @@ def _named(weights: Mapping[str, Any], optimizer_state: Mapping[str, Any]) -> di
     }
 
 
-@dataclass(frozen=True)
-class StateCopy:
-    """A copy of a backend's state in host memory. Training can continue while it is written."""
+def copy_to_host(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    """Copies in host memory of what this rank has to write of `tensors`. Training can continue while they are written.
 
-    tensors: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> StateCopy:
-        """Copy what this rank has to write of `tensors`."""
-        copies: dict[str, Tensor] = {}
-        load = [0] * world_size
-        for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-                # A rank whose slice of a short tensor is empty has nothing to write.
-                boxes = [(tuple(chunk.offsets), _to_host(tensor.to_local()))] if chunk.sizes.numel() else []
-                copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
-            elif isinstance(tensor, Slices):
-                boxes = [(offsets, _to_host(values)) for offsets, values in tensor.boxes]
-                copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
-            else:
-                # Every rank holds this tensor whole (DDP). One of them copies and writes it, the one with the least
-                # to write so far, so that neither host memory nor time is spent world_size times.
-                owner = load.index(min(load))
-                load[owner] += tensor.numel()
-                if owner == rank:
-                    copies[name] = _to_host(tensor)
-        return cls(copies)
-
-    def write(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
-        """Write what `Backend.save` writes, from any thread.
-
-        Collective over `group`, which must not be in use by another thread: the order of its collectives would mix.
-        """
-        write_state(checkpoint, self.tensors, group)
+    `write_state` may write them in any thread, over a group that no other thread is using.
+    """
+    copies: dict[str, Tensor] = {}
+    load = [0] * world_size
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+            # A rank whose slice of a short tensor is empty has nothing to write.
+            boxes = [(tuple(chunk.offsets), _to_host(tensor.to_local()))] if chunk.sizes.numel() else []
+            copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
+        elif isinstance(tensor, Slices):
+            boxes = [(offsets, _to_host(values)) for offsets, values in tensor.boxes]
+            copies[name] = Slices(tensor.shape, tensor.dtype, boxes)
+        else:
+            # Every rank holds this tensor whole (DDP). One of them copies and writes it, the one with the least to
+            # write so far, so that neither host memory nor time is spent world_size times.
+            owner = load.index(min(load))
+            load[owner] += tensor.numel()
+            if owner == rank:
+                copies[name] = _to_host(tensor)
+    return copies
 
 
 def _to_host(tensor: Tensor) -> Tensor:

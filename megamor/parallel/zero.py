@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state
 from megamor.config import Config
-from megamor.parallel.backend import BuildOptimizer, ModelStructure
+from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure, allocate_optimizer_state, clip_gradients
 from megamor.parallel.mesh import World
-from megamor.parallel.single import SingleBackend, allocate_optimizer_state, clip_gradients
 from megamor.parallel.slices import Slices, boxes_of_range
 
 # Stage 3 keeps parameters with fewer elements than this whole on every rank: gathering a norm costs more than the
@@ -35,7 +34,7 @@ PERSIST_BELOW = 10_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroBackend(SingleBackend):
+class ZeroBackend(Backend):
     """`Backend` with a DeepSpeed engine. In bf16 the model is bf16 with fp32 master weights (stage 0: autocast).
 
     Gradients are reduced in fp32. From stage 2 on every micro-batch reduces them, so that no rank holds the gradient of

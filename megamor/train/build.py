@@ -19,7 +19,6 @@ from megamor.errors import ConfigError
 from megamor.metrics import (
     JsonlSink,
     MetricSink,
-    MultiSink,
     TensorBoardSink,
     Throughput,
     TrainingDisplay,
@@ -83,6 +82,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
     )
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    throughput = Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size)
     return Trainer(
         config=config,
         derived=derived,
@@ -94,8 +94,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
         progress=progress,
         saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sink=run_on_all_ranks(lambda: build_sink(config, world, progress, restored is not None)),
-        throughput=Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size),
+        sinks=run_on_all_ranks(lambda: build_sinks(config, world, progress, restored is not None)),
+        throughput=throughput,
         display=TrainingDisplay(
             config.run.name,
             derived.total_steps,
@@ -107,7 +107,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        summary=LaunchSummary(config),
+        summary=LaunchSummary(config, throughput),
     )
 
 
@@ -150,10 +150,10 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def build_sink(config: Config, world: World, progress: RunProgress, resumed: bool) -> MetricSink:
+def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bool) -> list[MetricSink]:
     """The first rank's sinks; other ranks write nothing. Puts the tracker's run id into `progress.run_ids`."""
     if not world.is_main:
-        return MultiSink([])
+        return []
     directory = run_directory(config)
     resume_step = progress.step if resumed else None
     try:
@@ -173,7 +173,7 @@ def build_sink(config: Config, world: World, progress: RunProgress, resumed: boo
         )
         progress.run_ids["wandb"] = wandb.run_id
         sinks.append(wandb)
-    return MultiSink(sinks)
+    return sinks
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:

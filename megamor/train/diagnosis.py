@@ -47,16 +47,10 @@ class Diagnosis:
 
     def __init__(self, config: Config, router: nn.Module | None, device: torch.device) -> None:
         self.config = config.diagnosis
-        self.actions: dict[str, Alarm] = {
-            "dead_router": self.config.dead_router,
-            "pinned_depth": self.config.pinned_depth,
-            "unigram_plateau": self.config.unigram_plateau,
-            "exploding_norm": self.config.exploding_norm,
-        }
+        self.actions: dict[str, Alarm] = {alarm: getattr(self.config, alarm) for alarm in ADVICE}
         self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
-        self.gradient = (
-            ScoreGradient(router, device) if self.actions["dead_router"] != "off" and router is not None else None
-        )
+        watched = router if self.actions["dead_router"] != "off" else None
+        self.gradient = None if watched is None else ScoreGradient(watched, device)
         self.tokens = TokenCounts(config.model.vocab_size) if self.actions["unigram_plateau"] != "off" else None
         self.in_a_row = dict.fromkeys(ADVICE, 0)
         self.warnings: list[str] = []
@@ -73,7 +67,8 @@ class Diagnosis:
         grad_norm = summary.grad_norm
         if not math.isfinite(grad_norm):
             return []
-        self._note("dead_router", step, self._dead(summary), f"gradient 0 in {self.config.steps} steps")
+        dead = self.gradient is not None and summary.score_gradient == 0.0
+        self._note("dead_router", step, dead, f"gradient 0 in {self.config.steps} steps")
         pinned = self._pinned(summary)
         self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
@@ -90,9 +85,6 @@ class Diagnosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
-
-    def _dead(self, summary: StepSummary) -> bool:
-        return self.gradient is not None and summary.score_gradient == 0.0
 
     def _pinned(self, summary: StepSummary) -> int | None:
         """The depth that nearly all tokens take, if there is one and the router was free to choose another."""
@@ -139,9 +131,7 @@ class ScoreGradient:
         self.watches = False
         for module in router.modules():
             # Leaf modules with parameters: the layers that compute the scores.
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)) and not [
-                *module.children()
-            ]:
+            if not [*module.children()] and any(parameter.requires_grad for parameter in module.parameters()):
                 module.register_forward_hook(self._on_output)
                 self.watches = True
 

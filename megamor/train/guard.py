@@ -48,11 +48,6 @@ class Guard:
         """
         return self.config.skip_non_finite or self.config.spike_threshold is not None
 
-    @property
-    def rollbacks(self) -> int:
-        """How often the run went back."""
-        return len(self.left_out)
-
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """What to do about step number `step`.
 
@@ -78,9 +73,9 @@ class Guard:
         Raises:
             TrainingError: there have been `guard.max_rollbacks` already.
         """
-        if self.rollbacks >= self.config.max_rollbacks:
+        if len(self.left_out) >= self.config.max_rollbacks:
             raise TrainingError(
-                f"the loss spikes at step {step} after {self.rollbacks} rollbacks (guard.max_rollbacks): "
+                f"the loss spikes at step {step} after {len(self.left_out)} rollbacks (guard.max_rollbacks): "
                 "lower optim.lr, or look at the data of these steps"
             )
         self.left_out.append(samples)
@@ -92,7 +87,7 @@ class Guard:
         if self.config.skip_non_finite:
             counts["guard/skipped_steps"] = self.skipped
         if self.config.spike_threshold is not None:
-            counts["guard/rollbacks"] = self.rollbacks
+            counts["guard/rollbacks"] = len(self.left_out)
         return counts
 
     def state_dict(self) -> dict[str, Any]:

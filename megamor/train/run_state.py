@@ -22,6 +22,7 @@ from megamor.checkpoint import (
     write_rng,
 )
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.state import write_state
 from megamor.config import Config, config_to_yaml
 from megamor.data.loader import TrainingLoader
 from megamor.errors import MegamorError
@@ -104,14 +105,14 @@ class RunCheckpoints:
         if not self.config.checkpoint.asynchronous:
             return self.manager.save(progress.step, [self.backend.save, rng], files)
         # The thread uses the manager's own gloo group, so its collectives can't mix with those of training.
-        write = partial(self.backend.copy_state().write, group=self.manager.ranks.group)
+        write = partial(write_state, tensors=self.backend.copy_state(), group=self.manager.ranks.group)
         self.background.start(partial(self.manager.save, progress.step, [write, rng], files))
         return None
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank is still writing a checkpoint in the background."""
-        return self.background.is_pending and not self.background.is_done
+        return self.background.is_running
 
     def wait(self) -> Path | None:
         """Wait for the checkpoint that is being written; None if there is none. Collective.
@@ -130,8 +131,7 @@ class RunCheckpoints:
 
     def record_loss(self, step: int, loss: float) -> None:
         """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
-        record = partial(self.manager.record_loss, step, loss) if self.backend.rank == 0 else _nothing
-        run_on_all_ranks(record)
+        run_on_all_ranks(lambda: self.manager.record_loss(step, loss) if self.backend.rank == 0 else None)
 
     def restore(self, at_most: int | None = None) -> RunProgress | None:
         """Restore the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
@@ -166,10 +166,6 @@ class RunCheckpoints:
             if name in self.components:
                 self.components[name].load_state_dict(saved)
         return state
-
-
-def _nothing() -> None:
-    """The action of all ranks but the first."""
 
 
 def checkpoint_files(config: Config) -> dict[str, str | bytes]:

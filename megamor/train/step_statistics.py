@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamor.config.batches import BatchShape
+from megamor.data.loader import MicroBatch
 from megamor.model import ModelOutput
 
 DEAD_SHARE = 1e-3
@@ -80,6 +82,24 @@ class PendingSummary:
             pairs=float(found["pairs"]) if "pairs" in found else None,
             grad_norm=float(found["grad_norm"]),
         )
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
+
+    `number` counts steps from 1; `seconds` is the time of its turn of the loop.
+    """
+
+    number: int
+    shape: BatchShape
+    micro_batches: list[MicroBatch]
+    lr: float
+    tokens_seen: int
+    epochs: dict[str, float]
+    data_wait: float
+    seconds: float
+    figures: PendingSummary
 
 
 class StepStatistics:

@@ -9,7 +9,8 @@ from pathlib import Path
 from megamor.checkpoint.layout import LATEST, step_name
 from megamor.config import Config
 from megamor.config.batches import BatchShape
-from megamor.model.flops import Flops, executed_flops
+from megamor.metrics import Throughput
+from megamor.model.flops import executed_flops
 from megamor.progress import format_count, format_duration
 from megamor.train.run_state import RunProgress
 from megamor.train.step_statistics import StepSummary
@@ -18,24 +19,26 @@ from megamor.train.validation import ValidationLosses
 
 @dataclass
 class LaunchSummary:
-    """Sums over the steps of this launch. Seconds leave out evaluation and saving; FLOPs are those of training."""
+    """The steps of this launch, beside the sums in `throughput`."""
 
     config: Config
+    throughput: Throughput
     steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
     full_depth_flops: float = 0.0
     loss: float | None = None
     mean_depth: float | None = None
     validation: ValidationLosses | None = None
 
-    def add(self, step: StepSummary, shape: BatchShape, seconds: float, flops: Flops) -> None:
-        """Count a step that executed `flops`."""
+    def add(self, step: StepSummary, shape: BatchShape, seconds: float) -> None:
+        """Count a step here and in `throughput`."""
+        flops = executed_flops(self.config, shape.global_batch_size, step.work, shape.seq_len, step.pairs)
+        self.throughput.add(
+            seconds=seconds,
+            tokens=shape.tokens,
+            model_flops=flops.training,
+            hardware_flops=flops.training + flops.recomputed(self.config.train),
+        )
         self.steps += 1
-        self.tokens += shape.tokens
-        self.seconds += seconds
-        self.flops += flops.training
         self.loss, self.mean_depth = step.loss, step.mean_depth
         # The same model without a router, every token through every recursion.
         pairs = shape.tokens * (shape.seq_len + 1) / 2 if step.pairs is None else step.pairs
@@ -47,9 +50,10 @@ class LaunchSummary:
         """Lines to print at the end of a launch that wasn't interrupted; `checkpoints` holds those of the run."""
         if not self.steps:
             return self._next_commands(checkpoints)
-        speed = f", {format_count(self.tokens / self.seconds)} tokens/s" if self.seconds else ""
+        total = self.throughput.total
+        speed = f", {format_count(total.tokens / total.seconds)} tokens/s" if total.seconds else ""
         lines = {
-            "trained": f"{self.steps:,} steps, {self.tokens:,} tokens in {format_duration(self.seconds)}{speed}",
+            "trained": f"{self.steps:,} steps, {total.tokens:,} tokens in {format_duration(total.seconds)}{speed}",
             "train loss": f"{self.loss:.4f} nats/token at step {progress.step}",
         }
         if self.validation is not None:
@@ -57,11 +61,11 @@ class LaunchSummary:
                 shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
                 lines[f"validation loss, {name}"] = f"{shown} nats/token"
         if self.mean_depth is not None:
-            saved = 1 - self.flops / self.full_depth_flops
+            saved = 1 - total.model_flops / self.full_depth_flops
             lines["depth"] = f"{self.mean_depth:.2f} of {self.config.recursion.num_recursions} recursions per token"
-            lines["compute"] = f"{self.flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
+            lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:
-            lines["compute"] = f"{self.flops:.3e} FLOPs executed"
+            lines["compute"] = f"{total.model_flops:.3e} FLOPs executed"
         lines["checkpoint"] = str(checkpoints / step_name(progress.step))
         width = max(map(len, lines))
         told = [f"  {name:<{width}}  {text}" for name, text in lines.items()]

@@ -16,7 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,21 +24,19 @@ import torch
 from torch import Tensor
 
 from megamor.config import Config
-from megamor.config.batches import BatchShape
 from megamor.config.derive import Derived
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
-from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
 from megamor.optim import lr_multiplier
-from megamor.parallel import Backend
+from megamor.parallel import Backend, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard, Verdict
 from megamor.train.run_state import RunCheckpoints, RunProgress
-from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary
+from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary, UnreadStep
 from megamor.train.stop import Stopped, StopRequest
 from megamor.train.summary import LaunchSummary
 from megamor.train.validation import validation_losses
@@ -55,24 +53,6 @@ class StepBatch:
     labels: int
 
 
-@dataclass(frozen=True)
-class UnreadStep:
-    """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
-
-    `number` counts steps from 1; `seconds` is the time of its turn of the loop.
-    """
-
-    number: int
-    shape: BatchShape
-    micro_batches: list[MicroBatch]
-    lr: float
-    tokens_seen: int
-    epochs: dict[str, float]
-    data_wait: float
-    seconds: float
-    figures: PendingSummary
-
-
 @dataclass
 class Trainer:
     """Everything a run needs, put together by `build_trainer`."""
@@ -85,7 +65,7 @@ class Trainer:
     validation: Mapping[str, ValidationSet]
     checkpoints: RunCheckpoints
     progress: RunProgress
-    sink: MetricSink
+    sinks: list[MetricSink]
     throughput: Throughput
     display: TrainingDisplay
     stop: StopRequest
@@ -188,7 +168,9 @@ class Trainer:
         number = self.progress.step + 1
         shape = self.derived.batches.at(self.progress.step)
         lr = self.config.optim.lr * lr_multiplier(self.progress.step, self.config.optim, self.derived.total_steps)
-        with self.without_recompiling():
+        settled_after = self.config.train.fail_on_recompile_after
+        settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
+        with without_recompiling(number, settled_after) if settled else nullcontext():
             figures = self.run_micro_batches(batch, lr)
         if not self.guard.decides and self.model.stage is not None:
             # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
@@ -280,15 +262,7 @@ class Trainer:
 
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        shape = step.shape
-        flops = executed_flops(self.config, shape.global_batch_size, summary.work, shape.seq_len, summary.pairs)
-        self.throughput.add(
-            seconds=step.seconds,
-            tokens=shape.tokens,
-            model_flops=flops.training,
-            hardware_flops=flops.training + flops.recomputed(self.config.train),
-        )
-        self.summary.add(summary, shape, step.seconds, flops)
+        self.summary.add(summary, step.shape, step.seconds)
         if step.number % self.config.metrics.log_every and step.number != self.derived.total_steps:
             return
         metrics: dict[str, float | int | None] = {
@@ -310,7 +284,8 @@ class Trainer:
     def write_metrics(self, step: int, metrics: Metrics) -> None:
         """Write figures of `step`. A failure is raised by the next vote, on every rank."""
         try:
-            self.sink.log(step, metrics)
+            for sink in self.sinks:
+                sink.log(step, metrics)
         except OSError as error:
             self.unwritten = self.unwritten or TrainingError(
                 f"can't write the metrics of step {step}: {error}; free space under run.dir and rerun the same command "
@@ -338,10 +313,15 @@ class Trainer:
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
-        run_on_all_ranks(lambda: self.sink.rewind(restored.step))
+        run_on_all_ranks(self.rewind_metrics)
         self.announce(
             f"step {spiked_at}: the loss spikes; back to the weights of step {restored.step}, with the data that follow"
         )
+
+    def rewind_metrics(self) -> None:
+        """Remove metrics of steps that will run again, where a sink can."""
+        for sink in self.sinks:
+            sink.rewind(self.progress.step)
 
     def last_step(self) -> int:
         """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
@@ -368,29 +348,6 @@ class Trainer:
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to this rank's device without waiting."""
         return tensor.to(self.backend.device, non_blocking=True)
-
-    @contextmanager
-    def without_recompiling(self) -> Iterator[None]:
-        """Refuse to compile anything inside, once the first `train.fail_on_recompile_after` steps of a launch are done.
-
-        Raises:
-            TrainingError: on the rank that would have compiled; the others wait in a collective until the launcher
-                ends them.
-        """
-        settled_after = self.config.train.fail_on_recompile_after
-        if settled_after is None or self.summary.steps + len(self.unread) < settled_after:
-            yield
-            return
-        try:
-            with torch.compiler.set_stance("fail_on_recompile"):
-                yield
-        except RuntimeError as error:
-            if "fail_on_recompile" not in str(error):
-                raise
-            raise TrainingError(
-                f"step {self.progress.step + 1} needs a recompilation, and train.fail_on_recompile_after = "
-                f"{settled_after}: {error}\nRaise the number if shapes change on purpose (train.ramp, warm-ups)"
-            ) from error
 
     def save(self, *, finish: bool) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, only start to, unless told to `finish` it."""
@@ -442,12 +399,7 @@ class Trainer:
         if self.saved_step != self.progress.step:
             self.save(finish=True)
         self.report_saved(self.checkpoints.wait())
-        run_on_all_ranks(self.check_written)  # no further vote will tell
-
-    def check_written(self) -> None:
-        """Raises TrainingError if metrics couldn't be written here."""
-        if self.unwritten is not None:
-            raise self.unwritten
+        raise_on_all_ranks(self.unwritten)  # no further vote will tell
 
     def announce(self, text: str) -> None:
         """Print a line, once, even where progress isn't shown."""
@@ -474,6 +426,7 @@ class Trainer:
             self.loader.close()
             self.checkpoints.close()
             try:
-                self.sink.close()
+                for sink in self.sinks:
+                    sink.close()
             except OSError as error:
                 log.error("the last metrics are lost: %s", error)

@@ -108,17 +108,15 @@ class Watchdog:
         return [text for _, text in sorted(notes, reverse=True)]
 
 
-def write_flight_recorder(path: Path) -> bool:
-    """Write NCCL's recent collectives as `torch.distributed.flight_recorder.fr_trace` reads them; False without NCCL.
+def write_flight_recorder(path: Path) -> None:
+    """Write NCCL's recent collectives, if it is used, as `torch.distributed.flight_recorder.fr_trace` reads them.
 
     Torch remembers the last TORCH_FR_BUFFER_SIZE collectives; with 0, its default, there is nothing to write.
     """
     import torch
     import torch.distributed as dist
 
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
-        return False
-    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # only in builds with NCCL
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # only with NCCL
 
-    path.write_bytes(_dump_nccl_trace())
-    return True
+        path.write_bytes(_dump_nccl_trace())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamor.checkpoint.state import write_state
 from megamor.config import Config
 from megamor.parallel import zero
 from megamor.parallel.slices import Slices, boxes_of_range
-from megamor.parallel.state import StateCopy
+from megamor.parallel.state import copy_to_host
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import LOSS_FREE, digest, preload_deepspeed, run_and_save, save, start, stored_tensors, tiny
 
@@ -44,7 +45,7 @@ def copy(config: Config, source: Path, target: Path, aside: bool) -> None:
     for parameter in backend.module.parameters():
         parameter.detach().zero_()
     target.mkdir(exist_ok=True)
-    state.write(target, None)
+    write_state(target, state)
 
 
 @pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"))
@@ -88,7 +89,7 @@ def test_a_copy_takes_each_replicated_tensor_once_and_keeps_its_values() -> None
     tensors = {"a": torch.ones(8), "b": torch.ones(5), "c": torch.ones(4)}
     boxes = [((1, 0), torch.ones(2, 3))]
     tensors["d"] = Slices((4, 3), torch.float32, boxes)
-    copies = [StateCopy.of(tensors, rank, 2).tensors for rank in range(2)]
+    copies = [copy_to_host(tensors, rank, 2) for rank in range(2)]
     assert [sorted(copy) for copy in copies] == [["a", "d"], ["b", "c", "d"]]
     for tensor in (*list(tensors.values())[:3], boxes[0][1]):
         tensor.zero_()

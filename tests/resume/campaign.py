@@ -26,10 +26,11 @@ from typing import Any
 
 from megamor.checkpoint import find_damage
 from megamor.checkpoint.layout import LATEST, latest_step
+from megamor.checkpoint.state import write_state
 from megamor.config import CheckpointConfig, Config, ParallelConfig
 from megamor.metrics import read_jsonl
-from megamor.parallel import init_world
-from megamor.train import build_trainer
+from megamor.parallel import backend, init_world
+from megamor.train import build_trainer, run_state
 from tests.distributed.harness import start_ranks
 from tests.distributed.runs import preload_deepspeed
 from tests.resume.runs import directory_of, fit, named, repeatable, tiny_run, until
@@ -183,29 +184,17 @@ def _fit_until_killed(config: Config, kill: Kill) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.checkpoints.manager.on_stage = die_at
-        _tell_when_state_is_written(trainer.backend, die_at)
+        _tell_when_state_is_written(die_at)
     trainer.fit()
 
 
-def _tell_when_state_is_written(backend: Any, tell: Any) -> None:
-    save, copy_state = backend.save, backend.copy_state
-
-    def save_and_tell(directory: Path) -> None:
-        save(directory)
+def _tell_when_state_is_written(tell: Any) -> None:
+    def write_and_tell(*arguments: Any, **settings: Any) -> None:
+        write_state(*arguments, **settings)
         tell("state")
 
-    def copy_and_tell() -> Any:
-        state = copy_state()
-
-        class Told:
-            @staticmethod
-            def write(directory: Path, group: Any) -> None:
-                state.write(directory, group)
-                tell("state")
-
-        return Told
-
-    backend.save, backend.copy_state = save_and_tell, copy_and_tell
+    for writer in (backend, run_state):
+        writer.write_state = write_and_tell  # type: ignore[attr-defined]
 
 
 def at_every_stage(world_size: int, random_: random.Random) -> list[Kill]:

@@ -25,7 +25,6 @@ NOT_SAVED = {
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",
-    ("CheckpointManager", "last_saved_step"): "what this launch last saved",
     ("Throughput", "*"): "speed of this launch",
     ("TrainingDisplay", "*"): "display",
     ("Watchdog", "*"): "last heartbeat of this launch",

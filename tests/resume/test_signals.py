@@ -120,7 +120,7 @@ MOMENTS: dict[str, tuple[Spoil, int, int]] = {
     "a periodic save's publishing": (raised_within("checkpoints.manager", "_expire", 1), 0, 3),
     "the evaluation after step 4": (raised_within("", "stop_between_batches", 3), 1, 4),
     "the backward pass": (raised_within("backend", "backward", 5), 1, 3),
-    "the metrics": (raised_within("sink", "log", 2), 0, 3),
+    "the metrics": (raised_within("", "write_metrics", 2), 0, 3),
 }
 
 

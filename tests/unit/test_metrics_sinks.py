@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megamor.errors import ConfigError
-from megamor.metrics import JsonlSink, MultiSink, TensorBoardSink, WandbSink, read_jsonl
+from megamor.metrics import JsonlSink, TensorBoardSink, WandbSink, read_jsonl
 
 
 def write_steps(path: Path, steps: range, resume_step: int | None, loss: float = 1.0) -> None:
@@ -93,7 +93,7 @@ def scalars(directory: Path) -> list[tuple[int, float]]:
 
 def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     for resume_step, steps, loss in ((None, range(1, 6), 1.0), (3, range(4, 6), 2.0)):
-        sink = MultiSink([TensorBoardSink(tmp_path, resume_step=resume_step)])
+        sink = TensorBoardSink(tmp_path, resume_step=resume_step)
         for step in steps:
             sink.log(step, {"train/loss": loss, "throughput/mfu": None})
         sink.close()

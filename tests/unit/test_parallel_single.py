@@ -10,7 +10,7 @@ from megamor.config import OptimConfig, ParallelConfig
 from megamor.errors import ConfigError
 from megamor.optim import build_adamw
 from megamor.parallel import close_world, init_world
-from megamor.parallel.single import allocate_optimizer_state, clip_gradients, set_group_lr
+from megamor.parallel.backend import allocate_optimizer_state, clip_gradients, set_group_lr
 
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.2, aux_router_lr_multiplier=5.0)
 
