@@ -37,7 +37,7 @@ class CombinationTable:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-        """Note the outcome of a test of a combination."""
+        """Record the outcome if the test covers a combination."""
         report = yield
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if report.when == "call" and {"router", "kv_policy"} <= parameters.keys():

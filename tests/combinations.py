@@ -1,7 +1,7 @@
 """Every router × KV policy × sharing as a tiny model, for tests that must hold for all of them.
 
-A router of your own joins them as "custom" when MEGAMOR_ROUTER names its class as `module:Class`, with
-MEGAMOR_ROUTER_OPTIONS as a JSON object (docs/routers.md).
+MEGAMOR_ROUTER=module:Class adds your own router as "custom"; MEGAMOR_ROUTER_OPTIONS gives its options as a JSON object
+(docs/routers.md).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def vanilla_config(num_layers: int = 8) -> Config:
 
 
 def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
-    """A model whose weights are large enough that every component matters and a fault shows; fp64 by default."""
+    """A model with weights so large that an error in any component changes the output; fp64 by default."""
     model = build_model(config, seed=seed).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

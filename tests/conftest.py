@@ -1,6 +1,7 @@
-"""Tests don't quietly disappear: every skip must have one of the reasons below, which depend on the machine alone.
+"""Pytest options of this suite, and a guard against tests that disappear: a skip needs one of the reasons below.
 
-A skip for another reason, or for one of these where the machine has what is asked for, fails the run.
+The reasons depend on the machine alone. A test that is skipped for any other reason fails, and so does one that is
+skipped for something that this machine has.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ pytest_plugins = ["pytester"]
 FIXTURES = Path(os.environ.get("MEGAMOR_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 HAS_REFERENCE_CASES = (FIXTURES / "meta.json").exists()
 
-# Reason (a part of it) and whether this machine is allowed to give it.
+# Substring of the reason, and whether it can be true on this machine.
 ALLOWED: tuple[tuple[str, bool], ...] = (
     ("MEGAMOR_FIXTURES", not HAS_REFERENCE_CASES),
     ("got empty parameter set", not HAS_REFERENCE_CASES),
@@ -36,13 +37,13 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where to write what has been tested: combinations of router, KV policy and sharing; promises of reliability."""
+    """Add the options that write which combinations and which reliability promises were tested."""
     parser.addoption("--combinations", type=Path, metavar="FILE", help="write the table of tested combinations")
     parser.addoption("--reliability", type=Path, metavar="FILE", help="update the outcomes of promises' tests (JSON)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect outcomes if a table is wanted."""
+    """Register the plugins that collect outcomes, if their option is given."""
     if config.getoption("--combinations"):
         config.pluginmanager.register(CombinationTable(config.getoption("--combinations")))
     if config.getoption("--reliability"):
@@ -50,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse marks that name no promise, whether or not a table is wanted."""
+    """Refuse marks that name no known promise, even if no table is written."""
     for item in items:
         promises_of(item)
 
@@ -64,7 +65,7 @@ def is_allowed(reason: str) -> bool:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Turn a skip that isn't allowed into a failure."""
+    """Turn a skip for a reason that isn't allowed into a failure."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -1,4 +1,4 @@
-"""How many bytes of tensors a step has alive at once: exact, where a process's resident set is not."""
+"""The peak number of bytes in live tensors during a step; exact, unlike the resident memory of the process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages of all results of operations, and of the tensors that exist already.
+    """Tracks the storages of all results of operations, and of the tensors that exist already.
 
-    Storages are asked for their size again after each operation: FSDP frees what it has gathered by resizing it.
+    Sizes are read again after each operation, because FSDP frees gathered weights by resizing their storage.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -33,14 +33,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.storages[key] = weakref.ref(storage, lambda _: self.storages.pop(key, None))
 
     def measure(self) -> None:
-        """Bring the peak up to date."""
+        """Update the peak."""
         alive = (reference() for reference in list(self.storages.values()))
         self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_iter((out, args)):
-            if isinstance(value, Tensor) and not isinstance(value, DTensor):  # its local tensor is seen separately
+            if isinstance(value, Tensor) and not isinstance(value, DTensor):  # its local tensor is tracked separately
                 self.note(value)
         self.measure()
         return out

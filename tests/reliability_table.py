@@ -1,7 +1,7 @@
-"""The promises of reliability and what came of their tests: `@pytest.mark.promise("R1", "R9", backend="fsdp2")`.
+"""The reliability promises and the outcomes of their tests: `@pytest.mark.promise("R1", "R9", backend="fsdp2")`.
 
-With `--reliability FILE` the outcomes of the marked tests that ran are written into FILE (JSON); those of other tests
-in it stay as they are. megamor/bench/tables.py makes the table of docs/reliability.md from it.
+`--reliability FILE` writes the outcomes of the marked tests that ran into FILE (JSON) and leaves those of other tests
+in it unchanged. megamor/bench/tables.py makes the table of docs/reliability.md from it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ PROMISES: dict[str, str] = {
     "R16": "bad input is one clear error, a status other than 0, and nothing half-written",
     "R17": "tests don't disappear quietly",
 }
-"""By number; what is tested under each is in the test's own words."""
+"""Promise by number. The marked tests say what is checked."""
 
 
 def promises_of(item: pytest.Item) -> list[tuple[str, str]]:
-    """(Promise, backend) pairs that a collected test proves; the backend is "" where none matters.
+    """(Promise, backend) pairs that a collected test covers; the backend is "" if it doesn't matter.
 
     Raises:
         pytest.UsageError: a mark names no promise, an unknown one, or has other arguments.
@@ -60,8 +60,7 @@ def promises_of(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def backend_of(item: pytest.Item) -> str:
-    """The backend in a test's parameters: `config`, `parallel`, or `backend` and `stage`; DeepSpeed's stages are zero0
-    to zero3."""
+    """The backend in a test's parameters: `config`, `parallel`, or `backend` and `stage`; DeepSpeed: zero0 to zero3."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     backend, stage = parameters.get("backend", ""), parameters.get("stage")
     parallel = getattr(parameters.get("config"), "parallel", parameters.get("parallel"))
@@ -74,7 +73,7 @@ def backend_of(item: pytest.Item) -> str:
 
 
 class ReliabilityTable:
-    """A pytest plugin that notes the outcomes of marked tests and writes them when the session ends."""
+    """A pytest plugin that records the outcomes of marked tests and writes them when the session ends."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.root = path, root
@@ -84,7 +83,7 @@ class ReliabilityTable:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Count a test when it has been called, or where its setup or teardown ended it."""
+        """Count the outcome of a test's call, or of the setup or teardown that failed or skipped it."""
         report = yield
         if report.when == "call" or not report.passed:
             name = item.nodeid.partition("[")[0]
@@ -93,15 +92,12 @@ class ReliabilityTable:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        """Put what was seen into the file, and drop tests that are no more."""
+        """Update the file with the recorded outcomes, and drop tests that no longer exist."""
         known: dict[str, Any] = {}
         if self.path.exists():
             written = json.loads(self.path.read_text(encoding="utf-8"))["tests"]
             known = {node: test for node, test in written.items() if self.is_there(node)}
-        origin = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "revision": code_revision(),
-        }
+        origin = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "revision": code_revision()}
         for name, by_promise in self.outcomes.items():
             known[name] = {
                 **origin,
@@ -114,6 +110,6 @@ class ReliabilityTable:
         self.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def is_there(self, node: str) -> bool:
-        """Whether a file still has the test function of a node id."""
+        """Whether the test function of a node id still exists."""
         file, _, name = node.partition("::")
         return (self.root / file).exists() and f"def {name.rpartition('::')[2]}(" in (self.root / file).read_text()

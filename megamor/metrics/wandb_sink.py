@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megamor.config import Config, config_to_dict
 from megamor.errors import ConfigError
 from megamor.metrics.sinks import Metrics
 
@@ -18,37 +18,28 @@ class WandbSink:
     twice appear twice (unlike in `metrics.jsonl`).
 
     Args:
+        config: the resolved configuration, which is shown with the run.
+        directory: the run's; it exists.
         run_id: the run to continue, from the checkpoint; None starts a new one.
-        config: the resolved configuration, to show with the run.
 
     Raises:
         ConfigError: wandb is not installed, or can't start (not logged in, no network).
     """
 
-    def __init__(
-        self,
-        *,
-        project: str,
-        name: str,
-        directory: Path,
-        mode: Literal["online", "offline"] = "online",
-        run_id: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, config: Config, directory: Path, run_id: str | None = None) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ConfigError("metrics.wandb is on, but wandb is not installed: pip install wandb") from error
-        directory.mkdir(parents=True, exist_ok=True)
         try:
             self._run: Any = wandb.init(
-                project=project,
-                name=name,
+                project=config.metrics.wandb_project,
+                name=config.run.name,
                 dir=str(directory),
-                mode=mode,
+                mode=config.metrics.wandb_mode,
                 id=run_id,
                 resume="allow" if run_id else None,
-                config=dict(config or {}),
+                config=config_to_dict(config),
                 settings=wandb.Settings(console="off"),  # its capture of stdout breaks the progress display
             )
         except (wandb.errors.Error, OSError) as error:

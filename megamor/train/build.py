@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megamor.checkpoint import CheckpointManager, reseed
 from megamor.checkpoint.layout import CHECKPOINTS_DIR
-from megamor.config import Config, config_to_dict
+from megamor.config import Config
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
 from megamor.data.dataset import TrainingData
@@ -163,14 +163,7 @@ def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bo
     if config.metrics.tensorboard:
         sinks.append(TensorBoardSink(directory / "tensorboard", resume_step=resume_step))
     if config.metrics.wandb:
-        wandb = WandbSink(
-            project=config.metrics.wandb_project,
-            name=config.run.name,
-            directory=directory,
-            mode=config.metrics.wandb_mode,
-            run_id=progress.run_ids.get("wandb"),
-            config=config_to_dict(config),
-        )
+        wandb = WandbSink(config, directory, progress.run_ids.get("wandb"))
         progress.run_ids["wandb"] = wandb.run_id
         sinks.append(wandb)
     return sinks

@@ -1,7 +1,7 @@
 """No logit depends on a later token: for every router × KV policy × sharing, with and without document masks.
 
-Routers that are causal in training are tested under the training rule too; top-k selection is not causal, which is
-tested as well, so that the test is known to be able to see it.
+Routers that are causal in training are also tested under the training rule. Top-k selection is not causal; a test
+checks that too, which shows that these tests can detect a dependence on later tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_top_k_selection_does_look_ahead() -> None:
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_documents_do_not_see_each_other(router: str, kv_policy: str, sharing: str) -> None:
-    """A later document's logits don't change with an earlier one's tokens (routing is per token, so causal modes)."""
+    """Changing the tokens of one document leaves the logits of the next unchanged (under causal routing rules)."""
     model = lively_model(tiny_config(ROUTERS[router], kv_policy, sharing))
     ids, changed = tokens(), tokens()
     changed[:, :CUT] = tokens(seed=2)[:, :CUT]

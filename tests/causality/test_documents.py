@@ -1,4 +1,4 @@
-"""Documents packed into one sequence are computed as if each stood alone."""
+"""Documents packed into one sequence give the same logits as each document alone."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def test_positions_continue_unless_told_to_restart() -> None:
         through = lively_model(config)(ids, documents=documents).logits
         anew = lively_model(restarting(config))(ids, documents=documents).logits
     torch.testing.assert_close(through[:, :9], anew[:, :9], atol=1e-12, rtol=0)
-    # RoPE is relative: inside a document only the distance counts, whatever the first position.
+    # RoPE is relative: only distances inside a document matter, so the position of its first token doesn't.
     torch.testing.assert_close(through[:, 9:], anew[:, 9:], atol=1e-9, rtol=0)

@@ -1,8 +1,8 @@
-"""Runs unmodified code of a Megatron-LM or GPT-NeoX checkout; a process of its own, as both are called `megatron`.
+"""Runs unmodified code of a Megatron-LM or GPT-NeoX checkout, in a separate process since both are called `megatron`.
 
 usage: foreign_code.py (megatron|neox) CHECKOUT (read PREFIX | write PREFIX DTYPE < documents | merge FOLDER PREFIX)
 
-Packages above the module in question are replaced by empty ones: importing them needs a GPU installation.
+The packages that contain the module are replaced by empty ones, because importing them needs a GPU installation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def indexed_dataset(kind: str, checkout: str) -> Any:
 
 
 def read(kind: str, module: Any, prefix: str) -> dict[str, Any]:
-    """All sequences, the item type and the document index, as the checkout's reader sees them."""
+    """All sequences, the item type and the document index, as the checkout's reader returns them."""
     if kind == "neox":
         dataset = module.MMapIndexedDataset(prefix, skip_warmup=True)
         documents = dataset.doc_idx
@@ -75,8 +75,7 @@ def write(kind: str, module: Any, prefix: str, dtype: str, documents: list[list[
 def merge(kind: str, module: Any, checkout: str, folder: str, prefix: str) -> None:
     """Merge the pairs in `folder`.
 
-    With the checkout's tool, or where that can't (GPT-NeoX's takes no memory-mapped data sets) with the builder that
-    the tool would use.
+    Uses the checkout's merge tool, or its builder where the tool can't (GPT-NeoX's takes no memory-mapped data sets).
     """
     if kind == "megatron":
         sys.argv[1:] = ["--input", folder, "--output-prefix", prefix]
@@ -91,7 +90,7 @@ def merge(kind: str, module: Any, checkout: str, folder: str, prefix: str) -> No
 
 
 def main() -> None:
-    """Run the action that the command line names: read, write or merge."""
+    """Run the action named on the command line: read, write or merge."""
     kind, checkout, action, *arguments = sys.argv[1:]
     module = indexed_dataset(kind, checkout)
     if action == "read":

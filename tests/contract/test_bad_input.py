@@ -1,4 +1,4 @@
-"""Bad input is answered with one clear message and status 2, and leaves nothing half-written."""
+"""Bad input gives one clear message and exit status 2, and leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.promise("R16")
 
 @dataclass(frozen=True)
 class Case:
-    """A run of two steps in `directory`, described by a file that a test may spoil."""
+    """A run of two steps in `directory`, described by a configuration file that a test may spoil."""
 
     directory: Path
     file: Path
@@ -43,7 +43,7 @@ class Case:
         self.file.write_text(text.replace(old, new))
 
     def refused(self, capsys: pytest.CaptureFixture, *overrides: str) -> str:
-        """The message of a launch that must be refused, without the name of its kind."""
+        """The message of a launch that must be refused, without the name of the exception."""
         status, message = launch(self.file, overrides, capsys)
         assert status == 2, message
         assert message.count("Error: ") == 1
@@ -51,7 +51,7 @@ class Case:
         return message.partition("Error: ")[2]
 
     def nothing_was_written(self) -> bool:
-        """Whether the run has no trace on disk."""
+        """Whether the run left nothing on disk."""
         return {path.name for path in self.directory.iterdir()} <= {"data", "run.yaml"}
 
 
@@ -140,7 +140,7 @@ def test_shard_shorter_than_its_index_says(case: Case, capsys: pytest.CaptureFix
 
 
 def test_vocabulary_of_the_data_larger_than_the_models(case: Case, capsys: pytest.CaptureFixture) -> None:
-    """Foreign data without a side file: the ids themselves are what is wrong."""
+    """Data without a side file, so that only the ids themselves show the mistake."""
     Path(f"{case.data}.meta.json").unlink()
     message = case.refused(capsys, "model.vocab_size=100")
     assert f"{case.data}.bin holds token id" in message
@@ -218,7 +218,7 @@ def test_full_disk(case: Case, capsys: pytest.CaptureFixture) -> None:
     assert "OSError: [Errno 27] File too large" in printed
     config = tiny_run(case.directory)
     assert checkpoint_names(config) == ["latest", "step_00000001"]
-    assert trace(config).tensors  # of the checkpoint before, still whole
+    assert trace(config).tensors  # of the checkpoint before, which is still whole
     assert launch(case.file, (), capsys)[0] == 0
     assert checkpoint_names(config) == ["latest", "step_00000001", "step_00000004"]
 

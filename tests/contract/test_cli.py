@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help that teaches, dry runs of every recipe, checkpoints that were moved."""
+"""The commands as users run them: help with examples, dry runs of every recipe, checkpoints that were moved."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
 from megamor.parallel import init_world
 from megamor.train import build_trainer
+from tests.commands import refusal, status
 from tests.resume.runs import directory_of, tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +31,19 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny models are quickest so, and later tests fork."""
+    """One thread: fastest for tiny models, and safe for later tests that fork."""
     torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_by_example(command: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        main([command, "--help"])
-    assert leaving.value.code in (0, None)
+    assert status(main, command, "--help") == 0
     _, _, example = re.sub(r"\s+", " ", capsys.readouterr().out).partition("example")
     assert f"megamor {command} " in example, f"no example of megamor {command} in its help"
 
 
 def processor_seconds(*arguments: str) -> float:
-    """User and system time of a new Python process; its output must be a usage."""
+    """User and system time of a new Python process that must print its usage."""
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.read().startswith("usage: megamor")
@@ -115,7 +114,7 @@ def write_text(prefix: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint far from where it was trained, with a validation set beside it; all else is gone."""
+    """A checkpoint moved away from where it was trained, with only a validation set next to it."""
     torch.set_num_threads(1)
     home, elsewhere = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
     base = tiny_run(home, max_steps=6, eval_every=3)
@@ -157,13 +156,10 @@ def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFix
     assert "recursions" in shown
     assert "mean depth" in shown
     assert picture.read_text().startswith("<svg")
-    with pytest.raises(SystemExit):
-        generate.main([*arguments, "--depth-png", str(tmp_path / "depth.png")])
-    assert f"give --depth-image {picture}" in capsys.readouterr().err
+    message = refusal(capsys, generate.main, *arguments, "--depth-png", tmp_path / "depth.png")
+    assert f"give --depth-image {picture}" in message
 
 
 def test_a_checkpoint_that_is_not_there(moved: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        generate.main(["--checkpoint", str(moved / "modal"), "--prompt", "x"])
-    assert leaving.value.code == 2
-    assert capsys.readouterr().err == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"
+    message = refusal(capsys, generate.main, "--checkpoint", moved / "modal", "--prompt", "x")
+    assert message == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"

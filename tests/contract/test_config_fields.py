@@ -1,8 +1,8 @@
-"""Every setting does something and is documented.
+"""Every setting is used and documented.
 
-A setting does something if code other than its loading and validation reads it. The check goes by name: a field counts
-as read in a file that reads an attribute of its name and also mentions its section (`optim`) or class (`OptimConfig`).
-So it can miss an unused field if another one of the same name is used; what a field does is tested by its room.
+A setting is used if code other than loading and validation reads it. The check goes by name: a field counts as read in
+a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`). An unused field
+can therefore hide behind a used one of the same name; what a field does is tested with the code that uses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOT_READERS = {"schema.py", "routers.py", "load.py", "convert.py", "validate.py"
 
 @dataclass(frozen=True)
 class Names:
-    """Identifiers of one file."""
+    """Identifiers that one file uses."""
 
     attributes: frozenset[str]
     """Attributes that are read, `getattr(x, "name")` included."""
@@ -51,7 +51,7 @@ def names_in(source: str) -> Names:
 
 
 def settings() -> Iterator[tuple[str, Any, str]]:
-    """(section, class, field) of every setting. `kind` is left out: choosing the class is what reads it."""
+    """(section, class, field) of every setting, except `kind`, which selects the class."""
     for section, hint in get_type_hints(Config).items():
         classes = [hint] if is_dataclass(hint) else list(get_args(hint))
         for owner in [*classes, *NESTED.get(section, [])]:
@@ -59,7 +59,7 @@ def settings() -> Iterator[tuple[str, Any, str]]:
 
 
 def is_read(section: str, owner: Any, name: str, readers: list[Names]) -> bool:
-    """Whether one of the files reads `name`, or a property made of it, and knows its section or class."""
+    """Whether a file reads `name`, or a property computed from it, and mentions its section or class."""
     getters = {key: value.fget for key, value in vars(owner).items() if isinstance(value, property)}
     names = {name} | {key for key, getter in getters.items() if getter and name in getter.__code__.co_names}
     knows = {section, owner.__name__}
@@ -68,7 +68,7 @@ def is_read(section: str, owner: Any, name: str, readers: list[Names]) -> bool:
 
 @pytest.fixture(scope="module")
 def readers() -> list[Names]:
-    """The identifiers of every file that may give a setting its meaning."""
+    """The identifiers of every file that may count as using a setting."""
     found = [*ROOT.glob("megamor/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("pretrain.py")]
     config = ROOT / "megamor" / "config"
     return [names_in(path.read_text()) for path in found if not (path.parent == config and path.name in NOT_READERS)]

@@ -1,4 +1,4 @@
-"""What the documentation lists is what there is."""
+"""What the documentation lists exists, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_metrics() -> None:
 
 
 def test_example_of_a_router() -> None:
-    """The code in routers.md is that of the file, without docstrings."""
+    """The code in routers.md equals the file without its docstrings."""
     code = re.sub(r'^ *"""[^"]*"""\n', "", text("examples/alternating_router.py"), flags=re.MULTILINE)
     shown = text("routers.md").split("```python\n", 1)[1].split("```", 1)[0]
     squeeze = lambda source: [line for line in source.splitlines() if line.strip()]  # noqa: E731

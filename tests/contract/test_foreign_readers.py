@@ -1,8 +1,8 @@
-"""Data written here is read by Megatron-LM and GPT-NeoX, and the other way round; needs their checkouts.
+"""Megatron-LM and GPT-NeoX read the data that megamor writes, and the reverse; needs their checkouts.
 
     MEGAMOR_MEGATRON=/path/to/Megatron-LM MEGAMOR_NEOX=/path/to/gpt-neox pytest tests/contract/test_foreign_readers.py
 
-Without them the test vectors in tests/unit/test_data_format.py remain.
+Without the checkouts, the test vectors in tests/unit/test_data_format.py still pin the format.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Project:
         self.kind = kind
 
     def run(self, *arguments: object, stdin: str = "") -> str:
-        """What the last line says."""
+        """Run foreign_code.py and parse the last line that it prints."""
         command = [*self._command, *map(str, arguments)]
         result = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=300)
         assert result.returncode == 0, result.stderr
@@ -78,7 +78,7 @@ def test_they_read_what_is_written_here(project: Project, dtype: str, tmp_path: 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
 def test_what_they_write_is_read_and_merged_here(project: Project, dtype: str, tmp_path: Path) -> None:
-    """Documents of several sequences, of an empty one, and of none."""
+    """Documents of several sequences, of one empty sequence, and of no sequence."""
     written = [[[1, 2], [3]], [[]], [], [[4], [], [5, 6], list(range(300))]]
     expected = [[token for sequence in document for token in sequence] for document in written]
     project.run("write", tmp_path / "theirs", dtype, stdin=json.dumps(written))
@@ -95,7 +95,7 @@ def test_what_they_write_is_read_and_merged_here(project: Project, dtype: str, t
 
 
 def test_what_they_merge_is_read_here(project: Project, tmp_path: Path) -> None:
-    """GPT-NeoX leaves a document index of just [0]; both want nothing but pairs in the folder."""
+    """GPT-NeoX writes a document index of just [0]; both tools accept only pairs in the folder."""
     (tmp_path / "parts").mkdir()
     for name in "ab":
         Path(f"{write(tmp_path / 'parts' / name, 'uint16')}.meta.json").unlink()

@@ -1,4 +1,4 @@
-"""Who may import whom: the table of docs/architecture.md, checked on every import statement, nested ones included."""
+"""Which package may import which: the table of docs/architecture.md, checked on every import, nested ones included."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate"}
 ALLOWED["bench"] = {*ALLOWED} - {"bench"}
 ALLOWED["cli"] = {*ALLOWED}
-# The parts of a room that don't know each other: folder -> what nothing in it may import.
+# Modules of one room that must stay independent: folder -> what no file in it may import.
 FORBIDDEN: dict[str, tuple[str, ...]] = {"megamor/serve/engine": ("megamor.serve.http",)}
 LAZY = ("wandb", "deepspeed", "transformers", "datasets", "lm_eval")
-# The interface that an export to Hugging Face contains a copy of: nothing imports it here.
+# The interface that is copied into an export to Hugging Face; no module here imports it.
 EXPORTED = Path("megamor/interop/modeling_megamor.py")
 
 
@@ -108,9 +108,9 @@ def _outside_reason(path: Path, imported: Import) -> str | None:
         return "nothing imports a command"
     for folder, modules in FORBIDDEN.items():
         if path.as_posix().startswith(folder) and imported.target.startswith(modules):
-            return f"{folder} doesn't know {imported.target}"
+            return f"{folder} must not import {imported.target}"
     if imported.package in LAZY and not imported.nested and path != EXPORTED:
-        return "only inside a function, so that nobody needs it who doesn't use it"
+        return "an optional package: import it inside a function, so that others don't need it"
     return None
 
 
@@ -135,14 +135,14 @@ def _library_reason(room: str, file: str, imported: Import) -> str | None:
     if room == "config" and imported.package not in {"megamor", "yaml", "pydantic"} | sys.stdlib_module_names:
         return "config has the standard library, yaml and pydantic only"
     if room == "model" and f"{imported.target}.".startswith("torch.distributed."):
-        return "the model knows nothing of processes"
+        return "the model must not depend on processes"
     if room == "data" and file != "loader.py" and imported.package == "torch":
-        return "in data only loader.py knows torch"
+        return "in data only loader.py may import torch"
     return None
 
 
 def files() -> list[Path]:
-    """Every Python file that the rules are about, relative to the repository root."""
+    """Every Python file that the rules apply to, relative to the repository root."""
     found = [*ROOT.glob("megamor/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("pretrain.py")]
     return sorted(path.relative_to(ROOT) for path in found)
 

@@ -1,4 +1,4 @@
-"""Every promise of reliability has a test that is marked with it, or is listed here as having none yet."""
+"""Every reliability promise has a test marked with it, or is listed here as untested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 OUTCOMES = TESTS.parent / "benchmarks" / "results" / "reliability.json"
 
 MISSING: dict[str, str] = {}
-"""Promises without a test, and why."""
+"""Promises without a test, and the reason."""
 
 
 def marked_tests() -> dict[str, list[str]]:
@@ -32,7 +32,7 @@ def marked_tests() -> dict[str, list[str]]:
 
 
 def promises_in(nodes: object) -> set[str]:
-    """Arguments of all calls of `pytest.mark.promise` below the nodes."""
+    """Arguments of all `pytest.mark.promise` calls among the nodes."""
     calls = [call for node in nodes for call in ast.walk(node) if isinstance(call, ast.Call)]  # type: ignore[attr-defined]
     return {
         argument.value
@@ -50,7 +50,7 @@ def test_every_promise_is_tested_or_listed() -> None:
 
 
 def test_outcomes_are_of_tests_that_exist() -> None:
-    """What is renamed, removed or no longer marked must not stay in the README as passed."""
+    """A test that was renamed, removed or unmarked must not stay in the results as passed."""
     marked = {(node, promise) for promise, nodes in marked_tests().items() for node in nodes}
     report = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     assert report["promises"] == PROMISES
@@ -60,7 +60,7 @@ def test_outcomes_are_of_tests_that_exist() -> None:
 
 @pytest.mark.promise("R17")
 def test_marks_are_checked_and_outcomes_are_kept(pytester: pytest.Pytester) -> None:
-    """Outcomes go to the right promise and backend; a second session changes those of its own tests only."""
+    """Outcomes are recorded by promise and backend; a second session changes only the tests that it ran."""
     pytester.makeconftest("from tests.conftest import *")
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\nmarkers = ["promise"]')
     first = pytester.makepyfile(

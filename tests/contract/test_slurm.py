@@ -1,4 +1,4 @@
-"""The scripts in slurm/: clean by shellcheck, and what they tell sbatch; jobs run here in place of a cluster."""
+"""The scripts in slurm/: shellcheck, what they pass to sbatch, and what a job runs (here, without a cluster)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megamor.data.shard import TokenShard
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "preprocess.sh"
-# Stands for sbatch or python: writes down its arguments, one a line, and answers with a job number.
+# Replaces sbatch or python: records its arguments, one a line, and prints a job number.
 RECORDER = '#!/bin/bash\nprintf "%s\\n" "$@" "--end--" >> {log}\necho "10$(grep -c -- --end-- {log})"\n'
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A directory where `sbatch` and, if wanted, `python` only write down how they were called."""
+    """A directory of fake programs: `sbatch` and, if wanted, `python` only record their arguments."""
 
     folder: Path
 
@@ -39,10 +39,8 @@ class Cluster:
 
     def run(self, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CLUSTER_"))}
-        path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = (
-            clean | {"PATH": path, "CLUSTER_VENV": ""} | {name: str(value) for name, value in variables.items()}
-        )
+        own = {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "CLUSTER_VENV": ""}
+        environment = clean | own | {name: str(value) for name, value in variables.items()}
         command = ["bash", *map(str, arguments)]
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
 
@@ -100,7 +98,7 @@ def test_incomplete_options_submit_nothing(cluster: Cluster, options: Sequence[s
 
 
 def test_a_job_of_the_array(cluster: Cluster) -> None:
-    """Also when it is run alone, where Slurm counts just one job in the array."""
+    """Also when a single job of the array is rerun, for which Slurm reports an array of one job."""
     cluster.replace("python")
     result = cluster.run(
         SCRIPT, "part", *OPTIONS, SHARDS=4, SLURM_ARRAY_TASK_ID=2, SLURM_ARRAY_TASK_COUNT=1, SLURM_CPUS_PER_TASK=3
@@ -128,7 +126,7 @@ def test_containers(cluster: Cluster, image: str, command: str, before: list[str
 
 
 def test_merge_job(cluster: Cluster) -> None:
-    """Merges what is there of the splits; says so if nothing is."""
+    """The merge job merges the splits that exist, and reports an error if there are none."""
     for split in ("train", "val"):
         for index in range(2):
             with ShardWriter(shard_prefix(str(cluster.folder / f"x_{split}"), index, 2), "u2") as writer:
@@ -152,13 +150,13 @@ def test_merge_job(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("ranks", "srun", "telling"),
     [
-        ([75, 1], 137, 75),  # one rank saved and stopped, another died of it
-        ([1, 2], 137, 2),  # one rank found a mistake of the user's, the other was killed in a collective
+        ([75, 1], 137, 75),  # one rank saved and exited, which killed another
+        ([1, 2], 137, 2),  # one rank reported an error of the user's, the other was killed in a collective
         ([1, 1], 1, 1),
         ([], 143, 143),
     ],
 )
-def test_the_status_of_a_job_is_the_one_that_explains_it(
+def test_a_jobs_status_is_the_one_that_explains_the_failure(
     tmp_path: Path, ranks: list[int], srun: int, telling: int
 ) -> None:
     for rank, status in enumerate(ranks):

@@ -1,4 +1,4 @@
-"""The wheel: what it contains, and that it works where nothing else of this repository is."""
+"""The wheel: what it contains, and that it works without a checkout of the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: object, cwd: Path) -> str:
-    """Run a program away from this checkout and return what it prints."""
+    """Run a program outside this checkout and return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
@@ -33,7 +33,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy, since building leaves files behind."""
+    """A wheel built from a copy of the checkout, because the build leaves files behind."""
     source = tmp_path_factory.mktemp("source")
     for name in ("megamor", "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,8 +51,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     python = home / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=home)
-    # Only after the installation: pip would take an editable megamor among the libraries for this one. Python doesn't
-    # read the .pth files of a directory that is itself named in one, so that the editable megamor isn't importable.
+    # Added after the installation, or pip would find an editable megamor there and consider it installed. Python
+    # ignores .pth files in a directory that was itself added by one, so the editable megamor can't be imported.
     (site_packages,) = home.glob("lib/python*/site-packages")
     (site_packages / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return home / "bin"

@@ -67,7 +67,7 @@ def test_vanilla() -> None:
 
 
 def test_cache_holds_only_what_was_computed() -> None:
-    """Recursion-wise: one entry for each token and recursion taken; share-first: one for each token."""
+    """recursion_wise: one entry per token and recursion that it takes; share_first: one per token."""
     for kv_policy in ("recursion_wise", "share_first"):
         model = lively_model(tiny_config(ROUTERS["token_choice"], kv_policy))
         _, depths, cache = decode(model, tokens(), [SEQ_LEN])

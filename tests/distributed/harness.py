@@ -1,6 +1,6 @@
-"""Run a function on several processes that communicate through gloo on localhost, quickly.
+"""Run a function on several processes that communicate through gloo on localhost.
 
-Processes are forked from the test's own after torch is imported: under a second, where starting interpreters takes ten.
+The processes are forked after torch has been imported: this takes under a second, starting new interpreters takes ten.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from multiprocessing.context import ForkProcess
 from typing import Any
 
 import torch
-import torch._dynamo  # imported here once rather than in every fork
+import torch._dynamo  # imported once here rather than in every fork
 import torch.distributed as dist
 
 DEFAULT_TIMEOUT = 120.0
 
 
 class RankFailed(AssertionError):
-    """A process raised, died or didn't finish; the message names its rank and carries its traceback."""
+    """A process raised, died or didn't finish; the message names its rank and contains its traceback."""
 
 
 def run_ranks(
@@ -33,8 +33,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` processes and return their results by rank.
 
-    Each finds the environment that a launcher would give it; the process group is `function`'s to join (`init_world`)
-    and left for it. Results are pickled. When a process fails or `timeout` seconds pass, the others are killed.
+    Each process gets the environment variables that a launcher would set. `function` joins the process group itself
+    (`init_world`) and need not leave it. Results are pickled. When a process fails or `timeout` seconds pass, the
+    others are killed.
 
     Raises:
         RankFailed: with the traceback of the first process that failed.
@@ -50,7 +51,7 @@ def run_ranks(
 
 
 def start_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> list[tuple[ForkProcess, Connection]]:
-    """Start the processes of `run_ranks`; each comes with the end of a pipe that will receive its result."""
+    """Start the processes of `run_ranks`; returns each with the end of the pipe that receives its result."""
     torch.set_num_threads(1)  # a thread pool doesn't survive a fork
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -65,7 +66,7 @@ def start_ranks(function: Callable[..., Any], *args: Any, world_size: int) -> li
 
 
 def free_port() -> int:
-    """A TCP port on localhost that nobody listens on."""
+    """A free TCP port on localhost."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -93,7 +94,7 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
 def _run_rank(
     sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and kills
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and kills this process
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

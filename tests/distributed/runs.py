@@ -1,4 +1,4 @@
-"""A tiny Mixture-of-Recursions run on any backend: a real model, optimizer and backend, small enough for a test."""
+"""A tiny Mixture-of-Recursions run on any backend, with the real model, optimizer and backend."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from megamor.model import build_model
 from megamor.optim import build_adamw, lr_multiplier
 from megamor.parallel import Backend, build_backend, init_world
 from megamor.parallel.zero import import_deepspeed
+from tests.distributed.harness import run_ranks
 
 TINY = Config(
     model=ModelConfig(vocab_size=128, dim=32, num_layers=8, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32),
@@ -67,21 +68,21 @@ def tiny(
 
 
 def preload_deepspeed() -> None:
-    """Import in the parent what every fork of a DeepSpeed run would import again: five seconds, most of it inductor."""
+    """Import what DeepSpeed needs before forking: five seconds, mostly inductor, that every fork would spend again."""
     import_deepspeed(torch.device("cpu"))
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def start(config: Config) -> Backend:
-    """Join the world and wrap a fresh model."""
+    """Join the process group and wrap a new model."""
     world = init_world(config.parallel)
     return build_backend(build_model(config), config, world, lambda model: build_adamw(model, config.optim))
 
 
 def global_batch(step: int, config: Config) -> Tensor:
-    """Token ids [global batch, seq_len + 1] of a step, the same on every rank: noisy ramps, which can be learnt.
+    """Token ids [global batch, seq_len + 1] of a step, the same on every rank: noisy ramps, which can be learned.
 
-    No token comes twice in a sequence: near-equal scores would let rounding decide a top-k.
+    No token occurs twice in a sequence: equal tokens get nearly equal scores, and rounding could then decide a top-k.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (config.train.global_batch_size, config.data.seq_len + 1)
@@ -143,12 +144,23 @@ def run_and_save(config: Config, first: Path, final: Path) -> list[StepResult]:
 
 
 def load_and_run(config: Config, first: Path, final: Path) -> list[StepResult]:
-    """What `run_and_save` does after its first save, from that save."""
+    """Resume from the first save of `run_and_save` and repeat what it did afterwards."""
     backend = start(config)
     backend.load(first)
     results = [run_step(backend, step, config) for step in range(3, 6)]
     save(backend, final)
     return results
+
+
+def assert_resumes_bitwise(config: Config, directory: Path, world_size: int = 2) -> None:
+    """A run that resumes from its third step gives the same results and the same state as one that went on."""
+    saved, straight, resumed = (directory / name for name in ("saved", "straight", "resumed"))
+    expected = run_ranks(run_and_save, config, saved, straight, world_size=world_size)
+    assert run_ranks(load_and_run, config, saved, resumed, world_size=world_size) == expected
+    tensors = stored_tensors(straight)
+    assert digest(tensors) == digest(stored_tensors(resumed))
+    assert digest(tensors) != digest(stored_tensors(saved))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
 def save(backend: Backend, directory: Path) -> None:
@@ -158,7 +170,7 @@ def save(backend: Backend, directory: Path) -> None:
 
 
 def mark_buffers(backend: Backend) -> None:
-    """Give every buffer a value that bf16 would round, as training would."""
+    """Set every buffer to a value that bf16 would round, as training does."""
     for buffer in backend.module.buffers():
         buffer.fill_(1.0 + 2.0**-20)
 
@@ -179,7 +191,7 @@ def stored_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Hash of names and bits."""
+    """Hash of the names and the exact bits of tensors."""
     content = hashlib.sha256()
     for name in sorted(tensors):
         content.update(name.encode() + tensors[name].numpy().tobytes())

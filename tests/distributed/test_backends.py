@@ -1,4 +1,4 @@
-"""DDP and FSDP2 against one process that sees the whole batch, and what each of them saves and restores."""
+"""DDP and FSDP2 compared with one process that sees the whole batch; what each of them saves and restores."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
+    assert_resumes_bitwise,
     digest,
     fresh_run,
-    load_and_run,
     relative_differences,
     run_and_save,
     run_step,
@@ -64,7 +64,7 @@ def whole_batch() -> dict[str, list[StepResult]]:
 def test_twenty_steps_agree_with_one_process(config: Config, router: str, whole_batch: dict) -> None:
     results = run(replace(config, router=ROUTERS[router]), fresh_run)
     assert results[0] == results[-1]
-    assert whole_batch[router][-1][0] < 0.9 * whole_batch[router][0][0]  # something was learnt
+    assert whole_batch[router][-1][0] < 0.9 * whole_batch[router][0][0]  # something was learned
     assert max(relative_differences(whole_batch[router], results[0])) < TOLERANCE
 
 
@@ -105,7 +105,7 @@ def test_rotary_angles_stay_fp32_in_bf16() -> None:
 
 
 def _types_in_a_block(config: Config) -> tuple[torch.dtype, torch.dtype]:
-    """Types of the stream and of the angles that the first block sees."""
+    """Types of the hidden states and of the rotary angles that the first block gets."""
     backend = start(config)
     seen = []
     backend.module.prelude[0].register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1].cos.dtype)))
@@ -117,26 +117,15 @@ def _types_in_a_block(config: Config) -> tuple[torch.dtype, torch.dtype]:
 @pytest.mark.parametrize(("precision", "router"), [("fp32", EXPERT_CHOICE), ("bf16", LOSS_FREE)])
 @pytest.mark.parametrize("backend", WORLD_SIZE)
 def test_resume_is_bitwise(backend: str, precision: str, router: RouterConfig, tmp_path: Path) -> None:
-    config = tiny(backend, precision=precision, router=router)
-    straight = run(config, run_and_save, tmp_path / "saved", tmp_path / "straight")
-    resumed = run(config, load_and_run, tmp_path / "saved", tmp_path / "resumed")
-    assert straight == resumed
-    tensors = stored_tensors(tmp_path / "straight")
-    assert digest(tensors) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(tensors) != digest(stored_tensors(tmp_path / "saved"))
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert_resumes_bitwise(tiny(backend, precision=precision, router=router), tmp_path, WORLD_SIZE[backend])
 
 
 @pytest.mark.promise("R7", backend=("single", "ddp", "fsdp2"))
 @pytest.mark.promise("R1")
 def test_ddp_resumes_bitwise_on_three_ranks(tmp_path: Path) -> None:
-    """With three ranks the order of sums shows, which changes if DDP rearranges its buckets after the first step."""
+    """With three ranks the result depends on the order of sums, which changes if DDP rebuilds its buckets."""
     config = tiny("ddp")
-    config = replace(config, train=replace(config.train, global_batch_size=6))
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=3)
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=3)
-    assert straight == resumed
-    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
+    assert_resumes_bitwise(replace(config, train=replace(config.train, global_batch_size=6)), tmp_path, world_size=3)
 
 
 @pytest.mark.promise("R9", "R10", backend="fsdp2")
@@ -193,7 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing(backend: str, tmp_path: Path)
 
 
 def _spoiled_step(config: Config, directory: Path) -> tuple[float, str, str]:
-    """Gradient norm of a step that the last rank spoils, and the state before and after."""
+    """Gradient norm of a step with a bad loss on the last rank, and the state before and after it."""
     backend = start(config)
     run_step(backend, 1, config)
     (directory / "before").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What FSDP2 sends: the shared core is gathered as one unit, however often its forward loops."""
+"""Collectives of FSDP2: the shared core is gathered once, however many recursions run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.distributed.runs import FIXED_DEPTH, run_step, start, tiny
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts the process group's operations by name."""
+    """Counts the operations of the process group by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 def with_recursions(num_recursions: int, **settings: bool) -> Config:
-    """Two shared blocks, looped; one micro-batch a step."""
+    """Two shared blocks in a loop; one micro-batch a step."""
     config = tiny("fsdp2", router=FIXED_DEPTH, micro_batch_size=2, **settings)
     return replace(
         config,
@@ -53,12 +53,12 @@ def count(config: Config) -> tuple[int, int]:
 
 
 def test_collectives_do_not_depend_on_the_number_of_recursions() -> None:
-    """Prelude, core and coda are gathered in both directions, the root once; the gradient of each is reduced once."""
+    """Prelude, core and coda are gathered in forward and backward, the root once; each gradient is reduced once."""
     assert [run_ranks(count, with_recursions(depth))[0] for depth in (2, 4)] == [(4 + 3, 4)] * 2
     assert run_ranks(count, with_recursions(4, reshard_after_forward=False))[0] == (4, 4)
 
 
-def test_ranks_talk_in_the_last_micro_batch_only() -> None:
+def test_ranks_communicate_in_the_last_micro_batch_only() -> None:
     config = with_recursions(2)
     accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
     assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
@@ -66,7 +66,7 @@ def test_ranks_talk_in_the_last_micro_batch_only() -> None:
 
 @pytest.mark.parametrize("policy", ["recursion", "block", "selective"])
 def test_recomputation_gathers_nothing_again(policy: str) -> None:
-    """Recomputation happens in a unit's backward pass, while its weights are gathered, so it adds no collectives."""
+    """Recomputation runs in a unit's backward pass, while its weights are gathered, and so adds no collectives."""
     config = with_recursions(4)
     config = replace(config, train=replace(config.train, activation_checkpointing=policy))  # type: ignore[arg-type]
     assert run_ranks(count, config)[0] == (4 + 3, 4)
@@ -75,7 +75,7 @@ def test_recomputation_gathers_nothing_again(policy: str) -> None:
 
 
 def test_adding_shared_gradients_in_fp32_sends_nothing_more() -> None:
-    """Every recursion's view of a weight is of the same gathered one, and its gradient is reduced once."""
+    """All recursions use the same gathered weight, and its gradient is reduced once."""
     config = with_recursions(4)
     config = replace(config, train=replace(config.train, precision="bf16", add_shared_gradients_in_fp32=True))
     assert run_ranks(count, config)[0] == (4 + 3, 4)

@@ -1,4 +1,4 @@
-"""FSDP2 within groups of processes and replicas over them (HSDP): agreement with one process, resume, what is sent."""
+"""HSDP (FSDP2 within groups of processes, replicas across them): agreement with one process, resume, collectives."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
-    digest,
+    assert_resumes_bitwise,
     fresh_run,
-    load_and_run,
     relative_differences,
-    run_and_save,
     start,
-    stored_tensors,
     tiny,
 )
 
@@ -41,7 +38,7 @@ def whole_batch() -> list[StepResult]:
 @pytest.mark.promise("R7", backend="hsdp")
 @pytest.mark.parametrize(("replicas", "shards"), SHAPES)
 def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_batch: list[StepResult]) -> None:
-    """With two micro-batches a step on two processes, one on four."""
+    """Two micro-batches a step on two processes, one on four."""
     results = run_ranks(fresh_run, tiny("fsdp2", router=FIXED_DEPTH, shard_degree=shards), world_size=replicas * shards)
     assert all(result == results[0] for result in results)
     assert max(relative_differences(whole_batch, results[0])) < 1e-6
@@ -53,16 +50,11 @@ def test_twenty_steps_agree_with_one_process(replicas: int, shards: int, whole_b
 def test_resume_is_bitwise(replicas: int, shards: int, precision: str, tmp_path: Path) -> None:
     router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
     config = tiny("fsdp2", shard_degree=shards, precision=precision, router=router)
-    world_size = replicas * shards
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight", world_size=world_size)
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed", world_size=world_size)
-    assert straight == resumed
-    assert digest(stored_tensors(tmp_path / "straight")) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(stored_tensors(tmp_path / "straight")) != digest(stored_tensors(tmp_path / "saved"))
+    assert_resumes_bitwise(config, tmp_path, replicas * shards)
 
 
 def held(config: Config) -> tuple[tuple[int, ...], float]:
-    """The group whose ranks together hold all weights, and this rank's share of them."""
+    """The ranks that together hold all weights, and the fraction that this rank holds."""
     backend = start(config)
     parameters = [parameter for parameter in backend.module.parameters() if isinstance(parameter, DTensor)]
     local = sum(parameter.to_local().numel() for parameter in parameters)

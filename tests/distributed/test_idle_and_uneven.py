@@ -1,4 +1,4 @@
-"""Steps that leave a module out, and ranks that loop through it a different number of times."""
+"""Steps that skip a module, and ranks that loop through it a different number of times."""
 
 from __future__ import annotations
 
@@ -18,13 +18,9 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.runs import preload_deepspeed, save, stored_tensors, tiny
 
 DIM = 8
-# Recursions of the two samples of each step. At zero the core isn't called, and its gradient is zero.
+# Recursions of the two samples of each step. With zero recursions the core isn't called and its gradient is zero.
 DEPTHS = [(1, 3), (2, 2), (0, 0), (3, 1), (0, 0), (0, 0), (1, 2)]
-BACKENDS = [
-    tiny("ddp"),
-    tiny("fsdp2"),
-    *(tiny("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)),
-]
+BACKENDS = [tiny("ddp"), tiny("fsdp2"), *(tiny("deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3))]
 
 
 class Core(nn.Module):
@@ -61,7 +57,7 @@ class Looped(nn.Module):
 
 
 def train(config: Config, directory: Path) -> None:
-    """A step for each of `DEPTHS`, then save. One process takes both samples as micro-batches, two take one each."""
+    """A step for each of `DEPTHS`, then a save. One process takes both samples as micro-batches, two take one each."""
     config = replace(config, optim=OptimConfig(weight_decay=0.5))
     backend = build_backend(
         Looped(), config, init_world(config.parallel), lambda model: build_adamw(model, config.optim)

@@ -1,4 +1,4 @@
-"""Every backend reads what any of them wrote, at any number of processes, to the last bit and with the moments."""
+"""Every backend reads what any other wrote, with any number of processes: weights and moments are bit-equal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHAIN = [
 
 
 def copy(config: Config, source: Path, target: Path, aside: bool) -> None:
-    """Load and save again: from the backend's memory, or from a copy that is written after the memory has changed."""
+    """Load and save again, from the backend's own tensors or from a snapshot written after they have changed."""
     backend = start(config)
     backend.load(source)
     if not aside:

@@ -1,4 +1,4 @@
-"""The estimate of a rank's peak memory against its live tensors, on two processes."""
+"""The estimate of a rank's peak memory compared with its live tensors, on two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The count of what ranks send in a step against the collectives of two processes, byte by byte."""
+"""The predicted traffic of a step compared with the collectives of two processes, byte by byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.distributed.runs import FIXED_DEPTH, preload_deepspeed, run_step, sta
 
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 SMALL = 256
-"""Bytes: norms, flags and which parameters were used go through collectives as well."""
+"""Bytes of small messages that aren't predicted: norms, flags, and which parameters were used."""
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class CountBytes(TorchDispatchMode):
-    """Adds up the whole tensors of the process group's operations by kind, and notes their types."""
+    """Sums the bytes of full tensors in the process group's operations by kind, and records their types."""
 
     def __init__(self) -> None:
         super().__init__()

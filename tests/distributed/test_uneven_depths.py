@@ -1,6 +1,6 @@
-"""Ranks whose tokens reach different depths, in the real model: no rank hangs, and gradients are those of one
-process that sees both batches. What a recursion alone uses (blocks, norms, updates) must still get a gradient of zero
-where no token takes it."""
+"""Ranks whose tokens reach different depths, in the real model: no rank hangs, and gradients equal those of one
+process that sees both batches. Parameters that only one recursion uses (blocks, norms, LoRA updates) must get a zero
+gradient on a rank where no token takes that recursion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKENDS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def train(config: Config) -> list[StepResult]:
-    """Steps in which all tokens of a rank (or of its half of the micro-batches, on one process) go to one depth."""
+    """Steps in which all tokens of a rank (with one process: of half the micro-batches) have the same depth."""
     backend = start(config)
     router = backend.module.stage.router
     begin, calls = router.begin, []

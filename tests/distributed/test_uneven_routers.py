@@ -1,5 +1,5 @@
-"""Every router that can send the tokens of two ranks to different depths: no rank hangs, and losses and
-gradients are those of one process that sees both ranks' batches."""
+"""Every router that can give the tokens of two ranks different depths: no rank hangs, and losses and gradients equal
+those of one process that sees both batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.distributed.runs import StepResult, preload_deepspeed, run_step, star
 
 STEPS = 3
 BACKENDS: tuple[tuple[str, dict[str, Any]], ...] = (("fsdp2", {}), ("deepspeed", {"zero_stage": 3}))
-Force = Callable[[Any, bool], None]  # router, whether its tokens are to go as deep as possible or leave at once
+Force = Callable[[Any, bool], None]  # router, and whether its tokens should go as deep as possible or exit at once
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Offset:
 
 
 def offset_head(shallow: tuple[float, ...], deep: tuple[float, ...]) -> Force:
-    """Scores so far apart that the choice is sure, with gradients as they come."""
+    """Shift scores so far apart that the choice is certain, without changing their gradients."""
 
     def force(router: Any, is_deep: bool) -> None:
         if not hasattr(router, "offset"):
@@ -52,12 +52,12 @@ def offset_head(shallow: tuple[float, ...], deep: tuple[float, ...]) -> Force:
 
 
 def force_threshold(router: Any, is_deep: bool) -> None:
-    """A threshold that all scores pass, or none."""
+    """Set a threshold that all scores pass, or none."""
     router.threshold = lambda recursion: torch.tensor(-math.inf if is_deep else math.inf)
 
 
 def force_capacity(router: Any, is_deep: bool) -> None:
-    """All tokens at every recursion, or none."""
+    """Select all tokens at every recursion, or none."""
     router.capacity = (1.0,) * 3 if is_deep else (0.0,) * 3
 
 
@@ -73,9 +73,9 @@ CASES: dict[str, tuple[RouterConfig, Force, tuple[int, int]]] = {
 
 
 def train(config: Config, force: Force) -> tuple[list[StepResult], list[float]]:
-    """Steps in which one rank's tokens (or half of the micro-batches, on one process) leave and the other's stay.
+    """Steps in which the tokens of one rank (with one process: of half the micro-batches) exit and the others stay.
 
-    Also the mean depth of each micro-batch of the last step.
+    Also returns the mean depth of each micro-batch of the last step.
     """
     backend = start(config)
     router = backend.module.stage.router

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3 against one process that sees the whole batch, and what the engine saves and restores."""
+"""DeepSpeed ZeRO 0 to 3 compared with one process that sees the whole batch; what the engine saves and restores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from tests.distributed.runs import (
     FIXED_DEPTH,
     LOSS_FREE,
     StepResult,
+    assert_resumes_bitwise,
     digest,
     fresh_run,
-    load_and_run,
     mark_buffers,
     preload_deepspeed,
     relative_differences,
-    run_and_save,
     run_step,
     save,
     start,
@@ -33,8 +32,8 @@ from tests.distributed.runs import (
 )
 
 STAGES = (0, 1, 2, 3)
-# Each is code of its own in DeepSpeed: stage 0 steps the plain optimizer, stage 1 shares the class of stage 2 in fp32
-# and has another in bf16.
+# Each runs different code in DeepSpeed: stage 0 steps the plain optimizer; stage 1 shares a class with stage 2 in fp32
+# and has its own in bf16.
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 
 
@@ -61,12 +60,12 @@ def one_process() -> dict[str, list[StepResult]]:
 @pytest.mark.promise("R7")
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_steps_agree_with_one_process(stage: int, one_process: dict[str, list[StepResult]]) -> None:
-    """Two micro-batches on each of two processes against one of four sequences on one."""
+    """Two micro-batches on each of two processes, compared with one micro-batch of four sequences on one process."""
     results = run_ranks(fresh_run, tiny("deepspeed", zero_stage=stage, router=FIXED_DEPTH))
     assert results[0] == results[1]
     losses, norms = relative_differences(one_process["fp32"], results[0])
     assert losses < 1e-6
-    # DeepSpeed adds up the norm's squares shard by shard in fp32: how that rounds depends on the processor (stage 3
+    # DeepSpeed sums the squares of the norm shard by shard in fp32, which rounds differently on each processor (stage 3
     # differs by 4e-7 on one and by 1.02e-6 on another, the losses by 2e-7 on both).
     assert norms < 2e-6
 
@@ -82,14 +81,7 @@ def test_bf16_stays_close(stage: int, one_process: dict[str, list[StepResult]]) 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resume_is_bitwise(stage: int, precision: str, tmp_path: Path) -> None:
     router = EXPERT_CHOICE if precision == "fp32" else LOSS_FREE
-    config = tiny("deepspeed", zero_stage=stage, precision=precision, router=router)
-    straight = run_ranks(run_and_save, config, tmp_path / "saved", tmp_path / "straight")
-    resumed = run_ranks(load_and_run, config, tmp_path / "saved", tmp_path / "resumed")
-    assert straight == resumed
-    weights = stored_tensors(tmp_path / "straight")
-    assert digest(weights) == digest(stored_tensors(tmp_path / "resumed"))
-    assert digest(weights) != digest(stored_tensors(tmp_path / "saved"))
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert_resumes_bitwise(tiny("deepspeed", zero_stage=stage, precision=precision, router=router), tmp_path)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -110,7 +102,7 @@ def weights_in(directory: Path) -> dict[str, Tensor]:
 
 
 def save_at_start(config: Config, directory: Path) -> None:
-    """Save a model that hasn't been trained, with buffers that bf16 would round."""
+    """Save an untrained model with buffers that bf16 would round."""
     backend = start(config)
     mark_buffers(backend)
     save(backend, directory)
@@ -124,12 +116,12 @@ def test_a_step_that_is_not_finite_changes_nothing(stage: int, precision: str, t
         assert not torch.isfinite(torch.tensor(norm))
         assert finite_norm < float("inf")
     assert digest(stored_tensors(tmp_path / "before")) == digest(stored_tensors(tmp_path / "after"))
-    # Moments too: the same step from the state before and from the state after ends in the same weights.
+    # This also compares the moments: one step from each of the two states gives the same weights.
     assert digest(stored_tensors(tmp_path / "next")) == digest(stored_tensors(tmp_path / "unspoiled"))
 
 
 def spoiled_step(config: Config, directory: Path) -> tuple[float, float]:
-    """Gradient norms of a step that the last rank spoils and of the good one after it."""
+    """Gradient norms of a step that the last rank spoils, and of the good step after it."""
     unspoiled = start(config)
     run_step(unspoiled, 1, config)
     run_step(unspoiled, 2, config)

@@ -1,4 +1,4 @@
-"""Each alarm goes off when its failure is injected into a real run, and stays silent in a healthy one."""
+"""Each alarm is raised when its failure is injected into a real run, and no alarm in a healthy run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def healthy(directory: Path, router: Any = EXPERT_CHOICE) -> Config:
 
 
 def in_train_step(change: Callable[[Trainer], None]) -> Spoil:
-    """Something done before every step."""
+    """Call a function before every step."""
 
     def spoil(trainer: Trainer) -> None:
         train_step = trainer.train_step
@@ -48,18 +48,18 @@ def in_train_step(change: Callable[[Trainer], None]) -> Spoil:
 
 
 def cut_off_router(trainer: Trainer) -> None:
-    """No gradient gets through the router's scores."""
+    """Stop the gradient through the router's scores."""
     for head in trainer.model.stage.router.heads:
         head.register_forward_hook(lambda module, inputs, output: output * 0.0)
 
 
 def pin_depth(trainer: Trainer) -> None:
-    """Every token prefers the last recursion by far."""
+    """Make every token strongly prefer the last recursion."""
     trainer.model.stage.router.bias.copy_(torch.tensor([0.0, 0.0, 100.0]))
 
 
 def forget_everything(trainer: Trainer) -> None:
-    """Losses are those of a model that knows the frequencies of tokens only."""
+    """Replace the losses by those of a unigram model."""
     judge = trainer.guard.judge
     if not hasattr(trainer.guard, "spoiled"):
         trainer.guard.spoiled = True
@@ -67,7 +67,7 @@ def forget_everything(trainer: Trainer) -> None:
 
 
 def explode(trainer: Trainer) -> None:
-    """From the fifth step on, gradients are a thousand times as large."""
+    """Multiply gradients by a thousand from the fifth step on."""
     total_loss = Trainer.total_loss
 
     def larger(*arguments: Any) -> Tensor:
@@ -103,11 +103,11 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
 
 
 @pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert choice", "token choice"])
-def test_a_healthy_run_hears_nothing(tmp_path: Path, router: Any) -> None:
+def test_a_healthy_run_raises_no_alarm(tmp_path: Path, router: Any) -> None:
     assert fit(healthy(tmp_path, router)) == [True, True]
 
 
-def test_a_warning_is_given_once_and_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_warning_is_given_once_and_training_continues(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     config = healthy(tmp_path, replace(EXPERT_CHOICE, aux_coeff=0.0, z_coeff=0.0, gating="additive"))
     config = replace(config, diagnosis=replace(SENSITIVE, dead_router="warn"))
     assert fit(config) == [True, True]

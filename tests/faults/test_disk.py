@@ -1,4 +1,4 @@
-"""Disks that fail during a run: the error is clear and everybody's, and the run goes on bitwise on a good one."""
+"""Disks that fail during a run: every rank raises a clear error, and a rerun on a good disk is bitwise the same run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from megamor.config import Config
 from megamor.train import Trainer
+from tests.commands import flip_bit
 from tests.resume.runs import (
     Trace,
     assert_same_run,
@@ -35,13 +36,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def straight(base: Config) -> Trace:
-    """The run on a good disk."""
+    """The same run on a disk without faults."""
     assert fit(base) == [True, True]
     return trace(base)
 
 
 def full_at(step: int) -> Callable[[Trainer], None]:
-    """No file of this process may grow beyond a few kilobytes once `step` steps are done."""
+    """Limit the files of this process to a few kilobytes once `step` steps are done."""
 
     def spoil(trainer: Trainer) -> None:
         save = trainer.checkpoints.save
@@ -75,9 +76,7 @@ def test_a_flipped_byte_costs_the_steps_since_the_checkpoint_before(base: Config
     config = named(base, "flipped")
     assert fit(until(config, 6)) == [True, True]
     state = max((directory_of(config) / "checkpoints" / "step_00000006" / "state").glob("*.distcp"))
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(content)
+    flip_bit(state, state.stat().st_size // 2)
 
     def begins_before(trainer: Trainer) -> None:
         assert trainer.progress.step == 4

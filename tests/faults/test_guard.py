@@ -1,4 +1,4 @@
-"""Steps that go wrong: skipped bitwise on every rank and counted, or undone together with their data."""
+"""Bad steps: skipped on every rank without changing a bit and counted, or rolled back together with their data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SKIPPING = GuardConfig(skip_non_finite=True, max_skips_in_a_row=2)
 
 
 def spoiled_loss(*steps: int, factor: float = math.nan) -> Spoil:
-    """A rank whose gradients are multiplied by `factor` in the steps after `steps`."""
+    """Multiply a rank's gradients by `factor` in the steps after `steps`."""
 
     def spoil(trainer: Trainer) -> None:
         total_loss = trainer.total_loss
@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, backend: str)
     config = replace(
         base,
         parallel=BACKENDS[backend],
-        router=LOSS_FREE,  # has a buffer that each step moves
+        router=LOSS_FREE,  # has a buffer that changes in each step
         guard=SKIPPING,
         checkpoint=CheckpointConfig(every_steps=1, keep_last=100),
     )
@@ -132,7 +132,7 @@ ROLLING_BACK = GuardConfig(window=4, spike_threshold=5.0, spike_steps=2, rollbac
 
 
 def spiking(*samples: int) -> Spoil:
-    """Loss figures that jump in the steps that begin at one of the global samples `samples`."""
+    """Make the reported loss jump in the steps that begin at one of the global samples `samples`."""
 
     def spoil(trainer: Trainer) -> None:
         judge = trainer.guard.judge
@@ -147,7 +147,7 @@ def spiking(*samples: int) -> Spoil:
 
 
 def both(spoil: Spoil) -> dict[str, Any]:
-    """All ranks see the same figures, so a figure must be spoiled on all of them."""
+    """The loss is spoiled on all ranks, since all of them see the same figure."""
     return {"spoil": spoil, "on_rank": None}
 
 
@@ -160,7 +160,8 @@ def test_a_spike_sends_the_run_back_and_leaves_its_data_out(tmp_path: Path, back
         guard=ROLLING_BACK,
         checkpoint=CheckpointConfig(every_steps=2, keep_last=100),
     )
-    # The steps after 5 and 6 (samples 20 and 24) spike; back from 7 to the checkpoint of step 4, on with sample 28.
+    # The steps after 5 and 6 (samples 20 and 24) spike: the run returns from step 7 to the checkpoint of step 4 and
+    # continues with sample 28.
     config = named(base, "spiking")
     assert fit(config, **both(spiking(20, 24))) == [True, True]
     found = trace(config).steps
@@ -169,7 +170,7 @@ def test_a_spike_sends_the_run_back_and_leaves_its_data_out(tmp_path: Path, back
 
     state = component_of(config, "guard")
     assert (state["left_out"], state["spiking"]) == ([[16, 28]], 0)
-    # A run that goes on from the same checkpoint with these data comes to the same weights.
+    # A run that resumes from the same checkpoint with these data ends with the same weights.
     reference = named(base, "reference")
     assert fit(until(reference, 4)) == [True, True]
 

@@ -1,5 +1,5 @@
-"""A rank that freezes: the others notice, say who was heard of last, and leave with the status that asks for another
-start; so does the launcher."""
+"""A rank that freezes: the others notice, report when they last heard from each rank, and exit with the requeue
+status; so does the launcher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megamor.config import Config, config_to_yaml
 from megamor.train import EXIT_INTERRUPTED
 from megamor.train.watchdog import Watchdog
 from tests.distributed.harness import free_port
-from tests.resume.runs import directory_of, fit, named, tiny_run, trace, until
+from tests.resume.runs import directory_of, fit, named, tiny_run, trace, until, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0
@@ -28,13 +28,13 @@ TIMEOUT = 3.0
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A run that nobody waits for, with an impatient watchdog."""
+    """A run too long to finish, with a watchdog that waits for a few seconds only."""
     return tiny_run(tmp_path, max_steps=100_000, eval_every=200_000, hang_timeout_seconds=TIMEOUT)
 
 
 @contextmanager
 def ranks(config: Config) -> Iterator[list[subprocess.Popen]]:
-    """Two processes of a run, without a launcher; killed at the end."""
+    """Two ranks of a run without a launcher; killed at the end."""
     file = Path(config.run.dir) / "config.yaml"
     file.write_text(config_to_yaml(config))
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
@@ -56,16 +56,7 @@ def ranks(config: Config) -> Iterator[list[subprocess.Popen]]:
             process.communicate()
 
 
-def wait_for_steps(config: Config, count: int) -> None:
-    """Until so many steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "the run doesn't start"
-        time.sleep(0.05)
-
-
-def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
+def test_a_frozen_rank_ends_the_run_with_the_requeue_status(config: Config) -> None:
     with ranks(config) as (first, second):
         wait_for_steps(config, 3)
         second.send_signal(signal.SIGSTOP)
@@ -75,16 +66,16 @@ def test_a_frozen_rank_ends_the_run_for_another_start(config: Config) -> None:
     assert first.returncode == EXIT_INTERRUPTED
     assert TIMEOUT < took < 45, "on a busy machine too, and far sooner than collectives give up"
     assert "rank 0 hangs: step" in printed
-    assert 'File "' in printed  # stacks
+    assert 'File "' in printed  # the stack of each thread
     assert "train_step" in printed or "next_batch" in printed or "finish" in printed
     heard_of = printed.split("Last heartbeats:")[1]
-    assert heard_of.index("rank_1:") < heard_of.index("rank_0:")  # the silent one comes first
+    assert heard_of.index("rank_1:") < heard_of.index("rank_0:")  # the rank that was silent longest is listed first
     heartbeats = directory_of(config) / "heartbeats"
     assert "in fit" in (heartbeats / "stacks_0.txt").read_text()
     assert json.loads((heartbeats / "rank_1.json").read_text())["pid"] == second.pid
 
 
-def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
+def test_the_launcher_exits_with_the_requeue_status_too(config: Config) -> None:
     file = Path(config.run.dir) / "config.yaml"
     file.write_text(config_to_yaml(config))
     command = [sys.executable, "-m", "megamor", "launch", "--processes", "2", "--port", str(free_port())]
@@ -99,7 +90,7 @@ def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
         workers = psutil.Process(launcher.pid).children()
         workers[1].suspend()
         time.sleep(2 * TIMEOUT + 2)
-        workers[1].resume()  # spares the half minute that torchrun gives it
+        workers[1].resume()  # or torchrun would wait half a minute for it
         assert launcher.wait(timeout=60) == EXIT_INTERRUPTED
     finally:
         for process in [*psutil.Process(launcher.pid).children(), launcher] if launcher.poll() is None else []:
@@ -107,10 +98,10 @@ def test_the_launcher_asks_for_another_start_too(config: Config) -> None:
         launcher.wait()
 
 
-def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
+def test_a_rank_that_makes_progress_is_not_ended_if_the_clock_jumps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of the wall clock, forwards and backwards by years, move nothing but the times in the metrics."""
+    """If the wall clock jumps by years, in either direction, only the times in the metrics change."""
     now = time.time
     offsets = iter([0.0, 1e9, -1e9] * 10_000)
     monkeypatch.setattr(time, "time", lambda: now() + next(offsets))
@@ -124,7 +115,7 @@ def test_a_rank_that_gets_on_is_left_alone_whatever_the_clock_says(
     assert [r["train/loss"] for r in trace(stopped).steps] == [r["train/loss"] for r in trace(config).steps]
 
 
-def test_a_rank_is_heard_of_from_its_first_step_on(tmp_path: Path) -> None:
+def test_heartbeats_start_with_the_first_step(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 1, 1000.0) as watchdog:
         assert not (tmp_path / "heartbeats").exists()
         watchdog.beat("step 1")
@@ -132,7 +123,7 @@ def test_a_rank_is_heard_of_from_its_first_step_on(tmp_path: Path) -> None:
     assert (note["doing"], note["pid"]) == ("step 1", os.getpid())
 
 
-def test_a_watchdog_that_is_beaten_or_switched_off_keeps_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watchdog_reports_only_missing_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[float] = []
     monkeypatch.setattr(Watchdog, "_report_and_exit", lambda self, silent, timeout: reported.append(silent))
     with Watchdog(tmp_path, 0, None):

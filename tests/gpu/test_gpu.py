@@ -1,6 +1,6 @@
-"""What only a GPU can show: kernels in bf16, packed attention, compiled blocks, memory, and that nothing waits.
+"""What only a GPU can show: bf16 kernels, packed attention, compiled blocks, memory, and no synchronisation.
 
-`python -m pytest tests/gpu` on a machine with a CUDA device; a few minutes, most of them compilation.
+Run `python -m pytest tests/gpu` on a machine with a CUDA device; it takes a few minutes, mostly compilation.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ from megamor.routing import TokenSet
 from megamor.routing.plan import Incoming
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config, tokens, vanilla_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
 CUDA = torch.device("cuda", 0)
 
@@ -43,7 +40,7 @@ def no_compiled_code_from_before() -> Iterator[None]:
 
 
 def model_of(config: Config) -> Transformer:
-    """On the CPU, with activations of order one."""
+    """A model on the CPU whose activations are of order one."""
     model = build_model(config, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -83,7 +80,7 @@ def test_bf16_logits_are_close_to_fp32_on_the_cpu(router: str, kv_policy: str, d
         model.to(CUDA)
         got = {mode: in_bf16(model, tokens(), mode=mode, documents=on_gpu(documents)) for mode in ("topk", "causal")}
     for mode, reference in want.items():
-        # Rounding may turn a decision that was close, and with it the tokens that see the one concerned.
+        # Rounding may flip a close routing decision, which changes the token and all tokens that attend to it.
         turned = int((got[mode].depth.cpu() != reference.depth).sum())
         assert turned <= 5, f"{mode}: {turned} of {reference.depth.numel()} tokens took another depth"
         assert relative_error(got[mode].logits, reference.logits) < (0.2 if turned else 0.025), mode
@@ -100,7 +97,7 @@ def test_gradients_are_finite_and_close(router: str) -> None:
     got = gradients(model, in_bf16(model, tokens(), tokens(1).to(CUDA)))
     assert got.keys() == want.keys()
     assert all(gradient.isfinite().all() for gradient in got.values())
-    if router != "skip_forward_recurse":  # draws its noise on the device
+    if router != "skip_forward_recurse":  # draws noise on the device
         blocks = [name for name in want if ".ffn." in name or ".attention." in name]
         stacked = [torch.cat([found[name].cpu().flatten() for name in blocks]) for found in (got, want)]
         assert F.cosine_similarity(*stacked, dim=0) > 0.99
@@ -127,7 +124,7 @@ def test_packed_equals_padded_and_masked(
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["each_its_own", "grouped"])
 def test_the_kernel_alone(heads: tuple[int, int]) -> None:
-    """Forward and backward against a padded grid in fp32: empty pieces, lengths off any block size, a loose bound."""
+    """Forward and backward compared with a padded grid in fp32: empty segments, odd lengths, and a loose bound."""
     lengths = [1, 130, 0, 77, 256, 0]
     total, (num_heads, num_kv_heads) = sum(lengths), heads
     assert has_packed_kernel(CUDA, torch.bfloat16, 64)
@@ -154,8 +151,8 @@ def test_the_kernel_alone(heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "token_choice_loss_free"])
-def test_nothing_waits_in_the_forward_pass(router: str, kv_policy: str) -> None:
-    """Token-choice's one look at its own sizes is an event of a copy that left before the first recursion."""
+def test_the_forward_pass_never_waits_for_the_device(router: str, kv_policy: str) -> None:
+    """Token-choice waits once for its sizes: for the event of a copy that was queued before the first recursion."""
     model = model_of(tiny_config(ROUTERS[router], kv_policy)).to(CUDA)
     inputs, labels = tokens().to(CUDA), tokens(1).to(CUDA)
     in_bf16(model, inputs, labels).loss_sum.backward()  # kernels, workspaces
@@ -214,7 +211,7 @@ def test_compiled_blocks_are_compiled_once(router: str, kv_policy: str) -> None:
 
 
 def test_compiled_documents() -> None:
-    """The packed kernel inside a compiled block."""
+    """Use the packed attention kernel inside a compiled block."""
     model = model_of(vanilla_config()).to(CUDA)
     documents = DOCUMENTS.to(CUDA)
     with torch.no_grad():

@@ -1,5 +1,4 @@
-"""Serving on a GPU: the paged kernel gives what gathered pages give, and graphs replay what the reference says;
-`python -m pytest tests/gpu`."""
+"""Serving on a GPU: the paged kernel agrees with gathered pages, and replayed graphs with the reference."""
 
 from __future__ import annotations
 
@@ -11,10 +10,7 @@ from megamor.serve.options import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import SERVED, Schedule, check, expected
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("page_size", [16, 256])
@@ -26,11 +22,7 @@ def test_the_kernel_reads_pages(dtype: torch.dtype, tolerance: float, kv_heads: 
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     pages = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
-    views = [
-        KVView(pages[:20], [300]),
-        KVView(pages[20:40], list(range(250, 260))),
-        KVView(pages[40:], [7, 9, 200]),
-    ]
+    views = [KVView(pages[:20], [300]), KVView(pages[20:40], list(range(250, 260))), KVView(pages[40:], [7, 9, 200])]
     q = torch.randn(14, 6, 64, generator=generator, device=device, dtype=dtype)
     k, v = (torch.randn(60, page_size, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
     found = KernelLayout.of(views, page_size, device).attend(q, k, v)

@@ -1,4 +1,4 @@
-"""Models start where they should, every router learns from the language-model loss, and compute is really skipped."""
+"""Models start at the loss of a uniform guess, routers learn from the LM loss, and routing really skips compute."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_auxiliary_loss_teaches_every_predictor(router: str) -> None:
 
 
 def test_training_makes_the_causal_rule_agree_with_top_k() -> None:
-    """The auxiliary loss does its work: agreement rises clearly above chance on a fixed batch."""
+    """The auxiliary loss trains the predictor: agreement rises clearly above chance on a fixed batch."""
     config = tiny_config(ExpertChoiceConfig(aux_coeff=1.0))
     model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -77,7 +77,7 @@ def test_training_makes_the_causal_rule_agree_with_top_k() -> None:
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["vanilla", *ROUTERS])
 def test_executed_flops_match_the_profiler(router: str, kv_policy: str) -> None:
-    """Our count, with attention's full rectangle as the profiler sees it, within 1 % of torch's."""
+    """megamor's count, with full attention rectangles as the profiler counts them, is within 1 % of torch's."""
     config = vanilla_config() if router == "vanilla" else tiny_config(ROUTERS[router], kv_policy)
     model, ids = build_model(config), tokens()
     out, profiled = profile(model, ids)
@@ -90,7 +90,7 @@ def test_executed_flops_match_the_profiler(router: str, kv_policy: str) -> None:
 
 
 def profile(model: Transformer, ids: Tensor) -> tuple[ModelOutput, int]:
-    """A forward pass and torch's count of its FLOPs; the counter sees attention only where it is made of products."""
+    """A forward pass and torch's count of its FLOPs, with attention as matrix products so that torch counts it."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(ids)
     return out, counter.get_total_flops()

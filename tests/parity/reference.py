@@ -1,7 +1,7 @@
-"""Reference cases: outputs and gradients of the paper authors' model, and how their settings map to a config.
+"""Reference cases: outputs and gradients of the paper authors' model, with their settings mapped to a config.
 
 The directory (MEGAMOR_FIXTURES, default ../shared/fixtures) holds `meta.json` and one safetensors file per case; its
-README gives the tensors. Any directory of that form works.
+README lists the tensors. Any directory of that form works.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The released code's run settings; empty for vanilla."""
+        """Run settings of the released code; empty for vanilla."""
         return self.meta.get("cfg") or {}
 
     @property
     def warmup_step(self) -> int:
-        """Training step inside the capacity warm-up, where the case has one (stated in its note)."""
+        """Training step within the capacity warm-up, if the case's note states one."""
         note = self.meta.get("note", "")
         return int(note.split("incremented to ")[1].split()[0]) if "incremented to " in note else 0
 
     def parameter_name(self, reference: str) -> str:
-        """megamor's name of a reference weight."""
+        """The name of a reference weight in megamor."""
         parts = reference.split(".")
         if parts[0] in ("embed", "norm"):
             return reference
@@ -113,7 +113,7 @@ class Case:
         return config_from_dict(sections)
 
     def head_kind(self, named: str) -> str:
-        """megamor's name of the routers' network, by the width of its hidden layer."""
+        """The router network's name in megamor, from the width of its hidden layer."""
         hidden = [w.shape for name, w in self.weights.items() if "router" in name and name.endswith("fc1.weight")]
         if not hidden:
             return named
@@ -140,13 +140,13 @@ def kv_policy(kv_sharing: dict[str, Any]) -> str:
 
 
 def expert_choice(mor: dict[str, Any], default_warmup: int) -> dict[str, Any]:
-    """Router section of a released expert-choice run; its capacity warms up as long as its learning rate by default."""
+    """Router section of a released expert-choice run; by default its capacity warms up as long as its learning rate."""
     expert = mor["expert"]
     return {
         "kind": "expert_choice",
         "head": mor["router_type"],
         "activation": expert["router_func"] or "none",
-        # Without an activation the released code doesn't scale either.
+        # Without an activation the released code doesn't apply alpha.
         "alpha": expert["alpha"] if expert["router_func"] else 1.0,
         "temperature": mor["temp"],
         "gating": expert["gating"],
@@ -177,7 +177,7 @@ def token_choice(mor: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases() -> list[Case]:
-    """All cases of the directory; empty where it doesn't exist."""
+    """All cases of the directory; empty if it doesn't exist."""
     path = DIRECTORY / "meta.json"
     if not path.exists():
         return []

@@ -13,14 +13,14 @@ from tests.parity.reference import DIRECTORY, Case, cases
 CASES = cases()
 LOGITS_ATOL, LOSS_ATOL = 1e-5, 2e-6
 GRADIENT_RTOL = HIDDEN_RTOL = 1e-5
-"""Largest difference relative to the tensor's largest value. Hidden states and router logits reach 21, where the
-reference itself is up to 1.8e-5 and 9.8e-6 away from the same computation in fp64."""
+"""Largest difference relative to the tensor's largest value. Hidden states and router logits reach 21; there the
+reference itself differs from the same computation in fp64 by up to 1.8e-5 and 9.8e-6."""
 
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference cases at {DIRECTORY}; set MEGAMOR_FIXTURES")
 
 
 class Recorder:
-    """Hidden states at stage boundaries, router logits and selections, seen through hooks."""
+    """Hidden states at stage boundaries, router logits and selections, recorded by hooks."""
 
     def __init__(self, model: Transformer) -> None:
         self.hidden: list[Tensor] = []
@@ -90,7 +90,7 @@ def check_selections(selected: list[Tensor], expected: dict[str, Tensor], phase:
 
 
 def check_hidden_states(case: Case, model: Transformer, inputs: Tensor, recorder: Recorder) -> None:
-    """Every `eval.hidden.{i}`; which stage boundary it is depends on the kind of model."""
+    """Compare every `eval.hidden.{i}` with the stage boundary that it belongs to in this kind of model."""
     wanted = [case.tensors[f"eval.hidden.{i}"] for i in range(sum(n.startswith("eval.hidden") for n in case.tensors))]
     states = recorder.hidden if case.meta["kind"] != "mor" else [*stage_boundaries(model, inputs), recorder.hidden[-1]]
     if case.meta["kind"] != "mor":

@@ -2,9 +2,9 @@
 
     python -m tests.resume.campaign --kills 50 --backend fsdp2 --json report.json
 
-Some kills come at a chosen point of a save, others at a random time: while a launch starts, restores, trains or saves.
-One rank dies first, the others somewhat later, as under a launcher. After each kill the checkpoints are looked at as
-they lie there, before anything puts them in order.
+Some kills happen at a chosen point of a save, others at a random time while a launch starts, restores, trains or saves.
+One rank dies first and the others a little later, as under a launcher. After each kill the checkpoints are inspected
+before the next launch cleans them up.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ STAGES = (
 ON_EVERY_RANK = frozenset({"started", "state", "written", "verified", "done"})
 PATIENCE_SECONDS = 120.0
 RESUMED_FROM = "resumed_from"
-"""A file in which a launch says from which step it goes on."""
+"""A file in which each launch records the step that it resumes from."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Where the next launch dies: at `stage` of its `nth` save, or `seconds` after it has done so many `steps`.
+    """Where the next launch is killed: at `stage` of its `nth` save, or `seconds` after it has done `steps` steps.
 
-    No steps means that `seconds` are counted from the start of the processes.
+    Without `steps`, `seconds` are counted from the start of the processes.
     """
 
     rank: int
@@ -69,14 +69,14 @@ class Kill:
 
 @dataclass
 class Report:
-    """What came of a campaign. Everything but the first four is to be zero.
+    """Result of a campaign. All but the first four figures must be zero.
 
     Attributes:
         kills: launches that died by SIGKILL, by kind.
-        restarts: launches that went on from a checkpoint.
+        restarts: launches that resumed from a checkpoint.
         steps_compared: lines of metrics that were compared with the undisturbed run's.
-        last_step: how far the run came.
-        lost_steps: sum of steps that were behind `latest` at a kill and were not resumed from.
+        last_step: last step of the run.
+        lost_steps: committed steps that a restart did not resume from, summed over kills.
         without_checkpoint: kills after the first commit that left no whole checkpoint where `latest` points.
         divergences: lines of metrics that differ in any bit.
     """
@@ -101,7 +101,7 @@ class Campaign:
         self.seen: dict[int, dict[str, Any]] = {}
 
     def kill(self, kill: Kill) -> None:
-        """One launch that ends by `kill`, and a look at what it leaves."""
+        """Run one launch until `kill`, then inspect what it left."""
         committed = latest_step(self.root)
         ranks = start_ranks(_fit_until_killed, self.config, kill, world_size=self.world_size)
         processes = [process for process, _ in ranks]
@@ -112,7 +112,7 @@ class Campaign:
             first.kill()
         assert wait([first.sentinel], timeout=PATIENCE_SECONDS), f"{kill} did not happen"
         first.join()
-        assert first.exitcode == -signal.SIGKILL, f"{kill}: the launch ended by itself with {first.exitcode}"
+        assert first.exitcode == -signal.SIGKILL, f"{kill}: the launch exited with {first.exitcode}"
         time.sleep(kill.others_after)
         for process, (_, receiver) in zip(processes, ranks, strict=True):
             process.kill()
@@ -135,7 +135,7 @@ class Campaign:
                     return
 
     def finish(self, steps: int) -> None:
-        """Go on undisturbed for `steps`, then compare everything with a run that was never killed."""
+        """Train `steps` more steps without a kill, then compare everything with a run that was never killed."""
         committed = latest_step(self.root)
         self.report.last_step = max([committed or 0, *self.seen]) + steps
         assert all(fit(until(self.config, self.report.last_step), self.world_size))
@@ -148,8 +148,8 @@ class Campaign:
         self.report.divergences += len(differing) + len(set(range(1, self.report.last_step + 1)) - self.seen.keys())
 
     def _look(self, committed: int | None) -> None:
-        """Count what the launch that has just ended lost of what was `committed` before it, and what it left."""
-        if self.resumed.exists():  # it came as far as to train
+        """Count which of the steps `committed` before the last launch it lost, and which checkpoints it left."""
+        if self.resumed.exists():  # it started training
             step = int(self.resumed.read_text() or 0)
             self.resumed.unlink()
             self.report.restarts += step > 0
@@ -166,7 +166,7 @@ class Campaign:
 
 
 def _fit_until_killed(config: Config, kill: Kill) -> None:
-    """A launch, with what brings about its death."""
+    """Start a launch that will be killed."""
     with (directory_of(config).parent / "campaign.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -198,7 +198,7 @@ def _tell_when_state_is_written(tell: Any) -> None:
 
 
 def at_every_stage(world_size: int, random_: random.Random) -> list[Kill]:
-    """A kill at each point of a save, on one of the ranks that pass it."""
+    """A kill at each stage of a save, on one of the ranks that reach it."""
     kills = []
     for stage in STAGES:
         rank = random_.randrange(world_size) if stage in ON_EVERY_RANK else 0
@@ -207,7 +207,7 @@ def at_every_stage(world_size: int, random_: random.Random) -> list[Kill]:
 
 
 def at_random(count: int, world_size: int, longest: float, random_: random.Random) -> list[Kill]:
-    """Kills at any time of a launch: up to `longest` seconds after some steps, or every fourth time after its start."""
+    """Kills at random times: up to `longest` seconds after some steps, or (every fourth) after the start."""
     return [
         Kill(
             random_.randrange(world_size),
@@ -222,7 +222,7 @@ def at_random(count: int, world_size: int, longest: float, random_: random.Rando
 def run_campaign(
     directory: Path, parallel: ParallelConfig, kills: Sequence[Kill], *, world_size: int = 2, asynchronous: bool = False
 ) -> Report:
-    """Kill a tiny run that saves every second step, `kills` times, in `directory`."""
+    """Kill a tiny run in `directory`, which saves every second step, `kills` times."""
     if parallel.backend == "deepspeed":
         preload_deepspeed()
     config = replace(
@@ -239,7 +239,7 @@ def run_campaign(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the campaign of the command line and exit with 1 if it found a fault."""
     parser = argparse.ArgumentParser(
         prog="campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=2, choices=[0, 1, 2, 3])
     parser.add_argument("--shard-degree", type=int, help="HSDP with groups of this size")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--asynchronous", action="store_true", help="save while training goes on")
+    parser.add_argument("--asynchronous", action="store_true", help="save in the background")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the report here as well")
     args = parser.parse_args()

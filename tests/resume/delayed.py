@@ -1,8 +1,8 @@
-"""A shared file system as network file systems are: what another process has just written isn't visible here yet.
+"""Simulates a network file system on which the writes of other processes become visible late.
 
-Inside `delayed_view(root, seconds)` this process doesn't see a path below `root` until so many seconds after it was
-created, written to or renamed, unless it did so itself. Only looking is delayed: creating what exists already fails
-at once, and reveals it, as a server would.
+Inside `delayed_view(root, seconds)` this process doesn't see a path below `root` until `seconds` after it was created,
+written or renamed, unless it did that itself. Only lookups are delayed: creating a path that exists already fails at
+once and makes it visible, as a file server would.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DelayedView:
     def __init__(self, root: Path, seconds: float) -> None:
         self.root, self.seconds = os.path.realpath(root), seconds
         self.own: set[str] = set()
-        """Paths that this process has made or seen."""
+        """Paths that this process has created or seen."""
         self.hidden = 0
         self.lstat = os.lstat
 
@@ -36,34 +36,34 @@ class DelayedView:
         return found if found.startswith(self.root + os.sep) else None
 
     def is_hidden(self, path: Any) -> bool:
-        """Whether the path, or a directory that it's in, is too new."""
+        """Whether the path, or one of its parent directories, is too new to be seen."""
         current = self.absolute(path)
         while current is not None and current != self.root:
             if current not in self.own:
                 try:
                     age = time.time() - self.lstat(current).st_ctime
                 except OSError:
-                    return False  # it really isn't there: whoever asks will hear
+                    return False  # it doesn't exist: the real call raises the error
                 if age < self.seconds:
                     self.hidden += 1
                     return True
-                self.own.add(current)  # and stays known: a directory changes with what is put into it
+                self.own.add(current)  # stays visible, although a directory's time changes with each new entry
             current = self.absolute(os.path.dirname(current))
         return False
 
     def created(self, path: Any) -> None:
-        """This process made, or has come to know, a path."""
+        """Make a path visible, because this process created it or learned of it."""
         absolute = self.absolute(path)
         if absolute is not None:
             self.own.add(absolute)
 
     def check(self, path: Any) -> None:
-        """Raise as for a path that isn't there."""
+        """Raise FileNotFoundError, as for a path that doesn't exist."""
         if self.is_hidden(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
     def looking(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(path, ...)` fails for what is hidden."""
+        """Wrap `function(path, ...)` to fail for hidden paths."""
 
         def look(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
             self.check(path)
@@ -72,18 +72,18 @@ class DelayedView:
         return look
 
     def making(self, function: Callable[..., Any], result: int) -> Callable[..., Any]:
-        """`function(...)` makes the path that is its argument number `result`."""
+        """Wrap a function that creates the path given as its argument number `result`."""
 
         def make(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
-            finally:  # having failed because it is there reveals it, too
+            finally:  # failing because it exists makes it visible too
                 self.created(args[result])
 
         return make
 
     def opening(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`open`: reading looks, writing makes."""
+        """`open`: reading is a lookup, writing creates."""
 
         def open_(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             if "r" in mode and "+" not in mode:
@@ -106,7 +106,7 @@ class DelayedView:
 
 
 class Entries:
-    """What `os.scandir` returns: an iterator that can be closed."""
+    """Result of `os.scandir`: an iterator that can be closed."""
 
     def __init__(self, entries: Iterator[os.DirEntry[str]]) -> None:
         self.entries = entries
@@ -124,12 +124,12 @@ class Entries:
         self.close()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Close nothing: the entries were read at once."""
 
 
 @contextmanager
 def delayed_view(root: Path, seconds: float) -> Iterator[DelayedView]:
-    """Delay what this process sees below `root`."""
+    """Delay when this process sees the changes of others below `root`."""
     view = DelayedView(root, seconds)
     replaced = {
         (os, "stat"): view.looking(os.stat),

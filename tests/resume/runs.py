@@ -1,9 +1,10 @@
-"""Tiny but whole runs: generated shards, a real trainer on one or two processes, and what it has written."""
+"""Tiny but complete runs: generated shards, a real trainer on one or two processes, and the files that it wrote."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,17 +46,16 @@ LOSS_FREE = TokenChoiceConfig(balancing="loss_free", bias_update_rate=0.01)  # a
 STEPS = 8
 
 SLOW_IMPORT = "deepspeed.runtime.zero.muon.muon_optimizer"
-"""What deepspeed imports when its engine starts, with all of torch's compiler: done here rather than in every fork."""
+"""Modules that deepspeed imports when its engine starts, torch's compiler included: imported once, before forking."""
 
 Spoil = Callable[[Trainer], None]
-"""Something that a test does to the trainer of one rank before it starts."""
+"""A change that a test makes to the trainer of one rank before it starts."""
 
 
 def write_shard(prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY, meta: ShardMeta | None = None) -> str:
-    """Documents of noisy ramps, which can be learnt.
+    """Documents of noisy ramps, which can be learned.
 
-    No token comes twice in a window: two of a kind would have nearly the same score, and rounding could swap them in
-    a top-k.
+    No token occurs twice in a window: equal tokens get nearly equal scores, and rounding could swap them in a top-k.
     """
     generator = np.random.default_rng(7)
     with ShardWriter(prefix, np.dtype("<u2")) as writer:
@@ -67,7 +67,7 @@ def write_shard(prefix: Path, tokens: int = 20_000, vocabulary: int = VOCABULARY
 
 
 def tiny_run(directory: Path, backend: str = "auto", **train: Any) -> Config:
-    """A run of eight steps of four sequences in `directory`; its data is made on first use."""
+    """A run of eight steps of four sequences in `directory`; its data is generated on first use."""
     data = directory / "data"
     if not data.exists():
         data.mkdir(parents=True)
@@ -106,7 +106,7 @@ def fit(config: Config, world_size: int = 2, spoil: Spoil | None = None, on_rank
     """Launch a run on fresh processes, with `spoil` on one or all of them; what `fit` returns on each rank."""
     if config.parallel.backend == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        with suppress(ModuleNotFoundError):  # not every release has it
+        with suppress(ModuleNotFoundError):  # missing in some releases
             import_module(SLOW_IMPORT)
     return run_ranks(_fit_here, config, spoil, on_rank, world_size=world_size)
 
@@ -135,7 +135,7 @@ def _fit_here(config: Config, spoil: Spoil | None, on_rank: int | None) -> bool:
 
 
 def signal_after(step: int, number: signal.Signals) -> Spoil:
-    """The rank gets a signal in the middle of the step after `step`."""
+    """Send the rank a signal in the middle of the step after `step`."""
 
     def spoil(trainer: Trainer) -> None:
         update = trainer.backend.step
@@ -150,9 +150,18 @@ def signal_after(step: int, number: signal.Signals) -> Spoil:
     return spoil
 
 
+def wait_for_steps(config: Config, count: int, seconds: float = 180.0) -> None:
+    """Wait until `count` steps are logged."""
+    metrics = directory_of(config) / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run didn't start"
+        time.sleep(0.05)
+
+
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves: a line of metrics for each step, validation losses, all tensors of its last checkpoint."""
+    """What a run leaves: metrics of each step, validation losses, all tensors of its last checkpoint."""
 
     steps: list[dict[str, Any]]
     validation: list[dict[str, Any]]
@@ -180,16 +189,16 @@ def trace(config: Config) -> Trace:
 
 
 def repeatable(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what depends on the clock and the machine, and what counts from the launch.
+    """A line of metrics without values that depend on the clock, the machine or the launch.
 
-    NaN, which equals nothing, is a word.
+    NaN becomes a string, because NaN doesn't equal itself.
     """
     kept = {key: value for key, value in record.items() if not key.startswith(("time", "throughput/", "memory/"))}
     return {key: "nan" if value != value else value for key, value in kept.items()}
 
 
 def assert_same_run(straight: Trace, resumed: Trace) -> None:
-    """Every figure of every step, and every bit of weights, buffers and moments."""
+    """Compare every figure of every step, and every bit of weights, buffers and moments."""
     assert [record["step"] for record in resumed.steps] == list(range(1, len(straight.steps) + 1))
     for expected, found in zip(straight.steps, resumed.steps, strict=True):
         assert repeatable(found) == repeatable(expected)

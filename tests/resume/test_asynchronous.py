@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the same ones, and nothing is lost when writing fails or the run ends."""
+"""Checkpoints written in the background equal blocking ones, and none is lost when a write fails or the run ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def base(tmp_path: Path) -> Config:
 
 
 def slowly(trainer: Trainer, before: Callable[[int], Any]) -> None:
-    """Make saves call `before(step)` in their thread when they begin."""
+    """Make each save call `before(step)` in its thread before it starts."""
     save = trainer.checkpoints.manager.save
 
     def delayed(step: int, *arguments: Any) -> Path:
@@ -67,7 +67,7 @@ def slowly(trainer: Trainer, before: Callable[[int], Any]) -> None:
 
 
 def write_later(trainer: Trainer) -> None:
-    """Let some steps pass before anything is written."""
+    """Wait for some steps before anything is written."""
     slowly(trainer, lambda step: time.sleep(0.3))
 
 
@@ -89,12 +89,12 @@ def test_every_checkpoint_is_what_a_blocking_save_writes(base: Config, parallel:
         assert states[0] == states[1]
 
 
-def test_training_goes_on_while_one_is_written(base: Config) -> None:
+def test_training_continues_while_a_checkpoint_is_written(base: Config) -> None:
     def spoil(trainer: Trainer) -> None:
         def wait_for_a_later_step(step: int) -> None:
             deadline = time.monotonic() + 30
             while step < STEPS and trainer.progress.step == step:
-                assert time.monotonic() < deadline, "training waits for the checkpoint"
+                assert time.monotonic() < deadline, "training waited for the checkpoint"
                 time.sleep(0.001)
 
         slowly(trainer, wait_for_a_later_step)

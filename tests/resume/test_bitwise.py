@@ -1,4 +1,4 @@
-"""A run that was stopped and started again is the run that was never stopped, to the last bit."""
+"""A run that was stopped and resumed equals the run that was never stopped, to the last bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.resume.runs import (
     until,
 )
 
-STOP = 3  # odd, so that a bias that goes up or down in each step isn't back at zero
+STOP = 3  # odd, so that a bias that moves up or down in each step isn't back at zero
 CASES = [
     pytest.param(ParallelConfig("single"), EXPERT_CHOICE, id="single"),
     pytest.param(ParallelConfig("ddp"), EXPERT_CHOICE, id="ddp"),
@@ -65,14 +65,14 @@ def test_checkpointing_modes_compute_the_same(tmp_path: Path) -> None:
     none, recursion, block = map(trace, runs)
     assert_same_run(none, recursion)
     assert_same_run(none, block)
-    # Recomputed work counts in HFU's numerator, which knows no peak here, and not in the model's.
+    # Recomputed work counts for HFU (which needs a known peak, absent here) but not for the model's FLOPs.
     assert none.steps[-1]["throughput/executed_flops"] == block.steps[-1]["throughput/executed_flops"]
 
 
 @pytest.mark.promise("R1", "R9")
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_every_router_resumes(tmp_path: Path, router: RouterConfig) -> None:
-    """Whatever a router remembers, or draws at random, is in the checkpoint."""
+    """All state of a router, random numbers included, is in the checkpoint."""
     config = replace(tiny_run(tmp_path, max_steps=5), router=router, checkpoint=CheckpointConfig(every_steps=3))
     fit(config, world_size=1)
     straight = trace(config)

@@ -1,4 +1,4 @@
-"""megamor convert-checkpoint: one file with every weight once, and errors that leave nothing behind."""
+"""megamor convert-checkpoint: one file with every weight once, and errors that leave no file behind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from megamor.cli import convert_checkpoint
 from megamor.config import Config, config_from_dict
 from megamor.model import build_model
+from tests.commands import refusal
 from tests.distributed.runs import stored_tensors
 from tests.resume.runs import LOSS_FREE, directory_of, fit, tiny_run, until
 
@@ -43,7 +44,7 @@ def test_one_file_of_weights(run: Config, tmp_path: Path) -> None:
     model = build_model(config_from_dict(yaml.safe_load(metadata["config"])))
     assert metadata["step"] == "5"
     model.load_state_dict(weights)
-    # Tied weights once: what is in the file is what the model counts.
+    # Tied weights are stored once: the file has exactly the parameters that the model counts.
     parameters = dict(model.named_parameters())
     assert sum(weights[name].numel() for name in parameters) == model.num_parameters()
     assert weights.keys() == model.state_dict().keys()
@@ -56,16 +57,13 @@ def test_one_file_of_weights(run: Config, tmp_path: Path) -> None:
 @pytest.mark.promise("R16")
 def test_errors_are_clear_and_leave_nothing(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def refused(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            convert_checkpoint.main([*arguments, "--output", str(tmp_path / "out")])
-        assert exit_.value.code == 2
+        message = refusal(capsys, convert_checkpoint.main, *arguments, "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
-        return capsys.readouterr().err
+        return message
 
     source = str(checkpoint_of(run))
     assert "there is no checkpoint at" in refused(str(tmp_path / "nowhere"), "--to", "safetensors")
     assert "ZeRO resumes from a checkpoint of any backend as it is" in refused(source, "--to", "deepspeed")
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit):
-        convert_checkpoint.main([source, "--to", "safetensors", "--output", str(tmp_path / "out")])
-    assert "exists: give another --output" in capsys.readouterr().err
+    arguments = (source, "--to", "safetensors", "--output", tmp_path / "out")
+    assert "exists: give another --output" in refusal(capsys, convert_checkpoint.main, *arguments)

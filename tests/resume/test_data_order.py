@@ -1,4 +1,4 @@
-"""The data of a run as its trainer sees it: order over changing numbers of processes, ramps, sources that run out."""
+"""The data that the trainer gets: its order for any number of processes, ramps, sources that run out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, f
 
 
 def fit_and_tell(config: Config, directory: Path) -> None:
-    """Run a launch; every rank leaves what it was given in each step."""
+    """Run a launch in which every rank saves the batches that it was given."""
     world = init_world(config.parallel)
     trainer = build_trainer(config, world)
     next_step = trainer.loader.next_step
@@ -35,8 +35,8 @@ def fit_and_tell(config: Config, directory: Path) -> None:
     trainer.fit()
 
 
-def test_one_two_four_and_three_processes_see_the_samples_of_one(tmp_path: Path) -> None:
-    """R5: the ids of every global batch are those of the run's order, and losses those of an uninterrupted run."""
+def test_any_number_of_processes_reads_the_samples_of_one(tmp_path: Path) -> None:
+    """R5: every global batch has the ids of the run's order, and losses equal those of an uninterrupted run."""
     base = tiny_run(tmp_path, backend="ddp", global_batch_size=12)
     straight, elastic = named(base, "straight"), named(base, "elastic")
     fit(straight, world_size=1)
@@ -55,7 +55,7 @@ def test_one_two_four_and_three_processes_see_the_samples_of_one(tmp_path: Path)
 
 
 def test_a_ramp_resumes_bitwise(tmp_path: Path) -> None:
-    """Killed and resumed at every step of a ramp of batch and length, the run is the same; tokens are counted right."""
+    """A run resumed at every step of a ramp of batch and length is the same run; its tokens are counted correctly."""
     ramp = (RampConfig(until_step=2, global_batch_size=2, seq_len=16), RampConfig(until_step=4, seq_len=16))
     base = tiny_run(tmp_path, ramp=ramp)
     straight, broken = named(base, "straight"), named(base, "broken")
@@ -74,7 +74,7 @@ def test_a_ramp_resumes_bitwise(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_ends_where_its_data_does_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_ends_with_its_data_if_asked(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """156 chunks of 32 tokens and 40 samples a step: the fourth step would repeat some."""
     base = tiny_run(tmp_path, global_batch_size=160)
     base = replace(base, checkpoint=CheckpointConfig(every_steps=1))
@@ -123,6 +123,6 @@ def test_a_slow_disk_shows_up_as_data_wait(tmp_path: Path) -> None:
     waits = [[r["throughput/data_wait_seconds"] for r in trace(run).steps] for run in (fast, slow)]
     rates = [trace(run).steps[-1]["throughput/tokens_per_second_mean"] for run in (fast, slow)]
     assert waits[1][0] >= delay
-    assert sum(waits[1]) > 1.5 * delay  # a step is far shorter than the delay, even on a busy machine
+    assert sum(waits[1]) > 1.5 * delay  # a step is far shorter than the delay, even on a loaded machine
     assert sum(waits[0]) < 0.5 * delay
     assert rates[1] < rates[0]

@@ -1,4 +1,4 @@
-"""Whatever changes during training is in the checkpoint, or is known not to matter after a restart."""
+"""Everything that changes during training is in the checkpoint, or is known not to matter after a restart."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megamor.train import Trainer, build_trainer
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import LOSS_FREE, tiny_run, until
 
-# Class and attribute (or all of them) of what changes and isn't saved, and why it needn't be.
-FORGOTTEN = {
+# Class and attribute (or all attributes) of state that changes and isn't saved, with the reason.
+NOT_SAVED = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
     ("Trainer", "evaluated_step"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",
     ("Throughput", "*"): "speed of this launch",
     ("TrainingDisplay", "*"): "display",
-    ("Watchdog", "*"): "when this launch last gave a sign of life",
+    ("Watchdog", "*"): "last heartbeat of this launch",
     ("StopRequest", "*"): "signals to this launch",
     ("JsonlSink", "*"): "where the metrics file ends",
 }
@@ -54,7 +54,7 @@ def reachable(root: object) -> Iterator[object]:
 
 
 def frozen(value: object) -> object:
-    """What can be compared later: plain data and arrays by value, everything else by its type."""
+    """A copy that can be compared later: plain data and arrays by value, everything else by its type."""
     if isinstance(value, bool | int | float | str | bytes | type(None)):
         return value
     if isinstance(value, Tensor):
@@ -71,7 +71,7 @@ def frozen(value: object) -> object:
 
 
 def attributes(item: object) -> dict[str, object]:
-    """An object's attributes by value; of a module, also the buffers that its state leaves out."""
+    """An object's attributes by value; for a module, also the buffers that aren't in its state dict."""
     found = {name: frozen(value) for name, value in vars(item).items() if not name.startswith("_modules")}
     if isinstance(item, nn.Module):
         for name in ("_parameters", "_buffers"):
@@ -81,7 +81,7 @@ def attributes(item: object) -> dict[str, object]:
 
 
 def changed_and_not_saved(trainer: Trainer) -> set[tuple[str, str]]:
-    """(class, attribute) of all that training changes outside of what `RunCheckpoints` saves."""
+    """(class, attribute) of all state that training changes and `RunCheckpoints` doesn't save."""
     checkpoints = trainer.checkpoints
     saved = [trainer.progress, checkpoints.loader, *checkpoints.components.values()]
     covered = {id(item) for root in saved for item in reachable(root)}
@@ -96,7 +96,7 @@ def changed_and_not_saved(trainer: Trainer) -> set[tuple[str, str]]:
 
 
 class Stray:
-    """Something with a memory that nobody told the checkpoints about."""
+    """A stateful object that isn't registered with the checkpoints."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -128,7 +128,7 @@ def unsaved(config: Config, stray: str) -> set[tuple[str, str]]:
 
 
 def is_forgotten_on_purpose(found: tuple[str, str]) -> bool:
-    return found in FORGOTTEN or (found[0], "*") in FORGOTTEN
+    return found in NOT_SAVED or (found[0], "*") in NOT_SAVED
 
 
 @pytest.mark.promise("R9")
@@ -137,7 +137,7 @@ def test_everything_that_changes_is_saved(router: Any, tmp_path: Path) -> None:
     config = replace(tiny_run(tmp_path, eval_every=2), router=router, checkpoint=CheckpointConfig(every_steps=2))
     (found,) = run_ranks(unsaved, until(config, 3), "", world_size=1)
     unexpected = {item for item in found if not is_forgotten_on_purpose(item)}
-    assert not unexpected, "register it with RunCheckpoints.components, or say in FORGOTTEN why it needn't be"
+    assert not unexpected, "register it with RunCheckpoints.components, or say in NOT_SAVED why it needn't be"
 
 
 @pytest.mark.promise("R9")

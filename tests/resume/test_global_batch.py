@@ -1,4 +1,4 @@
-"""How a global batch is cut into micro-batches and spread over ranks doesn't change what is learnt."""
+"""Training doesn't depend on how a global batch is cut into micro-batches and distributed over ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/balance_loss"
     ("router", "names"),
     [
         pytest.param(EXPERT_CHOICE, 4, id="expert choice"),
-        # Balance depends on the micro-batch by definition: f·P of a part isn't that of the whole.
+        # The balance loss depends on the micro-batch by definition: f·P of a part differs from that of the whole.
         pytest.param(TokenChoiceConfig(balancing="none", z_coeff=0.01), 3, id="token choice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SIGKILL at every point of a save and at any time: a restart finds a whole checkpoint and is the undisturbed run."""
+"""SIGKILL at every stage of a save and at random times: a restart finds a whole checkpoint and loses nothing else."""
 
 from __future__ import annotations
 

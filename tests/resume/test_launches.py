@@ -1,4 +1,4 @@
-"""Launches with nothing left to do, and launches that fail: what is on disk afterwards, and what every rank says."""
+"""Launches with nothing left to do, and launches that fail: what is on disk afterwards, and each rank's error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(tmp_path: Path) -> Config:
 
 
 def at_step(step: int, action: Any) -> Any:
-    """A spoil that calls `action` instead of fetching the batch after `step`."""
+    """A spoil that calls `action` instead of fetching the batch that follows `step`."""
 
     def spoil(trainer: Trainer) -> None:
         next_step = trainer.loader.next_step
@@ -170,7 +170,7 @@ def test_an_error_of_one_rank_at_the_start_is_everybodys(base: Config) -> None:
 
 
 def meet_a_bug(config: Config) -> str:
-    """What a rank ends with when rank 1 has a bug in the sixth step; the group is closed as the entry point does."""
+    """How each rank ends if rank 1 has a bug in the sixth step; the group is closed as the command does it."""
     world = init_world(config.parallel)
     trainer = build_trainer(config, world)
 

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, wandb."""
+"""What a run logs: metrics.jsonl, TensorBoard, wandb."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def test_every_step_has_every_figure(run: Config) -> None:
         assert record["throughput/tokens_per_second"] > 0
         assert record["throughput/executed_flops"] > 0
         assert record["throughput/data_wait_seconds"] >= 0
-        assert record["throughput/mfu"] is None  # a CPU's peak isn't known
+        assert record["throughput/mfu"] is None  # the peak of a CPU isn't known
         assert 0.01 < record["memory/peak_gib"] < 100
         assert sum(record[depth] for depth in DEPTHS) == pytest.approx(1)
         assert 0 < record["routing/entropy"] <= math.log(4)
         assert record["routing/dead_depths"] == 0
         assert 0 <= record["routing/topk_causal_agreement"] <= 1
-        # Capacities 1, 2/3, 1/3 of 32 tokens: 32, 21 and 10 of them go on.
+        # Capacities 1, 2/3, 1/3 of 32 tokens: the recursions take 32, 21 and 10 of them.
         assert [record[depth] * 32 for depth in DEPTHS] == pytest.approx([0, 11, 11, 10])
         assert record["routing/mean_depth"] == pytest.approx((32 + 21 + 10) / 32)
     assert [record["train/tokens_seen"] for record in steps] == [128 * step for step in range(1, STEPS + 1)]
 
 
 def test_executed_flops_are_those_of_the_selected_tokens(run: Config) -> None:
-    """Of whole windows; one in which a document ends needs less attention."""
+    """FLOPs of whole windows; one in which a document ends needs less attention."""
     per_step = nominal_flops(run, run.train.global_batch_size).training
     found = [record["throughput/executed_flops"] for record in trace(run).steps]
     of_steps = [found[0], *(b - a for a, b in pairwise(found[:4])), found[4], *(b - a for a, b in pairwise(found[4:]))]
@@ -63,7 +63,7 @@ def test_executed_flops_are_those_of_the_selected_tokens(run: Config) -> None:
     assert all(0.98 * per_step < flops <= 1.000001 * per_step for flops in of_steps)
 
 
-def test_validation_has_both_ways_of_routing(run: Config) -> None:
+def test_validation_measures_both_routing_rules(run: Config) -> None:
     validation = trace(run).validation
     assert [record["step"] for record in validation] == [4, 8]
     for record in validation:
@@ -91,7 +91,7 @@ def test_wandb_keeps_its_run_over_a_restart(run: Config) -> None:
     assert len(written) == 2
 
 
-def test_a_checkpoint_says_where_it_comes_from(run: Config) -> None:
+def test_a_checkpoint_records_its_origin(run: Config) -> None:
     state = json.loads((directory_of(run) / "checkpoints" / "latest" / "trainer.json").read_text())
     assert state["step"] == STEPS
     assert state["tokens_seen"] == STEPS * run.train.global_batch_size * run.data.seq_len

@@ -1,4 +1,4 @@
-"""A run that compiles in the middle ends where that was asked for, on every rank, and saves nothing half-way."""
+"""A run told to fail on recompilation ends on every rank when one recompiles, and saves no half-done step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.distributed.harness import RankFailed
 from tests.resume.runs import directory_of, fit, named, tiny_run
 
 FORGETS_AT = 4
-"""Steps after which a rank compiles once more."""
+"""Steps after which a rank compiles again."""
 
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured, and run as they are: the compiler itself takes minutes."""
+    """Graphs are captured but run uncompiled, because compilation takes minutes."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
 
@@ -34,7 +34,7 @@ def fresh_counters() -> Iterator[None]:
 
 
 def forget_graphs(trainer: Trainer) -> None:
-    """As if a shape were new in one step."""
+    """Recompile in one step, as for a new shape."""
     train_step = trainer.train_step
 
     def step(batch: Any) -> Any:
@@ -62,6 +62,6 @@ def test_evaluation_may_compile(tmp_path: Path) -> None:
     assert fit(base, world_size=1) == [True]
 
 
-def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:
+def test_watching_recompilation_without_compiling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fail_on_recompile_after"):
         validate(tiny_run(tmp_path, fail_on_recompile_after=2))

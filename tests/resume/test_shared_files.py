@@ -1,4 +1,4 @@
-"""Checkpoints in a directory where a rank sees what others have written only after a while."""
+"""Checkpoints in a directory where a rank sees what others wrote only after a delay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DELAY_SECONDS = 0.7
 
 
 def fit_with_delay(config: Config, delayed_ranks: tuple[int, ...] = (0, 1)) -> tuple[int, int]:
-    """A launch: the step that it went on from, and how often something was asked for that wasn't visible yet."""
+    """Run a launch; returns the step that it resumed from, and the number of lookups of paths not yet visible."""
     root = directory_of(config) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     world = init_world(config.parallel)
@@ -43,7 +43,7 @@ def fit_with_delay(config: Config, delayed_ranks: tuple[int, ...] = (0, 1)) -> t
 
 @pytest.fixture
 def base(tmp_path: Path) -> Config:
-    """A run of eight steps that is saved after every third one; old checkpoints go."""
+    """A run of eight steps that is saved after every third one and deletes old checkpoints."""
     config = tiny_run(tmp_path)
     return replace(config, router=LOSS_FREE, checkpoint=CheckpointConfig(every_steps=3, keep_last=1))
 
@@ -58,18 +58,18 @@ def test_no_rank_needs_to_see_what_another_has_just_written(
     config = replace(base, checkpoint=replace(base.checkpoint, asynchronous=asynchronous))
     for resumed_from, hidden in run_ranks(fit_with_delay, until(config, 4)):
         assert resumed_from == 0
-        assert hidden, "the delay was not felt"
-    # A restart right after the last save: one rank doesn't see yet what was written a moment ago.
+        assert hidden, "the delay had no effect"
+    # A restart right after the last save: one rank doesn't see yet what was just written.
     assert [resumed_from for resumed_from, _ in run_ranks(fit_with_delay, config, (delayed_rank,))] == [4, 4]
     assert checkpoint_names(config) == ["latest", "step_00000008"]
     verify(directory_of(config) / "checkpoints" / "latest")
     assert_same_run(trace(straight), trace(config))
 
 
-def test_the_delay_is_one_that_matters(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without waiting for what another rank made, the run fails."""
+def test_a_run_that_ignores_the_delay_fails(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run fails if a rank doesn't wait until it sees what another rank created."""
     monkeypatch.setattr(manager, "_wait_until", lambda visible, directory: None)
-    with pytest.raises(RankFailed, match=r"checkpoint/manager\.py"):  # in this step of a save or in that
+    with pytest.raises(RankFailed, match=r"checkpoint/manager\.py"):  # the step of a save that fails depends on timing
         run_ranks(fit_with_delay, until(base, 4))
 
 
@@ -80,7 +80,7 @@ def test_what_the_view_hides(tmp_path: Path) -> None:
         (tmp_path / "own").write_text("x")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "own"]
         assert (tmp_path / "own").read_text() == "x"
-    with delayed_view(tmp_path, 0.3) as view:  # as another process
+    with delayed_view(tmp_path, 0.3) as view:  # in another process, which sees the files at once
         assert not (tmp_path / "own").exists()
         with pytest.raises(FileNotFoundError):
             (tmp_path / "own").read_text()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: all ranks save the same step, and the run goes on as if nothing had been."""
+"""Ctrl-C, SIGTERM and SIGUSR1: all ranks save the same step, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     config = named(base, f"interrupted by {number.name}")
     assert fit(config, spoil=signal_after(3, number), on_rank=rank) == [False, False]
     assert checkpoint_names(config) == ["latest", "step_00000004"]
-    assert trace(config).validation == []  # it was due, but somebody is waiting
+    assert trace(config).validation == []  # an evaluation was due, but the run must stop now
     assert fit(config) == [True, True]
     assert_same_run(straight, trace(config))
 
@@ -93,7 +93,7 @@ def test_a_repeated_signal_does_not_disturb_the_save(base: Config, straight: Tra
 
 
 def raised_within(owner: str, method: str, call: int) -> Spoil:
-    """The rank gets a signal in the given call (from 1) of a method of the trainer or a part of it."""
+    """Send the rank a signal in the given call (from 1) of a method of the trainer or one of its components."""
 
     def spoil(trainer: Trainer) -> None:
         target = attrgetter(owner)(trainer) if owner else trainer
@@ -109,7 +109,7 @@ def raised_within(owner: str, method: str, call: int) -> Spoil:
     return spoil
 
 
-# Where the signal comes, on which rank, and the step that must be saved.
+# During which call, on which rank the signal arrives, and the step that must be saved.
 MOMENTS: dict[str, tuple[Spoil, int, int]] = {
     **{
         f"step {step + 1} on rank {rank}": (signal_after(step, signal.SIGUSR1), rank, step + 1)

@@ -1,4 +1,4 @@
-"""What the ranks of a run say to each other in a step, beside the gradients, and when the loop waits for the device."""
+"""The collectives of a training step besides the gradients, and when the loop waits for the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLLECTIVES = (
 
 
 def per_step(config: Config) -> tuple[Counter[str], list[tuple[str, int]]]:
-    """Our collectives in the middle steps of a run; what was queued and read, in order, with the number of the step."""
+    """megamor's own collectives in the middle steps of a run, and what was queued and read, in order, by step."""
     trainer = build_trainer(config, init_world(config.parallel))
     counts: dict[int, Counter[str]] = {}
     for name in COLLECTIVES:

@@ -1,4 +1,4 @@
-"""Shared and tied weights are one tensor each: the number of parameters is the formula's at every station of a run."""
+"""Shared and tied weights are one tensor each: the parameter count equals the formula at every stage of a run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BACKENDS = {
 
 
 def count(module: nn.Module) -> int:
-    """Elements of all parameters, each once, whole where a rank holds a part."""
+    """Elements of all parameters, each counted once and in full if a rank holds a shard."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def counts_when_built(config: Config) -> list[int]:
-    """After building, wrapping (with compiled blocks), and in the optimizer."""
+    """Counts after building the model, after wrapping (with compiled blocks), and in the optimizer."""
     world = init_world(config.parallel)
     model = build_model(config)
     counted = [count(model)]
@@ -50,7 +50,7 @@ def counts_when_built(config: Config) -> list[int]:
     config = replace(config, train=replace(config.train, compile=True))
     backend = build_backend(model, config, world, build_optimizer)  # type: ignore[arg-type]
     counted.append(count(backend.module))
-    if config.parallel.backend != "deepspeed":  # whose optimizer steps flat buffers, padding included
+    if config.parallel.backend != "deepspeed":  # whose optimizer updates flat buffers, padding included
         counted.append(sum(p.numel() for group in optimizers[0].param_groups for p in group["params"]))
     return counted
 

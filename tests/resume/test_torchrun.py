@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,16 @@ import pytest
 
 from megamor.config import Config, OptimConfig, config_to_yaml
 from tests.distributed.harness import free_port
-from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace, until
+from tests.resume.runs import (
+    assert_same_run,
+    checkpoint_names,
+    fit,
+    named,
+    tiny_run,
+    trace,
+    until,
+    wait_for_steps,
+)
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 120.0
@@ -24,7 +32,7 @@ DEADLINE_SECONDS = 120.0
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A run that nobody waits for; its learning rate doesn't depend on where it ends."""
+    """A run too long to finish, with a learning rate that doesn't depend on its last step."""
     optim = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=2)
     return replace(tiny_run(tmp_path, max_steps=100_000, eval_every=200_000), optim=optim)
 
@@ -34,7 +42,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", st
 
 @contextmanager
 def launched(config: Config, launcher: Sequence[str] = TORCHRUN) -> Iterator[subprocess.Popen]:
-    """Two processes of a launcher; killed with all its workers if it's still there at the end."""
+    """A launcher with two workers; killed with them if it still runs at the end."""
     file = Path(config.run.dir) / f"{config.run.name}.yaml"
     file.write_text(config_to_yaml(config))
     process = subprocess.Popen(
@@ -63,17 +71,8 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def wait_for_steps(config: Config, count: int) -> None:
-    """Until so many steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "the run doesn't start"
-        time.sleep(0.05)
-
-
 def assert_saved_and_continues(config: Config) -> None:
-    """Exactly the last logged step was saved, and the rest is that of a run without interruption."""
+    """The last logged step was saved, and the resumed run equals an uninterrupted one."""
     done = trace(config).steps[-1]["step"]
     assert checkpoint_names(config) == ["latest", f"step_{done:08d}"]
     straight = named(config, "straight")
@@ -101,7 +100,7 @@ def test_a_signal_to_one_worker(config: Config) -> None:
         printed, _ = process.communicate(timeout=DEADLINE_SECONDS)
     assert printed.count("stopped on request after step") == 1
     assert "exitcode  : 75" in printed
-    assert "exitcode  : -" not in printed  # nobody was killed
+    assert "exitcode  : -" not in printed  # no worker was killed
     assert_saved_and_continues(config)
 
 

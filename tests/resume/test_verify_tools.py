@@ -1,9 +1,10 @@
-"""megamor verify-checkpoint and megamor verify-resume: what they find, and their exit statuses."""
+"""megamor verify-checkpoint and megamor verify-resume: the faults that they find, and their exit statuses."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from megamor.checkpoint.manifest import create_manifest, manifest_json
 from megamor.cli import verify_checkpoint, verify_resume
 from megamor.config import CheckpointConfig, Config, config_to_yaml
 from megamor.ranks import Ranks
+from tests.commands import flip_bit, refusal, status
 from tests.distributed.runs import stored_tensors
 from tests.resume.runs import LOSS_FREE, directory_of, fit, tiny_run
+
+verify = partial(status, verify_checkpoint.main)
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +34,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture
 def checkpoint(run: Config, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy that the test may damage."""
     return Path(shutil.copytree(directory_of(run) / "checkpoints" / "step_00000008", tmp_path / "step_00000008"))
-
-
-def status(*arguments: object) -> int:
-    try:
-        verify_checkpoint.main([str(argument) for argument in arguments])
-    except SystemExit as left:
-        return int(left.code or 0)
-    return 0
 
 
 def test_whole_ones_pass(run: Config, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     root = directory_of(run)
     for path in (checkpoint, root, root / "checkpoints", root / "checkpoints" / "latest"):
-        assert status(path) == status(path, "--quick") == 0
+        assert verify(path) == verify(path, "--quick") == 0
     capsys.readouterr()
-    assert status(root, "--all") == 0
+    assert verify(root, "--all") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.rsplit("/", 1)[1] for line in lines] == ["step_00000004: whole", "step_00000008: whole"]
 
@@ -55,13 +51,11 @@ def test_whole_ones_pass(run: Config, checkpoint: Path, capsys: pytest.CaptureFi
 @pytest.mark.promise("R3")
 def test_every_fault_is_listed(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     (checkpoint / "rng" / "rank_00001.pt").unlink()
-    shard = checkpoint / "state" / "__0_0.distcp"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    flip_bit(checkpoint / "state" / "__0_0.distcp", -1)
     (checkpoint / "trainer.json").write_text(
         (checkpoint / "trainer.json").read_text().replace('"step": 8', '"step": 7')
     )
-    assert status(checkpoint) == 2
+    assert verify(checkpoint) == 2
     found = capsys.readouterr().out
     for fault in (
         "rank_00001.pt is missing\n",
@@ -72,7 +66,7 @@ def test_every_fault_is_listed(checkpoint: Path, capsys: pytest.CaptureFixture) 
     ):
         assert fault in found
     assert "5 faults" in found
-    assert status(checkpoint, "--quick") == 2
+    assert verify(checkpoint, "--quick") == 2
     assert "__0_0" not in capsys.readouterr().out
 
 
@@ -89,7 +83,7 @@ def test_state_of_another_model_is_found_though_every_file_is_whole(
     dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(checkpoint / "state"), no_dist=True)
     (checkpoint / "manifest.json").unlink()
     (checkpoint / "manifest.json").write_text(manifest_json(create_manifest(checkpoint, Ranks())))
-    assert status(checkpoint) == 2
+    assert verify(checkpoint) == 2
     found = capsys.readouterr().out
     for fault in (
         "model.head.weight (128, 32) is not in the model",
@@ -110,8 +104,7 @@ def test_state_is_read_in_batches(checkpoint: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert status(tmp_path / "nowhere") == 2
-    assert "there is no checkpoint at" in capsys.readouterr().err
+    assert "there is no checkpoint at" in refusal(capsys, verify_checkpoint.main, tmp_path / "nowhere")
 
 
 @pytest.mark.promise("R1")

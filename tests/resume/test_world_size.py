@@ -1,5 +1,5 @@
-"""Launches on other numbers of processes, with other backends and other global batches: the same samples in the same
-order, and the same losses within rounding."""
+"""Launches with other numbers of processes, backends and global batches: the same samples in the same order, and the
+same losses within rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FSDP2 = ParallelConfig("fsdp2")
 ZERO_2, ZERO_3 = ParallelConfig("deepspeed", zero_stage=2), ParallelConfig("deepspeed", zero_stage=3)
 ZERO_1 = ParallelConfig("deepspeed", zero_stage=1)
 DDP, HSDP = ParallelConfig("ddp"), ParallelConfig("fsdp2", shard_degree=2)
-# Processes and backend of each launch; the first is what it is compared with.
+# Processes and backend of each launch; the others are compared with the first.
 ROUTES = {
     "fsdp2": [(1, FSDP2), (2, FSDP2), (4, FSDP2), (3, FSDP2)],
     "zero 2": [(1, ZERO_2), (2, ZERO_2), (4, ZERO_2), (3, ZERO_2)],
@@ -39,7 +39,7 @@ BACKENDS_OF |= {"from backend to backend": ("fsdp2", "zero3", "hsdp", "zero2")}
 
 
 def fit_and_record(config: Config) -> bool:
-    """A launch that writes down what each of its steps reads."""
+    """A launch that records what each of its steps reads."""
     trainer = build_trainer(config, init_world(config.parallel))
     next_step = trainer.loader.next_step
 
@@ -115,11 +115,11 @@ def test_the_global_batch_may_change(parallel: ParallelConfig, world_sizes: Sequ
     read = samples(named(base, "changing"))
     assert len(read) == 2 * 4 + 2 * 8 + 4
     assert torch.equal(read, samples(straight)[: len(read)])
-    assert len({tuple(window) for window in read.tolist()}) == len(read)  # all different, so that equality says a lot
+    assert len({tuple(window) for window in read.tolist()}) == len(read)  # so a wrong order can't pass
 
 
 def test_ranks_read_different_samples(tmp_path: Path) -> None:
-    """What the tests above read in rank order is not the same on every rank."""
+    """Ranks get different samples, so that the tests above do compare an order."""
     config = tiny_run(tmp_path)
     launch(config, 2, 1)
     first, second = (torch.load(directory_of(config) / f"000_{rank}.pt") for rank in range(2))

@@ -1,4 +1,4 @@
-"""Tiny models are quickest on one thread."""
+"""One thread for all tests of serving: fastest for tiny models."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """For every test of the room."""
+    """Set torch to one thread."""
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""An engine that answers by a script, and a server on a free port that runs it."""
+"""An engine with scripted answers, and a server on a free port that runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "tiny"
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, so that most characters beyond ASCII are several."""
+    """One token per byte, so that most characters beyond ASCII take several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -31,7 +31,7 @@ def byte_tokenizer() -> Tokenizer:
 
 @dataclass
 class Scripted:
-    """One request at work: `left` [n] are the tokens that each continuation has yet to give."""
+    """A running request: `left` [n] holds the tokens that each continuation has yet to produce."""
 
     prompt: list[int]
     params: SamplingParams
@@ -41,9 +41,9 @@ class Scripted:
 
 @dataclass
 class FakeEngine:
-    """Continues every prompt with the ids of `answer(prompt text, index)`, a token a step.
+    """Continues every prompt with the ids of `answer(prompt text, index)`, one token a step.
 
-    `seconds` a step; `fail` raises in the next step; `gate` holds all steps back until it is set.
+    A step takes `seconds`; `fail` makes the next step raise; `gate` blocks all steps until it is set.
     """
 
     answer: Callable[[str, int], str]
@@ -139,7 +139,7 @@ class FakeEngine:
 
 @dataclass
 class Running:
-    """A server at work."""
+    """A running server."""
 
     url: str
     engine: FakeEngine
@@ -147,10 +147,10 @@ class Running:
     thread: threading.Thread
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
-        """Poll until `condition` holds; fails after `seconds`."""
+        """Poll until `condition` holds; fail after `seconds`."""
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "the condition never came true"
+            assert time.monotonic() < end, "the condition did not become true"
             time.sleep(0.01)
 
 

@@ -18,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}
 
 
 def by_row(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: list[int], ends: list[int]) -> Tensor:
-    """Row by row, in fp64."""
+    """Paged attention row by row, in fp64."""
     outs = []
     for row, (owner, end) in enumerate(zip(owners, ends, strict=True)):
         keys, values = (pages[tables[owner]].flatten(0, 1)[:end].transpose(0, 1).double() for pages in (k, v))

@@ -1,4 +1,4 @@
-"""The served command as its users run it: a checkpoint written by training, and the server in a process of its own."""
+"""`megamor serve` as users run it: a checkpoint written by training, and the server in a separate process."""
 
 from __future__ import annotations
 
@@ -45,38 +45,38 @@ def trained_checkpoint(directory: Path, steps: int = 20) -> Path:
 
 @dataclass
 class Process:
-    """A running server. `log` is where its output goes."""
+    """A running server, whose output is in `log`."""
 
     url: str
     popen: subprocess.Popen[bytes]
     log: Path
 
     def open_files(self) -> int:
-        """File descriptors in use."""
+        """Number of open file descriptors."""
         return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
 
     def memory(self) -> int:
-        """Resident bytes."""
+        """Resident memory in bytes."""
         text = Path(f"/proc/{self.popen.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", text)[1])  # type: ignore[index]
 
     def stats(self) -> dict[str, Any]:
-        """The engine's figures."""
+        """The engine's statistics."""
         answer: dict[str, Any] = httpx.get(self.url + "/stats", timeout=30).json()
         return answer
 
     def wait_until_idle(self, seconds: float = 30.0) -> dict[str, Any]:
-        """Figures once nothing runs any more; fails after `seconds`."""
+        """Statistics once no request runs any more; fail after `seconds`."""
         end = time.monotonic() + seconds
         while (stats := self.stats())["requests_running"] or stats["resident"] or stats["waiting"]:
-            assert time.monotonic() < end, f"still at work: {stats}"
+            assert time.monotonic() < end, f"still running: {stats}"
             time.sleep(0.05)
         return stats
 
 
 @contextmanager
 def server_process(checkpoint: Path, directory: Path, *options: str) -> Iterator[Process]:
-    """`megamor serve` on a free port, ready to answer."""
+    """Start `megamor serve` on a free port and wait until it answers."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "megamor.serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

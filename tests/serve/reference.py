@@ -1,4 +1,4 @@
-"""The naive reference: one sequence, the ordinary full forward pass again for every token, sampling in plain floats."""
+"""The naive reference: one sequence, a full forward pass for every token, sampling in Python floats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens, the depth of the token before each, and the log-probability of each; of the prompt's, from the second."""
+    """Tokens, the depth of the token before each, and log-probabilities (of the prompt: from its second token on)."""
 
     tokens: tuple[int, ...]
     depths: tuple[int, ...]
@@ -58,7 +58,7 @@ def answer(model: Transformer, prompt: Sequence[int], params: SamplingParams, in
 def sample(
     logits: list[float], params: SamplingParams, index: int, tokens: list[int], prompt_length: int, banned: set[int]
 ) -> int:
-    """One token; the order of the steps is that of docs/serving.md."""
+    """Sample one token, with the steps in the order of docs/serving.md."""
     z = [-math.inf if token in banned else value for token, value in enumerate(logits)]
     for token in set(tokens):
         z[token] = z[token] / params.repetition_penalty if z[token] > 0 else z[token] * params.repetition_penalty
@@ -85,7 +85,7 @@ def sample(
 
 
 def uniform(key: int) -> float:
-    """Number in [0, 1) of a 64-bit key."""
+    """Map a 64-bit key to a number in [0, 1)."""
     x = key & MASK
     for multiplier, shift in ((-7046029254386353131, 31), (-4417276706812531889, 29), (-8663945395140668459, 32)):
         x = (x + 1) * multiplier & MASK
@@ -94,7 +94,7 @@ def uniform(key: int) -> float:
 
 
 def log_softmax(logits: list[float]) -> list[float]:
-    """Natural logarithms of the softmax."""
+    """Natural logarithm of the softmax."""
     highest = max(logits)
     total = math.log(sum(math.exp(value - highest) for value in logits)) + highest
     return [value - total for value in logits]

@@ -1,4 +1,4 @@
-"""Paged attention: grids of gathered pages give what a loop over the rows gives."""
+"""Paged attention: grids of gathered pages agree with a loop over the rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIEWS = [
 
 
 def by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Row by row, head by head of the keys."""
+    """Attention row by row and key head by key head."""
     outs, row = [], 0
     for view in VIEWS:
         for end in view.ends:

@@ -1,4 +1,4 @@
-"""The load generator against a server whose answers and pace are known."""
+"""The load generator, against a server with known answers and timing."""
 
 from __future__ import annotations
 

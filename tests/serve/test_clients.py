@@ -1,4 +1,4 @@
-"""Programs of other projects against the server: lm-eval's completions client, and schemathesis' malformed requests."""
+"""The server with clients of other projects: lm-eval's completions client, and malformed requests of schemathesis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def openapi(server: Running) -> Any:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "malformed"])
 def test_no_request_breaks_the_server(mode: GenerationMode, openapi: Any, server: Running) -> None:
-    """Every answer to right and wrong requests alike has a documented status and form, and none is a crash."""
+    """Answers to valid and invalid requests have a documented status and form; none crashes the server."""
     called: Counter[str] = Counter()
     for result in openapi.get_all_operations():
         operation = result.ok()

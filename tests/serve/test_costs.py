@@ -1,4 +1,4 @@
-"""The prediction of speed from the costs of launches, and the bench around it."""
+"""The prediction of speed from measured costs of calls, and the bench around it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 from megamor.bench.tables import regenerate
 from megamor.cli.bench import main
 from megamor.serve.engine.costs import Costs, LineFit
+from tests.commands import refusal, status
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
 
 
 def costs(x: float) -> Costs:
-    """Boundaries that cost x core launches of equal width."""
+    """A boundary call costs x core calls of the same width."""
     return Costs((A, B), (x * A, x * B))
 
 
@@ -34,7 +35,7 @@ def test_depthwise_beats_shrink_exactly_where_it_should(x: float) -> None:
     assert (predict("depthwise", R, NR, D) < predict("shrink", R, NR, D)) == (x < (NR - D) / (D - 1))
 
 
-def test_holding_pays_when_boundaries_are_dear() -> None:
+def test_holding_pays_when_boundaries_are_expensive() -> None:
     assert costs(0.1).best_hold(R, NR, D) == 1
     assert costs(1.2).best_hold(R, NR, D) == 2
     assert costs(9.0).best_hold(R, NR, D) == 3
@@ -89,9 +90,5 @@ def test_the_offline_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_the_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
-    with pytest.raises(SystemExit):
-        main(["serve"])
-    with pytest.raises(SystemExit) as refusal:
-        main(["serve", "--config", str(config), "--new-tokens", "40-60"])
-    assert refusal.value.code == 2
-    assert "context of 32" in capsys.readouterr().err
+    assert status(main, "serve") == 2
+    assert "context of 32" in refusal(capsys, main, "serve", "--config", config, "--new-tokens", "40-60")

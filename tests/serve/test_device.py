@@ -1,7 +1,7 @@
-"""The engine on a device that can't be looked into, as a stand-in for a GPU: torch's meta device.
+"""The engine on torch's meta device, as a stand-in for a GPU.
 
-A tensor left on the host, or a look at the device's data, is an error there. What the host must know, which rows go on
-and which tokens were sampled, is made up.
+There, a tensor left on the host and any read of the device's data is an error. The results that the host needs (which
+rows continue, which tokens were sampled) are invented.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ REQUESTS = (
 
 
 class Looks:
-    """Stands in for `Tensor.tolist`; counts."""
+    """Replaces `Tensor.tolist` and counts its calls."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.goes_on = True
+        self.continues = True
 
     def at(self, tensor: Tensor) -> Any:
-        """Numbers of the right shape: most rows go on, token 1 is sampled."""
+        """Numbers of the right shape: most rows continue, token 1 is sampled."""
         assert tensor.device.type == "meta"
         self.count += 1
         if tensor.dtype == torch.bool:
-            return [self.goes_on and (row + self.count) % 3 > 0 for row in range(len(tensor))]
+            return [self.continues and (row + self.count) % 3 > 0 for row in range(len(tensor))]
         return torch.ones(tensor.shape).int().numpy().tolist()
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor) -> Tensor:
-    """Stands in for the paged kernel: what it relies on."""
+    """Replaces the paged kernel; checks what the kernel relies on."""
     assert {tensor.device.type for tensor in (q, k, v, tables, owners, ends)} == {"meta"}
     assert {tables.dtype, owners.dtype, ends.dtype} == {torch.int64}
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16
@@ -62,14 +62,14 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends
 @pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_nothing_waits_but_for_rows_and_tokens(
+def test_the_host_waits_only_for_rows_and_tokens(
     router: str, policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host looks once per core batch, however many depths share it."""
+    """The host reads from the device once per core batch, however many depths it contains."""
     looks = Looks()
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.at(tensor))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
-    monkeypatch.setattr(token_choice, "Incoming", lambda numbers: None)  # on its way, and never asked for here
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no support for the meta device
+    monkeypatch.setattr(token_choice, "Incoming", lambda numbers: None)  # its copy is never waited for
     monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     monkeypatch.setattr(paged_kernel, "paged_attention", kernel)
     kv_policy = SERVED[POLICIES.index(policy) % 2]
@@ -88,7 +88,7 @@ def test_nothing_waits_but_for_rows_and_tokens(
         if engine.accounting.total.launches["core"] > launches:
             assert looks.count - before <= 1
     assert sum(len(output.tokens) for output in outputs) == 5 * 6
-    looks.goes_on = False  # made-up rows know nothing of bounds
+    looks.continues = False  # invented rows don't respect bounds
     engine.add_request(PROMPT, SamplingParams(max_tokens=6, temperature=0, max_depth=2))
     while engine.has_work:
         engine.step()

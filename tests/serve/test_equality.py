@@ -1,8 +1,8 @@
-"""The engine answers as the naive reference does, token for token, depth for depth, in fp64, whatever the schedule.
+"""The engine gives the same tokens and depths as the naive reference, in fp64, for every schedule.
 
-Requests of every kind (greedy, sampled, several continuations, bounded depth, penalties, stop tokens, equal beginnings,
-log-probabilities) arrive in different orders, some are given up, memory is too small for all of them. The ordinary
-suite covers every router with every KV policy and the other choices in turn; the whole product is slow.
+Requests of every kind (greedy, sampled, several continuations, bounded depth, penalties, stop tokens, shared prefixes,
+log-probabilities) arrive in different orders, some are aborted, and memory is too small for all of them. The default
+suite covers every router with every KV policy and cycles through the other choices; the full product is slow.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ ORDERS = ((0, 1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1, 0), (3, 0, 4, 1, 5, 2, 6))
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the requests are served: `gap` steps lie between arrivals, request `given_up` is aborted on its way.
+    """How the requests are served: `gap` steps between arrivals; request `given_up` is aborted while it runs.
 
-    `recorded` takes small batches through the buffers that CUDA graphs have; without a GPU they are called again
+    `recorded` runs small batches through the buffers of CUDA graphs; without a GPU the functions are called again
     instead of replayed.
     """
 
@@ -92,20 +92,20 @@ def expected(model: Transformer) -> dict[tuple[int, int], Answer]:
 
 
 def small_pools(model: Transformer, page_size: int) -> dict[str, int]:
-    """Little more than the longest request needs when it is alone."""
+    """Slightly more pages than the longest request needs alone."""
     book = ServingEngine(model, EngineOptions(page_size=page_size, kv_memory=AMPLE)).scheduler.book
     longest = book.worst_case(19, 3)
     return {pool: count + 3 for pool, count in longest.items()}
 
 
 def call_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-    """Stands in for `CudaRecorder`."""
+    """Replaces `CudaRecorder`."""
     out = run().clone()
     return out, lambda: out.copy_(run())
 
 
 def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int], list[RequestOutput]], ServingEngine]:
-    """What comes out, by request and continuation."""
+    """The answers by request and continuation."""
     engine = ServingEngine(
         model,
         EngineOptions(
@@ -139,7 +139,7 @@ def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int],
 
 
 def check(model: Transformer, schedule: Schedule, wanted: dict[tuple[int, int], Answer]) -> ServingEngine:
-    """Serve and compare; everything is free at the end."""
+    """Serve the requests and compare with the reference; all pages must be free at the end."""
     outputs, engine = serve(model, schedule)
     for key, parts in outputs.items():
         want, params = wanted[key], REQUESTS[key[0]][1]
@@ -183,7 +183,7 @@ def held_pages(engine: ServingEngine) -> list[list[int]]:
 
 
 def schedules_for(number: int) -> list[Schedule]:
-    """One schedule for each policy; the other choices take turns."""
+    """One schedule for each policy; cycle through the other choices."""
     return [
         Schedule(
             policy,
@@ -238,7 +238,7 @@ def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
 
 @pytest.mark.parametrize("kv_policy", SERVED)
 def test_recorded_graphs_are_few_and_shared(kv_policy: str) -> None:
-    """Every batch that fits is replayed: rows of all depths, of one and of several tokens, in a handful of graphs."""
+    """Every batch that fits is replayed: rows of all depths, of one or several tokens, with a handful of graphs."""
     model = model_of("expert_choice", kv_policy, "middle_cycle")
     wanted = expected(model)
     for policy in POLICIES:
@@ -248,11 +248,11 @@ def test_recorded_graphs_are_few_and_shared(kv_policy: str) -> None:
         assert {chain for chain, _, _ in graphs.recorded} == {"prelude", "core", "coda"}
         assert {width for _, width, _ in graphs.recorded} <= {1, 2, 4}
         assert len(graphs.recorded) < sum(engine.stats().launches.values()) / 3
-        assert max(engine.stats().width_counts) > 4, "wider ones are not replayed"
+        assert max(engine.stats().width_counts) > 4, "wider batches are not replayed"
 
 
 def test_preemption_and_prefix_hits_happen() -> None:
-    """The schedules above contain what they are meant to contain."""
+    """The schedules above do contain what they should contain."""
     model = model_of("expert_choice", "recursion_wise", "middle_cycle")
     wanted = expected(model)
     engine = check(model, Schedule("depthwise", 3, 4), wanted)
@@ -265,7 +265,7 @@ def test_preemption_and_prefix_hits_happen() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_recursions_that_differ(policy: str) -> None:
-    """Per-recursion norms, LoRA and embeddings: no call of a block may mix recursions then."""
+    """With per-recursion norms, LoRA and embeddings, no call of a block may mix recursions."""
     config = tiny_config(ROUTERS["token_choice"], "recursion_wise", "middle_cycle")
     differing = replace(config.recursion, separate_norms=True, lora_rank=2, recursion_embedding=True)
     model = lively_model(replace(config, recursion=differing)).eval()
@@ -278,8 +278,8 @@ def test_recursions_that_differ(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_continuation_is_given_up(policy: str) -> None:
-    """Its siblings go on, also where it was the one that read the prompt for them."""
+def test_one_continuation_is_aborted(policy: str) -> None:
+    """Its siblings continue, also if the aborted one was reading the prompt for them."""
     model = model_of("token_choice", "recursion_wise", "middle_cycle")
     params = SamplingParams(max_tokens=6, temperature=0.9, seed=5, n=3)
     for steps in (1, 3, 12):
@@ -299,7 +299,7 @@ def test_one_continuation_is_given_up(policy: str) -> None:
 @pytest.mark.parametrize(
     "made", [lambda tokens: tokens.pick(torch.zeros(1, 1).long()), lambda _: TokenSet(1, 1, 1, torch.zeros(1).long())]
 )
-def test_a_router_that_makes_sets_of_its_own(
+def test_a_router_that_makes_its_own_token_sets(
     made: Callable[[TokenSet], TokenSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExpertChoiceSession, "select_causal", lambda *arguments: (made(arguments[-1]), None))
@@ -355,7 +355,7 @@ def test_a_router_that_ignores_bounds_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_preempted_sequence_keeps_its_depths() -> None:
-    """Whatever the router would say now, tokens that were read before take the depths that they took."""
+    """Tokens that were computed before keep their depths, even if the router would now decide otherwise."""
     model = lively_model(tiny_config(ROUTERS["expert_choice"])).eval()
     engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE, prefix_caching=False))
     engine.add_request(TEXT[:12], SamplingParams(max_tokens=9, temperature=0))

@@ -1,4 +1,4 @@
-"""The paged kernel without a GPU: run by Triton's interpreter, and compiled to machine code for GPUs."""
+"""The paged kernel without a GPU: run in Triton's interpreter, and compiled to GPU machine code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "hea
 
 
 def test_interpreted() -> None:
-    """`interpreted_kernel.py` in a process of its own: what `triton.jit` makes is decided when it is imported.
+    """Run `interpreted_kernel.py` in a new process, because `triton.jit` picks the interpreter at import.
 
     Before 3.7 the interpreter needs a NumPy before 2.4.
     """
@@ -34,7 +34,7 @@ def test_interpreted() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("name", "total"), [("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)])
 def test_compiles(name: str, total: tl.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes what the compiler refuses."""
+    """The interpreter accepts code that the compiler refuses."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {**SIZES, "GROUP": 4, "DIMS": 64, "ENTRIES": 16, "SUM": total}
     signature = {

@@ -1,4 +1,4 @@
-"""Sampling follows the distribution it should, and knows nothing of the batch."""
+"""Sampling follows the requested distribution and doesn't depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNT = 20_000
 
 
 def frequencies(params: SamplingParams) -> torch.Tensor:
-    """Shares of tokens over many positions of one request."""
+    """Frequencies of tokens over many positions of one request."""
     draws = [Draw(params, 3, 0, range(position), 1) for position in range(1, COUNT + 1)]
     return torch.tensor(sample(LOGITS.expand(COUNT, -1), draws)).bincount(minlength=len(LOGITS)) / COUNT
 
@@ -36,11 +36,11 @@ def test_tokens_have_their_probabilities(params: SamplingParams, kept: set[int])
     wanted = torch.tensor([z / params.temperature if i in kept else -math.inf for i, z in enumerate(LOGITS.tolist())])
     found, wanted = frequencies(params), wanted.softmax(-1)
     assert set(found.nonzero().flatten().tolist()) <= kept
-    # Four standard deviations of a frequency.
+    # Four standard deviations of each frequency.
     assert bool(((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / COUNT).sqrt() + 1e-9).all())
 
 
-def test_a_row_does_not_know_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
     kinds = [
         SamplingParams(temperature=0),
         SamplingParams(top_k=2),

@@ -1,7 +1,8 @@
-"""The scheduler alone, on a memory of plain dictionaries: who writes and reads what, and that nothing is lost or late.
+"""The scheduler without a model: which entries a batch writes and reads, and that no row is lost or late.
 
-The "model" is a function: the depth of a token follows from the tokens before it, and what is stored for a token is
-those tokens. So every page that is read can be checked entry by entry, through sharing, copies and preemption.
+The "model" is a function: a token's depth is computed from the tokens before it, and those tokens are what is stored
+for it in the cache. Every page that is read can therefore be checked entry by entry, through prefix sharing, copies and
+preemption.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ TABLES = {
 
 
 def chosen_depth(tokens: Sequence[int], max_depth: int) -> int:
-    """Recursions (0 to max_depth) of the last of `tokens`."""
+    """Number of recursions (0 to max_depth) that the last of `tokens` takes."""
     return min(max_depth, hash(tuple(tokens)) % (NUM_RECURSIONS + 1))
 
 
 class Memory:
-    """A model without numbers: runs the batches of a scheduler and checks what they see."""
+    """A symbolic model: runs the batches of a scheduler and checks the entries that they read."""
 
     def __init__(self, options: EngineOptions, tables: str, num_pages: dict[str, int]) -> None:
         self.options, self.tables = options, TABLES[tables]
@@ -44,7 +45,7 @@ class Memory:
         self.targets: dict[int, int] = {}
         self.in_slots: dict[int, Chunk] = {}
         self.history: list[tuple[str, bool]] = []
-        """Kind of each batch, and whether anything was in the core then."""
+        """Kind of each batch, and whether any row was in the core at that time."""
 
     def submit(self, prompt: list[int], new_tokens: int, max_depth: int, leader: SequenceState | None = None) -> None:
         sequence = SequenceState(len(self.everyone), list(prompt), len(prompt), max_depth, leader)
@@ -66,7 +67,7 @@ class Memory:
         if abort_inside is not None:
             self.scheduler.remove(abort_inside)
         for pool, page in held:
-            assert page not in self.scheduler.book.pools[pool].free, "a page of the batch was freed while it runs"
+            assert page not in self.scheduler.book.pools[pool].free, "a page of the running batch was freed"
         continuing = []
         if batch.kind == "entry":
             continuing = [self.enter(chunk) for chunk in batch.chunks]
@@ -113,7 +114,9 @@ class Memory:
                 self.read(chunk, table, row, entries[row])
 
     def leave(self, chunk: Chunk) -> None:
-        assert all(self.depth(chunk, row) == chunk.depths[row] for row in range(chunk.length)), "left before its time"
+        assert all(self.depth(chunk, row) == chunk.depths[row] for row in range(chunk.length)), (
+            "left the core too early"
+        )
         if EVERY_TOKEN in self.scheduler.table_of:
             for row in range(chunk.length):
                 self.read(chunk, EVERY_TOKEN, row, chunk.start + row)
@@ -146,10 +149,10 @@ class Memory:
             if chosen_depth(tokens[: end + 1], max_depth) > recursion
         ]
         found = [self.pages[self.where(chunk, recursion, entry)] for entry in range(last + 1)]
-        assert found == wanted, "a row sees other entries than those of its sequence that reached its depth"
+        assert found == wanted, "a row must see exactly the entries of its sequence that reached its depth"
 
     def check(self) -> None:
-        """The references of a page are those that know it; every slot is free or in one chunk."""
+        """Each page's reference count equals its users; every slot is free or belongs to one chunk."""
         scheduler = self.scheduler
         ref_counts: dict[tuple[str, int], int] = {}
         for sequence in scheduler.residents:
@@ -172,7 +175,7 @@ class Memory:
             assert max(s.number for s in scheduler.residents) < min(s.number for s in scheduler.waiting)
 
     def finish(self) -> None:
-        """Everything that was admitted ends, and then nothing is held."""
+        """Run until every admitted request has finished; then no page or slot may be held."""
         for _ in range(20_000):
             if not self.step():
                 break
@@ -202,7 +205,7 @@ def memories(draw: st.DrawFn) -> Memory:
 @settings(max_examples=150, deadline=None)
 @given(memory=memories(), seed=st.integers(0, 2**32), num_sequences=st.integers(1, 12))
 def test_any_traffic(memory: Memory, seed: int, num_sequences: int) -> None:
-    """Prompts that begin alike, arriving, finishing and aborted at any time, in memory that is too small for all."""
+    """Prompts with shared prefixes that arrive, finish and abort at random times, in memory too small for all."""
     rng = random.Random(seed)
     text = [rng.randrange(3) for _ in range(20)]
     for _ in range(num_sequences):
@@ -260,7 +263,7 @@ def test_depths_share_launches_only_where_they_should() -> None:
 
 
 def test_exits_are_held() -> None:
-    """With hold k a boundary comes after k core batches, as long as there is anything in the core."""
+    """With hold k, k core batches run between boundaries while there are rows in the core."""
     memory = Memory(EngineOptions(page_size=4, hold=2), "recursion_wise", {"edge": 99, "core": 299})
     for number in range(8):
         memory.submit([number % 3, number // 3, 1], 9, 3)
@@ -276,6 +279,6 @@ def test_exits_are_held() -> None:
     assert min(runs) >= 2
 
 
-def test_the_scheduler_knows_no_torch() -> None:
+def test_the_scheduler_imports_no_torch() -> None:
     code = "import sys, megamor.serve.engine.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The HTTP side, over real sockets, with an engine whose answers are known."""
+"""The HTTP server over real sockets, with an engine whose answers are known."""
 
 from __future__ import annotations
 
@@ -70,19 +70,21 @@ def test_every_form_of_prompt(server: Running, prompt: Any, count: int) -> None:
 def test_a_stream_is_the_same_text_in_whole_characters(server: Running) -> None:
     found = events(server, prompt="a", max_tokens=200, stream_options={"include_usage": True})
     assert found[-1] == "[DONE]"
-    pieces = [json.loads(event) for event in found[:-1]]
-    usage = pieces.pop()
+    chunks = [json.loads(event) for event in found[:-1]]
+    usage = chunks.pop()
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len(f"{TEXT}0".encode())
-    texts = [piece["choices"][0]["text"] for piece in pieces]
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
     assert "".join(texts) == f"{TEXT}0"
     assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
-    assert len(pieces) > 20, "one event a token"
-    assert [piece["choices"][0]["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
-    assert len({piece["id"] for piece in pieces}) == 1
+    assert len(chunks) > 20, "one event a token"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    without_stream = post(server, prompt="a", stream_options={"include_usage": True})
+    assert "stream_options" in error_of(without_stream, 400)["message"]
 
 
-def test_a_cut_character_is_given_out_at_the_end(server: Running) -> None:
+def test_an_incomplete_character_is_returned_at_the_end(server: Running) -> None:
     body = {"prompt": "a", "max_tokens": len(b"na") + 1}
     whole = post(server, **body).json()["choices"][0]["text"]
     assert whole == "na\N{REPLACEMENT CHARACTER}"
@@ -97,21 +99,18 @@ def test_stop_strings(server: Running, include: bool) -> None:
     assert (choice["text"], choice["finish_reason"]) == (want, "stop")
     texts = [json.loads(event)["choices"][0]["text"] for event in events(server, **body)[:-1]]
     assert "".join(texts) == want
-    server.wait_until(lambda: len(server.engine.aborted) == 2, 5)  # the engine need not go on
+    server.wait_until(lambda: len(server.engine.aborted) == 2, 5)  # the engine may stop computing this one
 
 
-def test_a_stop_string_ends_its_own_continuation_alone() -> None:
+def test_a_stop_string_ends_only_its_own_continuation() -> None:
     answers = "x" * 100, "xy" + "x" * 98, "x" * 100
     with serving(FakeEngine(lambda _, index: answers[index], seconds=0.005)) as server:
         body = {"prompt": "a", "max_tokens": 100, "stop": "y", "n": 3}
         choices = post(server, **body).json()["choices"]
-        assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
-            ("x" * 100, "length"),
-            ("x", "stop"),
-            ("x" * 100, "length"),
-        ]
+        whole = ("x" * 100, "length")
+        assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [whole, ("x", "stop"), whole]
         assert server.engine.dropped == [(0, 1)]
-        assert server.engine.generated < 250, "the engine didn't go on with it"
+        assert server.engine.generated < 250, "the engine stopped computing it"
 
 
 def test_text_like_the_beginning_of_a_stop_string_is_not_lost(server: Running) -> None:
@@ -133,7 +132,7 @@ def test_echo_with_logprobs(server: Running) -> None:
     reading = post(server, **body | {"max_tokens": 0}).json()["choices"][0]
     assert (reading["text"], reading["logprobs"]["tokens"]) == ("xyz", list("xyz"))
     streamed = [json.loads(event)["choices"][0] for event in events(server, **body)[:-1]]
-    assert "".join(piece["text"] for piece in streamed) == "xyzna"
+    assert "".join(chunk["text"] for chunk in streamed) == "xyzna"
 
 
 def test_sampling_parameters_reach_the_engine(server: Running) -> None:
@@ -174,11 +173,6 @@ def test_bad_requests_are_told_what_is_wrong(server: Running, body: dict[str, An
     assert error["type"] == "invalid_request_error"
 
 
-def test_stream_options_without_a_stream(server: Running) -> None:
-    response = post(server, prompt="a", stream_options={"include_usage": True})
-    assert "stream_options" in error_of(response, 400)["message"]
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"prompt": "a"', b"\xff\xfe", b"[" * 10**5])
 def test_malformed_bodies(server: Running, content: bytes) -> None:
     error_of(httpx.post(server.url + "/v1/completions", content=content, timeout=20), 400)
@@ -187,8 +181,8 @@ def test_malformed_bodies(server: Running, content: bytes) -> None:
 def test_long_bodies_are_refused() -> None:
     with serving(FakeEngine(lambda *_: "x"), max_body_bytes=1000) as server:
         error_of(post(server, prompt="a" * 1000), 413)
-        pieces = (b" " * 100 for _ in range(11))
-        error_of(httpx.post(server.url + "/v1/completions", content=pieces, timeout=20), 413)
+        chunks = (b" " * 100 for _ in range(11))
+        error_of(httpx.post(server.url + "/v1/completions", content=chunks, timeout=20), 413)
         assert post(server, prompt="a").status_code == 200
 
 
@@ -284,10 +278,10 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         assert rest[-1] == "data: [DONE]"
         assert len(rest) == 100
         server.thread.join(10)
-        assert not server.thread.is_alive(), "the server has ended by itself"
+        assert not server.thread.is_alive(), "the server exited"
 
 
-def test_an_engine_that_breaks_is_reported_to_everybody() -> None:
+def test_an_engine_failure_is_reported_to_every_client() -> None:
     with serving(FakeEngine(lambda *_: "x" * 400, seconds=0.01)) as server, httpx.Client(timeout=20) as client:
         with client.stream("POST", server.url + "/v1/completions", json={"prompt": "a", "stream": True}) as response:
             lines = response.iter_lines()
@@ -299,7 +293,7 @@ def test_an_engine_that_breaks_is_reported_to_everybody() -> None:
         error_of(httpx.get(server.url + "/health"), 500)
 
 
-def test_metrics_are_valid_and_move(server: Running) -> None:
+def test_metrics_are_valid_and_change(server: Running) -> None:
     post(server, prompt="a", max_tokens=5)
     families = {f.name: f for f in text_string_to_metric_families(httpx.get(server.url + "/metrics").text)}
     for name in [
@@ -336,8 +330,8 @@ def test_the_openai_client(server: Running) -> None:
         assert answer.choices[0].text == f"{TEXT}0"
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == 1
-        pieces = client.completions.create(model=MODEL, prompt="a", max_tokens=200, stream=True)
-        assert "".join(piece.choices[0].text for piece in pieces) == f"{TEXT}0"
+        chunks = client.completions.create(model=MODEL, prompt="a", max_tokens=200, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == f"{TEXT}0"
         with pytest.raises(openai.NotFoundError, match="not served here"):
             client.completions.create(model="other", prompt="a")
         with pytest.raises(openai.BadRequestError, match="template"):

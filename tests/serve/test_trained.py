@@ -1,4 +1,4 @@
-"""A trained checkpoint in fp32, as it is served: straight from training, and from what was exported of it."""
+"""A trained checkpoint, served in fp32: directly, and after export to Hugging Face."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def expected(checkpoint: Path) -> list[Answer]:
     loaded = load_model(checkpoint, "cpu")
     ids = [loaded.tokenizer().encode(prompt).ids for prompt in PROMPTS]
     found = [answer(loaded.model, prompt, PARAMS, index, None) for prompt in ids for index in range(PARAMS.n)]
-    assert len({depth for one in found for depth in one.depths}) > 1, "else depths would say nothing"
+    assert len({depth for one in found for depth in one.depths}) > 1, "otherwise comparing depths proves nothing"
     return found
 
 

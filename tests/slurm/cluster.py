@@ -1,4 +1,4 @@
-"""A throw-away slurm: a controller and two nodes on this machine, without systemd, in a directory of their own.
+"""A temporary Slurm cluster: a controller and two nodes on this machine, without systemd, in one directory.
 
 with Cluster(directory) as cluster:
     job = cluster.submit([ROOT / "slurm" / "mor_135m.sh"], env)
@@ -61,17 +61,17 @@ MailProg=/bin/true
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# Keeps the daemons from looking for control groups.
+# Stops the daemons from using control groups.
 CGROUPS = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
 
 
 def missing_programs() -> list[str]:
-    """Programs of slurm and munge that this machine lacks."""
+    """Programs of Slurm and munge that this machine lacks."""
     return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
 
 
 class Cluster:
-    """Starts on entering, ends with everything that it started on leaving. `base` should be a short path: sockets."""
+    """A context manager that starts the cluster and ends all its processes. Keep `base` short: it holds sockets."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -98,18 +98,18 @@ class Cluster:
         return found.group(1)
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller says of a job (of a task of an array: `5_2`)."""
+        """The controller's description of a job, or of an array's task such as `5_2`."""
         text = self._run("scontrol", "--oneliner", "show", "job", number)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
     def wait_for(self, number: str, *states: str, timeout: float = 180.0) -> dict[str, str]:
-        """Until the job is in one of `states`."""
+        """Wait until the job is in one of `states`."""
         return wait_until(
             lambda: job if (job := self.job(number))["JobState"] in states else None, f"job {number} {states}", timeout
         )
 
     def signal(self, number: str, name: str) -> None:
-        """Signal a job's script, as slurm does before the time limit."""
+        """Signal a job's script, as Slurm does before the time limit."""
         self._run("scancel", f"--signal={name}", "--batch", number)
 
     def cancel(self, number: str) -> None:
@@ -153,7 +153,7 @@ class Cluster:
         )
 
     def _stop(self) -> None:
-        """End all jobs and daemons, by the numbers that the daemons wrote down."""
+        """End all jobs and daemons, by the process ids in the daemons' pid files."""
         self._end_jobs()
         subprocess.run(["scontrol", "shutdown"], env=self.env, capture_output=True)
         daemons = [int(file.read_text()) for file in self.base.glob("*.pid")]
@@ -166,7 +166,7 @@ class Cluster:
             _signal(daemon, signal.SIGKILL)
 
     def _end_jobs(self) -> None:
-        """Processes of a job outlive the daemons."""
+        """End the processes of jobs, which outlive the daemons."""
         command, deadline = ["scancel", "--full", f"--user={getpass.getuser()}"], time.monotonic() + 20.0
         while subprocess.run(["squeue", "--noheader"], env=self.env, capture_output=True).stdout.strip():
             subprocess.run(command, env=self.env, capture_output=True)
@@ -176,7 +176,7 @@ class Cluster:
 
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout: float = 180.0) -> T:
-    """Ask again and again; the first true answer."""
+    """Poll until the answer is true, and return it."""
     deadline = time.monotonic() + timeout
     while not (answer := condition()):
         assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain: {what}"
@@ -185,7 +185,7 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout: float = 18
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process exists and isn't a zombie that nobody waits for."""
+    """Whether a process exists and isn't a zombie."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""What slurm/node.sh finds on a node that can't train, in one line that names the node. Needs no slurm."""
+"""slurm/node.sh reports what stops a node from training, in one line that names the node. Runs without Slurm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def check(directory: Path, **variables: str) -> subprocess.CompletedProcess:
-    """`node.sh check` on a node of its own making, with a driver that lists two GPUs."""
+    """Run `node.sh check` on a simulated node whose driver lists two GPUs."""
     tools = directory / "bin"
     tools.mkdir()
     driver = tools / "nvidia-smi"
@@ -39,7 +39,7 @@ def check(directory: Path, **variables: str) -> subprocess.CompletedProcess:
 def test_a_good_node(tmp_path: Path, gpus: str) -> None:
     found = check(tmp_path, GPUS=gpus)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
-    assert (tmp_path / ".job_7").exists()  # what the other nodes look for
+    assert (tmp_path / ".job_7").exists()  # the file that the other nodes wait for
 
 
 @pytest.mark.parametrize(

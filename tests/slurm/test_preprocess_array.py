@@ -1,4 +1,4 @@
-"""slurm/preprocess.sh on a real slurm: parts, their merge, and what becomes of the merge if a part fails."""
+"""slurm/preprocess.sh on a real Slurm: the array of shards, their merge, and no merge if a shard fails."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def options(folder: Path, prefix: str) -> list[str]:
 
 
 def submit(cluster: Cluster, folder: Path, **variables: str) -> tuple[str, str]:
-    """Numbers of the array job and of the merge."""
+    """Job numbers of the array and of the merge."""
     settings = {"SHARDS": "3", "CPUS": "1", "TIME": "10:00", "CLUSTER_LOGS": str(folder / "logs")}
     result = subprocess.run(
         [ROOT / "slurm" / "preprocess.sh", *options(folder, "x")],

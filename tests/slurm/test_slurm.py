@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real slurm: a run is preempted, queued again, and ends as if nothing had been."""
+"""The scripts of slurm/ on a real Slurm: a preempted run is requeued and ends as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from megamor.config import Config, ParallelConfig, config_to_yaml
-from tests.resume.runs import assert_same_run, checkpoint_names, directory_of, fit, named, tiny_run, trace
+from tests.resume.runs import (
+    assert_same_run,
+    checkpoint_names,
+    fit,
+    named,
+    tiny_run,
+    trace,
+    wait_for_steps,
+)
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +41,12 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Config:
-    """A run that lasts long enough to be interrupted."""
+    """A run long enough to be interrupted."""
     return tiny_run(tmp_path, max_steps=120, eval_every=1000)
 
 
 def variables(config: Config, **more: str) -> dict[str, str]:
-    """What a user would set for two nodes without GPUs; nothing of this test's own environment."""
+    """The environment that a user would set for two nodes without GPUs, and none of this test's own variables."""
     file = Path(config.run.dir) / f"{config.run.name}.yaml"
     file.write_text(config_to_yaml(config))
     return {
@@ -46,7 +54,7 @@ def variables(config: Config, **more: str) -> dict[str, str]:
         "NODES": "2",
         "GPUS": "0",
         "TIME": "30:00",
-        "MASTER_ADDR": "127.0.0.1",  # names of nodes don't resolve here
+        "MASTER_ADDR": "127.0.0.1",  # node names don't resolve on this machine
         "CLUSTER_SBATCH_OPTIONS": "--cpus-per-task=1",
         "CLUSTER_LOGS": str(Path(config.run.dir) / "logs"),
         "CLUSTER_VENV": sys.prefix,
@@ -56,20 +64,14 @@ def variables(config: Config, **more: str) -> dict[str, str]:
     }
 
 
-def wait_for_steps(config: Config, count: int) -> None:
-    """Until so many steps are logged."""
-    metrics = directory_of(config) / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, f"{count} steps")
-
-
 def log_of(config: Config) -> str:
-    """The job's output, of all its starts."""
+    """The output of all starts of the job."""
     return "".join(file.read_text() for file in sorted((Path(config.run.dir) / "logs").glob("*.log")))
 
 
 @pytest.mark.promise("R4", backend="slurm")
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
-def test_a_preempted_job_is_requeued_and_resumes(cluster: Cluster, base: Config, launcher: str) -> None:
+def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
     config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
     job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
     wait_for_steps(config, 3)
@@ -88,7 +90,7 @@ def test_a_preempted_job_is_requeued_and_resumes(cluster: Cluster, base: Config,
     assert_same_run(trace(straight), trace(config))
 
 
-def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, base: Config) -> None:
+def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
     job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
@@ -101,7 +103,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None
     wait_for_steps(config, 3)
     cluster.cancel(job)
     cluster.wait_for(job, "CANCELLED")
-    time.sleep(8)  # longer than slurm waits before it starts a job again
+    time.sleep(8)  # longer than Slurm waits before it restarts a job
     assert cluster.job(job)["JobState"] == "CANCELLED"
     assert "is requeued" not in log_of(config)
 
@@ -128,5 +130,5 @@ def test_a_sweep_trains_one_run_for_each_line(cluster: Cluster, base: Config) ->
 
 
 def rank_logs(config: Config) -> str:
-    """What the ranks printed."""
+    """The output of the ranks."""
     return "".join(file.read_text() for file in (Path(config.run.dir) / "logs").rglob("node_*/**/*.log"))

@@ -1,8 +1,8 @@
-"""Packed attention (flat rows and the bounds of their segments) against padding and masks, and the choice between them.
+"""Packed attention (flat rows with segment bounds) compared with padding and masks, and when each is used.
 
-The kernel exists on GPUs only. Here a loop over the segments replaces it, in fp64, so that the bookkeeping around it is
-tested everywhere: bounds, order, grouped heads, and which calls use it. Buckets, which do the same on CPUs, are
-compared with both.
+The kernel needs a GPU. Here a loop over the segments replaces it, in fp64, so that everything around it is tested on
+any machine: bounds, order, grouped heads, and which calls use it. Buckets, the CPU's way to do the same, are compared
+with both.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def loop_over_segments(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `varlen_attn` computes, segment by segment; it asserts what the kernel requires."""
+    """Compute `varlen_attn` segment by segment, and assert what the kernel requires."""
     assert window_size == (-1, 0), "causal"
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert cu_seq_q[0] == 0
@@ -169,11 +169,11 @@ def test_segments_of_selected_rows(packed: list[Segments]) -> None:
     assert indices.tolist() == [0, 2, 7, 10, 11]
     layout = Geometry.of(ids, config, torch.float64, documents).layout(chosen, chosen)
     assert layout.segments is not None
-    assert layout.segments.bounds.tolist() == [0, 2, 2, 2, 5]  # nothing of two of the documents
+    assert layout.segments.bounds.tolist() == [0, 2, 2, 2, 5]  # no token of two of the documents
     layout = Geometry.of(ids, config, torch.float64).layout(chosen, chosen)
     assert layout.segments is not None
     assert layout.segments.bounds.tolist() == [0, 2, 5]
-    assert layout.segments.longest == 6  # known without asking the device
+    assert layout.segments.longest == 6  # known without reading from the device
 
 
 def test_positions_of_a_segment_see_no_other_segment(packed: list[Segments]) -> None:
@@ -199,7 +199,7 @@ def test_the_installed_kernel_gets_its_own_options(takes_groups: bool, monkeypat
     assert out.shape == q.shape
     assert k.grad is not None
     assert k.grad.shape == k.shape
-    # Causality is asked for under one of two names, depending on the version.
+    # The argument for causality has one of two names, depending on the version.
     assert attention._CAUSAL.keys() <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
@@ -209,7 +209,7 @@ def test_kernels_are_for_16_bits_on_gpus() -> None:
     assert not has_packed_kernel(torch.device("cuda"), torch.bfloat16, 20)
 
 
-def test_masks_come_in_the_type_of_attention() -> None:
+def test_masks_have_the_dtype_of_attention() -> None:
     config = vanilla_config().model
     ids = tokens()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -223,7 +223,7 @@ def test_masks_come_in_the_type_of_attention() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_where_keeps_what_it_is_told_to(seed: int) -> None:
+def test_where_keeps_the_rows_of_the_mask(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     stream = torch.arange(3 * SEQ_LEN)
     chosen = TokenSet.all(3, SEQ_LEN)
@@ -248,11 +248,11 @@ def test_where_keeps_what_it_is_told_to(seed: int) -> None:
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["fixed", "expert_choice", "expert_choice_aux_router", "token_choice"])
 def test_nothing_is_read_from_the_device(router: str, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device have no values: reading one fails as surely as it makes a GPU wait."""
+    """On the meta device reading a value raises, and so shows every read that would make a GPU wait."""
     sent: list[Tensor] = []
 
     class Sizes:
-        """What token-choice looks at, the one time it has to."""
+        """The sizes that token-choice reads from the device, once."""
 
         def __init__(self, numbers: Tensor) -> None:
             sent.append(numbers)
@@ -265,7 +265,7 @@ def test_nothing_is_read_from_the_device(router: str, kv_policy: str, monkeypatc
 
     monkeypatch.setattr(token_choice, "Incoming", Sizes)
     monkeypatch.setattr(plan, "Incoming", refuse)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast doesn't support the meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(geometry, "has_packed_kernel", lambda *_: True)
     model = build_model(tiny_config(ROUTERS[router], kv_policy), device="meta")

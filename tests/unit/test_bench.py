@@ -1,4 +1,4 @@
-"""megamor bench on tiny models: what a report says, what is refused, and the documentation's tables."""
+"""megamor bench on tiny models: its reports, the requests that it refuses, and the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megamor.bench.report import Column, Table, number, text
 from megamor.cli import bench
 from megamor.model.flops import nominal_flops
 from megamor.parallel import World
+from tests.commands import refusal, status
 
 TINY = """
 model: {vocab_size: 64, dim: 48, num_layers: 8, num_heads: 4, num_kv_heads: 2, ffn_dim: 96, max_seq_len: 48}
@@ -52,16 +53,13 @@ def cases_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {case["name"]: case for case in setting["cases"]}
 
 
-def test_every_case_is_measured_in_every_round(report: dict[str, Any]) -> None:
-    assert list(cases_of(report)) == [*CASES, "hf-llama"]
-    assert report["settings"][0]["rounds"] == 3
-    assert all(len(case["round_seconds"]) == 3 for case in cases_of(report).values())
-
-
-def test_ratios_are_paired_per_round(report: dict[str, Any]) -> None:
+def test_every_case_is_measured_in_every_round_and_compared_within_it(report: dict[str, Any]) -> None:
     cases = cases_of(report)
+    assert list(cases) == [*CASES, "hf-llama"]
+    assert report["settings"][0]["rounds"] == 3
     reference = cases["vanilla"]["round_seconds"]
     for case in cases.values():
+        assert len(case["round_seconds"]) == 3
         times = case["round_seconds"]
         expected = statistics.median(mine / theirs for mine, theirs in zip(times, reference, strict=True))
         assert case["time_ratio"]["median"] == pytest.approx(expected)
@@ -72,8 +70,8 @@ def test_ratios_are_paired_per_round(report: dict[str, Any]) -> None:
 def test_flops_are_those_of_the_realised_routing(report: dict[str, Any], config_file: Path) -> None:
     cases = cases_of(report)
     assert {cases[name]["flops_ratio"] for name in ("vanilla", "recursive", "hf-llama")} == {1.0}
-    # Two of eight layers see all tokens, six see 2/3 of them on average: 0.75, which attention lowers (it shrinks
-    # with the square) and the head raises.
+    # Two of eight layers get all tokens and six get 2/3 of them on average, so 0.75. Attention, which shrinks
+    # quadratically, lowers it; the head raises it.
     assert 0.70 < cases["mor_expert"]["flops_ratio"] < 0.77
     assert cases["mor_expert"]["mean_depth"] == pytest.approx(2.0)
     assert cases["mor_token"]["mean_depth"] != 2.0
@@ -82,9 +80,6 @@ def test_flops_are_those_of_the_realised_routing(report: dict[str, Any], config_
     assert (token["training_flops"] > balanced) == (token["mean_depth"] > 2.0)
     assert token["training_flops"] != balanced
 
-
-def test_recursive_cases_have_fewer_weights(report: dict[str, Any]) -> None:
-    cases = cases_of(report)
     assert cases["hf-llama"]["parameters"] == cases["vanilla"]["parameters"] > 1.9 * cases["recursive"]["parameters"]
 
 
@@ -95,7 +90,7 @@ def test_peak_memory_is_that_of_gradients_moments_and_activations(config_file: P
     if vanilla is None or mor is None:
         pytest.skip("this system can't reset a process's peak memory")
     state = 3 * 4 * Training.of(cases[0], WORLD).num_parameters
-    # Per token and layer, backward needs at least the inputs of the seven matrix products.
+    # Backward needs at least the inputs of the seven matrix products of each token and layer.
     activations = 4 * 2 * 256 * 8 * (3 * 192 + 3 * 512)
     assert state + activations < vanilla < 3 * (state + activations)
     assert mor < vanilla
@@ -171,14 +166,11 @@ def test_the_order_rotates_on_equal_batches(config_file: Path, monkeypatch: pyte
 def test_bad_requests_are_refused(
     config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        bench.main(["train", "--config", str(config_file), *arguments])
-    assert left.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(capsys, bench.main, "train", "--config", config_file, *arguments)
 
 
 def test_checkpointing_of_every_policy(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies trade memory for FLOPs; that peaks are measured in processes of their own is tested above."""
+    """Policies trade memory for FLOPs. Peaks are replaced by a constant: a test above measures them."""
     out = tmp_path / "checkpointing_tiny.json"
     monkeypatch.setattr(train, "peak_in_fresh_process", lambda *_: 10**6)
     policies = ["--policies", ",".join(POLICIES)]
@@ -212,21 +204,13 @@ def test_loader_bench(tmp_path: Path) -> None:
 
 
 def test_a_table_is_the_same_in_the_terminal_and_in_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    columns = (
-        Column("case", text("name"), left=True),
-        Column("ms", number("times.median", ".1f", 1e3)),
-        Column("peak", number("peak", ".0f")),
-    )
-    table = Table(
-        columns, [{"name": "a [b]", "times": {"median": 0.0123}, "peak": None}, {"name": "c"}], "Title.", ("Note.",)
-    )
-    assert list(table.markdown()) == [
-        *("", "Title.", "", "| case | ms |", "|---|---:|", "| a [b] | 12.3 |", "| c |  |", "", "Note."),
-    ]
+    milliseconds, peak = Column("ms", number("times.median", ".1f", 1e3)), Column("peak", number("peak", ".0f"))
+    rows = [{"name": "a [b]", "times": {"median": 0.0123}, "peak": None}, {"name": "c"}]
+    table = Table((Column("case", text("name"), left=True), milliseconds, peak), rows, "Title.", ("Note.",))
     table.show()
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("Title.", "case", "ms", "a [b]", "12.3", "Note."))
-    assert "peak" not in shown, "no row has a value"
+    for shown in (capsys.readouterr().out, "\n".join(table.markdown())):
+        assert all(word in shown for word in ("Title.", "case", "ms", "a [b]", "12.3", "Note."))
+        assert "peak" not in shown, "no row has a value"
 
 
 PAGE = """# Title
@@ -249,19 +233,11 @@ def page(tmp_path: Path, report: dict[str, Any]) -> list[str]:
     return [str(tmp_path / "page.md"), "--results", str(tmp_path / "results")]
 
 
-def status_of(arguments: list[str]) -> int:
-    try:
-        tables.main(arguments)
-    except SystemExit as left:
-        return int(left.code or 0)
-    return 0
-
-
-def test_a_page_follows_the_results(page: list[str], tmp_path: Path, report: dict[str, Any]) -> None:
-    assert status_of(["--check", *page]) == 1
+def test_a_page_is_generated_from_the_results(page: list[str], tmp_path: Path, report: dict[str, Any]) -> None:
+    assert status(tables.main, "--check", *page) == 1
     assert (tmp_path / "page.md").read_text() == PAGE
-    assert status_of(["--write", *page]) == 0
-    assert status_of(["--check", *page]) == 0
+    assert status(tables.main, "--write", *page) == 0
+    assert status(tables.main, "--check", *page) == 0
     written = (tmp_path / "page.md").read_text()
     assert written.startswith("# Title\n\nBefore.\n")
     assert written.endswith("<!-- /generated -->\n\nAfter.\n")
@@ -272,33 +248,24 @@ def test_a_page_follows_the_results(page: list[str], tmp_path: Path, report: dic
     report = copy.deepcopy(report)
     report["settings"][0]["cases"][1]["flops_ratio"] = 0.123
     (tmp_path / "results" / "train_tiny.json").write_text(json.dumps(report))
-    assert status_of(["--check", *page]) == 1
+    assert status(tables.main, "--check", *page) == 1
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("<!-- /generated -->", ""),
-        ("<!-- generated: bench-train -->", ""),
-        ("bench-train", "bench-nothing"),
-        ("stale contents", "<!-- generated: bench-train -->"),
-    ],
-)
-def test_broken_blocks_are_refused(page: list[str], tmp_path: Path, old: str, new: str) -> None:
-    broken = PAGE.replace(old, new)
-    (tmp_path / "page.md").write_text(broken)
-    assert status_of(["--write", *page]) == 2
-    assert (tmp_path / "page.md").read_text() == broken
-
-
-def test_missing_or_foreign_results_are_refused(page: list[str], tmp_path: Path) -> None:
+def test_broken_blocks_and_missing_or_foreign_results_are_refused(page: list[str], tmp_path: Path) -> None:
+    begin = "<!-- generated: bench-train -->"
+    changes = [("<!-- /generated -->", ""), (begin, ""), ("bench-train", "bench-nothing"), ("stale contents", begin)]
+    for broken in (PAGE.replace(*change) for change in changes):
+        (tmp_path / "page.md").write_text(broken)
+        assert status(tables.main, "--write", *page) == 2
+        assert (tmp_path / "page.md").read_text() == broken
+    (tmp_path / "page.md").write_text(PAGE)
     result = tmp_path / "results" / "train_tiny.json"
     result.write_text('{"schema": "something else"}')
-    assert status_of(["--check", *page]) == 2
+    assert status(tables.main, "--check", *page) == 2
     result.unlink()
-    assert status_of(["--check", *page]) == 2
+    assert status(tables.main, "--check", *page) == 2
 
 
-def test_the_projects_own_pages_follow_its_results() -> None:
-    """Every table of the documentation, from reports of every age."""
-    assert status_of(["--check"]) == 0
+def test_the_documentations_tables_are_current() -> None:
+    """Every table of the documentation, from new and old reports."""
+    assert status(tables.main, "--check") == 0

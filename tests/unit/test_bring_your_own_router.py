@@ -1,4 +1,4 @@
-"""The test batteries run on a custom router, as docs/routers.md says, and reject one that looks ahead."""
+"""The tests run on a custom router as docs/routers.md describes, and fail for one that looks ahead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 
 def test_the_example_passes_every_battery() -> None:
-    """The command of docs/routers.md."""
+    """Run the command of docs/routers.md."""
     environment = {"MEGAMOR_ROUTER": "alternating_router:Alternating", "PYTHONPATH": str(EXAMPLES)}
     batteries = ["tests/causality", "tests/learning", "tests/decoding"]
     result = subprocess.run(
@@ -43,7 +43,7 @@ def test_the_example_passes_every_battery() -> None:
 
 
 class Peeking(Router):
-    """Sends a token on if the sum of the *next* token's state is positive."""
+    """Selects a token if the sum of the *next* token's hidden state is positive."""
 
     causal_in_training = True
 
@@ -74,7 +74,7 @@ class PeekingSession(RoutingSession):
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_router_that_looks_ahead_fails(ahead: int, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same router passes when it looks at the token itself, so the tests detect looking ahead and nothing else."""
+    """The same router passes if it looks at the token itself, so the tests fail only because of looking ahead."""
     target = "tests.unit.test_bring_your_own_router:Peeking"
     monkeypatch.setitem(ROUTERS, "custom", CustomRouterConfig(target=target, options={"ahead": ahead}))
     for battery, argument in (

@@ -1,4 +1,4 @@
-"""The commit protocol in one process: damage is named and refused, kills and full disks lose nothing."""
+"""The commit protocol in one process: damage is named and refused; kills and full disks lose no checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megamor.checkpoint import CheckpointManager, TrainerState, open_checkpoint,
 from megamor.checkpoint.layout import LATEST, published_steps, step_name
 from megamor.checkpoint.manifest import assign_files
 from megamor.errors import CheckpointError
+from tests.commands import flip_bit, in_child
 
 
 def content(step: int) -> bytes:
@@ -41,12 +41,6 @@ def save(manager: CheckpointManager, step: int, after_first: Callable[[], None] 
 
 def names(root: Path) -> set[str]:
     return {entry.name for entry in root.iterdir()}
-
-
-def flip_byte(path: Path, position: int = 100) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -77,7 +71,7 @@ def test_copies_given_files(manager: CheckpointManager, tmp_path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    flip_byte(path)
+    flip_bit(path, 100)
 
 
 def truncate(path: Path) -> None:
@@ -116,7 +110,7 @@ def test_any_flipped_byte_of_the_manifest_is_noticed_or_harmless(manager: Checkp
     whole = manifest.read_text()
     unnoticed = ""
     for position, character in enumerate(whole):
-        flip_byte(manifest, position)
+        flip_bit(manifest, position)
         try:
             verify(path)
             unnoticed += character
@@ -129,7 +123,7 @@ def test_any_flipped_byte_of_the_manifest_is_noticed_or_harmless(manager: Checkp
 
 @pytest.mark.promise("R3")
 def test_all_damaged_is_an_error_and_not_a_fresh_start(manager: CheckpointManager) -> None:
-    flip_byte(save(manager, 10) / "state" / "a.bin")
+    flip(save(manager, 10) / "state" / "a.bin")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         manager.latest_valid()
 
@@ -137,7 +131,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(manager: CheckpointManage
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep_last=2)
     save(manager, 10)
-    flip_byte(save(manager, 20) / "state" / "a.bin")
+    flip(save(manager, 20) / "state" / "a.bin")
     assert manager.latest_valid() == tmp_path / step_name(10)
     save(manager, 30)
     assert published_steps(tmp_path) == [10, 20, 30]
@@ -154,7 +148,7 @@ def test_moving_latest_back_leaves_later_steps_behind(manager: CheckpointManager
     assert manager.latest_valid() == root / step_name(10)
     save(manager, 20)
     assert manager.latest_valid() == root / step_name(20)
-    flip_byte(root / step_name(20) / "state" / "a.bin")
+    flip(root / step_name(20) / "state" / "a.bin")
     assert manager.latest_valid() == root / step_name(10)
 
 
@@ -256,33 +250,13 @@ def test_everything_is_flushed_before_it_gets_its_name(
     assert events[renamed + 1 :] == ["flush .", "move latest", "flush ."]
 
 
-def in_child(action: Callable[[], None]) -> int:
-    """Run `action` in a forked child; its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 KILL_POINTS = [
-    "first shard",
-    "written",
-    "manifest",
-    "between renames",
-    "renamed",
-    "latest",
-    "expiring",
-    "rmtree",
-    "done",
+    *("first shard", "written", "manifest", "between renames", "renamed"),
+    *("latest", "expiring", "rmtree", "done"),
 ]
 
 
@@ -322,7 +296,7 @@ def test_sigkill_anywhere_leaves_a_whole_checkpoint(
 
 
 def test_file_size_limit_in_a_real_process(tmp_path: Path) -> None:
-    """The operating system refuses the write (EFBIG), as a quota would."""
+    """The operating system refuses the write with EFBIG, like a quota."""
     save(CheckpointManager(tmp_path, keep_last=1), 10)
 
     def child() -> None:
@@ -352,7 +326,7 @@ class TestOpening:
         for path in (run, manager.directory, manager.directory / LATEST, manager.directory / step_name(10)):
             assert open_checkpoint(path).directory == (manager.directory / step_name(10)).resolve()
 
-    def test_falls_back_only_when_not_asked_for_a_certain_one(self, manager: CheckpointManager) -> None:
+    def test_falls_back_only_if_no_specific_one_was_requested(self, manager: CheckpointManager) -> None:
         save(manager, 10)
         (save(manager, 20) / "state" / "a.bin").unlink()
         assert open_checkpoint(manager.directory).step == 10
@@ -361,12 +335,12 @@ class TestOpening:
 
     def test_full_check_finds_what_sizes_hide(self, manager: CheckpointManager) -> None:
         path = save(manager, 10)
-        flip_byte(path / "state" / "a.bin")
+        flip(path / "state" / "a.bin")
         assert open_checkpoint(path).step == 10
         with pytest.raises(CheckpointError, match=r"a\.bin has changed"):
             open_checkpoint(path, full=True)
 
-    def test_answers_for_what_is_no_checkpoint(self, tmp_path: Path) -> None:
+    def test_errors_for_paths_that_are_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):
             open_checkpoint(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match=r"no manifest\.json: it is not a complete checkpoint"):

@@ -1,4 +1,4 @@
-"""Saving with several gloo processes: weights read back equal, and a failure on one rank is a failure on all."""
+"""Saving with several gloo processes: the same weights are read back, and a failure on one rank stops all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def fail_on_second_rank(directory: Path) -> None:
 
 
 def fail_inside_collective_save(directory: Path) -> None:
-    """The second rank can't write its shard: its directory entry is taken."""
+    """The second rank can't write its shard because a directory has its name."""
     if dist.get_rank() == 1:
         (directory / "state" / "__1_0.distcp").mkdir(parents=True)
     dist.barrier()
@@ -86,7 +86,7 @@ def fail_inside_collective_save(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [fail_on_second_rank, fail_inside_collective_save])
-def test_failure_of_one_rank_is_everybodys(tmp_path: Path, failing: Callable[[Path], None]) -> None:
+def test_failure_of_one_rank_raises_on_every_rank(tmp_path: Path, failing: Callable[[Path], None]) -> None:
     def body(rank: int) -> None:
         manager = CheckpointManager(tmp_path, keep_last=2)
         good = manager.save(1, [write_sharded], {})
@@ -155,7 +155,7 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
 def test_own_files_are_recorded_even_when_others_can_not_see_them_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a network file system: rank 0 sees rank 1's file short, and one of them not at all."""
+    """As on a network file system, rank 0 sees one of rank 1's files truncated and another not at all."""
     from megamor.checkpoint import manifest
 
     real = manifest.list_sizes

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest, every n-th, the best. None is deleted before a newer one was read back."""
+"""Which checkpoints are kept: the newest, every n-th, the best; none is deleted before a newer one is verified."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def save(manager: CheckpointManager, step: int) -> Path:
         (Retention(1, every=3), set(), [1, 2, 4, 5]),
         (Retention(1, best=1), set(), [1, 3, 4, 5]),
         (Retention(2, every=4, best=2), set(), [1]),
-        (Retention(2), {5}, [1, 2, 3]),  # a damaged one is none of the two, but isn't deleted early
-        (Retention(1, best=1), {2}, [1, 2, 4, 5]),  # nor is it the best
+        (Retention(2), {5}, [1, 2, 3]),  # a damaged one doesn't count as one of the two, but isn't deleted early
+        (Retention(1, best=1), {2}, [1, 2, 4, 5]),  # and it can't be the best
         (Retention(1, every=2), {4}, [1, 3, 5]),  # a damaged one that is kept may be repaired
     ],
 )
@@ -35,7 +35,7 @@ def test_what_expires(keep: Retention, damaged: set[int], expired: list[int]) ->
     assert keep.expired([1, 2, 3, 4, 5, 6], damaged, losses) == expired
 
 
-def test_the_newest_the_round_ones_and_the_best_stay(tmp_path: Path) -> None:
+def test_the_newest_every_nth_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=4, keep_best=1)
     for step, loss in enumerate((5.0, 3.0, 2.0, 4.0, 2.5, 2.6, 2.7, 2.8, 2.9), start=1):
         save(checkpoints, step)
@@ -68,7 +68,7 @@ def test_losses_of_steps_without_a_checkpoint_and_without_a_number(tmp_path: Pat
 @pytest.mark.promise("R3")
 def test_nothing_is_deleted_when_the_new_one_can_not_be_read_back(tmp_path: Path) -> None:
     def spoil(stage: str) -> None:
-        if stage == "latest":  # after its checksums were taken, before anything is deleted
+        if stage == "latest":  # after its checksums were computed, before any checkpoint is deleted
             file = tmp_path / step_name(3) / "a.bin"
             file.write_bytes(bytes([1]) + file.read_bytes()[1:])
 

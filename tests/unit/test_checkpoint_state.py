@@ -99,7 +99,7 @@ def draw() -> tuple[float, ...]:
     return (random.random(), float(np.random.rand()), float(torch.rand(())), *normal)
 
 
-def test_random_states_go_on_exactly(tmp_path: Path) -> None:
+def test_random_states_continue_exactly(tmp_path: Path) -> None:
     reseed(1, 2, 3)
     draw()
     write_rng(tmp_path, rng_states(2), rank=1)

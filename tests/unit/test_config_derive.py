@@ -1,4 +1,4 @@
-"""Derived quantities against the paper's tables and the published schedule."""
+"""Derived quantities compared with the paper's tables and the published schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIXTURES = Path(os.environ.get("MEGAMOR_FIXTURES", ROOT.parent / "shared" / "fix
 
 
 def config_with(**sections: Any) -> Config:
-    """A valid configuration of a small model, 3 recursions of 2 layers between two unique ones, with other values."""
+    """A small valid configuration (3 recursions of 2 layers between two unique layers), with some values changed."""
     values: dict[str, Any] = {
         "model": {"vocab_size": 50, "dim": 24, "num_layers": 8, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 20},
         "recursion": {"num_recursions": 3, "sharing": "middle_cycle"},

@@ -1,4 +1,4 @@
-"""The files of `configs/`: recipes are complete, overlays are models and backends of the sizes that the paper gives."""
+"""The files of `configs/`: recipes are complete, and model overlays have the sizes of the paper."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_recipe_is_complete(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*MODELS, *PARALLEL], ids=lambda path: path.stem)
-def test_an_overlay_is_no_run_by_itself(path: Path, tmp_path: Path) -> None:
+def test_an_overlay_alone_is_not_a_run(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_tokens: found neither") as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) == 2

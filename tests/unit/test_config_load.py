@@ -1,4 +1,4 @@
-"""Reading configurations: overlays, overrides, types, and what the errors say."""
+"""Reading configurations: overlays, overrides, types and error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOR = "recursion: {num_recursions: 3, sharing: middle_cycle}\nmodel: {num_layers
 
 
 def write(directory: Path, **files: str) -> Path:
-    """Write NAME.yaml for each keyword; returns the last one."""
+    """Write NAME.yaml for each keyword, and return the last path."""
     for name, text in files.items():
         path = directory / f"{name}.yaml"
         path.write_text(text)
@@ -41,7 +41,7 @@ def write(directory: Path, **files: str) -> Path:
 
 
 def refused(path: Path, *overrides: str) -> str:
-    """The message with which loading fails."""
+    """The error message of loading."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)
@@ -55,14 +55,10 @@ def test_defaults_and_nested_values(tmp_path: Path) -> None:
 
 def test_extends_in_order_then_the_file_then_overrides(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
-    write(
-        tmp_path / "parts",
-        one="optim: {lr: 1, eps: 1, beta1: 0.1, weight_decay: 1}\n",
-        two="optim: {eps: 2, beta1: 0.2, weight_decay: 2}\n",
-    )
-    path = write(
-        tmp_path, a=LENGTH + "extends: [parts/one.yaml, parts/two.yaml]\noptim: {beta1: 0.3, weight_decay: 3}\n"
-    )
+    write(tmp_path / "parts", one="optim: {lr: 1, eps: 1, beta1: 0.1, weight_decay: 1}\n")
+    write(tmp_path / "parts", two="optim: {eps: 2, beta1: 0.2, weight_decay: 2}\n")
+    own = "extends: [parts/one.yaml, parts/two.yaml]\noptim: {beta1: 0.3, weight_decay: 3}\n"
+    path = write(tmp_path, a=LENGTH + own)
     optim = load_config(path, ["optim.weight_decay=4"]).optim
     assert (optim.lr, optim.eps, optim.beta1, optim.weight_decay) == (1, 2, 0.3, 4)
 
@@ -81,26 +77,16 @@ def test_extends_goes_through_several_files_and_lists_replace(tmp_path: Path) ->
 
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
     path = write(tmp_path, a=LENGTH + MOR)
-    config = load_config(
-        path,
-        [
-            "router={kind: expert_choice}",
-            "router.capacity=[1, 0.5, 0.25]",
-            "data.train=[a, {prefix: b, weight: 3}]",
-            "data.validation.pile=p",
-            "optim.lr=1",
-            "optim.lr=2e-3",
-            "data.tokenizer=null",
-            "run.name='123'",
-        ],
-    )
+    data = ["data.train=[a, {prefix: b, weight: 3}]", "data.validation.pile=p", "data.tokenizer=null"]
+    router = ["router={kind: expert_choice}", "router.capacity=[1, 0.5, 0.25]"]
+    config = load_config(path, [*router, *data, "optim.lr=1", "optim.lr=2e-3", "run.name='123'"])
     assert config.router == ExpertChoiceConfig(capacity=(1.0, 0.5, 0.25))
     assert config.data.train == (SourceConfig("a"), SourceConfig("b", 3.0))
     assert config.data.validation == {"pile": "p"}
     assert (config.optim.lr, config.data.tokenizer, config.run.name) == (2e-3, None, "123")
 
 
-def test_another_kind_starts_the_router_afresh(tmp_path: Path) -> None:
+def test_another_router_kind_discards_the_old_options(tmp_path: Path) -> None:
     write(tmp_path, base=LENGTH + MOR + "router: {kind: expert_choice, alpha: 0.5, z_coeff: 0.5}\n")
     same = write(tmp_path, same="extends: base.yaml\nrouter: {z_coeff: 0.25}\n")
     assert load_config(same).router == ExpertChoiceConfig(alpha=0.5, z_coeff=0.25)
@@ -110,17 +96,15 @@ def test_another_kind_starts_the_router_afresh(tmp_path: Path) -> None:
     assert overridden.router == TokenChoiceConfig(z_coeff=0.125)
 
 
-def test_kind_fixed_is_meant_where_absent(tmp_path: Path) -> None:
+def test_the_default_router_kind_is_fixed(tmp_path: Path) -> None:
     path = write(tmp_path, a=LENGTH + MOR + "router: {depth: 2}\n", b="extends: a.yaml\nrouter: {kind: token_choice}\n")
     assert load_config(tmp_path / "a.yaml").router == FixedDepthConfig(depth=2)
     assert load_config(path).router == TokenChoiceConfig()
 
 
 def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        base="optim: {learning_rate: 1, weightdecay: 0, lr: on, beta1: []}\ntrain: {compile: 1, max_steps: true}\n",
-    )
+    optim = "optim: {learning_rate: 1, weightdecay: 0, lr: on, beta1: []}\n"
+    write(tmp_path, base=optim + "train: {compile: 1, max_steps: true}\n")
     path = write(tmp_path, run="extends: base.yaml\nmodle: {dim: 3}\nlr: 3\n")
     lines = refused(path, "train.precision=fp16", "data.train=[{weight: 2}]", "run.seed=1.0", "run.name=7").splitlines()
     expected = [
@@ -142,34 +126,22 @@ def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
     assert len(lines) == 1 + len(expected)
 
 
-def test_a_key_of_another_kind_is_told_so(tmp_path: Path) -> None:
+def test_a_key_of_another_router_kind_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, a=LENGTH + MOR + "router: {kind: token_choice, capacity: [1, 1, 1]}\n")
     message = refused(path)
     assert "router.capacity: unknown key; it belongs to router.kind expert_choice" in message
-    assert (
-        "router.kind: found 'token', expected one of fixed, expert_choice, token_choice, ema_threshold, random, "
-        "skip_forward_recurse, act, custom; did you mean token_choice?"
-        in (refused(write(tmp_path, b=LENGTH), "router.kind=token"))
-    )
+    kinds = "fixed, expert_choice, token_choice, ema_threshold, random, skip_forward_recurse, act, custom"
+    expected = f"router.kind: found 'token', expected one of {kinds}; did you mean token_choice?"
+    assert expected in refused(write(tmp_path, b=LENGTH), "router.kind=token")
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-3", 1e-3),
-        ("1E5", 1e5),
-        (".5", 0.5),
-        ("3", 3.0),
-        ("1.0e-05", 1e-5),
-        ("+2.", 2.0),
-        ("010", 10.0),
-        ("1_000", 1e3),
-    ],
-)
-def test_numbers_are_what_they_look_like(tmp_path: Path, text: str, value: float) -> None:
-    theta = load_config(write(tmp_path, a=LENGTH), [f"model.rope_theta={text}"]).model.rope_theta
-    assert theta == value
-    assert type(theta) is float
+def test_numbers_are_what_they_look_like(tmp_path: Path) -> None:
+    path, read = write(tmp_path, a=LENGTH), {}
+    values = {"1e-3": 1e-3, "1E5": 1e5, ".5": 0.5, "3": 3.0, "1.0e-05": 1e-5, "+2.": 2.0, "010": 10.0, "1_000": 1e3}
+    for text in values:
+        read[text] = load_config(path, [f"model.rope_theta={text}"]).model.rope_theta
+    assert read == values
+    assert {type(value) for value in read.values()} == {float}
 
 
 @pytest.mark.parametrize("text", ["on", "1:30", "2001-01-01", "0x10", "1e", "'3'", "true", "null", "{a: 1}"])
@@ -197,7 +169,7 @@ def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
     text = config_to_yaml(config)
     again = load_config(write(tmp_path, document=text))
     assert again == config_from_yaml(text, "here") == config
-    assert config_from_dict(yaml.safe_load(text)) == config  # YAML 1.1 reads the same strings
+    assert config_from_dict(yaml.safe_load(text)) == config  # a YAML 1.1 reader gets the same strings
     assert config_from_dict(config_to_dict(config)) == config
     assert config_to_yaml(again) == text
 
@@ -221,16 +193,11 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     assert message in refused(write(tmp_path, a=text))
 
 
-def test_a_circle_of_files_is_named(tmp_path: Path) -> None:
+def test_files_that_extend_each_other_in_a_circle_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, a="extends: b.yaml", b="extends: c.yaml", c="extends: b.yaml")
     assert "c.yaml -> b.yaml -> c.yaml" in refused(path)
-    diamond = write(
-        tmp_path,
-        top=LENGTH,
-        left="extends: top.yaml",
-        right="extends: top.yaml",
-        low="extends: [left.yaml, right.yaml]",
-    )
+    files = {"top": LENGTH, "left": "extends: top.yaml", "right": "extends: top.yaml"}
+    diamond = write(tmp_path, **files, low="extends: [left.yaml, right.yaml]")
     assert load_config(diamond).train.max_steps == 1000
 
 
@@ -272,7 +239,7 @@ def test_a_value_out_of_range_is_refused(tmp_path: Path, override: str, expected
 
 
 def test_reading_the_schema_needs_no_pydantic() -> None:
-    """An exported model carries the schema, and `--help` must not wait for an import it has no use for."""
+    """An exported model contains the schema, and `--help` should not wait for imports that it doesn't need."""
     code = "import sys, megamor.config; assert not {'pydantic', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""Rules between fields: each violation is found, with the value and the fix, and all of them at once."""
+"""Rules between fields: all violations are reported at once, each with its value and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALID: dict[str, Any] = {
 
 
 def changed(**sections: Any) -> Config:
-    """`VALID` with other values in some sections; a router replaces the whole section."""
+    """`VALID` with some values replaced; `router` replaces its whole section."""
     values = {name: dict(section) for name, section in VALID.items()}
     for name, section in sections.items():
         values[name] = section if name == "router" else values.get(name, {}) | section
@@ -27,7 +27,7 @@ def changed(**sections: Any) -> Config:
 
 
 def violations(config: Config, world_size: int | None = None) -> list[str]:
-    """The lines of the error, without its first."""
+    """The lines of the error after the first."""
     with pytest.raises(ConfigError) as caught:
         validate(config, world_size)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
@@ -52,7 +52,7 @@ def violations(config: Config, world_size: int | None = None) -> list[str]:
         {"data": {"train": ["a"], "seq_len": 1}},
     ],
 )
-def test_the_edge_of_what_is_allowed(sections: dict[str, Any]) -> None:
+def test_limits_of_valid_values(sections: dict[str, Any]) -> None:
     validate(changed(**sections), world_size=4)
 
 
@@ -86,6 +86,14 @@ def test_the_edge_of_what_is_allowed(sections: dict[str, Any]) -> None:
         ({"run": {"name": "a/b"}}, "run.name = 'a/b'"),
         ({"run": {"name": ".."}}, "run.name = '..'"),
         ({"run": {"name": ""}}, "run.name = ''"),
+        ({"train": {"ramp": [{"until_step": 5, "global_batch_size": 24}]}}, "ramp[0]: train.global_batch_size = 24"),
+        ({"train": {"ramp": [{"until_step": 5, "seq_len": 4096}]}}, "more than data.seq_len = 2048"),
+        ({"train": {"ramp": [{"until_step": 5}] * 2}}, "train.ramp[1].until_step = 5 isn't after step 5"),
+        ({"train": {"ramp": [{"until_step": 1000}]}}, "ramp ends at step 1000, but the run ends after 1000"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}}, "(x) has tokens = 5.0 and weight = 2.0"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens, but others do"),
+        ({"data": {"train": [{"prefix": "x", "tokens": 5}], "blend_temperature": 2.0}},
+         "data.blend_temperature = 2.0 can't be combined with token budgets"),
     ],
 )  # fmt: skip
 def test_one_violation_gives_one_line(sections: dict[str, Any], message: str) -> None:
@@ -101,7 +109,7 @@ def test_a_router_without_recursions_has_nothing_to_choose() -> None:
     ]
 
 
-def test_the_world_divides_the_batch() -> None:
+def test_the_batch_must_be_divisible_by_the_processes() -> None:
     config = changed(train={"global_batch_size": 32, "micro_batch_size": 4})
     validate(config)
     validate(config, world_size=8)
@@ -124,38 +132,6 @@ def test_all_violations_are_reported_at_once() -> None:
         run={"name": "/"},
     )
     assert len(violations(config)) == 6
-
-
-@pytest.mark.parametrize(
-    ("sections", "says"),
-    [
-        (
-            {"train": {"ramp": [{"until_step": 5, "global_batch_size": 24}]}},
-            "train.ramp[0]: train.global_batch_size = 24 isn't",
-        ),
-        ({"train": {"ramp": [{"until_step": 5, "seq_len": 4096}]}}, "more than data.seq_len = 2048"),
-        (
-            {"train": {"ramp": [{"until_step": 5}, {"until_step": 5}]}},
-            "train.ramp[1].until_step = 5 isn't after step 5",
-        ),
-        (
-            {"train": {"ramp": [{"until_step": 1000}]}},
-            "ramp ends at step 1000, but the run ends after 1000",
-        ),
-        (
-            {"data": {"train": [{"prefix": "x", "tokens": 5, "weight": 2}]}},
-            "(x) has tokens = 5.0 and weight = 2.0",
-        ),
-        ({"data": {"train": [{"prefix": "x", "tokens": 5}, "y"]}}, "data.train[1] (y) has no tokens, but others do"),
-        (
-            {"data": {"train": [{"prefix": "x", "tokens": 5}], "blend_temperature": 2.0}},
-            "data.blend_temperature = 2.0 can't be combined with token budgets",
-        ),
-    ],
-)
-def test_data_and_ramps(sections: dict[str, Any], says: str) -> None:
-    (line,) = violations(changed(**sections))
-    assert says in line
 
 
 def test_a_ramp_that_fits() -> None:

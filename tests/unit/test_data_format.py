@@ -1,4 +1,4 @@
-"""Token shards on disk: bytes of the format, what the reader accepts and refuses, what the writer leaves behind."""
+"""Token shards on disk: the bytes of the format, what the reader accepts, and what an interrupted writer leaves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megamor.corpus.writer import ShardWriter
 from megamor.data.meta import BlockHasher, ShardMeta, fingerprint, read_meta
 from megamor.data.shard import TokenShard, dtype_for_vocab
 from megamor.errors import DataError
+from tests.commands import flip_bit
 
 # Both foreign readers return exactly the documents [1, 2, 0] and [513, 0] from these.
 BIN_U16 = bytes.fromhex("01000200000001020000")
@@ -30,7 +31,7 @@ DOCUMENTS = [[1, 2, 0], [513, 0]]
 
 
 def idx_i32() -> bytes:
-    """The uint16 vector with the type code and the second pointer of the int32 one."""
+    """The uint16 test vector with the type code and the second offset of int32."""
     return IDX_U16[:17] + b"\x04" + IDX_U16[18:50] + b"\x0c" + IDX_U16[51:]
 
 
@@ -38,6 +39,13 @@ def put(prefix: Path, bin_bytes: bytes, idx_bytes: bytes) -> str:
     Path(f"{prefix}.bin").write_bytes(bin_bytes)
     Path(f"{prefix}.idx").write_bytes(idx_bytes)
     return str(prefix)
+
+
+def meta_of(prefix: Path | str) -> ShardMeta:
+    """The side file of a shard that must have one."""
+    meta = read_meta(str(prefix))
+    assert meta is not None
+    return meta
 
 
 def make_idx(lengths: list[int], documents: list[int], *, code: int = 8, size: int = 2, tail: bytes = b"") -> bytes:
@@ -99,14 +107,14 @@ def test_documents_of_several_sequences_and_empty_ones(tmp_path: Path) -> None:
     verify_index(shard, None)
 
 
-def test_short_document_index_means_one_document_a_sequence(tmp_path: Path) -> None:
-    shard = TokenShard.open(put(tmp_path / "x", np.arange(5, dtype="<u2").tobytes(), make_idx([2, 3], [0])))
+@pytest.mark.parametrize(
+    "idx_bytes",
+    [make_idx([2, 3], [0]), make_idx([2, 3], [0, 1, 2], tail=b"\0\1")],
+    ids=["short document index: one document a sequence", "multimodal: trailing modes"],
+)
+def test_indexes_of_other_tools(tmp_path: Path, idx_bytes: bytes) -> None:
+    shard = TokenShard.open(put(tmp_path / "x", np.arange(5, dtype="<u2").tobytes(), idx_bytes))
     assert [shard.document(i).tolist() for i in range(shard.num_documents)] == [[0, 1], [2, 3, 4]]
-
-
-def test_trailing_modes_of_multimodal_files_are_accepted(tmp_path: Path) -> None:
-    idx = make_idx([2, 3], [0, 1, 2], tail=b"\x00\x01")
-    assert TokenShard.open(put(tmp_path / "x", np.arange(5, dtype="<u2").tobytes(), idx)).num_documents == 2
 
 
 def test_offsets_beyond_two_gibibytes(tmp_path: Path) -> None:
@@ -165,7 +173,7 @@ def test_damaged_pairs_are_refused(tmp_path: Path, bin_bytes: bytes, idx_bytes: 
     assert str(tmp_path / file) in str(caught.value)
 
 
-def test_missing_pair_helps(tmp_path: Path) -> None:
+def test_missing_pair_suggests_existing_ones(tmp_path: Path) -> None:
     put(tmp_path / "there", OK_BIN, OK_IDX)
     with pytest.raises(DataError, match=r"absent\.idx doesn't exist.*there"):
         TokenShard.open(tmp_path / "absent")
@@ -173,23 +181,21 @@ def test_missing_pair_helps(tmp_path: Path) -> None:
         TokenShard.open(tmp_path / "there.bin")
 
 
+WRONG_OFFSET = bytearray(make_idx([1, 2, 2], [0, 1, 2, 3]))
+struct.pack_into("<q", WRONG_OFFSET, 34 + 12 + 8, 4)
+
+
 @pytest.mark.parametrize(
-    ("lengths", "documents", "says"),
-    [([5, -3, 3], [0, 1, 2, 3], "negative length"), ([2, 3], [0, 2, 1, 2], "document index")],
+    ("idx_bytes", "says"),
+    [
+        (make_idx([5, -3, 3], [0, 1, 2, 3]), "negative length"),
+        (make_idx([2, 3], [0, 2, 1, 2]), "document index"),
+        (WRONG_OFFSET, "offset of sequence 1"),
+    ],
 )
-def test_verify_finds_damage_inside_the_index(
-    tmp_path: Path, lengths: list[int], documents: list[int], says: str
-) -> None:
-    shard = TokenShard.open(put(tmp_path / "x", OK_BIN, make_idx(lengths, documents)))
+def test_verify_finds_damage_inside_the_index(tmp_path: Path, idx_bytes: bytes, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        verify_index(shard, None)
-
-
-def test_verify_finds_a_misplaced_offset(tmp_path: Path) -> None:
-    idx = bytearray(make_idx([1, 2, 2], [0, 1, 2, 3]))
-    struct.pack_into("<q", idx, 34 + 12 + 8, 4)
-    with pytest.raises(DataError, match="offset of sequence 1"):
-        verify_index(TokenShard.open(put(tmp_path / "x", OK_BIN, bytes(idx))), None)
+        verify_index(TokenShard.open(put(tmp_path / "x", OK_BIN, idx_bytes)), None)
 
 
 def written(prefix: Path, documents: list[list[int]], **meta: object) -> TokenShard:
@@ -202,14 +208,11 @@ def written(prefix: Path, documents: list[list[int]], **meta: object) -> TokenSh
 
 def test_verify_finds_one_flipped_bit_and_foreign_ids(tmp_path: Path) -> None:
     written(tmp_path / "x", [[1, 2, 3]] * 100, vocab_size=4)
-    meta = read_meta(str(tmp_path / "x"))
-    content = bytearray((tmp_path / "x.bin").read_bytes())
-    content[300] ^= 1
-    (tmp_path / "x.bin").write_bytes(content)
-    (fault,) = token_faults(TokenShard.open(tmp_path / "x"), meta)
+    flip_bit(tmp_path / "x.bin", 300)
+    (fault,) = token_faults(TokenShard.open(tmp_path / "x"), meta_of(tmp_path / "x"))
     assert "x.bin is damaged: bytes 0 to 599" in fault
     written(tmp_path / "y", [[1, 2, 9]], vocab_size=4)
-    (fault,) = token_faults(TokenShard.open(tmp_path / "y"), read_meta(str(tmp_path / "y")))
+    (fault,) = token_faults(TokenShard.open(tmp_path / "y"), meta_of(tmp_path / "y"))
     assert "y.bin is damaged: token id 9 at token 2 is" in fault
 
 
@@ -263,20 +266,20 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path, ids: list[int]) -> None
         writer.add(ids)
 
 
-def test_unwritable_place_is_a_data_error(tmp_path: Path) -> None:
+def test_unwritable_path_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="can't be written"):
         ShardWriter(tmp_path / "file" / "x", "u2")
 
 
-def test_block_hashes_do_not_depend_on_the_pieces() -> None:
+def test_block_hashes_do_not_depend_on_how_data_is_fed() -> None:
     data = bytes(range(256)) * 10
-    whole, pieces = BlockHasher(1000), BlockHasher(1000)
+    whole, fed = BlockHasher(1000), BlockHasher(1000)
     whole.update(memoryview(data))
     for start in range(0, len(data), 77):
-        pieces.update(memoryview(data)[start : start + 77])
+        fed.update(memoryview(data)[start : start + 77])
     digests = whole.digests()
-    assert digests == pieces.digests()
+    assert digests == fed.digests()
     assert len(digests) == 3
 
 
@@ -284,16 +287,14 @@ def test_meta_survives_unknown_keys_and_refuses_other_files(tmp_path: Path) -> N
     written(tmp_path / "x", [[1]], vocab_size=7)
     path = tmp_path / "x.meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": 1}))
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
-    assert meta.vocab_size == 7
+    assert meta_of(tmp_path / "x").vocab_size == 7
     for text in ("{}", "[1]", "{"):
         path.write_text(text)
         with pytest.raises(DataError, match=r"x\.meta\.json"):
             read_meta(str(tmp_path / "x"))
 
 
-def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_contents_not_on_the_path(tmp_path: Path) -> None:
     same = [fingerprint(written(tmp_path / name, [[1, 2], [3]])) for name in ("a", "b")]
     other_tokens = fingerprint(written(tmp_path / "c", [[1, 2], [4]]))
     other_cut = fingerprint(written(tmp_path / "d", [[1], [2, 3]]))
@@ -307,7 +308,7 @@ def test_fingerprint_follows_contents_not_place(tmp_path: Path) -> None:
 def test_a_file_that_another_writer_just_published_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the partial file and locking it, its former owner may have renamed it into place."""
+    """Between opening the partial file and locking it, its former owner may have renamed it to its final name."""
 
     def owner_publishes_first(file: io.BufferedRandom) -> None:
         Path(file.name).rename(tmp_path / "x.bin")

@@ -1,4 +1,4 @@
-"""Preprocessing that is killed, interrupted or fails ends, when started again, with the bytes of a run that wasn't."""
+"""Preprocessing that was killed, interrupted or failed resumes, and writes the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from megamor.corpus.text import ChunkId
 from megamor.corpus.tokenizer import byte_tokenizer
 from megamor.corpus.writer import ShardWriter
 from megamor.data.shard import TokenShard
+from tests.commands import in_child, refusal
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = random.Random(0)
 WORDS = ["routing", "recursion", "naïve", "token", "№", "depth", "a", "of", "1984", "\n"]
 TEXTS = [" ".join(NUMBERS.choices(WORDS, k=1 + n % 90)) + f" {n % 400}" for n in range(700)]
 OPTIONS = ["--append-eod", "--split", "0.9,0.1", "--deduplicate", "--min-length", "20", "--workers", "2"]
-# As the command, but in small chunks, and with a journal written after each of them.
+# The command with small chunks, and a journal that is written after each of them.
 SMALL_STEPS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -47,7 +48,7 @@ main()
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three files with duplicates among and within them; and small steps for runs within this process."""
+    """Three files with duplicates within and between them, and small chunks for runs in this process."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 4000)
     monkeypatch.setattr(preprocess_module, "JOURNAL_SECONDS", 0.0)
     folder = tmp_path / "corpus"
@@ -79,18 +80,6 @@ def expected(corpus: Path, tmp_path: Path) -> dict[str, bytes]:
     return found
 
 
-def in_child(action: Callable[[], Any]) -> int:
-    """Run `action` in a forked process; its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(70)
-    return os.waitpid(child, 0)[1]
-
-
 def killed_at(count: int, names: tuple[str, ...]) -> Callable[[], None]:
     """Patch functions of `os` so that this process is killed just before the `count`-th call of any of them."""
     calls = iter(range(count))
@@ -115,7 +104,7 @@ def test_killed_between_any_two_steps_that_reach_the_disk(
 ) -> None:
     """A kill may come before every rename and sync, including the last renames, which give the files their names."""
     kills, folder = 0, tmp_path / "out"
-    for start in (0, 1):  # one run that is resumed again and again, at every second point
+    for start in (0, 1):  # one run that is killed and resumed at every second point
         for count in range(start, 400, 2):
 
             def action(count: int = count) -> None:
@@ -134,7 +123,7 @@ def test_killed_between_any_two_steps_that_reach_the_disk(
 
 
 def test_killed_at_random_times(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """The command itself, killed until it has been killed five times with something done."""
+    """The command itself, killed five times after it has done some work."""
     folder, kills, sizes = tmp_path / "out", 0, [0]
     command = [sys.executable, "-c", SMALL_STEPS, *arguments(corpus, folder / "x")]
     while kills < 5:
@@ -147,7 +136,7 @@ def test_killed_at_random_times(corpus: Path, expected: dict[str, bytes], tmp_pa
         process.kill()
         _, said = process.communicate()
         if process.returncode == 0:
-            break  # quicker than we
+            break  # it finished before the kill
         kills += 1
         assert kills == 1 or "resuming an interrupted run" in said
         sizes.append((folder / "x_train.bin.partial").stat().st_size)
@@ -168,7 +157,7 @@ def test_no_chunk_twice(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_says_how_to_go_on(
+def test_an_interrupted_run_says_how_to_resume(
     signum: signal.Signals, corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -190,7 +179,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_a_signal_stops_once() -> None:
-    """A second one doesn't interrupt the cleaning up; afterwards the handlers are what they were."""
+    """A second signal doesn't interrupt the cleanup; afterwards the old handlers are back."""
     before, done = signal.getsignal(signal.SIGINT), []
 
     def stopped() -> None:
@@ -228,12 +217,7 @@ def stop_in_the_middle(corpus: Path, folder: Path, *more: str) -> None:
     ],
 )
 def test_another_run_starts_over_and_says_why(
-    change: str,
-    says: str,
-    corpus: Path,
-    expected: dict[str, bytes],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    change: str, says: str, corpus: Path, expected: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, more = tmp_path / "out", list[str]()
     stop_in_the_middle(corpus, folder, *(["--min-length", "3"] if change == "option" else []))
@@ -257,24 +241,21 @@ def test_another_run_starts_over_and_says_why(
     assert sorted(found) == sorted(expected)
 
 
-def test_a_bad_line_keeps_what_was_done(
+def test_after_a_bad_line_finished_work_is_kept(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With --on-bad-line skip the run resumes where it stopped; the other way round it would have stopped earlier."""
+    """The run resumes at the bad line with --on-bad-line skip."""
     lines = (corpus / "b.jsonl").read_bytes()
     (corpus / "b.jsonl").write_bytes(lines + b"\nnonsense\n")
-    with pytest.raises(SystemExit, match="2"):
-        preprocess.main(arguments(corpus, tmp_path / "out" / "x"))
-    said = capsys.readouterr().err
+    said = refusal(capsys, preprocess.main, *arguments(corpus, tmp_path / "out" / "x"))
     assert "b.jsonl, line" in said
     assert "finished work is kept" in said
     preprocess.main(arguments(corpus, tmp_path / "out" / "x", "--on-bad-line", "skip"))
     assert "resuming" in capsys.readouterr().err
-    found = outputs(tmp_path / "out")
-    assert found == expected
+    assert outputs(tmp_path / "out") == expected
 
 
-def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_after_a_full_disk_finished_work_is_kept(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     command = [sys.executable, "-c", SMALL_STEPS, *arguments(corpus, folder / "x")]
     full = subprocess.run(
@@ -289,15 +270,14 @@ def test_a_full_disk_keeps_what_was_done(corpus: Path, expected: dict[str, bytes
 
 
 def test_second_run_on_one_prefix_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It must not touch the files of the first, which continues undisturbed."""
+    """It must not touch the files of the first run, which continues undisturbed."""
     folder = tmp_path / "out"
     stop_in_the_middle(corpus, folder)
     before = outputs(folder)
     with ShardWriter(folder / "x_val", np.uint16, resume=True) as other:
         other.keep_partial = True
-        with pytest.raises(SystemExit, match="2"):
-            preprocess.main(arguments(corpus, folder / "x"))
-    assert "another process is writing" in capsys.readouterr().err
+        message = refusal(capsys, preprocess.main, *arguments(corpus, folder / "x"))
+    assert "another process is writing" in message
     assert outputs(folder) == before
     preprocess.main(arguments(corpus, folder / "x"))
     assert TokenShard.open(folder / "x_train").num_documents > 100

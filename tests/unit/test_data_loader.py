@@ -1,4 +1,4 @@
-"""Training data and loaders: which tokens reach which rank, resuming, checks against model and tokenizer."""
+"""Training data and loaders: which rank gets which tokens, resuming, and checks against model and tokenizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(prefix: Path, tokens: np.ndarray, **meta: object) -> str:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Two sources of 40 and 25 windows whose tokens are all different, so that a token tells where it is from."""
+    """Two sources of 40 and 25 windows in which every token is unique and so shows its position."""
     folder = tmp_path_factory.mktemp("data")
     a = write(folder / "a", np.arange(0, 40 * SEQ_LEN + 3))
     b = write(folder / "b", np.arange(1000, 1000 + 25 * SEQ_LEN + 1))
@@ -56,14 +56,14 @@ def loaders(data: TrainingData, world: int, micro: int, batch: int = 24) -> list
 
 
 def windows(data: TrainingData, first: int, count: int, order: SampleOrder | None = None) -> np.ndarray:
-    """Samples as windows [n, S + 1]: they have no padding and no joints."""
+    """Samples as windows [n, S + 1]; they contain no padding."""
     rows = data.samples(first, count, order)
     assert (rows.inputs[:, 1:] == rows.labels[:, :-1]).all()
     return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
 
 
 def joined(batches: list[MicroBatch]) -> np.ndarray:
-    """Windows [n, S + 1] of micro-batches, put together from inputs and labels."""
+    """Windows [n, S + 1] of micro-batches, rebuilt from inputs and labels."""
     inputs = torch.cat([batch.inputs for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     assert inputs.dtype == labels.dtype == torch.int64
@@ -72,7 +72,7 @@ def joined(batches: list[MicroBatch]) -> np.ndarray:
 
 
 def steps(ranks: list[TrainingLoader], count: int) -> np.ndarray:
-    """Global batches of `count` steps one after the other: in each step, all micro-batches, rank by rank."""
+    """Global batches of `count` consecutive steps; in each, all micro-batches, rank by rank."""
     return np.concatenate([joined([batch for rank in ranks for batch in rank.next_step()]) for _ in range(count)])
 
 
@@ -83,15 +83,11 @@ def test_order_is_the_same_for_any_ranks_and_micro_batches(data: TrainingData, w
     ranks = loaders(data, world, micro, 48)
     assert (steps(ranks, 3) == windows(data, 0, 144)).all()
     assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
-
-
-def test_micro_batches_have_their_size(data: TrainingData) -> None:
-    batches = loaders(data, 2, 3)[0].next_step()
-    assert [batch.inputs.shape for batch in batches] == [(3, SEQ_LEN)] * 4
+    assert [batch.inputs.shape for batch in ranks[0].next_step()] == [(micro, SEQ_LEN)] * (48 // world // micro)
 
 
 def test_an_epoch_of_each_source_covers_its_stream(data: TrainingData, config: DataConfig) -> None:
-    """Blend 2:1 over 40 and 25 windows: after 60 samples all of a; every target of an epoch exactly once."""
+    """A 2:1 blend of 40 and 25 windows: 60 samples contain all of a; an epoch has every target exactly once."""
     found = windows(data, 0, 75)
     a, b = found[found[:, 0] < 1000], found[found[:, 0] >= 1000]
     assert sorted(a[:40, 1:].ravel().tolist()) == list(range(1, 40 * SEQ_LEN + 1))
@@ -110,20 +106,15 @@ def test_seed_changes_the_order(config: DataConfig, data: TrainingData) -> None:
     assert (windows(other, 0, 30) != windows(data, 0, 30)).any()
 
 
-def test_a_step_that_is_taken_back_is_given_again(data: TrainingData) -> None:
+def test_state_counts_delivered_samples_and_a_step_can_be_taken_back(data: TrainingData) -> None:
     (loader,) = loaders(data, 1, 4)
     steps([loader], 2)
     before = loader.state_dict()
+    assert before["consumed_samples"] == loader.consumed_samples == 48, "prefetched samples don't count"
     batches = joined(loader.next_step())
     loader.take_back()
     assert loader.state_dict() == before
     assert np.array_equal(joined(loader.next_step()), batches)
-
-
-def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingData) -> None:
-    (loader,) = loaders(data, 1, 4)
-    steps([loader], 2)
-    assert loader.state_dict()["consumed_samples"] == loader.consumed_samples == 48
 
 
 @pytest.mark.promise("R5", "R6")
@@ -136,7 +127,7 @@ def test_state_counts_what_was_given_out_not_what_was_prefetched(data: TrainingD
     )
 )
 def test_ranks_and_batch_may_change_at_every_restart(data: TrainingData, legs: list[tuple[int, int, int]]) -> None:
-    """Whatever the world sizes and batches of the launches, the samples are those of one uninterrupted run."""
+    """For any world sizes and batches of the launches, the samples equal those of one uninterrupted run."""
     state, seen = None, [np.empty((0, SEQ_LEN + 1), np.int64)]
     for world, batch, count in legs:
         ranks = loaders(data, world, 1, batch)
@@ -161,14 +152,14 @@ def test_blend_may_change_at_a_restart(config: DataConfig, data: TrainingData) -
     after = steps([resumed], 1)
     assert (before[:, 0] < 1000).sum() == 16
     seen_of_b = np.concatenate([before[before[:, 0] >= 1000], after])[:, 0]
-    assert len(set(seen_of_b[:25].tolist())) == 25  # its whole epoch before any repeats
+    assert len(set(seen_of_b[:25].tolist())) == 25  # the whole epoch before any window repeats
     both = TrainingData.open(config, seed=3, vocab_size=VOCAB)
     assert (windows(both, 0, 48, resumed.order) == np.concatenate([before, after])).all()
     with pytest.raises(DataError, match=r"no longer names"):
         windows(only_b, 0, 48, resumed.order)
 
 
-def test_moved_data_goes_on_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
+def test_moved_data_resumes_and_changed_data_is_refused(tmp_path: Path, config: DataConfig, data: TrainingData) -> None:
     (loader,) = loaders(data, 1, 4)
     steps([loader], 2)
     state = loader.state_dict()
@@ -224,8 +215,8 @@ def test_prefetch_is_bounded_and_changes_nothing(
     assert asked == [24 * i for i in range(len(asked))]
 
 
-def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
-    """b holds ids from 1000 on, so a smaller vocabulary must be noticed as soon as one is drawn."""
+def test_errors_of_the_prefetch_thread_are_raised_every_time(config: DataConfig) -> None:
+    """b contains ids from 1000 on, so with a smaller vocabulary the first of its samples must raise."""
     (loader,) = loaders(TrainingData.open(config, seed=3, vocab_size=1000), 1, 4)
     for _ in range(2):
         with pytest.raises(DataError, match=r"b\.bin holds token id 1\d\d\d.*0 to 999 \(model\.vocab_size\)"):
@@ -234,7 +225,7 @@ def test_errors_of_the_thread_surface_and_stay(config: DataConfig) -> None:
     loader.close()
 
 
-def test_a_failed_step_is_never_passed_over(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_is_never_skipped(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingData.fill
 
     def failing_first(self: TrainingData, rows: BatchArrays, first: int, order: SampleOrder) -> None:
@@ -270,7 +261,7 @@ def change(config: DataConfig, **fields: object) -> DataConfig:
         (lambda c: change(c, tokenizer="/nowhere/tok.json"), DataError, r"/nowhere/tok\.json can't be read"),
     ],
 )
-def test_unfit_configurations(
+def test_data_that_does_not_fit_the_configuration_is_refused(
     config: DataConfig, spoil: Callable[[DataConfig], DataConfig], kind: type[Exception], says: str
 ) -> None:
     with pytest.raises(kind, match=says):
@@ -328,11 +319,11 @@ def test_validation_checks_ids_and_size(config: DataConfig, tmp_path: Path) -> N
 
 
 def test_document_numbers_change_where_documents_begin(tmp_path: Path) -> None:
-    """Each window's numbers against the lengths of the documents, for training and validation alike."""
+    """Document numbers of each window compared with the document lengths, for training and validation."""
     prefix, lengths = str(tmp_path / "d"), [5, 1, 9, 20, 3, 17]
     with ShardWriter(prefix, np.uint16) as writer:
         for number, length in enumerate(lengths):
-            writer.add(np.full(length, number))  # so that a token says which document it is of
+            writer.add(np.full(length, number))  # each token identifies its document
         writer.commit()
     config = DataConfig(train=(SourceConfig(prefix),), validation={"v": prefix}, seq_len=8, document_mask=True)
     data = TrainingData.open(config, seed=0, vocab_size=100)
@@ -349,7 +340,7 @@ def test_document_numbers_change_where_documents_begin(tmp_path: Path) -> None:
 
 
 def test_batches_for_a_gpu_are_pinned(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a step in one page-locked block; without a GPU torch can't give any, so what is asked for is recorded."""
+    """A step uses one page-locked block. Without a GPU torch can't allocate one, so the request is recorded."""
     asked: list[dict[str, object]] = []
     empty = torch.empty
 

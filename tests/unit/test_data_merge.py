@@ -1,4 +1,4 @@
-"""Merging shards, and finding the part of a data set that is damaged."""
+"""Merging shards, and finding the damaged part of a data set."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from megamor.corpus import merge, text
 from megamor.corpus.array import parse_shard, shard_prefix, split_shard_prefix
 from megamor.corpus.writer import ShardWriter
 from megamor.data import shard as indexed
-from megamor.data.meta import ShardMeta, meta_path, read_meta
+from megamor.data.meta import ShardMeta, meta_path
 from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError
-from tests.unit.test_data_format import make_idx, put
+from tests.commands import flip_bit, refusal
+from tests.unit.test_data_format import make_idx, meta_of, put
 
 ROOT = Path(__file__).parents[2]
 META = ShardMeta(tokenizer_name="t.json", tokenizer_sha256="ab", vocab_size=100, eod_id=0, eod_appended=True)
@@ -46,10 +47,7 @@ def documents_of(prefix: Path | str) -> list[list[int]]:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The message of a merge that must be refused."""
-    with pytest.raises(SystemExit) as leaving:
-        merge_data.main([str(argument) for argument in arguments])
-    assert leaving.value.code == 2
-    return capsys.readouterr().err
+    return refusal(capsys, merge_data.main, *arguments)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,7 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_merged_is_what_one_run_would_write(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]], dtype: str
 ) -> None:
-    """Empty shards and empty documents included; in pieces of a few items, so that every loop runs several times."""
+    """Includes empty shards and documents, and processes few items at a time so that every loop runs several times."""
     folder = tmp_path_factory.mktemp("merge")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed, "_READ_BYTES", 12)
@@ -77,11 +75,10 @@ def test_merged_is_what_one_run_would_write(
 
 
 def test_block_hashes_across_shards(tmp_path: Path) -> None:
-    """Shards end within a block of the merged file; its hashes are those of its own blocks."""
+    """Shards end inside blocks of the merged file, so its block hashes must be computed anew."""
     parts = [write(tmp_path / f"p{n}", [[n] * 3_000_000, [7] * (n * 1111)]) for n in range(13)]
     merge_data.main(["--inputs", *parts, "--output-prefix", str(tmp_path / "x")])
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
+    meta = meta_of(tmp_path / "x")
     assert len(meta.bin_block_sha256) == 2
     assert [source["name"] for source in meta.sources] == [f"p{n}" for n in range(13)]
     assert meta.sources[2] == {"name": "p2", "documents": 2, "tokens": 3_002_222}
@@ -89,7 +86,7 @@ def test_block_hashes_across_shards(tmp_path: Path) -> None:
 
 
 def test_foreign_pairs_keep_their_documents(tmp_path: Path) -> None:
-    """Documents of several sequences, of none, and the short index of GPT-NeoX's merge."""
+    """Documents of several sequences and of none, and the short document index of GPT-NeoX's merge."""
     tokens, several = np.arange(5, dtype="<u2").tobytes(), make_idx([2, 0, 3, 0], [0, 2, 2, 4])
     pairs = [
         put(tmp_path / "a", tokens, several),
@@ -101,8 +98,7 @@ def test_foreign_pairs_keep_their_documents(tmp_path: Path) -> None:
     expected = [[0, 1], [], [2, 3, 4]]
     assert documents_of(tmp_path / "x") == [*expected, [10, 11], [12, 13, 14], *expected]
     assert (tmp_path / "x.idx").read_bytes() == make_idx([2, 0, 3, 0, 2, 3, 2, 0, 3, 0], [0, 2, 2, 4, 5, 6, 8, 8, 10])
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
+    meta = meta_of(tmp_path / "x")
     assert (meta.tokenizer_sha256, meta.eod_appended, meta.documents) == (None, None, 8)
     inspect_data.main([str(tmp_path / "x")])
 
@@ -164,16 +160,10 @@ def test_damaged_shards_are_not_merged(
     tmp_path: Path, part: str, offset: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = [write(tmp_path / name, [[1, 2], [3], [4]]) for name in "ab"]
-    flip(tmp_path / part, offset)
+    flip_bit(tmp_path / part, offset)
     message = refused(capsys, "--inputs", *shards, "--output-prefix", tmp_path / "x")
     assert str(tmp_path / part) in message
     assert not list(tmp_path.glob("x.*"))
-
-
-def flip(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
 
 
 SEQUENCES = 5
@@ -203,40 +193,34 @@ def test_a_flipped_bit_is_found_in_every_part(
     prefix = write(tmp_path / "x", [[n + 1] * (n + 1) for n in range(SEQUENCES)])
     ending, offset, says = PARTS[part]
     inspect_data.main([prefix, "--verify"])
-    flip(tmp_path / f"x.{ending}", offset)
+    flip_bit(tmp_path / f"x.{ending}", offset)
     if not side_file:
         meta_path(prefix).unlink()
-        if ending == "bin":  # nothing to compare tokens with
+        if ending == "bin":  # no hash or vocabulary to compare tokens with
             inspect_data.main([prefix, "--verify"])
             return
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as leaving:
-        inspect_data.main([prefix, "--verify"])
-    assert leaving.value.code == 2
-    assert says in capsys.readouterr().err
+    assert says in refusal(capsys, inspect_data.main, prefix, "--verify")
 
 
 def test_all_faults_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = write(tmp_path / "x", [[1], [2, 2], [3]])
-    flip(tmp_path / "x.bin", 1)
+    flip_bit(tmp_path / "x.bin", 1)
     index = bytearray((tmp_path / "x.idx").read_bytes())
     struct.pack_into("<i", index, 34, -1)
     struct.pack_into("<q", index, 34 + 12 + 8, 4)
     (tmp_path / "x.idx").write_bytes(index)
-    with pytest.raises(SystemExit):
-        inspect_data.main([prefix])
-    message = capsys.readouterr().err
+    message = refusal(capsys, inspect_data.main, prefix)
     assert message.startswith("DataError: 5 faults:\n")
     for fault in ("negative length", "offset of sequence 1", "(SHA-256)", "token id 257", "bytes 0 to 7"):
         assert fault in message
 
 
 def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
-    """Peak memory of merging 400 MB, beyond that of merging nothing, stays below 100 MB."""
+    """Merging 400 MB needs less than 100 MB more memory than merging an empty shard."""
     zeros = np.zeros(2**25, np.uint16)
-    for name, pieces in (("small", 0), ("a", 3), ("b", 3)):
+    for name, copies in (("small", 0), ("a", 3), ("b", 3)):
         with ShardWriter(tmp_path / name, "u2") as writer:
-            for _ in range(pieces):
+            for _ in range(copies):
                 writer.add(zeros)
             writer.commit()
     code = (
@@ -264,8 +248,8 @@ def test_names_of_shards() -> None:
             parse_shard(wrong)
 
 
-def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than files, some of them empty: merged, each split and its side file are those of one run."""
+def test_merged_jobs_equal_one_preprocessing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More jobs than files, some with no text: the merged splits and side files equal those of a single run."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 500)
     for name in "ab":
         lines = [json.dumps({"text": f"{name}{number} " * (number % 50 + 1)}) for number in range(60)]
@@ -279,14 +263,12 @@ def test_parts_of_a_preprocessing_run(tmp_path: Path, monkeypatch: pytest.Monkey
         merge_data.main(["--output-prefix", str(tmp_path / f"x_{split}")])
         for ending in ("bin", "idx"):
             assert (tmp_path / f"x_{split}.{ending}").read_bytes() == (tmp_path / f"one_{split}.{ending}").read_bytes()
-        one, merged = read_meta(str(tmp_path / f"one_{split}")), read_meta(str(tmp_path / f"x_{split}"))
-        assert one is not None
-        assert merged is not None
+        one, merged = meta_of(tmp_path / f"one_{split}"), meta_of(tmp_path / f"x_{split}")
         assert replace(merged, tokenizer_name=None) == replace(one, tokenizer_name=None)
 
 
-def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share the tokenizer's file; another part writes it while this one does."""
+def test_jobs_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs write the same tokenizer file at the same time."""
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 9}) + "\n")
     command = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", "byte", "--output-prefix", str(tmp_path / "x")]
@@ -300,7 +282,7 @@ def test_parts_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", with_the_other)
     preprocess.main([*command, "--shard", "0/2", "--workers", "1"])
-    assert os.replace is rename, "the other part has run"
+    assert os.replace is rename, "the other job has run"
     assert not list(tmp_path.glob("*.partial"))
     merge_data.main(["--output-prefix", str(tmp_path / "x")])
     assert documents_of(tmp_path / "x") == [[97] * 9, [98] * 9]

@@ -1,4 +1,4 @@
-"""Order of samples: permutations, blends, phases. All of it is a function of numbers, without data."""
+"""Order of samples: permutations, blends and phases, which are functions of numbers and need no data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_each_epoch_holds_each_window_once(size: int, seed: int, epoch: int) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 10**12), seed=st.integers(0, 2**32), positions=st.lists(st.integers(0, 10**13), min_size=1))
-def test_any_position_alone_is_the_same_as_in_company(size: int, seed: int, positions: list[int]) -> None:
+def test_each_position_can_be_computed_alone(size: int, seed: int, positions: list[int]) -> None:
     together = shuffled_windows(np.array(positions), size, seed)
     alone = [shuffled_windows(np.array([position]), size, seed)[0] for position in positions]
     assert together.tolist() == alone
@@ -32,7 +32,7 @@ def test_any_position_alone_is_the_same_as_in_company(size: int, seed: int, posi
 
 
 def test_order_is_pinned() -> None:
-    """Runs that were saved must resume into the same order for ever: these numbers may not change."""
+    """Saved runs must resume with the same order, so these numbers must never change."""
     assert shuffled_windows(np.arange(12), 10, seed=1234).tolist() == [7, 4, 3, 0, 1, 9, 8, 2, 6, 5, 4, 9]
 
 
@@ -54,7 +54,7 @@ def test_blend_is_within_one_sample_at_every_prefix(weights: list[int], length: 
     given_so_far = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
     shares = np.array(weights) / sum(weights)
     ideal = np.arange(1, length + 1)[:, None] * shares
-    bound = 1 - 1 / (2 * len(weights) - 2) if len(weights) > 1 else 0  # Tijdeman's, under one sample
+    bound = 1 - 1 / (2 * len(weights) - 2) if len(weights) > 1 else 0  # Tijdeman's bound, less than one sample
     assert length == 0 or np.abs(given_so_far - ideal).max() <= bound + 1e-9
     assert (ranks == [given_so_far[n, s] - 1 for n, s in enumerate(sources)]).all()
     assert (blend.counts(length) == np.bincount(sources, minlength=len(weights))).all()
@@ -103,9 +103,7 @@ changes = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(changes=changes)
-def test_phases_use_every_sample_of_a_source_once_and_in_order(
-    changes: list[tuple[int, int, dict[str, int]]],
-) -> None:
+def test_phases_use_every_sample_of_a_source_once_and_in_order(changes: list[tuple[int, int, dict[str, int]]]) -> None:
     order = SampleOrder.start(8, 1, {"a": 1, "b": 2})
     now = 0
     for samples, batch, weights in changes:
@@ -143,7 +141,7 @@ def test_only_real_changes_open_a_phase() -> None:
     assert blend.changed_at(81, 8, 1, {"a": 1}).phases[1].consumed == blend.phases[1].consumed
 
 
-def test_sources_named_in_another_order_go_on_as_before() -> None:
+def test_sources_may_be_listed_in_another_order() -> None:
     order = SampleOrder.start(8, 1, {"a": 1, "b": 1})
     assert order.changed_at(80, 8, 1, {"b": 1, "a": 1}) is order
     longer = order.changed_at(80, 16, 1, {"b": 1, "a": 1})

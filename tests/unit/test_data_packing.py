@@ -1,4 +1,4 @@
-"""Packing: best fit, what windows hold under each packing, padding, blocks of documents."""
+"""Packing: best fit, the contents of windows under each packing, padding, blocks of documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEQ_LEN = 8
 
 
 def rooms_one_by_one(sizes: Sequence[int], capacity: int) -> list[int]:
-    """Room left in each bin by best-fit decreasing as it is usually told."""
+    """Space left in each bin by the textbook algorithm of best-fit decreasing."""
     rooms: list[int] = []
     for size in sorted(sizes, reverse=True):
         fitting = [room for room in rooms if room >= size]
@@ -57,7 +57,7 @@ def test_best_fit_wastes_little() -> None:
 
 
 def write_documents(prefix: Path, lengths: Sequence[int] = LENGTHS) -> str:
-    """Documents whose tokens are all different: those of document d are 100 * d and on."""
+    """Documents with unique tokens: those of document d start at 100 * d."""
     with ShardWriter(prefix, np.uint16) as writer:
         for number, length in enumerate(lengths):
             writer.add(100 * number + np.arange(length))
@@ -85,7 +85,7 @@ def pairs_of(inputs: np.ndarray, labels: np.ndarray) -> list[tuple[int, int]]:
 def test_an_epoch_has_every_pair_of_every_document_once(
     tmp_path: Path, packing: str, per_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the documents are divided into blocks; another epoch has them in another order."""
+    """Holds for any division of the documents into blocks; each epoch has another order."""
     monkeypatch.setattr(source, "DOCUMENTS_PER_BLOCK", per_block)
     data = opened(write_documents(tmp_path / "d"), packing)
     (only,) = data.sources.values()
@@ -106,11 +106,11 @@ def test_best_fit_cuts_only_documents_longer_than_the_window(tmp_path: Path) -> 
     rows = data.samples(0, only.num_chunks)
     assert rows.documents is not None
     for number, length in enumerate(LENGTHS):
-        places = np.argwhere((rows.inputs // 100 == number) & (rows.labels != -100))
-        pieces = Counter(rows.documents[row, column] for row, column in places)
+        positions = np.argwhere((rows.inputs // 100 == number) & (rows.labels != -100))
+        lengths = Counter(rows.documents[row, column] for row, column in positions)
         full, rest = divmod(max(length - 1, 0), SEQ_LEN)
-        assert sorted(pieces.values(), reverse=True) == [SEQ_LEN] * full + [rest] * (rest > 0)
-    # 15 windows could hold these 118 pairs if documents were cut anywhere, and with whole documents no fewer can.
+        assert sorted(lengths.values(), reverse=True) == [SEQ_LEN] * full + [rest] * (rest > 0)
+    # 118 pairs need at least 15 windows of 8 even if documents could be cut anywhere.
     assert (len(expected_pairs()), only.num_chunks) == (118, 15)
 
 
@@ -178,7 +178,7 @@ def test_data_without_a_pair_is_refused(tmp_path: Path) -> None:
 
 
 def test_documents_of_several_sequences(tmp_path: Path) -> None:
-    """A document index that joins sequences, as foreign data may have it; empty documents at the end."""
+    """A document index that joins sequences, as other tools write it; empty documents at the end."""
     with ShardWriter(tmp_path / "d", np.uint16) as writer:
         for start, length in ((0, 3), (3, 4), (100, 6), (200, 2), (202, 0), (202, 5)):
             writer.add(start + np.arange(length))

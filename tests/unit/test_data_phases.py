@@ -1,4 +1,4 @@
-"""Runs whose batch, blend, sequence length and number of processes change: nothing is lost, nothing comes twice."""
+"""Runs whose batch, blend, sequence length or number of processes changes: no token is lost or repeated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKINGS = ("stream", "best_fit", "document")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources of documents of 1 to 20 tokens; a token says its source (thousands) and its position."""
+    """Three sources of documents of 1 to 20 tokens; a token identifies its source (thousands) and its position."""
     folder, generator = tmp_path_factory.mktemp("phases"), np.random.default_rng(0)
     for number, name in enumerate(NAMES):
         with ShardWriter(folder / name, np.uint16) as writer:
@@ -49,7 +49,7 @@ def opened(folder: Path, packing: str, weights: dict[str, int], **changes: objec
 
 
 def reference(folder: Path, packing: str, name: str, tokens: int) -> np.ndarray:
-    """[tokens, 2] inputs and labels of the stream of one source: its chunks one after the other."""
+    """Inputs and labels [tokens, 2] of the stream of one source, which is the concatenation of its chunks."""
     rows = opened(folder, packing, {name: 1}).samples(0, -(-tokens // CHUNK))
     return np.stack((rows.inputs.ravel(), rows.labels.ravel()), axis=1)[:tokens]
 
@@ -69,15 +69,15 @@ legs = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(legs=legs, packing=st.sampled_from(PACKINGS))
-def test_whatever_changes_at_restarts_each_source_is_read_on(
+def test_each_source_is_read_without_gaps_across_any_changes_at_restarts(
     folder: Path, legs: list[tuple[int, int, int, dict[str, int], int]], packing: str
 ) -> None:
-    """What the ranks of all launches were given of a source is its stream, from the first token on, without a gap."""
+    """The tokens of a source that the ranks of all launches get are its stream, from the first token, without gaps."""
     state = None
     given_out: dict[str, list[np.ndarray]] = {name: [] for name in NAMES}
     for world, batch, seq_len, weights, steps in legs:
         data = opened(folder, packing, weights)
-        if state is None:  # a run is begun with sequences as long as its chunks, or says so
+        if state is None:  # the first launch sets the chunk length
             data = opened(folder, packing, weights, chunk_len=CHUNK)
         data = replace(data, config=replace(data.config, seq_len=seq_len))
         batches = BatchSchedule((BatchShape(batch, 1, seq_len),))
@@ -106,7 +106,7 @@ def test_whatever_changes_at_restarts_each_source_is_read_on(
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_epoch_is_complete_through_changes_of_length(folder: Path, packing: str) -> None:
-    """The stream that the property above compares with holds, in an epoch, every pair once."""
+    """The stream that the test above compares with has every pair once in an epoch."""
     (source,) = opened(folder, packing, {"c": 1}).sources.values()
     epoch = reference(folder, packing, "c", source.epoch_tokens)
     real = epoch[epoch[:, 1] != -100]
@@ -147,7 +147,7 @@ def test_derived_quantities_of_a_ramp() -> None:
 
 
 def test_a_ramp_is_the_same_phases_as_restarts(folder: Path) -> None:
-    """One launch with a ramp, and a launch for each of its stages: the same samples, the same state."""
+    """One launch with a ramp and one launch for each of its stages give the same samples and the same state."""
     data = opened(folder, "stream", {"a": 1, "b": 2}, chunk_len=16)
     data = replace(data, config=replace(data.config, seq_len=16))
     batches = schedule_of(ramp=RAMP)
@@ -190,10 +190,9 @@ def test_a_run_resumes_with_the_chunks_it_was_started_with(folder: Path) -> None
     assert resumed.state_dict()["data.chunk_len"] == CHUNK
     assert any("chunks of 8 tokens, so sequences of 16 are joined" in line for line in resumed.describe(10))
     said = TrainingData.open(replace(data.config, seq_len=16, chunk_len=16), seed=5, vocab_size=5000)
+    refusing = TrainingLoader(said, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),)))
     with pytest.raises(ConfigError, match=r"data\.chunk_len 8, not 16"):
-        TrainingLoader(said, rank=0, world_size=1, batches=BatchSchedule((BatchShape(2, 2, 16),))).load_state_dict(
-            state
-        )
+        refusing.load_state_dict(state)
 
 
 def test_a_position_of_another_version_is_refused(folder: Path) -> None:
@@ -223,21 +222,20 @@ def test_blocks_are_read_one_after_the_other_and_each_window_once(sizes: list[in
     for epoch in np.split(np.stack((blocks, windows), axis=1), 3):
         assert sorted(map(tuple, epoch.tolist())) == [(b, w) for b, size in enumerate(sizes) for w in range(size)]
         assert (np.diff(epoch[:, 0]) != 0).sum() == len(sizes) - 1
-    alone = [
-        tuple(int(x[0]) for x in shuffled_in_blocks(positions[i : i + 1], np.array(sizes), seed)) for i in (0, total)
-    ]
-    assert alone == [(int(blocks[i]), int(windows[i])) for i in (0, total)]
+    for i in (0, total):
+        alone = shuffled_in_blocks(positions[i : i + 1], np.array(sizes), seed)
+        assert (alone[0], alone[1]) == (blocks[i], windows[i])
 
 
 def test_order_of_blocks_is_pinned() -> None:
-    """As for windows: a run that was saved must find the same order for ever."""
+    """Saved runs must resume with the same order, so these numbers must never change."""
     blocks, windows = shuffled_in_blocks(np.arange(9), np.array([2, 3, 4]), seed=1234)
     assert blocks.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert windows.tolist() == [0, 1, 2, 0, 1, 1, 0, 3, 2]
     assert shuffled_windows(np.arange(12), 10, seed=1234).tolist() == [7, 4, 3, 0, 1, 9, 8, 2, 6, 5, 4, 9]
 
 
-# --- shares, epochs, exhaustion ---------------------------------------------------------------------------------------
+# --- weights, epochs, exhaustion --------------------------------------------------------------------------------------
 
 
 def config_of(folder: Path, *sources: SourceConfig, **changes: object) -> DataConfig:
@@ -245,7 +243,7 @@ def config_of(folder: Path, *sources: SourceConfig, **changes: object) -> DataCo
     return DataConfig(train=train, seq_len=CHUNK, **changes)  # type: ignore[arg-type]
 
 
-def test_shares(folder: Path) -> None:
+def test_source_weights(folder: Path) -> None:
     budgets = config_of(folder, SourceConfig("a", tokens=3e9), SourceConfig("b", tokens=1e9))
     assert source_weights(budgets, [10, 20]) == [3e9, 1e9]
     weights = (SourceConfig("a", 2.0), SourceConfig("b"))
@@ -258,12 +256,8 @@ def test_shares(folder: Path) -> None:
 
 def test_budgets_are_kept(folder: Path) -> None:
     config = config_of(folder, SourceConfig("a", tokens=320), SourceConfig("b", tokens=80))
-    loader = TrainingLoader(
-        TrainingData.open(config, seed=0, vocab_size=5000),
-        rank=0,
-        world_size=1,
-        batches=BatchSchedule((BatchShape(10, 10, CHUNK),)),
-    )
+    data, batches = TrainingData.open(config, seed=0, vocab_size=5000), BatchSchedule((BatchShape(10, 10, CHUNK),))
+    loader = TrainingLoader(data, rank=0, world_size=1, batches=batches)
     assert [use.tokens for use in loader.forecast(total_steps=5)] == [320, 80]
 
 
@@ -274,10 +268,10 @@ def test_budgets_are_kept(folder: Path) -> None:
     batch=st.integers(1, 6),
     start=st.integers(0, 12),
 )
-def test_the_forecast_is_what_happens(
+def test_the_forecast_equals_what_happens(
     folder: Path, weights: tuple[int, int], until: tuple[int, int], batch: int, start: int
 ) -> None:
-    """Tokens, epochs and the first step with a repeat, against a loader that really goes there."""
+    """Forecast tokens, epochs and the first step with a repeat equal those of a loader that runs the steps."""
     data = opened(folder, "stream", dict(zip("ab", weights, strict=True)), chunk_len=CHUNK, prefetch_steps=0)
     ramp = (BatchShape(1, 1, 2), BatchShape(2, 1, 4), BatchShape(batch, 1, CHUNK))
     loader = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule(ramp, until))
@@ -298,12 +292,12 @@ def test_the_forecast_is_what_happens(
 
 
 @pytest.mark.parametrize(("on_exhausted", "says"), [("repeat", "and then read again"), ("stop", "the run ends early")])
-def test_a_source_that_is_not_enough_is_named_beforehand(folder: Path, on_exhausted: str, says: str) -> None:
+def test_a_source_that_will_repeat_or_run_out_is_named_at_the_start(folder: Path, on_exhausted: str, says: str) -> None:
     data = opened(folder, "stream", {"a": 1, "c": 1}, on_exhausted=on_exhausted)
     loader = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule((BatchShape(4, 4, CHUNK),)))
     use, other = loader.forecast(1000)
     (small, large) = data.sources.values()
-    assert use.repeats_in_step == math.ceil((small.num_chunks + 1) / 2)  # two samples a step
+    assert use.repeats_in_step == math.ceil((small.num_chunks + 1) / 2)  # each source gets two samples a step
     lines = loader.describe(use.repeats_in_step)
     assert len(lines) == 3
     assert lines[2].startswith("warning: ")
@@ -340,7 +334,7 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
-    """Without a side file: wherever a five-hundredth of the tokens is overwritten, size and index staying the same."""
+    """Without a side file, overwriting any five-hundredth of the tokens is noticed though size and index stay."""
     prefix, count = tmp_path / "foreign", 8_000_000
     with ShardWriter(prefix, np.uint16) as writer:
         writer.add(np.arange(count) % 5000)
@@ -360,7 +354,7 @@ def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hundred_million_documents_open_in_seconds(tmp_path: Path) -> None:
-    """Takes 2 GB of disk. Opening is constant time and best fit a pass over all lengths; both bounds have slack."""
+    """Takes 2 GB of disk. Opening is constant time and best fit one pass over all lengths; both bounds have slack."""
     from megamor.bench.loader import measure_documents, write_index
 
     found = measure_documents(write_index(tmp_path / "x", 100_000_000))

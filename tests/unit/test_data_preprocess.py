@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megamor.cli import inspect_data, preprocess
 from megamor.corpus import text
 from megamor.corpus.tokenizer import TextEncoder
-from megamor.data.meta import read_meta
 from megamor.data.shard import TokenShard
+from tests.commands import flip_bit, refusal, status
+from tests.unit.test_data_format import meta_of
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {n}: the quick brown fox, naïve café №{n} " + "jumps " * (n % 37) for n in range(400)]
@@ -28,7 +28,7 @@ EOD = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-level BPE of 400 entries that would also truncate and pad, which must not happen to a corpus."""
+    """A byte-level BPE of 400 entries with truncation and padding enabled, which preprocessing must not apply."""
     result = Tokenizer(models.BPE())
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     result.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All kinds of files, in chunks small enough that several workers have something to do."""
+    """A file of each kind, and chunks small enough that several workers get some."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 1000)
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -59,18 +59,10 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(inputs: Path | list[Path], tokenizer: str, prefix: Path, *options: object) -> int:
-    """Exit status of the tool; run within this process, so that tests stay quick."""
+    """Run preprocessing in this process, for speed, and return its exit status."""
     paths = inputs if isinstance(inputs, list) else [inputs]
     arguments = ["--input", *paths, "--tokenizer", tokenizer, "--output-prefix", prefix, *options]
-    return status(preprocess.main, arguments)
-
-
-def status(tool: Callable[[list[str]], None], arguments: Sequence[object]) -> int:
-    try:
-        tool([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        return int(str(leaving.code))
-    return 0
+    return status(preprocess.main, *arguments)
 
 
 def documents(prefix: Path, tokenizer: str) -> list[str]:
@@ -88,8 +80,7 @@ def test_all_kinds_of_files_in_order(corpus: Path, tokenizer: str, tmp_path: Pat
     files = [corpus / "a.jsonl", corpus / "*.zst", corpus / "c*", corpus / "d.txt"]
     assert run(files, tokenizer, out, "--append-eod", "--workers", 2) == 0
     assert documents(out, tokenizer) == [t + EOD for t in TEXTS]
-    meta = read_meta(str(out))
-    assert meta is not None
+    meta = meta_of(out)
     assert [(s["name"], s["documents"]) for s in meta.sources] == [
         ("a.jsonl", 100), ("b.jsonl.zst", 100), ("c.jsonl.gz", 199), ("d.txt", 1)
     ]  # fmt: skip
@@ -285,16 +276,14 @@ def test_hugging_face_dataset_on_disk(tokenizer: str, tmp_path: Path, capsys: py
     rows = datasets.Dataset.from_dict({"content": TEXTS[:30], "other": list(range(30))})
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "set"))
     common = ("--hf-dataset", tmp_path / "set", "--tokenizer", tokenizer, "--output-prefix", tmp_path / "x")
-    assert status(preprocess.main, [*common, "--json-key", "content", "--workers", 2]) == 0
+    assert status(preprocess.main, *common, "--json-key", "content", "--workers", 2) == 0
     assert documents(tmp_path / "x", tokenizer) == TEXTS[:30]
-    assert status(preprocess.main, common) == 2
-    assert "no column 'text' but content, other" in capsys.readouterr().err
-    assert status(preprocess.main, [*common, "--hf-split", "nope"]) == 2
-    assert "no split 'nope'" in capsys.readouterr().err
+    assert "no column 'text' but content, other" in refusal(capsys, preprocess.main, *common)
+    assert "no split 'nope'" in refusal(capsys, preprocess.main, *common, "--hf-split", "nope")
 
 
 def test_full_disk_leaves_nothing(tokenizer: str, corpus: Path, tmp_path: Path) -> None:
-    """As a program of its own, with a limit on file size in place of a full disk; the old data set survives."""
+    """A separate process with a file size limit in place of a full disk; the old data set survives."""
     out = tmp_path / "out" / "x"
     (tmp_path / "small.jsonl").write_text('{"text": "small"}')
     assert run(tmp_path / "small.jsonl", tokenizer, out) == 0
@@ -335,17 +324,11 @@ def test_inspect_exits_with_an_error_for_damage(
     out = tmp_path / "x"
     assert run(corpus / "a.jsonl", tokenizer, out) == 0
     kind, _, what = damage.partition(" ")
-    if what:
-        content = bytearray(Path(f"{out}.{kind}").read_bytes())
-        content[100] ^= 4
-        Path(f"{out}.{kind}").write_bytes(content if what == "byte" else content[:-4])
-    other = str(tmp_path / "other.json")
-    Path(other).write_text(Path(tokenizer).read_text() + "\n")
-    assert status(inspect_data.main, [out, "--tokenizer", other]) == 2
-    assert (f"x.{kind}" if what else "other.json is not the tokenizer") in capsys.readouterr().err
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for tool, example in ((preprocess, "--split 0.99,0.01"), (inspect_data, "inspect-data data/x_train")):
-        assert status(tool.main, ["--help"]) == 0
-        assert example in capsys.readouterr().out
+    if what == "byte":
+        flip_bit(Path(f"{out}.{kind}"), 100, bit=4)
+    elif what == "length":
+        os.truncate(f"{out}.{kind}", Path(f"{out}.{kind}").stat().st_size - 4)
+    other = tmp_path / "other.json"
+    other.write_text(Path(tokenizer).read_text() + "\n")
+    message = refusal(capsys, inspect_data.main, out, "--tokenizer", other)
+    assert (f"x.{kind}" if what else "other.json is not the tokenizer") in message

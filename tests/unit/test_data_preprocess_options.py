@@ -1,4 +1,4 @@
-"""Options of tools/preprocess.py: input, tokenizers, the accelerator, what is left out, arrays of jobs."""
+"""Options of tools/preprocess.py: input, tokenizers, the accelerator, filters, arrays of jobs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from megamor.corpus.documents import document_hash
 from megamor.corpus.encode import GigatokenEncoder
 from megamor.corpus.text import InputRange, find_files
 from megamor.corpus.tokenizer import MAX_FRAGMENT, TextEncoder, byte_tokenizer, char_tokenizer
-from megamor.data.meta import read_meta
 from megamor.data.shard import TokenShard
-from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, status, tokenizer
+from tests.commands import status
+from tests.unit.test_data_format import meta_of
+from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, tokenizer
 
 __all__ = ["corpus", "tokenizer"]  # fixtures
 
@@ -82,8 +83,8 @@ def test_hugging_face_dataset_streamed_is_the_same(tokenizer: str, tmp_path: Pat
     (tmp_path / "set").mkdir()
     write_lines(tmp_path / "set" / "a.jsonl", TEXTS[:100])
     common = ("--hf-dataset", tmp_path / "set", "--tokenizer", tokenizer)
-    assert status(preprocess.main, [*common, "--output-prefix", tmp_path / "o" / "x", "--hf-streaming"]) == 0
-    assert status(preprocess.main, [*common, "--output-prefix", tmp_path / "o" / "y"]) == 0
+    assert status(preprocess.main, *common, "--output-prefix", tmp_path / "o" / "x", "--hf-streaming") == 0
+    assert status(preprocess.main, *common, "--output-prefix", tmp_path / "o" / "y") == 0
     assert documents(tmp_path / "o" / "x", tokenizer) == TEXTS[:100]
     for ending in ("bin", "idx", "meta.json"):
         assert (tmp_path / f"o/x.{ending}").read_bytes() == (tmp_path / f"o/y.{ending}").read_bytes()
@@ -92,7 +93,7 @@ def test_hugging_face_dataset_streamed_is_the_same(tokenizer: str, tmp_path: Pat
 def test_document_separator_splits_texts_and_only_when_asked(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As TinyStories: one text file with the token's spelling between the stories, here across many chunks."""
+    """Like TinyStories: one text file with the token's text between the stories, read in many chunks."""
     monkeypatch.setattr(text, "CHUNK_BYTES", 500)
     (tmp_path / "a.txt").write_text(EOD.join(TEXTS) + EOD)
     write_lines(tmp_path / "b.jsonl", [f"one{EOD}two", f"three{EOD}"])
@@ -152,8 +153,7 @@ def test_char_vocabulary_is_of_all_inputs_and_splits(tmp_path: Path) -> None:
     vocabulary = Tokenizer.from_file(str(made)).get_vocab(with_added_tokens=True)
     assert vocabulary == {**{c: n for n, c in enumerate(characters)}, EOD: len(characters)}
     for part in ("train", "val"):
-        shard, meta = TokenShard.open(f"{out}_{part}"), read_meta(f"{out}_{part}")
-        assert meta is not None
+        shard, meta = TokenShard.open(f"{out}_{part}"), meta_of(f"{out}_{part}")
         assert (meta.tokenizer_name, meta.vocab_size) == ("x.tokenizer.json", len(characters) + 1)
         first = "".join([*characters, EOD][i] for i in shard.document(0))
         assert first.removesuffix(EOD) in TEXTS
@@ -202,29 +202,11 @@ def test_tokenizer_by_directory_and_by_name(
 # Where a text may be cut
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PIECES = [
-    "a",
-    "Zé",
-    " ",
-    "\n",
-    "\t",
-    "\u00a0",
-    "\u2028",
-    "\u3000",
-    "'s",
-    "12",
-    "½",
-    ".",
-    "—",
-    "世",
-    "。",
-    "e\u0301",
-    "  ",
-]
+SNIPPETS = [*" \n\t\u00a0\u2028\u3000a½.—世。", "Zé", "'s", "12", "e\u0301", "  "]
 
 
 @settings(max_examples=300)
-@given(st.lists(st.sampled_from(PIECES), min_size=2, max_size=60).map("".join), st.integers(0, 5))
+@given(st.lists(st.sampled_from(SNIPPETS), min_size=2, max_size=60).map("".join), st.integers(0, 5))
 def test_cutting_a_text_never_changes_its_words(text: str, size: int) -> None:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for first in (pre_tokenizers.Split(Regex(GPT2), "isolated"), pre_tokenizers.Digits(individual_digits=True)):
@@ -281,7 +263,7 @@ def test_difference_in_any_file_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """An accelerator that is wrong about the first document of one file alone."""
+    """An accelerator that encodes only the first document of one file wrongly."""
     marks = {"a.jsonl": 0, "b.jsonl.zst": 100, "c.jsonl.gz": 200, "d.txt": 399}
     original = GigatokenEncoder._load
 
@@ -304,7 +286,7 @@ def test_difference_in_any_file_stops_the_run(
 def test_the_beginning_of_a_long_document_is_checked(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is compared is bounded: the rest of a long document isn't given to `tokenizers`."""
+    """Only a bounded prefix is compared: `tokenizers` doesn't get the rest of a long document."""
     monkeypatch.setattr(encode, "_CHECKED_CHARACTERS", 100)
     asked: list[str] = []
     original = TextEncoder.encode
@@ -314,7 +296,7 @@ def test_the_beginning_of_a_long_document_is_checked(
     assert asked == ["short", " ".join(TEXTS)[:95]]
 
 
-def test_accelerator_that_is_missing_or_can_not(
+def test_accelerator_that_is_missing_or_lacks_support(
     tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
@@ -329,7 +311,7 @@ def test_accelerator_that_is_missing_or_can_not(
     assert "accelerator: none (" in capsys.readouterr().out
 
 
-def test_table_of_known_words_is_thrown_away_when_large(
+def test_the_word_cache_is_dropped_when_it_grows_large(
     corpus: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "_BYTES_BETWEEN_RENEWALS", 5000)
@@ -341,7 +323,7 @@ def test_table_of_known_words_is_thrown_away_when_large(
     assert documents(tmp_path / "x", tokenizer) == TEXTS
 
 
-# What is left out
+# Filters
 
 
 def test_minimum_length_counts_tokens_of_the_text(
@@ -374,9 +356,7 @@ def test_first_of_equal_documents_is_kept(
     assert documents(tmp_path / "x", tokenizer) == [*TEXTS[:150], "new", *TEXTS[150:200]]
     assert "111 duplicates" in capsys.readouterr().out
     assert not (tmp_path / "x.hashes.partial").exists()
-    meta = read_meta(str(tmp_path / "x"))
-    assert meta is not None
-    assert [source["documents"] for source in meta.sources] == [100, 51, 50]
+    assert [source["documents"] for source in meta_of(tmp_path / "x").sources] == [100, 51, 50]
 
 
 @settings(deadline=None)
@@ -402,7 +382,7 @@ def test_seen_hashes_takes_eight_bytes_each() -> None:
 
 
 @pytest.mark.parametrize("form", ["texts", "hashes"])
-def test_held_out_documents_are_nowhere(
+def test_held_out_documents_are_in_no_split(
     form: str, corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = TEXTS[90:110]
@@ -433,7 +413,7 @@ def test_bad_held_out_list(tokenizer: str, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("count", [1, 3, 11])
 def test_shards_merge_into_what_one_run_writes(count: int, corpus: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Also with more jobs than files, and with splits that a shard has nothing of."""
+    """Also with more jobs than files, and with splits of which a shard has no document."""
     common = ("--split", "0.9,0.1", "--append-eod")
     assert run(corpus / "*", tokenizer, tmp_path / "whole" / "x", *common) == 0
     sizes = []
@@ -448,7 +428,7 @@ def test_shards_merge_into_what_one_run_writes(count: int, corpus: Path, tokeniz
     assert len([size for size in sizes if size]) >= min(count, 4)
 
 
-def test_every_chunk_is_of_exactly_one_share(corpus: Path) -> None:
+def test_every_chunk_belongs_to_exactly_one_shard(corpus: Path) -> None:
     files = find_files([str(corpus / "*")])
     whole = [chunk.id for chunk in files.chunks()]
     for count in (1, 2, 5, 40):
@@ -458,19 +438,19 @@ def test_every_chunk_is_of_exactly_one_share(corpus: Path) -> None:
     assert [c.id for c in files.chunks(InputRange(1, 2), whole[-2])] == whole[-2:]
 
 
-# Bad surroundings
+# Failing environments
 
 
 def test_output_directory_that_can_not_be_written(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
-    assert run(tmp_path / "a.jsonl", tokenizer, Path("/proc/self/x")) == 2  # a file system nobody can write to
+    assert run(tmp_path / "a.jsonl", tokenizer, Path("/proc/self/x")) == 2  # a read-only file system
     assert re.fullmatch(r"DataError: /proc/self/x can't be written: .*\n", capsys.readouterr().err)
 
 
 def test_read_only_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As somebody else, since permissions don't bind root."""
+    """Run as another user, because root ignores permissions."""
     write_lines(tmp_path / "a.jsonl", TEXTS[:3])
     (tmp_path / "out").mkdir(mode=0o555)
     for folder in [tmp_path, *tmp_path.parents][:3]:

@@ -1,4 +1,4 @@
-"""Bounds on a token's depth: budgets hold, known depths are replayed, and rows can be regrouped between recursions."""
+"""Bounds on a token's depth: budgets hold, given depths are replayed, rows can be regrouped between recursions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_known_depth_is_replayed(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_any_depth_can_be_demanded(router: str) -> None:
+def test_any_depth_can_be_required(router: str) -> None:
     model = lively_model(tiny_config(ROUTERS[router]))
     deepest = model.stage.router.num_recursions
     demanded = torch.randint(1, deepest + 1, (NUM_TOKENS,), generator=torch.Generator().manual_seed(5))
@@ -56,7 +56,7 @@ def test_a_budget_holds_and_changes_nothing_below_it(router: str) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_rows_decide_the_same_when_regrouped(router: str) -> None:
-    """Sessions begun for halves of the rows and merged before each recursion select as one begun for all."""
+    """Sessions for each half of the rows, merged before each recursion, select the same as one session for all."""
     stage = lively_model(tiny_config(ROUTERS[router])).stage
     generator = torch.Generator().manual_seed(3)
     states = [torch.randn(NUM_TOKENS, 32, generator=generator, dtype=torch.float64) for _ in range(4)]
@@ -91,5 +91,5 @@ def test_rows_decide_the_same_when_regrouped(router: str) -> None:
 
 
 def one_each(rows: Tensor) -> Tensor:
-    """Lengths of sequences of one token, of which `rows` are there."""
+    """Lengths of `rows` sequences of one token."""
     return torch.zeros(NUM_TOKENS, dtype=torch.int64).index_fill(0, rows, 1)

@@ -1,4 +1,4 @@
-"""Recursions of a shared core that differ by an embedding, their own norms or low-rank updates."""
+"""Recursions of a shared core that differ by an embedding, by their own norms or by LoRA."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_parameters_follow_the_formula(option: str) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_starts_as_the_plain_model(option: str) -> None:
-    """Zero embeddings and updates, norms of one: only the draw of the random numbers differs."""
+    """At first embeddings and updates are zero and norms one, so the model equals one without them."""
     model, plain = build_model(config_with(option)), build_model(tiny_config(ROUTERS["expert_choice"]))
     model.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():

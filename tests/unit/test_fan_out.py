@@ -1,4 +1,4 @@
-"""Gradients of shared weights under bf16 are summed over the recursions in fp32 if configured."""
+"""Gradients of shared bf16 weights are summed over the recursions in fp32 if so configured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Gradients = dict[str, Tensor]
 
 
 def core_gradients(model: Transformer, autocast: bool) -> Gradients:
-    """Of the shared blocks, after one step."""
+    """Gradients of the shared blocks after one step."""
     ids = tokens(length=SEQ_LEN + 1)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -40,7 +40,7 @@ def built(dtype: torch.dtype, in_fp32: bool, policy: str = "none") -> Transforme
 
 
 def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> list[Gradients]:
-    """A reference without shared weights: each recursion has copies that are leaves of their own."""
+    """A reference without shared weights: each recursion has its own copies, which are leaf tensors."""
     copies: list[list[dict[str, Tensor]]] = []
 
     def separate(blocks: Any, count: int) -> Any:
@@ -72,7 +72,7 @@ def of_each_recursion(model: Transformer, autocast: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("policy", ["none", "recursion", "block", "selective"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 def test_recursions_are_added_in_fp32(autocast: bool, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit-equal for weights in bf16, rounded once, and for fp32 weights under autocast."""
+    """Bit-equal for bf16 weights, where the sum is rounded once, and for fp32 weights under autocast."""
     dtype = torch.float32 if autocast else torch.bfloat16
     separate = of_each_recursion(built(dtype, True), autocast, monkeypatch)
     found = core_gradients(built(dtype, True, policy), autocast)

@@ -1,12 +1,14 @@
-"""megamor fetch-data against a server of its own, local copies, and no network at all."""
+"""megamor fetch-data from a test server, from local copies, and without a network."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from megamor.cli import fetch_data
 from megamor.corpus import fetch as fetching
 from megamor.corpus.corpora import CORPORA, GitHubFiles, wikitext_articles
 from megamor.corpus.text import find_files
+from tests.commands import refusal, status
 
 PLAY = "".join(f"Line {number}: exit, pursued by a bear.\n" for number in range(100))
 PARTS = {
@@ -33,7 +36,7 @@ def git_id(content: bytes) -> str:
 
 
 def use_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Let GitHub and the hub be at `url`. The hub's client reads HF_ENDPOINT when it is imported."""
+    """Replace GitHub and the hub by `url`. (The hub's client reads HF_ENDPOINT only when it is imported.)"""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -43,7 +46,7 @@ def use_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A server with `files`, by path; `asked` lists requests, `cut` breaks one answer off after so many bytes."""
+    """A server with `files` by path; `asked` lists requests; `cut` ends an answer after that many bytes, once."""
     state = SimpleNamespace(files={}, asked=[], cut={})
 
     class Handler(BaseHTTPRequestHandler):
@@ -98,12 +101,7 @@ def small_play(monkeypatch: pytest.MonkeyPatch) -> str:
     return f"/karpathy/char-rnn/{chosen.source.commit}/{path}"
 
 
-def run(*arguments: object) -> int:
-    try:
-        fetch_data.main([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        return int(str(leaving.code))
-    return 0
+run = partial(status, fetch_data.main)
 
 
 def texts(path: Path) -> list[str]:
@@ -120,12 +118,10 @@ def names(folder: Path) -> list[str]:
 def test_without_a_network_it_says_so_and_leaves_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(name, "--output-dir", tmp_path / "raw") == 2
-    message = capsys.readouterr().err
+    message = refusal(capsys, fetch_data.main, name, "--output-dir", tmp_path / "raw")
     source = CORPORA[name].source
     assert (source.repository if isinstance(source, GitHubFiles) else source.dataset) in message
-    assert "can't be fetched" in message
-    assert "give a local copy with --from PATH" in message
+    assert re.search("can't be fetched.*give a local copy with --from PATH", message, re.DOTALL)
     assert not list(tmp_path.iterdir())
 
 
@@ -145,15 +141,15 @@ def test_a_text_file(web: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.M
     assert first["revision"] == "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
     asked = len(web.asked)
     assert run("tiny-shakespeare", "--output-dir", tmp_path) == 0
-    assert len(web.asked) == asked  # it is there already
+    assert len(web.asked) == asked  # it was fetched before
 
 
 def test_a_file_that_was_changed_is_refused(
     web: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     web.files[small_play(monkeypatch)] = PLAY.replace("bear", "boar").encode()
-    assert run("tiny-shakespeare", "--output-dir", tmp_path) == 2
-    assert "is not the published file" in capsys.readouterr().err
+    message = refusal(capsys, fetch_data.main, "tiny-shakespeare", "--output-dir", tmp_path)
+    assert "is not the published file" in message
     assert names(tmp_path) == []
 
 
@@ -162,20 +158,16 @@ PILE_COMMIT = "3be90335b66f24456a5d6659d9c8d208c0357119"
 
 
 def serve_the_pile(web: SimpleNamespace) -> None:
-    siblings = [
-        {
-            "rfilename": name,
-            "size": len(content),
-            "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1},
-        }
-        for name, content in PARTS.items()
-    ]
+    siblings = []
+    for name, content in PARTS.items():
+        lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
+        siblings.append({"rfilename": name, "size": len(content), "lfs": lfs})
     info = {"id": PILE[10:], "sha": PILE_COMMIT, "siblings": siblings}
     web.files[f"/api{PILE}/revision/{PILE_COMMIT}?blobs=true"] = json.dumps(info).encode()
     web.files |= {f"{PILE}/resolve/{PILE_COMMIT}/{name}": content for name, content in PARTS.items()}
 
 
-def test_hub_files_are_taken_unchanged(
+def test_hub_files_are_copied_unchanged(
     web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve_the_pile(web)
@@ -192,29 +184,25 @@ def test_hub_files_are_taken_unchanged(
     assert "has no test.jsonl.zst" in capsys.readouterr().err
 
 
-def test_a_damaged_hub_file_is_removed(
+def test_a_damaged_hub_file_is_removed_and_a_broken_download_retried(
     web: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve_the_pile(web)
     damaged = f"{PILE}/resolve/{PILE_COMMIT}/train/01.jsonl.zst"
     web.files[damaged] = web.files[damaged][:-1] + b"?"
-    assert run("pile", "--splits", "train", "--output-dir", tmp_path) == 2
-    assert "was damaged on the way" in capsys.readouterr().err
+    message = refusal(capsys, fetch_data.main, "pile", "--splits", "train", "--output-dir", tmp_path)
+    assert "was damaged on the way" in message
     assert not (tmp_path / "pile/train/01.jsonl.zst").exists()
     assert not (tmp_path / "pile/source.json").exists()
-
-
-def test_a_broken_download_is_tried_again(web: SimpleNamespace, tmp_path: Path) -> None:
-    serve_the_pile(web)
     path = f"{PILE}/resolve/{PILE_COMMIT}/val.jsonl.zst"
     web.cut[path] = 10
     assert run("pile", "--splits", "validation", "--output-dir", tmp_path) == 0
-    assert [asked for asked, _ in web.asked].count(path) == 2  # from its last 10 MB on, so here from the start
+    assert [asked for asked, _ in web.asked].count(path) == 2  # resumed 10 MB before the break, here: at 0
     assert (tmp_path / "pile/val.jsonl.zst").read_bytes() == PARTS["val.jsonl.zst"]
 
 
 def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One for each kind of source; the rows from a data set on disk, and from text files as WikiText is distributed."""
+    """A local copy for each kind of source: text, a data set on disk, WikiText's text files, and hub files."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -240,19 +228,17 @@ def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (tmp_path / "mirror" / name).write_bytes(content)
     assert run("pile", "--splits", "train", "--from", tmp_path / "mirror", "--output-dir", tmp_path / "e") == 0
     assert names(tmp_path / "e/pile") == ["source.json", "train/00.jsonl.zst", "train/01.jsonl.zst"]
-    capsys.readouterr()
-    assert run("pile", "--from", tmp_path / "nowhere", "--output-dir", tmp_path / "f") == 2
-    assert f"--from {tmp_path}/nowhere: no such file" in capsys.readouterr().err
-    assert run("pile", "--splits", "train", "--from", tmp_path, "--output-dir", tmp_path / "e") == 2
-    assert "choose another --output-dir" in capsys.readouterr().err
+    refused = partial(refusal, capsys, fetch_data.main, "pile")
+    assert f"--from {tmp_path}/nowhere: no such file" in refused("--from", tmp_path / "nowhere", "--output-dir", "f")
+    message = refused("--splits", "train", "--from", tmp_path, "--output-dir", tmp_path / "e")
+    assert "choose another --output-dir" in message
 
 
 def test_wikitext_articles() -> None:
     body = [" = above = \n", " x = 1 \n", " = below = \n", " \n", " = = Section = = \n", " \n"]
     first = [" \n", " = A = \n", " \n", *body]
     lines = [*first, " = B ( C ) = \n", ""]
-    articles = list(wikitext_articles(lines))
-    assert articles == ["".join(first), " = B ( C ) = \n\n"]
+    assert list(wikitext_articles(lines)) == ["".join(first), " = B ( C ) = \n\n"]
     assert list(wikitext_articles([" \n"])) == []
 
 
@@ -266,5 +252,4 @@ def test_names_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ([], "no corpus named"),
         (["tinystories", "--splits", "test"], "--splits test: tinystories has train, validation"),
     ):
-        assert run(*arguments, "--output-dir", tmp_path) == 2
-        assert says in capsys.readouterr().err
+        assert says in refusal(capsys, fetch_data.main, *arguments, "--output-dir", tmp_path)

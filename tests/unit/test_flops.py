@@ -1,4 +1,4 @@
-"""The paper's FLOPs accounting gives its figures and step counts; the honest one gives what docs/numbers.md says.
+"""The paper's FLOPs accounting reproduces its figures and step counts; the complete one those of docs/numbers.md.
 
 Figures are of the 360M base at 2,048 tokens (arXiv 2507.10524, appendix on FLOPs).
 """
@@ -31,7 +31,7 @@ PUBLISHED = {
     ("360m_mor4",): 1133.47,
     ("360m_mor3", SHARE): 1098.01,
 }
-# GFLOP and fraction of vanilla with grouped queries, causal attention, head and router counted.
+# GFLOP and fraction of vanilla, counting grouped queries, causal attention, head and router.
 HONEST = {
     ("360m",): (1739.59, 1.0),
     ("360m_mor2",): (1346.98, 0.774),
@@ -74,7 +74,7 @@ def test_paper_accounting(model: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("model", HONEST, ids=" ".join)
-def test_honest_accounting(model: tuple[str, ...]) -> None:
+def test_complete_accounting(model: tuple[str, ...]) -> None:
     gflop, fraction = HONEST[model]
     flops = nominal_flops(model_config(*model))
     assert round(flops.forward / 1e9, 2) == gflop
@@ -93,7 +93,7 @@ def test_published_steps_spend_the_same_compute(recipe: tuple[str, ...]) -> None
 def count_forward_and_backward(config: Config) -> tuple[ModelOutput, float]:
     """A step's output and torch's count of its FLOPs, with only the causal half of attention.
 
-    Attention's backward pass counts nothing: only what is computed again in it makes a difference here.
+    Attention's backward pass isn't counted; only recomputation makes a difference here.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -113,7 +113,7 @@ def count_forward_and_backward(config: Config) -> tuple[ModelOutput, float]:
 @pytest.mark.parametrize("lora_rank", [0, 3])
 @pytest.mark.parametrize("router", ["vanilla", "fixed", "expert_choice"])
 def test_recomputed_flops_are_the_profilers(router: str, lora_rank: int) -> None:
-    """To the last one: both count the same products."""
+    """Exactly equal, because both count the same matrix products."""
     base = vanilla_config() if router == "vanilla" else tiny_config(ROUTERS[router])
     if router != "vanilla":
         base = replace(base, recursion=replace(base.recursion, lora_rank=lora_rank))

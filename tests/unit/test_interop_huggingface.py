@@ -1,4 +1,4 @@
-"""Export to Hugging Face: a process that can't import megamor loads the directory and computes the same logits."""
+"""Export to Hugging Face: a process without megamor loads the directory and computes the same logits."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from tests.combinations import (
     tokens,
     vanilla_config,
 )
+from tests.commands import refusal
 
 pytest.importorskip("transformers")
 
@@ -125,7 +126,7 @@ torch.save(found, root / "found.pt")
 
 
 def make_model(name: str) -> Transformer:
-    """A model of CONFIGS in fp32 in which no parameter is zero; some of those for single recursions are at first."""
+    """A model of CONFIGS in fp32 without zero parameters (some for single recursions are initialised to zero)."""
     model = lively_model(CONFIGS[name], dtype=torch.float32)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def make_model(name: str) -> Transformer:
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer whose entries are single bytes and an end of text."""
+    """A tokenizer of single bytes and an end-of-text token."""
     alphabet = [*map(chr, range(33, 127)), "Ġ"]  # printable ASCII; Ġ is the space
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -163,7 +164,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> P
 
 @pytest.fixture(scope="module")
 def found(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process without megamor computed from the exports."""
+    """Results that a process without megamor computed from the exports."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -184,7 +185,7 @@ def expected_logits(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_the_same(name: str, found: dict[str, Any]) -> None:
-    # The code is the same; a process's memory alignment decides how products round, by 1e-6 at most.
+    # The code is the same, but rounding depends on memory alignment, which differs by process (1e-6 at most).
     torch.testing.assert_close(found[name], expected_logits(name), atol=2e-6, rtol=0)
 
 
@@ -225,7 +226,7 @@ def test_saving_again_keeps_the_model(found: dict[str, Any], exports: Path) -> N
     assert (exports / "saved_again" / "modeling_megamor.py").is_file()
 
 
-def test_the_tokenizer_comes_along(found: dict[str, Any], tokenizer_file: Path) -> None:
+def test_the_tokenizer_is_exported(found: dict[str, Any], tokenizer_file: Path) -> None:
     encoded = Tokenizer.from_file(str(tokenizer_file)).encode(TEXT).ids
     assert found["encoded"].tolist() == [encoded]
     assert found["decoded"] == TEXT
@@ -238,7 +239,7 @@ def test_megamor_reads_it_back(name: str, exports: Path) -> None:
     loaded, model = load_model(exports / name, "cpu"), make_model(name)
     for section in ("model", "recursion", "router"):
         assert getattr(loaded.config, section) == getattr(model.config, section)
-    for setting in ("seq_len", "document_mask"):  # else a validation loss would be another
+    for setting in ("seq_len", "document_mask"):  # otherwise the validation loss would differ
         assert getattr(loaded.config.data, setting) == getattr(model.config.data, setting)
     torch.testing.assert_close(loaded.model.state_dict(), model.float().state_dict(), rtol=0, atol=0)
     assert (loaded.name, loaded.step) == (name, None)
@@ -306,9 +307,8 @@ def test_refused_exports(tmp_path: Path, exports: Path, capsys: pytest.CaptureFi
     with pytest.raises(ConfigError, match=r"tests\.unit\.nowhere:Router can't be exported"):
         export_huggingface(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
-        export_hf.main(["--checkpoint", str(exports / "checkpoints"), "--output", str(exports)])
-    assert "not an empty directory" in capsys.readouterr().err
+    arguments = ("--checkpoint", exports / "checkpoints", "--output", exports)
+    assert "not an empty directory" in refusal(capsys, export_hf.main, *arguments)
 
 
 def test_all_exports_have_the_same_code(exports: Path) -> None:

@@ -1,4 +1,4 @@
-"""Import of the released code's checkpoints: the reference cases in its layout give the reference logits."""
+"""Import of checkpoints of the released code: reference cases in its layout give the reference logits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.official import import_official, read_state_dict, save_imported
 from megamor.load import load_model
 from megamor.model import build_model
+from tests.commands import refusal
 from tests.parity.reference import Case, cases
 
 CASES = cases()
@@ -197,7 +198,7 @@ QUERY = "model.layers.{}.block.1.self_attn.q_proj.weight"
 
 
 def untied_run() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An expert-choice model whose second recursion has attention of its own."""
+    """An expert-choice model whose second recursion has its own attention weights."""
     state, settings = small_run()
     state[QUERY.format(2)] = state[QUERY.format(2)] + 3
     return state, settings
@@ -226,12 +227,12 @@ def test_other_weights_must_be_tied_even_then() -> None:
         import_official(state, settings, untied="mean")
 
 
-def test_a_head_of_its_own_is_refused() -> None:
+def test_an_untied_head_is_refused() -> None:
     state, settings = small_run("recursive")
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
         import_official(state, settings)
-    del state["lm_head.weight"]  # dropped where a tied head is stored once
+    del state["lm_head.weight"]  # dropped if a tied head is stored once
     import_official(state, settings)
 
 
@@ -253,9 +254,9 @@ def test_a_missing_weight_is_named(key: str, match: str) -> None:
         import_official(state, settings)
 
 
-def test_a_weight_too_many_is_named() -> None:
+def test_an_unexpected_weight_is_named() -> None:
     state, settings = small_run()
-    state["model.layers.1.block.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # of older transformers: no weight
+    state["model.layers.1.block.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # a buffer of older transformers
     import_official(state, settings)
     state["model.layers.1.mlp_router.router.weight"] = torch.ones(1, DIM)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp_router\.router\.weight is not in the model"):
@@ -299,18 +300,13 @@ def test_the_tool_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.
     (tmp_path / "config.json").write_text(json.dumps(backbone))
     arguments = ["--state-dict", str(tmp_path), "--config", str(tmp_path / "run.yaml")]
     arguments += ["--model-config", str(tmp_path / "config.json"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as refused:
-        tool.main(arguments)
-    assert refused.value.code == 2
-    assert "CheckpointError: attention is un-tied" in capsys.readouterr().err
+    assert "CheckpointError: attention is un-tied" in refusal(capsys, tool.main, *arguments)
     tool.main([*arguments, "--untied", "first"])
     loaded = load_model(tmp_path / "out", "cpu")
     expected = import_official(state, {**settings, "model_config": backbone}, untied="first")
     assert loaded.config == expected.config
     torch.testing.assert_close(dict(loaded.model.state_dict()), expected.weights, rtol=0, atol=0)
-    with pytest.raises(SystemExit):
-        tool.main([*arguments, "--untied", "first"])
-    assert "not an empty directory" in capsys.readouterr().err
+    assert "not an empty directory" in refusal(capsys, tool.main, *arguments, "--untied", "first")
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:

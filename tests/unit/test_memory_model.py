@@ -1,4 +1,4 @@
-"""The estimate of a step's peak memory against the tensors that a step really has alive at once."""
+"""The estimate of a step's peak memory compared with the tensors that are live at once in a real step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def step_config(size: str, model: str, policy: str, precision: str = "fp32") -> 
 
 
 def measured_peak(config: Config) -> int:
-    """Bytes of live tensors at the peak of a step: parameters, moments, gradients, activations."""
+    """Bytes of live tensors (parameters, moments, gradients, activations) at the peak of a step."""
     torch.manual_seed(0)
     model = build_model(config)
     world = World(0, 1, 0, torch.device("cpu"))
@@ -108,7 +108,7 @@ def test_peak_of_a_step(size: str, precision: str, model: str, policy: str) -> N
     ],
 )
 def test_bytes_a_parameter(backend: str, options: dict, precision: str, expected: float) -> None:
-    """Of what is there all the time, or for most of a step; worked out by hand."""
+    """Sizes of the tensors that live throughout, or for most of, a step; calculated by hand."""
     parallel = ParallelConfig(backend=backend, **options)  # type: ignore[arg-type]
     config = step_config("wide", "vanilla", "none", precision)
     config = replace(config, parallel=parallel, train=replace(config.train, global_batch_size=32))

@@ -26,7 +26,7 @@ def make_throughput(peak: float | None, **options: int) -> tuple[Throughput, Clo
 
 def test_rates_and_utilisation() -> None:
     throughput, clock = make_throughput(1000.0, window=2)
-    clock.now += 50  # before the loop: start() forgets it
+    clock.now += 50  # before the loop, so start() discards it
     throughput.start()
     for seconds in (10.0, 1.0, 3.0):
         clock.now += seconds
@@ -69,47 +69,32 @@ def test_nothing_measured_is_none() -> None:
     assert throughput.metrics()["throughput/mfu"] is None
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100-SXM4-40GB", 312.0),
-        ("NVIDIA A100-PCIE-40GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA GH200 480GB", 989.4),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 3090", 71.0),
-        ("NVIDIA B200", 2250.0),
-        ("AMD Instinct MI300X", 1307.4),
-    ],
-)
+TFLOPS = {
+    312.0: ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+    989.4: ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"),
+    125.0: ("NVIDIA A10",),
+    756.0: ("NVIDIA H100 PCIe",),
+    835.5: ("NVIDIA H100 NVL",),
+    362.05: ("NVIDIA L40S",),
+    121.0: ("NVIDIA L4",),
+    165.2: ("NVIDIA GeForce RTX 4090",),
+    71.0: ("NVIDIA GeForce RTX 3090",),
+    2250.0: ("NVIDIA B200",),
+    1307.4: ("AMD Instinct MI300X",),
+}
+UNKNOWN = [
+    *(None, "", "Tesla V100-SXM2-16GB", "Tesla T4", "NVIDIA A10G", "NVIDIA A100-SXM-64GB", "Some other GPU"),
+    *("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA H100 Future Edition"),
+    *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"),
+]
+
+
+@pytest.mark.parametrize(("name", "tflops"), [(name, peak) for peak, names in TFLOPS.items() for name in names])
 def test_known_devices(name: str, tflops: float) -> None:
     assert peak_flops(name) == tflops * 1e12
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        None,
-        "",
-        "Tesla V100-SXM2-16GB",
-        "Tesla T4",
-        "NVIDIA A10G",
-        "NVIDIA A100-SXM-64GB",
-        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA H100 Future Edition",
-        "Some other GPU",
-    ],
-)
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_other_devices_have_no_peak_rather_than_a_guess(name: str | None) -> None:
     assert peak_flops(name) is None
 

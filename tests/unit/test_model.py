@@ -1,4 +1,4 @@
-"""The model against independent restatements of what it should compute."""
+"""The model compared with independent implementations of what it should compute."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.combinations import (
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_schedule_follows_the_papers_formulas(sharing: str) -> None:
-    """Block of effective layer l, written out as in table 1 of the paper."""
+    """The block that effective layer l uses, written out as in table 1 of the paper."""
     config = tiny_config(ROUTERS["fixed"], sharing=sharing)
     plan, num_layers, num_recursions = layer_stack(config), config.model.num_layers, 3
     found = [block for recursion in plan.schedule for block in recursion]
@@ -82,9 +82,9 @@ def test_activation_checkpointing_leaves_gradients_identical(router: str, kv_pol
 
 @pytest.mark.parametrize("mode", ["recursion", "block", "selective"])
 def test_checkpointing_under_autocast(mode: str) -> None:
-    """Casts of shared weights, which autocast keeps for all recursions, don't confuse what is computed again.
+    """Recomputation isn't disturbed by autocast, which caches casts of shared weights across recursions.
 
-    Without them, gradients of the recursions are added in fp32, so only the forward pass is the same to the bit.
+    Without the cache, gradients of the recursions are summed in fp32, so only the forward pass is bit-equal.
     """
     model, ids = build_model(tiny_config(ROUTERS["expert_choice"])), tokens(length=SEQ_LEN + 1)
     plain, again = gradients(model, ids, "none", autocast=True), gradients(model, ids, mode, autocast=True)
@@ -115,7 +115,7 @@ def test_activation_checkpointing_keeps_fewer_activations(mode: str) -> None:
 
 
 def test_expert_choice_equals_mask_and_multiply() -> None:
-    """The engine's gather and scatter against an oracle that computes all tokens and masks (attention included)."""
+    """Gather and scatter compared with an oracle that computes all tokens and masks (attention included)."""
     config = tiny_config(ROUTERS["expert_choice"])
     model, ids = lively_model(config), tokens()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_expert_choice_equals_mask_and_multiply() -> None:
 
 
 def masked_oracle(model: Transformer, ids: Tensor, depth: Tensor) -> Tensor:
-    """Logits from full-length passes where unselected keys are masked out and unselected rows are left alone."""
+    """Logits of full-length passes in which unselected keys are masked out and unselected rows stay unchanged."""
     config = model.config.model
     causal = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()
 
@@ -176,7 +176,7 @@ def masked_oracle(model: Transformer, ids: Tensor, depth: Tensor) -> Tensor:
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", [name for name in ROUTERS if not name.startswith("expert")])
 def test_batch_composition_does_not_matter(router: str, kv_policy: str) -> None:
-    """Sequences of a batch don't influence each other: ragged lengths and padding are invisible."""
+    """Sequences of a batch don't influence each other; ragged lengths and padding don't change results."""
     model, ids = lively_model(tiny_config(ROUTERS[router], kv_policy)), tokens()
     with torch.no_grad():
         together = model(ids, mode="causal").logits
@@ -185,7 +185,7 @@ def test_batch_composition_does_not_matter(router: str, kv_policy: str) -> None:
 
 
 def test_token_budget_of_fixed_depth() -> None:
-    """depth: 2 of 3 equals a model that was given the same blocks twice."""
+    """depth 2 of 3 equals a model with the same blocks repeated twice."""
     model, ids = lively_model(tiny_config(ROUTERS["fixed_2_of_3"])), tokens()
     with torch.no_grad():
         out = model(ids)
@@ -261,7 +261,7 @@ def test_hand_written_gradients(function: str) -> None:
 
 
 @pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
-def test_cutting_queries_into_chunks_changes_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_queries_change_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
     with torch.no_grad():
         whole = model(ids, mode="topk").logits

@@ -83,7 +83,7 @@ def test_nll_is_the_mean_over_positions_with_the_context_of_the_window(windows: 
 
 
 def test_higher_orders_learn_what_lower_orders_cannot() -> None:
-    # A second-order source: the next token is the sum of the last two, so that one token of context says little.
+    # A second-order source: the next token is the sum of the last two, so one token of context helps little.
     rng = np.random.default_rng(1)
     windows = np.zeros((300, 33), dtype=np.uint16)
     windows[:, :2] = rng.integers(0, 7, size=(300, 2))

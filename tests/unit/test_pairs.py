@@ -1,4 +1,4 @@
-"""Visible pairs of queries and keys, counted at once, against a loop over all of them."""
+"""The count of visible query-key pairs compared with a loop over all pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamor.routing import TokenSet
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 
 LENGTHS = ((24,), (5, 1, 11, 7), (3, 20, 1))
-"""Documents of each sequence."""
+"""Document lengths of each sequence."""
 
 
 def documents() -> Tensor:
@@ -22,7 +22,7 @@ def documents() -> Tensor:
 
 
 def by_hand(queries: TokenSet, keys: TokenSet, kept_apart: Tensor | None) -> int:
-    """Every pair looked at."""
+    """Count by checking every pair."""
     device = torch.device("cpu")
     flat = torch.zeros(BATCH * SEQ_LEN, dtype=torch.int64) if kept_apart is None else kept_apart.flatten()
     return sum(

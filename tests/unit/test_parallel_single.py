@@ -1,4 +1,4 @@
-"""What the backends of one process and of several have in common: learning rates, clipping, optimizer state."""
+"""What all backends have in common: learning rates, clipping, optimizer state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def give_gradients(model: nn.Module) -> None:
         parameter.grad = torch.full_like(parameter, index + 1.0)
 
 
-def test_each_group_learns_at_its_own_multiple() -> None:
+def test_each_group_has_its_own_learning_rate_multiple() -> None:
     optimizer = build_adamw(small_model(), OPTIM)
     set_group_lr(optimizer, 0.01)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
@@ -34,7 +34,7 @@ def test_each_group_learns_at_its_own_multiple() -> None:
 
 
 def test_allocated_state_leaves_no_trace() -> None:
-    """The same weights as with an optimizer that creates its state in the first step."""
+    """The weights equal those of an optimizer that creates its state in the first step."""
     plain, allocated = small_model(), small_model()
     optimizers = [build_adamw(plain, OPTIM), build_adamw(allocated, OPTIM)]
     allocate_optimizer_state(optimizers[1])
@@ -58,7 +58,7 @@ def test_clipping_returns_the_norm_before_and_fills_in_zeros() -> None:
     assert float(model["body"].weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)
     assert torch.equal(model["aux_router"].weight.grad, torch.zeros(1, 3))
     assert float(clip_gradients(optimizer, 10.0)) == pytest.approx(1.0, rel=1e-5)
-    assert float(model["body"].weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)  # short enough already
+    assert float(model["body"].weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)  # already short enough
 
 
 @pytest.mark.parametrize(

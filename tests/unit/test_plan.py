@@ -1,4 +1,4 @@
-"""The planner's arithmetic, and what it says where a run doesn't fit."""
+"""The planner's arithmetic, and its answer if a run doesn't fit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from megamor.plan.estimate import (
     nearest_that_fits,
 )
 from megamor.plan.memory import step_memory, unit_parameters
+from tests.commands import refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = str(CONFIGS / "mor_1b.yaml")
@@ -44,7 +45,7 @@ def test_every_backend_and_policy_has_a_line(tmp_path: Path, capsys: pytest.Capt
     assert "hsdp" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_comes_with_what_does(tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_gets_a_suggestion(tmp_path: Path) -> None:
     found = report(tmp_path, "--gpus", "8", "--gpu", "a100-40", "train.micro_batch_size=16")
     tight = [row for row in found["rows"] if not row["fits"]]
     assert {row["activation_checkpointing"] for row in tight} >= {"none"}
@@ -58,14 +59,14 @@ def test_what_does_not_fit_comes_with_what_does(tmp_path: Path) -> None:
     assert step_memory(again, 8).total <= USABLE * cluster.gpu.memory
 
 
-def test_what_nothing_helps_is_said(tmp_path: Path) -> None:
+def test_a_run_that_nothing_makes_fit_is_reported(tmp_path: Path) -> None:
     long = ["data.seq_len=1048576", "model.max_seq_len=1048576", "train.micro_batch_size=1"]
     found = report(tmp_path, "--gpus", "8", "--gpu", "l40s", *long)
     assert all("nothing fits" in row["instead"] for row in found["rows"])
 
 
 def test_bounds_by_hand() -> None:
-    """DDP on one node: compute at peak, gradients through a ring of links, AdamW through memory."""
+    """DDP on one node: compute at peak speed, gradients over a ring of links, AdamW bound by memory."""
     config = load_config(RECIPE, ["parallel.backend=ddp", "train.micro_batch_size=8"])
     gpu = GPUS["h100"]
     cluster = Cluster(gpu, 8, 8)
@@ -86,7 +87,7 @@ def test_rings_over_nodes_use_the_network() -> None:
     one, two = Cluster(gpu, 8, 8), Cluster(gpu, 16, 8)
     assert one.bandwidth(8, neighbours=True) == gpu.link
     assert two.bandwidth(16, neighbours=True) == 8 * gpu.network, "all ports of a node at once"
-    assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: a port each"
+    assert two.bandwidth(2, neighbours=False) == gpu.network, "replicas of groups on nodes: one port each"
     config = load_config(RECIPE, ["parallel.backend=fsdp2", "parallel.shard_degree=8", "train.micro_batch_size=8"])
     traffic = estimate(config, two).traffic
     expected = traffic.sent_among_shards / gpu.link + traffic.sent_among_replicas / gpu.network
@@ -103,10 +104,7 @@ def test_rings_over_nodes_use_the_network() -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        plan.main(["--config", RECIPE, *arguments])
-    assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert said in refusal(capsys, plan.main, "--config", RECIPE, *arguments)
 
 
 def test_every_gpu_has_a_peak_and_a_source() -> None:
@@ -116,8 +114,8 @@ def test_every_gpu_has_a_peak_and_a_source() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("checkpointing_*.json")), ids=lambda path: path.stem)
-def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
-    """Resident memory of processes with steps of seconds, against today's estimate, within 10 %."""
+def test_the_estimate_matches_measured_memory(path: Path) -> None:
+    """Measured resident memory of processes with steps of seconds, compared with the estimate, within 10 %."""
     measured = json.loads(path.read_text(encoding="utf-8"))
     assert len(measured["policies"]) >= 5
     for found in measured["policies"]:
@@ -127,7 +125,7 @@ def test_memory_that_was_measured_is_what_is_estimated_now(path: Path) -> None:
 
 
 def policy_case_of(config: dict[str, Any], policy: str) -> Config:
-    """A stored configuration under a policy written as in the bench."""
+    """A stored configuration under a policy in the bench's notation."""
     mode, _, kept = policy.partition(":")
     ops = {"selective_ops": kept.split("+")} if kept else {}
     train = {**config["train"], "activation_checkpointing": mode, **ops}

@@ -1,4 +1,4 @@
-"""What each router promises beyond the protocol."""
+"""What each router guarantees beyond the protocol."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_capacity_warm_up_is_a_cosine_from_one() -> None:
 
 
 def test_loss_free_bias_evens_out_the_load() -> None:
-    """A router with a strong preference is brought to even load by the bias alone."""
+    """The bias alone brings a router with a strong preference to an even load."""
     config = TokenChoiceConfig(activation="sigmoid", alpha=1.0, balancing="loss_free", bias_update_rate=0.005)
     model, ids = lively_model(tiny_config(config)), tokens()
     violations = []
@@ -91,7 +91,7 @@ def test_ema_threshold_holds_its_capacity_on_average() -> None:
     mean = torch.tensor(found[20:]).mean(0)
     torch.testing.assert_close(mean, torch.tensor([1.0, 2 / 3, 1 / 3]), atol=0.03, rtol=0)
     lengths = (out.depth > 1).sum(1)
-    assert lengths.unique().numel() > 1  # it is not a top-k: sequences differ
+    assert lengths.unique().numel() > 1  # not a top-k, so sequences differ
     causal = model(tokens(seed=99, batch=16), mode="causal")
     assert abs(fractions(causal.depth)[2] - 1 / 3) < 0.1
 
@@ -127,7 +127,7 @@ def test_halting_weights_of_each_token_sum_to_one(mode: str) -> None:
 
 
 def test_soft_and_hard_halting_differ_only_in_what_attention_sees() -> None:
-    """With one token per sequence there is nothing else to see, so that leaving early changes nothing."""
+    """With one token per sequence there is nothing to attend to, so exiting early changes nothing else."""
     soft, hard = (lively_model(tiny_config(HaltingConfig(mode=mode))) for mode in ("soft", "hard"))
     ids = tokens(batch=40, length=1)
     with torch.no_grad():
@@ -150,16 +150,16 @@ def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig, steps: int =
 
 
 def test_depth_penalty_lowers_the_depth() -> None:
-    cheap, dear = (
+    cheap, expensive = (
         trained_depth(SkipForwardRecurseConfig(hidden=16, depth_coeff=coefficient)) for coefficient in (1e-4, 3.0)
     )
-    assert dear < 0.5 * cheap
+    assert expensive < 0.5 * cheap
 
 
 def test_ponder_cost_lowers_the_depth() -> None:
     config = HaltingConfig(ponder_coeff=1e-5)
-    cheap, dear = (trained_depth(replace(config, ponder_coeff=coefficient)) for coefficient in (1e-5, 1.0))
-    assert dear < cheap - 0.3
+    cheap, expensive = (trained_depth(replace(config, ponder_coeff=coefficient)) for coefficient in (1e-5, 1.0))
+    assert expensive < cheap - 0.3
 
 
 @pytest.mark.parametrize("target", [0.7, 1.5, 2.2])
@@ -189,7 +189,7 @@ def test_a_rank_whose_tokens_all_skip_still_gives_the_core_a_gradient() -> None:
 
 
 class EveryOther(Router):
-    """Sends even positions through every recursion, odd ones through the first only."""
+    """Routes even positions through every recursion and odd ones through the first only."""
 
     causal_in_training = True
 
@@ -218,14 +218,14 @@ class EveryOtherSession(RoutingSession):
         return RoutingPlan(chosen, indices, Mix())
 
 
-def test_a_router_of_ones_own() -> None:
+def test_a_custom_router() -> None:
     config = CustomRouterConfig(target="tests.unit.test_routers:EveryOther", options={"stride": 3})
     out = build_model(tiny_config(config))(tokens())
     assert out.depth[0, :6].tolist() == [3, 1, 1, 3, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["tests.unit.test_routers:Nothing", "no_such_module:Router", "math:pi"])
-def test_custom_router_that_is_none(target: str) -> None:
+def test_a_custom_router_that_does_not_exist_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=target):
         build_model(tiny_config(CustomRouterConfig(target=target)))
 
@@ -251,8 +251,8 @@ def test_picking_and_finding_agree() -> None:
 
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_choosing_in_place_is_choosing(router: str, bounded: bool) -> None:
-    """Serving leaves all rows where they are and marks the chosen ones: the same ones, with the same weights."""
+def test_selection_in_place_equals_selection_by_moving_rows(router: str, bounded: bool) -> None:
+    """Serving keeps all rows in place and marks the selected ones: the same rows with the same weights."""
     stage = lively_model(tiny_config(ROUTERS[router])).eval().stage
     states = torch.randn(4, 40, tiny_config(ROUTERS[router]).model.dim, generator=torch.Generator().manual_seed(3))
     states = states.to(next(stage.parameters()).dtype)
@@ -269,7 +269,7 @@ def test_choosing_in_place_is_choosing(router: str, bounded: bool) -> None:
         kept = torch.ones(40, dtype=torch.bool) if marks.kept is None else marks.kept
         assert kept.nonzero().flatten().tolist() == rows.tolist()
         mix = moved.mix(recursion, plan, states[recursion + 1][rows])
-        # Serving asks for the weights of what has run alone.
+        # Serving asks only for the weights of rows that have run.
         alone = marked.regrouped(
             replace(context, batch=len(rows), positions=rows, bounds=bound_rows(context.bounds, rows)),
             {name: getattr(marked, name)[rows] for name in marked.per_row},

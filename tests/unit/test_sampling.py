@@ -1,4 +1,4 @@
-"""Generation: greedy tokens equal those of full passes, sampling follows the distribution, the context has an end."""
+"""Generation: greedy tokens equal those of full passes, sampling follows the distribution, the context is limited."""
 
 from __future__ import annotations
 

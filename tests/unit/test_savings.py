@@ -1,4 +1,4 @@
-"""What routing saves: nothing for a model that is at full depth already, the routed FLOPs for one that isn't."""
+"""What routing saves: nothing at full depth, otherwise the FLOPs of the skipped recursions."""
 
 from __future__ import annotations
 

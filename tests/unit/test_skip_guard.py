@@ -1,4 +1,4 @@
-"""The guard against disappearing tests, on tests made for it."""
+"""The guard against disappearing tests, tried on small generated tests."""
 
 from __future__ import annotations
 

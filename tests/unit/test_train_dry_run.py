@@ -1,4 +1,4 @@
-"""What a dry run promises, against counts of the real model and arithmetic by hand."""
+"""Figures of a dry run compared with counts of the real model and arithmetic by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who raises and who prints when something fails on one rank, on all, or differently on each."""
+"""Which rank raises and which prints after a failure on one rank, on all, or a different one on each."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def raise_mine(by_rank: Failures) -> str:
         ((ConfigError("a"), DataError("b")), ["ConfigError: rank 0: a; rank 1: b"] * 2),
     ],
 )
-def test_a_failure_is_everybodys(by_rank: Failures, said: list[str]) -> None:
+def test_a_failure_raises_on_every_rank(by_rank: Failures, said: list[str]) -> None:
     assert run_ranks(raise_mine, by_rank) == said
 
 
-def test_alone_nothing_is_wrapped() -> None:
+def test_one_process_raises_its_own_exception() -> None:
     error = DataError("a")
     with pytest.raises(DataError) as found:
         run_on_all_ranks(lambda: (_ for _ in ()).throw(error))
@@ -58,7 +58,7 @@ def number_of_first_rank() -> int:
     return from_first_rank(lambda: 10 + world.rank)
 
 
-def test_the_first_rank_knows() -> None:
+def test_the_first_ranks_value_is_sent_to_all() -> None:
     assert run_ranks(number_of_first_rank) == [10, 10]
 
 

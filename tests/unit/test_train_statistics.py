@@ -1,4 +1,4 @@
-"""The figures of a step, worked out by hand."""
+"""The figures of a step compared with values calculated by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megamor.train.step_statistics import StepStatistics, StepSummary
 
 
 def output(loss: float, tokens: int, aux: float, agree: float, depth: list[int]) -> ModelOutput:
-    """What a micro-batch of one sequence would return."""
+    """The output of a micro-batch of one sequence."""
     return ModelOutput(
         logits=None,
         loss_sum=torch.tensor(loss),
@@ -28,7 +28,7 @@ def output(loss: float, tokens: int, aux: float, agree: float, depth: list[int])
 
 
 def summary(counts: list[float]) -> StepSummary:
-    """A step in which so many tokens took each number of recursions."""
+    """A step in which `counts` tokens took each number of recursions."""
     return StepSummary(1.0, 1, {}, {}, counts, [])
 
 
@@ -49,7 +49,7 @@ def test_sums_over_micro_batches() -> None:
     assert step.mean_depth == (4 * 1 + 2 * 2 + 2 * 3) / 8
 
 
-def test_every_token_weighs_the_same() -> None:
+def test_every_token_has_the_same_weight() -> None:
     statistics = StepStatistics(3)
     statistics.add(output(loss=9.0, tokens=3, aux=0.0, agree=0.0, depth=[1]))
     statistics.add(output(loss=1.0, tokens=1, aux=0.0, agree=0.0, depth=[1]))
@@ -74,7 +74,7 @@ def test_balanced_depths() -> None:
 def test_collapsed_depths() -> None:
     metrics = summary([0, 0, 12, 0]).routing_metrics()
     assert metrics["routing/entropy"] == 0
-    assert metrics["routing/max_violation"] == pytest.approx(2)  # three times its share
+    assert metrics["routing/max_violation"] == pytest.approx(2)  # three times its target fraction
     assert metrics["routing/dead_depths"] == pytest.approx(2 / 3)
     assert metrics["depth/2"] == 1
 

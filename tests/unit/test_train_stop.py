@@ -13,7 +13,7 @@ from megamor.train.stop import SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Handlers of the test's own, restored afterwards."""
+    """Install test handlers, and restore the old ones afterwards."""
 
     def end(number: int, frame: object) -> None:
         raise AssertionError(f"{signal.Signals(number).name} would have ended the process")
@@ -39,7 +39,7 @@ def test_a_signal_is_remembered(request_to_stop: StopRequest, number: signal.Sig
         assert request_to_stop.received is number
 
 
-def test_echoes_are_ignored(request_to_stop: StopRequest) -> None:
+def test_repeated_signals_are_ignored(request_to_stop: StopRequest) -> None:
     with request_to_stop:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_seconds_later_ends_the_process(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_schedulers_may_repeat_themselves(
+def test_a_scheduler_may_repeat_its_signal(
     request_to_stop: StopRequest, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stop, "PATIENCE_SECONDS", 0.0)
