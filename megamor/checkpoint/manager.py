@@ -161,7 +161,7 @@ class CheckpointManager:
         self.ranks.run_on_all("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
         self.on_stage("started")
         for writer in writers:
-            self.ranks.run_on_all(f"writing {draft}", partial(writer, draft))
+            self.ranks.run_on_all(f"writing {draft}", partial(_call, writer, draft))
         self._on_first_rank(f"writing {draft}", lambda: _add_files(draft, files))
 
     def _commit(self, draft: Path, step: int) -> Path:
@@ -269,3 +269,8 @@ def _add_files(draft: Path, files: Mapping[str, str | bytes | Path]) -> None:
             shutil.copyfile(content, draft / name)
         else:
             write_durably(draft / name, content)
+
+
+def _call(writer: Writer, draft: Path) -> None:
+    """Run a writer and drop its result, which would be sent to every rank."""
+    writer(draft)

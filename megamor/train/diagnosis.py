@@ -47,7 +47,12 @@ class Diagnosis:
 
     def __init__(self, config: Config, router: nn.Module | None, device: torch.device) -> None:
         self.config = config.diagnosis
-        self.actions: dict[str, Alarm] = {alarm: getattr(self.config, alarm) for alarm in ADVICE}
+        self.actions: dict[str, Alarm] = {
+            "dead_router": self.config.dead_router,
+            "pinned_depth": self.config.pinned_depth,
+            "unigram_plateau": self.config.unigram_plateau,
+            "exploding_norm": self.config.exploding_norm,
+        }
         self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
         watched = router if self.actions["dead_router"] != "off" else None
         self.gradient = None if watched is None else ScoreGradient(watched, device)
