@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def check_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise ConfigError(
-            f"can't listen on {host}, port {port} ({error.strerror}): give another --host or --port; --port 0 picks one"
+            f"can't listen on {host}, port {port} ({os.strerror(error.errno or 0)}): give another --host or --port; --port 0 picks one"
         ) from error
 
 
