@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -68,11 +67,12 @@ def check_port(host: str, port: int) -> None:
     """Raise ConfigError if `port` of `host` can't be listened on, before the model is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
     except OSError as error:
-        raise ConfigError(
-            f"can't listen on {host}, port {port} ({os.strerror(error.errno or 0)}): give another --host or --port; --port 0 picks one"
-        ) from error
+        advice = "give another --host or --port; --port 0 picks one"
+        raise ConfigError(f"can't listen on {host}, port {port} ({error.strerror}): {advice}") from error
 
 
 def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingEngine:
