@@ -70,9 +70,10 @@ def check_port(host: str, port: int) -> None:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "must be 0 to 65535"
         advice = "give another --host or --port; --port 0 picks one"
-        raise ConfigError(f"can't listen on {host}, port {port} ({error.strerror}): {advice}") from error
+        raise ConfigError(f"can't listen on {host}, port {port} ({reason}): {advice}") from error
 
 
 def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingEngine:
