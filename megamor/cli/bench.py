@@ -37,6 +37,7 @@ from megamor.serve.options import POLICIES as SCHEDULING
 CONFIGURED = ("train", "save", "serve")
 """Subcommands that measure a configuration, which key=value arguments change."""
 
+
 def names(text: str) -> list[str]:
     """Comma-separated words."""
     return [name.strip() for name in text.split(",") if name.strip()]

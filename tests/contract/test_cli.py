@@ -181,3 +181,13 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
         with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1, port {port}"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", np.dtype("<u2")) as writer:
+        writer.add(list(range(200)))
+        writer.commit()
+    command = f"{sys.executable} -m megamor inspect-data {tmp_path / 'x'} --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 141
