@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.config import Config, config_from_yaml
+from megamor.errors import ConfigError
 from megamor.interop.export import is_export, read_export
 from megamor.model import Transformer, build_model
 
@@ -52,6 +53,21 @@ class LoadedModel:
         return Tokenizer.from_file(str(self.tokenizer_path))
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The device called `name`; None: the GPU if there is one.
+
+    Raises:
+        ConfigError: torch doesn't know the device, or doesn't see it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; give another or cpu")
+    return device
+
+
 def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a model from a checkpoint, a run's directory, its `latest` or an export.
 
@@ -61,8 +77,9 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
 
     Raises:
         CheckpointError: there is no intact checkpoint, or its weights don't fit the model that its config describes.
+        ConfigError: torch doesn't know the device, or doesn't see it.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     if is_export(Path(path)):
         directory, step = Path(path).resolve(), None
         config, weights = read_export(directory)

@@ -53,6 +53,11 @@ def parse_step(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def looks_like_checkpoint(directory: Path) -> bool:
+    """Whether anything in `directory` belongs to a checkpoint, whole or damaged."""
+    return any((directory / name).exists() for name in (STATE_DIR, RNG_DIR, TRAINER_FILE, MANIFEST_FILE))
+
+
 def draft_of(path: Path) -> Path:
     """Where a new link or file is prepared before it replaces the one at `path`."""
     return path.with_name(f".{path.name}{DRAFT_SUFFIX}")

@@ -72,6 +72,8 @@ def open_checkpoint(path: Path | str, *, full: bool = False) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}{link}")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a checkpoint's directory, such as runs/x/checkpoints/latest")
+    if not layout.looks_like_checkpoint(path):
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one; give, for example, runs/x")
     directory = path.resolve()  # a run may move `latest` while the checkpoint is being read
     verify(directory, hashes=full)
     return Checkpoint(directory)

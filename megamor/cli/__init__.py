@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from megamor import __version__
 from megamor.errors import EXIT_USER_ERROR
+
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports for a command that SIGPIPE ended."""
 
 COMMANDS: dict[str, str] = {
     "quickstart": "train, interrupt, resume, evaluate and sample a small model in minutes",
@@ -86,4 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"megamor: unknown command {words[0]!r}; {hint}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR)
     module = "import_weights" if words[0] == "import" else words[0].replace("-", "_")
-    import_module(f"megamor.cli.{module}").main(words[1:])
+    try:
+        import_module(f"megamor.cli.{module}").main(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of stdout, such as `head`, has left."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

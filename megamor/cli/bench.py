@@ -34,6 +34,9 @@ from megamor.cli import command_parser, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
+CONFIGURED = ("train", "save", "serve")
+"""Subcommands that measure a configuration, which key=value arguments change."""
+
 
 def names(text: str) -> list[str]:
     """Comma-separated words."""
@@ -60,6 +63,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for what, declare in SUBCOMMANDS.items():
         sub = subparsers.add_parser(what, help=declare.__doc__, description=declare.__doc__)
         declare(sub)
+        sub.epilog = "`megamor bench --help` has examples."
+        if what in CONFIGURED:
+            sub.epilog += " Further arguments, such as model.dim=256, change settings of the configuration."
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
     # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.

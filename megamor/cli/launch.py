@@ -8,8 +8,8 @@ examples:
 Everything after the options of `launch` goes to `megamor pretrain`. This is torchrun with two differences. torchrun
 kills its workers 30 seconds after SIGTERM and dies of SIGUSR1; `launch` passes SIGTERM, SIGUSR1 and Ctrl-C to every
 worker and waits until they have saved. torchrun exits with 1 whatever its workers exit with; `launch` exits with their
-status: 0 (done), 75 (stopped and saved: run the same command again), 2 (an error that you can fix). Slurm scripts don't
-need it: there, slurm starts the processes.
+status: 0 (done), 75 (stopped and saved: rerun the same command), 2 (an error that you can fix). Slurm scripts don't
+need it: there, srun starts the processes.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine, from 0 (default)")
     parser.add_argument("--address", default="127.0.0.1", help="machine 0 as the others reach it (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=29500, help="a free port there (default: 29500)")
+    parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} --config FILE ..."
     arguments, pretrain_arguments = parser.parse_known_args(argv)
     forwarder = SignalForwarder()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets the same, with a warning

@@ -73,7 +73,7 @@ def show_report(report: Mapping[str, Any]) -> None:
     table.add_column("perplexity", justify="right")
     network = report["network"]
     rows = {order: report["floors"][order] for order in ORDERS}
-    rows["network, top-k routing (sees the future)"] = network["loss_topk"]
+    rows["network, top-k routing (looks ahead)"] = network["loss_topk"]
     rows["network, causal routing"] = network["loss_causal"]
     for label, loss in rows.items():
         style = "bold" if "causal" in label else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,19 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError if `port` of `host` can't be listened on, before the model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "must be 0 to 65535"
+        advice = "give another --host or --port; --port 0 picks one"
+        raise ConfigError(f"can't listen on {host}, port {port} ({reason}): {advice}") from error
+
+
 def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingEngine:
     """The engine that `arguments` describe."""
     from megamor.serve.engine.engine import ServingEngine
@@ -84,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = ServerOptions(**chosen(arguments, ServerOptions), api_keys=read_keys(arguments.api_key_file))
+    check_port(options.host, options.port)
     on_gpu = arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
     dtype = getattr(torch, DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")])
     loaded = load_model(arguments.checkpoint, arguments.device, dtype)

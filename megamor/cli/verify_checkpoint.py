@@ -60,18 +60,18 @@ def checkpoints_at(path: Path, *, all_of_them: bool) -> list[Path]:
     Raises:
         CheckpointError: there are none.
     """
-    from megamor.checkpoint.layout import CHECKPOINTS_DIR, latest_step, published_steps, step_name
+    from megamor.checkpoint import layout
 
-    root = path / CHECKPOINTS_DIR if published_steps(path / CHECKPOINTS_DIR) else path
-    steps = published_steps(root)
+    root = path / layout.CHECKPOINTS_DIR if layout.published_steps(path / layout.CHECKPOINTS_DIR) else path
+    steps = layout.published_steps(root)
     if not steps:
-        if not path.is_dir():
+        if not layout.looks_like_checkpoint(path):
             raise CheckpointError(f"there is no checkpoint at {path}")
         return [path.resolve()]
     if not all_of_them:
-        latest = latest_step(root)
+        latest = layout.latest_step(root)
         steps = steps[-1:] if latest is None else [latest]
-    return [root / step_name(step) for step in steps]
+    return [root / layout.step_name(step) for step in steps]
 
 
 def faults_of(checkpoint: Path, *, quick: bool) -> Iterator[str]:

@@ -44,7 +44,8 @@ class HubDataset:
     def location(self) -> str:
         """Dataset and revision, for messages and the record."""
         config = f" ({self.config})" if self.config else ""
-        return f"https://huggingface.co/datasets/{self.dataset}{config} at {(self.revision or 'its newest')[:12]}"
+        revision = self.revision[:12] if self.revision else "its newest revision"
+        return f"https://huggingface.co/datasets/{self.dataset}{config} at {revision}"
 
 
 @dataclass(frozen=True)

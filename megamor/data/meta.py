@@ -92,7 +92,8 @@ def sha256_of_tokenizer(path: str | Path) -> str:
     try:
         return sha256_of_file(path)
     except OSError as error:
-        raise DataError(f"tokenizer {path} can't be read: {error.strerror}; correct the path") from error
+        advice = "correct the path, or prepare tokenizer and data first (docs/data.md)"
+        raise DataError(f"tokenizer {path} can't be read: {error.strerror}; {advice}") from error
 
 
 class BlockHasher:

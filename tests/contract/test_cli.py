@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megamor.cli import COMMANDS, evaluate, generate, main, pretrain
+from megamor.cli.serve import check_port
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
+from megamor.errors import ConfigError
+from megamor.load import usable_device
 from megamor.parallel import init_world
 from megamor.train import build_trainer
 from tests.commands import refusal, status
@@ -163,3 +167,27 @@ def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFix
 def test_a_checkpoint_that_is_not_there(moved: Path, capsys: pytest.CaptureFixture) -> None:
     message = refusal(capsys, generate.main, "--checkpoint", moved / "modal", "--prompt", "x")
     assert message == f"CheckpointError: there is no checkpoint at {moved / 'modal'}\n"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{name}'"):
+        usable_device(name)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1, port {port}"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", np.dtype("<u2")) as writer:
+        writer.add(list(range(200)))
+        writer.commit()
+    command = f"{sys.executable} -m megamor inspect-data {tmp_path / 'x'} --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 141

@@ -343,8 +343,11 @@ class TestOpening:
     def test_errors_for_paths_that_are_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="there is no checkpoint at"):
             open_checkpoint(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match=r"no manifest\.json: it is not a complete checkpoint"):
+        with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
             open_checkpoint(tmp_path)
+        (tmp_path / "part" / "state").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=r"no manifest\.json: it is not a complete checkpoint"):
+            open_checkpoint(tmp_path / "part")
         (tmp_path / "weights.pt").write_text("")
         with pytest.raises(CheckpointError, match="is a file"):
             open_checkpoint(tmp_path / "weights.pt")

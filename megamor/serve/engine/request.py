@@ -87,11 +87,15 @@ class SamplingParams(SamplingFields):
         return params
 
 
+_PLAIN_WORDS = {"extra_forbidden": "unknown field", "json_invalid": "not valid JSON"}
+"""What is wrong, by the type of pydantic's error, where its own message is unclear."""
+
+
 def describe_invalid(name: str, error: Mapping[str, Any]) -> str:
     """A message about the field `name` for one of pydantic's errors, with the value where that is short."""
     value = error.get("input")
     shown = f" = {value!r}" if isinstance(value, int | float | str) and len(repr(value)) < 40 else ""
-    return f"{name}{shown}: {error['msg']}"
+    return f"{name}{shown}: {_PLAIN_WORDS.get(error['type'], error['msg'])}"
 
 
 @dataclass(frozen=True)
