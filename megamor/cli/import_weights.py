@@ -29,8 +29,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read as YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} isn't YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping")
     return dict(values)

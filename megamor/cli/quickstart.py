@@ -163,6 +163,8 @@ class Quickstart:
         # The format is an input too: a report that an older version made lacks figures.
         self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text()}", report, measure)
         show_report(json.loads(report.read_text()))
+        if self.short:
+            print("this was a short run, which only tries the path: without --short the network passes the bigram")
 
     def generate(self) -> None:
         """Continue a prompt and show the depth of each token."""
