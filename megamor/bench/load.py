@@ -126,7 +126,8 @@ async def served_model(load: Load) -> str:
         async with _session(load) as client, client.get("v1/models", raise_for_status=True) as response:
             return str((await response.json())["data"][0]["id"])
     except aiohttp.ClientConnectionError as error:
-        raise DataError(f"no server answers at {load.url} ({error}): start it, or correct --url") from error
+        cause = getattr(error, "os_error", error)  # aiohttp's own text speaks of TLS even where there is none
+        raise DataError(f"no server answers at {load.url} ({cause}): start it, or correct --url") from error
     except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{load.url}/v1/models names no model: {type(error).__name__}: {error}") from error
 

@@ -67,7 +67,7 @@ def test_a_result_becomes_a_row_of_a_table(tmp_path: Path) -> None:
 
 
 def test_what_is_no_server_is_named() -> None:
-    with pytest.raises(DataError, match=r"127\.0\.0\.1:9/v1/models .*ClientConnectorError"):
+    with pytest.raises(DataError, match=r"no server answers at http://127\.0\.0\.1:9 .*Connect call failed"):
         asyncio.run(served_model(Load("http://127.0.0.1:9", num_requests=1)))
 
 
