@@ -17,7 +17,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.cli import COMMANDS, evaluate, generate, main, pretrain
+from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain
 from megamor.cli.serve import check_port
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
@@ -191,3 +191,28 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("evalute", "did you mean `megamor evaluate`?"), ("xyzzy", "`megamor --help` lists the commands")],
+)
+def test_an_unknown_command_names_the_nearest(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([word])
+    assert leaving.value.code == 2
+    assert f"unknown command {word!r}; {says}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([1, 75], 75),  # one worker saved and stopped, the other died of the broken connection
+        ([-6, 2], 2),
+        ([0, -9], 137),  # killed by a signal, as a shell reports it
+        ([0, 3], 3),
+        ([0, 0], 0),
+    ],
+)
+def test_launch_exits_with_the_status_that_explains_most(codes: list[int], expected: int) -> None:
+    assert launch.status_of(codes) == expected
