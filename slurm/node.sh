@@ -48,7 +48,7 @@ rank() {
     shift
     mkdir -p "$directory"
     if [[ $SLURM_PROCID = 0 ]]; then rm -f "$(run_dir "$@")/.job_$SLURM_JOB_ID"; fi
-    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$PROCESSES
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$((SLURM_NNODES * PROCESSES)) LOCAL_WORLD_SIZE=$PROCESSES
     # Slurm signals every process of a task. Python saves and exits; this shell must outlive it to write down its status,
     # and `tee` to write its last words. A handler that does nothing keeps the shell alive; Python resets it, `tee` ignores
     # the signals altogether.

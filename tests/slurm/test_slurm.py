@@ -122,11 +122,12 @@ def test_a_sweep_trains_one_run_for_each_line(cluster: Cluster, base: Config) ->
     (directory / "rates.txt").write_text("# learning rates\noptim.lr=1e-3\n\noptim.lr=2e-3 run.name=faster\n")
     short = replace(base, train=replace(base.train, max_steps=8))
     sweep = [ROOT / "slurm" / "sweep.sh", directory / "rates.txt", SCRIPT, "run.seed=1"]
-    job = cluster.submit(sweep, variables(short, NODES="1"))
+    job = cluster.submit(sweep, variables(short, NODES="1", PROCESSES="2"))  # two tasks of one srun
     for task in ("1", "2"):
         cluster.wait_for(f"{job}_{task}", "COMPLETED")
     rates = [trace(named(short, name)).steps[2]["train/lr"] for name in ("tiny_rates_1", "faster")]
     assert rates == [1e-3, 2e-3]
+    assert len([*(directory / "logs").rglob("rank_1.log")]) == 2, "each run has two processes on its node"
 
 
 def rank_logs(config: Config) -> str:
