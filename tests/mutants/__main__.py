@@ -58,10 +58,11 @@ class Result:
 class Worker:
     """A copy of the tree in which one job runs at a time."""
 
-    def __init__(self, directory: Path, number: int, timeout: float) -> None:
-        self.tree, self.log = directory / f"tree{number}", directory / f"log{number}"
+    def __init__(self, original: Path, number: int, timeout: float) -> None:
+        self.original = original
+        self.tree, self.log = original.with_name(f"tree{number}"), original.with_name(f"log{number}")
         self.timeout = timeout
-        shutil.copytree(ROOT, self.tree, ignore=IGNORED, symlinks=True)
+        shutil.copytree(original, self.tree, symlinks=True)
         self.job: Job | None = None
         self.process = 0
         self.started = 0.0
@@ -71,7 +72,7 @@ class Worker:
         """Put the mutant into the copy and run the tests in a process of its own."""
         self.job, self.started = job, time.monotonic()
         if job.mutant is not None:
-            self._write(job.mutant.file, job.mutant.mutated(ROOT))
+            self._write(job.mutant.file, job.mutant.mutated(self.original))
         self.process = os.fork()
         if self.process == 0:
             status = 70
@@ -96,7 +97,7 @@ class Worker:
         outcome = "timeout" if timed_out else STATUS_OF_EXIT.get(code, "broken")
         job, self.job = self.job, None
         if job.mutant is not None:
-            self._write(job.mutant.file, (ROOT / job.mutant.file).read_text(encoding="utf-8"))
+            self._write(job.mutant.file, (self.original / job.mutant.file).read_text(encoding="utf-8"))
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", self.log.read_text(errors="replace"), re.MULTILINE)
         test = ", ".join(failed) if job.mutant is None else (failed or [""])[0]
         return Result(job.name, outcome, test, round(seconds, 1), round(usage.ru_utime + usage.ru_stime, 1))
@@ -205,7 +206,10 @@ def main() -> int:
     chosen = [mutant for mutant in mutants if mutant.equivalent is None]
     preload()
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        workers = [Worker(Path(directory), number, args.timeout) for number in range(args.jobs)]
+        # One more copy, which stays as it is: the checkout may be edited while a campaign runs.
+        original = Path(directory) / "original"
+        shutil.copytree(ROOT, original, ignore=IGNORED, symlinks=True)
+        workers = [Worker(original, number, args.timeout) for number in range(args.jobs)]
         before = [] if args.no_baseline else run(baselines(chosen), workers)
         if failing := [result for result in before if result.status != "survived"]:
             print(f"{len(failing)} files have tests that fail without a mutant: mend them first")
