@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,8 +119,8 @@ def test_tokens_are_counted_without_padding(whole: dict[str, tuple[Config, Trace
     assert [step["train/tokens_seen"] for step in run.steps] == seen.tolist()
 
 
-def test_a_step_of_padding_alone_changes_no_moment(tmp_path: Path) -> None:
-    """One window a step: those of short documents are empty in every second step of an unshuffled source."""
+def test_a_step_of_padding_alone_has_no_loss(tmp_path: Path) -> None:
+    """One window a step, of which some are the empty second half of a chunk."""
     base = padded_run(tmp_path, ROUTERS["expert_choice"])
     config = replace(named(base, "tiny", global_batch_size=1, max_steps=12), parallel=ParallelConfig(backend="single"))
     fit(config, world_size=1)
@@ -127,12 +128,29 @@ def test_a_step_of_padding_alone_changes_no_moment(tmp_path: Path) -> None:
     lengths = data.samples(0, 12).lengths
     assert lengths is not None
     assert (lengths == 0).any()
-    records = read_steps(config)
-    for record, length in zip(records, lengths, strict=True):
+    for record, length in zip(trace(config).steps, lengths, strict=True):
         assert (record["train/loss"] is None) == (length == 0)
         assert (record["train/grad_norm"] == 0) == (length == 0)
 
 
-def read_steps(config: Config) -> list[dict]:
-    """Metrics of every step."""
-    return trace(config).steps
+def test_a_budget_of_tokens_leaves_padding_out(tmp_path: Path) -> None:
+    """The run ends with the first step that reaches it, across a restart, and the schedule with it."""
+    base = padded_run(tmp_path, ROUTERS["expert_choice"])
+    optim = replace(base.optim, schedule="cosine", warmup_steps=0)
+    config = replace(
+        named(base, "tiny", max_steps=None, max_tokens=500), optim=optim, parallel=ParallelConfig(backend="single")
+    )
+    fit(replace(config, train=replace(config.train, stop_at_step=3)), world_size=1)
+    fit(config, world_size=1)
+    data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=VOCABULARY)
+    lengths = data.samples(0, 800).lengths
+    assert lengths is not None
+    seen = lengths.reshape(-1, 8).sum(1).cumsum()
+    last = int((seen < 500).sum())
+    assert last >= 500 // (8 * SEQ_LEN)  # more steps than full windows would take
+    steps = trace(config).steps
+    assert [step["train/tokens_seen"] for step in steps] == seen[: last + 1].tolist()
+    used = [0.0, *(seen[:last] / 500)]
+    floor, peak = optim.min_lr_ratio, optim.lr
+    expected = [peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction))) for fraction in used]
+    assert [step["train/lr"] for step in steps] == pytest.approx(expected)

@@ -101,7 +101,9 @@ def test_each_source_is_read_without_gaps_across_any_changes_at_restarts(
     for name, parts in given_out.items():
         if parts:
             found = np.concatenate(parts)
-            assert (found == reference(folder, packing, name, len(found))).all()
+            # A window joined from several chunks has their padding at its end.
+            tokens = [pairs[pairs[:, 1] != -100] for pairs in (found, reference(folder, packing, name, len(found)))]
+            assert np.array_equal(*tokens)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -350,6 +352,10 @@ def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
         assert fingerprint(TokenShard.open(prefix)) != before
         tokens[part] = kept
     assert fingerprint(TokenShard.open(prefix)) == before
+    for end in (0, -1):  # both ends are always read
+        tokens[end] += 1
+        assert fingerprint(TokenShard.open(prefix)) != before
+        tokens[end] -= 1
 
 
 @pytest.mark.slow

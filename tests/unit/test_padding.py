@@ -47,8 +47,7 @@ def padded_batch() -> tuple[Tensor, Tensor]:
 
 def token_losses(model: Transformer, mode: str, labels: Tensor, **batch: object) -> Tensor:
     """Loss of each token of inputs [B, S]."""
-    with torch.no_grad():
-        logits = run(model, mode, **batch).logits
+    logits = run(model, mode, **batch).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
@@ -85,6 +84,7 @@ def test_a_padded_window_is_its_document(router: str) -> None:
             torch.testing.assert_close(padded_grads, grads, atol=1e-9, rtol=1e-9)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_document_is_the_same_alone_and_in_a_padded_batch(router: str, kv_policy: str) -> None:
@@ -323,6 +323,7 @@ def test_loaded_windows_are_what_they_are_without_padding(tmp_path: Path, router
                 assert torch.equal(out.depth[row, :length], alone.depth[0])
 
 
+@torch.no_grad()
 def test_a_short_validation_window_is_its_tokens(tmp_path: Path) -> None:
     """One window of 60, and one of 17 tokens in a set of windows of 24: 2 real windows in a batch of 4."""
     config = packed(tiny_config(ROUTERS["expert_choice"]), write_documents(tmp_path / "d", (42,)), "stream")
