@@ -43,6 +43,17 @@ class ByKind:
         return {"type": "tagged-union", "discriminator": "kind", "choices": choices}
 
 
+@dataclass(frozen=True)
+class Location:
+    """Marks a string that names a file or directory, or the beginning of file names; see `paths.py`."""
+
+    words: str = "a string (path)"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source)
+
+
+PathName = Annotated[str, Location()]
 PositiveInt = Annotated[int, Range("a positive integer", gt=0)]
 NonNegativeInt = Annotated[int, Range("zero or a positive integer", ge=0)]
 ZeroStage = Annotated[int, Range("an integer from 0 to 3", ge=0, le=3)]

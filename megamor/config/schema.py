@@ -17,6 +17,7 @@ from megamor.config.constraints import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    PathName,
     Positive,
     PositiveInt,
     ZeroStage,
@@ -34,7 +35,7 @@ class RunConfig:
 
     name: str = "run"
     """Checkpoints and metrics are written to the directory `dir`/`name`."""
-    dir: str = "runs"
+    dir: PathName = "runs"
     """Directory of all runs; on several machines, on a file system that all of them see."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the order of the data and the routers' noise."""
@@ -101,7 +102,7 @@ class RecursionConfig:
 class SourceConfig:
     """A training data set. An item may also be the bare prefix."""
 
-    prefix: str
+    prefix: PathName
     """Path of the pair `<prefix>.bin` and `<prefix>.idx`."""
     weight: Positive = 1.0
     """Fraction of the samples, relative to the weights of the other sources."""
@@ -115,9 +116,9 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...] = ()
     """Training data sets."""
-    validation: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, PathName] = field(default_factory=dict)
     """Validation sets: the name used in metrics, and the prefix."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """The `tokenizer.json` that wrote the shards; it is copied into every checkpoint."""
     seq_len: PositiveInt = 2048
     """Tokens per training sequence."""

@@ -229,12 +229,6 @@ class RunCheckpoints:
         return state
 
 
-def checkpoint_files(config: Config) -> dict[str, str | bytes]:
-    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer.
-
-    Read once at the start, so that changing or deleting the originals during the run does no harm.
-    """
-    files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
-    if config.data.tokenizer:
-        files[TOKENIZER_FILE] = Path(config.data.tokenizer).read_bytes()
-    return files
+def checkpoint_files(config: Config, tokenizer: bytes | None) -> dict[str, str | bytes]:
+    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer."""
+    return {CONFIG_FILE: config_to_yaml(config)} | ({} if tokenizer is None else {TOKENIZER_FILE: tokenizer})

@@ -63,7 +63,7 @@ def test_extends_in_order_then_the_file_then_overrides(tmp_path: Path) -> None:
     assert (optim.lr, optim.eps, optim.beta1, optim.weight_decay) == (1, 2, 0.3, 4)
 
 
-def test_extends_goes_through_several_files_and_lists_replace(tmp_path: Path) -> None:
+def test_extends_goes_through_several_files_and_settings_replace(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         a="data: {train: [one, two], validation: {x: one}}\n" + LENGTH,
@@ -72,7 +72,7 @@ def test_extends_goes_through_several_files_and_lists_replace(tmp_path: Path) ->
     )
     data = load_config(path).data
     assert data.train == (SourceConfig("three"),)
-    assert data.validation == {"x": "one", "y": "two"}
+    assert data.validation == {"y": "two"}
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
