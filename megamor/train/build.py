@@ -87,7 +87,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         inputs.origin,
         components,
     )
-    restored = checkpoints.resume(keep=[directory / METRICS_FILE])
+    restored = checkpoints.resume()
     progress, resumption, told = restored or (RunProgress(), None, [])
     budget = Budget(config)
     total_steps = budget.total_steps(progress)
@@ -98,7 +98,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
         print("\n".join(lines), flush=True)
-    if progress.step < config.optim.warmup_steps:
+    if progress.step < config.optim.warmup_steps and not budget.needs_flops:
         validate_length(config, total_steps)  # another batch may have made the run shorter
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
@@ -134,6 +134,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
     )
     if resumption is not None and trainer.is_complete():
         resumption.check_not_finished(progress)
+    if resumption is not None and resumption.returns:
+        kept = checkpoints.set_later_aside(progress, [directory / METRICS_FILE])
+        if kept is not None and world.is_main:
+            print(f"checkpoint.resume_step: later checkpoints and metrics are kept in {kept}", flush=True)
     # Only now, because opening them may create a run in a tracker and removes the lines of steps that will run again.
     trainer.sinks = run_on_all_ranks(lambda: build_sinks(expanded, world, progress, restored is not None))
     return trainer
