@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,6 @@ from megamor.checkpoint import (
     TrainerState,
     check_same_model,
     code_revision,
-    directory_identity,
-    is_copy,
     library_versions,
     restore_rng,
     rng_states,
@@ -25,6 +23,7 @@ from megamor.checkpoint import (
 )
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
 from megamor.checkpoint.state import write_state
+from megamor.checkpoint.trainer_state import directory_identity, is_copy
 from megamor.config import Config, config_to_yaml
 from megamor.config.changes import Effect
 from megamor.config.derive import Consumed
@@ -94,18 +93,12 @@ class RunCheckpoints:
         self.wait()
         # The small state is copied here, before training continues and changes it.
         state = TrainerState(
-            step=progress.step,
-            tokens_seen=progress.tokens_seen,
+            **asdict(progress),
             data=self.loader.state_dict(),
             world_size=self.backend.world_size,
             components={name: component.state_dict() for name, component in self.components.items()},
             backend=resolve_backend(self.config.parallel, self.backend.world_size),
-            flops=progress.flops,
-            seconds=progress.seconds,
-            lr=progress.lr,
-            run_ids=progress.run_ids,
             run_directory=directory_identity(self.manager.directory.parent),
-            resumed_from=progress.resumed_from,
             data_fingerprints=self.origin.data_fingerprints,
             code_revision=self.origin.code_revision,
             versions=self.origin.versions,
@@ -220,16 +213,8 @@ class RunCheckpoints:
             step=state.step,
             draws_random=draws_random(self.config.router),
         )
-        progress = RunProgress(
-            state.step,
-            state.tokens_seen,
-            state.flops or 0.0,
-            seconds=state.seconds,
-            lr=state.lr,
-            run_ids=state.run_ids,
-            resumed_from=state.resumed_from,
-        )
-        return progress, state
+        progress = RunProgress(**{field.name: getattr(state, field.name) for field in fields(RunProgress)})
+        return replace(progress, flops=state.flops or 0.0), state
 
     def _read(self, directory: Path) -> TrainerState:
         """Read and check all that can be refused before weights are overwritten; restores loader and components."""
