@@ -63,10 +63,9 @@ class Quickstart:
         Raises:
             TrainingError: a step failed, or the trained model is no better than a bigram model.
         """
-        from megamor.config.derive import total_steps
-
         self.root.mkdir(parents=True, exist_ok=True)
-        steps = total_steps(self.config)
+        steps = self.config.train.max_steps
+        assert steps is not None, "the quickstart's configuration says max_steps"
         actions = {
             "1 corpus": self.corpus,
             "2 tokenizer": self.tokenizer,
