@@ -104,12 +104,12 @@ def test_the_aux_router_learns_without_shaping_what_it_sees() -> None:
 
 
 def test_a_token_at_the_threshold_continues() -> None:
-    router = new(ExpertChoiceConfig(inference_threshold=0.8))
+    router = new(ExpertChoiceConfig(inference_threshold=0.75))
     torch.nn.init.zeros_(router.heads[1].weight)
     router.heads[1].weight.data[0, 0] = 1.0
-    logit = math.log(0.8 / 0.2)
+    logit = math.log(3)
     states = torch.zeros(BATCH * SEQ_LEN, DIM, dtype=torch.float64)
-    states[:, 0] = torch.tensor([logit, logit - 1e-9, logit + 1e-9, 0.81, 0.0, 5.0] * BATCH, dtype=torch.float64)
+    states[:, 0] = torch.tensor([logit, logit - 1e-9, logit + 1e-9, 0.76, 0.0, 5.0] * BATCH, dtype=torch.float64)
     plan = begin(router, "causal").route(1, states, EVERYTHING)
     assert plan.tokens.rows(CPU).tolist() == [0, 2, 5, 6, 8, 11]
 
