@@ -8,7 +8,7 @@ checkpoints/
   step_00000200/
     state/                         weights, moments and step counts: see `state`
     rng/rank_00000.pt              random states, one file for each rank
-    config.yaml  tokenizer.json  trainer.json
+    config.yaml  tokenizer.json  end_of_text.json  trainer.json
     manifest.json                  every other file with its size and SHA-256; a directory without it is no checkpoint
   .writing_step_00000300/          not published; deleted at the next start
   .replaced_step_00000200/         renamed to make way for a new checkpoint of the same step; deleted at the next start,
@@ -26,6 +26,7 @@ STATE_DIR = "state"
 RNG_DIR = "rng"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT_FILE = "end_of_text.json"
 TRAINER_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"
