@@ -28,6 +28,7 @@ from torch import Tensor
 from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
 from megamor.errors import CheckpointError, ConfigError
+from megamor.lock import WriteLock
 from megamor.model import Transformer
 
 PACKAGE = Path(__file__).parents[1]
@@ -49,8 +50,15 @@ def export_huggingface(
         dtype: type in which weights are stored and loaded; routers stay in fp32.
 
     Raises:
-        ConfigError: `directory` is in use, or the router is custom: its code is not part of megamor.
+        ConfigError: `directory` isn't empty, or the router is custom: its code is not part of megamor.
+        InUseError: another process is writing to `directory`.
     """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with WriteLock(directory, str(directory), "give another output"):
+        return _write_export(model, directory, tokenizer, dtype)
+
+
+def _write_export(model: Transformer, directory: Path, tokenizer: Path | None, dtype: torch.dtype) -> list[Path]:
     config = model.config
     if isinstance(config.router, CustomRouterConfig):
         raise ConfigError(
