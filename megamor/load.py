@@ -17,6 +17,7 @@ from megamor.config import Config, config_from_yaml
 from megamor.errors import ConfigError
 from megamor.interop.export import is_export, read_export
 from megamor.model import Transformer, build_model
+from megamor.routing import refuse_unknown_router
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
 
     Raises:
         CheckpointError: there is no intact checkpoint, or its weights don't fit the model that its config describes.
-        ConfigError: torch doesn't know the device, or doesn't see it.
+        ConfigError: torch doesn't know the device, or doesn't see it; or the config names a custom router that the user
+            hasn't allowed.
     """
     target = usable_device(device)
     if is_export(Path(path)):
@@ -87,6 +89,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+    refuse_unknown_router(config.router, directory)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))

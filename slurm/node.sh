@@ -13,10 +13,10 @@ fail() {
 # Prints run.dir of the run. This is also where a mistake in the configuration is noticed first.
 run_dir() {
     python -c 'import sys
-from megamor.config import load_config
+from megamor.config import expand_paths, load_config
 from megamor.errors import user_errors
 with user_errors():
-    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)' "$CONFIG" "$@"
+    print(expand_paths(load_config(sys.argv[1], sys.argv[2:])).run.dir)' "$CONFIG" "$@"
 }
 
 check() {

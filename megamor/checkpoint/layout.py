@@ -10,6 +10,9 @@ checkpoints/
     rng/rank_00000.pt              random states, one file for each rank
     config.yaml  tokenizer.json  trainer.json
     manifest.json                  every other file with its size and SHA-256; a directory without it is no checkpoint
+  set_aside/                       what a run left behind, kept for people; nothing here is ever resumed or deleted
+    after_step_00000100/           checkpoints, losses and metrics after step 100, from which `checkpoint.resume_step`
+      step_00000200/               started again
   .writing_step_00000300/          not published; deleted at the next start
   .replaced_step_00000200/         renamed to make way for a new checkpoint of the same step; deleted at the next start,
                                    or renamed back if there is no new one
@@ -32,6 +35,7 @@ LATEST = "latest"
 BEST = "best"
 LOSSES_FILE = "validation.json"
 CHECKPOINTS_DIR = "checkpoints"
+SET_ASIDE = "set_aside"
 
 WRITING_PREFIX = ".writing_"
 REPLACED_PREFIX = ".replaced_"

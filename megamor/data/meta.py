@@ -144,6 +144,27 @@ def fingerprint(shard: TokenShard) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def contents_shared(prefix: str, others: Sequence[str]) -> list[str]:
+    """Those of the prefixes `others` that have all tokens of `prefix`, by whatever path they lead to.
+
+    Compared are the ids (size, then the sampled hash of `fingerprint`), and names and counts of the texts in the side
+    files: merged data has those of its parts.
+    """
+    size, texts = os.path.getsize(f"{prefix}.bin"), _texts(prefix)
+    found = []
+    for other in others:
+        same = os.path.getsize(f"{other}.bin") == size
+        same = same and _sampled_sha256(f"{other}.bin") == _sampled_sha256(f"{prefix}.bin")
+        if same or (texts and texts <= _texts(other)):
+            found.append(other)
+    return found
+
+
+def _texts(prefix: str) -> set[str]:
+    meta = read_meta(prefix)
+    return {json.dumps(source, sort_keys=True) for source in meta.sources if source.get("tokens")} if meta else set()
+
+
 def _sampled_sha256(path: str) -> str:
     # Read, not mapped: a page fault would bring in many pages around each block.
     with open(path, "rb", buffering=0) as file:

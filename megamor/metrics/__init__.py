@@ -5,8 +5,7 @@ from megamor.metrics.memory import peak_memory, reset_peak_memory
 from megamor.metrics.progress import TrainingDisplay
 from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, TensorBoardSink, read_jsonl
 from megamor.metrics.throughput import Throughput
-from megamor.metrics.trackers import TrackerSink
-from megamor.metrics.trackio_sink import TrackioSink
+from megamor.metrics.trackers import TrackerSink, TrackioSink
 from megamor.metrics.wandb_sink import WandbSink
 
 __all__ = [

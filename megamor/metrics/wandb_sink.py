@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases. The only module that imports wandb, and only if `metrics.wandb` is set."""
+"""Metrics for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,34 +17,21 @@ class WandbSink(TrackerSink):
     """One wandb run, continued over restarts. What the configuration leaves open is wandb's own choice (WANDB_MODE, …).
 
     Offline, every launch writes its own directory under `directory/wandb` with the same run id; `wandb sync` merges
-    them. A run that can't go online, for lack of a login or of a network, is recorded offline.
-
-    Args:
-        config: the resolved configuration, which is shown with the run.
-        directory: the run's; it exists.
-        run_id: as for `TrackerSink`.
-
-    Raises:
-        ConfigError: wandb is not installed.
+    them. A run that can't go online, for lack of a login or a network, is recorded offline. `directory` is the run's.
     """
 
     name = "wandb"
 
     def __init__(self, config: Config, directory: Path, run_id: str | None = None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("metrics.wandb is on, but wandb is not installed: pip install wandb") from error
-        self._wandb: Any = wandb
-        self._config, self._directory, self._resumes = config, directory, run_id is not None
-        super().__init__(run_id or os.environ.get("WANDB_RUN_ID"))
+        self._directory, self._resumes = directory, run_id is not None
+        super().__init__(config, run_id or os.environ.get("WANDB_RUN_ID"))
 
     def open(self) -> Any:
         """Start online, or offline if that fails."""
-        mode = self._config.metrics.wandb_mode
-        if (mode or self._wandb.setup().settings.mode) == "online":
+        mode = self.config.metrics.wandb_mode
+        if (mode or self.package.setup().settings.mode) == "online":
             try:
-                if not self._wandb.login(prompt=False, verify=False):
+                if not self.package.login(prompt=False, verify=False):
                     raise ConfigError("not logged in")
                 return self._init("online")
             except Exception as error:  # wandb's own classes, and those of the libraries below it
@@ -55,27 +42,27 @@ class WandbSink(TrackerSink):
                 mode = "offline"
         return self._init(mode)
 
+    def send(self, run: Any, step: int, metrics: dict[str, Any]) -> None:
+        """Log `metrics` with `step` as one of them, the x axis: wandb's own step can't go back after a restart."""
+        run.log({"step": step, **metrics})
+
     def _init(self, mode: str | None) -> Any:
-        own, metrics, env = self._wandb.setup().settings, self._config.metrics, os.environ
-        run = self._wandb.init(
-            project=metrics.wandb_project or own.project or "megamor",
+        metrics, env = self.config.metrics, os.environ
+        run = self.package.init(
+            project=metrics.wandb_project or self.package.setup().settings.project or "megamor",
             entity=metrics.wandb_entity,
             group=metrics.wandb_group,
             job_type=metrics.wandb_job_type,
             tags=metrics.wandb_tags or None,
             notes=metrics.wandb_notes,
-            name=None if "WANDB_NAME" in env else self._config.run.name,
+            name=None if "WANDB_NAME" in env else self.config.run.name,
             dir=None if "WANDB_DIR" in env else str(self._directory),
             mode=mode,
             id=self.run_id,
             resume="allow" if self._resumes else None,
-            config=config_to_dict(self._config),
+            config=config_to_dict(self.config),
             # Its capture of stdout breaks the progress display.
-            settings=self._wandb.Settings(console="off", init_timeout=INIT_SECONDS, finish_timeout=UPLOAD_SECONDS),
+            settings=self.package.Settings(console="off", init_timeout=INIT_SECONDS, finish_timeout=UPLOAD_SECONDS),
         )
         run.define_metric("*", step_metric="step")
         return run
-
-    def histogram(self, counts: list[float], edges: list[float]) -> Any:
-        """A `wandb.Histogram`."""
-        return self._wandb.Histogram(np_histogram=(counts, edges))

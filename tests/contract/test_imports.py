@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"checkpoint", "config"},
     "checkpoint": {"config", "files", "ranks"},
     "metrics": {"config", "files", "progress"},
-    "load": {"model", "checkpoint", "config", "interop"},
+    "load": {"model", "routing", "checkpoint", "config", "interop"},
     "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
     "interop": {"model", "routing", "checkpoint", "config", "files", "lock"},
     "serve": {"load", "model", "routing", "checkpoint", "config"},

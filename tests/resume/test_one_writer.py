@@ -85,6 +85,7 @@ def taken_over_after(step: int) -> Spoil:
     return spoil
 
 
+@pytest.mark.promise("R20")
 def test_a_second_launch_is_refused_and_a_killed_one_is_succeeded(base: Config) -> None:
     long = replace(base, train=replace(base.train, max_steps=100_000))
     (holder, _), (other, _) = ranks = start_ranks(_fit_here, long, None, 0, world_size=2)
@@ -110,6 +111,7 @@ def test_a_second_launch_is_refused_and_a_killed_one_is_succeeded(base: Config) 
     holder.join()
 
 
+@pytest.mark.promise("R20")
 def test_of_two_launches_at_the_same_moment_one_trains(base: Config) -> None:
     config = replace(base, train=replace(base.train, max_steps=100))
     launches = [pretrain(config), pretrain(config)]
@@ -123,6 +125,7 @@ def test_of_two_launches_at_the_same_moment_one_trains(base: Config) -> None:
     assert checkpoint_names(base)[-1] == "step_00000100"
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_launch_that_lost_the_run_publishes_nothing(base: Config, asynchronous: bool) -> None:
     config = replace(base, checkpoint=replace(base.checkpoint, asynchronous=asynchronous))
@@ -134,6 +137,7 @@ def test_a_launch_that_lost_the_run_publishes_nothing(base: Config, asynchronous
     assert '"node7"' in lock_of(config).read_text(), "the successor's lock stays"
 
 
+@pytest.mark.promise("R20")
 def test_a_launch_that_lost_the_run_stops_before_its_next_save(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.02)
     config = replace(base, train=replace(base.train, max_steps=100_000), checkpoint=CheckpointConfig(every_steps=10**6))
@@ -154,6 +158,6 @@ def test_the_lock_is_given_back_after_success_and_after_an_error(base: Config) -
     assert not lock_of(base).exists()
     # An error before the first step, in a process that ends as usual.
     launch = pretrain(replace(base, model=replace(base.model, ffn_dim=128)))
-    assert "CheckpointError" in launch.communicate(timeout=120)[1]
+    assert "ffn_dim" in launch.communicate(timeout=120)[1]
     assert launch.returncode == 2
     assert not lock_of(base).exists()

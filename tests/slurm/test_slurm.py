@@ -91,6 +91,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     assert_same_run(trace(straight), trace(config))
 
 
+@pytest.mark.promise("R20")
 def test_srun_alone_starts_one_world_and_a_batch_script_trains_alone(cluster: Cluster, base: Config) -> None:
     """Without slurm/train.sh: `srun python pretrain.py`, and python in a batch script with several tasks."""
     config = replace(base, train=replace(base.train, max_steps=8), parallel=ParallelConfig(backend="ddp"))

@@ -29,6 +29,7 @@ def world(env: dict[str, str]) -> tuple[str, ...]:
     return tuple(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
@@ -73,6 +74,7 @@ def test_a_batch_script_is_one_process_and_says_so(shell: dict[str, str], caplog
     assert world({**shell, **OMPI}) == ("1", "2", "1", "127.0.0.1"), "unless mpirun started it"
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize(
     ("env", "said"),
     [

@@ -88,6 +88,7 @@ def test_the_refusal_names_the_holder(tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "zombie"])
 def test_a_killed_holder_on_this_machine_is_succeeded_at_once(tmp_path: Path, reaped: bool) -> None:
     process = held_by_another(tmp_path / "x")
@@ -118,6 +119,7 @@ def test_a_copied_lock_does_not_count(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.promise("R20")
 def test_a_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign(tmp_path / "x", job="7", restart=1)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -161,6 +163,7 @@ def test_the_jobs_of_another_cluster_are_not_asked_about(
         assert ("waiting up to" in capfd.readouterr().err) is not gone
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.usefixtures("impatient")
 def test_a_silent_holder_elsewhere_is_succeeded_after_a_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     foreign(tmp_path / "x")
@@ -170,6 +173,7 @@ def test_a_silent_holder_elsewhere_is_succeeded_after_a_wait(tmp_path: Path, cap
     assert "it is locked by process 12 on node7" in capfd.readouterr().err
 
 
+@pytest.mark.promise("R20")
 def test_a_heartbeat_from_elsewhere_is_a_refusal(tmp_path: Path) -> None:
     foreign(tmp_path / "x")
     beat = multiprocessing.get_context("fork").Process(target=_touch_later, args=(tmp_path / "x.lock",), daemon=True)
@@ -258,6 +262,7 @@ def _race(path: Path, start: Any, results: Any) -> None:
     lock.release()
 
 
+@pytest.mark.promise("R20")
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 @pytest.mark.parametrize("stale", [0, 1, 3], ids=["free", "stale", "successor died too"])
 def test_of_many_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: int, links: bool) -> None:
