@@ -65,6 +65,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
+    files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
     keep = config.checkpoint
@@ -91,7 +92,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         backend,
         inputs.loader,
         shapes,
-        checkpoint_files(config, inputs.tokenizer),
+        files,
         inputs.origin,
         components,
     )

@@ -23,12 +23,13 @@ from megamor.checkpoint import (
     weight_shapes,
     write_rng,
 )
-from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
+from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
 from megamor.checkpoint.state import write_state
-from megamor.config import Config, config_to_yaml
+from megamor.config import Config, DataConfig, config_to_yaml
 from megamor.config.derive import Consumed
 from megamor.data.loader import TrainingLoader
-from megamor.errors import ConfigError, MegamorError
+from megamor.data.meta import end_of_text
+from megamor.errors import ConfigError, DataError, MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.ranks import run_on_all_ranks
 from megamor.routing import draws_random
@@ -221,6 +222,7 @@ class RunCheckpoints:
         """Read and check all that can be refused before weights are overwritten; restores loader and components."""
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
+        self._check_end_of_text(directory / END_OF_TEXT_FILE)
         self.loader.load_state_dict(state.data)
         # Components that this version doesn't have (or that are switched off) are left out on purpose.
         for name, saved in state.components.items():
@@ -228,7 +230,24 @@ class RunCheckpoints:
                 self.components[name].load_state_dict(saved)
         return state
 
+    def _check_end_of_text(self, stored: Path) -> None:
+        now = str(self.files.get(END_OF_TEXT_FILE, ""))
+        if now and stored.is_file() and (before := stored.read_text(encoding="utf-8")) != now:
+            raise DataError(
+                f"{stored} says that texts end with {before.strip()}, the data's side files say {now.strip()}: "
+                "preprocess the data with the --eod-token of the run's first data"
+            )
 
-def checkpoint_files(config: Config, tokenizer: bytes | None) -> dict[str, str | bytes]:
-    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer."""
-    return {CONFIG_FILE: config_to_yaml(config)} | ({} if tokenizer is None else {TOKENIZER_FILE: tokenizer})
+
+def checkpoint_files(config: Config, data: DataConfig, tokenizer: bytes | None) -> dict[str, str | bytes]:
+    """What makes a checkpoint usable on its own: the resolved configuration, the tokenizer and the end of text.
+
+    `data` is the configuration's with its paths expanded.
+    """
+    files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = tokenizer
+    end = end_of_text([*(source.prefix for source in data.train), *data.validation.values()])
+    if end is not None:
+        files[END_OF_TEXT_FILE] = end.to_json()
+    return files

@@ -117,9 +117,10 @@ def test_documents_are_apart_in_training(tmp_path: Path) -> None:
 def test_the_best_checkpoint_is_that_of_the_inference_rule(tmp_path: Path) -> None:
     assert ValidationLosses({"a": {"topk": 1.0, "causal": 3.0}, "b": {"causal": 4.0}}).mean == 3.5
     config = replace(
-        tiny_run(tmp_path, max_steps=4, eval_every=2), checkpoint=CheckpointConfig(every_steps=2, keep_best=1)
+        tiny_run(tmp_path, max_steps=5, eval_every=2), checkpoint=CheckpointConfig(every_steps=2, keep_best=1)
     )
     assert fit(config, world_size=1) == [True]
+    assert [record["step"] for record in trace(config).validation] == [2, 4, 5]  # and after the last step, always
     losses = json.loads((directory_of(config) / "checkpoints" / "validation.json").read_text())
     logged = {str(r["step"]): r["validation/held_out/loss_causal"] for r in trace(config).validation}
     assert losses == logged
