@@ -13,7 +13,7 @@ import json
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from megamor.corpus.corpora import CORPORA, Corpus, GitHubFiles, HubDataset
 from megamor.errors import DataError
 from megamor.files import draft_for, replace_file, sha256_of_file
+from megamor.lock import WriteLock
 
 GITHUB = "https://raw.githubusercontent.com"
 RECORD = "source.json"
@@ -67,14 +68,25 @@ def fetch(
     if local and not Path(local).exists():
         raise DataError(f"--from {local}: no such file or directory")
     request = _Request(corpus, directory, missing, Path(local) if local else None, revision, advance)
+    is_new = not directory.parent.exists()
     try:
-        if isinstance(corpus.source, HubDataset) and not corpus.source.column:
-            record["files"] += _copy_hub_files(corpus.source, request)
-        else:
-            record["files"] += _write_splits(corpus.source, request)
-        replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with WriteLock(directory, str(directory), "wait for it or choose another --output-dir") as lock:
+            if (_read_record(directory) or new) != record:
+                raise DataError(f"another process has just fetched data to {directory}; run the command again")
+            if isinstance(corpus.source, HubDataset) and not corpus.source.column:
+                files = _copy_hub_files(corpus.source, request)
+            else:
+                files = _write_splits(corpus.source, request)
+            lock.check()
+            record["files"] += files
+            replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{directory} can't be written: {error.strerror or error}") from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written
+                directory.parent.rmdir()
     return record
 
 
