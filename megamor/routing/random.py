@@ -29,7 +29,7 @@ class RandomRouter(ScoredRouter):
 
 
 class RandomSession(ScoredSession):
-    """Random routing during one forward pass. `draw` [B·S] is each token's number in [0, 1)."""
+    """Random routing during one forward pass. `draw` [T] is each token's number in [0, 1)."""
 
     per_row = ("draw",)
 
@@ -38,14 +38,14 @@ class RandomSession(ScoredSession):
         key = context.positions_of(rows.device)
         if context.mode == "train":
             # Different sequences and steps need different draws, or the same positions would always go deep.
-            sequence = torch.arange(len(key), device=rows.device) // context.seq_len
+            sequence = context.everything.sequences(rows.device)
             key = key + (sequence + 1) * 1_000_003 + (context.step + 1) * 998_244_353
         self.draw = uniform_hash(key)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Candidates whose number is below the capacity."""
         z = self.router.score(recursion, rows)
-        self.add_z_loss(z)
+        self.add_z_loss(z, candidates)
         if self.router.capacity[recursion] >= 1.0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
         chosen = candidates.gather(self.draw) < self.router.capacity[recursion]

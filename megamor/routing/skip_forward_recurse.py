@@ -45,7 +45,7 @@ class SkipForwardRecurseRouter(Router):
 class SkipForwardRecurseSession(RoutingSession):
     """Decisions during one forward pass.
 
-    `recursing` [B·S] says which tokens decide again; `reach` is the mean probability of reaching the next decision.
+    `recursing` [T] says which tokens decide again; `reach` is the mean probability of reaching the next decision.
     """
 
     per_row = ("recursing",)
