@@ -39,7 +39,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamor.cli import command_parser, counted
+from megamor.cli import INPUT_KINDS, command_parser, counted, parse_separator
 from megamor.corpus import ACCELERATORS, BUILT_IN_TOKENIZERS, DEFAULT_EOD_TOKENS
 from megamor.errors import ConfigError, user_errors
 
@@ -95,8 +95,7 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
         "--input",
         nargs="+",
         metavar="FILE",
-        help=".jsonl, .ndjson, .json or .txt files, also as .zst, .gz, .bz2 or .xz, .parquet files, or patterns "
-        "of them, whose files are sorted by name",
+        help=INPUT_KINDS,
     )
     source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
     group.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
@@ -210,18 +209,6 @@ def show_progress(texts: TextInput, within: InputRange, resumed: Totals) -> Iter
 def tell(message: str) -> None:
     """Print a message to stderr at once."""
     print(message, file=sys.stderr, flush=True)
-
-
-def parse_separator(text: str) -> str:
-    """Decode a separator's escape sequences, such as `\\n`. Raises ArgumentTypeError for an empty or a wrong one."""
-    try:
-        # Latin-1 is what `unicode_escape` reads; characters that it lacks travel as escape sequences.
-        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error.reason}; write a backslash as \\\\") from error
-    if not separator:
-        raise argparse.ArgumentTypeError("the separator is empty; leave the option out for one document a text")
-    return separator
 
 
 def parse_fractions(split: str | None) -> tuple[float, ...]:
