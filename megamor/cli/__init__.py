@@ -20,6 +20,7 @@ EXIT_BROKEN_PIPE = 141
 COMMANDS: dict[str, str] = {
     "quickstart": "train, interrupt, resume, evaluate and sample a small model in minutes",
     "fetch-data": "download a public corpus",
+    "tokenizer": "train a tokenizer",
     "preprocess": "tokenize text into memory-mapped shards",
     "merge-data": "merge shards into one data set",
     "inspect-data": "show and check a shard",

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megamor.cli import command_parser
+from megamor.corpus import DEFAULT_EOD_TOKENS
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
 from megamor.files import replace_file
 
@@ -62,10 +63,9 @@ class Quickstart:
         Raises:
             TrainingError: a step failed, or the trained model is no better than a bigram model.
         """
-        from megamor.config.derive import total_steps
-
         self.root.mkdir(parents=True, exist_ok=True)
-        steps = total_steps(self.config)
+        steps = self.config.train.max_steps
+        assert steps is not None, "the quickstart's configuration says max_steps"
         actions = {
             "1 corpus": self.corpus,
             "2 tokenizer": self.tokenizer,
@@ -103,18 +103,9 @@ class Quickstart:
         path, vocab_size = self.root / "tokenizer.json", self.config.model.vocab_size
 
         def train() -> None:
-            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+            from megamor.corpus.bpe import train_bpe
 
-            tokenizer = Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                special_tokens=["<|endoftext|>"],
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            )
-            tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
+            tokenizer = train_bpe(sample_documents(self.root / "corpus.jsonl"), vocab_size, DEFAULT_EOD_TOKENS[:1])
             replace_file(path, tokenizer.to_str(pretty=True))
             print(f"{vocab_size:,} entries: {path}")
 

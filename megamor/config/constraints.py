@@ -25,7 +25,13 @@ class Range:
         schema |= {name: getattr(self, name) for name in ("gt", "ge", "lt", "le") if getattr(self, name) is not None}
         if schema["type"] == "float":
             schema["allow_inf_nan"] = False
-        return schema
+            return schema
+        return {"type": "function-before", "function": {"type": "no-info", "function": _whole}, "schema": schema}
+
+
+def _whole(value: Any) -> Any:
+    """`30e9` is the integer 30000000000: YAML has no exponents for integers. Other values as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)

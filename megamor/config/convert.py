@@ -226,8 +226,6 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
 def _advice(found: Any, hint: Any) -> str:
     if hint is str and isinstance(found, bool | int | float):
         return "; quote it to make it a string"
-    if hint is int and isinstance(found, float) and found.is_integer():
-        return f"; write {int(found)}"
     if get_origin(hint) is Literal and (close := _closest(found, map(str, get_args(hint)))):
         return f"; did you mean {close}?"
     return "; remove the section to take its defaults" if is_dataclass(hint) and hint not in _ITEMS else ""

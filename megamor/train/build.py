@@ -14,6 +14,7 @@ from megamor.checkpoint.layout import CHECKPOINTS_DIR
 from megamor.config import Config, expand_paths
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
+from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
@@ -28,9 +29,11 @@ from megamor.metrics import (
     read_jsonl,
 )
 from megamor.model import build_model
+from megamor.model.flops import expected_steps
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
 from megamor.ranks import from_first_rank, run_on_all_ranks
+from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
@@ -54,10 +57,12 @@ def build_trainer(config: Config, world: World) -> Trainer:
         ConfigError, DataError, CheckpointError: on every rank, for anything found on any rank that would make the run
             fail.
     """
-    derived = derive(config, world.size)
+    if config.train.max_flops is not None:
+        validate_length(config, expected_steps(config))
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
+    files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     keep = config.checkpoint
     manager = CheckpointManager(
@@ -79,26 +84,32 @@ def build_trainer(config: Config, world: World) -> Trainer:
         backend,
         inputs.loader,
         shapes,
-        checkpoint_files(config, inputs.tokenizer),
+        files,
         inputs.origin,
         components,
     )
-    restored = checkpoints.restore()
-    progress = restored or RunProgress()
+    restored = checkpoints.resume(keep=[directory / METRICS_FILE])
+    progress, resumption, told = restored or (RunProgress(), None, [])
+    budget = Budget(config)
+    total_steps = budget.total_steps(progress)
+    derived = derive(config, world.size, progress, total_steps)
     if world.is_main:
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
-        print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
-        print("\n".join(inputs.loader.describe(derived.total_steps)), flush=True)
+        lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
+        print("\n".join(lines), flush=True)
+    if progress.step < config.optim.warmup_steps:
+        validate_length(config, total_steps)  # another batch may have made the run shorter
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
     )
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     throughput = Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size)
-    return Trainer(
+    trainer = Trainer(
         config=config,
-        derived=derived,
+        batches=derived.batches,
+        budget=budget,
         model=model,
         backend=backend,
         loader=inputs.loader,
@@ -107,11 +118,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
         progress=progress,
         saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sinks=run_on_all_ranks(lambda: build_sinks(expanded, world, progress, restored is not None)),
+        sinks=[],
         throughput=throughput,
         display=TrainingDisplay(
             config.run.name,
-            derived.total_steps,
+            total_steps,
             start=progress.step,
             enabled=world.is_main and config.metrics.progress,
             console=Console(highlight=False),
@@ -122,6 +133,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
         summary=LaunchSummary(expanded, throughput),
     )
+    if resumption is not None and trainer.is_complete():
+        resumption.check_not_finished(progress)
+    # Only now, because opening them may create a run in a tracker and removes the lines of steps that will run again.
+    trainer.sinks = run_on_all_ranks(lambda: build_sinks(expanded, world, progress, restored is not None))
+    return trainer
 
 
 @dataclass(frozen=True)
