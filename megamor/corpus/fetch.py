@@ -14,7 +14,7 @@ import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megamor.corpus.documents import parse_chunk
 from megamor.corpus.text import SUFFIXES, FileInput, TextInput, find_files, kind_of
 from megamor.errors import DataError
 from megamor.files import draft_for, replace_file, sha256_of_file
+from megamor.lock import WriteLock
 
 GITHUB = "https://raw.githubusercontent.com"
 RECORD = "source.json"
@@ -89,14 +90,25 @@ def fetch(
     unknown = isinstance(corpus.source, HubDataset) and not local and (revision or not corpus.source.revision)
     lenient = allow_mismatch or bool(unknown)
     request = _Request(corpus, directory, missing, Path(local) if local else None, revision, advance, lenient)
+    is_new = not directory.parent.exists()
     try:
-        if isinstance(corpus.source, HubDataset) and not corpus.source.column:
-            record["files"] += _copy_hub_files(corpus.source, request)
-        else:
-            record["files"] += _write_splits(corpus.source, request)
-        replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with WriteLock(directory, str(directory), "wait for it or choose another --output-dir") as lock:
+            if (_read_record(directory) or new) != record:
+                raise DataError(f"another process has just fetched data to {directory}; run the command again")
+            if isinstance(corpus.source, HubDataset) and not corpus.source.column:
+                files = _copy_hub_files(corpus.source, request)
+            else:
+                files = _write_splits(corpus.source, request)
+            lock.check()
+            record["files"] += files
+            replace_file(directory / RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{directory} can't be written: {error.strerror or error}") from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written
+                directory.parent.rmdir()
     return record
 
 

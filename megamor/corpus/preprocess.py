@@ -23,7 +23,7 @@ from megamor.corpus.documents import Counts
 from megamor.corpus.encode import ChunkEncoder, EncodedChunk, EncodeOptions, encode_in_order
 from megamor.corpus.journal import Journal, JournalEntry
 from megamor.corpus.text import FIRST, ChunkId, InputRange, TextInput, kind_of
-from megamor.corpus.writer import ShardWriter, publish_finished
+from megamor.corpus.writer import ShardWriter, lock_prefix, publish_finished
 from megamor.data.meta import ShardMeta
 from megamor.errors import DataError
 from megamor.files import replace_file
@@ -163,7 +163,10 @@ class PreprocessRun:
             if found and found.complete:
                 # Killed between finishing and renaming: only the renames are left.
                 self.totals = Totals.from_json(found.counts)
-                self._publish()
+                with ExitStack() as locks:
+                    for prefix in self._job.prefixes:
+                        locks.enter_context(lock_prefix(prefix))
+                    self._publish()
                 return self.totals
             with ExitStack() as stack:
                 try:
