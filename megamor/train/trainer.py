@@ -28,6 +28,7 @@ from megamor.config.batches import BatchSchedule
 from megamor.config.derive import Consumed
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
+from megamor.lock import WriteLock
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.loss import IGNORE
@@ -75,6 +76,8 @@ class Trainer:
     diagnosis: Diagnosis
     watchdog: Watchdog
     summary: LaunchSummary
+    lock: WriteLock | None = None
+    """Rank 0's, which keeps other launches from writing to the run's directory."""
     stopping: bool = False
     """Whether the ranks have agreed to stop."""
     saved_step: int = 0
@@ -293,6 +296,9 @@ class Trainer:
 
     def write_metrics(self, step: int, metrics: Metrics) -> None:
         """Write figures of `step`. A failure is raised by the next vote, on every rank."""
+        if self.lock is not None and self.lock.lost is not None:
+            self.unwritten = self.unwritten or TrainingError(self.lock.lost)
+            return
         try:
             for sink in self.sinks:
                 sink.log(step, metrics)
@@ -461,3 +467,5 @@ class Trainer:
                     sink.close()
             except OSError as error:
                 log.error("the last metrics are lost: %s", error)
+            if self.lock is not None:
+                self.lock.release()

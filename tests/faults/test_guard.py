@@ -261,3 +261,6 @@ def test_a_rollback_needs_a_checkpoint_and_has_a_limit(tmp_path: Path) -> None:
     first, second = fit_to_failure(config, **both(spiking(20, 24, 36, 40)))
     assert first == second
     assert "after 1 rollbacks" in first
+    # Neither does a rollback count for less if the next one goes back to before it.
+    config = replace(named(config, "further back"), guard=replace(ROLLING_BACK, spike_steps=1))
+    assert "after 1 rollbacks" in fit_to_failure(config, world_size=1, spoil=spiking(24, 28))[0]
