@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megamor.cli import command_parser
+from megamor.corpus import DEFAULT_EOD_TOKENS
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
 from megamor.files import replace_file
 
@@ -53,7 +54,9 @@ class Quickstart:
         ]
         self.config = load_config(CONFIG, self.overrides)
         self._finished = root / "finished.json"
-        self._stamps: dict[str, str] = json.loads(self._finished.read_text()) if self._finished.exists() else {}
+        self._stamps: dict[str, str] = (
+            json.loads(self._finished.read_text(encoding="utf-8")) if self._finished.exists() else {}
+        )
         """For each finished step, the hash of its inputs."""
 
     def run(self) -> None:
@@ -102,18 +105,9 @@ class Quickstart:
         path, vocab_size = self.root / "tokenizer.json", self.config.model.vocab_size
 
         def train() -> None:
-            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+            from megamor.corpus.bpe import train_bpe
 
-            tokenizer = Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                special_tokens=["<|endoftext|>"],
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            )
-            tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
+            tokenizer = train_bpe(sample_documents(self.root / "corpus.jsonl"), vocab_size, DEFAULT_EOD_TOKENS[:1])
             replace_file(path, tokenizer.to_str(pretty=True))
             print(f"{vocab_size:,} entries: {path}")
 
@@ -156,12 +150,12 @@ class Quickstart:
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
             print("counting the n-grams that the network has seen ...", flush=True)
-            figures = make_report(self.latest, json.loads(losses.read_text()), "stdlib", sequences)
+            figures = make_report(self.latest, json.loads(losses.read_text(encoding="utf-8")), "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.
-        self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text()}", report, measure)
-        show_report(json.loads(report.read_text()))
+        self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text(encoding='utf-8')}", report, measure)
+        show_report(json.loads(report.read_text(encoding="utf-8")))
         if self.short:
             print("this was a short run, which only tries the path: without --short the network passes the bigram")
 
@@ -179,7 +173,7 @@ class Quickstart:
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.
-        report = {"seconds": seconds, **json.loads(path.read_text())}
+        report = {"seconds": seconds, **json.loads(path.read_text(encoding="utf-8"))}
         report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
         replace_file(path, json.dumps(report, indent=1) + "\n")
         if report["beats_bigram_by"] <= 0 and not self.short:

@@ -44,11 +44,11 @@ class Budget:
 
     def lr(self, done: Consumed) -> float:
         """Learning rate of the step after `done`."""
-        optim, train = self.config.optim, self.config.train
-        if train.max_flops is not None:
-            return optim.lr * lr_multiplier_of_budget(done.step, done.flops / train.max_flops, optim)
-        if train.max_tokens is not None and self.open_ended:
-            return optim.lr * lr_multiplier_of_budget(done.step, done.tokens_seen / train.max_tokens, optim)
+        optim, max_tokens = self.config.optim, self.config.train.max_tokens
+        if self.config.train.max_flops is not None:
+            return optim.lr * lr_multiplier_of_budget(done.step, done.flops / self.config.train.max_flops, optim)
+        if max_tokens is not None and self.open_ended:
+            return optim.lr * lr_multiplier_of_budget(done.step, done.tokens_seen / max_tokens, optim)
         steps = total_steps(self.config, done)
         assert steps is not None
         return optim.lr * lr_multiplier(done.step, optim, steps)
