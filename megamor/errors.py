@@ -28,12 +28,20 @@ class DataError(MegamorError):
     """A data set, raw text or tokenizer that is damaged or doesn't fit the run."""
 
 
+class TextError(DataError):
+    """A text that the tokenizer can't represent."""
+
+
 class CheckpointError(MegamorError):
     """A checkpoint that is damaged, incomplete or belongs to another model."""
 
 
 class TrainingError(MegamorError):
     """A run that can't continue, for example after a non-finite gradient."""
+
+
+class InUseError(MegamorError):
+    """Something that another process is writing, or that was taken over from this one."""
 
 
 def print_error(error: MegamorError, rank: int | None = None) -> None:

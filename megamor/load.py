@@ -5,6 +5,7 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
-from megamor.checkpoint.layout import TOKENIZER_FILE
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, config_from_yaml
-from megamor.errors import ConfigError
-from megamor.interop.export import is_export, read_export
+from megamor.errors import CheckpointError, ConfigError
+from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
 
@@ -47,11 +49,30 @@ class LoadedModel:
         Raises:
             CheckpointError: the model was saved without a tokenizer.
         """
-        return stored_file(self.directory, TOKENIZER_FILE)
+        original = self.directory / ORIGINAL_TOKENIZER_FILE
+        return original if original.is_file() else stored_file(self.directory, TOKENIZER_FILE)
+
+    @property
+    def end_of_text(self) -> EndOfText | None:
+        """What ends a text according to the record of the data that the model was trained on; None: unknown.
+
+        Raises:
+            CheckpointError: the record is damaged.
+        """
+        return read_end_of_text(self.directory)
+
+    def codec(self) -> TextCodec:
+        """Load the tokenizer as the model was trained with it, and the end of text.
+
+        Raises:
+            CheckpointError: the model was saved without a tokenizer, or its record of the end of text is damaged.
+            DataError: the tokenizer is damaged, or doesn't have the end of text.
+        """
+        return TextCodec.load(self.tokenizer_path, record=self.end_of_text)
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer; raises what `tokenizer_path` raises."""
-        return Tokenizer.from_file(str(self.tokenizer_path))
+        """The tokenizer of `codec`."""
+        return self.codec().tokenizer
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -97,6 +118,18 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     model.to_empty(device=target)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def read_end_of_text(directory: Path) -> EndOfText | None:
+    """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
+    path = directory / END_OF_TEXT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return EndOfText(str(content["token"]), int(content["id"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -69,6 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
     # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.
+    args: argparse.Namespace
     args, rest = parser.parse_known_args(argv)
     args.overrides = [word for word in rest if re.match(r"\w[^\s=]*=", word)] if "config" in args else []
     unknown = [word for word in rest if word not in args.overrides]

@@ -20,10 +20,10 @@ from megamor.errors import user_errors
 
 def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     """Print a row for each data set and way of routing; fits 80 columns."""
-    from rich.console import Console
     from rich.table import Table
 
     from megamor.data.dataset import short_names
+    from megamor.progress import plain_console
 
     print(f"validation loss of {origin}")
     table = Table()
@@ -36,7 +36,7 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
             if f"loss_{mode}" in figures:
                 loss, ppl, depth = (figures[f"{figure}_{mode}"] for figure in ("loss", "perplexity", "mean_depth"))
                 table.add_row(name, label, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
-    Console(highlight=False).print(table)
+    plain_console().print(table)
 
 
 @user_errors()
@@ -56,21 +56,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
 
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
+    from megamor.progress import plain_console
 
     loaded = load_model(arguments.checkpoint, arguments.device)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+    terminal = plain_console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
             results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
     show(results, loaded.origin)
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results
-        arguments.json.write_text(json.dumps(only, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(only, indent=1) + "\n", encoding="utf-8")

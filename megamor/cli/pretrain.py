@@ -4,6 +4,7 @@ examples:
   megamor pretrain --config configs/mor_135m.yaml --dry-run --nodes 4 --processes 8
   megamor pretrain --config configs/quickstart.yaml optim.lr=1e-3 run.name=lower_lr
   torchrun --nproc-per-node 8 pretrain.py --config configs/mor_360m.yaml
+  srun --nodes 2 --ntasks-per-node 8 megamor pretrain --config configs/mor_360m.yaml
   deepspeed pretrain.py --config configs/mor_360m.yaml parallel.backend=deepspeed parallel.zero_stage=2
 
 A run resumes from its newest checkpoint (in run.dir/run.name/checkpoints) if there is one. On Ctrl-C, SIGTERM or
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
+    from megamor.parallel.launch import adopt_launch
+
+    adopt_launch()
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)

@@ -318,10 +318,24 @@ class MetricsConfig:
     """Write TensorBoard files."""
     wandb: bool = False
     """Send to Weights & Biases."""
-    wandb_project: str = "megamor"
-    """Project at Weights & Biases."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """`offline` keeps the records for `wandb sync`."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` keeps the records for `wandb sync`. Null: wandb's own choice (`WANDB_MODE`)."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases. Null: `WANDB_PROJECT`, else `megamor`."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases. Null: wandb's own choice, as for the following."""
+    wandb_group: str | None = None
+    """Group of runs that this run belongs to."""
+    wandb_job_type: str | None = None
+    """Kind of run within the group."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    wandb_notes: str | None = None
+    """Description of the run."""
+    trackio: bool = False
+    """Send to Trackio, if it is installed."""
+    trackio_project: str = "megamor"
+    """Project in Trackio."""
 
 
 @dataclass(frozen=True)

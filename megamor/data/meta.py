@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megamor.codec import EndOfText
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError
 from megamor.files import sha256_of_file
@@ -85,6 +86,27 @@ def read_meta(prefix: str) -> ShardMeta | None:
         raise DataError(f"{path} is not a megamor side file; delete it to treat the pair as foreign data")
     known = {f.name for f in fields(ShardMeta)}
     return ShardMeta(**{key: value for key, value in content.items() if key in known})
+
+
+def end_of_text(prefixes: Iterable[str], *, contained: bool = False) -> EndOfText | None:
+    """The token that ends the texts of data sets, according to their side files; None if none of them says.
+
+    Data sets that contain the token (`eod_appended`) come before those that only name it, which count for nothing if
+    `contained`. Raises DataError if data sets differ.
+    """
+    known = [(prefix, meta) for prefix in prefixes if (meta := read_meta(prefix)) and meta.eod_token is not None]
+    known = [(prefix, meta) for prefix, meta in known if meta.eod_appended] or ([] if contained else known)
+    for prefix, meta in known[1:]:
+        first_prefix, first = known[0]
+        if (meta.eod_token, meta.eod_id) != (first.eod_token, first.eod_id):
+            raise DataError(
+                f"the texts of {first_prefix} end with {first.eod_token} (id {first.eod_id}), those of {prefix} with "
+                f"{meta.eod_token} (id {meta.eod_id}); preprocess one of them again with the other's --eod-token"
+            )
+    for _, meta in known[:1]:
+        if meta.eod_token is not None and meta.eod_id is not None:
+            return EndOfText(meta.eod_token, meta.eod_id)
+    return None
 
 
 def sha256_of_tokenizer(path: str | Path) -> str:

@@ -28,9 +28,11 @@ class Resumption:
     new: Config
     changes: list[Change]
     checkpoints: Path
+    returns: bool
+    """Whether the run goes back to an earlier step, because `checkpoint.resume_step` asks for it."""
 
     @classmethod
-    def of(cls, checkpoint: Path, config: Config, files: Mapping[str, str | bytes]) -> Resumption:
+    def of(cls, checkpoint: Path, config: Config, files: Mapping[str, str | bytes], returns: bool) -> Resumption:
         """Compare the configuration and the tokenizer of `checkpoint` with those of this launch.
 
         Raises:
@@ -53,7 +55,7 @@ class Resumption:
                 + "\nRestore the old values, or start a new run with another run.name. To continue all the same, allow "
                 f"the changes by name: checkpoint.allow_changes=[{names}]"
             )
-        return cls(old, config, found, checkpoint.parent)
+        return cls(old, config, found, checkpoint.parent, returns)
 
     def check_not_finished(self, done: Consumed) -> None:
         """Refuse to end at once, with the results of another configuration.

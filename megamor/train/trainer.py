@@ -28,6 +28,7 @@ from megamor.config.batches import BatchSchedule
 from megamor.config.derive import Consumed
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
+from megamor.lock import WriteLock
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.loss import IGNORE
@@ -75,6 +76,8 @@ class Trainer:
     diagnosis: Diagnosis
     watchdog: Watchdog
     summary: LaunchSummary
+    lock: WriteLock | None = None
+    """Rank 0's, which keeps other launches from writing to the run's directory."""
     stopping: bool = False
     """Whether the ranks have agreed to stop."""
     saved_step: int = 0
@@ -86,11 +89,11 @@ class Trainer:
     unread: deque[UnreadStep] = field(default_factory=deque)
     unwritten: TrainingError | None = None
     """Why this rank couldn't write metrics; the next vote tells the others."""
-    last_step: int | None = None
-    """See `find_last_step`."""
+    data_end: int | None = None
+    """See `find_data_end`."""
 
     def __post_init__(self) -> None:
-        self.last_step = self.find_last_step()
+        self.data_end = self.find_data_end()
 
     def fit(self) -> bool:
         """Train to the last step of this launch. Returns False if a signal ended it early (after saving).
@@ -100,8 +103,7 @@ class Trainer:
         """
         with self.stop, self.display, self.watchdog, self.closed_at_the_end():
             if self.is_over():
-                last = self.budget.describe() if self.last_step is None else self.last_step
-                self.announce(f"step {self.progress.step} is done and the last one asked for is {last}: finished")
+                self.announce(f"step {self.progress.step} is done and {self.describe_end()}: finished")
             if self.is_time_to_evaluate():
                 self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
@@ -294,6 +296,9 @@ class Trainer:
 
     def write_metrics(self, step: int, metrics: Metrics) -> None:
         """Write figures of `step`. A failure is raised by the next vote, on every rank."""
+        if self.lock is not None and self.lock.lost is not None:
+            self.unwritten = self.unwritten or TrainingError(self.lock.lost)
+            return
         try:
             for sink in self.sinks:
                 sink.log(step, metrics)
@@ -323,7 +328,7 @@ class Trainer:
         self.guard.roll_back(spiked_at, (self.loader.consumed_samples, position["consumed_samples"]))
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
-        self.last_step = self.find_last_step()
+        self.data_end = self.find_data_end()
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
         run_on_all_ranks(self.rewind_metrics)
         self.announce(
@@ -335,19 +340,11 @@ class Trainer:
         for sink in self.sinks:
             sink.rewind(self.progress.step)
 
-    def find_last_step(self) -> int | None:
-        """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out.
+    def find_data_end(self) -> int | None:
+        """With `data.on_exhausted: stop`, the last step before one that would read a source again; None if none will.
 
-        None with `train.max_flops` if nothing else ends it.
+        Like `train.stop_at_step`, it doesn't shorten the learning-rate schedule.
         """
-        # `stop_at_step` and exhausted data end a launch but don't shorten the learning-rate schedule.
-        limits = [self.last_step_with_data()]
-        limits += [] if self.budget.needs_flops else [self.budget.total_steps(self.progress)]
-        limits.append(self.config.train.stop_at_step)
-        return min((limit for limit in limits if limit is not None), default=None)
-
-    def last_step_with_data(self) -> int | None:
-        """With `data.on_exhausted: stop`, the last step of the run before one that would read a source again."""
         if self.config.data.on_exhausted != "stop":
             return None
         total = self.budget.total_steps(self.progress)
@@ -358,16 +355,22 @@ class Trainer:
                 return min(last_steps, default=None)
             total *= 2  # an estimate, and the run may become longer
 
+    def is_complete(self) -> bool:
+        """Whether the run has nothing left to train."""
+        step = self.progress.step
+        return self.budget.is_spent(self.progress) or (self.data_end is not None and step >= self.data_end)
+
     def is_over(self) -> bool:
         """Whether this launch has nothing left to train."""
-        return self.budget.is_spent(self.progress) or (
-            self.last_step is not None and self.progress.step >= self.last_step
-        )
+        stop = self.config.train.stop_at_step
+        return self.is_complete() or (stop is not None and self.progress.step >= stop)
 
-    def is_complete(self) -> bool:
-        """Whether the run has, and not only this launch."""
-        data = self.last_step_with_data()
-        return self.budget.is_spent(self.progress) or (data is not None and self.progress.step >= data)
+    def describe_end(self) -> str:
+        """What ends this launch, in words."""
+        ends = [self.data_end, self.config.train.stop_at_step]
+        ends += [] if self.budget.needs_flops else [self.budget.total_steps(self.progress)]
+        known = [end for end in ends if end is not None]
+        return f"the last one asked for is {min(known)}" if known else f"reaches {self.budget.describe()}"
 
     def is_time(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps is due."""
@@ -464,3 +467,5 @@ class Trainer:
                     sink.close()
             except OSError as error:
                 log.error("the last metrics are lost: %s", error)
+            if self.lock is not None:
+                self.lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -88,6 +89,37 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     straight = named(config, "straight")
     assert fit(straight) == [True, True]
     assert_same_run(trace(straight), trace(config))
+
+
+@pytest.mark.promise("R20")
+def test_srun_alone_starts_one_world_and_a_batch_script_trains_alone(cluster: Cluster, base: Config) -> None:
+    """Without slurm/train.sh: `srun python pretrain.py`, and python in a batch script with several tasks."""
+    config = replace(base, train=replace(base.train, max_steps=8), parallel=ParallelConfig(backend="ddp"))
+    alone = replace(named(config, "alone"), parallel=ParallelConfig())
+    script = Path(base.run.dir) / "job.sh"
+    command = f"{sys.executable} {ROOT / 'pretrain.py'} --config"
+    files = {}
+    for each in (config, alone):
+        files[each.run.name] = Path(base.run.dir) / f"{each.run.name}.yaml"
+        files[each.run.name].write_text(config_to_yaml(each))
+    srun = f"srun --nodes=1 --ntasks=2 --overcommit {command} {files['tiny']}"
+    script.write_text(f"#!/bin/bash\nset -e\n{srun}\n{command} {files['alone']}\n")
+    script.chmod(0o755)
+    output = Path(base.run.dir) / "job.log"
+    job = cluster.submit(
+        ["sbatch", "--ntasks=2", "--overcommit", f"--output={output}", script],
+        {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    cluster.wait_for(job, "COMPLETED", "FAILED")
+    said = output.read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", said
+    assert said.count("tiny: starting from the beginning") == said.count("alone: starting from the beginning") == 1
+    assert "so it trains alone, on one of 2 tasks" in said
+    straight = named(config, "straight")
+    assert fit(straight) == [True, True]
+    assert_same_run(trace(straight), trace(config))
+    state = json.loads((Path(base.run.dir) / "alone" / "checkpoints" / "latest" / "trainer.json").read_text())
+    assert state["world_size"] == 1
 
 
 def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
