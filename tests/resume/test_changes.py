@@ -263,6 +263,7 @@ def test_resume_step_continues_as_if_it_had_been_planned(tmp_path: Path, capfd: 
     losses = [[record["train/loss"] for record in run.steps] for run in (found, expected)]
     assert losses[0] == losses[1]
     assert (finished.steps[5]["train/lr"], expected.steps[5]["train/lr"]) == (1.5e-3, 3e-3)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]  # it returned once
     assert {path.name for path in kept.iterdir()} == {"metrics.jsonl", "step_00000006", "validation.json"}
 
 

@@ -322,7 +322,7 @@ def test_vanilla(policy: str) -> None:
 def greedy(model: Transformer, end_token: int | None, **params: object) -> tuple[tuple[int, ...], str | None]:
     """Tokens after a prompt, and why they ended."""
     engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE, end_token=end_token))
-    engine.add_request(TEXT[:9], SamplingParams(max_tokens=6, temperature=0, **params))  # type: ignore[arg-type]
+    engine.add_request(TEXT[:9], SamplingParams(max_tokens=6, temperature=0, **params))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
