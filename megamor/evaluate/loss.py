@@ -16,6 +16,7 @@ from megamor.data.loader import open_validation_sets
 from megamor.data.meta import end_of_text
 from megamor.errors import DataError
 from megamor.model import ModelOutput, Transformer
+from megamor.model.loss import IGNORE
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
@@ -45,14 +46,14 @@ def summed_loss(
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
-            documents = None if batch.documents is None else batch.documents.to(device)
-            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode, documents=documents)
+            arguments = batch.arguments(device)
+            out = model(**arguments, mode=mode)
         assert out.loss_sum is not None
         assert out.num_tokens is not None
         total[0] += out.loss_sum
         total[1] += out.num_tokens
         if out.depth is not None:
-            total[2] += (out.depth * (batch.labels.to(device) != -100)).sum()
+            total[2] += (out.depth * (arguments["labels"] != IGNORE)).sum()
     return total
 
 

@@ -132,8 +132,8 @@ class RoutingSession(ABC):
             return candidates, None
         return candidates.where(candidates.gather(bounds.most) > recursion)
 
-    def weights(self, tokens: TokenSet) -> Tensor | None:
-        """Weights [N] of `tokens` in a mean over them; None if all have the same.
+    def weights(self, tokens: TokenSet, dtype: torch.dtype) -> Tensor | None:
+        """Weights [N] of `tokens` in a mean over them, in `dtype`; None if all have the same.
 
         Where sequences have different numbers of tokens, the mean is that of the sequences' own means, each weighted by
         the length of the sequence. It then doesn't depend on which sequences share a micro-batch.
@@ -142,8 +142,8 @@ class RoutingSession(ABC):
             return None
         whole = self.context.everything
         lengths = whole.lengths if whole.lengths is not None else torch.full_like(tokens.lengths, whole.max_length)
-        shares = lengths / (len(whole) * tokens.lengths.clamp_min(1))
-        return shares[tokens.sequences(shares.device)]
+        shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
+        return shares.to(dtype)[tokens.sequences(shares.device)]
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
