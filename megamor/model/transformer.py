@@ -22,12 +22,13 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
-from megamor.model.layouts import Geometry
+from megamor.model.layouts import Geometry, document_starts
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
+from megamor.routing.random import text_keys
 
 
 class ModelOutput(NamedTuple):
@@ -88,6 +89,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         bounds: DepthBounds | None = None,
+        first_sequence: int = 0,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -95,7 +97,8 @@ class Transformer(nn.Module):
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
-        token, in the causal mode.
+        token, in the causal mode. `first_sequence` is the number of the first sequence in the batch of the step, over
+        all ranks and micro-batches.
         """
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         start = 0 if cache is None else cache.num_tokens
@@ -104,7 +107,17 @@ class Transformer(nn.Module):
         x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
         routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
-            context = RoutingContext(geometry.batch, geometry.seq_len, mode, step, geometry.positions, bounds)
+            context = RoutingContext(
+                geometry.batch,
+                geometry.seq_len,
+                mode,
+                step,
+                geometry.positions,
+                bounds,
+                self.config.run.seed,
+                first_sequence,
+                self.text_keys(inputs, geometry, cache) if self.stage.router.reads_text and mode != "train" else None,
+            )
             routed = self.stage(x, geometry, context, cache)
         x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))
         if cache is not None:
@@ -122,6 +135,16 @@ class Transformer(nn.Module):
         depth = None if routed.depth is None else routed.depth.view(inputs.shape)
         _, losses, ratios, totals, _, work = routed
         return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
+
+    def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+        """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
+        if cache is not None:
+            inputs = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
+        order = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+        if geometry.documents is not None:
+            order = order - document_starts(geometry.documents.view_as(inputs))
+        keys = text_keys(inputs.flatten(), order.flatten()).view_as(inputs)
+        return keys[:, -geometry.seq_len :].flatten()
 
     def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """x [B·S, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""

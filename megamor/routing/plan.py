@@ -81,6 +81,10 @@ class TokenSet:
             return torch.arange(self.batch + 1, device=device) * self.max_length
         return F.pad(self.lengths.cumsum(0), (1, 0))
 
+    def sequences(self, device: torch.device) -> Tensor:
+        """The sequence of each row of this set, [N]."""
+        return self.rows(device) // self.seq_len
+
     def __len__(self) -> int:
         return self.batch * self.seq_len if self.index is None else self.index.shape[0]
 
@@ -166,22 +170,12 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Tokens whose rows of the stream are multiplied by `weight` [n], which is one in value but carries a gradient."""
-
-    tokens: TokenSet
-    weight: Tensor
-
-
-@dataclass(frozen=True)
 class RoutingPlan:
     """One recursion: the tokens that the core processes, and how the result is combined.
 
-    `indices` [N] are the tokens' indices in the candidates' rows; None means that all candidates are selected. `idle`
-    are candidates that were not selected, if the router learns from that decision too.
+    `indices` [N] are the tokens' indices in the candidates' rows; None means that all candidates are selected.
     """
 
     tokens: TokenSet
     indices: Tensor | None
     mix: Mix
-    idle: Idle | None = None

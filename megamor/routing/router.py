@@ -58,7 +58,9 @@ class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
     `positions` [B·S] are the tokens' positions; None means that they count from 0 in each sequence. `bounds` apply in
-    the causal mode.
+    the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the batch of the step,
+    which all ranks and micro-batches share. `text` [B·S] are the keys that `megamor.routing.random.text_keys` makes of
+    the tokens, in the causal mode for routers that ask for it (`Router.reads_text`).
     """
 
     batch: int
@@ -67,6 +69,14 @@ class RoutingContext:
     step: int = 0
     positions: Tensor | None = None
     bounds: DepthBounds | None = None
+    seed: int = 0
+    first_sequence: int = 0
+    text: Tensor | None = None
+
+    @property
+    def everything(self) -> TokenSet:
+        """Every token of the stream."""
+        return TokenSet.all(self.batch, self.seq_len)
 
     def positions_of(self, device: torch.device) -> Tensor:
         """Positions of all tokens [B·S]."""
@@ -96,6 +106,10 @@ class RoutingSession(ABC):
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Combination weights, once the core's output [N, d] for `plan.tokens` is known."""
         return plan.mix
+
+    def finish(self, result: Tensor) -> Tensor:
+        """The stage's result [B·S, d], to which a router may add gradients of its own."""
+        return result
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
@@ -141,6 +155,8 @@ class Router(nn.Module, ABC):
     """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
 
     causal_in_training: bool = False
+    reads_text: bool = False
+    """Whether the inference rule needs `RoutingContext.text`."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()

@@ -1,35 +1,47 @@
 """Skip, forward or recurse: before each recursion a token chooses one of three actions, with gradients through it.
 
 skip: leave without taking the recursion (cost 0). forward: take it and leave (cost 1). recurse: take it and decide
-again (cost 1 so far). Training samples the choice with straight-through Gumbel-softmax (arXiv 1611.01144); inference
-takes the most probable one. The penalty is on the *expected* depth under the probabilities, which is differentiable, so
-depth can be traded against loss or held at a target.
+again (cost 1 so far). Training samples the choice with the Gumbel-max trick; inference takes the most probable one.
+
+The result of a token is that of the sampled path. Its gradient is that of the mixture over the points at which the
+token could have stopped and that were computed: with the relaxed probabilities P of Gumbel-softmax (arXiv 1611.01144),
+stopping before a recursion weighs P_skip, after it P_forward, and everything later P_recurse.
+
+The penalty is on the *expected* depth under the probabilities, which is differentiable, so depth can be traded against
+loss or held at a target. The most probable choices have another mean depth. With a target, training therefore measures
+the depth of the inference rule too, and shifts the logits of that rule until it is at the target.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megamor.config import SkipForwardRecurseConfig
 from megamor.routing.heads import MLPHead
-from megamor.routing.plan import Idle, Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 SKIP, FORWARD, RECURSE = 0, 1, 2
+SHIFT_RATE = 0.1
+"""Change of the shift for a depth that is wrong by 1, in standard deviations of the logits' difference."""
 
 
 class SkipForwardRecurseRouter(Router):
-    """One network d → hidden → 3 for all recursions."""
+    """One network d → hidden → 3 for all recursions.
+
+    `shift` (with a target depth) is added to the logit of recursing and subtracted from that of skipping, at inference.
+    """
 
     causal_in_training = True
     inference_rule = InferenceRule("argmax_choice", score="router")
+    shift: Tensor | None
 
     def __init__(self, config: SkipForwardRecurseConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
         self.head: nn.Module = MLPHead(dim, 3, config.hidden)
+        self.register_buffer("shift", None if config.target_depth is None else torch.zeros(()))
 
     def begin(self, rows: Tensor, context: RoutingContext) -> SkipForwardRecurseSession:
         """Draw the noise of all decisions at once, so that a token's noise does not depend on other tokens' choices."""
@@ -41,11 +53,33 @@ class SkipForwardRecurseRouter(Router):
         done = min(1.0, step / config.temperature_steps)
         return config.temperature_start + done * (config.temperature_end - config.temperature_start)
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The choice [N] of the inference rule."""
+        if self.shift is not None:
+            logits = torch.stack((logits[:, 0] - self.shift, logits[:, 1], logits[:, 2] + self.shift), dim=1)
+        return logits.argmax(-1)
+
+    @torch.no_grad()
+    def update(self, totals: dict[str, Tensor]) -> None:
+        """Move the shift towards the target depth, by the depth that the inference rule would have had."""
+        if self.shift is None:
+            return
+        assert self.config.target_depth is not None
+        depth, reach = 0.0, 1.0
+        for deciding, taking, recursing in (totals["causal_choices"] / totals["causal_choices"][0, 0]).unbind():
+            seen = deciding.clamp_min(torch.finfo(deciding.dtype).tiny)
+            depth, reach = depth + reach * taking / seen, reach * recursing / seen
+        number, total, squares = totals["margins"]
+        spread = (squares / number - (total / number).square()).clamp_min(1e-8).sqrt()
+        self.shift += (SHIFT_RATE * spread * (self.config.target_depth - depth)).to(self.shift)
+
 
 class SkipForwardRecurseSession(RoutingSession):
     """Decisions during one forward pass.
 
-    `recursing` [B·S] says which tokens decide again; `reach` is the mean probability of reaching the next decision.
+    `recursing` [T] says which tokens decide again; `reach` is the mean probability of reaching the next decision. In
+    training, `arriving` [T] is each token's relaxed probability of what it has sampled so far, and `likely` [T] the
+    weight with which it stands for tokens that follow the inference rule: 0, or 1 over the probability of its path.
     """
 
     per_row = ("recursing",)
@@ -58,9 +92,14 @@ class SkipForwardRecurseSession(RoutingSession):
         self.reach = torch.ones((), dtype=dtype, device=rows.device)
         self.expected_depth = torch.zeros((), dtype=dtype, device=rows.device)
         self.noise: Tensor | None = None
+        # (tokens, weight [n] in the mixture, their state there [n, d]) of every point at which a token could stop.
+        self.stops: list[tuple[TokenSet, Tensor, Tensor]] = []
         if context.mode == "train":
             uniform = torch.rand(router.num_recursions, len(rows), 3, dtype=dtype, device=rows.device)
             self.noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+            self.arriving = self.likely = torch.ones(len(rows), dtype=dtype, device=rows.device)
+            if router.shift is not None:
+                self.totals["causal_choices"] = torch.zeros(router.num_recursions, 3, dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Decide for the candidates that chose to recurse; select those that do not skip."""
@@ -69,31 +108,40 @@ class SkipForwardRecurseSession(RoutingSession):
             deciding, deciding_indices = candidates.where(candidates.gather(self.recursing))
             rows = rows.index_select(0, deciding_indices)
         logits = self.router.head(rows)
-        probabilities, choice, chosen = self.choose(recursion, logits, deciding)
+        probabilities = logits.softmax(-1)
         self.add_expected_depth(recursion, probabilities)
+        if self.noise is None:
+            choice = self.bound_choice(recursion, self.router.likeliest(logits), deciding)
+        else:
+            noisy = logits + deciding.gather(self.noise[recursion])
+            choice = noisy.argmax(-1)
+            self.measure(recursion, logits, probabilities, choice, deciding)
+            relaxed = (noisy / self.router.temperature(self.context.step)).softmax(-1)
+            relaxed = relaxed * deciding.gather(self.arriving).unsqueeze(-1)
+            self.stops.append((deciding, relaxed[:, SKIP], rows.detach()))
+            self.arriving = deciding.scatter(self.arriving, relaxed[:, RECURSE])
+            last = recursion == self.router.num_recursions - 1  # where recursing is another word for stopping
+            self.leaving = relaxed[:, FORWARD] + (relaxed[:, RECURSE] if last else 0.0)
 
-        applies = choice != SKIP
-        tokens, indices = deciding.where(applies)
-        skipping, skipping_indices = deciding.where(~applies)
+        tokens, indices = deciding.where(choice != SKIP)
+        if self.noise is not None:
+            self.leaving = self.leaving.index_select(0, indices)
         self.recursing = deciding.scatter(self.recursing, choice == RECURSE)
-        # In value, a selected row becomes the core's output and a skipping row stays unchanged. The one-hot weights
-        # carry the gradient of the choice; for skipping tokens `Idle` does.
-        mix = Mix(from_core=chosen[:, FORWARD:].sum(-1)[indices], from_stream=chosen[indices, SKIP])
-        idle = Idle(skipping, chosen[skipping_indices, SKIP])
         if deciding_indices is not None:
             indices = deciding_indices[indices]
-        return RoutingPlan(tokens, indices, mix, idle)
+        return RoutingPlan(tokens, indices, Mix())
 
-    def choose(self, recursion: int, logits: Tensor, deciding: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities [N, 3], choice [N], and one-hot choice [N, 3] with the gradient of the tempered softmax."""
-        probabilities = logits.softmax(-1)
-        if self.noise is None:
-            choice = self.bound_choice(recursion, logits.argmax(-1), deciding)
-            return probabilities, choice, F.one_hot(choice, 3).to(logits.dtype)
-        noisy = (logits + deciding.gather(self.noise[recursion])) / self.router.temperature(self.context.step)
-        soft = noisy.softmax(-1)
-        choice = noisy.argmax(-1)
-        return probabilities, choice, F.one_hot(choice, 3).to(soft.dtype) + soft - soft.detach()
+    def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
+        """The core's output replaces the stream."""
+        if self.noise is not None:
+            self.stops.append((plan.tokens, self.leaving, core_output.detach()))
+        return plan.mix
+
+    def finish(self, result: Tensor) -> Tensor:
+        """`result`, unchanged in value, with the gradient of the mixture for the router."""
+        for tokens, weight, states in self.stops:
+            result = tokens.scatter_add(result, (weight - weight.detach()).unsqueeze(-1) * states)
+        return result
 
     def bound_choice(self, recursion: int, choice: Tensor, deciding: TokenSet) -> Tensor:
         """`choice` [N] corrected by the bounds on each token's depth."""
@@ -102,6 +150,24 @@ class SkipForwardRecurseSession(RoutingSession):
             return choice
         choice = torch.where(self.bounded(recursion, choice != SKIP, deciding), choice.clamp_min(FORWARD), SKIP)
         return torch.where(deciding.gather(bounds.least) > recursion + 1, RECURSE, choice)
+
+    @torch.no_grad()
+    def measure(
+        self, recursion: int, logits: Tensor, probabilities: Tensor, choice: Tensor, deciding: TokenSet
+    ) -> None:
+        """Count what the inference rule would have chosen, for `SkipForwardRecurseRouter.update`."""
+        if self.router.shift is None:
+            return
+        # Only tokens whose sampled path is that of the rule so far know its states. Each of them stands for those whose
+        # sample left the path: it counts 1 / (its probability of staying on it).
+        likeliest, weight = self.router.likeliest(logits), deciding.gather(self.likely)
+        marks = torch.stack((torch.ones_like(weight), likeliest != SKIP, likeliest == RECURSE), dim=1)
+        self.totals["causal_choices"][recursion] = (weight.unsqueeze(1) * marks).sum(0)
+        stays = (likeliest == RECURSE) & (choice == RECURSE)
+        self.likely = deciding.scatter(self.likely, torch.where(stays, weight / probabilities[:, RECURSE], 0.0))
+        if recursion == 0:
+            margin = logits[:, RECURSE] - logits[:, SKIP]
+            self.totals["margins"] = torch.stack((torch.ones_like(margin), margin, margin.square())).sum(1)
 
     def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
         """Add recursion r's term of the expected depth a_0 + b_0·(a_1 + b_1·(a_2 + …)); after the last, the loss.

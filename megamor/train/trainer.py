@@ -202,10 +202,19 @@ class Trainer:
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
             # Gradients are accumulated locally and reduced in the last micro-batch only (where the backend can).
             is_last = number == len(batch.micro_batches)
+            # Each rank's micro-batches are one slice of the step's batch, in the order of ranks.
+            first_sequence = (self.backend.rank * len(batch.micro_batches) + number - 1) * len(micro_batch.inputs)
             inputs, labels = self.to_device(micro_batch.inputs), self.to_device(micro_batch.labels)
             documents = None if micro_batch.documents is None else self.to_device(micro_batch.documents)
             with self.backend.forward_context(last_micro_batch=is_last):
-                out = self.backend.model(inputs, labels, mode="train", step=self.progress.step, documents=documents)
+                out = self.backend.model(
+                    inputs,
+                    labels,
+                    mode="train",
+                    step=self.progress.step,
+                    documents=documents,
+                    first_sequence=first_sequence,
+                )
                 loss = self.total_loss(out, token_weight, len(batch.micro_batches))
             self.backend.backward(loss, last_micro_batch=is_last)
             statistics.add(out)
