@@ -42,15 +42,17 @@ def summed_loss(
 
     These are sums, not means, so that results of several ranks or batches can be added. [4]: negative log-likelihood in
     nats, tokens, recursions taken, query-key pairs of a block that sees every token. For a model with a recursion stage
-    [4 + 4·Nr]: also the stage's `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each forward
-    pass runs inside a new `context()`, such as autocast.
+    [4 + 4·Nr]: also the stage's `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each
+    forward pass runs inside a new `context()`, such as autocast.
     """
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
             documents = None if batch.documents is None else batch.documents.to(device)
             out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode, documents=documents)
-        assert out.loss_sum is not None and out.num_tokens is not None and out.pairs is not None
+        assert out.loss_sum is not None
+        assert out.num_tokens is not None
+        assert out.pairs is not None
         recursions = torch.zeros_like(out.num_tokens)
         stage: list[Tensor] = []
         if out.depth is not None and out.work is not None:

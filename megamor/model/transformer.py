@@ -58,12 +58,14 @@ class ParallelPlan:
 
     `units` are modules to shard as one group each, in forward order. The shared core is one of them, so that its
     weights are gathered once per pass; embedding and final norm stay with the root. `shared_core` is the module whose
-    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one.
+    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
+    `router` computes with fp32 weights whatever the precision.
     """
 
     units: list[nn.Module]
     shared_core: nn.Module | None = None
     compile_targets: list[nn.Module] = field(default_factory=list)
+    router: nn.Module | None = None
 
 
 class Transformer(nn.Module):
@@ -191,7 +193,8 @@ class Transformer(nn.Module):
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         core_blocks = [] if self.stage is None else list(self.stage.blocks)
         blocks = [*self.prelude, *core_blocks, *self.coda]
-        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks)
+        router = None if self.stage is None else self.stage.router
+        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks, router)
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding (tied with the head) included."""

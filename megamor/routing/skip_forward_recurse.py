@@ -14,6 +14,8 @@ the depth of the inference rule too, and shifts the logits of that rule until it
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,25 +25,27 @@ from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 SKIP, FORWARD, RECURSE = 0, 1, 2
-SHIFT_RATE = 0.1
-"""Change of the shift for a depth that is wrong by 1, in standard deviations of the logits' difference."""
+SAMPLED, LIKELIEST = 0, 1
+SHIFT_RATE = 0.3
+"""Change of a shift for a depth that is wrong by 1, in standard deviations of the difference of logits."""
 
 
 class SkipForwardRecurseRouter(Router):
     """One network d → hidden → 3 for all recursions.
 
-    `shift` (with a target depth) is added to the logit of recursing and subtracted from that of skipping, at inference.
+    `shifts` [2], with a target depth, are what is added to the logit of recursing and subtracted from that of skipping:
+    where the choice is sampled, and where it is the most probable one.
     """
 
     causal_in_training = True
     inference_rule = InferenceRule("argmax_choice", score="router")
-    shift: Tensor | None
+    shifts: Tensor | None
 
     def __init__(self, config: SkipForwardRecurseConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
         self.head: nn.Module = MLPHead(dim, 3, config.hidden)
-        self.register_buffer("shift", None if config.target_depth is None else torch.zeros(()))
+        self.register_buffer("shifts", None if config.target_depth is None else torch.zeros(2))
 
     def begin(self, rows: Tensor, context: RoutingContext) -> SkipForwardRecurseSession:
         """Draw the noise of all decisions at once, so that a token's noise does not depend on other tokens' choices."""
@@ -53,25 +57,30 @@ class SkipForwardRecurseRouter(Router):
         done = min(1.0, step / config.temperature_steps)
         return config.temperature_start + done * (config.temperature_end - config.temperature_start)
 
-    def likeliest(self, logits: Tensor) -> Tensor:
-        """The choice [N] of the inference rule."""
-        if self.shift is not None:
-            logits = torch.stack((logits[:, 0] - self.shift, logits[:, 1], logits[:, 2] + self.shift), dim=1)
-        return logits.argmax(-1)
+    def shifted(self, logits: Tensor, rule: int) -> Tensor:
+        """`logits` [N, 3] under the shift of `rule`, SAMPLED or LIKELIEST."""
+        if self.shifts is None:
+            return logits
+        return logits + self.shifts[rule] * torch.arange(-1.0, 2.0, device=logits.device)
 
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Move the shift towards the target depth, by the depth that the inference rule would have had."""
-        if self.shift is None:
+        """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
+        if self.shifts is None:
             return
         assert self.config.target_depth is not None
-        depth, reach = 0.0, 1.0
-        for deciding, taking, recursing in (totals["causal_choices"] / totals["causal_choices"][0, 0]).unbind():
-            seen = deciding.clamp_min(torch.finfo(deciding.dtype).tiny)
-            depth, reach = depth + reach * taking / seen, reach * recursing / seen
-        number, total, squares = totals["margins"]
-        spread = (squares / number - (total / number).square()).clamp_min(1e-8).sqrt()
-        self.shift += (SHIFT_RATE * spread * (self.config.target_depth - depth)).to(self.shift)
+        number, total, squares, expected = totals["margins"]
+        depth, reach = torch.zeros_like(number), torch.ones_like(number)
+        for deciding, taking, recursing in totals["causal_choices"].unbind():
+            # Where no sample has followed the rule, tokens that arrive are taken to stop after one more recursion.
+            known = deciding > 0
+            depth = depth + reach * torch.where(known, taking / deciding, 1.0)
+            reach = reach * torch.where(known, recursing / deciding, 0.0)
+        variance = squares / number - (total / number).square()
+        # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
+        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
+        errors = self.config.target_depth - torch.stack((expected / number, depth))
+        self.shifts += (SHIFT_RATE * scale * errors).to(self.shifts)
 
 
 class SkipForwardRecurseSession(RoutingSession):
@@ -98,7 +107,7 @@ class SkipForwardRecurseSession(RoutingSession):
             uniform = torch.rand(router.num_recursions, len(rows), 3, dtype=dtype, device=rows.device)
             self.noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
             self.arriving = self.likely = torch.ones(len(rows), dtype=dtype, device=rows.device)
-            if router.shift is not None:
+            if router.shifts is not None:
                 self.totals["causal_choices"] = torch.zeros(router.num_recursions, 3, dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
@@ -108,12 +117,13 @@ class SkipForwardRecurseSession(RoutingSession):
             deciding, deciding_indices = candidates.where(candidates.gather(self.recursing))
             rows = rows.index_select(0, deciding_indices)
         logits = self.router.head(rows)
-        probabilities = logits.softmax(-1)
+        sampled = self.router.shifted(logits, SAMPLED)
+        probabilities = sampled.softmax(-1)
         self.add_expected_depth(recursion, probabilities)
         if self.noise is None:
-            choice = self.bound_choice(recursion, self.router.likeliest(logits), deciding)
+            choice = self.bound_choice(recursion, self.router.shifted(logits, LIKELIEST).argmax(-1), deciding)
         else:
-            noisy = logits + deciding.gather(self.noise[recursion])
+            noisy = sampled + deciding.gather(self.noise[recursion])
             choice = noisy.argmax(-1)
             self.measure(recursion, logits, probabilities, choice, deciding)
             relaxed = (noisy / self.router.temperature(self.context.step)).softmax(-1)
@@ -139,8 +149,12 @@ class SkipForwardRecurseSession(RoutingSession):
 
     def finish(self, result: Tensor) -> Tensor:
         """`result`, unchanged in value, with the gradient of the mixture for the router."""
+        sampled = result.detach()
         for tokens, weight, states in self.stops:
-            result = tokens.scatter_add(result, (weight - weight.detach()).unsqueeze(-1) * states)
+            # Points that were not computed count as if they had the sampled value. So only differences to it matter:
+            # with weights for the states themselves, a point would seem good or bad for what all points have in common.
+            difference = states - tokens.gather(sampled)
+            result = tokens.scatter_add(result, (weight - weight.detach()).unsqueeze(-1) * difference)
         return result
 
     def bound_choice(self, recursion: int, choice: Tensor, deciding: TokenSet) -> Tensor:
@@ -156,18 +170,19 @@ class SkipForwardRecurseSession(RoutingSession):
         self, recursion: int, logits: Tensor, probabilities: Tensor, choice: Tensor, deciding: TokenSet
     ) -> None:
         """Count what the inference rule would have chosen, for `SkipForwardRecurseRouter.update`."""
-        if self.router.shift is None:
+        if self.router.shifts is None:
             return
         # Only tokens whose sampled path is that of the rule so far know its states. Each of them stands for those whose
         # sample left the path: it counts 1 / (its probability of staying on it).
-        likeliest, weight = self.router.likeliest(logits), deciding.gather(self.likely)
+        likeliest, weight = self.router.shifted(logits, LIKELIEST).argmax(-1), deciding.gather(self.likely)
         marks = torch.stack((torch.ones_like(weight), likeliest != SKIP, likeliest == RECURSE), dim=1)
         self.totals["causal_choices"][recursion] = (weight.unsqueeze(1) * marks).sum(0)
         stays = (likeliest == RECURSE) & (choice == RECURSE)
         self.likely = deciding.scatter(self.likely, torch.where(stays, weight / probabilities[:, RECURSE], 0.0))
         if recursion == 0:
-            margin = logits[:, RECURSE] - logits[:, SKIP]
-            self.totals["margins"] = torch.stack((torch.ones_like(margin), margin, margin.square())).sum(1)
+            margin = (logits[:, RECURSE] - logits[:, SKIP]) / 2
+            zero, one = torch.zeros_like(margin), torch.ones_like(margin)
+            self.totals["margins"] = torch.stack((one, margin, margin.square(), zero)).sum(1)
 
     def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
         """Add recursion r's term of the expected depth a_0 + b_0·(a_1 + b_1·(a_2 + …)); after the last, the loss.
@@ -184,4 +199,6 @@ class SkipForwardRecurseSession(RoutingSession):
             if config.target_depth is not None:
                 penalty = (self.expected_depth - config.target_depth).square()
             self.add_loss("depth_loss", config.depth_coeff * penalty)
+            if "margins" in self.totals:
+                self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)
             self.add_ratio("expected_depth", self.expected_depth, 1.0)
