@@ -5,7 +5,8 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.config import Config, config_from_yaml
+from megamor.config import Config, RandomConfig, config_from_yaml
 from megamor.errors import ConfigError
 from megamor.interop.export import is_export, read_export
 from megamor.model import Transformer, build_model
@@ -87,6 +88,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+    config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
@@ -94,6 +96,13 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     model.to_empty(device=target)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def as_trained(config: Config, names: Iterable[str]) -> Config:
+    """`config` of a model with weights of these `names`, also if the setting they depend on is younger than it."""
+    if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in names):
+        return replace(config, router=replace(config.router, gates="learned"))
+    return config
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -163,7 +163,7 @@ class ZeroState:
         # Each element is held by one rank, so a sum over the ranks gathers them, in one reduction.
         together = torch.cat([*flat.values()])
         dist.all_reduce(together)
-        parts = together.split([len(values) for values in flat.values()])
+        parts = torch.split(together, [len(values) for values in flat.values()])
         return {name: values.view(shapes[name]) for name, values in zip(flat, parts, strict=True)}
 
     def fill(self, part: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -58,9 +58,9 @@ class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
     `positions` [B·S] are the tokens' positions; None means that they count from 0 in each sequence. `bounds` apply in
-    the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the batch of the step,
-    which all ranks and micro-batches share. `text` [B·S] are the keys that `megamor.routing.random.text_keys` makes of
-    the tokens, in the causal mode for routers that ask for it (`Router.reads_text`).
+    the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the batch of the
+    step, which all ranks and micro-batches share. `text` [B·S] are the keys that `megamor.routing.random.text_keys`
+    makes of the tokens, outside training for routers that ask for it (`Router.reads_text`).
     """
 
     batch: int

@@ -342,7 +342,7 @@ class Runner:
         """`RoutingContext.text` of all rows of `chunks`."""
         texts = [chunk.sequence.tokens[: chunk.start + chunk.length] for chunk in chunks]
         ids, order = self.tensor([[i for text in texts for i in text], [n for text in texts for n in range(len(text))]])
-        keys = text_keys(ids, order).split([len(text) for text in texts])
+        keys = torch.split(text_keys(ids, order), [len(text) for text in texts])
         return torch.cat([found[-chunk.length :] for found, chunk in zip(keys, chunks, strict=True)])
 
     def address(self, pages: Sequence[int], entry: int) -> int:
