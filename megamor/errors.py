@@ -28,6 +28,10 @@ class DataError(MegamorError):
     """A data set, raw text or tokenizer that is damaged or doesn't fit the run."""
 
 
+class TextError(DataError):
+    """A text that the tokenizer can't represent."""
+
+
 class CheckpointError(MegamorError):
     """A checkpoint that is damaged, incomplete or belongs to another model."""
 

@@ -5,19 +5,22 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
-from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.config import Config, RandomConfig, config_from_yaml
-from megamor.errors import ConfigError
-from megamor.interop.export import is_export, read_export
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.codec import EndOfText, TextCodec
+from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
+from megamor.errors import CheckpointError, ConfigError
+from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
+from megamor.routing import refuse_unknown_router
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,30 @@ class LoadedModel:
         Raises:
             CheckpointError: the model was saved without a tokenizer.
         """
-        return stored_file(self.directory, TOKENIZER_FILE)
+        original = self.directory / ORIGINAL_TOKENIZER_FILE
+        return original if original.is_file() else stored_file(self.directory, TOKENIZER_FILE)
+
+    @property
+    def end_of_text(self) -> EndOfText | None:
+        """What ends a text according to the record of the data that the model was trained on; None: unknown.
+
+        Raises:
+            CheckpointError: the record is damaged.
+        """
+        return read_end_of_text(self.directory)
+
+    def codec(self) -> TextCodec:
+        """Load the tokenizer as the model was trained with it, and the end of text.
+
+        Raises:
+            CheckpointError: the model was saved without a tokenizer, or its record of the end of text is damaged.
+            DataError: the tokenizer is damaged, or doesn't have the end of text.
+        """
+        return TextCodec.load(self.tokenizer_path, record=self.end_of_text)
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer; raises what `tokenizer_path` raises."""
-        return Tokenizer.from_file(str(self.tokenizer_path))
+        """The tokenizer of `codec`."""
+        return self.codec().tokenizer
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -78,7 +100,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
 
     Raises:
         CheckpointError: there is no intact checkpoint, or its weights don't fit the model that its config describes.
-        ConfigError: torch doesn't know the device, or doesn't see it.
+        ConfigError: torch doesn't know the device, or doesn't see it; or the config names a custom router that the user
+            hasn't allowed.
     """
     target = usable_device(device)
     if is_export(Path(path)):
@@ -88,6 +111,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+    refuse_unknown_router(config.router, directory)
     config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
@@ -98,11 +122,25 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     return LoadedModel(model.eval(), config, directory, step, target)
 
 
-def as_trained(config: Config, names: Iterable[str]) -> Config:
-    """`config` of a model with weights of these `names`, also if the setting they depend on is younger than it."""
-    if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in names):
+def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
+    """`config` of the model with these `weights`, to which what an earlier version lacked is added."""
+    if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in weights):
         return replace(config, router=replace(config.router, gates="learned"))
+    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.target_depth is not None:
+        weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
+
+
+def read_end_of_text(directory: Path) -> EndOfText | None:
+    """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
+    path = directory / END_OF_TEXT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return EndOfText(str(content["token"]), int(content["id"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -23,8 +23,19 @@ from rich.text import Text
 LOG_SECONDS = 30.0
 """Seconds between two lines where the output isn't a terminal."""
 
+UNLIMITED_COLUMNS = 10_000
+"""Width of output that isn't a terminal: 80 columns would break lines that another program reads."""
+
 # Rates and remaining times are means over this many seconds: long enough for several optimizer steps of a minute each.
 _RATE_SECONDS = 600.0
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: no markup, no emoji, no highlights, and no wrapping except on a terminal."""
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = UNLIMITED_COLUMNS
+    return console
 
 
 class ProgressDisplay:

@@ -3,7 +3,7 @@
 #
 #   slurm/mor_1b.sh [key=value ...]                   with the settings of slurm/cluster.sh
 #   NODES=2 GPUS=4 LAUNCHER=deepspeed slurm/mor_1b.sh   variables: see slurm/train.sh
-#   sbatch [options] slurm/mor_1b.sh [key=value ...]  from the root of the repository, with slurm's own settings
+#   sbatch [options] slurm/mor_1b.sh [key=value ...]  with slurm's own settings, without cluster.sh and its checks
 #
 # The job saves and stops before its time limit or when it is preempted, is queued again, and goes on. docs/slurm.md
 #SBATCH --job-name=mor_1b
@@ -19,7 +19,12 @@
 #SBATCH --output=%x_%j.log
 set -euo pipefail
 : "${CONFIG:=configs/mor_1b.yaml}"
-scripts=$(dirname "$(realpath "$0")")
-if [[ ! -e $scripts/train.sh ]]; then scripts=${MEGAMOR_ROOT:-$SLURM_SUBMIT_DIR}/slurm; fi # slurm runs a copy
+for scripts in "$(dirname "$(realpath "$0")")" "${MEGAMOR_ROOT:-${SLURM_SUBMIT_DIR:-.}}"{/slurm,}; do # slurm runs a copy
+    if [[ -e $scripts/train.sh ]]; then break; fi
+done
+if [[ ! -e $scripts/train.sh ]]; then
+    echo "there is no train.sh in $scripts: submit from the root of the repository or set MEGAMOR_ROOT to it" >&2
+    exit 2
+fi
 # shellcheck source=slurm/train.sh
 source "$scripts/train.sh"

@@ -10,13 +10,13 @@ fail() {
     exit 2
 }
 
-# Prints run.dir of the run. This is also where a mistake in the configuration is noticed first.
+# Prints run.dir of the run.
 run_dir() {
     python -c 'import sys
-from megamor.config import load_config
+from megamor.config import expand_paths, load_config
 from megamor.errors import user_errors
 with user_errors():
-    print(load_config(sys.argv[1], sys.argv[2:]).run.dir)' "$CONFIG" "$@"
+    print(expand_paths(load_config(sys.argv[1], sys.argv[2:])).run.dir)' "$CONFIG" "$@"
 }
 
 check() {
@@ -26,6 +26,9 @@ check() {
     python -c 'import sys, importlib.util as modules
 sys.exit(not all(map(modules.find_spec, ("torch", "megamor"))))' ||
         fail "megamor isn't installed in $(command -v python): see README.md"
+    # Configuration, data and tokenizer, before any process is started.
+    python "$root/pretrain.py" --config "$CONFIG" "$@" --dry-run --nodes "${SLURM_NNODES:-1}" \
+        --processes "${PROCESSES:-1}" >/dev/null || fail "the run can't start here: see above"
     directory=$(run_dir "$@") || exit 2
     mark=$directory/.job_$SLURM_JOB_ID
     if [[ $SLURM_NODEID = 0 ]]; then

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Preprocesses a large corpus on a cluster: an array of jobs, each for a part of the files, and a job that merges them.
 #
-#   SHARDS=30 CPUS=16 TIME=12:00:00 slurm/preprocess.sh --input 'pile/train/*.jsonl.zst' --tokenizer tok.json \
-#       --output-prefix data/pile --append-eod
+#   SHARDS=30 CPUS=16 TIME=12:00:00 slurm/preprocess.sh --input 'pile/train/*.jsonl.zst' --tokenizer data/tokenizer.json \
+#       --output-prefix data/pile_train --append-eod
 #
 # The arguments are those of tools/preprocess.py, but for --workers and --shard. Variables:
 #   SHARDS  parts of about equal size (default 30, the number of The Pile's training files)

@@ -13,6 +13,7 @@
 #   PROCESSES          processes on each node; default: its GPUs, or 1 without any
 #   MASTER_ADDR, MASTER_PORT  where the processes meet; default: the job's first node, a port derived from the job's id
 #   DEEPSPEED_ARGS     default parallel.backend=deepspeed
+#   CHECK              0 submits without checking configuration, data and tokenizer first
 
 : "${LAUNCHER:=torchrun}" "${NODES:=}" "${GPUS:=}" "${TIME:=}" "${MARGIN:=600}" "${MAX_REQUEUES:=100}"
 : "${DEEPSPEED_ARGS:=parallel.backend=deepspeed}" "${CONFIG:?the script that sources slurm/train.sh sets CONFIG}"
@@ -30,8 +31,37 @@ fail() {
     exit 2
 }
 
+# Finds on the login node what would end the job at its start, before the queue is waited for. The lines of a sweep are
+# checked by their jobs.
+check_before_queue() {
+    if [[ ${CHECK:-1} = 0 ]]; then return; fi
+    if [[ -n $CLUSTER_CONTAINER ]] || ! (cluster_exec python -c 'import torch, megamor') 2>/dev/null; then
+        echo "megamor doesn't run on this machine: the job will check configuration and data" >&2
+        return
+    fi
+    local nodes=${NODES:-$(directive nodes)} gpus=${GPUS:-$(directive gpus-per-node)} further
+    further=$(launcher_overrides) || exit 2
+    read -r -a further <<<"$further"
+    gpus=${gpus##*:} # may be type:number
+    (cluster_exec python "$root/pretrain.py" --config "$CONFIG" --dry-run --nodes "${nodes%%-*}" \
+        --processes "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" "$@" "${further[@]}") ||
+        fail "not submitted: see above (CHECK=0 submits without this check)"
+}
+
+# The value of an #SBATCH line of the script.
+directive() { sed -n "s/^#SBATCH --$1=//p" "$root/slurm/$(basename "$0")"; }
+
+launcher_overrides() {
+    case $LAUNCHER in
+    deepspeed) echo "$DEEPSPEED_ARGS" ;;
+    torchrun) ;;
+    *) fail "LAUNCHER is $LAUNCHER: give torchrun or deepspeed" ;;
+    esac
+}
+
 submit() {
     cd "$root" || exit 2
+    check_before_queue "$@"
     mkdir -p "$CLUSTER_LOGS"
     cluster_sbatch_options
     local options=("--output=$CLUSTER_LOGS/%x_%j.log" "--signal=B:USR1@$MARGIN")
@@ -75,14 +105,10 @@ train() {
 
 # Sets `overrides`: the arguments, those of LAUNCHER, and the line of this task in a sweep.
 collect_overrides() {
-    overrides=("$@")
-    if [[ $LAUNCHER = deepspeed ]]; then
-        local further
-        read -r -a further <<<"$DEEPSPEED_ARGS"
-        overrides+=("${further[@]}")
-    elif [[ $LAUNCHER != torchrun ]]; then
-        fail "LAUNCHER is $LAUNCHER: give torchrun or deepspeed"
-    fi
+    local further
+    further=$(launcher_overrides) || exit 2
+    read -r -a further <<<"$further"
+    overrides=("$@" "${further[@]}")
     if [[ -z ${MEGAMOR_SWEEP:-} ]]; then return; fi
     local line settings
     line=$(sed -n "${SLURM_ARRAY_TASK_ID:?a sweep is an array of jobs: use slurm/sweep.sh}p" "$MEGAMOR_SWEEP")

@@ -38,6 +38,13 @@ PROMISES: dict[str, str] = {
     "R15": "serving equals the full forward pass, token for token",
     "R16": "bad input is one clear error, a status other than 0, and nothing half-written",
     "R17": "tests don't disappear quietly",
+    "R18": "padding changes nothing: a document in a padded window has the depths and losses that it has alone",
+    "R19": "a resume keeps what the weights mean, and says what else has changed",
+    "R20": "a run directory has one writer",
+    "R21": "tokens and FLOPs asked for are those trained, whatever changes at a resume",
+    "R22": "one text is one sequence of ids in every part, and nothing of it is lost",
+    "R25": "any value of any setting reads back equal through every reader",
+    "R26": "a checkpoint from elsewhere runs none of its code",
 }
 """Promise by number. The marked tests say what is checked."""
 

@@ -54,9 +54,10 @@ class Table:
         from rich.console import Console
         from rich.markdown import Markdown
 
-        # A file has no width of its own, and 80 columns would wrap the headers.
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(Markdown("\n".join(self.markdown())))
+        lines = [*self.markdown()]
+        # A file has no width of its own, and 80 columns would wrap headers and notes.
+        console = Console(width=None if sys.stdout.isatty() else max(160, *map(len, lines)))
+        console.print(Markdown("\n".join(lines)))
 
 
 def text(path: str) -> Callable[[Row], str]:

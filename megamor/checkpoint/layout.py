@@ -8,8 +8,11 @@ checkpoints/
   step_00000200/
     state/                         weights, moments and step counts: see `state`
     rng/rank_00000.pt              random states, one file for each rank
-    config.yaml  tokenizer.json  trainer.json
+    config.yaml  tokenizer.json  end_of_text.json  trainer.json
     manifest.json                  every other file with its size and SHA-256; a directory without it is no checkpoint
+  set_aside/                       what a run left behind, kept for people; nothing here is ever resumed or deleted
+    after_step_00000100/           checkpoints, losses and metrics after step 100, from which `checkpoint.resume_step`
+      step_00000200/               started again
   .writing_step_00000300/          not published; deleted at the next start
   .replaced_step_00000200/         renamed to make way for a new checkpoint of the same step; deleted at the next start,
                                    or renamed back if there is no new one
@@ -26,12 +29,14 @@ STATE_DIR = "state"
 RNG_DIR = "rng"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT_FILE = "end_of_text.json"
 TRAINER_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"
 BEST = "best"
 LOSSES_FILE = "validation.json"
 CHECKPOINTS_DIR = "checkpoints"
+SET_ASIDE = "set_aside"
 
 WRITING_PREFIX = ".writing_"
 REPLACED_PREFIX = ".replaced_"

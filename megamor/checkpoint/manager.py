@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,8 @@ from typing import TypeVar
 from megamor.checkpoint import commit, layout
 from megamor.checkpoint.manifest import create_manifest, find_damage, manifest_json, summary
 from megamor.checkpoint.retention import Retention, read_losses, write_losses
+from megamor.checkpoint.set_aside import restore_links, set_aside_after
+from megamor.checkpoint.trainer_state import TrainerState
 from megamor.errors import CheckpointError
 from megamor.files import sync_tree, write_durably
 from megamor.ranks import Ranks, describe
@@ -116,14 +119,12 @@ class CheckpointManager:
         if at_most is not None:
             candidates = [step for step in candidates if step <= at_most]
         for step in candidates:
-            checkpoint = self.directory / layout.step_name(step)
-            damage = self._find_damage(checkpoint)
+            damage = self._find_damage(self.directory / layout.step_name(step))
             if not damage:
-                self.ranks.run_on_all(f"looking for {checkpoint}", partial(_wait_until, _is_visible, checkpoint))
-                return checkpoint
+                return self._visible(step)
             self._damaged.add(step)
             if self.ranks.rank == 0:
-                log.error("%s is damaged and not used: %s", checkpoint, summary(damage))
+                log.error("%s is damaged and not used: %s", self.directory / layout.step_name(step), summary(damage))
         if candidates:
             # Starting over would look like success, and its saves would replace what may still be recoverable.
             raise CheckpointError(
@@ -131,6 +132,36 @@ class CheckpointManager:
                 "or move the directory away to start from the beginning"
             )
         return None
+
+    def valid(self, step: int) -> Path:
+        """The checkpoint of `step`.
+
+        Raises:
+            CheckpointError: there is none, or it isn't whole.
+        """
+        if step not in (steps := self._candidates()):
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has those of steps: {there}")
+        if damage := self._find_damage(self.directory / layout.step_name(step)):
+            raise CheckpointError(f"the checkpoint of step {step} is damaged: {summary(damage)}")
+        return self._visible(step)
+
+    def resumed_from(self) -> int | None:
+        """The last `checkpoint.resume_step` that the run followed, as its newest readable checkpoint says."""
+
+        def read() -> int | None:
+            root = self.directory
+            for step in layout.by_preference(layout.published_steps(root), layout.latest_step(root)):
+                with suppress(CheckpointError):
+                    return TrainerState.read(root / layout.step_name(step)).resumed_from
+            return None
+
+        return self._on_first_rank("reading the newest checkpoint", read)
+
+    def set_aside_after(self, step: int, also: Sequence[Path] = ()) -> Path | None:
+        """See `set_aside.set_aside_after`."""
+        move = partial(set_aside_after, self.directory, step, also)
+        return self._on_first_rank("setting later checkpoints aside", move)
 
     def record_loss(self, step: int, loss: float) -> None:
         """Store the validation loss of `step`, saved or not, for `keep_best`. For rank 0 alone, from any thread.
@@ -149,6 +180,11 @@ class CheckpointManager:
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         commit.sweep(self.directory)
+        restore_links(self.directory)
+        # A directory that can't be written to must be found now, not at the first save.
+        probe = layout.draft_of(self.directory / "probe")
+        probe.touch()
+        probe.unlink()
 
     def _clear(self) -> None:
         try:
@@ -239,6 +275,12 @@ class CheckpointManager:
             ranked = Retention.ranked(layout.published_steps(self.directory), read_losses(self.directory))
             if ranked:
                 commit.point(self.directory / layout.BEST, layout.step_name(ranked[0]))
+
+    def _visible(self, step: int) -> Path:
+        """The whole checkpoint of `step`, once every rank sees it."""
+        checkpoint = self.directory / layout.step_name(step)
+        self.ranks.run_on_all(f"looking for {checkpoint}", partial(_wait_until, _is_visible, checkpoint))
+        return checkpoint
 
     def _on_first_rank(self, what: str, action: Callable[[], T]) -> T:
         """Result of `action` on rank 0, on every rank; a failure there is a failure everywhere."""

@@ -45,7 +45,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read `manifest.json` of `checkpoint`.
 
     Raises:
-        CheckpointError: it is missing, damaged, or in a format that this version doesn't know.
+        CheckpointError: it is missing, damaged, or in a format that this version doesn't know; or a file that it
+            names, or a link in the directory, is outside the directory.
     """
     path = checkpoint / MANIFEST_FILE
     try:
@@ -58,6 +59,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+    # A checkpoint from elsewhere must not make other files of this machine its own: an export would publish them.
+    root = checkpoint.resolve()
+    for name in [*files, *(link.relative_to(checkpoint) for link in checkpoint.rglob("*") if link.is_symlink())]:
+        if not (checkpoint / name).resolve().is_relative_to(root):
+            raise CheckpointError(f"{checkpoint / name} is outside the checkpoint: put a copy of it inside")
     return files
 
 

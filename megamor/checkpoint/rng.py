@@ -70,7 +70,9 @@ def restore_rng(
         random.setstate(states["python"])
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         torch.set_rng_state(states["torch"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's message is long, and advises to switch the check off
+        raise CheckpointError(f"{path} holds something else than random states, which was not run") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise CheckpointError(f"can't restore the random states in {path}: {error}") from error
     if not torch.cuda.is_available():
         return True

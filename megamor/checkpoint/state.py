@@ -16,18 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megamor.checkpoint.layout import STATE_DIR
 from megamor.checkpoint.manifest import summary
+from megamor.checkpoint.metadata import TensorPlanner, TensorReader
 from megamor.errors import CheckpointError
 from megamor.ranks import describe
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
+MOMENTS_PREFIX = OPTIMIZER_PREFIX + "state."
 
 
 def write_state(checkpoint: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -54,9 +56,7 @@ def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{checkpoint} has weights without optimizer state: it can be evaluated or exported, not resumed"
         )
     check_same_model(checkpoint, stored, {name: tensor.size() for name, tensor in tensors.items()})
-    reader = FileSystemReader(checkpoint / STATE_DIR)
-    with _one_process_allowed():
-        load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+    _load(checkpoint, tensors, no_dist=not dist.is_initialized())
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -147,22 +147,30 @@ def _entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     """Metadata of all tensors, by stored name."""
     state = checkpoint / STATE_DIR
     try:
-        found = FileSystemReader(state).read_metadata().state_dict_metadata
+        found = TensorReader(state).read_metadata().state_dict_metadata
     except Exception as error:  # the metadata are a pickle, and a damaged pickle can raise nearly anything
         raise CheckpointError(f"{state} has no readable state: {describe(error)}") from error
+    for name, entry in found.items():
+        if name.startswith((MODEL_PREFIX, MOMENTS_PREFIX)) and not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{state} has no readable state: {name} is an object, not a tensor")
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _read(checkpoint: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
     """Full CPU tensors of `entries` in the stored type, read by this process alone."""
-    state = checkpoint / STATE_DIR
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    _load(checkpoint, tensors, no_dist=True)
+    return tensors
+
+
+def _load(checkpoint: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+    """Fill `tensors` in place."""
+    state = checkpoint / STATE_DIR
     try:
         with _one_process_allowed():
-            load(dict(tensors), storage_reader=FileSystemReader(state), no_dist=True)
-    except (CheckpointException, OSError, RuntimeError) as error:
+            load(dict(tensors), storage_reader=TensorReader(state), planner=TensorPlanner(), no_dist=no_dist)
+    except (CheckpointException, OSError) as error:
         raise CheckpointError(f"can't read the weights in {state}: {describe(error)}") from error
-    return tensors
 
 
 @contextmanager

@@ -23,7 +23,12 @@ class TrainerState:
     Attributes:
         data: position in the data: `state_dict()` of the loader.
         components: `state_dict()` of every other object that changes during training, by name (guard window, …).
+        flops, seconds: executed training FLOPs, and seconds of training (not of saving and evaluating), of the run so
+            far. `flops` is None in checkpoints of versions that didn't count them.
+        lr: learning rate of the last step.
         run_ids: id in each experiment tracker, by its name, so that a resumed run continues there.
+        run_directory: where the run was, by which a copy is told from the original: see `directory_identity`.
+        resumed_from: the last `checkpoint.resume_step` that the run followed.
         data_fingerprints: fingerprints of the data sets and the tokenizer, by name.
         code_revision, world_size, backend, versions: how the checkpoint was made. Shown to people; resuming doesn't
             depend on them.
@@ -35,7 +40,12 @@ class TrainerState:
     world_size: int
     backend: str
     components: dict[str, Any] = field(default_factory=dict)
+    flops: float | None = None
+    seconds: float = 0.0
+    lr: float | None = None
     run_ids: dict[str, str] = field(default_factory=dict)
+    run_directory: dict[str, Any] = field(default_factory=dict)
+    resumed_from: int | None = None
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     code_revision: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
@@ -66,6 +76,17 @@ class TrainerState:
                 f"{path} is from another version of megamor: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return cls(**content)
+
+
+def directory_identity(directory: Path) -> dict[str, Any]:
+    """The path of an existing directory and its inode: a moved one keeps the inode, a copy has neither."""
+    return {"path": str(directory.resolve()), "inode": directory.stat().st_ino}
+
+
+def is_copy(directory: Path, saved: Mapping[str, Any]) -> bool:
+    """Whether the checkpoints in the existing run directory `directory` were saved in another one, `saved`."""
+    here = directory_identity(directory)
+    return bool(saved) and all(saved.get(name) != here[name] for name in here)
 
 
 def code_revision() -> str:

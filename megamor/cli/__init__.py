@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from megamor import __version__
 from megamor.errors import EXIT_USER_ERROR
@@ -18,6 +20,7 @@ EXIT_BROKEN_PIPE = 141
 COMMANDS: dict[str, str] = {
     "quickstart": "train, interrupt, resume, evaluate and sample a small model in minutes",
     "fetch-data": "download a public corpus",
+    "tokenizer": "train a tokenizer",
     "preprocess": "tokenize text into memory-mapped shards",
     "merge-data": "merge shards into one data set",
     "inspect-data": "show and check a shard",
@@ -37,10 +40,20 @@ COMMANDS: dict[str, str] = {
 """Each subcommand, and a line about it for `megamor --help`."""
 
 
-def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that says how a setting is written, instead of `--optim.lr=1e-3` or `optim.lr 1e-3`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and `message`, and exit with status 2."""
+        unknown = message.partition("unrecognized arguments: ")[2]
+        if setting := re.search(r"(?<!\S)-*(\w+(?:\.[\w-]+)+)(?:[= ]+(\S+))?", unknown):
+            message += f"; write {setting[1]}={setting[2] or 'VALUE'}, without dashes and spaces"
+        super().error(message)
+
+
+def command_parser(name: str, text: str | None) -> CommandParser:
     """A parser for `megamor <name>` whose help shows `text` (a module's docstring, examples included) as written."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"megamor {name}", description=text, formatter_class=layout)
+    return CommandParser(prog=f"megamor {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def positive(text: str) -> int:

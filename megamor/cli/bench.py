@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
     # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.
     args, rest = parser.parse_known_args(argv)
-    args.overrides = [word for word in rest if re.match(r"[\w.]+=", word)] if "config" in args else []
+    args.overrides = [word for word in rest if re.match(r"\w[^\s=]*=", word)] if "config" in args else []
     unknown = [word for word in rest if word not in args.overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -20,10 +20,10 @@ from megamor.errors import user_errors
 
 def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     """Print a row for each data set and way of routing; fits 80 columns."""
-    from rich.console import Console
     from rich.table import Table
 
     from megamor.data.dataset import short_names
+    from megamor.progress import plain_console
 
     print(f"validation loss of {origin}")
     table = Table()
@@ -38,7 +38,7 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
                 loss, ppl, depth, flops = (figures[f"{key}_{mode}"] for key in keys)
                 shown = (f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{flops:.3e}", f"{figures['tokens']:,.0f}")
                 table.add_row(name, label, *shown)
-    Console(highlight=False).print(table)
+    plain_console().print(table)
 
 
 @user_errors()
@@ -58,18 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
 
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
+    from megamor.progress import plain_console
 
     loaded = load_model(arguments.checkpoint, arguments.device)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+    terminal = plain_console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
             results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
     show(results, loaded.origin)

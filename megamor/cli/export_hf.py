@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.load import load_model
 
     loaded = load_model(arguments.checkpoint, "cpu")
-    tokenizer = loaded.directory / TOKENIZER_FILE
-    stored = tokenizer if tokenizer.is_file() else None
+    stored = loaded.tokenizer_path if (loaded.directory / TOKENIZER_FILE).is_file() else None
     dtype = getattr(torch, arguments.dtype)
-    files = export_huggingface(loaded.model, arguments.output, tokenizer=stored, dtype=dtype)
+    files = export_huggingface(
+        loaded.model, arguments.output, tokenizer=stored, end_of_text=loaded.end_of_text, dtype=dtype
+    )
     for file in (file for file in files if file.suffix != ".py"):
         print(f"{file}  {file.stat().st_size:,} bytes")
     modules = counted(sum(file.suffix == ".py" for file in files) - 1, "module")

@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
 
-    from rich.console import Console
-
+    from megamor.codec import Detokenizer, texts_of_tokens
     from megamor.evaluate.depth_map import DepthMap
     from megamor.evaluate.sampling import generate
     from megamor.load import load_model
+    from megamor.progress import plain_console
 
     loaded = load_model(arguments.checkpoint, arguments.device)
-    tokenizer = loaded.tokenizer()
-    prompt = tokenizer.encode(arguments.prompt).ids
+    codec = loaded.codec()
+    prompt = codec.encode(arguments.prompt, "--prompt")
     if not prompt:
         raise ConfigError("--prompt is empty: give at least one character to continue")
     result = generate(
@@ -68,15 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        stop_id=tokenizer.token_to_id("<|endoftext|>"),
+        stop_id=codec.end_of_text.id if codec.end_of_text else None,
     )
     # The last token was sampled but never read, so it has no depth.
-    texts = [tokenizer.decode([token]) for token in result.ids[: len(result.depths)]]
+    texts = texts_of_tokens(codec, result.ids)[: len(result.depths)]
     depth_map = DepthMap(texts, result.depths, loaded.config.recursion.num_recursions, result.prompt_length)
     if arguments.show_depth:
-        depth_map.print(Console())
+        depth_map.print(plain_console())
     else:
-        print(tokenizer.decode(result.ids))
+        continuation = Detokenizer(codec, prompt)
+        print(arguments.prompt + continuation.push(result.ids[len(prompt) :]) + continuation.finish())
     if arguments.depth_image:
         depth_map.save_svg(arguments.depth_image, f"Recursions per token: {loaded.name}")
         print(f"depth map: {arguments.depth_image}")

@@ -11,7 +11,7 @@ such weights and refuses them; `--untied first` or `--untied mean` imports an ap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file can't be read or holds something else.
     """
-    import yaml
+    from megamor.config import parse_mapping
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} isn't YAML: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping")
-    return dict(values)
+        return parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
 
 
 @user_errors()

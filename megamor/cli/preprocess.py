@@ -2,7 +2,8 @@
 
 examples:
   # one JSON object with a "text" key per line, plain or compressed; patterns in quotes
-  megamor preprocess --input 'pile/*.jsonl.zst' --tokenizer tok.json --output-prefix data/pile --append-eod
+  megamor preprocess --input 'pile/train/*.jsonl.zst' --tokenizer data/tokenizer.json --output-prefix data/pile_train \\
+      --append-eod
 
   # 1 % of the documents held out: writes data/x_train and data/x_val
   megamor preprocess --input A.jsonl.zst B.txt 'dir/*.parquet' --tokenizer tok.json --output-prefix data/x \\

@@ -1,7 +1,7 @@
 """Pretrain a language model, or resume a run that was interrupted.
 
 examples:
-  megamor pretrain --config configs/mor_135m.yaml --dry-run
+  megamor pretrain --config configs/mor_135m.yaml --dry-run --nodes 4 --processes 8
   megamor pretrain --config configs/quickstart.yaml optim.lr=1e-3 run.name=lower_lr
   torchrun --nproc-per-node 8 pretrain.py --config configs/mor_360m.yaml
   deepspeed pretrain.py --config configs/mor_360m.yaml parallel.backend=deepspeed parallel.zero_stage=2
@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megamor.cli import command_parser
+from megamor.cli import command_parser, positive
 from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, user_errors
 
 if TYPE_CHECKING:
@@ -30,6 +30,41 @@ SECONDS_BEFORE_SILENT_EXIT = 10.0
 error must exit first."""
 
 
+def world_size(arguments: argparse.Namespace) -> int:
+    """Processes of the run: the launcher's, or those that a dry run is about.
+
+    Raises:
+        ConfigError: --nodes or --processes without a dry run.
+    """
+    from megamor.parallel import launched_world_size
+
+    if arguments.nodes is None and arguments.processes is None:
+        return launched_world_size()
+    if not (arguments.dry_run or arguments.print_config):
+        raise ConfigError("--nodes and --processes are for --dry-run: `megamor launch` starts processes")
+    return (arguments.nodes or 1) * (arguments.processes or 1)
+
+
+def dry_run(config: Config, processes: int) -> None:
+    """Print what the run would need, then check that it could start here.
+
+    Raises:
+        ConfigError: data or tokenizer are missing, or don't fit the model.
+    """
+    from megamor.config import expand_paths
+    from megamor.data.check import find_problems
+    from megamor.data.dataset import announce_shared_data
+    from megamor.plan.dry_run import describe_run
+
+    print(describe_run(config, processes), flush=True)
+    data = expand_paths(config.data, "data")
+    if problems := find_problems(data, seed=config.run.seed, vocab_size=config.model.vocab_size):
+        heading = "the run can't start here (docs/data.md shows how to prepare its data):"
+        raise ConfigError("\n  ".join([heading, *problems]))
+    for warning in announce_shared_data(data):
+        logging.getLogger("megamor.train").warning(warning)
+
+
 def read_config(arguments: argparse.Namespace) -> Config:
     """Load and validate the configuration; only the first process of each machine reports an error in it.
 
@@ -38,10 +73,9 @@ def read_config(arguments: argparse.Namespace) -> Config:
         SystemExit: the same, on the other processes of the machine.
     """
     from megamor.config import load_config
-    from megamor.parallel import launched_world_size
 
     try:
-        return load_config(arguments.config, arguments.overrides, launched_world_size())
+        return load_config(arguments.config, arguments.overrides, world_size(arguments))
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -59,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optim.lr=1e-3")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; don't train")
+    dry = "print parameters, FLOPs and memory, and check data and tokenizer; don't train"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    parser.add_argument("--nodes", type=positive, metavar="N", help="with --dry-run: machines of the run (default: 1)")
+    each = "with --dry-run: processes on each of them (default: 1)"
+    parser.add_argument("--processes", type=positive, metavar="N", help=each)
     parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
@@ -67,16 +105,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)
 
-    from megamor.parallel import close_world, init_world, launched_world_size
-
     if arguments.dry_run or arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
             from megamor.config import config_to_yaml
-            from megamor.plan.dry_run import describe_run
 
-            print(config_to_yaml(config) if arguments.print_config else describe_run(config, launched_world_size()))
+            if arguments.print_config:
+                print(config_to_yaml(config))
+            else:
+                dry_run(config, world_size(arguments))
         return
 
+    from megamor.parallel import close_world, init_world
     from megamor.ranks import report_errors_once
     from megamor.train import build_trainer, ignore_signals
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megamor.cli import command_parser
+from megamor.corpus import DEFAULT_EOD_TOKENS
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
 from megamor.files import replace_file
 
@@ -40,15 +41,15 @@ class Quickstart:
     """The seven steps, below `root`. `short` takes a slice of the corpus and 8 training steps, to try the path."""
 
     def __init__(self, root: Path, *, short: bool) -> None:
-        from megamor.config import load_config
+        from megamor.config import literal, load_config, override
 
         self.root, self.short, self.latest = root, short, root / "checkpoints" / "latest"
         self.overrides = [
-            f"run.dir={root.parent}",
-            f"run.name={root.name}",
-            f"data.train=[{root}/data/stdlib_train]",
-            f"data.validation={{stdlib: {root}/data/stdlib_val}}",
-            f"data.tokenizer={root}/tokenizer.json",
+            override("run.dir", literal(root.parent)),
+            override("run.name", root.name),
+            override("data.train", [literal(root / "data/stdlib_train")]),
+            override("data.validation", {"stdlib": literal(root / "data/stdlib_val")}),
+            override("data.tokenizer", literal(root / "tokenizer.json")),
             *(SHORT_OVERRIDES if short else ()),
         ]
         self.config = load_config(CONFIG, self.overrides)
@@ -62,10 +63,9 @@ class Quickstart:
         Raises:
             TrainingError: a step failed, or the trained model is no better than a bigram model.
         """
-        from megamor.config.derive import total_steps
-
         self.root.mkdir(parents=True, exist_ok=True)
-        steps = total_steps(self.config)
+        steps = self.config.train.max_steps
+        assert steps is not None, "the quickstart's configuration says max_steps"
         actions = {
             "1 corpus": self.corpus,
             "2 tokenizer": self.tokenizer,
@@ -103,18 +103,9 @@ class Quickstart:
         path, vocab_size = self.root / "tokenizer.json", self.config.model.vocab_size
 
         def train() -> None:
-            from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+            from megamor.corpus.bpe import train_bpe
 
-            tokenizer = Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                special_tokens=["<|endoftext|>"],
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            )
-            tokenizer.train_from_iterator(sample_documents(self.root / "corpus.jsonl"), trainer)
+            tokenizer = train_bpe(sample_documents(self.root / "corpus.jsonl"), vocab_size, DEFAULT_EOD_TOKENS[:1])
             replace_file(path, tokenizer.to_str(pretty=True))
             print(f"{vocab_size:,} entries: {path}")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from megamor.config import Config
@@ -19,6 +18,7 @@ from megamor.data.loader import ValidationSet, open_validation_sets
 from megamor.evaluate.ngram import NGramModel
 from megamor.evaluate.savings import measure_savings
 from megamor.load import load_model
+from megamor.progress import plain_console
 
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 SAVINGS_BATCH = 8
@@ -66,7 +66,7 @@ def validation_windows(data: ValidationSet, sequences: int) -> NDArray[np.int64]
 
 def show_report(report: Mapping[str, Any]) -> None:
     """Print the comparison as a table, what the network has learned, and what routing saves."""
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(title=f"validation loss after {report['tokens_seen']:,} tokens")
     table.add_column("model")
     table.add_column("nats/token", justify="right")

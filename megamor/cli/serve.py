@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from megamor.load import LoadedModel
     from megamor.serve.engine.engine import ServingEngine
 
-END_TOKENS = ("<|endoftext|>", "</s>")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 
 
@@ -80,9 +79,8 @@ def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingE
     """The engine that `arguments` describe."""
     from megamor.serve.engine.engine import ServingEngine
 
-    tokenizer = loaded.tokenizer()
-    ids = [tokenizer.token_to_id(token) for token in END_TOKENS]
-    end_token = next((token for token in ids if token is not None), None)
+    end = loaded.codec().end_of_text
+    end_token = end.id if end else None
     return ServingEngine(loaded.model, EngineOptions(**chosen(arguments, EngineOptions), end_token=end_token))
 
 
@@ -94,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megamor.load import load_model
     from megamor.serve.http.server import serve
-    from megamor.serve.http.text import TextCodec
 
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = ServerOptions(**chosen(arguments, ServerOptions), api_keys=read_keys(arguments.api_key_file))
@@ -105,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = build_engine(arguments, loaded)
     name = arguments.name or loaded.name
     print(f"serving {loaded.origin} as {name!r}; Ctrl-C stops", file=sys.stderr)
-    serve(engine, TextCodec(loaded.tokenizer()), name, options, arguments.log_level)
+    serve(engine, loaded.codec(), name, options, arguments.log_level)
 
 
 if __name__ == "__main__":

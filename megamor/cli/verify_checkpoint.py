@@ -110,13 +110,15 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     from megamor.checkpoint.state import iterate_state, shape_differences, state_shapes
     from megamor.config.derive import derive
     from megamor.model import build_model
+    from megamor.routing import refuse_unknown_router
 
-    model = build_model(config, device="meta")
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    for name, shape in parameters.items() if trainer.step > 0 else ():
-        expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
     try:
+        refuse_unknown_router(config.router, checkpoint)
+        model = build_model(config, device="meta")
+        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+        for name, shape in parameters.items() if trainer.step > 0 else ():
+            expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
         stored = state_shapes(checkpoint)
         yield from shape_differences(stored, expected)
         # Tied weights that were stored twice would show in the sum.
@@ -127,5 +129,5 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
         for name, tensor in iterate_state(checkpoint):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 yield f"{name} has values that are not finite"
-    except CheckpointError as error:
+    except MegamorError as error:
         yield str(error)

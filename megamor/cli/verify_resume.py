@@ -85,11 +85,13 @@ def train_until(args: argparse.Namespace, directory: Path, name: str, stop: int)
     Raises:
         TrainingError: a process failed.
     """
+    from megamor.config import literal, override
+
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
     command += ["-m", "megamor", "pretrain", "--config", str(args.config), *args.overrides]
-    command += [f"run.dir={directory}", f"run.name={name}", f"train.stop_at_step={stop}"]
+    command += [override("run.dir", literal(directory)), f"run.name={name}", f"train.stop_at_step={stop}"]
     command += ["metrics.wandb=false", "metrics.log_every=1"]
     print(f"{name}: training until step {stop}", flush=True)
     status = subprocess.run(command, check=False).returncode

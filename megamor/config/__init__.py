@@ -1,7 +1,8 @@
 """Settings of a run: frozen dataclasses, read from YAML files with overlays and dotted overrides, and validated."""
 
 from megamor.config.convert import config_from_dict, config_to_dict
-from megamor.config.load import config_from_yaml, config_to_yaml, load_config
+from megamor.config.load import config_from_yaml, config_to_yaml, load_config, override, parse_mapping
+from megamor.config.paths import expand_paths, literal
 from megamor.config.routers import (
     CustomRouterConfig,
     EmaThresholdConfig,
@@ -37,5 +38,6 @@ __all__ = [
     "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig", "ModelConfig",
     "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
     "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
-    "config_from_yaml", "config_to_dict", "config_to_yaml", "load_config",
+    "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
+    "parse_mapping",
 ]  # fmt: skip

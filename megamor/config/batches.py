@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megamor.config.schema import Config
@@ -59,10 +60,13 @@ class BatchSchedule:
         """Training positions of the first `steps` steps."""
         return sum((end - start) * shape.tokens for start, end, shape in self.stages(0, steps))
 
-    def steps_for(self, tokens: int) -> int:
-        """The smallest number of steps with at least `tokens` training positions."""
-        for start, end, shape in self.stages(0, tokens):  # a step has at least one token
-            if tokens <= (end - start) * shape.tokens:
-                return start - (-tokens // shape.tokens)
-            tokens -= (end - start) * shape.tokens
-        return 0
+    def steps_for(
+        self, amount: float, start: int = 0, cost: Callable[[BatchShape], float] = lambda shape: shape.tokens
+    ) -> int:
+        """The first step, counted from 1, at which all steps after `start` have cost at least `amount` (in tokens)."""
+        for first, end, shape in self.stages(start, sys.maxsize):
+            needed = -(-amount // cost(shape))
+            if needed <= end - first:
+                return first + max(0, int(needed))
+            amount -= (end - first) * cost(shape)
+        raise AssertionError("the last stage has no end")

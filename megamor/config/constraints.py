@@ -25,7 +25,13 @@ class Range:
         schema |= {name: getattr(self, name) for name in ("gt", "ge", "lt", "le") if getattr(self, name) is not None}
         if schema["type"] == "float":
             schema["allow_inf_nan"] = False
-        return schema
+            return schema
+        return {"type": "function-before", "function": {"type": "no-info", "function": _whole}, "schema": schema}
+
+
+def _whole(value: Any) -> Any:
+    """`30e9` is the integer 30000000000: YAML has no exponents for integers. Other values as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,17 @@ class ByKind:
         return {"type": "tagged-union", "discriminator": "kind", "choices": choices}
 
 
+@dataclass(frozen=True)
+class Location:
+    """Marks a string that names a file or directory, or the beginning of file names; see `paths.py`."""
+
+    words: str = "a string (path)"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source)
+
+
+PathName = Annotated[str, Location()]
 PositiveInt = Annotated[int, Range("a positive integer", gt=0)]
 NonNegativeInt = Annotated[int, Range("zero or a positive integer", ge=0)]
 ZeroStage = Annotated[int, Range("an integer from 0 to 3", ge=0, le=3)]

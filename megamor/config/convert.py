@@ -13,7 +13,7 @@ from dataclasses import asdict, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from megamor.config.constraints import Range
+from megamor.config.constraints import ByKind
 from megamor.config.routers import FixedDepthConfig, RouterConfig
 from megamor.config.schema import Config, RampConfig, SourceConfig
 from megamor.errors import ConfigError
@@ -48,10 +48,16 @@ def config_from_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Confi
 
     sources = {"": layers[-1][0]}  # dotted key -> where its value came from
     values: dict[str, Any] = {}
-    for source, layer in layers:
-        values = _merge(values, layer, "", source, sources)
     # Pydantic's strict mode converts lists to tuples and mappings to dataclasses only when it reads JSON.
-    document = json.dumps(_spelled_out(values), default=repr)
+    try:
+        for source, layer in layers:
+            values = _merge(values, layer, "", source, sources)
+        document = json.dumps(_spelled_out(values), default=repr, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise ConfigError(f"{layers[-1][0]}: a string isn't Unicode text: {text!r}") from error
+    except (ValueError, RecursionError) as error:  # YAML's aliases can do that
+        raise ConfigError(f"{layers[-1][0]}: a value contains itself, or is nested too deeply") from error
     try:
         return _adapter().validate_json(document, strict=True, extra="forbid")
     except ValidationError as error:
@@ -76,21 +82,50 @@ def _adapter() -> TypeAdapter[Config]:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
+class Added(dict[str, Any]):
+    """The inner mapping of a dotted override: `data.validation.x=...` adds to a setting that a mapping replaces."""
+
+
 def _merge(
     base: Mapping[str, Any], layer: Mapping[str, Any], key: str, source: str, sources: dict[str, str]
 ) -> dict[str, Any]:
-    """`base` overridden by `layer`, both the section at dotted `key`; `sources` records what came from `source`."""
-    if key == "router" and layer.get("kind", base.get("kind")) != base.get("kind", FixedDepthConfig.kind):
-        base = {}  # a setting of the old kind must not leak into the new one
-    merged = dict(base)
+    """`base` overridden by `layer`, both at dotted `key`; `sources` records what came from `source`.
+
+    Sections merge, settings replace, and so do those that are mappings, unless the layer is `Added` to one. `null`
+    removes a list, a mapping or an entry of a mapping.
+    """
+    if key == "router":  # a setting of the old kind or class must not leak into the new one
+        kind = base.get("kind", FixedDepthConfig.kind)
+        if layer.get("kind", kind) != kind:
+            base = {}
+        elif layer.get("target", base.get("target")) != base.get("target"):
+            base = {name: value for name, value in base.items() if name != "options"}
+    in_mapping = _collections().get(key) is Mapping
+    merged = {} if in_mapping and not isinstance(layer, Added) else dict(base)
     for name, value in layer.items():
         dotted = _join(key, name)
         sources[dotted] = source
+        if value is None and (dotted in _collections() or (in_mapping and name in base)):
+            merged.pop(name, None)
+            continue
         if isinstance(value, Mapping):
             below = merged.get(name)
             value = _merge(below if isinstance(below, Mapping) else {}, value, dotted, source, sources)
         merged[name] = value
     return merged
+
+
+@cache
+def _collections() -> dict[str, Any]:
+    """Dotted key -> `tuple` or `Mapping`, of the settings that hold several values and can't be null."""
+    sections = {name: [hint] for name, hint in field_types(Config).items()} | {"router": [*ROUTERS.values()]}
+    return {
+        f"{name}.{setting}": get_origin(hint)
+        for name, owners in sections.items()
+        for owner in owners
+        for setting, hint in field_types(owner).items()
+        if get_origin(hint) in (tuple, Mapping)
+    }
 
 
 def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +159,7 @@ def describe_type(hint: Any) -> str:
         return f"{describe_type(inner)} or null"
     if get_origin(hint) is Annotated:
         (constraint,) = hint.__metadata__
-        return constraint.words if isinstance(constraint, Range) else f"a mapping with kind: {' | '.join(ROUTERS)}"
+        return f"a mapping with kind: {' | '.join(ROUTERS)}" if isinstance(constraint, ByKind) else constraint.words
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
@@ -191,8 +226,6 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
 def _advice(found: Any, hint: Any) -> str:
     if hint is str and isinstance(found, bool | int | float):
         return "; quote it to make it a string"
-    if hint is int and isinstance(found, float) and found.is_integer():
-        return f"; write {int(found)}"
     if get_origin(hint) is Literal and (close := _closest(found, map(str, get_args(hint)))):
         return f"; did you mean {close}?"
     return "; remove the section to take its defaults" if is_dataclass(hint) and hint not in _ITEMS else ""

@@ -22,9 +22,22 @@ HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
 """Width of a router's hidden layer as a multiple of the model's."""
 
 
+@dataclass
+class Consumed:
+    """What the steps that led to the current weights have used, over all launches.
+
+    `tokens_seen` are positions of the windows, whether they hold a token or padding. `flops` are executed training
+    FLOPs. Steps that a rollback undid don't count.
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    flops: float = 0.0
+
+
 @dataclass(frozen=True)
 class Derived:
-    """Quantities printed at the start of a run.
+    """Quantities printed at the start of a launch.
 
     `unique_parameters` counts each parameter once; `effective_parameters` counts a shared block once per recursion.
     Like the paper's tables, both leave out the embedding, whose weights are also the output head.
@@ -32,7 +45,10 @@ class Derived:
 
     config: Config
     world_size: int
-    total_steps: int
+    done: Consumed
+    """What earlier launches used."""
+    total_steps: int | None
+    """Steps of the whole run. With `train.max_flops` an estimate, or None."""
     batches: BatchSchedule
     micro_batches: int
     """Micro-batches that each rank accumulates per optimizer step, after `train.ramp`."""
@@ -45,12 +61,14 @@ class Derived:
 
     def describe(self) -> str:
         """The quantities as aligned lines of text."""
-        stages = self.batches.stages(0, self.total_steps)
-        steps = " + ".join(f"{end - start:,} of {shape.tokens:,}" for start, end, shape in stages)
-        start = self.total_steps - self.decay_steps
-        decay = f"decay over {self.decay_steps:,} steps from step {start:,}" if self.decay_steps else "no decay"
+        decay = "no decay"
+        if self.config.train.max_flops is not None and self.config.optim.schedule != "constant":
+            decay = f"decay ({self.config.optim.schedule}) by the fraction of train.max_flops used"
+        elif self.total_steps is not None and self.decay_steps:
+            start = self.total_steps - self.decay_steps
+            decay = f"decay over {self.decay_steps:,} steps from step {start:,}"
         lines = {
-            "steps": f"{steps} tokens = {self.batches.tokens(self.total_steps):,} tokens",
+            "steps": self._describe_steps(),
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
             "learning rate": f"{self.config.optim.warmup_steps:,} warm-up steps, {decay}",
             "layers": self._describe_layers(),
@@ -59,6 +77,20 @@ class Derived:
         }
         width = max(map(len, lines))
         return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
+
+    def _describe_steps(self) -> str:
+        """Steps done, steps to come by their size, and the tokens of all of them."""
+        limit = self.config.train.max_flops
+        about, until = ("", "") if limit is None else ("about ", f", until {limit:.3e} FLOPs are executed")
+        first, tokens = self.done.step, self.done.tokens_seen
+        done = f"{first:,} done with {tokens:,} tokens"
+        stages = []
+        for start, end, shape in self.batches.stages(first, self.total_steps or 0):
+            stages.append(f"{about}{end - start:,} of {shape.tokens:,}")
+            tokens += (end - start) * shape.tokens
+        if not stages:
+            return done + until
+        return f"{' + '.join([done, *stages] if first else stages)} tokens = {tokens:,} tokens{until}"
 
     def _describe_layers(self) -> str:
         depth, recursions = self.config.model.num_layers, self.config.recursion.num_recursions
@@ -70,9 +102,14 @@ class Derived:
         return f"{blocks} = {depth} effective, {prelude + core + coda} unique"
 
 
-def derive(config: Config, world_size: int) -> Derived:
-    """Everything that follows from a configuration that `validate(config, world_size)` accepts."""
-    steps = total_steps(config)
+def derive(config: Config, world_size: int, done: Consumed | None = None, expected_steps: int | None = None) -> Derived:
+    """Everything that follows from a configuration that `validate(config, world_size)` accepts.
+
+    `done` is what earlier launches used. `expected_steps` is an estimate of all steps, for `train.max_flops`.
+    """
+    done = done or Consumed()
+    steps = total_steps(config, done)
+    steps = expected_steps if steps is None else steps
     layers = layer_counts(config.model, config.recursion)
     per_layer = layer_parameters(config.model)
     final_norm = config.model.dim
@@ -83,10 +120,11 @@ def derive(config: Config, world_size: int) -> Derived:
     return Derived(
         config=config,
         world_size=world_size,
+        done=done,
         total_steps=steps,
         batches=BatchSchedule.of(config),
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
-        decay_steps=decay_steps(config.optim, steps),
+        decay_steps=decay_steps(config.optim, steps or 0),
         layers=layers,
         unique_parameters=unique_parameters,
         unique_parameters_with_embedding=unique_parameters + config.model.vocab_size * config.model.dim,
@@ -94,13 +132,15 @@ def derive(config: Config, world_size: int) -> Derived:
     )
 
 
-def total_steps(config: Config) -> int:
-    """Optimizer steps of the whole run; `max_tokens` is rounded up to whole steps."""
-    train = config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    assert train.max_tokens is not None, "validate() accepts exactly one of max_steps and max_tokens"
-    return BatchSchedule.of(config).steps_for(train.max_tokens)
+def total_steps(config: Config, done: Consumed | None = None) -> int | None:
+    """The step that ends a run that has `done` so much: `max_steps`, or the first that reaches `max_tokens`.
+
+    None with `max_flops`: how many FLOPs a step executes depends on the router.
+    """
+    train, done = config.train, done or Consumed()
+    if train.max_tokens is not None:
+        return BatchSchedule.of(config).steps_for(train.max_tokens - done.tokens_seen, done.step)
+    return train.max_steps
 
 
 def decay_steps(optim: OptimConfig, steps: int) -> int:

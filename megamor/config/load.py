@@ -3,12 +3,16 @@
     extends: [model/360m_mor3.yaml, parallel/fsdp2.yaml]   # relative to this file; a later one overrides an earlier one
     optim: {lr: 1e-3}                                      # this file overrides what it extends
 
-On the command line, `optim.lr=2e-3` overrides every file. Mappings merge key by key; lists and scalars replace. A layer
-that changes `router.kind` starts that section afresh.
+On the command line, `optim.lr=2e-3` overrides every file. Sections merge key by key, settings replace (`convert.py`). A
+layer that changes `router.kind` starts that section afresh.
+
+All YAML of megamor is read and written here: configuration files, overrides, the configuration in a checkpoint. What
+`config_to_yaml` and `override` write reads back equal, whatever characters a string has.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -16,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from megamor.config.convert import config_from_layers, config_to_dict
+from megamor.config.convert import Added, config_from_layers, config_to_dict
+from megamor.config.paths import expand_path
 from megamor.config.schema import Config
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
@@ -38,12 +43,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
 def config_from_yaml(text: str, source: str) -> Config:
     """The configuration that `config_to_yaml` wrote; `source` is named in errors. Raises ConfigError."""
-    return config_from_layers([(source, _parse_mapping(text, source))])
+    return config_from_layers([(source, parse_mapping(text, source))])
 
 
 def config_to_yaml(config: Config) -> str:
     """The complete configuration as YAML; `config_from_yaml` and `load_config` of it give an equal one."""
     return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def override(key: str, value: Any) -> str:
+    """The override that gives the setting at dotted `key` this plain value: `run.name='2026'`."""
+    items = yaml.dump(
+        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf
+    )
+    return f"{key}={items[1:-2]}"  # without the brackets of the list
 
 
 # --- files and overrides ----------------------------------------------------------------------------------------------
@@ -64,30 +77,39 @@ def _layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
         raise ConfigError(f"{path}: no such configuration file (looked from {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
-    values = _parse_mapping(text, str(path))
+    values = parse_mapping(text, str(path))
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(f"{path}: extends: found {parents!r}, expected a file name or a list of file names")
-    layers = [layer for parent in parents for layer in _layers(path.parent / parent, (*chain, resolved))]
+    files = [path.parent / expand_path(parent, f"{path}: extends") for parent in parents]
+    layers = [layer for file in files for layer in _layers(file, (*chain, resolved))]
     return [*layers, (str(path), values)]
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """`["a.b=1", "a.c=2"]` -> `{"a": {"b": 1, "c": 2}}`: one layer, so the order of `router.kind=` doesn't matter."""
-    layer: dict[str, Any] = {}
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
+    layer: dict[str, Any] = Added()
+    for index, given in enumerate(overrides):
+        dotted, equals, text = given.partition("=")
         names = dotted.strip().split(".")
         if not equals or not all(names):
-            raise ConfigError(f"override {override!r}: expected dotted.key=value, for example optim.lr=1e-3")
+            raise ConfigError(f"override {given!r}: expected {_meant(given, overrides[index + 1 :])}")
         section = layer
         for name in names[:-1]:
             if not isinstance(section.get(name), dict):
-                section[name] = {}
+                section[name] = Added()
             section = section[name]
-        section[names[-1]] = _parse_yaml(text, source=f"override {override!r}")
+        section[names[-1]] = _parse_yaml(text, source=f"override {given!r}")
     return layer
+
+
+def _meant(given: str, following: Sequence[str]) -> str:
+    """What to write instead of the malformed override `given`, which may be cut in two: `optim.lr 1e-3`."""
+    value = " ".join(following).lstrip("= ").partition(" ")[0]
+    if re.fullmatch(r"\w+(\.\w+)+", given) and value:
+        return f"{given}={value}, without spaces"
+    return "dotted.key=value, for example optim.lr=1e-3"
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -104,10 +126,18 @@ _SCALARS: tuple[tuple[str, str], ...] = (
 )
 
 
+_STR = "tag:yaml.org,2002:str"
+_TAGS = (None, _STR, *(f"tag:yaml.org,2002:{name}" for name in ("seq", "map", "null", "bool", "int", "float")))
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars; a key given twice is an error instead of the last one silently winning."""
+    """YAML 1.2 scalars, and values of JSON's types alone.
+
+    Names are strings whatever they look like. A name given twice is an error: the last one would silently win.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
+    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -116,6 +146,10 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
+        self.flatten_mapping(node)  # `<<` first, then what is left are names
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                key_node.tag = _STR
         return super().construct_mapping(node, deep)
 
 
@@ -128,11 +162,17 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
 
 
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Other styles fold line breaks, of which YAML 1.1 has more than 1.2; in double quotes all are escaped.
+    return dumper.represent_scalar(_STR, text, style='"' if text.splitlines() not in ([], [text]) else None)
+
+
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""))  # SafeLoader's own would read 010 as octal
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Dumper.add_representer(str, _represent_str)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -140,10 +180,12 @@ def _parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"{source}: a value is too large to read: {error}") from error
 
 
-def _parse_mapping(text: str, source: str) -> dict[str, Any]:
-    """The mapping that `text` holds; empty if there are only comments."""
+def parse_mapping(text: str, source: str) -> dict[str, Any]:
+    """The mapping that the YAML `text` holds; empty if there are only comments. Raises ConfigError naming `source`."""
     values = _parse_yaml(text, source)
     if values is None:
         return {}

@@ -17,6 +17,7 @@ from megamor.config.constraints import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    PathName,
     Positive,
     PositiveInt,
     ZeroStage,
@@ -34,7 +35,7 @@ class RunConfig:
 
     name: str = "run"
     """Checkpoints and metrics are written to the directory `dir`/`name`."""
-    dir: str = "runs"
+    dir: PathName = "runs"
     """Directory of all runs; on several machines, on a file system that all of them see."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the order of the data and the routers' noise."""
@@ -101,7 +102,7 @@ class RecursionConfig:
 class SourceConfig:
     """A training data set. An item may also be the bare prefix."""
 
-    prefix: str
+    prefix: PathName
     """Path of the pair `<prefix>.bin` and `<prefix>.idx`."""
     weight: Positive = 1.0
     """Fraction of the samples, relative to the weights of the other sources."""
@@ -115,9 +116,9 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...] = ()
     """Training data sets."""
-    validation: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, PathName] = field(default_factory=dict)
     """Validation sets: the name used in metrics, and the prefix."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """The `tokenizer.json` that wrote the shards; it is copied into every checkpoint."""
     seq_len: PositiveInt = 2048
     """Tokens per training sequence."""
@@ -181,7 +182,8 @@ class RampConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of the run, batch, precision and memory. Exactly one of `max_steps` and `max_tokens` is required."""
+    """Length of the run, batch, precision and memory. Exactly one of `max_steps`, `max_tokens` and `max_flops` is
+    required."""
 
     global_batch_size: PositiveInt = 1024
     """Sequences per optimizer step, over all processes; a multiple of `micro_batch_size` x processes."""
@@ -190,7 +192,10 @@ class TrainConfig:
     max_steps: PositiveInt | None = None
     """Optimizer steps of the run."""
     max_tokens: PositiveInt | None = None
-    """Training tokens of the run; rounded up to whole steps."""
+    """Training tokens of the run. It ends with the first step that reaches them, whatever changed on the way."""
+    max_flops: Positive | None = None
+    """Executed training FLOPs of the run (`throughput/executed_flops`). It ends with the first step that reaches them,
+    and the learning rate follows the fraction of them that has been used."""
     stop_at_step: PositiveInt | None = None
     """Save and stop at this step; the schedule stays that of the whole run, and a later start resumes it."""
     ramp: tuple[RampConfig, ...] = ()
@@ -245,6 +250,11 @@ class CheckpointConfig:
     """Also keep the checkpoints whose step is a multiple of this."""
     keep_best: NonNegativeInt = 0
     """Also keep this many with the lowest validation loss (under the inference rule, mean over the sets)."""
+    resume_step: PositiveInt | None = None
+    """Resume from the checkpoint of this step instead of the newest one. Later ones are set aside, not deleted. This is
+    done once: if the same command is rerun, it resumes from the newest checkpoint made since."""
+    allow_changes: tuple[str, ...] = ()
+    """Settings that a resumed run may change although they change what the model computes, such as `router.alpha`."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ Types and ranges of single settings are declared in the schema and checked when 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
+from megamor.config.changes import SETTINGS
 from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
 from megamor.config.schema import Config
@@ -31,6 +33,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_batch(config, world_size),
         *_parallel(config, world_size),
         *_length(config),
+        *_allowed(config),
     ]
     if problems:
         raise ConfigError("\n  ".join(["the configuration contradicts itself:", *problems]))
@@ -158,15 +161,36 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
 
 
 def _length(config: Config) -> Iterator[str]:
-    train, router = config.train, config.router
+    train = config.train
     if train.fail_on_recompile_after is not None and not train.compile:
         given = f"train.fail_on_recompile_after = {train.fail_on_recompile_after}"
         yield f"{given} has no effect with train.compile = false: set train.compile: true, or drop it"
-    if (train.max_steps is None) == (train.max_tokens is None):
-        found = "neither" if train.max_steps is None else f"both ({train.max_steps} and {train.max_tokens})"
-        yield f"train.max_steps and train.max_tokens: found {found}; give exactly one"
+    limits = {name: getattr(train, name) for name in ("max_steps", "max_tokens", "max_flops")}
+    found = [f"train.{name} = {value}" for name, value in limits.items() if value is not None]
+    if len(found) != 1:
+        given = " and ".join(found) or "none"
+        yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
         return
-    steps = total_steps(config)
+    # How many steps max_flops allows is known where the model is known.
+    if (steps := total_steps(config)) is not None:
+        yield from _schedule(config, steps)
+    if train.max_steps is not None and train.stop_at_step is not None and train.stop_at_step > train.max_steps:
+        last = f"the run's last step {train.max_steps}"
+        yield f"train.stop_at_step = {train.stop_at_step} is after {last}: lower it, or set null"
+
+
+def validate_length(config: Config, steps: int) -> None:
+    """Check that warm-ups, decay and ramp fit into a run of `steps` steps.
+
+    Raises:
+        ConfigError: naming every rule that is broken.
+    """
+    if problems := [*_schedule(config, steps)]:
+        raise ConfigError("\n  ".join(["the configuration contradicts itself:", *problems]))
+
+
+def _schedule(config: Config, steps: int) -> Iterator[str]:
+    train, router = config.train, config.router
     warmup, decay = config.optim.warmup_steps, decay_steps(config.optim, steps)
     if warmup > steps:
         yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"
@@ -177,11 +201,17 @@ def _length(config: Config) -> Iterator[str]:
     if train.ramp and train.ramp[-1].until_step >= steps:
         where = f"train.ramp ends at step {train.ramp[-1].until_step}"
         yield f"{where}, but the run ends after {steps} steps: shorten the ramp or train longer"
-    if train.stop_at_step is not None and train.stop_at_step > steps:
-        yield f"train.stop_at_step = {train.stop_at_step} is after the run's last step {steps}: lower it, or set null"
     for name in ("capacity_warmup_steps", "balance_warmup_steps"):
         if (warmup := getattr(router, name, 0)) > steps:
             yield f"router.{name} = {warmup} is more than the run's {steps} steps: shorten it or train longer"
+
+
+def _allowed(config: Config) -> Iterator[str]:
+    for name in config.checkpoint.allow_changes:
+        if name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, n=1)
+            fix = f"did you mean {close[0]}?" if close else "name single settings, such as router.alpha"
+            yield f"checkpoint.allow_changes has {name!r}, which is no setting: {fix}"
 
 
 def _multiples_around(value: int, unit: int, add: int = 0) -> str:

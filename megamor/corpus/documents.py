@@ -18,7 +18,7 @@ import msgspec
 from megamor.corpus.text import TextChunk
 from megamor.errors import DataError
 
-_UNITS = {"jsonl": "line", "txt": "document", "rows": "row"}
+UNITS = {"jsonl": "line", "txt": "document", "rows": "row"}
 _BAD_SHOWN = 10
 
 
@@ -47,10 +47,12 @@ class Counts:
 
 @dataclass
 class Documents:
-    """The texts of a chunk as strings and as UTF-8, and the counts of what was left out."""
+    """The texts of a chunk as strings and as UTF-8, the number of each one's record, and the counts of what was left
+    out."""
 
     texts: list[str] = field(default_factory=list)
     encoded: list[bytes] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
 
@@ -74,7 +76,7 @@ def parse_chunk(chunk: TextChunk, key: str, separator: str | None = None, *, ski
             texts = [text] if not separator or chunk.kind == "txt" else _split(text, separator)
             encoded = [_encode(each) for each in texts]
         except ValueError as error:
-            message = f"{chunk.name}, {_UNITS[chunk.kind]} {number}: {error}"
+            message = f"{chunk.name}, {UNITS[chunk.kind]} {number}: {error}"
             if not skip_bad:
                 raise DataError(f"{message}; fix it, or leave such records out with --on-bad-line skip") from error
             found.counts += Counts(bad=1, bad_shown=[message])
@@ -85,6 +87,7 @@ def parse_chunk(chunk: TextChunk, key: str, separator: str | None = None, *, ski
             else:
                 found.texts.append(text)
                 found.encoded.append(data)
+                found.numbers.append(number)
     return found
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from megamor.corpus.documents import Counts, Documents, document_hash, parse_chunk
+from megamor.corpus.documents import UNITS, Counts, Documents, document_hash, parse_chunk
 from megamor.corpus.text import TextChunk
 from megamor.corpus.tokenizer import TextEncoder
-from megamor.errors import ConfigError, DataError
+from megamor.errors import ConfigError, DataError, TextError
 
 # Resident memory above which gigatoken's table of known words, which only grows, is thrown away.
 _MEMORY_LIMIT = 700 * 2**20
@@ -62,6 +62,8 @@ class GigatokenEncoder:
         # The limit that `tokenizers` needs holds here too: which encoder runs must not decide what is accepted.
         for text in documents.texts if self._reference.cuts else ():
             self._reference.require_cuttable(text)
+        for text in documents.texts if self._reference.codec.can_lose_text else ():
+            self._reference.codec.require_encodable(text)
         # The library asks for one call at a time. It is so fast that other threads hardly wait, and several tokenizers
         # would each have a table of known words.
         with self._lock:
@@ -161,7 +163,7 @@ class ChunkEncoder:
 
     def __init__(self, options: EncodeOptions, encode: Encode, reference: TextEncoder) -> None:
         self._options = options
-        self._encode = encode
+        self._encode, self._reference = encode, reference
         self._dtype = reference.dtype
         self._eod = np.array([reference.eod_id] if options.append_eod else [], self._dtype)
         # A document belongs to the first split whose bound is above its hash.
@@ -181,18 +183,29 @@ class ChunkEncoder:
             result.counts.held_out = len(hashes) - len(kept)
             documents.texts = [documents.texts[number] for number in kept]
             documents.encoded = [documents.encoded[number] for number in kept]
+            documents.numbers = [documents.numbers[number] for number in kept]
             hashes = hashes[kept]
         result.counts.text_bytes = sum(map(len, documents.encoded))
-        try:
-            ids = self._encode(chunk.id.source, documents)
-        except DataError as error:
-            raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
+        ids = self._encode_documents(chunk, documents)
         if options.min_tokens:
             long = [number for number, own in enumerate(ids) if len(own) >= options.min_tokens]
             result.counts.short = len(ids) - len(long)
             ids, hashes = [ids[number] for number in long], hashes[long] if self._needs_hashes else hashes
         self._split(ids, hashes, result)
         return result
+
+    def _encode_documents(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
+        try:
+            return self._encode(chunk.id.source, documents)
+        except DataError as error:
+            if isinstance(error, TextError):
+                # Which document it is shows when they are encoded one by one.
+                for number, text in zip(documents.numbers, documents.texts, strict=True):
+                    try:
+                        self._reference.encode([text])
+                    except TextError as own:
+                        raise DataError(f"{chunk.name}, {UNITS[chunk.kind]} {number}: {own}") from own
+            raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
 
     def _split(self, ids: Sequence[NDArray[Any]], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
         everything = np.arange(len(ids))

@@ -1,8 +1,4 @@
-"""Tokenizers for corpora: loading or making them, and encoding text without anything that is meant for prompts.
-
-Nothing is truncated, padded or added, and special tokens that a text happens to spell out (`<|endoftext|>` in a page
-about tokenizers) are encoded as plain text.
-"""
+"""Tokenizers for corpora: loading or making them, and encoding many texts by the rule of `megamor.codec`."""
 
 from __future__ import annotations
 
@@ -19,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.corpus import DEFAULT_EOD_TOKENS
+from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text
 from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.data.shard import dtype_for_vocab
-from megamor.errors import DataError
+from megamor.errors import DataError, MegamorError, TextError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Characters in a fragment of a text, and in the fragments encoded at a time: small enough for the processor's cache.
@@ -39,10 +35,8 @@ _one_at_a_time = threading.Lock()
 class TextEncoder:
     """A tokenizer set up for corpora. `encode` is thread-safe."""
 
-    tokenizer: Tokenizer
+    codec: TextCodec
     vocab_size: int
-    eod_token: str | None
-    eod_id: int | None
 
     @classmethod
     def load(cls, path: str, *, eod_token: str | None = None, need_eod: bool = False) -> TextEncoder:
@@ -64,21 +58,29 @@ class TextEncoder:
         cls, tokenizer: Tokenizer, name: str, *, eod_token: str | None = None, need_eod: bool = False
     ) -> TextEncoder:
         """Set up `tokenizer`, called `name` in messages. Raises DataError as `load` does."""
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         candidates = (eod_token,) if eod_token else DEFAULT_EOD_TOKENS
-        found = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
-        if found is None and (eod_token or need_eod):
+        if (eod_token or need_eod) and all(tokenizer.token_to_id(token) is None for token in candidates):
             raise DataError(
                 f"{name} has no token {' or '.join(candidates)} to end documents with; name one that it has with "
                 "--eod-token"
             )
-        if found is not None:
-            # Marked as special: otherwise its spelling within a text would become an end of document.
-            tokenizer.add_special_tokens([AddedToken(found, special=True, normalized=False)])
-        tokenizer.encode_special_tokens = True
-        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return cls(tokenizer, vocab_size, found, tokenizer.token_to_id(found) if found else None)
+        codec = TextCodec(tokenizer, name, find_end_of_text(tokenizer, name, eod_token))
+        return cls(codec, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the library."""
+        return self.codec.tokenizer
+
+    @property
+    def eod_token(self) -> str | None:
+        """The end-of-document token."""
+        return self.codec.end_of_text.token if self.codec.end_of_text else None
+
+    @property
+    def eod_id(self) -> int | None:
+        """Id of the end-of-document token."""
+        return self.codec.end_of_text.id if self.codec.end_of_text else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -93,8 +95,21 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false.
 
-        Raises DataError for more than `MAX_FRAGMENT` characters without a boundary to cut at.
+        Raises TextError for a character that the tokenizer lacks, and DataError for more than `MAX_FRAGMENT`
+        characters without a boundary to cut at.
         """
+        for text in texts if self.codec.can_lose_text else ():
+            self.codec.require_encodable(text)
+        try:
+            return self._encode(texts)
+        except MegamorError:
+            raise
+        except Exception as error:  # the library raises nothing more specific
+            for text in texts:
+                self.codec.require_encodable(text)
+            raise TextError(f"{self.codec.source} can't encode a text: {error}") from error
+
+    def _encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         arrays: list[list[NDArray[Any]]] = [[] for _ in texts]
         fragments = ((owner, each) for owner, text in enumerate(texts) for each in cut(text, _FRAGMENT, self.cuts))
         for batch in _batches(fragments):

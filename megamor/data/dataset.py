@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megamor.config.batches import BatchSchedule
 from megamor.config.schema import DataConfig
-from megamor.data.meta import ShardMeta, fingerprint, meta_path, read_meta, sha256_of_tokenizer
+from megamor.data.meta import ShardMeta, contents_shared, fingerprint, meta_path, read_meta, sha256_of_tokenizer
 from megamor.data.order import SampleOrder
 from megamor.data.packing import ranges
 from megamor.data.shard import TokenShard
@@ -52,6 +52,20 @@ def open_shards(prefixes: Mapping[str, str], config: DataConfig, *, vocab_size: 
                 f"{prefix} with {_tokenizer(meta)}; preprocess one of them again with the other's"
             )
     return shards
+
+
+def announce_shared_data(config: DataConfig) -> list[str]:
+    """A warning for each validation set that is trained on, and for each source that another source contains."""
+    prefixes = [source.prefix for source in config.train]
+    found = []
+    for name, prefix in config.validation.items():
+        for other in contents_shared(prefix, prefixes):
+            what = f"validation set {name} ({prefix}) is training data" + (f" ({other})" if other != prefix else "")
+            found.append(f"{what}: its loss says nothing about unseen text")
+    for index, prefix in enumerate(prefixes):
+        for other in contents_shared(prefix, prefixes[:index] + prefixes[index + 1 :]):
+            found.append(f"data.train: {prefix} is contained in {other}, so its texts have both weights")
+    return found
 
 
 def _tokenizer(meta: ShardMeta) -> str:

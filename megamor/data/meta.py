@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megamor.codec import EndOfText
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError
 from megamor.files import sha256_of_file
@@ -87,6 +88,27 @@ def read_meta(prefix: str) -> ShardMeta | None:
     return ShardMeta(**{key: value for key, value in content.items() if key in known})
 
 
+def end_of_text(prefixes: Iterable[str], *, contained: bool = False) -> EndOfText | None:
+    """The token that ends the texts of data sets, according to their side files; None if none of them says.
+
+    Data sets that contain the token (`eod_appended`) come before those that only name it, which count for nothing if
+    `contained`. Raises DataError if data sets differ.
+    """
+    known = [(prefix, meta) for prefix in prefixes if (meta := read_meta(prefix)) and meta.eod_token is not None]
+    known = [(prefix, meta) for prefix, meta in known if meta.eod_appended] or ([] if contained else known)
+    for prefix, meta in known[1:]:
+        first_prefix, first = known[0]
+        if (meta.eod_token, meta.eod_id) != (first.eod_token, first.eod_id):
+            raise DataError(
+                f"the texts of {first_prefix} end with {first.eod_token} (id {first.eod_id}), those of {prefix} with "
+                f"{meta.eod_token} (id {meta.eod_id}); preprocess one of them again with the other's --eod-token"
+            )
+    for _, meta in known[:1]:
+        if meta.eod_token is not None and meta.eod_id is not None:
+            return EndOfText(meta.eod_token, meta.eod_id)
+    return None
+
+
 def sha256_of_tokenizer(path: str | Path) -> str:
     """SHA-256 of a tokenizer file. Raises DataError if it can't be read."""
     try:
@@ -142,6 +164,27 @@ def fingerprint(shard: TokenShard) -> str:
         _sampled_sha256(f"{shard.prefix}.bin"),
     ]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def contents_shared(prefix: str, others: Sequence[str]) -> list[str]:
+    """Those of the prefixes `others` that have all tokens of `prefix`, by whatever path they lead to.
+
+    Compared are the ids (size, then the sampled hash of `fingerprint`), and names and counts of the texts in the side
+    files: merged data has those of its parts.
+    """
+    size, texts = os.path.getsize(f"{prefix}.bin"), _texts(prefix)
+    found = []
+    for other in others:
+        same = os.path.getsize(f"{other}.bin") == size
+        same = same and _sampled_sha256(f"{other}.bin") == _sampled_sha256(f"{prefix}.bin")
+        if same or (texts and texts <= _texts(other)):
+            found.append(other)
+    return found
+
+
+def _texts(prefix: str) -> set[str]:
+    meta = read_meta(prefix)
+    return {json.dumps(source, sort_keys=True) for source in meta.sources if source.get("tokens")} if meta else set()
 
 
 def _sampled_sha256(path: str) -> str:

@@ -25,6 +25,7 @@ _SCALE_RANGE = (0.12, 0.88)  # nearer to the ends, light cells vanish on white p
 _SKIPPED_COLOUR = "#e4e4e4"
 _MAX_COLUMNS = 96
 _TAB_COLUMNS = 4
+_PART_OF_CHARACTER = "…"  # shown for a token without a text of its own: the character appears with its last token
 
 # Of the picture, in pixels. The advance of common monospaced fonts is 0.6 em.
 _FONT_SIZE = 14
@@ -76,8 +77,11 @@ class DepthMap:
         legend = Text("recursions ")
         for depth, fraction in fractions:
             legend.append(f" {depth} ", style=styles[depth]).append(f" {fraction}  ")
-        console.print(legend.append(summary))
-        for heading, lines in self._sections(min(console.width, _MAX_COLUMNS)):
+        console.print(legend.append(summary), soft_wrap=True)
+        # In a file a line ends where the text has a line break, and nowhere else.
+        for heading, lines in self._sections(
+            min(console.width, _MAX_COLUMNS) if console.is_terminal else console.width
+        ):
             if heading:
                 console.print(heading, style="italic", highlight=False)
             for cells in lines:
@@ -148,7 +152,7 @@ def lay_out(tokens: Sequence[str], depths: Sequence[int], columns: int, prompt_l
     cells: list[Cell] = []
     line = column = 0
     for number, (token, depth) in enumerate(zip(tokens, depths, strict=True)):
-        for chunk in token.splitlines(keepends=True):
+        for chunk in token.splitlines(keepends=True) or [_PART_OF_CHARACTER]:
             shown = _visible(chunk)
             # Break lines between tokens, not inside one, unless it is longer than a line.
             if column and column + cell_len(shown) > columns:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megamor.config import Config
 from megamor.data.loader import open_validation_sets
+from megamor.data.meta import end_of_text
+from megamor.errors import DataError
 from megamor.model import ModelOutput, Transformer
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
@@ -111,11 +113,17 @@ def dataset_losses(
         `loss_<mode>`; and `gap`, causal loss minus top-k loss, where both exist.
 
     Raises:
-        DataError: the data set is missing, damaged, or was written with another tokenizer.
+        DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
     """
     tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
     settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
     data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
+    ours, theirs = loaded.end_of_text, end_of_text([prefix], contained=True)
+    if ours and theirs and ours != theirs:
+        raise DataError(
+            f"the texts of {prefix} end with {theirs.token} (id {theirs.id}), those that {loaded.origin} was trained "
+            f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
+        )
     num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
     figures: dict[str, float] = {}
     for mode in modes_of(loaded.model):

@@ -5,7 +5,10 @@ config.json              shapes under their usual names; under `megamor` the run
 generation_config.json
 model.safetensors        each weight once: shared blocks and the tied head are not repeated
 modeling_megamor.py      transformers' interface to the model, and beside it a copy of every module that the model needs
-tokenizer.json           and tokenizer_config.json, if the checkpoint has a tokenizer
+tokenizer.json           and tokenizer_config.json, if the checkpoint has a tokenizer; transformers encodes with them as
+                         megamor does
+original_tokenizer.json  the tokenizer as the data was written with it, if that adds a beginning of text
+end_of_text.json         the token that ends a text, if there is one
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from megamor.checkpoint.layout import TOKENIZER_FILE
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
 from megamor.errors import CheckpointError, ConfigError
 from megamor.model import Transformer
@@ -35,21 +38,28 @@ CODE_MODULE = "megamor.interop.modeling_megamor"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SECTIONS, DATA_SETTINGS = ("model", "recursion", "router"), ("seq_len", "document_mask")
 WEIGHTS_PREFIX = "model."  # the attribute of `MegamorForCausalLM` that is the `Transformer`
-END_OF_TEXT = "<|endoftext|>"
+ORIGINAL_TOKENIZER_FILE = "original_tokenizer.json"
 
 
 def export_huggingface(
-    model: Transformer, directory: Path, *, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32
+    model: Transformer,
+    directory: Path,
+    *,
+    tokenizer: Path | None = None,
+    end_of_text: EndOfText | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
     """Write `model` as a Hugging Face directory; returns its files.
 
     Args:
         directory: must be new or empty.
         tokenizer: a `tokenizer.json`.
+        end_of_text: the record of the training data; None: see `megamor.codec`.
         dtype: type in which weights are stored and loaded; routers stay in fp32.
 
     Raises:
         ConfigError: `directory` is in use, or the router is custom: its code is not part of megamor.
+        DataError: the tokenizer is damaged, or doesn't have the end of text.
     """
     config = model.config
     if isinstance(config.router, CustomRouterConfig):
@@ -58,6 +68,8 @@ def export_huggingface(
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+    # Before anything is written: this finds what is wrong with the tokenizer.
+    codec = None if tokenizer is None else TextCodec.load(tokenizer, record=end_of_text)
     directory.mkdir(parents=True, exist_ok=True)
     for name, source in code_files().items():
         (directory / name).write_text(source, encoding="utf-8")
@@ -68,11 +80,16 @@ def export_huggingface(
     weights = directory / WEIGHTS_FILE
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod((directory / name).stat().st_mode)  # safetensors makes it readable by its owner alone
-    end_of_text = None
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
-        end_of_text = Tokenizer.from_file(str(tokenizer)).token_to_id(END_OF_TEXT)
-        _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text is not None))
+    if tokenizer is not None and codec is not None:
+        # transformers applies the template of a tokenizer.json whenever there is one.
+        plain = not codec.adds_tokens
+        shutil.copyfile(tokenizer, directory / (TOKENIZER_FILE if plain else ORIGINAL_TOKENIZER_FILE))
+        if not plain:
+            codec.tokenizer.save(str(directory / TOKENIZER_FILE))
+        end_of_text = codec.end_of_text
+        _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text))
+    if end_of_text is not None:
+        (directory / END_OF_TEXT_FILE).write_text(end_of_text.to_json(), encoding="utf-8")
     _write_json(directory / CONFIG_FILE, model_settings(config, dtype, end_of_text))
     _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
     return sorted(directory.iterdir())
@@ -111,7 +128,7 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
     return config, {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in stored.items()}
 
 
-def model_settings(config: Config, dtype: torch.dtype, end_of_text: int | None) -> dict[str, Any]:
+def model_settings(config: Config, dtype: torch.dtype, end_of_text: EndOfText | None) -> dict[str, Any]:
     """Content of `config.json`. Tools that show a model's shape read the keys beside `megamor`."""
     module, values = _flat_name(CODE_MODULE), config_to_dict(config)
     return {
@@ -144,13 +161,14 @@ def model_shape(config: Config) -> dict[str, int]:
     }
 
 
-def tokenizer_settings(config: Config, has_end_of_text: bool) -> dict[str, Any]:
-    """Content of `tokenizer_config.json`. Text is neither normalised when encoded nor cleaned up when decoded."""
-    special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT} if has_end_of_text else {}
+def tokenizer_settings(config: Config, end_of_text: EndOfText | None) -> dict[str, Any]:
+    """Content of `tokenizer_config.json`: special tokens in a text are text, and nothing is cleaned up in decoding."""
+    special = dict.fromkeys(("eos_token", "pad_token"), end_of_text.token) if end_of_text else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
         **special,
     }
 
@@ -211,9 +229,9 @@ def _defining_module(module: str, name: str) -> str:
     return module
 
 
-def _special_ids(end_of_text: int | None) -> dict[str, int]:
+def _special_ids(end_of_text: EndOfText | None) -> dict[str, int]:
     """The end of text also pads finished sequences of a batch while others are still generated."""
-    return {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    return {} if end_of_text is None else {"eos_token_id": end_of_text.id, "pad_token_id": end_of_text.id}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

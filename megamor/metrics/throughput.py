@@ -82,14 +82,13 @@ class Throughput:
     def metrics(self) -> dict[str, float | None]:
         """Flat metrics; None where the device's peak is unknown or no time has passed.
 
-        Units: tokens/s of all devices together, seconds, FLOPs since launch, FLOP/s, fractions of peak.
+        Units: tokens/s of all devices together, seconds, FLOP/s, fractions of peak.
         """
         recent = _sum(self._recent)
         return {
             "throughput/tokens_per_second": _ratio(recent.tokens, recent.seconds),
             "throughput/tokens_per_second_mean": _ratio(self.total.tokens, self.total.seconds),
             "throughput/step_seconds": _ratio(recent.seconds, len(self._recent)),
-            "throughput/executed_flops": self.total.model_flops,
             "throughput/flops_per_second": _ratio(recent.model_flops, recent.seconds),
             "throughput/mfu": self._utilisation(recent.model_flops, recent.seconds),
             "throughput/hfu": self._utilisation(recent.hardware_flops, recent.seconds),

@@ -44,11 +44,10 @@ class Grid:
         """The grid of a token set; sequences shorter than the longest are padded at the end."""
         if tokens.lengths is None:
             return Grid(tokens.batch, tokens.max_length)
-        assert tokens.index is not None
         # Ragged: a row's cell is given by its sequence and the number of the set's tokens before it there.
-        sequence = tokens.index // tokens.seq_len
-        rank = tokens.rank_of(tokens, tokens.index.device)
-        return Grid(tokens.batch, tokens.max_length, sequence * tokens.max_length + rank)
+        device = tokens.lengths.device
+        cells = tokens.sequences(device) * tokens.max_length + tokens.rank_of(tokens, device)
+        return Grid(tokens.batch, tokens.max_length, cells)
 
     def pad(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Rows [N, ...] to [batch, length, ...]."""

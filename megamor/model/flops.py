@@ -8,7 +8,7 @@ it out and HFU includes it. docs/numbers.md compares this with the paper's accou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamor.config import (
     Config,
@@ -20,7 +20,8 @@ from megamor.config import (
     TokenChoiceConfig,
     TrainConfig,
 )
-from megamor.config.derive import router_head_parameters
+from megamor.config.batches import BatchSchedule, BatchShape
+from megamor.config.derive import Consumed, router_head_parameters, total_steps
 from megamor.model.sharing import layer_stack
 from megamor.routing.scored import default_capacity
 
@@ -153,3 +154,18 @@ def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, floa
 def nominal_flops(config: Config, num_sequences: float = 1.0) -> Flops:
     """FLOPs at the configured capacities."""
     return executed_flops(config, num_sequences, nominal_work(config, num_sequences))
+
+
+def expected_steps(config: Config, done: Consumed | None = None) -> int:
+    """Steps of a run that has `done` so much; with `train.max_flops` an estimate at the configured capacities."""
+    done = done or Consumed()
+    steps = total_steps(config, done)
+    if steps is not None:
+        return steps
+
+    def cost(shape: BatchShape) -> float:
+        lengths = replace(config, data=replace(config.data, seq_len=shape.seq_len))
+        return nominal_flops(lengths, shape.global_batch_size).training
+
+    assert config.train.max_flops is not None, "validate() accepts exactly one limit"
+    return BatchSchedule.of(config).steps_for(config.train.max_flops - done.flops, done.step, cost)

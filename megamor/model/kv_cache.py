@@ -36,9 +36,9 @@ class CacheStore:
     def admit(self, tokens: TokenSet, geometry: Geometry) -> Tensor:
         """Reserve slots for `tokens` after the existing entries; returns the flat slots [N]."""
         # Sequences fill at different speeds, as routing sends different numbers of their tokens here.
-        rows = tokens.rows(self.order.device)
-        sequence = rows // tokens.seq_len
-        slots = sequence * self.order.shape[1] + self.lengths[sequence] + tokens.rank_of(tokens, rows.device)
+        device = self.order.device
+        sequence = tokens.sequences(device)
+        slots = sequence * self.order.shape[1] + self.lengths[sequence] + tokens.rank_of(tokens, device)
         self.order.view(-1)[slots] = geometry.order_of(tokens)
         self.lengths += torch.bincount(sequence, minlength=tokens.batch)
         return slots
@@ -104,7 +104,7 @@ class KVCache:
         # block has projected them.
         write = None if added is None else (added[0], store.admit(added[1], geometry))
         # No sequence can have more entries than tokens, so the rest of the store need not be looked at.
-        length = self.num_tokens + geometry.seq_len
+        length = self.num_tokens + geometry.everything.max_length
         grid = Grid.of(queries)
         mask = visibility_mask(grid.pad(geometry.order_of(queries), -1), store.order[:, :length])
         return CachedKeysValues(store, length, write), AttentionLayout(grid, None, mask)

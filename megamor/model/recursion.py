@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megamor.config import Config
+from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
@@ -32,9 +33,9 @@ Blocks = Sequence[Callable[..., Any]]
 
 
 class StageOutput(NamedTuple):
-    """The stream [B·S, dim] after the stage, and what the router did.
+    """The stream [T, dim] after the stage, and what the router did.
 
-    `depth` [B·S] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
+    `depth` [T] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
     that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); both are None
     without a stage.
     """
@@ -67,12 +68,12 @@ class RecursionStage(nn.Module):
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
     ) -> StageOutput:
-        """stream [B·S, dim] through up to Nr recursions."""
+        """stream [T, dim] through up to Nr recursions."""
         session = self.router.begin(stream, context)
         policy = KVPolicy(self.kv_policy, cache)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.
-        candidates = TokenSet.all(geometry.batch, geometry.seq_len)
+        candidates = geometry.everything
         stage_input = rows = stream
         emitted: Tensor | None = None
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
@@ -130,9 +131,10 @@ class RecursionStage(nn.Module):
         # Sharded training needs every rank to use the same parameters in a step. A rank that skips a recursion would
         # not join the reduction of its gradients, and ZeRO-3 would even apply the gradient of an earlier step. One row
         # is enough; it has a policy of its own, so that no other token sees its keys.
-        alone = Geometry(1, 1, geometry.positions[:1], geometry.angles.select(torch.zeros_like(geometry.positions[:1])))
+        one, position = TokenSet.all(1, 1), geometry.positions[:1]
+        alone = Geometry(one, Grid.of(one), position, position, geometry.angles.select(torch.zeros_like(position)))
         policy = KVPolicy("recursion_wise", None)
-        y, _ = self.run_recursion(recursion, stream[:1], TokenSet.all(1, 1), alone, policy, blocks)
+        y, _ = self.run_recursion(recursion, stream[:1], one, alone, policy, blocks)
         return stream + 0.0 * y.sum()
 
     def run_blocks(self, call: CoreCall, blocks: Blocks, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
-from megamor.model.layouts import Geometry, document_starts
+from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
-from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext, TokenSet
+from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.random import text_keys
 
 
@@ -36,9 +36,9 @@ class ModelOutput(NamedTuple):
 
     Without labels, `logits` [B, S, vocab]; with labels, `loss_sum` (nats, summed) over `num_tokens` valid positions.
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
-    router's statistics. `depth` [B, S] counts the recursions of each token and `work` [Nr, 2] is explained at
-    `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that sees every
-    token.
+    router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
+    explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
+    sees every token.
     """
 
     logits: Tensor | None
@@ -91,6 +91,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         bounds: DepthBounds | None = None,
+        lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
@@ -99,23 +100,29 @@ class Transformer(nn.Module):
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
-        token, in the causal mode. `first_sequence` is the number of the first sequence in the batch of the step, over
-        all ranks and micro-batches.
+        token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
+        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
+        the number of the first sequence in the batch of the step, over all ranks and micro-batches.
         """
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
+        assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
+        if lengths is not None and not any(lengths):
+            return self.run_nothing(inputs, labels, mode, step)
         start = 0 if cache is None else cache.num_tokens
-        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start)
-        # From here on a row [dim] per token: [B·S, dim]. Only attention needs to know the sequences (`Geometry`).
-        x = self.run_unshared("prelude", self.embed(inputs.flatten()), geometry, cache)
+        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
+        # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
+        window, everything = geometry.window, geometry.everything
+        x = self.run_unshared("prelude", self.embed(window.unpad(inputs)), geometry, cache)
         routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
             context = RoutingContext(
-                geometry.batch,
-                geometry.seq_len,
+                everything.batch,
+                everything.seq_len,
                 mode,
                 step,
                 geometry.positions,
                 bounds,
+                everything if lengths is not None else None,
                 self.config.run.seed,
                 first_sequence,
                 self.text_keys(inputs, geometry, cache) if self.stage.router.reads_text and mode != "train" else None,
@@ -128,29 +135,48 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = torch.unflatten(F.linear(x, self.embed.weight), 0, inputs.shape)
+            logits = window.pad(F.linear(x, self.embed.weight))
         else:
-            loss_sum = linear_cross_entropy(x, self.embed.weight, labels.flatten())
+            labels = window.unpad(labels)
+            loss_sum = linear_cross_entropy(x, self.embed.weight, labels)
             num_tokens = (labels != IGNORE).sum()
-            everything = TokenSet.all(geometry.batch, geometry.seq_len)
             pairs = geometry.visible_pairs(everything, everything)
-        depth = None if routed.depth is None else routed.depth.view(inputs.shape)
+        depth = None if routed.depth is None else window.pad(routed.depth, -1)
         _, losses, ratios, totals, _, work = routed
         return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
-        if cache is not None:
-            inputs = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
-        order = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-        if geometry.documents is not None:
-            order = order - document_starts(geometry.documents.view_as(inputs))
-        keys = text_keys(inputs.flatten(), order.flatten()).view_as(inputs)
-        return keys[:, -geometry.seq_len :].flatten()
+        if cache is None:
+            rows = geometry.everything.rows(inputs.device)
+            order = geometry.order if geometry.begins is None else rows - geometry.begins
+            return text_keys(geometry.window.unpad(inputs), order)
+        whole = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
+        order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
+        return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
+
+    def run_nothing(self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int) -> ModelOutput:
+        """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
+
+        Ranks with tokens wait for this one in the collectives of their passes, so one row goes through the model.
+        """
+        # Not `self(...)`: the hooks of sharding have run already, around this call's caller.
+        one = self.forward(
+            inputs[:1, :1], None if labels is None else torch.full_like(labels[:1, :1], IGNORE), mode, step
+        )
+        return one._replace(
+            logits=None if one.logits is None else 0 * one.logits.expand(*inputs.shape, -1),
+            router_losses={name: 0 * loss for name, loss in one.router_losses.items()},
+            ratios={name: Ratio(0 * ratio.numerator, 0 * ratio.denominator) for name, ratio in one.ratios.items()},
+            totals={name: 0 * total for name, total in one.totals.items()},
+            depth=None if one.depth is None else one.depth.new_full(inputs.shape, -1),
+            work=None if one.work is None else 0 * one.work,
+            pairs=None if one.pairs is None else 0 * one.pairs,
+        )
 
     def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
-        """x [B·S, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""
-        everything = TokenSet.all(geometry.batch, geometry.seq_len)
+        """x [T, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""
+        everything = geometry.everything
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
         for number, block in enumerate(getattr(self, group)):
             if cache is not None:

@@ -1,6 +1,6 @@
 """Optimizer, parameter groups and learning-rate schedules."""
 
 from megamor.optim.adamw import ParamGroup, build_adamw, build_param_groups
-from megamor.optim.schedule import lr_multiplier
+from megamor.optim.schedule import lr_multiplier, lr_multiplier_of_budget
 
-__all__ = ["ParamGroup", "build_adamw", "build_param_groups", "lr_multiplier"]
+__all__ = ["ParamGroup", "build_adamw", "build_param_groups", "lr_multiplier", "lr_multiplier_of_budget"]

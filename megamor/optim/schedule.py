@@ -29,7 +29,21 @@ def lr_multiplier(step: int, config: OptimConfig, total_steps: int) -> float:
     return _blend(1.0 - _progress(step, decay_start, total_steps), config.min_lr_ratio)
 
 
-def _progress(step: int, start: int, end: int) -> float:
+def lr_multiplier_of_budget(step: int, used: float, config: OptimConfig) -> float:
+    """Factor of the peak learning rate where the fraction `used` of a budget stands for time (`train.max_flops`).
+
+    The schedules have the same shapes over that fraction. The warm-up still takes `warmup_steps` steps and is a factor
+    on them.
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "constant":
+        return warmup
+    if config.schedule == "cosine":
+        return warmup * _blend(0.5 * (1.0 + math.cos(math.pi * min(used, 1.0))), config.min_lr_ratio)
+    return warmup * _blend(1.0 - _progress(used, 1.0 - config.decay_fraction, 1.0), config.min_lr_ratio)
+
+
+def _progress(step: float, start: float, end: float) -> float:
     """Fraction of [start, end] that `step` has passed, between 0 and 1."""
     if step <= start:
         return 0.0

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from megamor.config import Config, CustomRouterConfig
 from megamor.config.derive import derive
+from megamor.config.validate import validate_length
 from megamor.model import build_model
-from megamor.model.flops import nominal_flops
+from megamor.model.flops import expected_steps, nominal_flops
 from megamor.parallel import resolve_backend
 from megamor.plan.memory import step_memory
 
@@ -15,8 +16,14 @@ GIB = 2**30
 
 
 def describe_run(config: Config, world_size: int) -> str:
-    """Aligned lines about a validated configuration on `world_size` devices."""
-    derived = derive(config, world_size)
+    """Aligned lines about a validated configuration on `world_size` devices.
+
+    Raises:
+        ConfigError: `train.max_flops` allows fewer steps than the warm-up takes.
+    """
+    steps = expected_steps(config)
+    validate_length(config, steps)
+    derived = derive(config, world_size, expected_steps=steps)
     model = build_model(config, device="meta")
     counted = model.num_parameters()
     own = counted - derived.unique_parameters_with_embedding

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megamor.config import Config
-from megamor.config.derive import derive
 from megamor.metrics.gpus import Gpu
-from megamor.model.flops import nominal_flops
+from megamor.model.flops import expected_steps, nominal_flops
 from megamor.plan.memory import MOMENTS, Memory, step_memory
 from megamor.plan.traffic import Traffic, step_traffic
 
@@ -125,9 +124,10 @@ def communication_seconds(traffic: Traffic, cluster: Cluster) -> float:
 
 def run_seconds(config: Config, cluster: Cluster, mfu: float) -> float:
     """Seconds of the whole run at an MFU."""
-    steps = derive(config, cluster.gpus).total_steps
-    flops = nominal_flops(config, config.train.global_batch_size).training
-    return steps * flops / (cluster.gpus * cluster.gpu.bf16_peak * mfu)
+    flops = config.train.max_flops
+    if flops is None:
+        flops = expected_steps(config) * nominal_flops(config, config.train.global_batch_size).training
+    return flops / (cluster.gpus * cluster.gpu.bf16_peak * mfu)
 
 
 def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megamor.config import Config
 from megamor.plan.estimate import USABLE, Cluster, estimate, nearest_that_fits, run_seconds, variants
 from megamor.plan.memory import unit_parameters
+from megamor.progress import plain_console
 
 SCHEMA = "megamor-plan/1"
 GIB = 2**30
@@ -60,7 +60,7 @@ def _row(backend: str, config: Config, cluster: Cluster, mfu: float) -> dict[str
 
 def print_report(report: dict[str, Any]) -> None:
     """Print what all rows share, then a table of at most 80 columns, then how to make the rest fit."""
-    console, rows, gpu = Console(highlight=False), report["rows"], report["gpu"]
+    console, rows, gpu = plain_console(), report["rows"], report["gpu"]
     hours = {round(row["hours"], 1) for row in rows}
     console.print(
         f"{report['config']}: {report['parameters'] / 1e6:,.0f}M parameters, {report['tokens_per_step']:,} tokens per "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from megamor.config import CustomRouterConfig, RouterConfig, SkipForwardRecurseConfig
-from megamor.errors import ConfigError
+from megamor.routing.custom import import_router, refuse_unknown_router
 from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
@@ -31,6 +30,7 @@ __all__ = [
     "TokenSet",
     "build_router",
     "draws_random",
+    "refuse_unknown_router",
 ]
 
 
@@ -49,7 +49,7 @@ def build_router(config: RouterConfig, dim: int, num_recursions: int) -> Router:
     """The router that `config.kind` names, for hidden states of width `dim`.
 
     Raises:
-        ConfigError: a custom router that cannot be imported or is not a `Router`.
+        ConfigError: a custom router that can't be imported or isn't a `Router`.
     """
     if isinstance(config, CustomRouterConfig):
         return import_router(config.target)(dict(config.options), dim, num_recursions)
@@ -62,15 +62,3 @@ def draws_random(config: RouterConfig) -> bool:
     No other part of a model does: there is no dropout, and `RandomRouter` hashes positions instead.
     """
     return isinstance(config, SkipForwardRecurseConfig | CustomRouterConfig)
-
-
-def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]:
-    """The router class named by `package.module:Class`."""
-    module, _, name = target.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"router.target = {target} can't be imported: {error}; set PYTHONPATH to find it") from error
-    if not (isinstance(found, type) and issubclass(found, Router)):
-        raise ConfigError(f"router.target = {target} is not a subclass of megamor.routing.Router")
-    return found

@@ -76,7 +76,7 @@ class EmaThresholdSession(ScoredSession):
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Candidates above the threshold; all of them if the capacity is all."""
         z = self.router.score(recursion, rows)
-        self.add_z_loss(z)
+        self.add_z_loss(z, candidates)
         # Capacities are fractions of the whole sequence; the candidates are what the recursion before has left of it.
         capacity = self.router.capacity
         fraction = capacity[recursion] / (capacity[recursion - 1] if recursion else 1.0)

@@ -67,17 +67,27 @@ class ExpertChoiceSession(ScoredSession):
         tokens, indices = self.select_top_k(recursion, z, candidates)
         chosen = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
         if self.context.mode == "train":
-            self.add_losses(z, predictor, chosen)
+            self.add_losses(z, predictor, chosen, candidates)
         if recursion > 0:
             agreed = self.predicts(predictor) == chosen.bool()
             self.add_ratio("topk_causal_agreement", agreed.sum(), agreed.numel())
         return self.router.plan(z, tokens, indices)
 
     def select_top_k(self, recursion: int, z: Tensor, candidates: TokenSet) -> tuple[TokenSet, Tensor | None]:
-        """The k = max(1, int(capacity · S)) highest scores of each sequence, in ascending order of position."""
+        """The k = max(1, int(capacity · S)) highest scores of each sequence, in ascending order of position.
+
+        S is the sequence's own number of tokens, whatever documents they belong to. Of an empty sequence k is 0.
+        """
         capacity, context, num_candidates = self.router.capacity[recursion], self.context, candidates.max_length
         if context.mode == "train":
             capacity = warmed_up_capacity(capacity, context.step, self.router.config.capacity_warmup_steps)
+        if candidates.counts is not None:
+            lengths = context.everything.counts or ()
+            numbers = [
+                min(max(1, int(capacity * length)), count)
+                for length, count in zip(lengths, candidates.counts, strict=True)
+            ]
+            return (candidates, None) if sum(numbers) == len(candidates) else candidates.top(z.detach(), numbers)
         k = min(max(1, int(capacity * context.seq_len)), num_candidates)
         if k == num_candidates:
             return candidates, None
@@ -97,12 +107,14 @@ class ExpertChoiceSession(ScoredSession):
         assert threshold is not None
         return predictor.detach() >= math.log(threshold / (1 - threshold))
 
-    def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor) -> None:
+    def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor, candidates: TokenSet) -> None:
         """BCE of the predictor against the selection `chosen` [N] (mean over the candidates), and the z-loss."""
-        bce = F.binary_cross_entropy_with_logits(predictor, chosen)
+        weights = self.weights(candidates)
+        reduction = "mean" if weights is None else "sum"
+        bce = F.binary_cross_entropy_with_logits(predictor, chosen, weights, reduction=reduction)
         if self.router.aux_router is None:
             self.add_loss("aux_loss", self.router.config.aux_coeff * bce)
         else:
             # No coefficient: its gradient reaches only the auxiliary router, whose learning rate sets the scale.
             self.add_loss("aux_router_loss", bce)
-        self.add_z_loss(z)
+        self.add_z_loss(z, candidates)

@@ -44,7 +44,7 @@ class HaltingRouter(Router):
 
 
 class HaltingSession(RoutingSession):
-    """Halting during one forward pass. `spent` [B·S] is the sum of each token's weights so far."""
+    """Halting during one forward pass. `spent` [T] is the sum of each token's weights so far."""
 
     per_row = ("spent", "halted")
 

@@ -1,15 +1,18 @@
 """Routing plans: which tokens go through the core in one recursion, and how its output is combined into the stream.
 
 The recursion stage (`megamor/model/recursion.py`) executes every plan in the same way: gather, core, combine. The
-stream holds B sequences of S tokens, flattened to B·S rows; token t of sequence b is row b·S + t. Rows in ascending
-order therefore keep sequences together and tokens in order, which is all that causal attention needs.
+stream holds the tokens of B sequences one after another, a row each: T rows, B·S if every sequence has S tokens.
+Padding has no row. Rows in ascending order therefore keep sequences together and tokens in order, which is all that
+causal attention needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,13 +32,21 @@ class Incoming:
         return self.copy.tolist()
 
 
+def to_device(numbers: Sequence[Any], device: torch.device, dtype: type[np.generic] = np.int64) -> Tensor:
+    """`numbers`, or lists of equal length of them, as a tensor on `device`."""
+    # NumPy reads Python lists several times faster than torch does. A copy from pageable memory would wait until the
+    # GPU has finished everything before it; from pinned memory it is queued like a kernel.
+    tensor = torch.from_numpy(np.array(numbers, dtype))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class TokenSet:
-    """A subset of the rows of a [B, S] stream, in ascending order.
+    """A subset of the rows of a stream of B sequences of up to S tokens, in ascending order.
 
     `index` [N] holds the rows; None means all of them. `lengths` [B] is the number of tokens from each sequence where
     these differ (ragged); None means exactly `max_length` from each (rectangular), which keeps shapes static.
-    `max_length` is the largest of these numbers.
+    `max_length` is the largest of these numbers. `counts` are the lengths on the host, where it knows them.
     """
 
     batch: int
@@ -43,11 +54,17 @@ class TokenSet:
     max_length: int
     index: Tensor | None = None
     lengths: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
     @staticmethod
-    def all(batch: int, seq_len: int) -> TokenSet:
-        """Every token of the stream."""
-        return TokenSet(batch, seq_len, seq_len)
+    def all(
+        batch: int, seq_len: int, counts: tuple[int, ...] | None = None, device: torch.device | str = "cpu"
+    ) -> TokenSet:
+        """Every token of the stream: `seq_len` in each sequence, or as many as `counts` says."""
+        if counts is None:
+            return TokenSet(batch, seq_len, seq_len)
+        lengths = to_device(counts, torch.device(device))
+        return TokenSet(batch, max(counts), max(counts), lengths=lengths, counts=counts)
 
     def pick(self, chosen: Tensor) -> TokenSet:
         """The rows of this set at `chosen` [B, k]: ascending indices among the rows of each sequence (0-based).
@@ -75,6 +92,22 @@ class TokenSet:
         index = indices if self.index is None else self.index[indices]
         return TokenSet(self.batch, self.seq_len, longest, index, lengths), indices
 
+    def top(self, scores: Tensor, numbers: Sequence[int]) -> tuple[TokenSet, Tensor]:
+        """The `numbers[b]` highest of `scores` [N] in each sequence b, and their indices [n] in this set.
+
+        Needs `counts`, and so does not wait for the device; the result has them too.
+        """
+        assert self.counts is not None
+        sequences, device = self.sequences(scores.device), scores.device
+        # Sorted by score, then (stably) by sequence: each sequence's rows, the highest first.
+        ranked = scores.argsort(descending=True, stable=True)
+        ranked = ranked[sequences[ranked].argsort(stable=True)]
+        wanted = to_device(numbers, device)
+        rank = torch.arange(len(self), device=device) - self.bounds(device)[sequences]
+        keep = torch.zeros_like(ranked, dtype=torch.bool).index_copy(0, ranked, rank < wanted[sequences])
+        tokens, indices = self.where(keep, (sum(numbers), max(numbers)))
+        return replace(tokens, counts=tuple(numbers)), indices
+
     def bounds(self, device: torch.device) -> Tensor:
         """Indices [batch + 1] among the rows of this set at which the sequences begin, and the end."""
         if self.lengths is None:
@@ -83,10 +116,22 @@ class TokenSet:
 
     def sequences(self, device: torch.device) -> Tensor:
         """The sequence of each row of this set, [N]."""
-        return self.rows(device) // self.seq_len
+        if self.lengths is None:
+            return torch.arange(len(self), device=device) // self.max_length
+        # The size of the result is given, or the host would wait for it.
+        return torch.arange(self.batch, device=device).repeat_interleave(self.lengths, output_size=len(self))
+
+    def number_in(self, marks: Tensor) -> Tensor:
+        """How many rows are marked in each sequence, [B, ...]; `marks` [N, ...] are booleans."""
+        if self.lengths is None:
+            return marks.view(self.batch, self.max_length, *marks.shape[1:]).sum(1)
+        before = torch.cat((marks.new_zeros(1, *marks.shape[1:], dtype=torch.int64), marks.cumsum(0)))
+        return before[self.bounds(marks.device)].diff(dim=0)
 
     def __len__(self) -> int:
-        return self.batch * self.seq_len if self.index is None else self.index.shape[0]
+        if self.index is not None:
+            return self.index.shape[0]
+        return self.batch * self.seq_len if self.counts is None else sum(self.counts)
 
     def find(self, subset: TokenSet) -> Tensor | None:
         """Indices [n] of the tokens of `subset` among the rows of this set; None if both are the same set."""
@@ -97,25 +142,25 @@ class TokenSet:
 
     def rank_of(self, subset: TokenSet, device: torch.device) -> Tensor:
         """How many tokens of this set come before each token of `subset` in its sequence, [n]."""
-        rows, indices = subset.rows(device), self.find(subset)
-        indices = torch.arange(len(rows), device=device) if indices is None else indices
-        return indices - self.bounds(device)[rows // self.seq_len]
+        indices = self.find(subset)
+        indices = torch.arange(len(subset), device=device) if indices is None else indices
+        return indices - self.bounds(device)[subset.sequences(device)]
 
     def rows(self, device: torch.device) -> Tensor:
         """The rows as a tensor [N], also if the set is the whole stream."""
         return torch.arange(len(self), device=device) if self.index is None else self.index
 
     def gather(self, stream: Tensor) -> Tensor:
-        """The rows [N, ...] of `stream` [B·S, ...]."""
+        """The rows [N, ...] of `stream` [T, ...]."""
         return stream if self.index is None else stream.index_select(0, self.index)
 
     def scatter(self, stream: Tensor, values: Tensor) -> Tensor:
-        """`stream` [B·S, ...] with the rows of this set replaced by `values` [N, ...]."""
+        """`stream` [T, ...] with the rows of this set replaced by `values` [N, ...]."""
         values = values.to(stream.dtype)
         return values if self.index is None else stream.index_copy(0, self.index, values)
 
     def scatter_add(self, stream: Tensor, values: Tensor) -> Tensor:
-        """`stream` [B·S, ...] with `values` [N, ...] added to the rows of this set."""
+        """`stream` [T, ...] with `values` [N, ...] added to the rows of this set."""
         values = values.to(stream.dtype)
         return stream + values if self.index is None else stream.index_add(0, self.index, values)
 

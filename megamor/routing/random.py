@@ -74,7 +74,7 @@ class RandomSession(ScoredSession):
             gate = 1.0 if config.gating == "additive" else config.alpha
             return RoutingPlan(tokens, indices, Mix(from_stream=1.0, from_core=gate))
         z = self.router.score(recursion, rows)
-        self.add_z_loss(z)
+        self.add_z_loss(z, candidates)
         return self.router.plan(z, tokens, indices)
 
 

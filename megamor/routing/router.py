@@ -44,7 +44,7 @@ class Ratio:
 
 
 class DepthBounds(NamedTuple):
-    """Fewest and most recursions of each token, [B·S]; the router's rule decides in between.
+    """Fewest and most recursions of each token, [T]; the router's rule decides in between.
 
     An upper bound below Nr is a budget (at least 1); equal bounds replay a known depth.
     """
@@ -57,10 +57,12 @@ class DepthBounds(NamedTuple):
 class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
-    `positions` [B·S] are the tokens' positions; None means that they count from 0 in each sequence. `bounds` apply in
-    the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the batch of the
-    step, which all ranks and micro-batches share. `text` [B·S] are the keys that `megamor.routing.random.text_keys`
-    makes of the tokens, outside training for routers that ask for it (`Router.reads_text`).
+    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many as it says (`seq_len` is
+    then the longest). `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
+    `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
+    batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
+    `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
+    (`Router.reads_text`).
     """
 
     batch: int
@@ -69,6 +71,7 @@ class RoutingContext:
     step: int = 0
     positions: Tensor | None = None
     bounds: DepthBounds | None = None
+    whole: TokenSet | None = None
     seed: int = 0
     first_sequence: int = 0
     text: Tensor | None = None
@@ -76,13 +79,14 @@ class RoutingContext:
     @property
     def everything(self) -> TokenSet:
         """Every token of the stream."""
-        return TokenSet.all(self.batch, self.seq_len)
+        return TokenSet.all(self.batch, self.seq_len) if self.whole is None else self.whole
 
     def positions_of(self, device: torch.device) -> Tensor:
-        """Positions of all tokens [B·S]."""
+        """Positions of all tokens [T]."""
         if self.positions is not None:
             return self.positions
-        return torch.arange(self.seq_len, device=device).repeat(self.batch)
+        everything = self.everything
+        return everything.rank_of(everything, device)
 
 
 class RoutingSession(ABC):
@@ -138,8 +142,24 @@ class RoutingSession(ABC):
             return candidates, None
         return candidates.where(candidates.gather(bounds.most) > recursion)
 
+    def weights(self, tokens: TokenSet) -> Tensor | None:
+        """Weights [N] of `tokens` in a mean over them; None if all have the same.
+
+        Where sequences have different numbers of tokens, the mean is that of the sequences' own means, each weighted by
+        the length of the sequence. It then doesn't depend on which sequences share a micro-batch.
+        """
+        if tokens.lengths is None:
+            return None
+        whole = self.context.everything
+        lengths = whole.lengths if whole.lengths is not None else torch.full_like(tokens.lengths, whole.max_length)
+        shares = lengths / (len(whole) * tokens.lengths.clamp_min(1))
+        return shares[tokens.sequences(shares.device)]
+
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Add to a loss term: a mean over this micro-batch, with its coefficient applied."""
+        """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
+
+        Micro-batches are weighted by their tokens.
+        """
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor | float) -> None:
@@ -169,7 +189,7 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
-        """Start a forward pass over `rows` [B·S, d], the input of the recursion stage."""
+        """Start a forward pass over `rows` [T, d], the input of the recursion stage."""
 
     def reset(self) -> None:
         """Initialise parameters other than weights of `nn.Linear` and `nn.Embedding`."""

@@ -51,8 +51,10 @@ class ScoredSession(RoutingSession):
         super().__init__(context)
         self.router = router
 
-    def add_z_loss(self, z: Tensor) -> None:
+    def add_z_loss(self, z: Tensor, candidates: TokenSet) -> None:
         """Mean of z² over the candidates, which keeps scores small; off unless it has a coefficient."""
         coeff = self.router.config.z_coeff
         if coeff and self.context.mode == "train" and z.numel():
-            self.add_loss("z_loss", coeff * z.square().mean())
+            weights = self.weights(candidates)
+            mean = z.square().mean() if weights is None else (weights * z.square()).sum()
+            self.add_loss("z_loss", coeff * mean)

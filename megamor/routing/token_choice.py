@@ -47,7 +47,7 @@ class TokenChoiceRouter(Router):
 class TokenChoiceSession(RoutingSession):
     """Token-choice during one forward pass.
 
-    `depth` [B·S] is the last recursion (0-based) of each token, `gate` [B·S] its weight, `reaching` [B·S, Nr] the
+    `depth` [T] is the last recursion (0-based) of each token, `gate` [T] its weight, `reaching` [T, Nr] the
     recursions it takes.
     """
 
@@ -72,7 +72,7 @@ class TokenChoiceSession(RoutingSession):
         # All sizes are known now: the tokens of each recursion, in total and at most in one sequence. Their copy to the
         # host starts before the device is given recursion 0, which hides the wait that selecting for recursion 1 would
         # otherwise cause.
-        lengths = self.reaching.view(context.batch, context.seq_len, -1).sum(1)
+        lengths = context.everything.number_in(self.reaching)
         self.sizes: Incoming | None = Incoming(torch.stack((lengths.sum(0), lengths.amax(0)), dim=1))
         if context.mode == "train" and config.z_coeff:
             self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from rich.console import Console
 
 from megamor.checkpoint import CheckpointManager, reseed
 from megamor.checkpoint.layout import CHECKPOINTS_DIR
-from megamor.config import Config
+from megamor.config import Config, expand_paths
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
-from megamor.data.dataset import TrainingData
+from megamor.config.validate import validate_length
+from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
 from megamor.metrics import (
@@ -27,9 +29,11 @@ from megamor.metrics import (
     read_jsonl,
 )
 from megamor.model import build_model
+from megamor.model.flops import expected_steps
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
 from megamor.ranks import from_first_rank, run_on_all_ranks
+from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
@@ -39,22 +43,27 @@ from megamor.train.trainer import Trainer
 from megamor.train.validation import VALIDATION
 from megamor.train.watchdog import Watchdog
 
+log = logging.getLogger("megamor.train")
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def build_trainer(config: Config, world: World) -> Trainer:
     """Open the data, build and wrap the model, restore the newest checkpoint of the run if it has one. Collective.
 
-    `config` has been validated for `world.size` processes.
+    `config` has been validated for `world.size` processes. Its paths are expanded here, and stored as they are written.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank, for anything found on any rank that would make the run
             fail.
     """
-    derived = derive(config, world.size)
+    if config.train.max_flops is not None:
+        validate_length(config, expected_steps(config))
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
-    inputs = run_on_all_ranks(lambda: open_inputs(config, world))
-    directory = run_on_all_ranks(lambda: run_directory(config))
+    expanded = run_on_all_ranks(lambda: expand_paths(config))
+    inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
+    files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
+    directory = run_on_all_ranks(lambda: run_directory(expanded))
     keep = config.checkpoint
     manager = CheckpointManager(
         directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
@@ -70,22 +79,37 @@ def build_trainer(config: Config, world: World) -> Trainer:
     diagnosis = Diagnosis(config, model.stage.router if model.stage is not None else None, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
     checkpoints = RunCheckpoints(
-        config, manager, backend, inputs.loader, shapes, inputs.files, inputs.origin, components
+        config,
+        manager,
+        backend,
+        inputs.loader,
+        shapes,
+        files,
+        inputs.origin,
+        components,
     )
-    restored = checkpoints.restore()
-    progress = restored or RunProgress()
+    restored = checkpoints.resume(keep=[directory / METRICS_FILE])
+    progress, resumption, told = restored or (RunProgress(), None, [])
+    budget = Budget(config)
+    total_steps = budget.total_steps(progress)
+    derived = derive(config, world.size, progress, total_steps)
     if world.is_main:
+        for warning in announce_shared_data(expanded.data):
+            log.warning(warning)
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
-        print(f"{config.run.name}: {begin}\n{derived.describe()}", flush=True)
-        print("\n".join(inputs.loader.describe(derived.total_steps)), flush=True)
+        lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
+        print("\n".join(lines), flush=True)
+    if progress.step < config.optim.warmup_steps:
+        validate_length(config, total_steps)  # another batch may have made the run shorter
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
     )
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     throughput = Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size)
-    return Trainer(
+    trainer = Trainer(
         config=config,
-        derived=derived,
+        batches=derived.batches,
+        budget=budget,
         model=model,
         backend=backend,
         loader=inputs.loader,
@@ -94,11 +118,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
         progress=progress,
         saved_step=progress.step,
         evaluated_step=evaluated_step,
-        sinks=run_on_all_ranks(lambda: build_sinks(config, world, progress, restored is not None)),
+        sinks=[],
         throughput=throughput,
         display=TrainingDisplay(
             config.run.name,
-            derived.total_steps,
+            total_steps,
             start=progress.step,
             enabled=world.is_main and config.metrics.progress,
             console=Console(highlight=False),
@@ -107,22 +131,27 @@ def build_trainer(config: Config, world: World) -> Trainer:
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        summary=LaunchSummary(config, throughput),
+        summary=LaunchSummary(expanded, throughput),
     )
+    if resumption is not None and trainer.is_complete():
+        resumption.check_not_finished(progress)
+    # Only now, because opening them may create a run in a tracker and removes the lines of steps that will run again.
+    trainer.sinks = run_on_all_ranks(lambda: build_sinks(expanded, world, progress, restored is not None))
+    return trainer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: training and validation data, and what goes into its checkpoints unchanged."""
+    """What a run reads: training and validation data, and the tokenizer file, which goes into its checkpoints."""
 
     loader: TrainingLoader
     validation: dict[str, ValidationSet]
-    files: dict[str, str | bytes]
+    tokenizer: bytes | None
     origin: Origin
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """Open all data, and check that it exists, is intact and belongs to this model."""
+    """Open all data, and check that it exists, is intact and belongs to this model. `config` has expanded paths."""
     vocab_size = config.model.vocab_size
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
     loader = TrainingLoader(
@@ -133,7 +162,9 @@ def open_inputs(config: Config, world: World) -> Inputs:
         pinned=world.device.type == "cuda",
     )
     validation = open_validation_sets(config.data, vocab_size=vocab_size)
-    return Inputs(loader, validation, checkpoint_files(config), Origin(data.fingerprints()))
+    # Read once, so that changing or deleting the file during the run does no harm.
+    tokenizer = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer else None
+    return Inputs(loader, validation, tokenizer, Origin(data.fingerprints()))
 
 
 def run_directory(config: Config) -> Path:

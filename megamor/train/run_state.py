@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,20 +15,25 @@ from megamor.checkpoint import (
     TrainerState,
     check_same_model,
     code_revision,
+    directory_identity,
+    is_copy,
     library_versions,
     restore_rng,
     rng_states,
     weight_shapes,
     write_rng,
 )
-from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
 from megamor.checkpoint.state import write_state
-from megamor.config import Config, config_to_yaml
+from megamor.config import Config, DataConfig, config_to_yaml
+from megamor.config.derive import Consumed
 from megamor.data.loader import TrainingLoader
-from megamor.errors import MegamorError
+from megamor.data.meta import end_of_text
+from megamor.errors import ConfigError, DataError, MegamorError
 from megamor.parallel import Backend, resolve_backend
 from megamor.ranks import run_on_all_ranks
 from megamor.routing import draws_random
+from megamor.train.resume import Resumption
 
 log = logging.getLogger("megamor.train")
 
@@ -43,12 +48,13 @@ class Origin:
 
 
 @dataclass
-class RunProgress:
-    """How far a run is. `run_ids` are its ids in experiment trackers."""
+class RunProgress(Consumed):
+    """How far a run is, over all its launches; the fields are those of `TrainerState`."""
 
-    step: int = 0
-    tokens_seen: int = 0
+    seconds: float = 0.0
+    lr: float | None = None
     run_ids: dict[str, str] = field(default_factory=dict)
+    resumed_from: int | None = None
 
 
 class Stateful(Protocol):
@@ -94,7 +100,12 @@ class RunCheckpoints:
             world_size=self.backend.world_size,
             components={name: component.state_dict() for name, component in self.components.items()},
             backend=resolve_backend(self.config.parallel, self.backend.world_size),
+            flops=progress.flops,
+            seconds=progress.seconds,
+            lr=progress.lr,
             run_ids=progress.run_ids,
+            run_directory=directory_identity(self.manager.directory.parent),
+            resumed_from=progress.resumed_from,
             data_fingerprints=self.origin.data_fingerprints,
             code_revision=self.origin.code_revision,
             versions=self.origin.versions,
@@ -133,17 +144,59 @@ class RunCheckpoints:
         """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
         run_on_all_ranks(lambda: self.manager.record_loss(step, loss) if self.backend.rank == 0 else None)
 
-    def restore(self, at_most: int | None = None) -> RunProgress | None:
-        """Restore the newest whole checkpoint (of step `at_most` or before); None if there is none. Collective.
+    def resume(self, keep: Sequence[Path]) -> tuple[RunProgress, Resumption, list[str]] | None:
+        """Restore the checkpoint that this launch resumes from; None if there is none. Collective.
+
+        With `checkpoint.resume_step`, later checkpoints are set aside together with the files `keep` as they are now.
+
+        Returns:
+            The run's progress, what this launch changes, and what the user should be told about it.
 
         Raises:
-            CheckpointError: it belongs to another model, or no checkpoint is whole.
+            ConfigError: this launch would change the model's function.
+            CheckpointError: it belongs to another model, no checkpoint is whole, or that of `checkpoint.resume_step`
+                isn't there.
+        """
+        wanted = self.config.checkpoint.resume_step
+        # Done once only: a job that is requeued has the same command and must not fall back again.
+        returns = wanted is not None and self.manager.resumed_from() != wanted
+        # Every file is checked against the manifest; a damaged checkpoint is skipped in favour of the one before.
+        directory = self.manager.valid(wanted) if wanted and returns else self.manager.latest_valid()
+        if directory is None:
+            return None
+        resumption = run_on_all_ranks(lambda: Resumption.of(directory, self.config, self.files))
+        progress, state = self._restore(directory)
+        lines = []
+        if state.flops is None:
+            lines.append("the checkpoint doesn't say how many FLOPs were executed: they count from here")
+            if self.config.train.max_flops is not None:
+                raise ConfigError(f"train.max_flops needs a checkpoint that counts FLOPs; {directory} is older")
+        if is_copy(self.manager.directory.parent, state.run_directory):
+            lines.append(f"this is a copy of the run in {state.run_directory['path']}: new ids in experiment trackers")
+            progress.run_ids = {}
+        if returns:
+            progress.resumed_from = wanted
+            if kept := self.manager.set_aside_after(state.step, keep):
+                lines.append(f"checkpoint.resume_step = {wanted}: later checkpoints and metrics are kept in {kept}")
+        elif newer := [step for step in published_steps(self.manager.directory) if step > state.step]:
+            lines.append(f"the checkpoints of steps {newer} are not used, and replaced when the run gets there")
+        return progress, resumption, lines + resumption.describe(progress, progress.lr)
+
+    def roll_back(self, at_most: int, progress: RunProgress) -> RunProgress | None:
+        """Restore the newest whole checkpoint of step `at_most` or before; None if there is none. Collective.
+
+        Raises:
+            CheckpointError: no checkpoint is whole.
         """
         self.wait()
-        # Every file is checked against the manifest; a damaged checkpoint is skipped in favour of the one before.
         directory = self.manager.latest_valid(at_most)
         if directory is None:
             return None
+        # What belongs to the run, not to its weights, stays as it is now.
+        restored, _ = self._restore(directory)
+        return replace(restored, run_ids=progress.run_ids, resumed_from=progress.resumed_from)
+
+    def _restore(self, directory: Path) -> tuple[RunProgress, TrainerState]:
         state = run_on_all_ranks(lambda: self._read(directory))
         self.backend.load(directory)
         restore_rng(
@@ -154,12 +207,22 @@ class RunCheckpoints:
             step=state.step,
             draws_random=draws_random(self.config.router),
         )
-        return RunProgress(state.step, state.tokens_seen, state.run_ids)
+        progress = RunProgress(
+            state.step,
+            state.tokens_seen,
+            state.flops or 0.0,
+            seconds=state.seconds,
+            lr=state.lr,
+            run_ids=state.run_ids,
+            resumed_from=state.resumed_from,
+        )
+        return progress, state
 
     def _read(self, directory: Path) -> TrainerState:
         """Read and check all that can be refused before weights are overwritten; restores loader and components."""
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
+        self._check_end_of_text(directory / END_OF_TEXT_FILE)
         self.loader.load_state_dict(state.data)
         # Components that this version doesn't have (or that are switched off) are left out on purpose.
         for name, saved in state.components.items():
@@ -167,13 +230,24 @@ class RunCheckpoints:
                 self.components[name].load_state_dict(saved)
         return state
 
+    def _check_end_of_text(self, stored: Path) -> None:
+        now = str(self.files.get(END_OF_TEXT_FILE, ""))
+        if now and stored.is_file() and (before := stored.read_text(encoding="utf-8")) != now:
+            raise DataError(
+                f"{stored} says that texts end with {before.strip()}, the data's side files say {now.strip()}: "
+                "preprocess the data with the --eod-token of the run's first data"
+            )
 
-def checkpoint_files(config: Config) -> dict[str, str | bytes]:
-    """What makes a checkpoint usable on its own: the resolved configuration and the tokenizer.
 
-    Read once at the start, so that changing or deleting the originals during the run does no harm.
+def checkpoint_files(config: Config, data: DataConfig, tokenizer: bytes | None) -> dict[str, str | bytes]:
+    """What makes a checkpoint usable on its own: the resolved configuration, the tokenizer and the end of text.
+
+    `data` is the configuration's with its paths expanded.
     """
     files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
-    if config.data.tokenizer:
-        files[TOKENIZER_FILE] = Path(config.data.tokenizer).read_bytes()
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = tokenizer
+    end = end_of_text([*(source.prefix for source in data.train), *data.validation.values()])
+    if end is not None:
+        files[END_OF_TEXT_FILE] = end.to_json()
     return files

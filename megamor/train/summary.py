@@ -29,8 +29,8 @@ class LaunchSummary:
     mean_depth: float | None = None
     validation: ValidationLosses | None = None
 
-    def add(self, step: StepSummary, shape: BatchShape, seconds: float) -> None:
-        """Count a step here and in `throughput`."""
+    def add(self, step: StepSummary, shape: BatchShape, seconds: float) -> float:
+        """Count a step here and in `throughput`; returns the training FLOPs that it executed."""
         flops = executed_flops(self.config, shape.global_batch_size, step.work, shape.seq_len, step.pairs)
         self.throughput.add(
             seconds=seconds,
@@ -45,6 +45,7 @@ class LaunchSummary:
         everything = [(float(shape.tokens), pairs)] * len(step.work)
         full = executed_flops(self.config, shape.global_batch_size, everything, shape.seq_len, pairs)
         self.full_depth_flops += full.training - 3 * full.routers
+        return flops.training
 
     def describe(self, progress: RunProgress, checkpoints: Path) -> str:
         """Lines to print at the end of a launch that wasn't interrupted; `checkpoints` holds those of the run."""
@@ -66,6 +67,11 @@ class LaunchSummary:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed"
+        if self.steps < progress.step:
+            lines["all launches"] = (
+                f"{progress.step:,} steps, {progress.tokens_seen:,} tokens in {format_duration(progress.seconds)}, "
+                f"{progress.flops:.3e} FLOPs executed"
+            )
         lines["checkpoint"] = str(checkpoints / step_name(progress.step))
         width = max(map(len, lines))
         told = [f"  {name:<{width}}  {text}" for name, text in lines.items()]

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 from megamor.config import Config
-from megamor.config.derive import Derived
+from megamor.config.batches import BatchSchedule
+from megamor.config.derive import Consumed
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.loss import IGNORE
-from megamor.optim import lr_multiplier
 from megamor.parallel import Backend, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
+from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard, Verdict
 from megamor.train.run_state import RunCheckpoints, RunProgress
@@ -58,7 +59,8 @@ class Trainer:
     """Everything a run needs, put together by `build_trainer`."""
 
     config: Config
-    derived: Derived
+    batches: BatchSchedule
+    budget: Budget
     model: Transformer
     backend: Backend
     loader: TrainingLoader
@@ -84,6 +86,11 @@ class Trainer:
     unread: deque[UnreadStep] = field(default_factory=deque)
     unwritten: TrainingError | None = None
     """Why this rank couldn't write metrics; the next vote tells the others."""
+    last_step: int | None = None
+    """See `find_last_step`."""
+
+    def __post_init__(self) -> None:
+        self.last_step = self.find_last_step()
 
     def fit(self) -> bool:
         """Train to the last step of this launch. Returns False if a signal ended it early (after saving).
@@ -91,14 +98,14 @@ class Trainer:
         Raises:
             DataError, TrainingError, CheckpointError: on every rank, with `latest` as it was.
         """
-        last_step = self.last_step()
         with self.stop, self.display, self.watchdog, self.closed_at_the_end():
-            if self.progress.step >= last_step:
-                self.announce(f"step {self.progress.step} is done and the last one asked for is {last_step}: finished")
+            if self.is_over():
+                last = self.budget.describe() if self.last_step is None else self.last_step
+                self.announce(f"step {self.progress.step} is done and the last one asked for is {last}: finished")
             if self.is_time_to_evaluate():
                 self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
-            while self.progress.step < last_step and not self.stopping:
+            while not self.is_over() and not self.stopping:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 batch = self.next_batch()
                 if batch is None:
@@ -108,7 +115,7 @@ class Trainer:
                     self.roll_back()
                 # After a rollback the old weights are saved with the new position in the data. Otherwise a restart
                 # would resume before the samples that made the loss spike, and meet them again.
-                is_last = self.progress.step == last_step
+                is_last = self.is_over()
                 if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
                     self.save(finish=is_last)
                 if self.is_time_to_evaluate() and verdict is not Verdict.SPIKE:
@@ -166,8 +173,8 @@ class Trainer:
     def train_step(self, batch: StepBatch) -> Verdict:
         """Do one optimizer step, and read the figures of the previous one or, where the guard decides, of this one."""
         number = self.progress.step + 1
-        shape = self.derived.batches.at(self.progress.step)
-        lr = self.config.optim.lr * lr_multiplier(self.progress.step, self.config.optim, self.derived.total_steps)
+        shape = self.batches.at(self.progress.step)
+        lr = self.budget.lr(self.progress)
         settled_after = self.config.train.fail_on_recompile_after
         settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
         with without_recompiling(number, settled_after) if settled else nullcontext():
@@ -177,6 +184,7 @@ class Trainer:
             self.model.stage.router.update(figures.totals)
         self.progress.step = number
         self.progress.tokens_seen += shape.tokens
+        self.progress.lr = lr
         # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
         # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
         self.unread.append(
@@ -192,7 +200,7 @@ class Trainer:
                 figures=figures,
             )
         )
-        return self.read_figures(all_but=0 if self.guard.decides else 1)
+        return self.read_figures(all_but=0 if self.guard.decides or self.budget.needs_flops else 1)
 
     def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
@@ -271,8 +279,10 @@ class Trainer:
 
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        self.summary.add(summary, step.shape, step.seconds)
-        if step.number % self.config.metrics.log_every and step.number != self.derived.total_steps:
+        self.progress.flops += self.summary.add(summary, step.shape, step.seconds)
+        self.progress.seconds += step.seconds
+        is_last = self.budget.is_spent(Consumed(step.number, step.tokens_seen, self.progress.flops))
+        if step.number % self.config.metrics.log_every and not is_last:
             return
         metrics: dict[str, float | int | None] = {
             "train/loss": summary.loss,
@@ -282,6 +292,7 @@ class Trainer:
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
             **self.throughput.metrics(),
+            "throughput/executed_flops": self.progress.flops,
             "throughput/data_wait_seconds": step.data_wait,
             **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
             **self.guard.metrics(),
@@ -311,7 +322,7 @@ class Trainer:
         # position in the data, and which samples earlier rollbacks have left out.
         spiked_at, position = self.progress.step, self.loader.state_dict()
         left_out = self.guard.left_out
-        restored = self.checkpoints.restore(at_most=spiked_at - self.config.guard.rollback_steps)
+        restored = self.checkpoints.roll_back(spiked_at - self.config.guard.rollback_steps, self.progress)
         if restored is None:
             raise TrainingError(
                 f"the loss spikes at step {spiked_at}, and no checkpoint is {self.config.guard.rollback_steps} steps "
@@ -321,6 +332,7 @@ class Trainer:
         self.guard.roll_back(spiked_at, (self.loader.consumed_samples, position["consumed_samples"]))
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
+        self.last_step = self.find_last_step()
         self.evaluated_step = min(self.evaluated_step or 0, restored.step)
         run_on_all_ranks(self.rewind_metrics)
         self.announce(
@@ -332,17 +344,39 @@ class Trainer:
         for sink in self.sinks:
             sink.rewind(self.progress.step)
 
-    def last_step(self) -> int:
-        """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out."""
-        # `stop_at_step` and exhausted data end a launch but don't shorten the learning-rate schedule, which follows
-        # `derived.total_steps`.
-        limits = [self.derived.total_steps]
-        if self.config.train.stop_at_step is not None:
-            limits.append(self.config.train.stop_at_step)
-        if self.config.data.on_exhausted == "stop":
-            uses = self.loader.forecast(self.derived.total_steps)
-            limits += [use.repeats_in_step - 1 for use in uses if use.repeats_in_step is not None]
-        return min(limits)
+    def find_last_step(self) -> int | None:
+        """The number of steps done when this launch ends: all of the run, or fewer if asked, or if data run out.
+
+        None with `train.max_flops` if nothing else ends it.
+        """
+        # `stop_at_step` and exhausted data end a launch but don't shorten the learning-rate schedule.
+        limits = [self.last_step_with_data()]
+        limits += [] if self.budget.needs_flops else [self.budget.total_steps(self.progress)]
+        limits.append(self.config.train.stop_at_step)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def last_step_with_data(self) -> int | None:
+        """With `data.on_exhausted: stop`, the last step of the run before one that would read a source again."""
+        if self.config.data.on_exhausted != "stop":
+            return None
+        total = self.budget.total_steps(self.progress)
+        while True:
+            uses = self.loader.forecast(total)
+            last_steps = [use.repeats_in_step - 1 for use in uses if use.repeats_in_step is not None]
+            if last_steps or not self.budget.needs_flops:
+                return min(last_steps, default=None)
+            total *= 2  # an estimate, and the run may become longer
+
+    def is_over(self) -> bool:
+        """Whether this launch has nothing left to train."""
+        return self.budget.is_spent(self.progress) or (
+            self.last_step is not None and self.progress.step >= self.last_step
+        )
+
+    def is_complete(self) -> bool:
+        """Whether the run has, and not only this launch."""
+        data = self.last_step_with_data()
+        return self.budget.is_spent(self.progress) or (data is not None and self.progress.step >= data)
 
     def is_time(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps is due."""
@@ -351,7 +385,7 @@ class Trainer:
     def is_time_to_evaluate(self) -> bool:
         """Whether evaluation is due after the steps done so far, and hasn't been done."""
         step = self.progress.step
-        due = step == self.derived.total_steps or (step > 0 and self.is_time(self.config.train.eval_every))
+        due = self.budget.is_spent(self.progress) or (step > 0 and self.is_time(self.config.train.eval_every))
         return due and bool(self.validation) and self.evaluated_step != step
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -176,8 +176,9 @@ def test_checkpoint_of_another_model(case: Case, capsys: pytest.CaptureFixture, 
     assert launch(case.file, (), capsys)[0] == 0
     metrics = (directory_of(tiny_run(case.directory)) / "metrics.jsonl").read_bytes()
     message = case.refused(capsys, override, "train.max_steps=6")
-    assert "step_00000004 belongs to another model" in message
-    assert "another run directory" in message
+    assert "step_00000004 belong to another model" in message
+    assert f"{override.split('=')[0]}: " in message
+    assert "another run.name" in message
     assert checkpoint_names(tiny_run(case.directory)) == ["latest", "step_00000004"]
     assert (directory_of(tiny_run(case.directory)) / "metrics.jsonl").read_bytes() == metrics
 

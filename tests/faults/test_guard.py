@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,56 @@ def test_a_loss_that_is_not_finite_after_an_update_cannot_be_skipped() -> None:
 
 
 ROLLING_BACK = GuardConfig(window=4, spike_threshold=5.0, spike_steps=2, rollback_steps=2, max_rollbacks=1)
+
+
+def guard_after(*losses: float, config: GuardConfig = ROLLING_BACK) -> Guard:
+    """A guard that has judged `losses`, all good ones, and then was saved and restored."""
+    guard, restored = Guard(config), Guard(config)
+    for step, loss in enumerate(losses, start=1):
+        assert guard.judge(step, loss, 1.0) is Verdict.GOOD
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert restored.state_dict() == guard.state_dict()
+    return restored
+
+
+USUAL = (1.0, 1.2, 0.8, 1.0)  # mean 1, standard deviation 0.1414: a spike begins above 1.7071
+
+
+def test_a_spike_is_measured_in_standard_deviations_of_the_window() -> None:
+    assert guard_after(*USUAL, 1.70, 1.0).spiking == 0
+    guard = guard_after(*USUAL, 1.71)
+    assert guard.spiking == 1
+    assert list(guard.losses) == list(USUAL)  # the window doesn't get used to spikes
+    # Half a window is enough to judge by, less is not.
+    assert guard_after(1.0, 50.0).spiking == 0
+    assert guard_after(1.0, 1.0, 50.0).spiking == 1
+
+
+def test_spikes_in_a_row_are_counted_over_a_restart() -> None:
+    assert guard_after(*USUAL, 9.0).judge(6, 9.0, 1.0) is Verdict.SPIKE
+    assert guard_after(*USUAL, 9.0, 1.0, 9.0).judge(8, 1.0, 1.0) is Verdict.GOOD
+
+
+def test_the_window_keeps_its_length_over_a_restart() -> None:
+    guard = guard_after(*USUAL)
+    for step in range(5, 15):
+        guard.judge(step, 1.0, 2.0)
+    assert list(guard.losses) == [1.0] * 4
+    assert list(guard.grad_norms) == [2.0] * 4
+    shorter = Guard(replace(ROLLING_BACK, window=2))
+    shorter.load_state_dict(guard_after(*USUAL).state_dict())
+    assert list(shorter.losses) == [0.8, 1.0]
+
+
+def test_skips_in_a_row_are_counted_over_a_restart() -> None:
+    guard = guard_after(2.0, config=SKIPPING)
+    for step, loss in ((2, math.nan), (3, math.nan), (4, 2.0), (5, math.nan), (6, math.nan)):
+        guard.judge(step, loss, loss)
+    restored = Guard(SKIPPING)
+    restored.load_state_dict(guard.state_dict())
+    assert (restored.skipped, restored.skipped_in_a_row) == (4, 2)
+    with pytest.raises(TrainingError, match="so were those of the 2 steps before"):
+        restored.judge(7, math.nan, math.nan)
 
 
 def spiking(*samples: int) -> Spoil:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megamor.codec import TextCodec
 from megamor.serve.engine.request import EngineStats, RequestError, RequestOutput, SamplingParams, TokenLogprob
 from megamor.serve.http.server import DrainingServer, create_app
-from megamor.serve.http.text import TextCodec
 from megamor.serve.options import ServerOptions
 
 CONTEXT = 512

@@ -121,6 +121,34 @@ def test_any_flipped_byte_of_the_manifest_is_noticed_or_harmless(manager: Checkp
     assert unnoticed.strip() == "", "only white space may change"
 
 
+def test_a_manifest_of_another_format_is_refused(manager: CheckpointManager) -> None:
+    manifest = save(manager, 10) / "manifest.json"
+    for number in (0, 2):
+        manifest.write_text(manifest.read_text().replace(f'"format": {1 if number == 0 else 0}', f'"format": {number}'))
+        with pytest.raises(CheckpointError, match=f"has format {number}; this version reads format 1"):
+            verify(manifest.parent)
+
+
+def test_latest_is_there_at_every_moment(manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of a running training look it up: it may name the checkpoint before, but never none."""
+    link, seen = manager.directory / LATEST, []
+    save(manager, 10)
+    for name in ("replace", "rename", "unlink", "symlink_to"):
+        call = getattr(Path, name)
+
+        def watched(self: Path, *args: object, call: Callable[..., object] = call, **options: object) -> object:
+            before = link.exists()
+            result = call(self, *args, **options)
+            seen.append(before and link.exists())
+            return result
+
+        monkeypatch.setattr(Path, name, watched)
+    save(manager, 20)
+    assert link.readlink() == Path(step_name(20))
+    assert len(seen) >= 3
+    assert all(seen)
+
+
 @pytest.mark.promise("R3")
 def test_all_damaged_is_an_error_and_not_a_fresh_start(manager: CheckpointManager) -> None:
     flip(save(manager, 10) / "state" / "a.bin")

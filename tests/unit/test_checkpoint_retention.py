@@ -65,6 +65,39 @@ def test_losses_of_steps_without_a_checkpoint_and_without_a_number(tmp_path: Pat
     assert not list(CheckpointManager(tmp_path / "none", keep_last=1).directory.iterdir())
 
 
+def test_the_lowest_loss_comes_first_and_the_earlier_of_equals() -> None:
+    assert Retention.ranked([1, 2, 3, 4], {1: 2.0, 2: 1.0, 3: 1.0, 5: 0.0}) == [2, 3, 1]
+
+
+def test_a_step_may_be_evaluated_before_it_is_saved(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_best=1)
+    for step, loss in ((1, 3.0), (2, 2.0)):
+        checkpoints.record_loss(step, loss)
+        save(checkpoints, step)
+        assert os.readlink(tmp_path / BEST) == step_name(step)
+
+
+def test_a_damaged_step_that_is_saved_again_counts_as_whole(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, keep_last=2)
+    for step in (1, 2):
+        save(checkpoints, step)
+    (tmp_path / step_name(2) / "a.bin").write_bytes(b"short")
+    again = CheckpointManager(tmp_path, keep_last=1)
+    assert again.latest_valid() == tmp_path / step_name(1)
+    save(again, 2)
+    assert published_steps(tmp_path) == [2]
+    assert again.latest_valid() == tmp_path / step_name(2)
+
+
+def test_the_newest_up_to_a_step_includes_that_step(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, keep_last=9)
+    for step in (2, 4, 6):
+        save(checkpoints, step)
+    found = {at_most: checkpoints.latest_valid(at_most) for at_most in (1, 2, 3, 4, 99)}
+    names = {at_most: path and path.name for at_most, path in found.items()}
+    assert names == {1: None, 2: step_name(2), 3: step_name(2), 4: step_name(4), 99: step_name(6)}
+
+
 @pytest.mark.promise("R3")
 def test_nothing_is_deleted_when_the_new_one_can_not_be_read_back(tmp_path: Path) -> None:
     def spoil(stage: str) -> None:

@@ -123,8 +123,12 @@ def test_other_world_size_reseeds_by_seed_step_and_rank(tmp_path: Path, caplog: 
     assert len(set(drawn)) == 3
     reseed(1, 7, 2)
     assert draw() == drawn[2]
-    reseed(1, 8, 2)
-    assert draw() != drawn[2]
+    # Neighbours are as different as any others: not by one sum of seed, step and rank.
+    neighbours = []
+    for words in ((1, 8, 2), (1, 7, 2), (1, 9, 1), (2, 7, 2), (2, 8, 1), (0, 9, 2)):
+        reseed(*words)
+        neighbours.append(draw())
+    assert len(set(neighbours)) == 6
 
 
 def test_no_warning_when_nothing_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,7 @@ def test_a_recipe_is_complete(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*MODELS, *PARALLEL], ids=lambda path: path.stem)
 def test_an_overlay_alone_is_not_a_run(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="max_tokens: found neither") as caught:
+    with pytest.raises(ConfigError, match="max_flops: found none") as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) == 2
     derive(load_overlay(path, tmp_path), world_size=4)

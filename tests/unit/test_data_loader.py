@@ -308,6 +308,9 @@ def test_validation_covers_each_target_once_with_equal_batches(
     else:
         assert len(set(targets)) == len(targets)
         assert used.any(dim=1).sum() == limit
+        # Spread evenly: window i of `limit` is the one at the same fraction of the set.
+        firsts = sorted(((inputs[used.any(dim=1), 0] - 100) // SEQ_LEN).tolist())
+        assert firsts == [number * validation.num_sequences // limit for number in range(limit)]
 
 
 def test_validation_checks_ids_and_size(config: DataConfig, tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ def test_only_real_changes_open_a_phase() -> None:
     assert [(p.first_sample, p.global_batch_size) for p in batch.phases] == [(0, 8), (80, 16)]
     sources, positions = order.locate(np.arange(300))
     assert all((x == y).all() for x, y in zip(batch.locate(np.arange(300)), (sources, positions), strict=True))
+    # Nor does it start the schedule of the blend over: three samples make a period here, and 80 is inside one.
+    uneven = SampleOrder.start(8, 1, {"a": 1, "b": 2})
+    larger = uneven.changed_at(80, 16, 1, {"a": 1, "b": 2})
+    assert all((x == y).all() for x, y in zip(larger.locate(np.arange(99)), uneven.locate(np.arange(99)), strict=True))
     blend = order.changed_at(81, 8, 1, {"b": 1})
     assert dict(blend.phases[1].consumed) == {"a": 41, "b": 40}
     assert blend.changed_at(81, 8, 1, {"a": 1}).phases[1].consumed == blend.phases[1].consumed

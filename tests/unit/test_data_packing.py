@@ -140,6 +140,33 @@ def test_numbers_keep_documents_and_padding_apart(tmp_path: Path, packing: str) 
     assert opened(write_documents(tmp_path / "e"), packing, document_mask=False).samples(0, 1).documents is None
 
 
+def test_padding_may_end_in_the_middle_of_a_row(tmp_path: Path) -> None:
+    """Chunks of 4 joined into rows of 8: the document after a chunk's padding is another one than the padding."""
+    data = opened(write_documents(tmp_path / "d", (4, 3, 4, 3)), "document", chunk_len=4)
+    rows = data.samples(0, 2)
+    padding = rows.labels == -100
+    assert padding[:, 3::4].all()
+    assert not padding[:, 4].any()
+    assert rows.documents is not None
+    assert (np.diff(rows.documents) == (np.diff(np.where(padding, -1, rows.inputs // 100)) != 0)).all()
+
+
+def test_padding_counts_in_epochs(tmp_path: Path) -> None:
+    """An epoch is over when every window has been read, whatever part of the windows is padding."""
+    data = opened(write_documents(tmp_path / "d"), "document")
+    (only,) = data.sources.values()
+    assert only.num_pairs < only.epoch_tokens == only.num_chunks * SEQ_LEN
+    loader = TrainingLoader(
+        data, rank=0, world_size=1, batches=BatchSchedule((BatchShape(only.num_chunks, only.num_chunks, SEQ_LEN),))
+    )
+    epochs = []
+    for _ in range(2):
+        loader.next_step()
+        epochs += loader.epochs().values()
+    loader.close()
+    assert epochs == [1.0, 2.0]
+
+
 def test_validation_is_read_in_order_whatever_the_packing(tmp_path: Path) -> None:
     prefix = write_documents(tmp_path / "d")
     seen = []

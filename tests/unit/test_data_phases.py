@@ -350,6 +350,10 @@ def test_a_change_in_place_of_foreign_data_is_found(tmp_path: Path) -> None:
         assert fingerprint(TokenShard.open(prefix)) != before
         tokens[part] = kept
     assert fingerprint(TokenShard.open(prefix)) == before
+    for end in (0, -1):  # both ends are always read
+        tokens[end] += 1
+        assert fingerprint(TokenShard.open(prefix)) != before
+        tokens[end] -= 1
 
 
 @pytest.mark.slow

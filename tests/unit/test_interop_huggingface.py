@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megamor.cli import export_hf
+from megamor.codec import TextCodec
 from megamor.config import Config, CustomRouterConfig
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.export import code_files, export_huggingface
@@ -56,7 +57,7 @@ CONFIGS["told_apart"] = replace(
 
 DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard", "told_apart"]
 """Exports that are also asked to generate."""
-TEXT = "again and again<|endoftext|>"
+TEXT = "no <|endoftext|>"
 
 SCRIPT = """
 import importlib.abc, json, os, sys
@@ -227,11 +228,13 @@ def test_saving_again_keeps_the_model(found: dict[str, Any], exports: Path) -> N
 
 
 def test_the_tokenizer_is_exported(found: dict[str, Any], tokenizer_file: Path) -> None:
-    encoded = Tokenizer.from_file(str(tokenizer_file)).encode(TEXT).ids
-    assert found["encoded"].tolist() == [encoded]
+    codec = TextCodec.load(tokenizer_file)
+    assert codec.end_of_text is not None
+    assert found["encoded"].tolist() == [codec.encode(TEXT)]
+    assert found["encoded"].shape == (1, len(TEXT)), "special tokens that a text spells out are text"
     assert found["decoded"] == TEXT
-    assert found["special"] == ("<|endoftext|>", encoded[-1], SEQ_LEN)
-    assert found["generated"].shape[1] > len(encoded)
+    assert found["special"] == ("<|endoftext|>", codec.end_of_text.id, SEQ_LEN)
+    assert found["generated"].shape[1] > len(TEXT)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

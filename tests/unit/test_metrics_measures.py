@@ -37,7 +37,6 @@ def test_rates_and_utilisation() -> None:
             "throughput/tokens_per_second": 200 / 4,
             "throughput/tokens_per_second_mean": 300 / 14,
             "throughput/step_seconds": 2.0,
-            "throughput/executed_flops": 6000.0,
             "throughput/flops_per_second": 1000.0,
             "throughput/mfu": 4000 / (4 * 2 * 1000),
             "throughput/hfu": 6000 / (4 * 2 * 1000),

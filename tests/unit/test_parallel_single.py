@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from megamor.config import OptimConfig, ParallelConfig
+from megamor.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from megamor.errors import ConfigError
 from megamor.optim import build_adamw
-from megamor.parallel import close_world, init_world
-from megamor.parallel.backend import allocate_optimizer_state, clip_gradients, set_group_lr
+from megamor.parallel import World, close_world, init_world
+from megamor.parallel.backend import Backend, allocate_optimizer_state, clip_gradients, set_group_lr
 
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.2, aux_router_lr_multiplier=5.0)
 
@@ -59,6 +59,26 @@ def test_clipping_returns_the_norm_before_and_fills_in_zeros() -> None:
     assert torch.equal(model["aux_router"].weight.grad, torch.zeros(1, 3))
     assert float(clip_gradients(optimizer, 10.0)) == pytest.approx(1.0, rel=1e-5)
     assert float(model["body"].weight.grad.norm()) == pytest.approx(1.0, rel=1e-5)  # already short enough
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_gradient_that_is_not_finite_leaves_weights_and_moments(value: float) -> None:
+    """Clipping turns an infinite norm into gradients of 0 and NaN: there must be no update, whichever it was."""
+    model, config = small_model(), Config(train=TrainConfig(precision="fp32"))
+    backend = Backend(
+        model, None, config, World(0, 1, 0, torch.device("cpu")), lambda module: build_adamw(module, OPTIM)
+    )
+    give_gradients(model)
+    backend.step(1.0)
+    before = {name: tensor.clone() for name, tensor in backend.tensors().items()}
+    give_gradients(model)
+    model["body"].weight.grad[1, 2] = value
+    assert not backend.step(1.0).isfinite()
+    for name, tensor in backend.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    give_gradients(model)
+    assert float(backend.step(1.0)) == pytest.approx((6 * 1 + 2 * 4 + 3 * 9) ** 0.5)  # the bad gradient is gone
+    assert not torch.equal(model["body"].weight, before["model.body.weight"])
 
 
 @pytest.mark.parametrize(

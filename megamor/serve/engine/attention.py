@@ -10,22 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.model.blocks import KeysValues, KeyValue
-
-
-def to_device(numbers: Sequence[Any], device: torch.device, dtype: type[np.generic] = np.int64) -> Tensor:
-    """`numbers`, or lists of equal length of them, as a tensor on `device`."""
-    # NumPy reads Python lists several times faster than torch does. A copy from pageable memory would wait until the
-    # GPU has finished everything before it; from pinned memory it is queued like a kernel.
-    tensor = torch.from_numpy(np.array(numbers, dtype))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+from megamor.routing.plan import to_device
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.blocks import rotary_angles
-from megamor.serve.engine.attention import KVRows, PagedKeysValues, single_rows_layout, to_device
+from megamor.routing.plan import to_device
+from megamor.serve.engine.attention import KVRows, PagedKeysValues, single_rows_layout
 
 # Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each.
 Store = tuple[Tensor, ...]

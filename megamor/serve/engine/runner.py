@@ -24,8 +24,9 @@ from megamor.model import Transformer
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
+from megamor.routing.plan import to_device
 from megamor.routing.random import text_keys
-from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout, to_device
+from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout
 from megamor.serve.engine.graphs import BatchGraphs, Store
 from megamor.serve.engine.layers import LayerAccess, Layers
 from megamor.serve.engine.pages import EVERY_TOKEN

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamor.routing.plan import to_device
 from megamor.routing.random import uniform_hash
-from megamor.serve.engine.attention import to_device
 from megamor.serve.engine.request import SamplingParams, TokenLogprob
 
 

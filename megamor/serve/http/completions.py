@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megamor.codec import Detokenizer, TextCodec
 from megamor.serve.engine.request import FinishReason, RequestOutput, TokenLogprob
 from megamor.serve.http.async_engine import AsyncEngine, Generation
-from megamor.serve.http.text import TextCodec, TextStream
+from megamor.serve.http.text import TextStream
 from megamor.serve.http.wire import Choice, Completion, CompletionRequest, Logprobs, Usage
 
 
@@ -20,9 +21,10 @@ class ChoiceState:
     index: int
     stream: TextStream
     prompt: Sequence[int]
-    started: bool = False
-    # Where in the text of the choice the next token's text begins, in characters.
+    # Finds where in the text of the choice each token's text begins; `offset` characters have come so far.
+    measure: Detokenizer
     offset: int = 0
+    started: bool = False
     finish_reason: FinishReason | None = None
     # When each token came, in monotonic seconds.
     times: list[float] = field(default_factory=list)
@@ -33,25 +35,30 @@ class CompletionRun:
 
     Raises (from the constructor):
         RequestError: the body asks for something that can't be served.
+        TextError: the tokenizer can't represent a prompt.
     """
 
     def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
         self.body, self.codec, self.runner = body, codec, runner
         self.params = body.sampling()
-        self.prompts = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()]
+        given = body.prompts()
+        names = ["prompt"] if len(given) == 1 else [f"prompt {number}" for number in range(len(given))]
+        self.prompts: list[list[int]] = [
+            codec.encode(each, name) if isinstance(each, str) else each for each, name in zip(given, names, strict=True)
+        ]
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.arrived = time.monotonic()
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in self.prompts))
         stops = body.stops()
-        self.choices = [
-            ChoiceState(
-                number * body.n + index,
-                TextStream(codec, stops, body.include_stop_str_in_output, body.skip_special_tokens),
-                prompt,
-            )
-            for number, prompt in enumerate(self.prompts)
-            for index in range(body.n)
-        ]
+        self.early: dict[int, list[RequestOutput]] = {}
+        self.choices: list[ChoiceState] = []
+        for prompt in self.prompts:
+            # An echo begins with the prompt. Otherwise the prompt decides how the text begins, such as with a space.
+            context = () if body.echo else prompt
+            for _ in range(body.n):
+                decoder, measure = (Detokenizer(codec, context, body.skip_special_tokens) for _ in range(2))
+                stream = TextStream(decoder, stops, body.include_stop_str_in_output)
+                self.choices.append(ChoiceState(len(self.choices), stream, prompt, measure))
 
     async def next_choices(self, generation: Generation) -> list[Choice]:
         """Wait for the next output of the engine; returns what is new of the choices.
@@ -62,13 +69,23 @@ class CompletionRun:
         prompt, output = await generation.next()
         self._count(output)
         states = self.choices[prompt * self.body.n : (prompt + 1) * self.body.n]
-        # The first output of a prompt has its log-probabilities, which hold for all of its continuations.
-        fresh = [state for state in states if not state.started] if self.body.echo else ()
-        found = [self._echo(state, output.prompt_logprobs) for state in fresh]
-        found.append(self._continue(states[output.index], output))
-        if states[output.index].stream.stopped:
-            # The engine doesn't know stop strings and would continue up to max_tokens.
-            self.runner.drop(generation, prompt, output.index)
+        found: list[Choice] = []
+        outputs = [output]
+        if self.body.echo and not states[0].started:
+            # The prompt's log-probabilities come with continuation 0 and hold for all. Others may be faster, and wait.
+            outputs = [*self.early.setdefault(prompt, []), output]
+            if self.params.prompt_logprobs is not None and output.index != 0:
+                self.early[prompt] = outputs
+                return []
+            found = [self._echo(state, output.prompt_logprobs) for state in states]
+        for each in outputs:
+            state = states[each.index]
+            if state.finish_reason is not None:
+                continue  # came after a stop string while it waited
+            found.append(self._continue(state, each))
+            if state.stream.stopped:
+                # The engine doesn't know stop strings and would continue up to max_tokens.
+                self.runner.drop(generation, prompt, each.index)
         return found
 
     async def complete(self, generation: Generation) -> Completion:
@@ -100,10 +117,8 @@ class CompletionRun:
 
     def _echo(self, state: ChoiceState, entries: Sequence[TokenLogprob | None] | None) -> Choice:
         state.started = True
-        text = self.codec.decode(state.prompt, self.body.skip_special_tokens)
+        text = state.stream.detokenizer.push(state.prompt)
         logprobs = None if entries is None else self._logprobs(state, state.prompt, entries)
-        # The text of the whole, which the texts of its tokens may not add up to.
-        state.offset = len(text)
         return Choice(index=state.index, text=text, logprobs=logprobs, token_ids=list(state.prompt))
 
     def _continue(self, state: ChoiceState, output: RequestOutput) -> Choice:
@@ -131,5 +146,5 @@ class CompletionRun:
             top = None if entry is None else {self.codec.name(other): value for other, value in entry.top}
             result.top_logprobs.append(top)
             result.text_offset.append(state.offset)
-            state.offset += len(self.codec.decode([token], self.body.skip_special_tokens))
+            state.offset += len(state.measure.push([token]))
         return result

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from importlib import resources
 from types import FrameType
 from typing import Any
@@ -28,13 +29,13 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megamor import __version__
-from megamor.errors import MegamorError
+from megamor.codec import TextCodec
+from megamor.errors import MegamorError, TextError
 from megamor.serve.engine.request import Engine, RequestError, describe_invalid
 from megamor.serve.http import wire
 from megamor.serve.http.async_engine import ENGINE_FAILED, AsyncEngine, Generation, StatusError
 from megamor.serve.http.completions import CompletionRun
 from megamor.serve.http.monitoring import Monitoring
-from megamor.serve.http.text import TextCodec
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
@@ -204,7 +205,8 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        tokens = await run_in_threadpool(server.codec.encode, body.prompt, body.add_special_tokens)
+        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens)
+        tokens = await run_in_threadpool(encode, body.prompt, "prompt")
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)
@@ -271,7 +273,9 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _status_of(error: MegamorError) -> int:
-    return error.status if isinstance(error, StatusError) else 400 if isinstance(error, RequestError) else 500
+    if isinstance(error, StatusError):
+        return error.status
+    return 400 if isinstance(error, RequestError | TextError) else 500
 
 
 def _error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:

@@ -1,0 +1,53 @@
+"""How long a run is, and the learning rate that follows from how much of that it has used."""
+
+from __future__ import annotations
+
+from megamor.config import Config
+from megamor.config.derive import Consumed, total_steps
+from megamor.model.flops import expected_steps
+from megamor.optim import lr_multiplier, lr_multiplier_of_budget
+
+
+class Budget:
+    """`train.max_steps`, `max_tokens` or `max_flops` of a configuration.
+
+    Everything is a function of what the run has consumed, which is in the checkpoint. So a restart changes nothing, and
+    a changed batch changes the number of steps but not the number of tokens.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def needs_flops(self) -> bool:
+        """Whether the FLOPs of a step must be known before the next one begins."""
+        return self.config.train.max_flops is not None
+
+    def is_spent(self, done: Consumed) -> bool:
+        """Whether the run is complete."""
+        train = self.config.train
+        if train.max_flops is not None:
+            return done.flops >= train.max_flops
+        if train.max_tokens is not None:
+            return done.tokens_seen >= train.max_tokens
+        assert train.max_steps is not None, "validate() accepts exactly one limit"
+        return done.step >= train.max_steps
+
+    def total_steps(self, done: Consumed) -> int:
+        """The step that completes the run; with `max_flops` an estimate."""
+        return expected_steps(self.config, done)
+
+    def lr(self, done: Consumed) -> float:
+        """Learning rate of the step after `done`."""
+        optim = self.config.optim
+        if self.config.train.max_flops is not None:
+            return optim.lr * lr_multiplier_of_budget(done.step, done.flops / self.config.train.max_flops, optim)
+        steps = total_steps(self.config, done)
+        assert steps is not None
+        return optim.lr * lr_multiplier(done.step, optim, steps)
+
+    def describe(self) -> str:
+        """The setting, as `train.max_steps = 1000`."""
+        train = self.config.train
+        limits = {"max_steps": train.max_steps, "max_tokens": train.max_tokens, "max_flops": train.max_flops}
+        return ", ".join(f"train.{name} = {value}" for name, value in limits.items() if value is not None)
