@@ -10,6 +10,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    RandomConfig,
     RouterHead,
     ScoredConfig,
     SkipForwardRecurseConfig,
@@ -203,6 +204,8 @@ def router_head_parameters(config: Config) -> int:
     """Parameters of one head, which costs 2 FLOPs per parameter and token; 0 for custom routers."""
     router, dim = config.router, config.model.dim
     match router:
+        case FixedDepthConfig() | CustomRouterConfig() | RandomConfig(gates="open"):
+            return 0
         case ScoredConfig():
             return head_parameters(router.head, dim, outputs=1)
         case TokenChoiceConfig():
@@ -211,8 +214,6 @@ def router_head_parameters(config: Config) -> int:
             return router.hidden * (dim + 3)
         case HaltingConfig():
             return dim + 1
-        case FixedDepthConfig() | CustomRouterConfig():
-            return 0
 
 
 def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +23,8 @@ class ModelStructure(Protocol):
     """What a model says about its own structure, in forward order.
 
     `units` are sharded and gathered as a whole; the shared core is one of them, however often its forward pass loops.
-    Parameters outside every unit (embedding with its tied head, final norm, routers) belong to the root.
-    `compile_targets` can be compiled one by one.
+    Parameters outside every unit (embedding with its tied head, final norm) belong to the root. `compile_targets` can
+    be compiled one by one. The `router` computes with fp32 weights whatever the precision.
     """
 
     @property
@@ -35,6 +35,9 @@ class ModelStructure(Protocol):
 
     @property
     def compile_targets(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def router(self) -> nn.Module | None: ...
 
 
 class Backend:
@@ -119,6 +122,14 @@ class Backend:
         load_state(directory, self.module, self.optimizer)
 
 
+def set_originals(router: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the modules of `router` the fp32 `values` of their parameters, by name in `router`, to compute with."""
+    for path, module in router.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        prefix = f"{path}." if path else ""
+        module.originals = {name: values[prefix + name] for name in names}
+
+
 def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group `lr` times its `lr_multiplier` (1 where it has none)."""
     for group in optimizer.param_groups:
@@ -147,12 +158,15 @@ def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     # torch creates the state in the first step. A step with gradient 0 and learning rate 0 changes no weight (weight
     # decay is times the learning rate) and leaves the moments 0; only the counts have to be set back.
     rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]  # DeepSpeed offloads into buffers of its own
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():

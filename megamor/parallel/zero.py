@@ -24,13 +24,18 @@ from torch import Tensor, nn
 
 from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state
 from megamor.config import Config
-from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure, allocate_optimizer_state, clip_gradients
+from megamor.parallel.backend import (
+    Backend,
+    BuildOptimizer,
+    ModelStructure,
+    allocate_optimizer_state,
+    clip_gradients,
+    set_originals,
+)
 from megamor.parallel.mesh import World
 from megamor.parallel.slices import Slices, boxes_of_range
+from megamor.parallel.zero_config import engine_config
 
-# Stage 3 keeps parameters with fewer elements than this whole on every rank: gathering a norm costs more than the
-# memory it saves.
-PERSIST_BELOW = 10_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,6 +51,7 @@ class ZeroBackend(Backend):
     ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.stage = config.parallel.zero_stage
+        settings = engine_config(config, world.size)
         deepspeed = import_deepspeed(world.device)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine fails without it
         if not deepspeed.comm.is_initialized():
@@ -56,15 +62,20 @@ class ZeroBackend(Backend):
             # gathered whole before its forward pass, once, however often its blocks run.
             deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
         self.module = model.to(world.device)
+        self.router = plan.router if self.stage > 0 and config.train.precision == "bf16" else None
+        drawn = {} if self.router is None else {n: p.detach().clone() for n, p in self.router.named_parameters()}
         optimizer = build_optimizer(self.module)
         with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
+                model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self.model = self.engine
         if self.stage == 0:
             allocate_optimizer_state(self.optimizer)
         self.state = ZeroState(self.module, self.optimizer, self.stage) if self.stage > 0 else None
+        if self.router is not None and self.state is not None:
+            self.state.fill(self.router, drawn)  # the engine's fp32 weights are copies of its bf16 ones
+        self.gather_originals()
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
@@ -88,6 +99,13 @@ class ZeroBackend(Backend):
             # The engine overwrites the gradients of the parameters that a step uses and keeps the others', which would
             # update a parameter that the next step leaves out with this step's gradient once more.
             zero.grad_partitions_flat_buffer.zero_()
+            for partition in zero.fp32_partitioned_groups_flat:
+                if partition.grad is not None:  # with an offloaded optimizer
+                    partition.grad.zero_()
+        elif hasattr(zero, "averaged_gradients"):
+            # After a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        self.gather_originals()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
@@ -101,6 +119,12 @@ class ZeroBackend(Backend):
         tensors = self.tensors()
         read_state(directory, tensors)
         self.state.after_reading(tensors)
+        self.gather_originals()
+
+    def gather_originals(self) -> None:
+        """Gather the router's fp32 weights, which the engine's forward pass has in bf16. Collective."""
+        if self.router is not None and self.state is not None:
+            set_originals(self.router, self.state.whole(self.router))
 
 
 class ZeroState:
@@ -131,6 +155,27 @@ class ZeroState:
             # The engine has one count for all; the common format has one for each parameter.
             found[f"{OPTIMIZER_PREFIX}state.{name}.step"] = step.clone()
         return found
+
+    def whole(self, part: nn.Module) -> dict[str, Tensor]:
+        """The fp32 weights of `part`, a module of the model, by name. Collective."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in part.named_parameters()}
+        flat = {name: torch.zeros(shapes[name].numel(), device=p.device) for name, p in part.named_parameters()}
+        for name, parameter in part.named_parameters():
+            for start, values in self._held_ranges(parameter, None):
+                flat[name][start : start + values.numel()] = values.detach()
+        if not flat:
+            return {}
+        # Each element is held by one rank, so a sum over the ranks gathers them, in one reduction.
+        together = torch.cat([*flat.values()])
+        dist.all_reduce(together)
+        parts = torch.split(together, [len(values) for values in flat.values()])
+        return {name: values.view(shapes[name]) for name, values in zip(flat, parts, strict=True)}
+
+    def fill(self, part: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Set what this rank holds of the fp32 weights of `part`, a module of the model, by name."""
+        for name, parameter in part.named_parameters():
+            for start, values in self._held_ranges(parameter, None):
+                values.detach().copy_(weights[name].flatten()[start : start + values.numel()])
 
     def after_reading(self, tensors: dict[str, Tensor]) -> None:
         """Bring the engine in line with what was read into `tensors()`: step counts and the model's own weights."""
@@ -176,26 +221,6 @@ class ZeroState:
             self.zero._set_fp32_optimizer_param_groups()
             allocate_optimizer_state(self.torch_optimizer)
             self.zero._clear_fp32_optimizer_param_groups()
-
-
-def engine_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings for a run.
-
-    The training loop accumulates gradients and scales losses, so to the engine every step has one micro-batch.
-    """
-    stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
-    # A sum of bf16 gradients over many ranks or micro-batches loses the small ones, so both kinds of sums are in fp32.
-    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    return {
-        **fp32_sums,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
-        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},  # leave out steps that aren't finite
-        "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
-        "steps_per_print": None,
-    }
 
 
 def import_deepspeed(device: torch.device) -> Any:

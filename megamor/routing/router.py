@@ -59,7 +59,10 @@ class RoutingContext:
 
     The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many as it says (`seq_len` is
     then the longest). `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
-    `bounds` apply in the causal mode.
+    `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
+    batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
+    `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
+    (`Router.reads_text`).
     """
 
     batch: int
@@ -69,6 +72,9 @@ class RoutingContext:
     positions: Tensor | None = None
     bounds: DepthBounds | None = None
     whole: TokenSet | None = None
+    seed: int = 0
+    first_sequence: int = 0
+    text: Tensor | None = None
 
     @property
     def everything(self) -> TokenSet:
@@ -104,6 +110,10 @@ class RoutingSession(ABC):
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Combination weights, once the core's output [N, d] for `plan.tokens` is known."""
         return plan.mix
+
+    def finish(self, result: Tensor) -> Tensor:
+        """The stage's result [B·S, d], to which a router may add gradients of its own."""
+        return result
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
@@ -165,6 +175,8 @@ class Router(nn.Module, ABC):
     """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
 
     causal_in_training: bool = False
+    reads_text: bool = False
+    """Whether the inference rule needs `RoutingContext.text`."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()

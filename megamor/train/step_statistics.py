@@ -75,7 +75,8 @@ class PendingSummary:
             loss=_quotient(found["loss"]),
             num_tokens=int(found["loss"][1]),
             router_losses={name: _quotient(value) for name, value in _under("router_loss/", found).items()},
-            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items()},
+            # A recursion that no token took has no mean gate.
+            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items() if value[1] > 0},
             depth_counts=found["depth"].tolist() if "depth" in found else [],
             work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
             score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,

@@ -218,9 +218,13 @@ class Trainer:
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
             # Gradients are accumulated locally and reduced in the last micro-batch only (where the backend can).
             is_last = number == len(batch.micro_batches)
-            tokens = micro_batch.num_tokens
+            # Each rank's micro-batches are one slice of the step's batch, in the order of ranks.
+            first_sequence = (self.backend.rank * len(batch.micro_batches) + number - 1) * len(micro_batch.inputs)
+            tokens, arguments = micro_batch.num_tokens, micro_batch.arguments(device)
             with self.backend.forward_context(last_micro_batch=is_last):
-                out = self.backend.model(**micro_batch.arguments(device), mode="train", step=self.progress.step)
+                out = self.backend.model(
+                    **arguments, mode="train", step=self.progress.step, first_sequence=first_sequence
+                )
                 # The number of micro-batches, over which router losses are averaged, if all have as many tokens.
                 loss = self.total_loss(out, token_weight, batch.tokens / (world_size * tokens) if tokens else math.inf)
             self.backend.backward(loss, last_micro_batch=is_last)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megamor.config import Config, DataConfig, FixedDepthConfig, RouterConfig, SourceConfig, TokenChoiceConfig
+from megamor.config import (
+    Config,
+    DataConfig,
+    FixedDepthConfig,
+    RandomConfig,
+    RouterConfig,
+    SourceConfig,
+    TokenChoiceConfig,
+)
 from megamor.corpus.writer import ShardWriter
 from tests.resume.runs import EXPERT_CHOICE, fit, named, tiny_run, trace
 
@@ -22,6 +31,8 @@ COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/balance_loss"
         pytest.param(EXPERT_CHOICE, 4, id="expert choice"),
         # The balance loss depends on the micro-batch by definition: f·P of a part differs from that of the whole.
         pytest.param(TokenChoiceConfig(balancing="none", z_coeff=0.01), 3, id="token choice"),
+        # Which tokens it takes depends on where a sequence is in the batch of the step, not of the micro-batch.
+        pytest.param(RandomConfig(), 2, id="random"),
     ],
 )
 def test_micro_batches_and_ranks_only_share_out_the_work(tmp_path: Path, router: RouterConfig, names: int) -> None:
@@ -58,6 +69,8 @@ def test_every_label_counts_the_same_wherever_it_is(tmp_path: Path) -> None:
     base = uneven_documents(tmp_path)
     whole = named(base, "8x1", micro_batch_size=8)
     fit(whole, world_size=1)
+    # A model that knows nothing has a loss of ln V per label; padding doesn't dilute it.
+    assert trace(whole).steps[0]["train/loss"] == pytest.approx(math.log(base.model.vocab_size), abs=0.1)
     for micro_batch_size, world_size in ((1, 1), (2, 2)):
         shared = named(base, f"{micro_batch_size} on {world_size}", micro_batch_size=micro_batch_size)
         fit(shared, world_size)

@@ -209,6 +209,16 @@ def test_linear_cross_entropy_equals_torch(chunk_elements: int, monkeypatch: pyt
         torch.testing.assert_close(found, wanted)
 
 
+def test_the_loss_is_that_of_the_labels_that_count() -> None:
+    model, ids = lively_model(tiny_config(ROUTERS["expert_choice"])), tokens(length=SEQ_LEN + 1)
+    inputs, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[:, ::3] = -100
+    with torch.no_grad():
+        out, logits = model(inputs, labels, mode="topk"), model(inputs, mode="topk").logits
+    assert out.num_tokens.item() == (labels != -100).sum().item() < labels.numel()
+    torch.testing.assert_close(out.loss_sum, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+
+
 def test_cross_entropy_of_bf16_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal terms of 2,048 chunks: a sum in bf16 stops growing at 256 of them, and its softmax is off by a percent."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
