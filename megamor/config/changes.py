@@ -68,7 +68,8 @@ _CLASSES: dict[Effect, str] = {
         checkpoint.every_steps checkpoint.asynchronous checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best
         checkpoint.resume_step checkpoint.allow_changes
         metrics.log_every metrics.progress metrics.tensorboard
-        metrics.wandb metrics.wandb_project metrics.wandb_mode""",
+        metrics.wandb metrics.wandb_mode metrics.wandb_project metrics.wandb_entity metrics.wandb_group
+        metrics.wandb_job_type metrics.wandb_tags metrics.wandb_notes metrics.trackio metrics.trackio_project""",
 }
 SETTINGS: dict[str, Effect] = {name: effect for effect, names in _CLASSES.items() for name in names.split()}
 """Every setting by its dotted name; those of all routers are together."""
