@@ -79,7 +79,7 @@ class Holder:
         """Who holds the lock file `path`; None if there is none."""
         try:
             # Opened even for its time alone: network file systems then ask the server instead of a cache.
-            with path.open() as file:
+            with path.open(encoding="utf-8") as file:
                 content, status = file.read(), os.fstat(file.fileno())
         except FileNotFoundError:
             return None
@@ -129,7 +129,7 @@ class WriteLock:
         me = self._me = Holder.of_this_process(self.path.parent)
         draft = self.path.with_name(f".{self.path.name}.{me.token}")
         try:
-            draft.write_text(json.dumps(asdict(me)))
+            draft.write_text(json.dumps(asdict(me)), encoding="utf-8")
             self._wait_for_turn(me, draft)
         finally:
             draft.unlink(missing_ok=True)
@@ -239,14 +239,14 @@ def _create(path: Path, draft: Path) -> None:
     except FileExistsError:
         return
     except OSError:  # a file system without hard links; there, readers may see the file while it is still empty
-        with suppress(FileExistsError), path.open("x") as file:
-            file.write(draft.read_text())
+        with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
 
 
 def _machine() -> str:
     """This boot of this machine, and the container in it: process ids mean something only within these."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
@@ -257,7 +257,7 @@ def _birth(pid: int) -> str | None:
     if not Path("/proc/self/stat").exists():
         return "running" if psutil.pid_exists(pid) else None
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     state, flags, started = fields[0], int(fields[6]), fields[19]
@@ -271,7 +271,7 @@ def _is_over(job: str) -> bool:
     if not job.isdecimal():
         return False
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        asked = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.SubprocessError):
         return False
     if asked.returncode:

@@ -55,10 +55,14 @@ def dry_run(config: Config, processes: int) -> None:
     from megamor.config import expand_paths
     from megamor.data.check import find_problems
     from megamor.data.dataset import announce_shared_data
+    from megamor.parallel.zero_config import engine_config
     from megamor.plan.dry_run import describe_run
 
     print(describe_run(config, processes), flush=True)
-    data = expand_paths(config.data, "data")
+    expanded = expand_paths(config)
+    if expanded.parallel.deepspeed_config:
+        engine_config(expanded, processes)
+    data = expanded.data
     if problems := find_problems(data, seed=config.run.seed, vocab_size=config.model.vocab_size):
         heading = "the run can't start here (docs/data.md shows how to prepare its data):"
         raise ConfigError("\n  ".join([heading, *problems]))

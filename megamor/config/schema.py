@@ -232,6 +232,9 @@ class ParallelConfig:
     processes are one group."""
     zero_stage: ZeroStage = 2
     """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
+    deepspeed_config: PathName | None = None
+    """DeepSpeed: a JSON file with further settings of its engine, such as offloading; see
+    [Training](training.md#a-deepspeed-file-of-your-own)."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered weights after the forward pass and gather them again for the backward pass."""
 

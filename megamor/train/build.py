@@ -35,6 +35,7 @@ from megamor.model import build_model
 from megamor.model.flops import expected_steps
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
+from megamor.parallel.zero_config import engine_config
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
@@ -82,7 +83,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
-    backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
+    backend = build_backend(model, expanded, world, lambda module: build_adamw(module, config.optim))
     guard = Guard(config.guard)
     diagnosis = Diagnosis(config, model.stage.router if model.stage is not None else None, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
@@ -166,6 +167,8 @@ class Inputs:
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open all data, and check that it exists, is intact and belongs to this model. `config` has expanded paths."""
     vocab_size = config.model.vocab_size
+    if config.parallel.deepspeed_config:
+        engine_config(config, world.size)  # reported now, before anything is built
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
     loader = TrainingLoader(
         data,

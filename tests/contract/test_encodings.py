@@ -18,7 +18,7 @@ from tests.resume.runs import tiny_run
 ROOT = Path(__file__).parents[2]
 OPENING = {"open": 1, "read_text": 0, "write_text": 1, "fdopen": 1, "NamedTemporaryFile": 0, "TextIOWrapper": 1}
 """Calls that take the locale's encoding by default → position of the mode (or of the encoding)."""
-NOT_FILES = ("os.open", "TrainingData.open", "TokenShard.open", "webbrowser.open")
+NOT_FILES = ("self.open", "os.open", "TrainingData.open", "TokenShard.open", "webbrowser.open")
 
 
 def calls_by_locale(tree: ast.AST) -> list[int]:

@@ -123,7 +123,7 @@ def test_srun_alone_starts_one_world_and_a_batch_script_trains_alone(cluster: Cl
 
 
 def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
-    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
+    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base, CHECK="0"))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
     assert "optim.learning_rate" in log_of(base)
