@@ -57,8 +57,8 @@ class DepthBounds(NamedTuple):
 class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
-    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many as it says (`seq_len` is
-    then the longest). `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
+    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many of these as are no padding.
+    `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
@@ -80,6 +80,11 @@ class RoutingContext:
     def everything(self) -> TokenSet:
         """Every token of the stream."""
         return TokenSet.all(self.batch, self.seq_len) if self.whole is None else self.whole
+
+    @property
+    def fill(self) -> float:
+        """Fraction of the positions that hold a token: what a statistic of this micro-batch weighs beside others."""
+        return len(self.everything) / (self.batch * self.seq_len)
 
     def positions_of(self, device: torch.device) -> Tensor:
         """Positions of all tokens [T]."""

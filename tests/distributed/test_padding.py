@@ -48,7 +48,7 @@ SEQ_LEN, CHUNK_LEN = 16, 32
 
 def padded_run(directory: Path, router: RouterConfig) -> Config:
     """Windows of half a chunk: one of a document's two may be full, partly filled or empty."""
-    base = tiny_run(directory, global_batch_size=8, max_steps=4, eval_every=4, eval_sequences=None)
+    base = tiny_run(directory, global_batch_size=8, max_steps=4, eval_every=4, eval_sequences=8)
     generator = np.random.default_rng(3)
     for name, lengths in (("short", generator.integers(2, 45, 80)), ("few", (75,))):
         with ShardWriter(directory / name, np.uint16) as writer:
