@@ -90,9 +90,8 @@ class ZeroBackend(Backend):
             for partition in zero.fp32_partitioned_groups_flat:
                 if partition.grad is not None:  # with an offloaded optimizer
                     partition.grad.zero_()
-        elif hasattr(
-            zero, "averaged_gradients"
-        ):  # after a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them
+        elif hasattr(zero, "averaged_gradients"):
+            # After a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
