@@ -60,7 +60,14 @@ class LoadedModel:
         Raises:
             CheckpointError: the record is damaged.
         """
-        return read_end_of_text(self.directory)
+        path = self.directory / END_OF_TEXT_FILE
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return EndOfText(str(content["token"]), int(content["id"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
     def codec(self) -> TextCodec:
         """Load the tokenizer as the model was trained with it, and the end of text.
@@ -129,18 +136,6 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
     if isinstance(config.router, SkipForwardRecurseConfig) and config.router.target_depth is not None:
         weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
-
-
-def read_end_of_text(directory: Path) -> EndOfText | None:
-    """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
-    path = directory / END_OF_TEXT_FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return EndOfText(str(content["token"]), int(content["id"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -54,13 +54,10 @@ class TextEncoder:
         cls, tokenizer: Tokenizer, name: str, *, eod_token: str | None = None, need_eod: bool = False
     ) -> TextEncoder:
         """Set up `tokenizer`, called `name` in messages. Raises DataError as `load` does."""
-        candidates = (eod_token,) if eod_token else DEFAULT_EOD_TOKENS
-        if (eod_token or need_eod) and all(tokenizer.token_to_id(token) is None for token in candidates):
-            raise DataError(
-                f"{name} has no token {' or '.join(candidates)} to end documents with; name one that it has with "
-                "--eod-token"
-            )
         codec = TextCodec(tokenizer, name, find_end_of_text(tokenizer, name, eod_token))
+        if need_eod and codec.end_of_text is None:
+            defaults = " or ".join(DEFAULT_EOD_TOKENS)
+            raise DataError(f"{name} has no token {defaults} to end texts with; name one that it has with --eod-token")
         return cls(codec, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
 
     @property
