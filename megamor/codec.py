@@ -239,13 +239,16 @@ class Detokenizer:
             self._window = list(context)
         text = self._decode()
         # A character that the context leaves incomplete belongs to the text that completes it, if that happens.
-        self._given = text
-        ends = range(len(self._window), max(len(self._window) - 4, -1), -1)
-        known = (self._codec.decode(self._window[:end], self._skip) for end in ends)
-        # Characters of the window's text that have been returned, and tokens that they belong to.
-        whole, begun = next((own for own in known if not own.endswith(_INCOMPLETE)), text), text.rstrip(_INCOMPLETE)
-        self._shown = len(begun if begun.startswith(whole) else whole)
+        self._given = whole = text
         self._read = len(self._window)
+        for end in range(len(self._window), max(len(self._window) - 4, -1), -1):
+            own = self._codec.decode(self._window[:end], self._skip)
+            if not own.endswith(_INCOMPLETE):
+                self._read, whole = end, own
+                break
+        begun = text.rstrip(_INCOMPLETE)
+        # Characters of the window's text that have been returned.
+        self._shown = len(begun if begun.startswith(whole) else whole)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens; returns the text that is certain: all but a character whose last bytes haven't come."""

@@ -40,6 +40,10 @@ class TrainingError(MegamorError):
     """A run that can't continue, for example after a non-finite gradient."""
 
 
+class InUseError(MegamorError):
+    """Something that another process is writing, or that was taken over from this one."""
+
+
 def print_error(error: MegamorError, rank: int | None = None) -> None:
     """Print `error` on stderr, naming the rank that it concerns if one is given."""
     origin = "" if rank is None else f"rank {rank}: "

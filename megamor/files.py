@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megamor.lock import WriteLock
+
 
 def write_durably(path: Path, content: str | bytes) -> None:
     """Write a new file and flush it to disk."""
@@ -44,18 +46,21 @@ def replace_file(path: Path, content: str | bytes, draft: Path | None = None) ->
 def draft_for(path: Path) -> Iterator[Path]:
     """Yield `<path>.partial` to write to; it becomes `path` when the block ends, and is removed after an error.
 
-    For files that are too large for `replace_file`, or that a library writes. Creates the directory if needed.
+    For files that are too large for `replace_file`, or that a library writes. Creates the directory if needed. Raises
+    InUseError if another process is doing the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".partial")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync_directory(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
+    with WriteLock(path, str(path), "wait for it or choose another output") as lock:
+        try:
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            lock.check()
+            draft.replace(path)
+            sync_directory(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def sha256_of_file(path: str | Path) -> str:

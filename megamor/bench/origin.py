@@ -41,5 +41,7 @@ def describe_origin(device: torch.device) -> dict[str, Any]:
 def cpu_model() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    found = (
+        re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE) if info.exists() else None
+    )
     return found.group(1) if found else platform.processor() or platform.machine()

@@ -157,7 +157,7 @@ def execute(program: Program, threads: int, *, watch: bool) -> tuple[str, int]:
     """
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", program.code, *program.arguments]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     peak = 0
     # getrusage's peak would count pages of shared libraries in every process, and mapped files.
     while watch and process.poll() is None:

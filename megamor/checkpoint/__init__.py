@@ -6,13 +6,7 @@ from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint, stored_file
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
-from megamor.checkpoint.trainer_state import (
-    TrainerState,
-    code_revision,
-    directory_identity,
-    is_copy,
-    library_versions,
-)
+from megamor.checkpoint.trainer_state import TrainerState, code_revision, library_versions
 
 __all__ = [
     "BackgroundSave",
@@ -21,9 +15,7 @@ __all__ = [
     "TrainerState",
     "check_same_model",
     "code_revision",
-    "directory_identity",
     "find_damage",
-    "is_copy",
     "iterate_state",
     "library_versions",
     "load_weights",

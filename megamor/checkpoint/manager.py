@@ -28,7 +28,7 @@ from megamor.checkpoint.manifest import create_manifest, find_damage, manifest_j
 from megamor.checkpoint.retention import Retention, read_losses, write_losses
 from megamor.checkpoint.set_aside import restore_links, set_aside_after
 from megamor.checkpoint.trainer_state import TrainerState
-from megamor.errors import CheckpointError
+from megamor.errors import CheckpointError, MegamorError
 from megamor.files import sync_tree, write_durably
 from megamor.ranks import Ranks, describe
 
@@ -51,6 +51,8 @@ class CheckpointManager:
         directory: created if missing. What an interrupted save left in it is cleared away.
         keep_last, keep_every, keep_best: see `Retention`.
         ranks: the ranks that save together; all processes of the run by default.
+        may_write: called on rank 0, possibly in a thread, before anything is written or deleted; raises if this process
+            may not write any more.
         on_stage: called with the name of each stage of a save: `"started"`, `"written"`, `"manifest"`, `"renamed"`,
             `"latest"`, `"verified"`, `"expiring"` (for each deletion), `"done"`; on rank 0 alone for `"manifest"`,
             `"renamed"`, `"latest"` and `"expiring"`. It must not raise.
@@ -67,12 +69,13 @@ class CheckpointManager:
         keep_every: int | None = None,
         keep_best: int = 0,
         ranks: Ranks | None = None,
+        may_write: Callable[[], None] | None = None,
         on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.directory = directory
         self.keep = Retention(keep_last, keep_every, keep_best)
         self.ranks = ranks or Ranks.current()
-        self.on_stage = on_stage
+        self.may_write, self.on_stage = may_write or (lambda: None), on_stage
         self._damaged: set[int] = set()
         # `best` is moved by saves, possibly in a thread, and by `record_loss`.
         self._best_lock = threading.Lock()
@@ -160,7 +163,11 @@ class CheckpointManager:
 
     def set_aside_after(self, step: int, also: Sequence[Path] = ()) -> Path | None:
         """See `set_aside.set_aside_after`."""
-        move = partial(set_aside_after, self.directory, step, also)
+
+        def move() -> Path | None:
+            self.may_write()
+            return set_aside_after(self.directory, step, also)
+
         return self._on_first_rank("setting later checkpoints aside", move)
 
     def record_loss(self, step: int, loss: float) -> None:
@@ -171,6 +178,7 @@ class CheckpointManager:
         """
         if self.keep.best and math.isfinite(loss):
             try:
+                self.may_write()
                 with self._best_lock:
                     write_losses(self.directory, {**read_losses(self.directory), step: loss})
                 self._point_best()
@@ -188,12 +196,17 @@ class CheckpointManager:
 
     def _clear(self) -> None:
         try:
+            self.may_write()  # else it would be the new writer's drafts that are cleared away
             commit.sweep(self.directory)
-        except OSError as error:  # raising would hide the failure of the save
+        except (OSError, MegamorError) as error:  # raising would hide the failure of the save
             log.error("can't clear away a failed save: %s", describe(error))
 
+    def _create(self, draft: Path) -> None:
+        self.may_write()
+        draft.mkdir()
+
     def _write(self, draft: Path, writers: Sequence[Writer], files: Mapping[str, str | bytes | Path]) -> None:
-        self._on_first_rank(f"creating {draft}", draft.mkdir)
+        self._on_first_rank(f"creating {draft}", lambda: self._create(draft))
         self.ranks.run_on_all("looking for the checkpoint directory", partial(_wait_until, Path.is_dir, draft))
         self.on_stage("started")
         for writer in writers:
@@ -209,6 +222,7 @@ class CheckpointManager:
             write_durably(draft / layout.MANIFEST_FILE, manifest_json(manifest))
             sync_tree(draft)
             self.on_stage("manifest")
+            self.may_write()
             commit.publish(draft, final)
             self.on_stage("renamed")
             # Killed here: the new checkpoint is whole, but `latest` names the one before, and resuming from either is
@@ -253,6 +267,7 @@ class CheckpointManager:
         return find_damage(checkpoint, self.ranks)
 
     def _expired(self, newest: int) -> list[int]:
+        self.may_write()
         self._point_best()
         # Steps above `newest` are from before `latest` was moved back. They stay until the run replaces them.
         steps = [step for step in layout.published_steps(self.directory) if step <= newest]

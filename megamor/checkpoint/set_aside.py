@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 from megamor.checkpoint import commit, layout
-from megamor.checkpoint.manifest import find_damage
 from megamor.checkpoint.retention import read_losses, write_losses
 from megamor.checkpoint.trainer_state import TrainerState
 from megamor.errors import CheckpointError
@@ -54,37 +54,21 @@ def set_aside_after(root: Path, step: int, also: Sequence[Path] = ()) -> Path | 
 
 
 def restore_links(root: Path) -> None:
-    """Make `latest` and `best` links again where they are directories, as `cp -rL` leaves them.
+    """Replace directories named `latest` and `best`, as `cp -rL` leaves them, by links to the checkpoint of their step.
 
-    A copy of a whole `step_…` beside it is deleted. If there is none of that step, the copy gets its name. Any other
-    directory is moved to `set_aside/`.
+    The directory gets the name of that checkpoint if there is none, or is moved to `set_aside/`.
     """
     for link in (root / layout.LATEST, root / layout.BEST):
         if link.is_symlink() or not link.is_dir():
             continue
-        try:
+        original = None
+        with suppress(CheckpointError):
             original = root / layout.step_name(TrainerState.read(link).step)
-        except CheckpointError:
-            original = None
-        if original is not None and not original.exists():
-            link.rename(original)
-            log.warning("%s was a directory; it is now a link to %s", link, original.name)
-        elif original is not None and _same(link, original):
-            commit.delete(link)
-            log.warning("%s was a copy of %s; it is now a link to it", link, original.name)
-        else:
-            kept = _new_directory(root, link.name) / link.name
-            link.rename(kept)
-            log.warning("%s was a directory that is no copy of a whole checkpoint beside it; moved to %s", link, kept)
-            continue
-        commit.point(link, original.name)
-
-
-def _same(copy: Path, original: Path) -> bool:
-    manifests = [directory / layout.MANIFEST_FILE for directory in (copy, original)]
-    if not all(manifest.is_file() for manifest in manifests):
-        return False
-    return manifests[0].read_bytes() == manifests[1].read_bytes() and not find_damage(original)
+        kept = original if original and not original.exists() else _new_directory(root, link.name) / link.name
+        link.rename(kept)
+        log.warning("%s was a directory instead of a link; it is now %s", link, kept)
+        if original is not None:
+            commit.point(link, original.name)
 
 
 def _new_directory(root: Path, name: str) -> Path:

@@ -97,7 +97,7 @@ def code_revision() -> str:
     try:
         # An installed package may be inside another project's repository, as a virtual environment usually is.
         subprocess.run(tracked, capture_output=True, check=True, timeout=10)
-        return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True, encoding="utf-8", timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

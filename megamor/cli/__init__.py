@@ -9,7 +9,8 @@ import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 from megamor import __version__
 from megamor.errors import EXIT_USER_ERROR
@@ -40,8 +41,34 @@ COMMANDS: dict[str, str] = {
 """Each subcommand, and a line about it for `megamor --help`."""
 
 
+def use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if the locale has another encoding.
+
+    Otherwise the same path or prompt would be other text than on a machine with UTF-8, and other in settings, logs and
+    checkpoints than on disk.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):  # whose encoding the user may have chosen
+        if isinstance(stream, TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+INPUT_KINDS = (
+    ".jsonl, .ndjson, .json or .txt files, also as .zst, .gz, .bz2 or .xz, .parquet files, or patterns of them, whose "
+    "files are sorted by name"
+)
+"""What commands that read raw text accept, for their help."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that says how a setting is written, instead of `--optim.lr=1e-3` or `optim.lr 1e-3`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse arguments; those of the command line as UTF-8, whatever the locale."""
+        if args is None:
+            use_utf8()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and `message`, and exit with status 2."""
@@ -54,6 +81,18 @@ class CommandParser(argparse.ArgumentParser):
 def command_parser(name: str, text: str | None) -> CommandParser:
     """A parser for `megamor <name>` whose help shows `text` (a module's docstring, examples included) as written."""
     return CommandParser(prog=f"megamor {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse_separator(text: str) -> str:
+    """Decode a separator's escape sequences, such as `\\n`. Raises ArgumentTypeError for an empty or a wrong one."""
+    try:
+        # Latin-1 is what `unicode_escape` reads; characters that it lacks travel as escape sequences.
+        separator = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.reason}; write a backslash as \\\\") from error
+    if not separator:
+        raise argparse.ArgumentTypeError("the separator is empty; leave the option out for one document a text")
+    return separator
 
 
 def positive(text: str) -> int:
@@ -89,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: status 2 for an unknown command; otherwise whatever the command exits with.
     """
+    if argv is None:
+        use_utf8()
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())

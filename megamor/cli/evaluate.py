@@ -76,4 +76,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(results, loaded.origin)
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results
-        arguments.json.write_text(json.dumps(only, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(only, indent=1) + "\n", encoding="utf-8")

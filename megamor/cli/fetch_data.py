@@ -32,7 +32,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from",
         dest="local",
         metavar="PATH",
-        help="local copy: the publisher's files, or anything datasets can load (save_to_disk, parquet, text)",
+        help="local copy: the publisher's files, or a file or directory of parquet, JSON lines or text (docs/data.md)",
+    )
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="take a copy that differs from what was published; source.json says how",
     )
     parser.add_argument("--revision", metavar="X", help="another commit or branch of the Hugging Face dataset")
     parser.add_argument("--output-dir", default="data/raw", metavar="DIR", help="writes DIR/NAME (default: data/raw)")
@@ -64,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = isinstance(corpus.source, HubDataset) and corpus.source.column is None
     with ProgressDisplay(f"fetching {args.name}", enabled=not drawn) as progress:
         splits = args.splits or list(known)
-        record = fetch(args.name, directory, splits, local=args.local, revision=args.revision, advance=progress.advance)
+        options = {"local": args.local, "revision": args.revision, "allow_mismatch": args.allow_mismatch}
+        record = fetch(args.name, directory, splits, advance=progress.advance, **options)
     print(f"{directory}: {corpus.title}; licence: {corpus.licence}; from {record['location']}")
     for file in record["files"]:
         count = f"{counted(file['documents'], 'document')}, " if "documents" in file else ""
-        print(f"  {file['file']}: {count}{file['bytes'] / 1e6:,.1f} MB")
+        differs = f"; not as published: {file['differs']}" if "differs" in file else ""
+        print(f"  {file['file']}: {count}{file['bytes'] / 1e6:,.1f} MB{differs}")

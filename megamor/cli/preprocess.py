@@ -39,7 +39,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamor.cli import command_parser, counted
+from megamor.cli import INPUT_KINDS, command_parser, counted, parse_separator
 from megamor.corpus import ACCELERATORS, BUILT_IN_TOKENIZERS, DEFAULT_EOD_TOKENS
 from megamor.errors import ConfigError, user_errors
 
@@ -83,7 +83,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument(
         "--restart", action="store_true", help="start over, even if an interrupted run could be resumed"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.document_separator == []:  # what argparse makes of `--separator=--`
+        parser.error(r"argument --document-separator: write -- as '\x2d\x2d'")
+    return args
 
 
 def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
@@ -92,7 +95,7 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
         "--input",
         nargs="+",
         metavar="FILE",
-        help=".jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, or patterns of them",
+        help=INPUT_KINDS,
     )
     source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
     group.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
@@ -106,7 +109,9 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
         help="tokenizer.json of the tokenizers library, a directory with one, a name on the Hugging Face hub, or "
         f"{' or '.join(BUILT_IN_TOKENIZERS)}: built from the input, and written to PREFIX.tokenizer.json",
     )
-    group.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    group.add_argument(
+        "--json-key", default="text", metavar="KEY", help="key or column of the text, such as meta.text (default: text)"
+    )
     group.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
@@ -125,8 +130,11 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--document-separator",
+        "--separator",
+        type=parse_separator,
         metavar="STRING",
-        help="split every text into several documents at this string; without it, '<|endoftext|>' in a text is text",
+        help="split every text into several documents at this string ('\\n\\n': two line feeds); without it, "
+        "'<|endoftext|>' in a text is text",
     )
     group.add_argument(
         "--min-length", type=int, default=0, metavar="N", help="leave out documents of fewer than N tokens"
@@ -171,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         skip_bad=args.on_bad_line == "skip",
         min_tokens=args.min_length,
         hashes=args.deduplicate,
-        **({"held_out": read_held_out(args.holdout, args.json_key)} if args.holdout else {}),
+        **({"held_out": read_held_out(args.holdout, args.json_key, args.document_separator)} if args.holdout else {}),
     )
     encode, accelerator = choose_encoder(args.accelerator, tokenizer.encoder)
     print(f"accelerator: {accelerator}", flush=True)
@@ -305,11 +313,20 @@ def make_job(
     )
 
 
+def _is_one_document(job: PreprocessJob, totals: Totals, source: int, name: str) -> bool:
+    """Whether a text file was taken for a single document, as one with another separator is."""
+    from megamor.corpus.text import kind_of
+
+    return kind_of(name) == "txt" and sum(totals.documents[split, source] for split in range(len(job.prefixes))) == 1
+
+
 def print_summary(job: PreprocessJob, totals: Totals, seconds: float, new_bytes: int) -> None:
     """Print what was written and what was left out. `new_bytes` of the text were tokenized in these `seconds`."""
     for split, prefix in enumerate(job.prefixes):
         documents, tokens = totals.of_split(split)
         print(f"{prefix}: {counted(documents, 'document')}, {counted(tokens, 'token')}")
+    if single := [name for source, name in enumerate(job.texts.names) if _is_one_document(job, totals, source, name)]:
+        print(f"one document each: {', '.join(single[:8])}{', ...' if len(single) > 8 else ''}")
     counts, speed = totals.counts, new_bytes / 1e6 / max(seconds, 1e-9)
     text, tokens_in_all = f"{counts.text_bytes / 1e6:,.1f} MB of text", totals.tokens.total() / 1e6
     print(f"{text}, {tokens_in_all:,.2f} M tokens in {seconds:,.0f} s ({speed:,.2f} MB/s)")
@@ -320,6 +337,8 @@ def print_summary(job: PreprocessJob, totals: Totals, seconds: float, new_bytes:
         (counts.held_out, "document", "of --holdout"),
         (counts.duplicates, "duplicate", ""),
     ]
+    if len(job.options.held_out) and not counts.held_out:
+        print("no document of --holdout is in the input")
     if any(count for count, _, _ in left_out):
         print("left out: " + ", ".join(f"{counted(n, what)} {why}".strip() for n, what, why in left_out if n))
     if counts.bad:

@@ -4,6 +4,7 @@ examples:
   megamor pretrain --config configs/mor_135m.yaml --dry-run --nodes 4 --processes 8
   megamor pretrain --config configs/quickstart.yaml optim.lr=1e-3 run.name=lower_lr
   torchrun --nproc-per-node 8 pretrain.py --config configs/mor_360m.yaml
+  srun --nodes 2 --ntasks-per-node 8 megamor pretrain --config configs/mor_360m.yaml
   deepspeed pretrain.py --config configs/mor_360m.yaml parallel.backend=deepspeed parallel.zero_stage=2
 
 A run resumes from its newest checkpoint (in run.dir/run.name/checkpoints) if there is one. On Ctrl-C, SIGTERM or
@@ -54,10 +55,14 @@ def dry_run(config: Config, processes: int) -> None:
     from megamor.config import expand_paths
     from megamor.data.check import find_problems
     from megamor.data.dataset import announce_shared_data
+    from megamor.parallel.zero_config import engine_config
     from megamor.plan.dry_run import describe_run
 
     print(describe_run(config, processes), flush=True)
-    data = expand_paths(config.data, "data")
+    expanded = expand_paths(config)
+    if expanded.parallel.deepspeed_config:
+        engine_config(expanded, processes)
+    data = expanded.data
     if problems := find_problems(data, seed=config.run.seed, vocab_size=config.model.vocab_size):
         heading = "the run can't start here (docs/data.md shows how to prepare its data):"
         raise ConfigError("\n  ".join([heading, *problems]))
@@ -101,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--print-config", action="store_true", help="print every setting of the run; don't train")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before, between or after the options
+    from megamor.parallel.launch import adopt_launch
+
+    adopt_launch()
     origin = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     logging.basicConfig(level=logging.WARNING, format=f"{origin}%(levelname)s %(name)s: %(message)s")
     config = read_config(arguments)

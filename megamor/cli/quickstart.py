@@ -54,7 +54,9 @@ class Quickstart:
         ]
         self.config = load_config(CONFIG, self.overrides)
         self._finished = root / "finished.json"
-        self._stamps: dict[str, str] = json.loads(self._finished.read_text()) if self._finished.exists() else {}
+        self._stamps: dict[str, str] = (
+            json.loads(self._finished.read_text(encoding="utf-8")) if self._finished.exists() else {}
+        )
         """For each finished step, the hash of its inputs."""
 
     def run(self) -> None:
@@ -148,12 +150,12 @@ class Quickstart:
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
             print("counting the n-grams that the network has seen ...", flush=True)
-            figures = make_report(self.latest, json.loads(losses.read_text()), "stdlib", sequences)
+            figures = make_report(self.latest, json.loads(losses.read_text(encoding="utf-8")), "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.
-        self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text()}", report, measure)
-        show_report(json.loads(report.read_text()))
+        self.once("report", f"{SCHEMA} {(self.latest / 'manifest.json').read_text(encoding='utf-8')}", report, measure)
+        show_report(json.loads(report.read_text(encoding="utf-8")))
         if self.short:
             print("this was a short run, which only tries the path: without --short the network passes the bigram")
 
@@ -171,7 +173,7 @@ class Quickstart:
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.
-        report = {"seconds": seconds, **json.loads(path.read_text())}
+        report = {"seconds": seconds, **json.loads(path.read_text(encoding="utf-8"))}
         report |= {"schema": SCHEMA, "command": "make quickstart", **describe_origin(torch.device("cpu"))}
         replace_file(path, json.dumps(report, indent=1) + "\n")
         if report["beats_bigram_by"] <= 0 and not self.short:

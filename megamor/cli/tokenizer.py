@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import command_parser, positive
+from megamor.cli import INPUT_KINDS, command_parser, parse_separator, positive
 from megamor.corpus import DEFAULT_EOD_TOKENS
 from megamor.errors import ConfigError, user_errors
 
@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train a tokenizer", description="Train a byte-level BPE tokenizer.")
     add = train.add_argument
-    kinds = ".jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, or patterns of them"
-    add("--input", nargs="+", required=True, metavar="FILE", help=kinds)
+    add("--input", nargs="+", required=True, metavar="FILE", help=INPUT_KINDS)
     add("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
     add("--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
     eod = DEFAULT_EOD_TOKENS[0]
@@ -39,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample = "text to learn from, taken from the beginnings of all files (default: 1e9)"
     add("--sample-bytes", type=float, default=1e9, metavar="N", help=sample)
     add("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
-    add("--document-separator", metavar="STRING", help="split every text at this string, which isn't learned")
+    split = "split every text at this string ('\\n\\n': two line feeds), which isn't learned"
+    add("--document-separator", "--separator", type=parse_separator, metavar="STRING", help=split)
     add("--on-bad-line", choices=("stop", "skip"), default="stop", help="as in megamor preprocess (default: stop)")
     args = parser.parse_args(argv)
     if args.output.exists():

@@ -192,7 +192,8 @@ class TrainConfig:
     max_steps: PositiveInt | None = None
     """Optimizer steps of the run."""
     max_tokens: PositiveInt | None = None
-    """Training tokens of the run. It ends with the first step that reaches them, whatever changed on the way."""
+    """Training tokens of the run, padding not counted. It ends with the first step that reaches them, whatever changed
+    on the way. Unless packing is `stream`, the learning rate follows the fraction of them that has been used."""
     max_flops: Positive | None = None
     """Executed training FLOPs of the run (`throughput/executed_flops`). It ends with the first step that reaches them,
     and the learning rate follows the fraction of them that has been used."""
@@ -232,6 +233,9 @@ class ParallelConfig:
     processes are one group."""
     zero_stage: ZeroStage = 2
     """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
+    deepspeed_config: PathName | None = None
+    """DeepSpeed: a JSON file with further settings of its engine, such as offloading; see
+    [Training](training.md#a-deepspeed-file-of-your-own)."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered weights after the forward pass and gather them again for the backward pass."""
 
@@ -315,10 +319,24 @@ class MetricsConfig:
     """Write TensorBoard files."""
     wandb: bool = False
     """Send to Weights & Biases."""
-    wandb_project: str = "megamor"
-    """Project at Weights & Biases."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """`offline` keeps the records for `wandb sync`."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline` keeps the records for `wandb sync`. Null: wandb's own choice (`WANDB_MODE`)."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases. Null: `WANDB_PROJECT`, else `megamor`."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases. Null: wandb's own choice, as for the following."""
+    wandb_group: str | None = None
+    """Group of runs that this run belongs to."""
+    wandb_job_type: str | None = None
+    """Kind of run within the group."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    wandb_notes: str | None = None
+    """Description of the run."""
+    trackio: bool = False
+    """Send to Trackio, if it is installed."""
+    trackio_project: str = "megamor"
+    """Project in Trackio."""
 
 
 @dataclass(frozen=True)

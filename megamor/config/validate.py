@@ -151,6 +151,9 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
     backend, degree = config.parallel.backend, config.parallel.shard_degree
     if backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single with {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+    if config.parallel.deepspeed_config is not None and backend != "deepspeed":
+        given = f"parallel.deepspeed_config = {config.parallel.deepspeed_config}"
+        yield f"{given} needs parallel.backend = deepspeed, which is {backend}: change one of them"
     if degree is None:
         return
     if backend not in ("auto", "fsdp2"):

@@ -49,12 +49,13 @@ def sample_texts(
     for path in files.paths:
         alone = FileInput([path], key, separator)
         budget = limit * alone.size / max(remaining, 1)
-        for chunk in alone.chunks():
+        for chunk in alone.chunks() if budget > 0 else ():
+            documents = parse_chunk(chunk, key, separator, skip_bad=skip_bad)
+            for text, encoded in zip(documents.texts, documents.encoded, strict=True):
+                if budget > 0:
+                    yield text
+                    advance(len(encoded))
+                    budget, limit = budget - len(encoded), limit - len(encoded)
             if budget <= 0:
                 break
-            documents = parse_chunk(chunk, key, separator, skip_bad=skip_bad)
-            yield from documents.texts
-            size = sum(map(len, documents.encoded))
-            advance(size)
-            budget, limit = budget - size, limit - size
         remaining -= alone.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, tee
 
 
@@ -50,7 +50,11 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus. `documents` turns the lines or rows of a split into documents."""
+    """A corpus. `documents` turns the lines or rows of a split into documents.
+
+    `rows` is how many lines, rows or files a split has, as published, `separator` what comes between those in the
+    publisher's text files (None: there are none), and `foreign` a word that marks another version, if it is frequent.
+    """
 
     title: str
     licence: str
@@ -58,6 +62,9 @@ class Corpus:
     size: str
     note: str
     documents: Callable[[Iterable[str]], Iterator[str]] = iter
+    rows: Mapping[str, int] = field(default_factory=dict)
+    separator: str | None = None
+    foreign: str | None = None
 
 
 def one_document(lines: Iterable[str]) -> Iterator[str]:
@@ -85,11 +92,12 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(article) + "\n"
 
 
-def _wikitext(title: str, config: str, size: str) -> Corpus:
+def _wikitext(title: str, config: str, size: str, rows: int) -> Corpus:
     splits = {split: split for split in ("train", "validation", "test")}
+    counts = {"train": rows, "validation": 3760, "test": 4358}
     source = HubDataset("Salesforce/wikitext", splits, "b08601e04326c79dfdd32d625aee71d232d685c3", config, "text")
-    note = "Raw version (case, punctuation and numbers kept); one document per article."
-    return Corpus(title, "CC BY-SA 3.0, GFDL", source, size, note, wikitext_articles)
+    note = "Raw version (rare words kept instead of <unk>); one document per article."
+    return Corpus(title, "CC BY-SA 3.0, GFDL", source, size, note, wikitext_articles, counts, "\n", "<unk>")
 
 
 _SHAKESPEARE = ("data/tinyshakespeare/input.txt", "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9")
@@ -107,8 +115,8 @@ CORPORA: dict[str, Corpus] = {
         note="One document per split: the first 90 % of the characters, and the rest.",
         documents=one_document,
     ),
-    "wikitext-2": _wikitext("WikiText-2", "wikitext-2-raw-v1", "13 MB"),
-    "wikitext-103": _wikitext("WikiText-103", "wikitext-103-raw-v1", "550 MB"),
+    "wikitext-2": _wikitext("WikiText-2", "wikitext-2-raw-v1", "13 MB", 36718),
+    "wikitext-103": _wikitext("WikiText-103", "wikitext-103-raw-v1", "550 MB", 1801350),
     "ptb": Corpus(
         title="Penn Treebank (Mikolov's preprocessing)",
         licence="LDC user agreement for non-members",
@@ -136,6 +144,8 @@ CORPORA: dict[str, Corpus] = {
         ),
         size="1.9 GB, 2,119,719 stories",
         note="Stories by GPT-3.5 and GPT-4.",
+        rows={"train": 2119719, "validation": 21990},
+        separator="<|endoftext|>",
     ),
     "openwebtext": Corpus(
         title="OpenWebText",
@@ -143,6 +153,7 @@ CORPORA: dict[str, Corpus] = {
         source=HubDataset("Skylion007/openwebtext", {"train": "train"}, column="text"),
         size="40 GB, 8,013,769 documents",
         note="If the revision still loads through a script, give --revision refs/convert/parquet.",
+        rows={"train": 8013769},
     ),
     "pile": Corpus(
         title="The Pile without its copyrighted parts",
@@ -155,12 +166,21 @@ CORPORA: dict[str, Corpus] = {
         size="30 training files, several hundred GB",
         note="The original is no longer distributed; this mirror lacks Books3, BookCorpus2, OpenSubtitles, YTSubtitles "
         "and OpenWebText2. If you have the original files, preprocess them directly, or give --from.",
+        rows={"train": 30, "validation": 1, "test": 1},
     ),
     "fineweb-edu": Corpus(
         title="FineWeb-Edu, sample of 10 billion tokens",
         licence="ODC-By 1.0",
         source=HubDataset("HuggingFaceFW/fineweb-edu", {"train": "train"}, config="sample-10BT", column="text"),
         size="10 billion tokens",
+        rows={"train": 9672101},
         note="Larger samples of the same dataset: preprocess them with --hf-dataset and --hf-config sample-100BT.",
     ),
 }
+
+PILE_PART = re.compile(
+    r"ArXiv|BookCorpus2|Books3|DM Mathematics|Enron Emails|EuroParl|FreeLaw|Github|Gutenberg \(PG-19\)|HackerNews|"
+    r"NIH ExPorter|OpenSubtitles|OpenWebText2|PhilPapers|Pile-CC|PubMed Abstracts|PubMed Central|StackExchange|"
+    r"USPTO Backgrounds|Ubuntu IRC|Wikipedia \(en\)|YoutubeSubtitles"
+)
+"""The Pile's parts, as `meta.pile_set_name` names them."""

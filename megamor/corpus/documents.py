@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from megamor.corpus.text import TextChunk
+from megamor.corpus.text import BOM, TextChunk
 from megamor.errors import DataError
 
-UNITS = {"jsonl": "line", "txt": "document", "rows": "row"}
+UNITS = {"jsonl": "line", "json": "object", "txt": "document", "rows": "row"}
 _BAD_SHOWN = 10
 
 
@@ -27,10 +27,11 @@ class Counts:
     """Bytes of text, and how much was left out and why; of one chunk, or added up over a run.
 
     Left out were `empty` documents without text, `blank` lines, documents that were `short`, `held_out` or
-    `duplicates`, and `bad` records, of which `bad_shown` describes the first ten.
+    `duplicates`, and `bad` records, of which `bad_shown` describes the first ten. `separators` of documents were found.
     """
 
     text_bytes: int = 0
+    separators: int = 0
     empty: int = 0
     blank: int = 0
     short: int = 0
@@ -61,12 +62,17 @@ def document_hash(encoded: bytes) -> int:
     return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "big")
 
 
-def parse_chunk(chunk: TextChunk, key: str, separator: str | None = None, *, skip_bad: bool = False) -> Documents:
+def parse_chunk(
+    chunk: TextChunk, key: str, separator: str | None = None, *, skip_bad: bool = False, keep_empty: bool = False
+) -> Documents:
     """The documents of `chunk`. JSON objects hold them under `key`; `separator` comes between documents in a text.
 
-    Raises DataError naming file and line of the first bad record, unless such records are skipped.
+    `a.b` is the key `b` of the object `a`, unless there is a key `a.b`. Documents without text are left out unless
+    `keep_empty`. Raises DataError naming file and line of the first bad record, unless such records are skipped.
     """
     found = Documents()
+    if separator and isinstance(chunk.data, bytes) and chunk.kind == "txt":
+        found.counts.separators = chunk.data.count(separator.encode())
     for number, record in enumerate(_records(chunk, separator), start=chunk.first_record):
         if chunk.kind == "jsonl" and not record.strip():
             found.counts.blank += 1
@@ -81,8 +87,10 @@ def parse_chunk(chunk: TextChunk, key: str, separator: str | None = None, *, ski
                 raise DataError(f"{message}; fix it, or leave such records out with --on-bad-line skip") from error
             found.counts += Counts(bad=1, bad_shown=[message])
             continue
+        if separator and chunk.kind != "txt":
+            found.counts.separators += text.count(separator)
         for text, data in zip(texts, encoded, strict=True):
-            if not text or text.isspace():
+            if not keep_empty and (not text or text.isspace()):
                 found.counts.empty += 1
             else:
                 found.texts.append(text)
@@ -96,12 +104,13 @@ def _records(chunk: TextChunk, separator: str | None) -> Iterator[Any]:
         yield from chunk.data
         return
     if chunk.kind == "txt" and not separator:
-        yield chunk.data
+        yield chunk.data.replace(BOM, b"")
         return
     between = separator.encode() if separator and chunk.kind == "txt" else b"\n"
     records = chunk.data.split(between)
     # After the last separator nothing follows: a chunk ends with one, unless it is the last of its file.
-    yield from records[:-1] if records[-1] == b"" else records
+    for record in records[:-1] if records[-1] == b"" else records:
+        yield record.replace(BOM, b"") if chunk.kind == "txt" else record.removeprefix(BOM)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -112,13 +121,17 @@ def _split(text: str, separator: str) -> list[str]:
 def _parse(record: Any, kind: str, key: str) -> str:
     """The text of one record; ValueError says what is wrong with it."""
     if kind == "rows":
-        return _require_text(record, key)
+        _, nested, rest = key.partition(".")
+        # For the key `a.b` the column may be `a`, whose values are objects.
+        return _require_text(_look_up(record, rest) if nested and isinstance(record, dict) else record, key)
     try:
         # Needed also for msgspec, which doesn't check the UTF-8 of keys that it skips.
         decoded: str = record.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} (0x{record[error.start]:02x}) is not UTF-8") from error
     if kind == "txt":
+        if "\0" in decoded:
+            raise ValueError("a NUL byte, as in UTF-16 or a binary file; convert the file to UTF-8")
         return decoded
     try:
         text: str = _decoder(key).decode(record).text
@@ -134,10 +147,18 @@ def _parse_with_json(line: str, key: str) -> str:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
-    if not isinstance(record, dict) or key not in record:
-        keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"no key {key!r} (found: {keys}); name the right one with --json-key")
-    return _require_text(record[key], key)
+    return _require_text(_look_up(record, key), key)
+
+
+def _look_up(record: Any, key: str) -> Any:
+    """Value of `key` in nested objects; ValueError if there is none."""
+    if isinstance(record, dict) and key in record:
+        return record[key]
+    head, _, rest = key.partition(".")
+    if rest and isinstance(record, dict) and isinstance(record.get(head), dict):
+        return _look_up(record[head], rest)
+    keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f"no key {key!r} (found: {keys}); name the right one with --json-key")
 
 
 def _require_text(value: Any, key: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamor.corpus.text import FIRST, WHOLE, ChunkId, InputRange, TextChunk, group_rows, select_chunks
+from megamor.corpus.text import FIRST, WHOLE, ChunkId, InputRange, TextChunk, column_of, group_rows, select_chunks
 from megamor.errors import DataError
 
 _ROWS_READ = 64
@@ -26,10 +26,7 @@ class DatasetInput:
     ) -> None:
         rows = _load(name, config, split, revision, streaming=streaming)
         columns = rows.column_names or list(next(iter(rows), {}))
-        if column not in columns:
-            raise DataError(
-                f"dataset {name} has no column {column!r} but {', '.join(columns)}; name the right one with --json-key"
-            )
+        column = column_of(column, columns, f"dataset {name}")
         self.name, self._split, self._column = name, split, column
         self._rows = rows.select_columns([column])
         self.names: Sequence[str] = [f"{name}:{split}"]
@@ -45,7 +42,7 @@ class DatasetInput:
     def _all_chunks(self) -> Iterator[TextChunk]:
         name = f"dataset {self.name}, split {self._split}"
         columns = (batch[self._column] for batch in self._rows.iter(batch_size=_ROWS_READ))
-        batches = ((texts, sum(len(text) for text in texts if isinstance(text, str))) for texts in columns)
+        batches = ((texts, sum(len(str(text)) for text in texts)) for texts in columns)
         for number, (first, values, size, row) in enumerate(group_rows(batches)):
             yield TextChunk(ChunkId(0, number), name, first, "rows", values, size, row)
 

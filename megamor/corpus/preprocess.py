@@ -22,8 +22,8 @@ from megamor.corpus.dedup import HashLog, hash_log_path
 from megamor.corpus.documents import Counts
 from megamor.corpus.encode import ChunkEncoder, EncodedChunk, EncodeOptions, encode_in_order
 from megamor.corpus.journal import Journal, JournalEntry
-from megamor.corpus.text import FIRST, ChunkId, InputRange, TextInput
-from megamor.corpus.writer import ShardWriter, publish_finished
+from megamor.corpus.text import FIRST, ChunkId, InputRange, TextInput, kind_of
+from megamor.corpus.writer import ShardWriter, lock_prefix, publish_finished
 from megamor.data.meta import ShardMeta
 from megamor.errors import DataError
 from megamor.files import replace_file
@@ -71,7 +71,7 @@ class Totals:
             Counter({(split, source): count for split, source, count in saved[name]})
             for name in ("documents", "tokens")
         )
-        counts = Counts(**{each.name: saved[each.name] for each in fields(Counts)})
+        counts = Counts(**{each.name: saved[each.name] for each in fields(Counts) if each.name in saved})
         return cls(counts, documents, tokens, saved["position"])
 
 
@@ -163,7 +163,10 @@ class PreprocessRun:
             if found and found.complete:
                 # Killed between finishing and renaming: only the renames are left.
                 self.totals = Totals.from_json(found.counts)
-                self._publish()
+                with ExitStack() as locks:
+                    for prefix in self._job.prefixes:
+                        locks.enter_context(lock_prefix(prefix))
+                    self._publish()
                 return self.totals
             with ExitStack() as stack:
                 try:
@@ -252,12 +255,32 @@ class PreprocessRun:
         written = [(writer.num_sequences, writer.num_tokens) for writer in self._writers]
         self._journal.write(JournalEntry(self._next, written, self.totals.to_json(), complete))
 
+    def _check_separator(self) -> None:
+        """Raise DataError if text files became one document each for lack of the separator; tell it of other texts."""
+        separator, texts = self._job.options.separator, self._job.texts
+        if not separator or self.totals.counts.separators:
+            return
+        found = f"--document-separator {separator!r} occurs nowhere in the input"
+        if self._job.allow_empty or not any(kind_of(name) == "txt" for name in texts.names):
+            self._tell(f"warning: {found}: every text is one document")
+            return
+        self._journal.remove()
+        raise DataError(
+            f"{found}, so each text file would be one document; correct it (after Windows line ends it begins with "
+            "'\\r\\n'), or leave the option out"
+        )
+
     def _finish(self) -> None:
         """Complete all shards under their partial names."""
+        self._check_separator()
         for split, writer in enumerate(self._writers):
             if not writer.num_sequences and not self._job.allow_empty:
                 self._journal.remove()
-                counts = {k: n for k, n in asdict(self.totals.counts).items() if k not in ("text_bytes", "bad_shown")}
+                counts = {
+                    k: n
+                    for k, n in asdict(self.totals.counts).items()
+                    if k not in ("text_bytes", "separators", "bad_shown")
+                }
                 left_out = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
                 raise DataError(
                     f"{writer.prefix} would have no document ({self.totals.documents.total()} in all; left out: "

@@ -1,4 +1,4 @@
-"""Raw text in chunks, from `.jsonl`, `.jsonl.zst`, `.jsonl.gz`, `.txt` and `.parquet` files.
+"""Raw text in chunks, from files of JSON lines or JSON, text and parquet, compressed or not.
 
 One thread reads, which is cheap; other threads parse and tokenize whole chunks, which is not. A chunk is some complete
 lines of JSON, documents of a text file or rows of a table. Where the input is cut into chunks depends on the input
@@ -7,12 +7,17 @@ alone, not on the number of threads or on where a run resumes: this is what make
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
+import json
+import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import zstandard
@@ -21,13 +26,18 @@ from megamor.errors import DataError
 
 CHUNK_BYTES = 2**20
 MAX_DOCUMENT_BYTES = 2**27
-_BOM = b"\xef\xbb\xbf"
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt", ".parquet")
+BOM = b"\xef\xbb\xbf"
+"""Byte-order mark: no text, wherever files with one were joined."""
+_BETWEEN_ELEMENTS = re.compile(rf"(?:[\s,\[\]]|{BOM.decode('latin-1')})*")
+_OPENERS: dict[str, Any] = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
+COMPRESSIONS = ("", ".zst", *_OPENERS)
+SUFFIXES = (*(kind + each for kind in (".jsonl", ".ndjson", ".json", ".txt") for each in COMPRESSIONS), ".parquet")
+"""Endings of the files that are read, in lower case; a name may have capitals."""
 # Compressed bytes read at a time. Few, because a few bytes of zstd can expand to thousands of times as many.
 _ZSTD_BYTES = 2**13
 _PARQUET_ROWS = 64
 
-Kind = Literal["jsonl", "txt", "rows"]
+Kind = Literal["jsonl", "json", "txt", "rows"]
 
 
 class ChunkId(NamedTuple):
@@ -39,7 +49,8 @@ class ChunkId(NamedTuple):
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Complete lines of JSON (`kind` jsonl), text (txt, documents between separators) or values of a column (rows).
+    """Lines of JSON (`kind` jsonl; json: made of an array or an object), text (txt, documents between separators) or
+    values of a column (rows).
 
     Bytes are UTF-8 unless the input is broken. `name` is what error messages call the source, `first_record` the number
     of its first line, document or row (from 1), `size` its size in bytes. `position` is how far the input had been read
@@ -126,22 +137,33 @@ class FileInput:
             yield from select_chunks(self._chunks_of(source, path, begin), self.size, within, start)
 
     def _chunks_of(self, source: int, path: str, begin: int) -> Iterator[TextChunk]:
-        size = self._sizes[source]
-        if path.endswith(".parquet"):
+        size, kind = self._sizes[source], kind_of(path)
+        if kind == "rows":
             for number, (first, values, length, read) in enumerate(_parquet_rows(path, self._column)):
                 yield TextChunk(ChunkId(source, number), path, first, "rows", values, length, begin + int(read * size))
             return
-        kind: Kind = "txt" if path.endswith(".txt") else "jsonl"
         # Lines of JSON always end with a line feed; --document-separator then splits within the decoded text.
         separator = (self._separator.encode() if self._separator else None) if kind == "txt" else b"\n"
         try:
             with open(path, "rb") as file:
-                groups = _whole_records(path, _decompressed(path, file), separator)
+                blocks = _decompressed(path, file)
+                if kind == "json":
+                    kind, blocks = _json_lines(path, blocks)
+                groups = _whole_records(path, blocks, separator)
                 for number, (record, data) in enumerate(groups):
                     position = begin + min(file.tell(), size)
                     yield TextChunk(ChunkId(source, number), path, record, kind, data, len(data), position)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
             raise DataError(f"{path} can't be read to its end: {error}; download the file again") from error
+
+
+def kind_of(path: str) -> Kind:
+    """What a file holds, by its name; `.json` may hold lines of JSON, too."""
+    name = path.lower()
+    for compression in COMPRESSIONS[1:]:
+        name = name.removesuffix(compression)
+    kinds: dict[str, Kind] = {".parquet": "rows", ".txt": "txt", ".json": "json"}
+    return kinds.get(os.path.splitext(name)[1], "jsonl")
 
 
 def select_chunks(chunks: Iterable[TextChunk], size: int, within: InputRange, start: ChunkId) -> Iterator[TextChunk]:
@@ -171,8 +193,9 @@ def find_files(
     for path in paths:
         if os.path.isdir(path):
             raise DataError(f"{option} {path} is a directory; name its files with a pattern such as '{path}/*.jsonl'")
-        if not path.endswith(SUFFIXES):
-            raise DataError(f"{option} {path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        if not path.lower().endswith(SUFFIXES):
+            known = f".parquet, and .jsonl, .ndjson, .json and .txt, also with {', '.join(COMPRESSIONS[1:])}"
+            raise DataError(f"{option} {path}: unknown kind of file; known are {known}")
         real = os.path.realpath(path)
         if real in seen:
             raise DataError(f"{option} names one file twice, as {seen[real]} and {path}; name it once")
@@ -206,10 +229,8 @@ def _parquet_rows(path: str, column: str) -> Iterator[tuple[int, list[Any], int,
     try:
         # Without pre-buffering, which reads whole row groups into memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as table:
-            if column not in table.schema_arrow.names:
-                columns = ", ".join(table.schema_arrow.names[:8])
-                raise DataError(f"{path} has no column {column!r} but {columns}; name the right one with --json-key")
-            arrays = (batch.column(0) for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]))
+            column = column_of(column, table.schema_arrow.names, path)
+            arrays = (batch.column(column) for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]))
             batches = ((array.to_pylist(), array.get_total_buffer_size()) for array in arrays)
             for first, values, size, row in group_rows(batches):
                 yield first, values, size, row / table.metadata.num_rows
@@ -217,12 +238,25 @@ def _parquet_rows(path: str, column: str) -> Iterator[tuple[int, list[Any], int,
         raise DataError(f"{path} can't be read to its end: {error}; download the file again") from error
 
 
+def column_of(key: str, columns: Sequence[str], name: str) -> str:
+    """The column that holds `key`, which may name a field of a nested column. Raises DataError, naming the source."""
+    found = next((each for each in (key, key.partition(".")[0]) if each in columns), None)
+    if found is None:
+        raise DataError(
+            f"{name} has no column {key!r} but {', '.join(columns[:8])}; name the right one with --json-key"
+        )
+    return found
+
+
 def _decompressed(path: str, file: BinaryIO) -> Iterator[bytes]:
     """Contents of the file in blocks of at most `CHUNK_BYTES`."""
-    if path.endswith(".zst"):
+    compression = os.path.splitext(path.lower())[1]
+    if compression in COMPRESSIONS and not os.fstat(file.fileno()).st_size:
+        raise EOFError("it is empty, as no compressed file is")  # the decompressors take it for one of an empty file
+    if compression == ".zst":
         yield from _zstd_blocks(file)
         return
-    stream = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+    stream = _OPENERS.get(compression, lambda same: same)(file)
     while block := stream.read(CHUNK_BYTES):
         yield block
 
@@ -245,11 +279,59 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last zstd frame is cut short")
 
 
+def _json_lines(path: str, blocks: Iterator[bytes]) -> tuple[Kind, Iterator[bytes]]:
+    """Contents of a `.json` file as lines: of an array or one object, or (kind `jsonl`) of what are lines already."""
+    start = b""
+    for block in blocks:
+        start = (start + block).lstrip(BOM + b" \t\r\n")
+        if start.startswith(b"[") or b"\n" in start or len(start) > MAX_DOCUMENT_BYTES:
+            break
+    if start.startswith(b"["):
+        return "json", _array_elements(path, start, blocks)
+    line = start.partition(b"\n")[0].decode(errors="replace").rstrip()
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        # A line that is right as far as it goes begins an object of several lines. JSON has line feeds between values
+        # only, so that these can be replaced.
+        if error.pos >= len(line):
+            return "json", (block.replace(b"\n", b" ") for block in chain([start], blocks))
+    return "jsonl", chain([start], blocks)
+
+
+def _array_elements(path: str, start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The elements of the arrays in a file that begins with `start`, one a line. Raises DataError if it isn't JSON."""
+    # In Latin-1 each byte is one character. Whether they are UTF-8 is found when the lines are parsed.
+    text, position, decoder = start.decode("latin-1"), 0, json.JSONDecoder()
+    count, closed, lines = 0, False, list[bytes]()
+    while True:
+        gap = _BETWEEN_ELEMENTS.match(text, position)
+        assert gap is not None, "the pattern matches nothing, too"
+        position = gap.end()
+        for bracket in re.findall(r"[\[\]]", gap[0]):
+            closed = bracket == "]"
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield b"".join(lines)
+            lines.clear()
+            block = next(blocks, b"")
+            if not block and closed and position == len(text):
+                return
+            if not block or len(text) - position > MAX_DOCUMENT_BYTES:
+                reason = "the array has no end" if position == len(text) else error.msg
+                raise DataError(f"{path}, object {count + 1}: not JSON ({reason})") from error
+            text, position = text[position:] + block.decode("latin-1"), 0
+        else:
+            lines.append(text[position:end].replace("\n", " ").encode("latin-1") + b"\n")
+            position, count, closed = end, count + 1, False
+
+
 def _whole_records(path: str, blocks: Iterator[bytes], separator: bytes | None) -> Iterator[tuple[int, bytes]]:
     """The contents cut after separators (never, without one), each with the number of its first record."""
     first, pending, size, tail = 1, list[bytes](), 0, b""
-    for number, block in enumerate(blocks):
-        pending.append(block.removeprefix(_BOM) if number == 0 else block)
+    for block in blocks:
+        pending.append(block)
         size += len(block)
         # Joined only if there is a separator: joining a long line for every block would take quadratic time. `tail`
         # is the end of the previous block, for a separator that straddles two blocks.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,8 +14,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megamor.data.meta import BlockHasher, ShardMeta, meta_path
 from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
-from megamor.errors import DataError
+from megamor.errors import DataError, InUseError
 from megamor.files import sha256_of_file, sync_directory
+from megamor.lock import WriteLock
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
 _ENTRIES = 2**20
@@ -44,17 +43,18 @@ class ShardWriter:
         self.keep_partial = resume
         self._hasher = BlockHasher()
         self._files: list[BinaryIO] = []
+        self._lock = lock_prefix(self.prefix)
         try:
-            # Both files are opened, and so locked, before either is truncated: a second writer must change nothing.
             with _write_errors(self.prefix):
                 Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-                self._bin = self._open_locked(f"{self.prefix}.bin.partial")
-                self._idx = self._open_locked(f"{self.prefix}.idx.partial")
+                self._lock.take()
+                self._bin = self._open(f"{self.prefix}.bin.partial")
+                self._idx = self._open(f"{self.prefix}.idx.partial")
             if not resume:
                 self.rewind(0, 0)
-        except DataError:
+        except (DataError, InUseError) as error:
             self.abort()
-            raise
+            raise DataError(str(error)) from error
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -136,6 +136,7 @@ class ShardWriter:
         a full disk then leaves none of them.
         """
         with _write_errors(self.prefix):
+            self._lock.check()
             documents = write_index(self._idx, self.num_sequences, self.num_tokens, self.dtype, document_starts)
             self.sync()
             meta = replace(
@@ -163,18 +164,9 @@ class ShardWriter:
     def _partial_meta(self) -> str:
         return f"{meta_path(self.prefix)}.partial"
 
-    def _open_locked(self, path: str) -> BinaryIO:
-        """Open for writing, without truncating what a killed run left, and lock until closed."""
-        # Not "w+b", which would truncate the file before the lock says whether it is ours.
+    def _open(self, path: str) -> BinaryIO:
+        """Open for writing, without truncating what a killed run left."""
         file = open(path, "r+b", buffering=2**20, opener=_create_without_truncating)  # noqa: SIM115 (closed by close)
-        try:
-            _lock(file)
-            # The previous holder may have renamed the file after we opened it and before we locked it.
-            if os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
-                raise BlockingIOError(errno.EWOULDBLOCK, "in use")
-        except BlockingIOError:
-            file.close()
-            raise DataError(f"another process is writing {self.prefix}; wait for it or choose another prefix") from None
         self._files.append(file)
         return file
 
@@ -184,6 +176,7 @@ class ShardWriter:
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
+        self._lock.release()
 
     def _narrow(self, tokens: NDArray[Any]) -> NDArray[Any]:
         if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
@@ -203,6 +196,11 @@ def _write_errors(prefix: str) -> Iterator[None]:
             f"{prefix} can't be written: {error.strerror or error}; free space or choose another output prefix "
             "(nothing was left under that name)"
         ) from error
+
+
+def lock_prefix(prefix: str) -> WriteLock:
+    """The lock of a data set, not yet taken."""
+    return WriteLock(prefix, prefix, "wait for it or choose another prefix")
 
 
 def publish_finished(prefix: str) -> None:
@@ -259,15 +257,6 @@ def _one_each(num_sequences: int) -> Iterator[NDArray[Any]]:
 
 def _create_without_truncating(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
-
-
-def _lock(file: BinaryIO) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems have no locks. There, nothing protects against a second writer.
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
 
 
 def _sync(file: BinaryIO) -> None:

@@ -50,15 +50,15 @@ def summed_loss(
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
-            documents = None if batch.documents is None else batch.documents.to(device)
-            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode, documents=documents)
+            arguments = batch.arguments(device)
+            out = model(**arguments, mode=mode)
         assert out.loss_sum is not None
         assert out.num_tokens is not None
         assert out.pairs is not None
         recursions = torch.zeros_like(out.num_tokens)
         stage: list[Tensor] = []
         if out.depth is not None and out.work is not None:
-            recursions = (out.depth * (batch.labels.to(device) != IGNORE)).sum()
+            recursions = (out.depth * (arguments["labels"] != IGNORE)).sum()
             gates = [out.ratios[f"gate_{recursion + 1}"] for recursion in range(len(out.work))]
             stage = [*out.work.flatten(), *(part for gate in gates for part in (gate.numerator, gate.denominator))]
         sums = torch.stack([x.double() for x in (out.loss_sum, out.num_tokens, recursions, out.pairs, *stage)])

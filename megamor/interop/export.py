@@ -31,6 +31,7 @@ from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
 from megamor.errors import CheckpointError, ConfigError
+from megamor.lock import WriteLock
 from megamor.model import Transformer
 
 PACKAGE = Path(__file__).parents[1]
@@ -58,9 +59,18 @@ def export_huggingface(
         dtype: type in which weights are stored and loaded; routers stay in fp32.
 
     Raises:
-        ConfigError: `directory` is in use, or the router is custom: its code is not part of megamor.
+        ConfigError: `directory` isn't empty, or the router is custom: its code is not part of megamor.
         DataError: the tokenizer is damaged, or doesn't have the end of text.
+        InUseError: another process is writing to `directory`.
     """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with WriteLock(directory, str(directory), "give another output"):
+        return _write_export(model, directory, tokenizer, end_of_text, dtype)
+
+
+def _write_export(
+    model: Transformer, directory: Path, tokenizer: Path | None, end_of_text: EndOfText | None, dtype: torch.dtype
+) -> list[Path]:
     config = model.config
     if isinstance(config.router, CustomRouterConfig):
         raise ConfigError(

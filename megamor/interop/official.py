@@ -25,12 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions
+from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, layout, library_versions
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.checkpoint.state import MODEL_PREFIX, write_state
 from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.official_config import Settings, Shape, config_of
+from megamor.lock import WriteLock
 from megamor.model import build_model
 from megamor.model.sharing import layer_stack
 
@@ -288,4 +289,8 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
     if tokenizer is not None:
         files[TOKENIZER_FILE] = tokenizer
     weights = {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}
-    return CheckpointManager(directory, keep_last=1).save(0, [partial(write_state, tensors=weights)], files)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with WriteLock(directory, str(directory), "give another output"):
+        if layout.published_steps(directory):
+            raise ConfigError(f"another process has just written a checkpoint to {directory}: give another output")
+        return CheckpointManager(directory, keep_last=1).save(0, [partial(write_state, tensors=weights)], files)

@@ -5,6 +5,7 @@ from megamor.metrics.memory import peak_memory, reset_peak_memory
 from megamor.metrics.progress import TrainingDisplay
 from megamor.metrics.sinks import JsonlSink, Metrics, MetricSink, TensorBoardSink, read_jsonl
 from megamor.metrics.throughput import Throughput
+from megamor.metrics.trackers import TrackerSink, TrackioSink
 from megamor.metrics.wandb_sink import WandbSink
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Metrics",
     "TensorBoardSink",
     "Throughput",
+    "TrackerSink",
+    "TrackioSink",
     "TrainingDisplay",
     "WandbSink",
     "peak_flops",

@@ -41,7 +41,7 @@ def reset_peak_memory(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set
+        _CLEAR_REFS.write_text("5", encoding="utf-8")  # proc(5): resets the peak resident set
     except OSError:
         return False
     return True
@@ -50,7 +50,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 def _peak_resident_bytes() -> int:
     # getrusage's peak is inherited from the parent process and can't be reset, so Linux's own figure is preferred.
     if _STATUS.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return int(found.group(1)) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Where metrics are written: always to `metrics.jsonl`, on request to TensorBoard, and to wandb (`wandb_sink`).
+"""Where metrics are written: always to `metrics.jsonl`, on request to TensorBoard and to `trackers`.
 
 A metric is a number under a flat name such as `train/loss`; None means that there is no value.
 """
@@ -88,6 +88,13 @@ class TensorBoardSink:
         for name, value in metrics.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+        if depths := depth_histogram(metrics):
+            counts, edges = depths
+            total = sum(depth * count for depth, count in enumerate(counts))
+            squares = sum(depth**2 * count for depth, count in enumerate(counts))
+            self._writer.add_histogram_raw(
+                "depth/histogram", 0, len(counts) - 1, sum(counts), total, squares, edges[1:], counts, step
+            )
 
     def rewind(self, step: int) -> None:
         """Start a new event file, which hides the later points of the previous one."""
@@ -96,6 +103,14 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def depth_histogram(metrics: Metrics) -> tuple[list[float], list[float]] | None:
+    """Fractions of the tokens at depth 0, 1, … and the edges of their bins; None where there are no depths."""
+    counts: list[float] = []
+    while (share := metrics.get(f"depth/{len(counts)}")) is not None:
+        counts.append(share)
+    return (counts, [depth - 0.5 for depth in range(len(counts) + 1)]) if counts else None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,64 +1,68 @@
-"""Metrics for Weights & Biases. The only module that imports wandb, and only if `metrics.wandb` is set."""
+"""Metrics for Weights & Biases."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from megamor.config import Config, config_to_dict
 from megamor.errors import ConfigError
-from megamor.metrics.sinks import Metrics
+from megamor.metrics.trackers import TrackerSink
+
+INIT_SECONDS, UPLOAD_SECONDS = 30, 10
 
 
-class WandbSink:
-    """One wandb run, continued over restarts.
+class WandbSink(TrackerSink):
+    """One wandb run, continued over restarts. What the configuration leaves open is wandb's own choice (WANDB_MODE, …).
 
     Offline, every launch writes its own directory under `directory/wandb` with the same run id; `wandb sync` merges
-    them. The x axis is the metric `step`, because wandb's internal step can't go back after a restart. Steps that ran
-    twice appear twice (unlike in `metrics.jsonl`).
-
-    Args:
-        config: the resolved configuration, which is shown with the run.
-        directory: the run's; it exists.
-        run_id: the run to continue, from the checkpoint; None starts a new one.
-
-    Raises:
-        ConfigError: wandb is not installed, or can't start (not logged in, no network).
+    them. A run that can't go online, for lack of a login or a network, is recorded offline. `directory` is the run's.
     """
 
+    name = "wandb"
+
     def __init__(self, config: Config, directory: Path, run_id: str | None = None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("metrics.wandb is on, but wandb is not installed: pip install wandb") from error
-        try:
-            self._run: Any = wandb.init(
-                project=config.metrics.wandb_project,
-                name=config.run.name,
-                dir=str(directory),
-                mode=config.metrics.wandb_mode,
-                id=run_id,
-                resume="allow" if run_id else None,
-                config=config_to_dict(config),
-                settings=wandb.Settings(console="off"),  # its capture of stdout breaks the progress display
-            )
-        except (wandb.errors.Error, OSError) as error:
-            raise ConfigError(
-                f"wandb does not start: {error}. Log in with `wandb login`, or set metrics.wandb_mode=offline"
-            ) from error
-        self._run.define_metric("*", step_metric="step")
+        self._directory, self._resumes = directory, run_id is not None
+        super().__init__(config, run_id or os.environ.get("WANDB_RUN_ID"))
 
-    @property
-    def run_id(self) -> str:
-        """The run's id: goes into checkpoints, and back into `__init__` after a restart."""
-        return str(self._run.id)
+    def open(self) -> Any:
+        """Start online, or offline if that fails."""
+        mode = self.config.metrics.wandb_mode
+        if (mode or self.package.setup().settings.mode) == "online":
+            try:
+                if not self.package.login(prompt=False, verify=False):
+                    raise ConfigError("not logged in")
+                return self._init("online")
+            except Exception as error:  # wandb's own classes, and those of the libraries below it
+                self.warn(
+                    f"wandb can't go online: {error}. It records to {self._directory}/wandb instead: log in with "
+                    "`wandb login`, upload with `wandb sync`. To choose this, set metrics.wandb_mode=offline"
+                )
+                mode = "offline"
+        return self._init(mode)
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Log every metric that has a value."""
-        self._run.log({"step": step, **{name: value for name, value in metrics.items() if value is not None}})
+    def send(self, run: Any, step: int, metrics: dict[str, Any]) -> None:
+        """Log `metrics` with `step` as one of them, the x axis: wandb's own step can't go back after a restart."""
+        run.log({"step": step, **metrics})
 
-    def rewind(self, step: int) -> None:
-        """Does nothing: wandb can't remove points, and shows both the old and the new ones of a step."""
-
-    def close(self) -> None:
-        self._run.finish()
+    def _init(self, mode: str | None) -> Any:
+        metrics, env = self.config.metrics, os.environ
+        run = self.package.init(
+            project=metrics.wandb_project or self.package.setup().settings.project or "megamor",
+            entity=metrics.wandb_entity,
+            group=metrics.wandb_group,
+            job_type=metrics.wandb_job_type,
+            tags=metrics.wandb_tags or None,
+            notes=metrics.wandb_notes,
+            name=None if "WANDB_NAME" in env else self.config.run.name,
+            dir=None if "WANDB_DIR" in env else str(self._directory),
+            mode=mode,
+            id=self.run_id,
+            resume="allow" if self._resumes else None,
+            config=config_to_dict(self.config),
+            # Its capture of stdout breaks the progress display.
+            settings=self.package.Settings(console="off", init_timeout=INIT_SECONDS, finish_timeout=UPLOAD_SECONDS),
+        )
+        run.define_metric("*", step_metric="step")
+        return run

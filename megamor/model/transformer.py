@@ -116,8 +116,8 @@ class Transformer(nn.Module):
         routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
             context = RoutingContext(
-                everything.batch,
-                everything.seq_len,
+                inputs.shape[0],
+                inputs.shape[1],
                 mode,
                 step,
                 geometry.positions,

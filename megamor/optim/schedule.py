@@ -47,7 +47,8 @@ def _progress(step: float, start: float, end: float) -> float:
     """Fraction of [start, end] that `step` has passed, between 0 and 1."""
     if step <= start:
         return 0.0
-    return min(1.0, (step - start) / (end - start))
+    # A run that is resumed with a shorter schedule is past its end, which may even be before the end of the warm-up.
+    return 1.0 if step >= end else (step - start) / (end - start)
 
 
 def _blend(factor: float, floor: float) -> float:

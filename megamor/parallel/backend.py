@@ -158,12 +158,15 @@ def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     # torch creates the state in the first step. A step with gradient 0 and learning rate 0 changes no weight (weight
     # decay is times the learning rate) and leaves the moments 0; only the counts have to be set back.
     rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]  # DeepSpeed offloads into buffers of its own
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():

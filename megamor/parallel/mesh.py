@@ -1,7 +1,7 @@
 """The processes of a run: ranks, devices, the group they communicate through, and where bf16 is used.
 
-torchrun and the deepspeed launcher both describe the world in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT. Without them the world is this process alone, and no other has to be waited for.
+torchrun and the deepspeed launcher describe the world in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
+`launch` translates what srun and mpirun say. Without any of it the world is this process alone.
 
 Weights and optimizer state are fp32 with every backend. For bf16, `single` and `ddp` cast at each operation (autocast),
 FSDP2 casts the gathered weights, and DeepSpeed keeps a bf16 copy. fp16 isn't offered.
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
+from megamor.parallel.launch import adopt_launch
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class World:
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
+    """Number of processes that the launcher started; 1 without a launcher.
+
+    Raises:
+        ConfigError: the launcher's variables contradict each other or leave open which process this is.
+    """
+    adopt_launch()
     return _env_int("WORLD_SIZE", default=1)
 
 
@@ -58,6 +64,8 @@ def init_world(config: ParallelConfig) -> World:
     """
     size = launched_world_size()
     rank = _env_int("RANK", default=None if size > 1 else 0)
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank} in a world of {size}: set WORLD_SIZE to the number of processes")
     local_rank = _env_int("LOCAL_RANK", default=None if size > 1 else 0)
     device = _select_device(local_rank)
     if resolve_backend(config, size) != "single" and not dist.is_initialized():
@@ -82,6 +90,8 @@ def close_world() -> None:
 def _select_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
+        local_rank = 0  # srun --gpus-per-task shows each process its own GPU; NCCL refuses one that is shared
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "

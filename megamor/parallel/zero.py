@@ -34,10 +34,8 @@ from megamor.parallel.backend import (
 )
 from megamor.parallel.mesh import World
 from megamor.parallel.slices import Slices, boxes_of_range
+from megamor.parallel.zero_config import engine_config
 
-# Stage 3 keeps parameters with fewer elements than this whole on every rank: gathering a norm costs more than the
-# memory it saves.
-PERSIST_BELOW = 10_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,6 +51,7 @@ class ZeroBackend(Backend):
     ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.stage = config.parallel.zero_stage
+        settings = engine_config(config, world.size)
         deepspeed = import_deepspeed(world.device)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine fails without it
         if not deepspeed.comm.is_initialized():
@@ -68,7 +67,7 @@ class ZeroBackend(Backend):
         optimizer = build_optimizer(self.module)
         with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
+                model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self.model = self.engine
         if self.stage == 0:
@@ -100,6 +99,12 @@ class ZeroBackend(Backend):
             # The engine overwrites the gradients of the parameters that a step uses and keeps the others', which would
             # update a parameter that the next step leaves out with this step's gradient once more.
             zero.grad_partitions_flat_buffer.zero_()
+            for partition in zero.fp32_partitioned_groups_flat:
+                if partition.grad is not None:  # with an offloaded optimizer
+                    partition.grad.zero_()
+        elif hasattr(zero, "averaged_gradients"):
+            # After a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
         self.gather_originals()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
@@ -216,26 +221,6 @@ class ZeroState:
             self.zero._set_fp32_optimizer_param_groups()
             allocate_optimizer_state(self.torch_optimizer)
             self.zero._clear_fp32_optimizer_param_groups()
-
-
-def engine_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings for a run.
-
-    The training loop accumulates gradients and scales losses, so to the engine every step has one micro-batch.
-    """
-    stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
-    # A sum of bf16 gradients over many ranks or micro-batches loses the small ones, so both kinds of sums are in fp32.
-    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    return {
-        **fp32_sums,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
-        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},  # leave out steps that aren't finite
-        "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
-        "steps_per_print": None,
-    }
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -52,12 +52,13 @@ class EmaThresholdRouter(ScoredRouter):
 
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Move each average towards the mean quantile of the step's micro-batches on all ranks."""
+        """Move each average towards the mean quantile of the step's micro-batches on all ranks, weighted by tokens."""
         # A recursion that no token reached in this step has no quantile: its average and count stay.
         found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
         average = torch.stack([self.threshold(recursion) for recursion in range(self.num_recursions)])
         decay = (self.num_updates / (self.num_updates + WARM_UP)).clamp_max(self.config.ema_decay)
-        average = torch.where(count > 0, decay * average + (1 - decay) * found / count.clamp_min(1), average)
+        mean = found / torch.where(count > 0, count, 1.0)
+        average = torch.where(count > 0, decay * average + (1 - decay) * mean, average)
         self.num_updates += (count > 0).to(self.num_updates)
         self.quantiles.copy_(average * (1 - self.config.ema_decay**self.num_updates))
 
@@ -87,6 +88,6 @@ class EmaThresholdSession(ScoredSession):
             # Gathered for the threshold of the next step; this step selects by the past alone, which keeps it causal.
             lower = (1 - fraction + FEEDBACK * (chosen.double().mean() - fraction)).clamp(0.0, 1.0)
             rank = (lower * len(z)).round().long().clamp(1, len(z))
-            self.totals["threshold_quantiles"][recursion] = z.detach().sort().values[rank - 1]
-            self.totals["threshold_batches"][recursion] = 1
+            self.totals["threshold_quantiles"][recursion] = z.detach().sort().values[rank - 1] * self.context.fill
+            self.totals["threshold_batches"][recursion] = self.context.fill
         return self.router.plan(z, *candidates.where(self.bounded(recursion, chosen, candidates)))

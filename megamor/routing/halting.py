@@ -78,7 +78,7 @@ class HaltingSession(RoutingSession):
         # The mean over all tokens of the number of updates (a constant) plus the remainder.
         self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / len(self.spent)
         if last:
-            self.add_ratio("ponder_cost", self.ponder, 1.0)
+            self.add_ratio("ponder_cost", self.ponder * self.context.fill, self.context.fill)
             if self.context.mode == "train":
                 self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)
         return Mix(from_core=1.0, emit=weight)

@@ -57,8 +57,8 @@ class DepthBounds(NamedTuple):
 class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
-    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many as it says (`seq_len` is
-    then the longest). `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
+    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many of these as are no padding.
+    `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
@@ -80,6 +80,11 @@ class RoutingContext:
     def everything(self) -> TokenSet:
         """Every token of the stream."""
         return TokenSet.all(self.batch, self.seq_len) if self.whole is None else self.whole
+
+    @property
+    def fill(self) -> float:
+        """Fraction of the positions that hold a token: what a statistic of this micro-batch weighs beside others."""
+        return len(self.everything) / (self.batch * self.seq_len)
 
     def positions_of(self, device: torch.device) -> Tensor:
         """Positions of all tokens [T]."""
@@ -142,8 +147,8 @@ class RoutingSession(ABC):
             return candidates, None
         return candidates.where(candidates.gather(bounds.most) > recursion)
 
-    def weights(self, tokens: TokenSet) -> Tensor | None:
-        """Weights [N] of `tokens` in a mean over them; None if all have the same.
+    def weights(self, tokens: TokenSet, dtype: torch.dtype) -> Tensor | None:
+        """Weights [N] of `tokens` in a mean over them, in `dtype`; None if all have the same.
 
         Where sequences have different numbers of tokens, the mean is that of the sequences' own means, each weighted by
         the length of the sequence. It then doesn't depend on which sequences share a micro-batch.
@@ -152,8 +157,8 @@ class RoutingSession(ABC):
             return None
         whole = self.context.everything
         lengths = whole.lengths if whole.lengths is not None else torch.full_like(tokens.lengths, whole.max_length)
-        shares = lengths / (len(whole) * tokens.lengths.clamp_min(1))
-        return shares[tokens.sequences(shares.device)]
+        shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
+        return shares.to(dtype)[tokens.sequences(shares.device)]
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.

@@ -201,4 +201,4 @@ class SkipForwardRecurseSession(RoutingSession):
             self.add_loss("depth_loss", config.depth_coeff * penalty)
             if "margins" in self.totals:
                 self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)
-            self.add_ratio("expected_depth", self.expected_depth, 1.0)
+            self.add_ratio("expected_depth", self.expected_depth * self.context.fill, self.context.fill)

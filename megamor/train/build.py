@@ -18,11 +18,14 @@ from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader, ValidationSet, open_validation_sets
 from megamor.errors import ConfigError
+from megamor.lock import WriteLock
 from megamor.metrics import (
     JsonlSink,
     MetricSink,
     TensorBoardSink,
     Throughput,
+    TrackerSink,
+    TrackioSink,
     TrainingDisplay,
     WandbSink,
     peak_flops,
@@ -32,6 +35,7 @@ from megamor.model import build_model
 from megamor.model.flops import expected_steps
 from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend
+from megamor.parallel.zero_config import engine_config
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
@@ -64,9 +68,14 @@ def build_trainer(config: Config, world: World) -> Trainer:
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
+    lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
     keep = config.checkpoint
     manager = CheckpointManager(
-        directory / CHECKPOINTS_DIR, keep_last=keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best
+        directory / CHECKPOINTS_DIR,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        may_write=lock.check if lock else None,
     )
 
     model = build_model(config, device=world.device)
@@ -74,7 +83,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
-    backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
+    backend = build_backend(model, expanded, world, lambda module: build_adamw(module, config.optim))
     guard = Guard(config.guard)
     diagnosis = Diagnosis(config, model.stage.router if model.stage is not None else None, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
@@ -88,7 +97,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         inputs.origin,
         components,
     )
-    restored = checkpoints.resume(keep=[directory / METRICS_FILE])
+    restored = checkpoints.resume()
     progress, resumption, told = restored or (RunProgress(), None, [])
     budget = Budget(config)
     total_steps = budget.total_steps(progress)
@@ -99,7 +108,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
         print("\n".join(lines), flush=True)
-    if progress.step < config.optim.warmup_steps:
+    if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
@@ -132,9 +141,14 @@ def build_trainer(config: Config, world: World) -> Trainer:
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
         summary=LaunchSummary(expanded, throughput),
+        lock=lock,
     )
     if resumption is not None and trainer.is_complete():
         resumption.check_not_finished(progress)
+    if resumption is not None and resumption.returns:
+        kept = checkpoints.set_later_aside(progress, [directory / METRICS_FILE])
+        if kept is not None and world.is_main:
+            print(f"checkpoint.resume_step: later checkpoints and metrics are kept in {kept}", flush=True)
     # Only now, because opening them may create a run in a tracker and removes the lines of steps that will run again.
     trainer.sinks = run_on_all_ranks(lambda: build_sinks(expanded, world, progress, restored is not None))
     return trainer
@@ -153,6 +167,8 @@ class Inputs:
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open all data, and check that it exists, is intact and belongs to this model. `config` has expanded paths."""
     vocab_size = config.model.vocab_size
+    if config.parallel.deepspeed_config:
+        engine_config(config, world.size)  # reported now, before anything is built
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=vocab_size)
     loader = TrainingLoader(
         data,
@@ -181,6 +197,25 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
+def lock_run(directory: Path) -> WriteLock:
+    """Make this process the only one that writes to the run's directory.
+
+    Raises:
+        InUseError: another launch is writing to it.
+        ConfigError: the lock can't be written.
+    """
+    advice = (
+        "wait for it, stop it, or choose another run.name. If both were meant to be processes of one run, start them "
+        "with torchrun, megamor launch or srun"
+    )
+    lock = WriteLock(directory / CHECKPOINTS_DIR, f"the run {directory}", advice, steal_from_self=True)
+    try:
+        lock.take()
+    except OSError as error:
+        raise ConfigError(f"can't write {lock.path}: {error}; free space, or set run.dir or run.name") from error
+    return lock
+
+
 def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bool) -> list[MetricSink]:
     """The first rank's sinks; other ranks write nothing. Puts the tracker's run id into `progress.run_ids`."""
     if not world.is_main:
@@ -193,11 +228,13 @@ def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bo
         raise ConfigError(f"can't write {directory / METRICS_FILE}: {error}; set run.dir or run.name") from error
     if config.metrics.tensorboard:
         sinks.append(TensorBoardSink(directory / "tensorboard", resume_step=resume_step))
+    trackers: list[TrackerSink] = []
     if config.metrics.wandb:
-        wandb = WandbSink(config, directory, progress.run_ids.get("wandb"))
-        progress.run_ids["wandb"] = wandb.run_id
-        sinks.append(wandb)
-    return sinks
+        trackers.append(WandbSink(config, directory, progress.run_ids.get("wandb")))
+    if config.metrics.trackio:
+        trackers.append(TrackioSink(config, progress.run_ids.get("trackio")))
+    progress.run_ids.update({tracker.name: tracker.run_id for tracker in trackers})
+    return [*sinks, *trackers]
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:

@@ -28,9 +28,11 @@ class Resumption:
     new: Config
     changes: list[Change]
     checkpoints: Path
+    returns: bool
+    """Whether the run goes back to an earlier step, because `checkpoint.resume_step` asks for it."""
 
     @classmethod
-    def of(cls, checkpoint: Path, config: Config, files: Mapping[str, str | bytes]) -> Resumption:
+    def of(cls, checkpoint: Path, config: Config, files: Mapping[str, str | bytes], returns: bool) -> Resumption:
         """Compare the configuration and the tokenizer of `checkpoint` with those of this launch.
 
         Raises:
@@ -53,7 +55,7 @@ class Resumption:
                 + "\nRestore the old values, or start a new run with another run.name. To continue all the same, allow "
                 f"the changes by name: checkpoint.allow_changes=[{names}]"
             )
-        return cls(old, config, found, checkpoint.parent)
+        return cls(old, config, found, checkpoint.parent, returns)
 
     def check_not_finished(self, done: Consumed) -> None:
         """Refuse to end at once, with the results of another configuration.
@@ -81,7 +83,7 @@ class Resumption:
             return lines
         before, after = Budget(self.old), Budget(self.new)
         lr, steps = (before.lr(done), after.lr(done)), (before.total_steps(done), after.total_steps(done))
-        about = "about " if before.needs_flops or after.needs_flops else ""
+        about = "about " if before.open_ended or after.open_ended else ""
         left = [max(0, total - done.step) for total in steps]
         last = "" if last_lr is None else f"; step {done.step} had {last_lr:.4g}"
         lines.append(f"  learning rate of step {done.step + 1}: {lr[0]:.4g} -> {lr[1]:.4g}{last}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,6 @@ from megamor.checkpoint import (
     TrainerState,
     check_same_model,
     code_revision,
-    directory_identity,
-    is_copy,
     library_versions,
     restore_rng,
     rng_states,
@@ -25,7 +23,9 @@ from megamor.checkpoint import (
 )
 from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
 from megamor.checkpoint.state import write_state
+from megamor.checkpoint.trainer_state import directory_identity, is_copy
 from megamor.config import Config, DataConfig, config_to_yaml
+from megamor.config.changes import Effect
 from megamor.config.derive import Consumed
 from megamor.data.loader import TrainingLoader
 from megamor.data.meta import end_of_text
@@ -94,18 +94,12 @@ class RunCheckpoints:
         self.wait()
         # The small state is copied here, before training continues and changes it.
         state = TrainerState(
-            step=progress.step,
-            tokens_seen=progress.tokens_seen,
+            **asdict(progress),
             data=self.loader.state_dict(),
             world_size=self.backend.world_size,
             components={name: component.state_dict() for name, component in self.components.items()},
             backend=resolve_backend(self.config.parallel, self.backend.world_size),
-            flops=progress.flops,
-            seconds=progress.seconds,
-            lr=progress.lr,
-            run_ids=progress.run_ids,
             run_directory=directory_identity(self.manager.directory.parent),
-            resumed_from=progress.resumed_from,
             data_fingerprints=self.origin.data_fingerprints,
             code_revision=self.origin.code_revision,
             versions=self.origin.versions,
@@ -144,10 +138,10 @@ class RunCheckpoints:
         """Store the validation loss of `step`, by which `checkpoint.keep_best` chooses what to keep. Collective."""
         run_on_all_ranks(lambda: self.manager.record_loss(step, loss) if self.backend.rank == 0 else None)
 
-    def resume(self, keep: Sequence[Path]) -> tuple[RunProgress, Resumption, list[str]] | None:
+    def resume(self) -> tuple[RunProgress, Resumption, list[str]] | None:
         """Restore the checkpoint that this launch resumes from; None if there is none. Collective.
 
-        With `checkpoint.resume_step`, later checkpoints are set aside together with the files `keep` as they are now.
+        Nothing on disk changes.
 
         Returns:
             The run's progress, what this launch changes, and what the user should be told about it.
@@ -164,23 +158,36 @@ class RunCheckpoints:
         directory = self.manager.valid(wanted) if wanted and returns else self.manager.latest_valid()
         if directory is None:
             return None
-        resumption = run_on_all_ranks(lambda: Resumption.of(directory, self.config, self.files))
+        resumption = run_on_all_ranks(lambda: Resumption.of(directory, self.config, self.files, returns))
         progress, state = self._restore(directory)
         lines = []
+        if state.world_size != self.backend.world_size:
+            lines.append(f"processes: {state.world_size} -> {self.backend.world_size} ({Effect.ARITHMETIC.value})")
+        for name in state.versions.keys() & self.origin.versions.keys():
+            if state.versions[name] != self.origin.versions[name]:
+                lines.append(f"version of {name}: {state.versions[name]} -> {self.origin.versions[name]}")
         if state.flops is None:
             lines.append("the checkpoint doesn't say how many FLOPs were executed: they count from here")
             if self.config.train.max_flops is not None:
                 raise ConfigError(f"train.max_flops needs a checkpoint that counts FLOPs; {directory} is older")
-        if is_copy(self.manager.directory.parent, state.run_directory):
-            lines.append(f"this is a copy of the run in {state.run_directory['path']}: new ids in experiment trackers")
+        # Checkpoints of earlier versions don't say where they were, but under which name.
+        origin = state.run_directory.get("path", resumption.old.run.name)
+        renamed = not state.run_directory and origin != self.config.run.name
+        if renamed or is_copy(self.manager.directory.parent, state.run_directory):
+            lines.append(f"this is a copy of the run {origin}: new ids in experiment trackers")
             progress.run_ids = {}
-        if returns:
-            progress.resumed_from = wanted
-            if kept := self.manager.set_aside_after(state.step, keep):
-                lines.append(f"checkpoint.resume_step = {wanted}: later checkpoints and metrics are kept in {kept}")
-        elif newer := [step for step in published_steps(self.manager.directory) if step > state.step]:
+        newer = [step for step in published_steps(self.manager.directory) if step > state.step]
+        if newer and not returns:
             lines.append(f"the checkpoints of steps {newer} are not used, and replaced when the run gets there")
         return progress, resumption, lines + resumption.describe(progress, progress.lr)
+
+    def set_later_aside(self, progress: RunProgress, keep: Sequence[Path]) -> Path | None:
+        """Start again from `progress` as `checkpoint.resume_step` asks: move later checkpoints away. Collective.
+
+        Files `keep` are copied along. Returns where all of them are now; None if there was nothing later.
+        """
+        progress.resumed_from = self.config.checkpoint.resume_step
+        return self.manager.set_aside_after(progress.step, keep)
 
     def roll_back(self, at_most: int, progress: RunProgress) -> RunProgress | None:
         """Restore the newest whole checkpoint of step `at_most` or before; None if there is none. Collective.
@@ -207,16 +214,8 @@ class RunCheckpoints:
             step=state.step,
             draws_random=draws_random(self.config.router),
         )
-        progress = RunProgress(
-            state.step,
-            state.tokens_seen,
-            state.flops or 0.0,
-            seconds=state.seconds,
-            lr=state.lr,
-            run_ids=state.run_ids,
-            resumed_from=state.resumed_from,
-        )
-        return progress, state
+        progress = RunProgress(**{field.name: getattr(state, field.name) for field in fields(RunProgress)})
+        return replace(progress, flops=state.flops or 0.0), state
 
     def _read(self, directory: Path) -> TrainerState:
         """Read and check all that can be refused before weights are overwritten; restores loader and components."""

@@ -74,7 +74,7 @@ class Watchdog:
             self.directory.mkdir(exist_ok=True)
             # Replaced in one go: other ranks read it at any moment.
             draft = self.directory / f".{self.rank}"
-            draft.write_text(json.dumps(note))
+            draft.write_text(json.dumps(note), encoding="utf-8")
             draft.replace(self.directory / f"rank_{self.rank}.json")
         except OSError:
             pass  # heartbeats only help people; a full disk is reported by what needs the disk
@@ -86,7 +86,7 @@ class Watchdog:
             print(f"  {line}", file=sys.stderr)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         try:
-            with (self.directory / f"stacks_{self.rank}.txt").open("w") as file:
+            with (self.directory / f"stacks_{self.rank}.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file=file, all_threads=True)
             write_flight_recorder(self.directory / f"nccl_{self.rank}.pickle")
         except OSError as error:
@@ -102,7 +102,7 @@ class Watchdog:
             try:
                 age = time.time() - path.stat().st_mtime
                 if age < STALE * timeout:
-                    notes.append((age, f"{path.stem}: {path.read_text()}, written {age:.0f} s ago"))
+                    notes.append((age, f"{path.stem}: {path.read_text(encoding='utf-8')}, written {age:.0f} s ago"))
             except OSError:
                 continue
         return [text for _, text in sorted(notes, reverse=True)]

@@ -89,8 +89,11 @@ def test_every_config_can_be_dry_run(
         for name, value in (("WORLD_SIZE", "8"), ("RANK", "0"), ("LOCAL_RANK", "0")):
             monkeypatch.setenv(name, value)
     overlay = [] if re.search(r"max_(steps|tokens)", path.read_text()) else ["train.max_steps=1000"]
-    pretrain.main(["--config", str(path), "--dry-run", f"run.dir={tmp_path}", *overlay])
-    shown = capsys.readouterr().out
+    assert status(pretrain.main, "--config", path, "--dry-run", f"run.dir={tmp_path}", *overlay) == 2  # without data
+    shown, problems = capsys.readouterr()
+    assert re.search(
+        "data.train names no data set|pile_train.idx doesn't exist|stdlib_train|fineweb_edu_train", problems
+    )
     for line in ("steps", "layers", "parameters", "FLOPs", "memory"):
         assert re.search(rf"^{line}  +\S", shown, re.MULTILINE), f"no line on {line}"
     assert list(tmp_path.iterdir()) == []

@@ -165,11 +165,8 @@ def test_every_path_encodes_alike(loaded: LoadedModel, tmp_path: Path, monkeypat
     assert [exported(text).input_ids for text in NASTY] == expected
     assert exported(list(NASTY)).input_ids == expected
     assert (exported.eos_token, exported.eos_token_id) == end
-    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (
-        settings["eos_token_id"] == json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
-    )
-    assert settings["eos_token_id"] == end.id
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == end.id
 
 
 def test_the_empty_text_has_no_tokens(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,17 +208,12 @@ def added() -> Tokenizer:
 
 
 LETTERS = [(letter, number) for number, letter in enumerate("▁abc ")]
+ENDED = [(f"{letter}{end}", 2 * n + bool(end)) for letter, n in LETTERS for end in ("", "</w>")]
 LACKING: dict[str, Callable[[], Tokenizer]] = {
     "char": lambda: char_tokenizer(["abc ! "]),
     "bpe": lambda: letters_with(models.BPE(dict(LETTERS), [])),
     "bpe_partial_fallback": lambda: letters_with(models.BPE({**dict(LETTERS), "<0xC3>": 5}, [], byte_fallback=True)),
-    "bpe_suffix": lambda: letters_with(
-        models.BPE(
-            {f"{letter}{end}": 2 * n + bool(end) for letter, n in LETTERS for end in ("", "</w>")},
-            [],
-            end_of_word_suffix="</w>",
-        )  # fmt: skip
-    ),
+    "bpe_suffix": lambda: letters_with(models.BPE(dict(ENDED), [], end_of_word_suffix="</w>")),
     "bpe_lost_unknown": lambda: letters_with(models.BPE(dict(LETTERS), [], unk_token="<unk>")),
     "bytes": lambda: incomplete_bytes(normal=False),
     "normalized_bytes": lambda: incomplete_bytes(normal=True),
@@ -238,7 +230,7 @@ def test_a_character_without_a_token_is_named_with_its_position(name: str) -> No
         codec.encode("ab cé ab", "here")
     encoder = TextEncoder.of(LACKING[name](), "tok.json")
     with pytest.raises(TextError, match="at position 10001 has no token"):
-        encoder.encode(["ab", "ab " * 3334 + "é"[:0] + "é"][:1] + ["a" + " ab" * 3333 + " é"])
+        encoder.encode(["ab", "a" + " ab" * 3333 + " é"])
 
 
 def test_words_that_are_unknown_are_named_whole() -> None:
@@ -307,9 +299,7 @@ def test_one_function_decides_the_end_of_text() -> None:
     assert find_end_of_text(both, "it", record=EndOfText("<END>", 258)) == ("<END>", 258)
     assert find_end_of_text(byte_tokenizer(), "it") is None
     for record in (EndOfText("<END>", 7), EndOfText("<OTHER>", 258)):
-        with pytest.raises(
-            DataError, match=r"texts end with <.*> \(id \d+\) according to the record of the data, but it"
-        ):
+        with pytest.raises(DataError, match=r"texts end with <.*> \(id \d+\) according to the record of the data"):
             find_end_of_text(both, "it", record=record)
 
 
@@ -329,7 +319,7 @@ def test_the_end_of_text_of_the_data_reaches_every_tool(
     prefix = preprocessed(tmp_path, "train", "--append-eod", "--eod-token", "<END>")
     other = preprocessed(tmp_path, "other", "--append-eod")
     silent = preprocessed(tmp_path, "silent")
-    base = tiny_run(tmp_path, max_steps=1)
+    base = tiny_run(tmp_path, max_steps=2)
     source = replace(base.data.train[0], prefix=prefix)
     config = replace(
         base,
@@ -367,7 +357,7 @@ def test_the_end_of_text_of_the_data_reaches_every_tool(
         config_to_yaml(replace(config, data=replace(config.data, validation={"other": other})))
     )
     assert "preprocess one of them again" in refusal(capsys, pretrain.main, "--config", tmp_path / "run.yaml")
-    two = replace(config, train=replace(config.train, max_steps=2))
+    two = replace(config, train=replace(config.train, max_steps=3))
     for file in (meta_path(prefix),):
         file.write_text(file.read_text().replace('"<END>"', '"</s>"').replace('"eod_id": 258', '"eod_id": 257'))
     (tmp_path / "run.yaml").write_text(config_to_yaml(two))
@@ -446,9 +436,8 @@ def test_the_server_keeps_spaces_characters_and_offsets(echo: bool, stream: bool
     whole = ("b and" if echo else "") + " and é漢 end"
     assert text == whole
     assert stopped.json()["choices"][0]["text"] == whole.removesuffix(" end")
-    for offset, token in zip(offsets, tokens, strict=True):
-        if token != " b" and not token.startswith("token_id"):
-            assert whole[offset:].startswith(token)
+    for offset, token in [*zip(offsets, tokens, strict=True)][echo:]:  # a text's first space isn't shown
+        assert whole[offset:].startswith(token) or token.startswith("token_id")
     assert [whole[offset] for offset, token in zip(offsets, tokens, strict=True) if token.startswith("token_id")] == [
         *"éé漢漢漢"
     ]
@@ -511,5 +500,14 @@ def test_generate_prints_the_text_as_it_is(
     assert status(generate.main, *arguments, "--show-depth") == 0
     lines = capsys.readouterr().out.splitlines()
     shown = next(line for line in lines if ":smile:" in line)
-    assert shown.strip() == text.replace("漢", "……漢").rsplit(" and", 1)[0] + " and"[:0], lines
+    assert shown.strip() == text.replace("漢", "……漢").removesuffix(" and").strip(), "the last token has no depth"
     assert ":key: [bold]x[/bold] [/nothing]" in "\n".join(lines)
+
+
+def test_reports_print_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "data/[bold]:key:[/nothing]" + "x" * 100
+    figures = {"loss_causal": 1.0, "perplexity_causal": 2.7, "mean_depth_causal": 1.5, "tokens": 10.0}
+    evaluate.show({name: figures}, "runs/[a]")
+    out = capsys.readouterr().out
+    assert Path(name).name in out
+    assert "runs/[a]" in out

@@ -9,7 +9,7 @@ import torch
 
 from megamor.checkpoint.state import write_state
 from megamor.config import Config
-from megamor.parallel import zero
+from megamor.parallel import zero_config
 from megamor.parallel.slices import Slices, boxes_of_range
 from megamor.parallel.state import copy_to_host
 from tests.distributed.harness import run_ranks
@@ -53,7 +53,7 @@ def copy(config: Config, source: Path, target: Path, aside: bool) -> None:
 def test_state_passes_through_every_backend_unchanged(
     origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zero, "PERSIST_BELOW", 100)
+    monkeypatch.setattr(zero_config, "PERSIST_BELOW", 100)
     preload_deepspeed()
     configs = {name: config for name, config, _ in CHAIN}
     run_ranks(run_and_save, configs[origin], tmp_path / "first", tmp_path / "unused")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamor.config import Config
 from megamor.model import build_model
-from megamor.parallel import zero
+from megamor.parallel import zero_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     EXPERT_CHOICE,
@@ -44,7 +44,7 @@ def deepspeed_before_forking() -> None:
 
 @pytest.fixture(autouse=True)
 def shard_small_parameters_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero, "PERSIST_BELOW", 100)
+    monkeypatch.setattr(zero_config, "PERSIST_BELOW", 100)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import Config, DiagnosisConfig, RandomConfig, TokenChoiceConfig
+from megamor.config import Config, DiagnosisConfig, GuardConfig, RandomConfig, TokenChoiceConfig
 from megamor.train import Trainer
+from megamor.train.diagnosis import Diagnosis
+from megamor.train.guard import Guard
+from megamor.train.step_statistics import StepSummary
 from tests.resume.runs import EXPERT_CHOICE, LOSS_FREE, Spoil, fit, fit_to_failure, tiny_run
 
 STEPS = 3
@@ -110,7 +113,7 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
         # Controls, one with scores that nothing reaches, and a warm-up in which all tokens take full depth by order.
         RandomConfig(),
         RandomConfig(gates="learned", gating="additive"),
-        TokenChoiceConfig(balance_warmup_steps=6),
+        TokenChoiceConfig(balance_warmup_steps=8),
     ],
     ids=["expert choice", "token choice", "random", "random, unreached", "token choice, warming up"],
 )
@@ -131,3 +134,15 @@ def test_signs_are_counted_over_a_restart(tmp_path: Path) -> None:
     spoil = in_train_step(change)
     assert fit(replace(config, train=replace(config.train, stop_at_step=2)), spoil=spoil, on_rank=None) == [True, True]
     assert "step 3: pinned depth" in fit_to_failure(config, spoil=spoil, on_rank=None)[0]
+
+
+def test_a_symptom_must_last_without_a_break() -> None:
+    """Norms above the limit in three steps in a row; the usual one is the median of the guard's window."""
+    config = Config(diagnosis=replace(SENSITIVE, exploding_norm="warn", norm_factor=10.0, unigram_plateau="off"))
+    diagnosis, guard = Diagnosis(config, None, torch.device("cpu")), Guard(GuardConfig())
+    guard.grad_norms.extend([1.0, 1.0, 1.0, 50.0, 50.0])
+    found = []
+    for step, norm in enumerate((11.0, 11.0, 9.9, 11.0, 11.0, 11.0, 11.0, 1.0, 11.0, 11.0, 11.0), start=1):
+        if diagnosis.observe(step, StepSummary(1.0, 1, {}, {}, [], [], grad_norm=norm), guard, []):
+            found.append(step)
+    assert found == [6, 11]

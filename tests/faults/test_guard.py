@@ -232,7 +232,24 @@ def test_a_spike_sends_the_run_back_and_leaves_its_data_out(tmp_path: Path, back
     expected = trace(reference)
     different = [n for n, t in expected.tensors.items() if not torch.equal(t, trace(config).tensors[n])]
     assert not different
-    assert [r["train/loss"] for r in found] == [r["train/loss"] for r in expected.steps]
+    for name in ("train/loss", "train/lr", "throughput/executed_flops"):  # counts of the steps that the weights took
+        assert [r[name] for r in found] == [r[name] for r in expected.steps]
+
+
+def test_a_rollback_keeps_what_belongs_to_the_run(tmp_path: Path) -> None:
+    """A checkpoint may be older than the run's id in a tracker."""
+    base = replace(tiny_run(tmp_path), guard=ROLLING_BACK, checkpoint=CheckpointConfig(every_steps=2, keep_last=9))
+    fit(until(base, 4), world_size=1)
+
+    def spoil(trainer: Trainer) -> None:
+        spiking(20, 24)(trainer)
+        trainer.progress.run_ids["wandb"] = "new"
+        trainer.progress.resumed_from = 4
+
+    fit(base, world_size=1, spoil=spoil)
+    state = TrainerState.read(directory_of(base) / "checkpoints" / "latest")
+    assert (state.run_ids, state.resumed_from, state.step) == ({"wandb": "new"}, 4, 8)
+    assert component_of(base, "guard")["left_out"] == [[16, 28]]
 
 
 def test_a_rollback_needs_a_checkpoint_and_has_a_limit(tmp_path: Path) -> None:
@@ -244,3 +261,6 @@ def test_a_rollback_needs_a_checkpoint_and_has_a_limit(tmp_path: Path) -> None:
     first, second = fit_to_failure(config, **both(spiking(20, 24, 36, 40)))
     assert first == second
     assert "after 1 rollbacks" in first
+    # Neither does a rollback count for less if the next one goes back to before it.
+    config = replace(named(config, "further back"), guard=replace(ROLLING_BACK, spike_steps=1))
+    assert "after 1 rollbacks" in fit_to_failure(config, world_size=1, spoil=spiking(24, 28))[0]

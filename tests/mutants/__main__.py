@@ -98,7 +98,7 @@ class Worker:
         job, self.job = self.job, None
         if job.mutant is not None:
             self._write(job.mutant.file, (self.original / job.mutant.file).read_text(encoding="utf-8"))
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", self.log.read_text(errors="replace"), re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", self.log.read_text(errors="replace"), re.MULTILINE)
         test = ", ".join(failed) if job.mutant is None else (failed or [""])[0]
         return Result(job.name, outcome, test, round(seconds, 1), round(usage.ru_utime + usage.ru_stime, 1))
 

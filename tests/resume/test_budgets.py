@@ -10,10 +10,22 @@ from typing import Any
 
 import pytest
 
+from megamor.checkpoint.manifest import create_manifest, manifest_json
 from megamor.config import CheckpointConfig, Config, OptimConfig, RampConfig
 from megamor.config.derive import Consumed, total_steps
+from megamor.ranks import Ranks
 from megamor.train.budget import Budget
-from tests.resume.runs import LOSS_FREE, assert_same_run, directory_of, fit, named, tiny_run, trace, until
+from tests.resume.runs import (
+    LOSS_FREE,
+    assert_same_run,
+    directory_of,
+    fit,
+    fit_to_failure,
+    named,
+    tiny_run,
+    trace,
+    until,
+)
 
 FLOPS = "throughput/executed_flops"
 WSD = OptimConfig(lr=3e-3, warmup_steps=2, decay_fraction=0.5)
@@ -144,3 +156,22 @@ def test_a_run_that_ends_with_its_data_ignores_how_long_it_was_estimated(tmp_pat
     base = replace(base, data=replace(base.data, on_exhausted="stop"), checkpoint=CheckpointConfig(every_steps=1))
     launch(base)
     assert [record["step"] for record in trace(base).steps] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_counts_no_flops(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Those of earlier versions resume; a budget of FLOPs can't be kept with one."""
+    base = tiny_run(tmp_path, max_steps=3)
+    launch(base, 2)
+    checkpoint = directory_of(base) / "checkpoints" / "step_00000002"
+    new = ("flops", "seconds", "lr", "run_directory", "resumed_from")
+    old = {name: value for name, value in state_of(base).items() if name not in new}
+    (checkpoint / "trainer.json").write_text(json.dumps(old))
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(manifest_json(create_manifest(checkpoint, Ranks())))
+    limited = replace(base, train=replace(base.train, max_steps=None, max_flops=1e12))
+    (message,) = fit_to_failure(limited, world_size=1)
+    assert f"train.max_flops needs a checkpoint that counts FLOPs; {checkpoint} is older" in message
+    capfd.readouterr()
+    launch(base)
+    assert "the checkpoint doesn't say how many FLOPs were executed: they count from here" in capfd.readouterr().out
+    assert state_of(base)["flops"] == pytest.approx(trace(base).steps[0][FLOPS])

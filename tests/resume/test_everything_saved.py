@@ -29,6 +29,7 @@ NOT_SAVED = {
     ("TrainingDisplay", "*"): "display",
     ("Watchdog", "*"): "last heartbeat of this launch",
     ("StopRequest", "*"): "signals to this launch",
+    ("WriteLock", "*"): "what keeps other launches away from this one",
     ("JsonlSink", "*"): "where the metrics file ends",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_every_label_counts_the_same_wherever_it_is(tmp_path: Path) -> None:
     base = uneven_documents(tmp_path)
     whole = named(base, "8x1", micro_batch_size=8)
     fit(whole, world_size=1)
+    # A model that knows nothing has a loss of ln V per label; padding doesn't dilute it.
+    assert trace(whole).steps[0]["train/loss"] == pytest.approx(math.log(base.model.vocab_size), abs=0.1)
     for micro_batch_size, world_size in ((1, 1), (2, 2)):
         shared = named(base, f"{micro_batch_size} on {world_size}", micro_batch_size=micro_batch_size)
         fit(shared, world_size)

@@ -20,6 +20,7 @@ from megamor.config import CheckpointConfig, Config, DataConfig, ExpertChoiceCon
 from megamor.corpus.writer import ShardWriter
 from megamor.parallel import init_world
 from megamor.train import build_trainer
+from megamor.train.build import last_evaluation
 from megamor.train.validation import ValidationLosses
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import STEPS, assert_same_run, directory_of, fit, named, tiny_run, trace, until
@@ -124,4 +125,20 @@ def test_the_best_checkpoint_is_that_of_the_inference_rule(tmp_path: Path) -> No
     losses = json.loads((directory_of(config) / "checkpoints" / "validation.json").read_text())
     logged = {str(r["step"]): r["validation/held_out/loss_causal"] for r in trace(config).validation}
     assert losses == logged
+    # Two ranks have half of the windows each, and both know the loss over all of them.
+    shared = named(config, "shared")
+    assert fit(shared, world_size=2) == [True, True]
+    for one, two in zip(trace(config).validation, trace(shared).validation, strict=True):
+        for mode in ("topk", "causal"):
+            name = f"validation/held_out/loss_{mode}"
+            assert two[name] == pytest.approx(one[name], rel=1e-6)
     assert all(r["validation/held_out/gap"] != 0 for r in trace(config).validation)
+
+
+def test_an_evaluation_after_the_restored_step_is_due_again(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert last_evaluation(metrics, 5) is None
+    lines = [{"step": step, "train/loss": 1.0} for step in range(1, 6)]
+    lines += [{"step": step, "validation/held_out/loss_causal": 1.0} for step in (2, 4)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [last_evaluation(metrics, step) for step in (1, 2, 3, 4, 5)] == [None, 2, 2, 4, 4]

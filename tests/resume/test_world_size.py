@@ -3,10 +3,12 @@ same losses within rounding."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +127,17 @@ def test_ranks_read_different_samples(tmp_path: Path) -> None:
     first, second = (torch.load(directory_of(config) / f"000_{rank}.pt") for rank in range(2))
     assert first.shape == second.shape
     assert not torch.equal(first, second)
+
+
+def _drawn(config: Config) -> tuple[float, ...]:
+    """What this rank draws first in a run, from each source of random numbers."""
+    build_trainer(config, init_world(config.parallel))
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+def test_ranks_draw_different_random_numbers(tmp_path: Path) -> None:
+    """All begin with the weights of one seed, and go on with noise of their own: the same in every launch."""
+    config = tiny_run(tmp_path)
+    first, second = run_ranks(_drawn, config, world_size=2)
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    assert run_ranks(_drawn, config, world_size=2) == [first, second]

@@ -9,7 +9,7 @@ import pytest
 
 from megamor.bench.tables import regenerate
 from megamor.cli.bench import main
-from megamor.serve.engine.costs import Costs, LineFit
+from megamor.serve.engine.costs import SAMPLES_PER_WIDTH, Costs, LineFit
 from tests.commands import refusal, status
 
 A, B, R, NR, D = 1.0, 0.05, 32, 3, 1.75
@@ -50,6 +50,14 @@ def test_a_line_through_medians() -> None:
     one = LineFit()
     one.add(3, 7.0)
     assert one.line() == (7.0, 0.0)
+
+
+def test_the_line_follows_a_machine_that_becomes_faster() -> None:
+    fit = LineFit()
+    for seconds in (9.0, 1.0):
+        for _ in range(SAMPLES_PER_WIDTH):
+            fit.add(4, seconds)
+    assert fit.line() == (1.0, 0.0)
 
 
 TINY = """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megamor.config import RecursionConfig
 from megamor.errors import ConfigError
-from megamor.model import Transformer
+from megamor.model import Transformer, build_model
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
 from megamor.serve.engine.engine import ServingEngine
@@ -317,6 +317,67 @@ def test_vanilla(policy: str) -> None:
     for number in (0, 3, 5):
         got = tuple(token for part in outputs[number, 0] for token in part.tokens)
         assert got == answer(model, *REQUESTS[number], 0, END).tokens
+
+
+def greedy(model: Transformer, end_token: int | None, **params: object) -> tuple[tuple[int, ...], str | None]:
+    """Tokens after a prompt, and why they ended."""
+    engine = ServingEngine(model, EngineOptions(kv_memory=AMPLE, end_token=end_token))
+    engine.add_request(TEXT[:9], SamplingParams(max_tokens=6, temperature=0, **params))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return tuple(token for output in outputs for token in output.tokens), outputs[-1].finish_reason
+
+
+def test_where_a_continuation_ends() -> None:
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    tokens, reason = greedy(model, None)
+    assert (len(tokens), reason) == (6, "length")
+    number = next(number for number in range(1, 6) if tokens[number] not in tokens[:number])
+    end = tokens[number]
+    assert greedy(model, end) == (tokens[: number + 1], "stop")
+    assert greedy(model, end, ignore_eos=True) == (tokens, "length")
+    # Banned until min_tokens are there, and no longer.
+    assert greedy(model, end, min_tokens=number) == (tokens[: number + 1], "stop")
+    longer, _ = greedy(model, end, min_tokens=number + 1)
+    assert longer[:number] == tokens[:number]
+    assert longer[number] != end
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_counters_add_up(policy: str) -> None:
+    """Depths, rows and saved rows of all tokens that were read, of which none twice."""
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    options = EngineOptions(policy=policy, kv_memory=AMPLE, chunk_size=4, prefix_caching=False)  # type: ignore[arg-type]
+    engine = ServingEngine(model, options)
+    for prompt in (TEXT[:9], TEXT[:7], TEXT[3:4]):
+        engine.add_request(prompt, SamplingParams(max_tokens=5, temperature=0))
+    finish(engine)
+    stats = engine.stats()
+    read = 9 + 7 + 1 + 3 * 4  # the last token of each is never read
+    assert sum(stats.depth_counts) == stats.rows["entry"] == stats.rows["exit"] == read
+    taken = sum(depth * count for depth, count in enumerate(stats.depth_counts))
+    assert 0 < stats.rows_saved == 3 * read - taken
+    assert stats.rows["core"] == (3 * read if policy == "full" else taken)
+    assert stats.rows["core"] == sum(width * count for width, count in stats.width_counts.items())
+    assert engine.accounting.mean_depth == taken / read
+    assert (stats.prompt_tokens, stats.generated_tokens) == (17, 15)
+
+
+def test_both_pools_share_the_memory() -> None:
+    """Capacities 1, 2/3, 1/3: a token needs an entry of two edge layers, and two entries of two core layers."""
+    model = model_of("expert_choice", "recursion_wise", "middle_cycle")
+    memory, page = 1 << 20, 16 * 2 * 2 * 8 * 8  # tokens · keys and values · heads · width · bytes
+    pages = ServingEngine(model, EngineOptions(kv_memory=memory)).scheduler.book.num_pages
+    assert pages["core"] == pytest.approx(2 * pages["edge"], abs=1)
+    used = page * (2 * pages["edge"] + 2 * pages["core"])
+    assert memory - 3 * page <= used <= memory
+
+
+def test_logits_of_a_bf16_model_are_fp32() -> None:
+    model = build_model(tiny_config(ROUTERS["expert_choice"])).to(torch.bfloat16).eval()
+    runner = ServingEngine(model, EngineOptions(kv_memory=AMPLE)).runner
+    assert runner.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_what_can_not_be_served() -> None:

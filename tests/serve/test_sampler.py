@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamor.serve.engine.request import SamplingParams
-from megamor.serve.engine.sampler import Draw, logprobs_of, sample
+from megamor.serve.engine.sampler import Draw, adjusted, logprobs_of, sample
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -3.0, 1.9, 0.0], dtype=torch.float64)
 COUNT = 20_000
@@ -65,6 +65,16 @@ def test_a_processor_and_bans_come_first() -> None:
     params = SamplingParams(temperature=0, logits_processor=lambda tokens, logits: -logits)
     assert sample(LOGITS.unsqueeze(0), [Draw(params, 0, 0, [0], 1)]) == [5]
     assert sample(LOGITS.unsqueeze(0), [Draw(params, 0, 0, [0], 1, banned=(5,))]) == [2]
+
+
+def test_penalties_by_hand() -> None:
+    """Repetition counts the prompt and makes every token less likely; presence and frequency count new tokens only."""
+    before = LOGITS.unsqueeze(0).clone()
+    draw = Draw(SamplingParams(repetition_penalty=2.0), 0, 0, [1, 2, 2], 1)
+    assert adjusted(before, [draw])[0].tolist() == [0.3, 1.0, -2.0, 1.2, 0.9, -3.0, 1.9, 0.0]
+    draw = Draw(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), 0, 0, [1, 2, 2, 6], 1)
+    assert adjusted(before, [draw])[0].tolist() == [0.3, 2.0, -1.0 - 0.5 - 2 * 0.25, 1.2, 0.9, -3.0, 1.9 - 0.75, 0.0]
+    assert torch.equal(before[0], LOGITS)
 
 
 def test_logprobs() -> None:

@@ -174,6 +174,11 @@ class Memory:
         if scheduler.residents and scheduler.waiting:
             assert max(s.number for s in scheduler.residents) < min(s.number for s in scheduler.waiting)
 
+    def finish_all(self) -> None:
+        """Run until there is nothing to do, and keep the prefix cache."""
+        while self.step():
+            pass
+
     def finish(self) -> None:
         """Run until every admitted request has finished; then no page or slot may be held."""
         for _ in range(20_000):
@@ -277,6 +282,55 @@ def test_exits_are_held() -> None:
         cores = 0 if kind == "entry" else cores
     assert runs
     assert min(runs) >= 2
+
+
+def test_the_least_recently_used_prefix_is_dropped_first() -> None:
+    """Finding a prefix counts as use; a block goes before its parent."""
+    memory = Memory(EngineOptions(page_size=2), "recursion_wise", {"edge": 99, "core": 299})
+    first, second, third = ([token] * 5 for token in range(3))
+    for prompt in (first, second, third, first):
+        memory.submit(prompt, 1, 3)
+        memory.finish_all()
+    prefixes = memory.scheduler.prefixes
+    assert [len(prefixes.find(prompt, 3)) for prompt in (second, third, first)] == [2, 2, 2]
+    cached = []
+    for _ in range(3):
+        assert prefixes.drop_oldest()
+        # Looked up in a copy of the order, as looking up is a use.
+        cached.append([sum(block.key[1] == (token,) * 2 for block in prefixes.blocks.values()) for token in range(3)])
+    assert cached == [[2, 1, 2], [2, 1, 1], [1, 1, 1]]
+
+
+def test_decoding_comes_before_prompts() -> None:
+    """With room for four tokens, a long prompt beside it delays no token of an answer that is being decoded."""
+
+    def entries(prompts: list[list[int]]) -> list[int]:
+        memory = Memory(
+            EngineOptions(page_size=4, max_rows=4, chunk_size=4), "recursion_wise", {"edge": 99, "core": 299}
+        )
+        memory.submit([1], 9, 3)
+        memory.step()
+        for prompt in prompts:
+            memory.submit(prompt, 1, 3)
+        entered = []
+        while memory.everyone[0].state != "gone":
+            assert memory.step()
+            entered.append(len(memory.everyone[0].tokens))
+        return sorted({entered.count(length) for length in range(2, 9)})
+
+    alone, beside = entries([]), entries([[0] * 40])
+    assert max(beside) <= max(alone) + 4  # the batches of one prompt chunk at most
+
+
+def test_newcomers_leave_the_residents_their_next_page() -> None:
+    """Without spare pages newcomers and residents would preempt each other in turns: nine times and more, here."""
+    for pages in (8, 10, 12):
+        options = EngineOptions(page_size=2, max_rows=16, prefix_caching=False)
+        memory = Memory(options, "recursion_wise", {"edge": pages, "core": 3 * pages})
+        for number in range(6):
+            memory.submit([number % 3, number // 3, 1, 0], 12, 3)
+        memory.finish()
+        assert memory.scheduler.num_preempted <= 7
 
 
 def test_the_scheduler_imports_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -90,11 +91,59 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     assert_same_run(trace(straight), trace(config))
 
 
+@pytest.mark.promise("R20")
+def test_srun_alone_starts_one_world_and_a_batch_script_trains_alone(cluster: Cluster, base: Config) -> None:
+    """Without slurm/train.sh: `srun python pretrain.py`, and python in a batch script with several tasks."""
+    config = replace(base, train=replace(base.train, max_steps=8), parallel=ParallelConfig(backend="ddp"))
+    alone = replace(named(config, "alone"), parallel=ParallelConfig())
+    script = Path(base.run.dir) / "job.sh"
+    command = f"{sys.executable} {ROOT / 'pretrain.py'} --config"
+    files = {}
+    for each in (config, alone):
+        files[each.run.name] = Path(base.run.dir) / f"{each.run.name}.yaml"
+        files[each.run.name].write_text(config_to_yaml(each))
+    srun = f"srun --nodes=1 --ntasks=2 --overcommit {command} {files['tiny']}"
+    script.write_text(f"#!/bin/bash\nset -e\n{srun}\n{command} {files['alone']}\n")
+    script.chmod(0o755)
+    output = Path(base.run.dir) / "job.log"
+    job = cluster.submit(
+        ["sbatch", "--ntasks=2", "--overcommit", f"--output={output}", script],
+        {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    cluster.wait_for(job, "COMPLETED", "FAILED")
+    said = output.read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", said
+    assert said.count("tiny: starting from the beginning") == said.count("alone: starting from the beginning") == 1
+    assert "so it trains alone, on one of 2 tasks" in said
+    straight = named(config, "straight")
+    assert fit(straight) == [True, True]
+    assert_same_run(trace(straight), trace(config))
+    state = json.loads((Path(base.run.dir) / "alone" / "checkpoints" / "latest" / "trainer.json").read_text())
+    assert state["world_size"] == 1
+
+
 def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
-    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
+    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base, CHECK="0"))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
     assert "optim.learning_rate" in log_of(base)
+
+
+def test_plain_sbatch_from_the_directory_of_the_scripts(cluster: Cluster, base: Config) -> None:
+    config = replace(base, train=replace(base.train, max_steps=4))
+    log = Path(config.run.dir) / "job.log"
+    options = f"--nodes=1 --gpus-per-node=0 --cpus-per-task=1 --time=10 --output={log}"
+    job = cluster.submit(["bash", "-c", f"cd {ROOT}/slurm && sbatch {options} mor_1b.sh"], variables(config))
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()
+    assert checkpoint_names(config) == ["latest", "step_00000004"]
+
+
+def test_missing_data_ends_a_job_before_it_starts_processes(cluster: Cluster, base: Config) -> None:
+    job = cluster.submit([SCRIPT, "data.train=[nowhere]"], variables(base, CHECK="0"))
+    assert cluster.wait_for(job, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
+    assert "(node 0 of the job): the run can't start here: see above" in log_of(base)
+    assert "nowhere.idx doesn't exist" in log_of(base)
+    assert not [*(Path(base.run.dir) / "logs").rglob("rank_*.log")]
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None:

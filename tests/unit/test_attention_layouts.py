@@ -20,7 +20,14 @@ from torch.nn.attention import varlen
 
 from megamor.model import attention, build_model
 from megamor.model import layouts as geometry
-from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, packed_attention
+from megamor.model.attention import (
+    AttentionLayout,
+    Grid,
+    Segments,
+    has_packed_kernel,
+    packed_attention,
+    visibility_mask,
+)
 from megamor.model.buckets import Buckets
 from megamor.model.layouts import Geometry
 from megamor.routing import TokenSet, plan, token_choice
@@ -207,6 +214,13 @@ def test_kernels_are_for_16_bits_on_gpus() -> None:
     assert not has_packed_kernel(torch.device("cpu"), torch.bfloat16, 64)
     assert not has_packed_kernel(torch.device("cuda"), torch.float32, 64)
     assert not has_packed_kernel(torch.device("cuda"), torch.bfloat16, 20)
+
+
+def test_a_padded_query_sees_the_first_key() -> None:
+    """Some kernels turn a row without any key into NaN, which would reach the gradients of real keys."""
+    mask = visibility_mask(torch.tensor([[1, 3, -1]]), torch.tensor([[0, 1, 2, 3]]))
+    assert (mask[0, 0] == 0).tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert mask.isneginf().logical_or(mask == 0).all()
 
 
 def test_masks_have_the_dtype_of_attention() -> None:

@@ -144,6 +144,22 @@ def test_numbers_are_what_they_look_like(tmp_path: Path) -> None:
     assert {type(value) for value in read.values()} == {float}
 
 
+@pytest.mark.promise("R21")
+def test_whole_floats_are_integers(tmp_path: Path) -> None:
+    """In files, overrides, lists and for every kind of integer; nothing is rounded."""
+    path = write(
+        tmp_path, a="train: {max_tokens: 30e9, ramp: [{until_step: 1e1, seq_len: 1.28e2}]}\nrun: {seed: 1.0}\n"
+    )
+    config = load_config(path, ["parallel.zero_stage=3.0", "model.vocab_size=5e4", "train.stop_at_step=1e3"])
+    found = [config.train.max_tokens, config.train.ramp[0].until_step, config.train.ramp[0].seq_len, config.run.seed]
+    found += [config.parallel.zero_stage, config.model.vocab_size, config.train.stop_at_step]
+    assert found == [30_000_000_000, 10, 128, 1, 3, 50_000, 1000]
+    assert {type(value) for value in found} == {int}
+    for text in ("1.5", "1e-3", ".inf", ".nan", "-1e3", "true", "'1e3'"):
+        assert "train.max_tokens: found" in refused(path, f"train.max_tokens={text}")
+    assert "train.max_tokens: found 1.5, expected a positive integer or null" in refused(path, "train.max_tokens=1.5")
+
+
 @pytest.mark.parametrize("text", ["on", "1:30", "2001-01-01", "0x10", "1e", "'3'", "true", "null", "{a: 1}"])
 def test_what_is_no_number_is_refused(tmp_path: Path, text: str) -> None:
     assert "optim.lr: found" in refused(write(tmp_path, a=LENGTH), f"optim.lr={text}")

@@ -303,19 +303,3 @@ def test_fingerprint_depends_on_contents_not_on_the_path(tmp_path: Path) -> None
     foreign = fingerprint(TokenShard.open(put(tmp_path / "e", BIN_U16, IDX_U16)))
     changed = fingerprint(TokenShard.open(put(tmp_path / "e", BIN_U16[:-2] + b"\x05\x00", IDX_U16)))
     assert foreign != changed
-
-
-def test_a_file_that_another_writer_just_published_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between opening the partial file and locking it, its former owner may have renamed it to its final name."""
-
-    def owner_publishes_first(file: io.BufferedRandom) -> None:
-        Path(file.name).rename(tmp_path / "x.bin")
-        Path(file.name).touch()
-
-    (tmp_path / "x.bin.partial").write_bytes(b"published")
-    monkeypatch.setattr(writer_module, "_lock", owner_publishes_first)
-    with pytest.raises(DataError, match="another process"):
-        ShardWriter(tmp_path / "x", "u2")
-    assert (tmp_path / "x.bin").read_bytes() == b"published"

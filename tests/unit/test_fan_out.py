@@ -93,3 +93,13 @@ def test_nothing_changes_in_fp32() -> None:
     plain, added = (core_gradients(built(torch.float32, flag), False) for flag in (False, True))
     for name in plain:
         torch.testing.assert_close(plain[name], added[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_that_arrive_stay_as_they_are(dtype: torch.dtype) -> None:
+    """Autograd may hold the same tensor for other uses: the sum must not be written into it."""
+    weight = torch.zeros(3, dtype=dtype, requires_grad=True)
+    arriving = [torch.full((3,), value, dtype=dtype) for value in (1.0, 2.0, 4.0)]
+    (found,) = torch.autograd.grad(recursion_module._FanOut.apply(weight, 3), weight, arriving)
+    assert found.tolist() == [7.0] * 3
+    assert [gradient.tolist() for gradient in arriving] == [[1.0] * 3, [2.0] * 3, [4.0] * 3]

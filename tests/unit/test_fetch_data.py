@@ -21,7 +21,9 @@ from megamor.corpus import fetch as fetching
 from megamor.corpus.corpora import CORPORA, GitHubFiles, wikitext_articles
 from megamor.corpus.text import find_files
 from tests.commands import refusal, status
+from tests.conftest import FIXTURES
 
+WIKITEXT = FIXTURES.parent / "data" / "wikitext-2"
 PLAY = "".join(f"Line {number}: exit, pursued by a bear.\n" for number in range(100))
 PARTS = {
     "train/00.jsonl.zst": zstandard.compress(b'{"text": "one"}\n'),
@@ -214,24 +216,166 @@ def test_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
     stories = datasets.Dataset.from_dict({"text": ["Once", "upon\na time"]})
     datasets.DatasetDict({"train": stories, "validation": stories}).save_to_disk(str(tmp_path / "stories"))
-    assert run("tinystories", "--from", tmp_path / "stories", "--output-dir", tmp_path / "b") == 0
+    accepting = partial(run, "--allow-mismatch")
+    assert accepting("tinystories", "--from", tmp_path / "stories", "--output-dir", tmp_path / "b") == 0
     assert texts(tmp_path / "b/tinystories/validation.jsonl.zst") == ["Once", "upon\na time"]
 
     (tmp_path / "wiki").mkdir()
     (tmp_path / "wiki/test.txt").write_text(" \n = A = \n \n text \n = = B = = \n \n more \n \n = C = \n \n end \n")
-    assert run("wikitext-2", "--splits", "test", "--from", tmp_path / "wiki", "--output-dir", tmp_path / "c") == 0
+    assert accepting("wikitext-2", "--splits", "test", "--from", tmp_path / "wiki", "--output-dir", tmp_path / "c") == 0
     assert [text.split()[1] for text in texts(tmp_path / "c/wikitext-2/test.jsonl.zst")] == ["A", "C"]
-    assert run("wikitext-2", "--splits", "train", "--from", tmp_path / "wiki", "--output-dir", tmp_path / "d") == 2
+    assert (
+        accepting("wikitext-2", "--splits", "train", "--from", tmp_path / "wiki", "--output-dir", tmp_path / "d") == 2
+    )
 
     for name, content in PARTS.items():
         (tmp_path / "mirror" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mirror" / name).write_bytes(content)
-    assert run("pile", "--splits", "train", "--from", tmp_path / "mirror", "--output-dir", tmp_path / "e") == 0
+    assert accepting("pile", "--splits", "train", "--from", tmp_path / "mirror", "--output-dir", tmp_path / "e") == 0
     assert names(tmp_path / "e/pile") == ["source.json", "train/00.jsonl.zst", "train/01.jsonl.zst"]
     refused = partial(refusal, capsys, fetch_data.main, "pile")
     assert f"--from {tmp_path}/nowhere: no such file" in refused("--from", tmp_path / "nowhere", "--output-dir", "f")
     message = refused("--splits", "train", "--from", tmp_path, "--output-dir", tmp_path / "e")
     assert "choose another --output-dir" in message
+
+
+# --- is a copy what it is said to be ----------------------------------------------------------------------------------
+
+STORIES = ["Once there was a cat.\nIt slept.", "A dog ran.", "The end?"]
+
+
+def with_rows(monkeypatch: pytest.MonkeyPatch, name: str, **rows: int) -> None:
+    """Pretend that so many rows of a corpus were published."""
+    monkeypatch.setitem(CORPORA, name, replace(CORPORA[name], rows=rows))
+
+
+def lines_of(stories: list[str]) -> str:
+    return "".join(json.dumps({"text": story}) + "\n" for story in stories)
+
+
+def test_published_counts() -> None:
+    """From the data sets' cards: of TinyStories and WikiText at the revisions above."""
+    assert CORPORA["tinystories"].rows == {"train": 2119719, "validation": 21990}
+    assert CORPORA["wikitext-2"].rows == {"train": 36718, "validation": 3760, "test": 4358}
+    assert CORPORA["wikitext-103"].rows == {"train": 1801350, "validation": 3760, "test": 4358}
+    assert CORPORA["openwebtext"].rows == {"train": 8013769}
+    for name, corpus in CORPORA.items():
+        assert isinstance(corpus.source, GitHubFiles) or corpus.rows.keys() == corpus.source.splits.keys(), name
+
+
+@pytest.mark.parametrize("form", ["publisher's text", "text without the last separator", "JSON lines", "directory"])
+def test_a_story_is_a_document_whatever_its_lines(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rows(monkeypatch, "tinystories", train=len(STORIES))
+    copy = tmp_path / "TinyStories-train.txt"
+    text = "".join(f"{story}\n<|endoftext|>\n" for story in STORIES)
+    copy.write_text(text if form != "text without the last separator" else text.removesuffix("<|endoftext|>\n"))
+    if form == "JSON lines":
+        copy = tmp_path / "stories.jsonl"
+        copy.write_text(lines_of(STORIES))
+    elif form == "directory":
+        (tmp_path / "TinyStories-valid.txt").write_text("another one\n<|endoftext|>\n")
+        copy = tmp_path
+    out = tmp_path / "out"
+    assert run("tinystories", "--splits", "train", "--from", copy, "--output-dir", out) == 0
+    assert texts(out / "tinystories/train.jsonl.zst") == STORIES
+    assert "differs" not in json.loads((out / "tinystories/source.json").read_text())["files"][0]
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "tinystories", "wikitext-103", "fineweb-edu"])
+def test_another_corpus_is_refused_unless_allowed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "specifications.jsonl").write_text(lines_of(["a specification"] * 2048))
+    arguments = (
+        name,
+        "--splits",
+        "train",
+        "--from",
+        tmp_path / "specifications.jsonl",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    published = CORPORA[name].rows["train"]
+    assert f"train has 2,048 instead of {published:,} rows" in refusal(capsys, fetch_data.main, *arguments)
+    assert not (tmp_path / "out").exists() or not names(tmp_path / "out")
+    assert run(*arguments, "--allow-mismatch") == 0
+    assert f"not as published: train has 2,048 instead of {published:,} rows" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "out" / name / "source.json").read_text())["files"]
+    assert entry["differs"] == f"train has 2,048 instead of {published:,} rows"
+    with_rows(monkeypatch, name, train=2000)
+    message = refusal(capsys, fetch_data.main, *arguments[:-1], tmp_path / "more")
+    assert "train has more than 2,000 rows" in message
+
+
+def test_the_tokenized_wikitext_is_not_the_raw_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have the same lines. One <unk> in thousands of words is an article about it."""
+    lines = [" \n", " = A = \n", " \n", *(f" word @-@ {number} <unk> more words \n" for number in range(100))]
+    with_rows(monkeypatch, "wikitext-2", test=len(lines))
+    copy = tmp_path / "test.txt"
+    arguments = ("wikitext-2", "--splits", "test", "--from", copy, "--output-dir", tmp_path / "out")
+    copy.write_text("".join(lines))
+    assert "test has <unk> 100 times" in refusal(capsys, fetch_data.main, *arguments)
+    raw = "".join(lines).replace("<unk>", "rare " * 30).replace("rare", "<unk>", 1)
+    copy.write_text(raw)
+    assert run(*arguments) == 0
+    assert texts(tmp_path / "out/wikitext-2/test.jsonl.zst") == [raw]
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="MEGAMOR_FIXTURES")
+def test_a_real_tokenized_wikitext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("valid.txt", "test.txt"):
+        (tmp_path / name).write_bytes((WIKITEXT / name).read_bytes())
+    arguments = ("wikitext-2", "--splits", "validation", "test", "--from", tmp_path, "--output-dir", tmp_path / "out")
+    assert "validation has <unk> " in refusal(capsys, fetch_data.main, *arguments)
+    assert run(*arguments, "--allow-mismatch") == 0  # the numbers of lines are right
+    files = json.loads((tmp_path / "out/wikitext-2/source.json").read_text())["files"]
+    assert [(file["documents"], "rows" in file["differs"]) for file in files] == [(60, False), (60, False)]
+
+
+PARTS_OF_THE_PILE = [("Pile-CC", 0), ("PEPs", 2), (None, 2)]
+
+
+@pytest.mark.parametrize(("part", "expected"), PARTS_OF_THE_PILE)
+def test_files_named_like_the_pile_s(
+    part: str | None, expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"text": "a", "meta": {"pile_set_name": part}} if part else {"text": "a"}
+    (tmp_path / "val.jsonl.zst").write_bytes(zstandard.compress(json.dumps(record).encode() + b"\n"))
+    arguments = ("pile", "--splits", "validation", "--from", tmp_path, "--output-dir", tmp_path / "out")
+    assert run(*arguments) == expected
+    if expected:
+        assert f"the first record of val.jsonl.zst is of {part!r}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/00.jsonl.zst").write_bytes((tmp_path / "val.jsonl.zst").read_bytes())
+    message = refusal(capsys, fetch_data.main, *arguments[:2], "train", *arguments[3:-1], tmp_path / "b")
+    assert "train has 1 files instead of 30" in message
+
+
+def test_copies_that_can_not_be_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    refused = partial(refusal, capsys, fetch_data.main)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "train.txt").write_text("a\n<|endoftext|>\n")
+    options = ("--from", copy, "--output-dir", tmp_path / "out", "--allow-mismatch")
+    assert "no file of split validation" in refused("tinystories", *options)
+    (copy / "train.jsonl").write_text(lines_of(["a"]))
+    message = refused("tinystories", "--splits", "train", *options)
+    assert "several kinds of files for split train (.jsonl, .txt)" in message
+    one = ("--from", copy / "train.txt", *options[2:])
+    assert "is one split only: say which with --splits, train or validation" in refused("tinystories", *one)
+    assert "text files don't say where a document of OpenWebText ends" in refused("openwebtext", *one)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "disk"))
+    assert "is one split only" in refused("tinystories", "--from", tmp_path / "disk", *options[2:])
+    (copy / "train.csv").write_text("text\na\n")
+    assert "unknown kind of file" in refused("openwebtext", "--from", copy / "train.csv", *options[2:])
 
 
 def test_wikitext_articles() -> None:

@@ -201,10 +201,38 @@ def test_linear_cross_entropy_equals_torch(chunk_elements: int, monkeypatch: pyt
     weight = torch.randn(97, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(97, (50,), generator=generator)
     labels[::5] = -100
-    ours = torch.autograd.grad(2 * linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    loss = 2 * linear_cross_entropy(hidden, weight, labels)
     reference = 2 * F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    torch.testing.assert_close(loss, reference)
+    ours = torch.autograd.grad(loss, (hidden, weight))
     for found, wanted in zip(ours, torch.autograd.grad(reference, (hidden, weight)), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_the_loss_is_that_of_the_labels_that_count() -> None:
+    model, ids = lively_model(tiny_config(ROUTERS["expert_choice"])), tokens(length=SEQ_LEN + 1)
+    inputs, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[:, ::3] = -100
+    with torch.no_grad():
+        out, logits = model(inputs, labels, mode="topk"), model(inputs, mode="topk").logits
+    assert out.num_tokens.item() == (labels != -100).sum().item() < labels.numel()
+    torch.testing.assert_close(out.loss_sum, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+
+
+def test_cross_entropy_of_bf16_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal terms of 2,048 chunks: a sum in bf16 stops growing at 256 of them, and its softmax is off by a percent."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 16, generator=generator).bfloat16().repeat(2048, 1)
+    weight = torch.randn(97, 16, generator=generator).bfloat16().requires_grad_()
+    labels = torch.full((2048,), 5)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    logits = F.linear(hidden[:1], weight).double()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2048 * F.cross_entropy(logits, labels[:1]).item(), rel=1e-4)
+    (found,) = torch.autograd.grad(loss, weight)
+    wanted = 2048 * (logits.softmax(1) - F.one_hot(labels[:1], 97)).t() @ hidden[:1].double()
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-3)
 
 
 def test_logits_are_never_whole_in_memory() -> None:
@@ -263,9 +291,12 @@ def test_hand_written_gradients(function: str) -> None:
 @pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
 def test_chunked_queries_change_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
-    with torch.no_grad():
-        whole = model(ids, mode="topk").logits
-        monkeypatch.setattr(geometry, "ROWS_PER_CHUNK", 3)
+    found = []
+    for rows_per_chunk in (geometry.ROWS_PER_CHUNK, 3):
+        monkeypatch.setattr(geometry, "ROWS_PER_CHUNK", rows_per_chunk)
         monkeypatch.setattr(geometry, "KEY_MULTIPLE", 1)
-        cut = model(ids, mode="topk").logits
-    torch.testing.assert_close(cut, whole, atol=1e-12, rtol=0)
+        logits = model(ids, mode="topk").logits
+        gradients = torch.autograd.grad(logits.square().mean(), list(model.stage.blocks.parameters()))
+        found.append([logits, *gradients])
+    for cut, whole in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-12, rtol=1e-9)

@@ -21,6 +21,7 @@ from megamor.plan.estimate import (
     communication_seconds,
     estimate,
     nearest_that_fits,
+    run_seconds,
 )
 from megamor.plan.memory import step_memory, unit_parameters
 from tests.commands import refusal
@@ -80,6 +81,16 @@ def test_bounds_by_hand() -> None:
     assert found.communication_seconds == pytest.approx(communication, rel=1e-3)
     assert found.mfu_without_overlap == pytest.approx(compute / (compute + communication + update), rel=1e-3)
     assert found.mfu_bound == pytest.approx(compute / (compute + update), rel=1e-3)
+
+
+def test_hours_of_a_budget_of_flops() -> None:
+    """As many FLOPs take as long, however the budget is given."""
+    cluster = Cluster(GPUS["h100"], 8, 8)
+    by_steps = load_config(RECIPE, ["train.max_steps=1000", "train.max_tokens=null"])
+    flops = 1000 * nominal_flops(by_steps, by_steps.train.global_batch_size).training
+    by_flops = load_config(RECIPE, ["train.max_steps=null", "train.max_tokens=null", f"train.max_flops={flops!r}"])
+    assert run_seconds(by_steps, cluster, 0.4) == pytest.approx(flops / (8 * 989.4e12 * 0.4))
+    assert run_seconds(by_flops, cluster, 0.4) == pytest.approx(flops / (8 * 989.4e12 * 0.4))
 
 
 def test_rings_over_nodes_use_the_network() -> None:

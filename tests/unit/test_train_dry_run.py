@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, RecursionConfig, TrainConfig
+from megamor.errors import ConfigError
 from megamor.model import build_model
+from megamor.model.flops import nominal_flops
 from megamor.plan.dry_run import describe_run
 
 
@@ -37,3 +41,14 @@ def test_the_backend_follows_the_number_of_processes() -> None:
     text = describe_run(replace(config()), 2)
     assert "with fsdp2" in text
     assert "4 per rank and step, 2 in parallel" in text
+
+
+@pytest.mark.promise("R21")
+def test_a_budget_of_flops_is_estimated_in_steps() -> None:
+    step = nominal_flops(config(), 8).training
+    limited = config(max_steps=None, max_flops=9.5 * step)
+    text = describe_run(limited, 1)
+    assert f"about 10 of 512 tokens = 5,120 tokens, until {9.5 * step:.3e} FLOPs are executed" in text
+    assert "1 warm-up steps, decay (wsd) by the fraction of train.max_flops used" in text
+    with pytest.raises(ConfigError, match="warmup_steps = 11 is more than the run's 10 steps"):
+        describe_run(replace(limited, optim=OptimConfig(warmup_steps=11)), 1)

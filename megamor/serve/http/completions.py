@@ -41,9 +41,9 @@ class CompletionRun:
     def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
         self.body, self.codec, self.runner = body, codec, runner
         self.params = body.sampling()
-        given = body.prompts()
+        given: Sequence[str | list[int]] = body.prompts()
         names = ["prompt"] if len(given) == 1 else [f"prompt {number}" for number in range(len(given))]
-        self.prompts: list[list[int]] = [
+        self.prompts = [
             codec.encode(each, name) if isinstance(each, str) else each for each, name in zip(given, names, strict=True)
         ]
         self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
