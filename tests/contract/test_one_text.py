@@ -502,3 +502,12 @@ def test_generate_prints_the_text_as_it_is(
     shown = next(line for line in lines if ":smile:" in line)
     assert shown.strip() == text.replace("漢", "……漢").removesuffix(" and").strip(), "the last token has no depth"
     assert ":key: [bold]x[/bold] [/nothing]" in "\n".join(lines)
+
+
+def test_reports_print_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "data/[bold]:key:[/nothing]" + "x" * 100
+    figures = {"loss_causal": 1.0, "perplexity_causal": 2.7, "mean_depth_causal": 1.5, "tokens": 10.0}
+    evaluate.show({name: figures}, "runs/[a]")
+    out = capsys.readouterr().out
+    assert Path(name).name in out
+    assert "runs/[a]" in out
