@@ -71,13 +71,7 @@ def _layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
     if resolved in chain:
         circle = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
         raise ConfigError(f"{path}: extends itself ({circle}); remove one of these extends")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file (looked from {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
-    values = parse_mapping(text, str(path))
+    values = read_mapping(path)
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -184,8 +178,20 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: a value is too large to read: {error}") from error
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a file of YAML or JSON; empty if it has only comments. Raises ConfigError naming the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file (looked from {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
+    # JSON is YAML, but for tabs between values.
+    return parse_mapping(text.expandtabs() if path.suffix == ".json" else text, str(path))
+
+
 def parse_mapping(text: str, source: str) -> dict[str, Any]:
-    """The mapping that the YAML `text` holds; empty if there are only comments. Raises ConfigError naming `source`."""
+    """The mapping in `text`, called `source` in errors. Raises ConfigError."""
     values = _parse_yaml(text, source)
     if values is None:
         return {}

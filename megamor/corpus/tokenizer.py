@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text
+from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text, read_tokenizer
 from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.data.shard import dtype_for_vocab
 from megamor.errors import DataError, MegamorError, TextError
@@ -47,11 +47,7 @@ class TextEncoder:
         """
         if not Path(path).is_file():
             raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
-        try:
-            tokenizer = Tokenizer.from_file(path)
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"--tokenizer {path} is not a tokenizer.json of the tokenizers library: {error}") from error
-        return cls.of(tokenizer, path, eod_token=eod_token, need_eod=need_eod)
+        return cls.of(read_tokenizer(path), path, eod_token=eod_token, need_eod=need_eod)
 
     @classmethod
     def of(
