@@ -106,6 +106,7 @@ def test_a_run_that_can_start_is_submitted(cluster: Cluster, check: str) -> None
     elif check == "no python":
         cluster.replace("python")
         (cluster.folder / "python").write_text("#!/bin/sh\nexit 1\n")
+        variables["CLUSTER_VENV"] = "/nowhere"
     elif check == "container":
         variables["CLUSTER_CONTAINER"] = "megamor.sif"
     overrides = [] if check == "passes" else ["data.train=[nowhere]"]

@@ -132,7 +132,7 @@ def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
 def test_plain_sbatch_from_the_directory_of_the_scripts(cluster: Cluster, base: Config) -> None:
     config = replace(base, train=replace(base.train, max_steps=4))
     log = Path(config.run.dir) / "job.log"
-    options = f"--nodes=1 --gpus-per-node=0 --cpus-per-task=1 --time=10 --output={log}"
+    options = f"--nodes=1 --gpus-per-node=0 --cpus-per-task=1 --time=30 --output={log}"
     job = cluster.submit(["bash", "-c", f"cd {ROOT}/slurm && sbatch {options} mor_1b.sh"], variables(config))
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()
     assert checkpoint_names(config) == ["latest", "step_00000004"]
