@@ -19,7 +19,7 @@ import numpy as np
 from megamor.codec import EndOfText
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError
-from megamor.files import sha256_of_file
+from megamor.files import parse_json, sha256_of_file
 
 FORMAT = "megamor-token-shard"
 BLOCK_BYTES = 64 * 2**20
@@ -79,7 +79,7 @@ def read_meta(prefix: str) -> ShardMeta | None:
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}") from error
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); delete it to treat the pair as foreign data") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
