@@ -124,6 +124,9 @@ _STR = "tag:yaml.org,2002:str"
 _TAGS = (None, _STR, *(f"tag:yaml.org,2002:{name}" for name in ("seq", "map", "null", "bool", "int", "float")))
 
 
+_MAX_NODES = 10**6
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars, and values of JSON's types alone.
 
@@ -132,6 +135,13 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
     yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document. Aliases of aliases, with which a few lines fill any memory, are an error."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _expanded(node, {}) > _MAX_NODES:
+            raise yaml.MarkedYAMLError(problem="its aliases repeat too much", problem_mark=node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -145,6 +155,15 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode):
                 key_node.tag = _STR
         return super().construct_mapping(node, deep)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes below `node` if each alias were written out. A circle counts once; it is an error elsewhere."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        children = (each for pair in node.value for each in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] += 0 if isinstance(node, yaml.ScalarNode) else sum(_expanded(each, known) for each in children)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):

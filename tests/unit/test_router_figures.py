@@ -20,7 +20,17 @@ from megamor.config import (
     TokenChoiceConfig,
 )
 from megamor.model import build_model
-from megamor.routing import Mix, Mode, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
+from megamor.routing import (
+    MarkedSet,
+    Mix,
+    Mode,
+    Router,
+    RoutingContext,
+    RoutingPlan,
+    RoutingSession,
+    TokenSet,
+    build_router,
+)
 from megamor.routing.heads import RouterLinear, build_head
 from tests.combinations import tiny_config, tokens
 
@@ -314,3 +324,11 @@ def test_random_depths_differ_between_sequences_of_a_batch() -> None:
     with torch.no_grad():
         depth = model(tokens(batch=1).expand(6, -1)).depth
     assert len({tuple(row) for row in depth.tolist()}) == 6
+
+
+def test_marked_rows_alone_are_replaced() -> None:
+    marked = MarkedSet.of(torch.arange(4))
+    assert marked.scatter(torch.zeros(4), torch.ones(4)).tolist() == [1, 1, 1, 1]
+    marks, _ = marked.where(torch.tensor([True, False, True, True]))
+    marks, _ = marks.where(torch.tensor([True, True, False, True]))
+    assert marks.scatter(torch.zeros(4, 2), torch.ones(4, 2)).tolist() == [[1, 1], [0, 0], [0, 0], [1, 1]]
