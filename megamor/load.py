@@ -5,18 +5,19 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
-from megamor.config import Config, config_from_yaml
+from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.errors import CheckpointError, ConfigError
+from megamor.files import parse_json
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
@@ -111,6 +112,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
     refuse_unknown_router(config.router, directory)
+    config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     model = cast(build_model(config, device="meta"), dtype)
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
@@ -120,15 +122,24 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     return LoadedModel(model.eval(), config, directory, step, target)
 
 
+def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
+    """`config` of the model with these `weights`, to which what an earlier version lacked is added."""
+    if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in weights):
+        return replace(config, router=replace(config.router, gates="learned"))
+    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.target_depth is not None:
+        weights.setdefault("stage.router.shifts", torch.zeros(2))
+    return config
+
+
 def read_end_of_text(directory: Path) -> EndOfText | None:
     """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
     path = directory / END_OF_TEXT_FILE
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return EndOfText(str(content["token"]), int(content["id"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 

@@ -163,14 +163,10 @@ class WriteLock:
         self._me = None
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
+        while self.lost is None and not self._ended.wait(HEARTBEAT_SECONDS):
+            with suppress(InUseError, OSError):  # the server may come back
                 self.check()
                 os.utime(self.path)  # without a time: the file server's clock, the same for all machines
-            except InUseError:
-                return
-            except OSError:
-                continue  # the server may come back
 
     def _wait_for_turn(self, me: Holder, draft: Path) -> None:
         first, began = Holder(""), 0.0

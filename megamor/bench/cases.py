@@ -58,6 +58,14 @@ class Case:
     baseline: str | None = None
     policy: str | None = None
     """Activation checkpointing, where policies are compared."""
+    fill: float | None = None
+    """Mean fraction of real tokens in a window, the rest being padding; None: no padding."""
+    computes_padding: bool = False
+
+    @property
+    def fill_left_out(self) -> float | None:
+        """`fill` where padding is left out, None where every row is computed."""
+        return None if self.computes_padding else self.fill
 
     def config(self, micro_batch: int | None = None) -> Config:
         """Its configuration, with a step of one micro-batch (of `micro_batch` sequences, if given).
@@ -121,6 +129,12 @@ def with_policy(case: Case, policy: str) -> Case:
     operations = [f"train.selective_ops=[{kept.replace('+', ',')}]"] if kept else []
     own = (*case.overrides, f"train.activation_checkpointing={mode}", *operations)
     return replace(case, overrides=own, policy=policy)
+
+
+def with_padding(case: Case, fill: float) -> list[Case]:
+    """`case` on windows with padding: computed like tokens, and left out."""
+    computed = replace(case, name="computed", label=f"{case.label}, padding computed", fill=fill, computes_padding=True)
+    return [computed, replace(case, name="left_out", label=f"{case.label}, padding left out", fill=fill)]
 
 
 def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:

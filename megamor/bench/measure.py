@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Window:
 class Training:
     """A model with its optimizer, ready to step. `config` sets the micro-batch."""
 
-    def __init__(self, config: Config, world: World, model: nn.Module) -> None:
+    def __init__(self, config: Config, world: World, model: nn.Module, fill: float | None = None) -> None:
         self.config, self.device = config, world.device
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         # Memory is counted from here: what training adds to a model that is built.
@@ -62,32 +63,34 @@ class Training:
         self.backend.set_lr(0.0)
         # Made beforehand, because drawing ids and copying them to a GPU would be timed as well.
         self.batches = [make_batch(config, number, world.device) for number in range(NUM_BATCHES)]
+        self.lengths = [fill_of_batch(config, number, fill) for number in range(NUM_BATCHES)]
         self.number = 0
 
     @classmethod
     def of(cls, case: Case, world: World, micro_batch: int | None = None) -> Training:
         """The model of a case, with weights drawn from `run.seed`."""
         config = case.config(micro_batch)
-        return cls(config, world, build_case(case, config, world.device))
+        return cls(config, world, build_case(case, config, world.device), case.fill_left_out)
 
     def step(self) -> tuple[Tensor | None, Tensor | None]:
         """One step; returns tokens and attention pairs [Nr, 2] of its recursions and their mean depth (scalar)."""
-        inputs, labels = self.batches[self.number % NUM_BATCHES]
+        (inputs, labels), lengths = self.batches[self.number % NUM_BATCHES], self.lengths[self.number % NUM_BATCHES]
         self.number += 1
+        padded = {} if lengths is None else {"lengths": lengths}
         with self.backend.forward_context(last_micro_batch=True):
-            out = self.backend.model(inputs, labels, mode="train", step=self.number)
+            out = self.backend.model(inputs, labels, mode="train", step=self.number, **padded)
             loss = out.loss_sum / labels.numel() + sum(out.router_losses.values())
         self.backend.backward(loss, last_micro_batch=True)
         self.backend.step(self.config.optim.grad_clip)
         if out.totals:
             self.backend.module.stage.router.update(out.totals)  # type: ignore[union-attr, operator]
-        return out.work, None if out.depth is None else out.depth.double().mean()
+        return out.work, None if out.depth is None else out.depth[out.depth >= 0].double().mean()
 
     def window(self, seconds: float = 0, at_least: int = 1) -> Window:
         """Steps for about `seconds`, and `at_least` as many."""
         results: list[tuple[Tensor | None, Tensor | None]] = []
         synchronize(self.device)
-        started = time.perf_counter()
+        started, first = time.perf_counter(), self.number
         # A step ends by reading the norm of its gradients, so the host can't run far ahead of the device.
         while len(results) < at_least or time.perf_counter() - started < seconds:
             results.append(self.step())
@@ -95,15 +98,19 @@ class Training:
         elapsed = time.perf_counter() - started
         # Reading results from a GPU waits for it, so this comes after the time was taken.
         depths = [float(depth) for _, depth in results if depth is not None]
-        flops = [self.flops(work) for work, _ in results]
+        flops = [self.flops(work, self.lengths[(first + n) % NUM_BATCHES]) for n, (work, _) in enumerate(results)]
         return Window(elapsed, flops, statistics.mean(depths) if depths else None)
 
-    def flops(self, work: Tensor | None) -> Flops:
-        """What a step executed, from the routing that was realised."""
+    def flops(self, work: Tensor | None, lengths: tuple[int, ...] | None = None) -> Flops:
+        """What a step executed, from the routing that was realised and the tokens of each sequence."""
         sequences = self.config.train.micro_batch_size
-        if work is None:
+        if work is None and lengths is None:
             return nominal_flops(self.config, sequences)
-        return executed_flops(self.config, sequences, [(tokens, pairs) for tokens, pairs in work.tolist()])
+        done = [] if work is None else [(tokens, pairs) for tokens, pairs in work.tolist()]
+        if lengths is None:
+            return executed_flops(self.config, sequences, done)
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        return executed_flops(self.config, sequences, done, pairs=pairs, tokens=sum(lengths))
 
     def peak_bytes(self) -> int | None:
         """Highest memory since the model was built (or since a later reset), less that of the model.
@@ -127,6 +134,18 @@ def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tenso
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def fill_of_batch(config: Config, number: int, fill: float | None) -> tuple[int, ...] | None:
+    """Real tokens of each sequence of batch `number`: between half and one and a half times `fill` · S, at most S."""
+    if fill is None:
+        return None
+    draws = random.Random(config.run.seed * 1_000_003 + number)
+    seq_len = config.data.seq_len
+    return tuple(
+        max(1, min(seq_len, round(fill * seq_len * draws.uniform(0.5, 1.5))))
+        for _ in range(config.train.micro_batch_size)
+    )
 
 
 def world_for(config: Config, device: torch.device) -> World:
@@ -170,7 +189,7 @@ def _peak_of(case: Case, device: torch.device, threads: int, micro_batch: int) -
     inputs, labels = make_batch(config, 0, device)
     model(inputs[:1, :8], labels[:1, :8], mode="train", step=0).loss_sum.backward()
     model.zero_grad(set_to_none=True)
-    training = Training(config, world_for(config, device), model)
+    training = Training(config, world_for(config, device), model, case.fill_left_out)
     for _ in range(3):
         training.step()
     return training.peak_bytes()

@@ -157,6 +157,7 @@ def promise_row(report: Row, promise: str) -> dict[str, Any]:
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": partial(measured, "train_*.json", train),
     "bench-policies": partial(measured, "checkpointing_*.json", train),
+    "bench-padding": partial(measured, "padding_*.json", train),
     "bench-loader": partial(measured, "loader_*.json", loader),
     "bench-preprocess": partial(measured, "preprocess_*.json", preprocess),
     "bench-save": partial(measured, "save_*.json", save),

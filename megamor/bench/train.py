@@ -22,8 +22,17 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from megamor.bench.cases import CASES, PUBLISHED, SIZES, Case, cases_of_config, cases_of_size, with_policy
-from megamor.bench.measure import Training, Window, peak_in_fresh_process, release, within_memory, world_for
+from megamor.bench.cases import CASES, PUBLISHED, SIZES, Case, cases_of_config, cases_of_size, with_padding, with_policy
+from megamor.bench.measure import (
+    NUM_BATCHES,
+    Training,
+    Window,
+    fill_of_batch,
+    peak_in_fresh_process,
+    release,
+    within_memory,
+    world_for,
+)
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
 from megamor.errors import MegamorError
@@ -88,7 +97,9 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
             models = [Case("configured", Path(args.config).stem, Path(args.config), tuple(overrides))]
         else:
             models = cases_of_config(args.config, overrides, args.cases or list(CASES), args.baseline)
-        if args.policies:  # each model is compared with itself: on the same tokens, under each policy
+        if args.fill:
+            yield from (with_padding(model, args.fill) for model in models)
+        elif args.policies:  # each model is compared with itself: on the same tokens, under each policy
             yield from ([with_policy(model, policy) for policy in args.policies] for model in dict.fromkeys(models))
         else:
             yield models
@@ -170,7 +181,9 @@ def take_turns(
 def summary(case: Case, training: Training, windows: Sequence[Window], peak: int | None) -> dict[str, Any]:
     """What was measured of a case in its windows."""
     config, device = training.config, training.device
-    tokens = config.train.micro_batch_size * config.data.seq_len
+    filled = [fill_of_batch(config, number, case.fill) for number in range(NUM_BATCHES)]
+    real = statistics.mean(sum(lengths) for lengths in filled if lengths is not None) if case.fill else None
+    tokens = real or config.train.micro_batch_size * config.data.seq_len
     flops = [step for window in windows for step in window.flops]
     executed = statistics.mean(step.training for step in flops)
     recomputed = statistics.mean(step.recomputed(config.train) for step in flops)
@@ -181,6 +194,7 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
     result: dict[str, Any] = {
         "overrides": list(case.overrides),
         "batch_size": config.train.micro_batch_size,
+        "fill": real and real / (config.train.micro_batch_size * config.data.seq_len),
         "parameters": training.num_parameters,
         "mean_depth": statistics.mean(depths) if depths else None,
         "steps": len(flops),

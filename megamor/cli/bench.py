@@ -23,6 +23,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +55,14 @@ def token_range(text: str) -> tuple[int, int]:
     if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
         raise argparse.ArgumentTypeError(f"{text} is not a range such as 40-60")
     return int(low), int(high or low)
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a fraction between 0 and 1")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,6 +97,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     cases = f"with --config: {', '.join(CASES)} (default: all); with --sizes: {', '.join(PUBLISHED)} (default: first 7)"
     add("--cases", type=names, metavar="A,B", help=cases)
     add("--policies", type=names, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
+    add("--fill", type=fraction, metavar="F", help="windows that are F full (0.5): padding computed against left out")
     add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
     add("--micro-batch", type=positive, metavar="N", help="sequences of a step (default: configured, or by size)")

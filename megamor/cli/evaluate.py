@@ -29,13 +29,15 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
     table = Table()
     table.add_column("data", overflow="fold")
     table.add_column("routing")
-    for column in ("nats/token", "perplexity", "mean depth", "tokens"):
+    for column in ("nats/token", "perplexity", "mean depth", "FLOPs/token", "tokens"):
         table.add_column(column, justify="right")
     for name, figures in zip(short_names([*results]), results.values(), strict=True):
         for mode, label in (("topk", "top-k"), ("causal", "causal")):
             if f"loss_{mode}" in figures:
-                loss, ppl, depth = (figures[f"{figure}_{mode}"] for figure in ("loss", "perplexity", "mean_depth"))
-                table.add_row(name, label, f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{figures['tokens']:,.0f}")
+                keys = ("loss", "perplexity", "mean_depth", "flops_per_token")
+                loss, ppl, depth, flops = (figures[f"{key}_{mode}"] for key in keys)
+                shown = (f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{flops:.3e}", f"{figures['tokens']:,.0f}")
+                table.add_row(name, label, *shown)
     plain_console().print(table)
 
 

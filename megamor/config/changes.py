@@ -55,8 +55,8 @@ _CLASSES: dict[Effect, str] = {
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
         train.add_shared_gradients_in_fp32 train.compile
-        parallel.backend parallel.shard_degree parallel.zero_stage parallel.deepspeed_config
-        parallel.reshard_after_forward""",
+        parallel.backend parallel.shard_degree parallel.zero_stage parallel.reshard_after_forward
+        parallel.deepspeed_config""",
     Effect.EVALUATION: "data.validation train.eval_every train.eval_sequences",
     Effect.WATCH: """
         guard.window guard.skip_non_finite guard.max_skips_in_a_row guard.spike_threshold guard.spike_steps

@@ -156,7 +156,7 @@ def field_types(section: type) -> dict[str, Any]:
 
 def describe_type(hint: Any) -> str:
     """What a setting of type `hint` accepts, in words."""
-    if (inner := _without_null(hint)) is not hint:
+    if (inner := without_null(hint)) is not hint:
         return f"{describe_type(inner)} or null"
     if get_origin(hint) is Annotated:
         (constraint,) = hint.__metadata__
@@ -170,7 +170,7 @@ def describe_type(hint: Any) -> str:
     return _WORDS.get(hint, "a mapping")
 
 
-def _without_null(hint: Any) -> Any:
+def without_null(hint: Any) -> Any:
     """`X` for `X | None`; other types as they are."""
     if type(None) not in get_args(hint):
         return hint
@@ -180,7 +180,7 @@ def _without_null(hint: Any) -> Any:
 
 def _bare(hint: Any) -> Any:
     """`hint` without null and without its constraint."""
-    hint = _without_null(hint)
+    hint = without_null(hint)
     return hint.__origin__ if get_origin(hint) is Annotated else hint
 
 

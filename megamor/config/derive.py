@@ -10,6 +10,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    RandomConfig,
     RouterHead,
     ScoredConfig,
     SkipForwardRecurseConfig,
@@ -25,8 +26,7 @@ HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
 class Consumed:
     """What the steps that led to the current weights have used, over all launches.
 
-    `tokens_seen` are positions of the windows, whether they hold a token or padding. `flops` are executed training
-    FLOPs. Steps that a rollback undid don't count.
+    `tokens_seen` leaves out padding. `flops` are executed training FLOPs. Steps that a rollback undid don't count.
     """
 
     step: int = 0
@@ -47,7 +47,7 @@ class Derived:
     done: Consumed
     """What earlier launches used."""
     total_steps: int | None
-    """Steps of the whole run. With `train.max_flops` an estimate, or None."""
+    """Steps of the whole run; see `is_estimate`. None if `train.max_flops` leaves them unknown."""
     batches: BatchSchedule
     micro_batches: int
     """Micro-batches that each rank accumulates per optimizer step, after `train.ramp`."""
@@ -61,8 +61,9 @@ class Derived:
     def describe(self) -> str:
         """The quantities as aligned lines of text."""
         decay = "no decay"
-        if self.config.train.max_flops is not None and self.config.optim.schedule != "constant":
-            decay = f"decay ({self.config.optim.schedule}) by the fraction of train.max_flops used"
+        if is_estimate(self.config) and self.config.optim.schedule != "constant":
+            limit = "max_tokens" if self.config.train.max_flops is None else "max_flops"
+            decay = f"decay ({self.config.optim.schedule}) by the fraction of train.{limit} used"
         elif self.total_steps is not None and self.decay_steps:
             start = self.total_steps - self.decay_steps
             decay = f"decay over {self.decay_steps:,} steps from step {start:,}"
@@ -80,7 +81,8 @@ class Derived:
     def _describe_steps(self) -> str:
         """Steps done, steps to come by their size, and the tokens of all of them."""
         limit = self.config.train.max_flops
-        about, until = ("", "") if limit is None else ("about ", f", until {limit:.3e} FLOPs are executed")
+        about = "about " if is_estimate(self.config) else ""
+        until = "" if limit is None else f", until {limit:.3e} FLOPs are executed"
         first, tokens = self.done.step, self.done.tokens_seen
         done = f"{first:,} done with {tokens:,} tokens"
         stages = []
@@ -134,12 +136,19 @@ def derive(config: Config, world_size: int, done: Consumed | None = None, expect
 def total_steps(config: Config, done: Consumed | None = None) -> int | None:
     """The step that ends a run that has `done` so much: `max_steps`, or the first that reaches `max_tokens`.
 
-    None with `max_flops`: how many FLOPs a step executes depends on the router.
+    None with `max_flops`: how many FLOPs a step executes depends on the router. An estimate with `max_tokens` where
+    windows are padded, since padding is no token: the run may become longer.
     """
     train, done = config.train, done or Consumed()
     if train.max_tokens is not None:
         return BatchSchedule.of(config).steps_for(train.max_tokens - done.tokens_seen, done.step)
     return train.max_steps
+
+
+def is_estimate(config: Config) -> bool:
+    """Whether the number of steps follows from what they will have consumed, and isn't known beforehand."""
+    train = config.train
+    return train.max_flops is not None or (train.max_tokens is not None and config.data.packing != "stream")
 
 
 def decay_steps(optim: OptimConfig, steps: int) -> int:
@@ -195,6 +204,8 @@ def router_head_parameters(config: Config) -> int:
     """Parameters of one head, which costs 2 FLOPs per parameter and token; 0 for custom routers."""
     router, dim = config.router, config.model.dim
     match router:
+        case FixedDepthConfig() | CustomRouterConfig() | RandomConfig(gates="open"):
+            return 0
         case ScoredConfig():
             return head_parameters(router.head, dim, outputs=1)
         case TokenChoiceConfig():
@@ -203,8 +214,6 @@ def router_head_parameters(config: Config) -> int:
             return router.hidden * (dim + 3)
         case HaltingConfig():
             return dim + 1
-        case FixedDepthConfig() | CustomRouterConfig():
-            return 0
 
 
 def head_parameters(head: RouterHead, dim: int, outputs: int) -> int:

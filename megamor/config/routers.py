@@ -107,9 +107,12 @@ class EmaThresholdConfig(ScoredConfig):
 
 @dataclass(frozen=True)
 class RandomConfig(ScoredConfig):
-    """A control: the gates of expert-choice, but tokens are selected at random. Capacities hold on average."""
+    """A control: tokens are selected at random, with the gates that expert-choice gives to the tokens it selects."""
 
     kind: Literal["random"] = "random"
+    gates: Literal["open", "learned"] = "open"
+    """`open`: the gate is `alpha`, as expert-choice's become. `learned`: by scores, as in the paper's ablation; nothing
+    holds them open, and they close. `head`, `activation`, `temperature` and `z_coeff` matter for learned gates only."""
 
 
 @dataclass(frozen=True)

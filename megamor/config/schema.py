@@ -192,7 +192,8 @@ class TrainConfig:
     max_steps: PositiveInt | None = None
     """Optimizer steps of the run."""
     max_tokens: PositiveInt | None = None
-    """Training tokens of the run. It ends with the first step that reaches them, whatever changed on the way."""
+    """Training tokens of the run, padding not counted. It ends with the first step that reaches them, whatever changed
+    on the way. Unless packing is `stream`, the learning rate follows the fraction of them that has been used."""
     max_flops: Positive | None = None
     """Executed training FLOPs of the run (`throughput/executed_flops`). It ends with the first step that reaches them,
     and the learning rate follows the fraction of them that has been used."""

@@ -92,12 +92,14 @@ class BatchArrays:
     """Arrays of a batch, [n, seq_len] int64 and contiguous: `inputs`, the token after each (`labels`), `documents`.
 
     Equal document numbers in a row mean the same document; numbers ascend through the rows and have no other meaning.
-    Padding has input 0, label -100 and a document number of its own.
+    `lengths` [n] are the real tokens of each row. Padding follows them: input 0, label -100, a document number of its
+    own. The lengths alone tell padding from tokens without a label.
     """
 
     inputs: NDArray[np.int64]
     labels: NDArray[np.int64]
     documents: NDArray[np.int64] | None = None
+    lengths: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class TrainingData:
         order = order or self.order()
         shape = (3 if self.config.document_mask else 2, count, order.seq_len_at(first_sample))
         batch = BatchArrays(*np.empty(shape, np.int64))
+        batch = replace(batch, lengths=np.empty(count, np.int64))
         self.fill(batch, first_sample, order)
         return batch
 
@@ -249,13 +252,18 @@ def source_weights(config: DataConfig, sizes: Sequence[int]) -> list[float]:
 
 
 def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int) -> None:
-    """Copy the spans of `found` into `batch` and fill the rest with padding.
+    """Copy the spans of `found` into `batch`, one after the other in each row, and fill its rest with padding.
 
     Raises DataError naming the file if a token id isn't in the model's vocabulary.
     """
     inputs, labels = batch.inputs.ravel(), batch.labels.ravel()
     if not inputs.size:
         return
+    seq_len = batch.inputs.shape[1]
+    found = [replace(each, spans=_without_gaps(each.spans, seq_len)) for each in found]
+    lengths = np.zeros(len(batch.inputs), np.int64)
+    for each in found:
+        np.add.at(lengths, each.spans.slots // seq_len, each.spans.lengths)
     for each in found:
         # Plain integers: slicing with NumPy scalars would take most of the time of short spans.
         columns = (each.spans.slots.tolist(), each.spans.starts.tolist(), each.spans.lengths.tolist())
@@ -263,27 +271,23 @@ def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int)
             inputs[slot : slot + length] = each.shard.tokens[start : start + length]
             labels[slot : slot + length] = each.shard.tokens[start + 1 : start + length + 1]
     # 0 is a valid id for the check below, whatever the vocabulary.
-    padding = _gaps(found, inputs.size)
-    for start, end in padding:
-        inputs[start:end] = labels[start:end] = 0
+    short = [(row, int(lengths[row])) for row in np.flatnonzero(lengths < seq_len)]
+    for row, length in short:
+        batch.inputs[row, length:] = batch.labels[row, length:] = 0
     _check_batch_ids(batch, found, vocab_size)
     # Only now, since -100 is no token id.
-    for start, end in padding:
-        labels[start:end] = IGNORED_LABEL
+    for row, length in short:
+        batch.labels[row, length:] = IGNORED_LABEL
     if batch.documents is not None:
         _number_documents(batch.documents, found)
+    if batch.lengths is not None:
+        batch.lengths[:] = lengths
 
 
-def _gaps(found: Sequence[ShardSpans], size: int) -> list[tuple[int, int]]:
-    """Ranges (first slot, end) of the batch that no span fills."""
-    slots = np.concatenate([each.spans.slots for each in found])
-    lengths = np.concatenate([each.spans.lengths for each in found])
-    if lengths.sum() == size:
-        return []
-    order = np.argsort(slots)
-    ends = np.concatenate(([0], (slots + lengths)[order]))
-    begins = np.concatenate((slots[order], [size]))
-    return [(int(end), int(begin)) for end, begin in zip(ends, begins, strict=True) if end < begin]
+def _without_gaps(spans: Spans, seq_len: int) -> Spans:
+    """`spans` moved to the left of their rows: a row joined from several padded chunks has gaps between them."""
+    rows, before = spans.slots // seq_len, np.cumsum(spans.lengths) - spans.lengths
+    return replace(spans, slots=rows * seq_len + before - before[np.searchsorted(rows, rows)])
 
 
 def _check_batch_ids(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int) -> None:

@@ -35,12 +35,14 @@ class MicroBatch:
     """`inputs` [b, S] and, for each position, the token that follows: `labels` [b, S], -100 where there is none.
 
     `documents` [b, S] numbers the documents; None unless `data.document_mask`. All are int64, and in pinned memory if
-    the loader has `pinned`.
+    the loader has `pinned`. `lengths` [b] are the real tokens of each sequence, which padding follows; None means that
+    there is no padding.
     """
 
     inputs: Tensor
     labels: Tensor
     documents: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def empty(cls, rows: int, seq_len: int, *, documents: bool, pinned: bool = False) -> MicroBatch:
@@ -51,18 +53,31 @@ class MicroBatch:
         else:
             # NumPy asks for huge pages. With small ones, the page faults of a fresh block cost more than filling it.
             block = torch.from_numpy(np.empty(shape, np.int64))
-        return cls(*block)
+        return cls(block[0], block[1], block[2] if documents else None, torch.full((rows,), seq_len))
 
     def arrays(self) -> BatchArrays:
         """The same memory as NumPy arrays."""
-        documents = None if self.documents is None else self.documents.numpy()
-        return BatchArrays(self.inputs.numpy(), self.labels.numpy(), documents)
+        documents, lengths = (None if x is None else x.numpy() for x in (self.documents, self.lengths))
+        return BatchArrays(self.inputs.numpy(), self.labels.numpy(), documents, lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, with or without a label."""
+        return self.inputs.numel() if self.lengths is None else int(self.lengths.sum())
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """What a model's forward pass takes, on `device`; copies don't wait. Lengths stay on the host."""
+        tensors = {"inputs": self.inputs, "labels": self.labels, "documents": self.documents}
+        moved = {name: None if x is None else x.to(device, non_blocking=True) for name, x in tensors.items()}
+        # Without padding no lengths are given: all shapes are then static.
+        padded = self.num_tokens < self.inputs.numel()
+        return moved | {"lengths": tuple(self.lengths.tolist()) if padded and self.lengths is not None else None}
 
     def split(self, size: int) -> list[MicroBatch]:
         """Micro-batches of `size` rows each, views of the same memory."""
-        tensors = [tensor for tensor in (self.inputs, self.labels, self.documents) if tensor is not None]
-        firsts = range(0, len(self.inputs), size)
-        return [MicroBatch(*(tensor[first : first + size] for tensor in tensors)) for first in firsts]
+        tensors = (self.inputs, self.labels, self.documents, self.lengths)
+        parts = ([None] * len(self.inputs) if x is None else torch.split(x, size) for x in tensors)
+        return [MicroBatch(*part) for part in zip(*parts, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -203,7 +218,7 @@ class TrainingLoader:
 class ValidationSet:
     """A shard read in order in windows of `seq_len`, for evaluation. Every token but the first is a label once.
 
-    Packing doesn't apply. The last window may be short; positions beyond the end have label -100.
+    Packing doesn't apply. The last window may be short; padding follows it.
     """
 
     def __init__(
@@ -228,7 +243,7 @@ class ValidationSet:
         """This rank's batches [micro_batch_size, S], in the same order every time.
 
         With `max_sequences`, that many windows spread evenly over the set. Every rank gets the same number of batches,
-        so that collectives match; rows beyond the last window are padding (label -100).
+        so that collectives match; rows beyond the last window are padding (length 0).
         """
         count = min(self.num_sequences, max_sequences or self.num_sequences)
         # Evenly spread instead of the first ones: the beginning of a data set is often of one source.

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megamor.config import Config
 from megamor.data.loader import open_validation_sets
 from megamor.data.meta import end_of_text
 from megamor.errors import DataError
 from megamor.model import ModelOutput, Transformer
+from megamor.model.flops import executed_flops
+from megamor.model.loss import IGNORE
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
@@ -37,23 +40,49 @@ def summed_loss(
     device: torch.device,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
-    """Sum over all tokens, [3] in fp64 on `device`: negative log-likelihood in nats, tokens, recursions taken.
+    """Sums over all tokens in fp64 on `device`, from which `mean_figures` makes means.
 
-    These are sums, not means, so that results of several ranks or batches can be added. Each forward pass runs inside
-    a new `context()`, such as autocast.
+    These are sums, not means, so that results of several ranks or batches can be added. [4]: negative log-likelihood in
+    nats, tokens, recursions taken, query-key pairs of a block that sees every token. For a model with a recursion stage
+    [4 + 4·Nr]: also the stage's `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each
+    forward pass runs inside a new `context()`, such as autocast.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
-            documents = None if batch.documents is None else batch.documents.to(device)
-            out = model(batch.inputs.to(device), batch.labels.to(device), mode=mode, documents=documents)
+            arguments = batch.arguments(device)
+            out = model(**arguments, mode=mode)
         assert out.loss_sum is not None
         assert out.num_tokens is not None
-        total[0] += out.loss_sum
-        total[1] += out.num_tokens
-        if out.depth is not None:
-            total[2] += (out.depth * (batch.labels.to(device) != -100)).sum()
+        assert out.pairs is not None
+        recursions = torch.zeros_like(out.num_tokens)
+        stage: list[Tensor] = []
+        if out.depth is not None and out.work is not None:
+            recursions = (out.depth * (arguments["labels"] != IGNORE)).sum()
+            gates = [out.ratios[f"gate_{recursion + 1}"] for recursion in range(len(out.work))]
+            stage = [*out.work.flatten(), *(part for gate in gates for part in (gate.numerator, gate.denominator))]
+        sums = torch.stack([x.double() for x in (out.loss_sum, out.num_tokens, recursions, out.pairs, *stage)])
+        total = sums + (total if len(total) == len(sums) else 0.0)
     return total
+
+
+def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
+    """Figures per token from what `summed_loss` returned.
+
+    Returns:
+        `loss` in nats, `mean_depth` in recursions, `flops_per_token` executed in a forward pass, and `gate_<r>`, the
+        mean gate of the tokens that take recursion r (from 1), where any does.
+    """
+    loss, tokens, recursions, pairs, *stage = sums.tolist()
+    half = len(stage) // 2
+    work, gates = (list(zip(part[::2], part[1::2], strict=True)) for part in (stage[:half], stage[half:]))
+    flops = executed_flops(config, tokens, work, seq_len=1, pairs=pairs).forward
+    return {
+        "loss": loss / tokens,
+        "mean_depth": recursions / tokens,
+        "flops_per_token": flops / tokens,
+        **{f"gate_{r}": total / count for r, (total, count) in enumerate(gates, start=1) if count},
+    }
 
 
 def perplexity(loss: float) -> float:
@@ -80,8 +109,8 @@ def dataset_losses(
             does.
 
     Returns:
-        `tokens`; for each mode (`topk`, `causal`) `loss_<mode>` in nats per token, `perplexity_<mode>`, and
-        `mean_depth_<mode>` in recursions per token; and `gap`, causal loss minus top-k loss, where both exist.
+        `tokens`; for each mode (`topk`, `causal`) `perplexity_<mode>` and the names of `mean_figures`, such as
+        `loss_<mode>`; and `gap`, causal loss minus top-k loss, where both exist.
 
     Raises:
         DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
@@ -100,11 +129,10 @@ def dataset_losses(
     for mode in modes_of(loaded.model):
         what = f"{Path(prefix).name}, {mode}"
         batches = watch(data.batches(0, 1, batch_size, sequences), total=num_batches, description=what)
-        loss, tokens, recursions = summed_loss(loaded.model, batches, mode, loaded.device).tolist()
-        figures["tokens"] = tokens
-        figures[f"loss_{mode}"] = loss / tokens
-        figures[f"perplexity_{mode}"] = perplexity(loss / tokens)
-        figures[f"mean_depth_{mode}"] = recursions / tokens
+        sums = summed_loss(loaded.model, batches, mode, loaded.device)
+        figures["tokens"] = float(sums[1])
+        figures |= {f"{name}_{mode}": value for name, value in mean_figures(loaded.config, sums).items()}
+        figures[f"perplexity_{mode}"] = perplexity(figures[f"loss_{mode}"])
     if "loss_topk" in figures:
         figures["gap"] = figures["loss_causal"] - figures["loss_topk"]
     return figures

@@ -41,7 +41,7 @@ def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: i
         full_flops += _forward(full, batch)[0]
         for _ in range(rounds):
             ratios.append(_forward(model, batch)[1] / _forward(full, batch)[1])
-        tokens += batch.inputs.numel()
+        tokens += batch.num_tokens
     return {
         "flops_per_token": flops / tokens,
         "full_depth_flops_per_token": full_flops / tokens,
@@ -53,13 +53,12 @@ def measure_savings(model: Transformer, batches: Iterable[MicroBatch], rounds: i
 @torch.no_grad()
 def _forward(model: Transformer, batch: MicroBatch) -> tuple[float, float]:
     """FLOPs executed in a forward pass, and its seconds."""
-    device = model.embed.weight.device
-    inputs, labels = batch.inputs.to(device), batch.labels.to(device)
-    documents = None if batch.documents is None else batch.documents.to(device)
+    arguments = batch.arguments(model.embed.weight.device)
     started = time.perf_counter()
-    out = model(inputs, labels, mode="causal", documents=documents)
+    out = model(**arguments, mode="causal")
     out.loss_sum.item()  # waits for an accelerator to finish
     seconds = time.perf_counter() - started
     work = [] if out.work is None else out.work.tolist()
-    flops = executed_flops(model.config, len(inputs), work, seq_len=inputs.shape[1], pairs=float(out.pairs))
+    shape = batch.inputs.shape
+    flops = executed_flops(model.config, shape[0], work, shape[1], float(out.pairs), batch.num_tokens)
     return flops.forward, seconds

@@ -41,6 +41,8 @@ class DecodingCache:
         for store in self.cache.stores.values():
             for name in ("k", "v", "order", "lengths"):
                 setattr(store, name, getattr(store, name).index_select(0, beams))
+        if self.cache.tokens is not None:
+            self.cache.tokens = self.cache.tokens.index_select(0, beams)
 
 
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -73,15 +73,21 @@ class Flops:
 
 
 def executed_flops(
-    config: Config, num_sequences: float, work: Work, seq_len: int | None = None, pairs: float | None = None
+    config: Config,
+    num_sequences: float,
+    work: Work,
+    seq_len: int | None = None,
+    pairs: float | None = None,
+    tokens: float | None = None,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
+    `tokens` are those of all sequences where some are padded, since padding isn't computed.
     """
     model, layers = config.model, layer_stack(config)
     seq_len = seq_len or config.data.seq_len
-    tokens = num_sequences * seq_len
+    tokens = num_sequences * seq_len if tokens is None else tokens
     num_unshared = layers.num_prelude + layers.num_coda
     projections = num_unshared * tokens * projection_flops(model)
     if pairs is None:

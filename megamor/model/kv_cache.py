@@ -72,7 +72,7 @@ class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
     `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
-    only.
+    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text.
     """
 
     config: ModelConfig
@@ -82,6 +82,7 @@ class KVCache:
     device: torch.device | str = "cpu"
     num_tokens: int = 0
     stores: dict[Hashable, CacheStore] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
     def store(self, key: Hashable) -> CacheStore:
         """The store of an application, created on first use."""

@@ -26,7 +26,7 @@ from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
 from megamor.model.sharing import LayerStack
-from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, TokenSet, build_router
+from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
 
 Blocks = Sequence[Callable[..., Any]]
 """The callables that run the core's blocks in one recursion."""
@@ -77,7 +77,7 @@ class RecursionStage(nn.Module):
         stage_input = rows = stream
         emitted: Tensor | None = None
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
-        work = []
+        work, unused = [], []
         blocks = self.blocks_by_recursion()
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
@@ -90,17 +90,17 @@ class RecursionStage(nn.Module):
                 emitted = plan.tokens.scatter_add(emitted, weighted(mix.emit, y))
             rows = combine(mix, x, y, stage_input, plan)
             stream = plan.tokens.scatter(stream, rows)
-            if plan.idle is not None:
-                idle = plan.idle.tokens
-                stream = idle.scatter(stream, weighted(plan.idle.weight, idle.gather(stream)))
             if len(plan.tokens) == 0 and torch.is_grad_enabled():
                 # `len` is known to the host: the router has already read the size where the set is ragged.
-                stream = self.touch_core(recursion, stream, geometry, blocks[recursion])
+                unused.append(recursion)
+            add_gates(session, recursion, mix, y)
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             pairs = geometry.visible_pairs(plan.tokens, keys)
             work.append(torch.stack((torch.full_like(pairs, len(plan.tokens)), pairs)))
-        result = stream if emitted is None else emitted
+        result = session.finish(stream if emitted is None else emitted)
+        for recursion in unused:
+            result = self.touch_core(recursion, result, geometry, blocks[recursion])
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
 
     def blocks_by_recursion(self) -> list[Blocks]:
@@ -161,6 +161,14 @@ def weighted(weight: Tensor | float, values: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.unsqueeze(-1) * values
     return values if weight == 1.0 else weight * values
+
+
+def add_gates(session: RoutingSession, recursion: int, mix: Mix, y: Tensor) -> None:
+    """Report the mean weight of the core's output y [N, dim], unless the router has reported its gates itself."""
+    name, weight = f"gate_{recursion + 1}", mix.from_core if mix.emit is None else mix.emit
+    if name not in session.ratios:
+        weights = weight if isinstance(weight, Tensor) else torch.full((len(y),), weight or 0.0, device=y.device)
+        session.add_ratio(name, weights.sum(), len(y))
 
 
 def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPlan) -> Tensor:

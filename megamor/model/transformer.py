@@ -28,6 +28,7 @@ from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
+from megamor.routing.random import text_keys
 
 
 class ModelOutput(NamedTuple):
@@ -57,12 +58,14 @@ class ParallelPlan:
 
     `units` are modules to shard as one group each, in forward order. The shared core is one of them, so that its
     weights are gathered once per pass; embedding and final norm stay with the root. `shared_core` is the module whose
-    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one.
+    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
+    `router` computes with fp32 weights whatever the precision.
     """
 
     units: list[nn.Module]
     shared_core: nn.Module | None = None
     compile_targets: list[nn.Module] = field(default_factory=list)
+    router: nn.Module | None = None
 
 
 class Transformer(nn.Module):
@@ -89,6 +92,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         bounds: DepthBounds | None = None,
         lengths: tuple[int, ...] | None = None,
+        first_sequence: int = 0,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -97,7 +101,8 @@ class Transformer(nn.Module):
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
         token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
-        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything.
+        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
+        the number of the first sequence in the batch of the step, over all ranks and micro-batches.
         """
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
@@ -110,9 +115,18 @@ class Transformer(nn.Module):
         x = self.run_unshared("prelude", self.embed(window.unpad(inputs)), geometry, cache)
         routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
-            whole = everything if lengths is not None else None
-            batch, seq_len = everything.batch, everything.seq_len
-            context = RoutingContext(batch, seq_len, mode, step, geometry.positions, bounds, whole)
+            context = RoutingContext(
+                inputs.shape[0],
+                inputs.shape[1],
+                mode,
+                step,
+                geometry.positions,
+                bounds,
+                everything if lengths is not None else None,
+                self.config.run.seed,
+                first_sequence,
+                self.text_keys(inputs, geometry, cache) if self.stage.router.reads_text and mode != "train" else None,
+            )
             routed = self.stage(x, geometry, context, cache)
         x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))
         if cache is not None:
@@ -130,6 +144,16 @@ class Transformer(nn.Module):
         depth = None if routed.depth is None else window.pad(routed.depth, -1)
         _, losses, ratios, totals, _, work = routed
         return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
+
+    def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+        """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
+        if cache is None:
+            rows = geometry.everything.rows(inputs.device)
+            order = geometry.order if geometry.begins is None else rows - geometry.begins
+            return text_keys(geometry.window.unpad(inputs), order)
+        whole = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
+        order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
+        return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
 
     def run_nothing(self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int) -> ModelOutput:
         """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
@@ -195,7 +219,8 @@ class Transformer(nn.Module):
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         core_blocks = [] if self.stage is None else list(self.stage.blocks)
         blocks = [*self.prelude, *core_blocks, *self.coda]
-        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks)
+        router = None if self.stage is None else self.stage.router
+        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks, router)
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding (tied with the head) included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +23,8 @@ class ModelStructure(Protocol):
     """What a model says about its own structure, in forward order.
 
     `units` are sharded and gathered as a whole; the shared core is one of them, however often its forward pass loops.
-    Parameters outside every unit (embedding with its tied head, final norm, routers) belong to the root.
-    `compile_targets` can be compiled one by one.
+    Parameters outside every unit (embedding with its tied head, final norm) belong to the root. `compile_targets` can
+    be compiled one by one. The `router` computes with fp32 weights whatever the precision.
     """
 
     @property
@@ -35,6 +35,9 @@ class ModelStructure(Protocol):
 
     @property
     def compile_targets(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def router(self) -> nn.Module | None: ...
 
 
 class Backend:
@@ -117,6 +120,14 @@ class Backend:
             CheckpointError: the state belongs to another model, or has no optimizer state.
         """
         load_state(directory, self.module, self.optimizer)
+
+
+def set_originals(router: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the modules of `router` the fp32 `values` of their parameters, by name in `router`, to compute with."""
+    for path, module in router.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        prefix = f"{path}." if path else ""
+        module.originals = {name: values[prefix + name] for name in names}
 
 
 def set_group_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

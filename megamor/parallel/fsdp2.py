@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from megamor.config import Config
-from megamor.parallel.backend import Backend, ModelStructure
+from megamor.parallel.backend import Backend, ModelStructure, set_originals
 
 
 def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
@@ -44,7 +46,29 @@ class Fsdp2Backend(Backend):
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         mesh = self.mesh(config.parallel.shard_degree)
         shard(model, plan, mesh, self.precision, config.parallel.reshard_after_forward)
-        return model.to(self.device)
+        # What FSDP2 gathers for a forward pass is bf16.
+        self.router = plan.router if self.precision == "bf16" else None
+        model = model.to(self.device)
+        self.gather_originals()
+        return model
+
+    def gather_originals(self) -> None:
+        """Gather the router's fp32 weights, which are few. Collective."""
+        if self.router is None:
+            return
+        weights = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
+        set_originals(
+            self.router, {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+        )
+
+    def step(self, max_grad_norm: float) -> Tensor:
+        norm = super().step(max_grad_norm)
+        self.gather_originals()
+        return norm
+
+    def load(self, directory: Path) -> None:
+        super().load(directory)
+        self.gather_originals()
 
     def mesh(self, shard_degree: int | None) -> DeviceMesh:
         """All ranks in one dimension. With `shard_degree` (HSDP) two: shard along rows, replicate along columns."""

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from megamor.checkpoint.state import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state
 from megamor.config import Config
-from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure, allocate_optimizer_state, clip_gradients
+from megamor.parallel.backend import (
+    Backend,
+    BuildOptimizer,
+    ModelStructure,
+    allocate_optimizer_state,
+    clip_gradients,
+    set_originals,
+)
 from megamor.parallel.mesh import World
 from megamor.parallel.slices import Slices, boxes_of_range
 from megamor.parallel.zero_config import engine_config
@@ -55,6 +62,8 @@ class ZeroBackend(Backend):
             # gathered whole before its forward pass, once, however often its blocks run.
             deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
         self.module = model.to(world.device)
+        self.router = plan.router if self.stage > 0 and config.train.precision == "bf16" else None
+        drawn = {} if self.router is None else {n: p.detach().clone() for n, p in self.router.named_parameters()}
         optimizer = build_optimizer(self.module)
         with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -64,6 +73,9 @@ class ZeroBackend(Backend):
         if self.stage == 0:
             allocate_optimizer_state(self.optimizer)
         self.state = ZeroState(self.module, self.optimizer, self.stage) if self.stage > 0 else None
+        if self.router is not None and self.state is not None:
+            self.state.fill(self.router, drawn)  # the engine's fp32 weights are copies of its bf16 ones
+        self.gather_originals()
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
@@ -90,10 +102,10 @@ class ZeroBackend(Backend):
             for partition in zero.fp32_partitioned_groups_flat:
                 if partition.grad is not None:  # with an offloaded optimizer
                     partition.grad.zero_()
-        elif hasattr(
-            zero, "averaged_gradients"
-        ):  # after a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them
+        elif hasattr(zero, "averaged_gradients"):
+            # After a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        self.gather_originals()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 
@@ -107,6 +119,12 @@ class ZeroBackend(Backend):
         tensors = self.tensors()
         read_state(directory, tensors)
         self.state.after_reading(tensors)
+        self.gather_originals()
+
+    def gather_originals(self) -> None:
+        """Gather the router's fp32 weights, which the engine's forward pass has in bf16. Collective."""
+        if self.router is not None and self.state is not None:
+            set_originals(self.router, self.state.whole(self.router))
 
 
 class ZeroState:
@@ -137,6 +155,27 @@ class ZeroState:
             # The engine has one count for all; the common format has one for each parameter.
             found[f"{OPTIMIZER_PREFIX}state.{name}.step"] = step.clone()
         return found
+
+    def whole(self, part: nn.Module) -> dict[str, Tensor]:
+        """The fp32 weights of `part`, a module of the model, by name. Collective."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in part.named_parameters()}
+        flat = {name: torch.zeros(shapes[name].numel(), device=p.device) for name, p in part.named_parameters()}
+        for name, parameter in part.named_parameters():
+            for start, values in self._held_ranges(parameter, None):
+                flat[name][start : start + values.numel()] = values.detach()
+        if not flat:
+            return {}
+        # Each element is held by one rank, so a sum over the ranks gathers them, in one reduction.
+        together = torch.cat([*flat.values()])
+        dist.all_reduce(together)
+        parts = torch.split(together, [len(values) for values in flat.values()])
+        return {name: values.view(shapes[name]) for name, values in zip(flat, parts, strict=True)}
+
+    def fill(self, part: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Set what this rank holds of the fp32 weights of `part`, a module of the model, by name."""
+        for name, parameter in part.named_parameters():
+            for start, values in self._held_ranges(parameter, None):
+                values.detach().copy_(weights[name].flatten()[start : start + values.numel()])
 
     def after_reading(self, tensors: dict[str, Tensor]) -> None:
         """Bring the engine in line with what was read into `tensors()`: step counts and the model's own weights."""

@@ -4,6 +4,11 @@ Each recursion keeps an exponential moving average of the score that its fractio
 selects the tokens that score higher. A token's selection depends only on its own score and on the history of the run.
 The rule is therefore causal and needs no auxiliary loss; the number of selected tokens varies around the capacity
 (after arXiv 2603.11535, which proposes it for experts).
+
+Early in a run, all scores move together, by more in a step than they differ between tokens. The average therefore
+follows quickly at first and only reaches its decay after hundreds of steps. What lag remains would make shares too
+large while scores rise and too small while they fall. So a step that selected too few tokens reports a lower quantile
+than the capacity's, and one that selected too many a higher one.
 """
 
 from __future__ import annotations
@@ -16,9 +21,15 @@ from megamor.routing.plan import RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, RoutingContext
 from megamor.routing.scored import ScoredRouter, ScoredSession
 
+WARM_UP = 24
+"""The n-th average is over about the last 1 + n / WARM_UP steps, until `ema_decay` is reached."""
+FEEDBACK = 1.5
+"""By how much the reported quantile's fraction changes for a share that is wrong by one."""
+
 
 class EmaThresholdRouter(ScoredRouter):
-    """`quantiles` [Nr] is the (biased) moving average, `num_updates` [Nr] the number of steps that entered it."""
+    """`quantiles` [Nr] is the moving average times 1 - decay^n, where `num_updates` [Nr] is n, the number of steps that
+    entered it."""
 
     causal_in_training = True
     inference_rule = InferenceRule("ema_threshold", score="router")
@@ -35,18 +46,21 @@ class EmaThresholdRouter(ScoredRouter):
         return EmaThresholdSession(self, context)
 
     def threshold(self, recursion: int) -> Tensor:
-        """The average, corrected for its start at 0 as in Adam; 0 before the first update."""
+        """The average; 0 before the first update."""
         seen = 1 - self.config.ema_decay ** self.num_updates[recursion]
         return self.quantiles[recursion] / seen.clamp_min(torch.finfo(seen.dtype).tiny)
 
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
-        """Move each average towards the mean quantile of the step's micro-batches on all ranks."""
+        """Move each average towards the mean quantile of the step's micro-batches on all ranks, weighted by tokens."""
         # A recursion that no token reached in this step has no quantile: its average and count stay.
         found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
-        decay = torch.where(count > 0, self.config.ema_decay, 1.0)
-        self.quantiles.copy_(decay * self.quantiles + (1 - decay) * found / count.clamp_min(1))
+        average = torch.stack([self.threshold(recursion) for recursion in range(self.num_recursions)])
+        decay = (self.num_updates / (self.num_updates + WARM_UP)).clamp_max(self.config.ema_decay)
+        mean = found / torch.where(count > 0, count, 1.0)
+        average = torch.where(count > 0, decay * average + (1 - decay) * mean, average)
         self.num_updates += (count > 0).to(self.num_updates)
+        self.quantiles.copy_(average * (1 - self.config.ema_decay**self.num_updates))
 
 
 class EmaThresholdSession(ScoredSession):
@@ -69,10 +83,11 @@ class EmaThresholdSession(ScoredSession):
         fraction = capacity[recursion] / (capacity[recursion - 1] if recursion else 1.0)
         if fraction >= 1.0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
+        chosen = z.detach() > self.router.threshold(recursion)
         if self.context.mode == "train" and z.numel():
             # Gathered for the threshold of the next step; this step selects by the past alone, which keeps it causal.
-            rank = min(z.numel(), max(1, round((1 - fraction) * z.numel())))
-            self.totals["threshold_quantiles"][recursion] = z.detach().kthvalue(rank).values
-            self.totals["threshold_batches"][recursion] = 1
-        chosen = z.detach() > self.router.threshold(recursion)
+            lower = (1 - fraction + FEEDBACK * (chosen.double().mean() - fraction)).clamp(0.0, 1.0)
+            rank = (lower * len(z)).round().long().clamp(1, len(z))
+            self.totals["threshold_quantiles"][recursion] = z.detach().sort().values[rank - 1] * self.context.fill
+            self.totals["threshold_batches"][recursion] = self.context.fill
         return self.router.plan(z, *candidates.where(self.bounded(recursion, chosen, candidates)))

@@ -109,7 +109,7 @@ class ExpertChoiceSession(ScoredSession):
 
     def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor, candidates: TokenSet) -> None:
         """BCE of the predictor against the selection `chosen` [N] (mean over the candidates), and the z-loss."""
-        weights = self.weights(candidates)
+        weights = self.weights(candidates, z.dtype)
         reduction = "mean" if weights is None else "sum"
         bce = F.binary_cross_entropy_with_logits(predictor, chosen, weights, reduction=reduction)
         if self.router.aux_router is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megamor.config import HaltingConfig
-from megamor.routing.heads import RouterLinear
+from megamor.routing.heads import RouterLinear, full_precision
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
@@ -66,7 +66,9 @@ class HaltingSession(RoutingSession):
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Emit p_n·s_n, once the core's output s_n is known."""
         tokens = plan.tokens
-        halting = torch.sigmoid(self.router.head(core_output).squeeze(-1) + self.router.bias.to(self.spent.dtype))
+        halting = torch.sigmoid(
+            self.router.head(core_output).squeeze(-1) + full_precision(self.router, "bias", self.spent.dtype)
+        )
         spent, halted = tokens.gather(self.spent), tokens.gather(self.halted)
         last = recursion == self.router.num_recursions - 1
         ends = ~halted & (~self.continues(recursion, spent + halting, tokens) | last)
@@ -76,7 +78,7 @@ class HaltingSession(RoutingSession):
         # The mean over all tokens of the number of updates (a constant) plus the remainder.
         self.ponder = self.ponder + ((~halted).sum() + (weight * ends).sum()) / len(self.spent)
         if last:
-            self.add_ratio("ponder_cost", self.ponder, 1.0)
+            self.add_ratio("ponder_cost", self.ponder * self.context.fill, self.context.fill)
             if self.context.mode == "train":
                 self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)
         return Mix(from_core=1.0, emit=weight)

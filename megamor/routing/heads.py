@@ -10,6 +10,15 @@ from megamor.config.derive import HIDDEN_MULTIPLIER
 from megamor.config.routers import RouterHead
 
 
+def full_precision(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """The parameter `name` of `module` in `dtype`, and with the value of its fp32 original where a backend computes in
+    bf16 copies. Backends keep originals in the module's attribute `originals`, a dictionary by name."""
+    weight: Tensor = getattr(module, name)
+    original: Tensor | None = getattr(module, "originals", {}).get(name)
+    # The copy adds zero, and the path for the gradient.
+    return weight.to(dtype) if original is None else original + (weight - weight.detach()).to(dtype)
+
+
 class RouterLinear(nn.Linear):
     """Linear layer without bias that always computes in fp32 (fp64 for fp64 inputs)."""
 
@@ -21,7 +30,7 @@ class RouterLinear(nn.Linear):
         # Routing compares scores, and bf16 would flip near ties.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return F.linear(x.to(dtype), full_precision(self, "weight", dtype))
 
 
 class MLPHead(nn.Module):

@@ -215,22 +215,12 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Tokens whose rows of the stream are multiplied by `weight` [n], which is one in value but carries a gradient."""
-
-    tokens: TokenSet
-    weight: Tensor
-
-
-@dataclass(frozen=True)
 class RoutingPlan:
     """One recursion: the tokens that the core processes, and how the result is combined.
 
-    `indices` [N] are the tokens' indices in the candidates' rows; None means that all candidates are selected. `idle`
-    are candidates that were not selected, if the router learns from that decision too.
+    `indices` [N] are the tokens' indices in the candidates' rows; None means that all candidates are selected.
     """
 
     tokens: TokenSet
     indices: Tensor | None
     mix: Mix
-    idle: Idle | None = None

@@ -57,9 +57,12 @@ class DepthBounds(NamedTuple):
 class RoutingContext:
     """What a router may know about the forward pass. `step` is the optimizer step (0-based), which drives warm-ups.
 
-    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many as it says (`seq_len` is
-    then the longest). `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
-    `bounds` apply in the causal mode.
+    The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many of these as are no padding.
+    `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
+    `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
+    batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
+    `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
+    (`Router.reads_text`).
     """
 
     batch: int
@@ -69,11 +72,19 @@ class RoutingContext:
     positions: Tensor | None = None
     bounds: DepthBounds | None = None
     whole: TokenSet | None = None
+    seed: int = 0
+    first_sequence: int = 0
+    text: Tensor | None = None
 
     @property
     def everything(self) -> TokenSet:
         """Every token of the stream."""
         return TokenSet.all(self.batch, self.seq_len) if self.whole is None else self.whole
+
+    @property
+    def fill(self) -> float:
+        """Fraction of the positions that hold a token: what a statistic of this micro-batch weighs beside others."""
+        return len(self.everything) / (self.batch * self.seq_len)
 
     def positions_of(self, device: torch.device) -> Tensor:
         """Positions of all tokens [T]."""
@@ -105,6 +116,10 @@ class RoutingSession(ABC):
         """Combination weights, once the core's output [N, d] for `plan.tokens` is known."""
         return plan.mix
 
+    def finish(self, result: Tensor) -> Tensor:
+        """The stage's result [B·S, d], to which a router may add gradients of its own."""
+        return result
+
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
 
@@ -132,8 +147,8 @@ class RoutingSession(ABC):
             return candidates, None
         return candidates.where(candidates.gather(bounds.most) > recursion)
 
-    def weights(self, tokens: TokenSet) -> Tensor | None:
-        """Weights [N] of `tokens` in a mean over them; None if all have the same.
+    def weights(self, tokens: TokenSet, dtype: torch.dtype) -> Tensor | None:
+        """Weights [N] of `tokens` in a mean over them, in `dtype`; None if all have the same.
 
         Where sequences have different numbers of tokens, the mean is that of the sequences' own means, each weighted by
         the length of the sequence. It then doesn't depend on which sequences share a micro-batch.
@@ -142,8 +157,8 @@ class RoutingSession(ABC):
             return None
         whole = self.context.everything
         lengths = whole.lengths if whole.lengths is not None else torch.full_like(tokens.lengths, whole.max_length)
-        shares = lengths / (len(whole) * tokens.lengths.clamp_min(1))
-        return shares[tokens.sequences(shares.device)]
+        shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
+        return shares.to(dtype)[tokens.sequences(shares.device)]
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
@@ -165,6 +180,8 @@ class Router(nn.Module, ABC):
     """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
 
     causal_in_training: bool = False
+    reads_text: bool = False
+    """Whether the inference rule needs `RoutingContext.text`."""
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()

@@ -55,6 +55,6 @@ class ScoredSession(RoutingSession):
         """Mean of z² over the candidates, which keeps scores small; off unless it has a coefficient."""
         coeff = self.router.config.z_coeff
         if coeff and self.context.mode == "train" and z.numel():
-            weights = self.weights(candidates)
+            weights = self.weights(candidates, z.dtype)
             mean = z.square().mean() if weights is None else (weights * z.square()).sum()
             self.add_loss("z_loss", coeff * mean)

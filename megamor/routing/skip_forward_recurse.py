@@ -1,35 +1,51 @@
 """Skip, forward or recurse: before each recursion a token chooses one of three actions, with gradients through it.
 
 skip: leave without taking the recursion (cost 0). forward: take it and leave (cost 1). recurse: take it and decide
-again (cost 1 so far). Training samples the choice with straight-through Gumbel-softmax (arXiv 1611.01144); inference
-takes the most probable one. The penalty is on the *expected* depth under the probabilities, which is differentiable, so
-depth can be traded against loss or held at a target.
+again (cost 1 so far). Training samples the choice with the Gumbel-max trick; inference takes the most probable one.
+
+The result of a token is that of the sampled path. Its gradient is that of the mixture over the points at which the
+token could have stopped and that were computed: with the relaxed probabilities P of Gumbel-softmax (arXiv 1611.01144),
+stopping before a recursion weighs P_skip, after it P_forward, and everything later P_recurse.
+
+The penalty is on the *expected* depth under the probabilities, which is differentiable, so depth can be traded against
+loss or held at a target. The most probable choices have another mean depth. With a target, training therefore measures
+the depth of the inference rule too, and shifts the logits of that rule until it is at the target.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megamor.config import SkipForwardRecurseConfig
 from megamor.routing.heads import MLPHead
-from megamor.routing.plan import Idle, Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 SKIP, FORWARD, RECURSE = 0, 1, 2
+SAMPLED, LIKELIEST = 0, 1
+SHIFT_RATE = 0.3
+"""Change of a shift for a depth that is wrong by 1, in standard deviations of the difference of logits."""
 
 
 class SkipForwardRecurseRouter(Router):
-    """One network d → hidden → 3 for all recursions."""
+    """One network d → hidden → 3 for all recursions.
+
+    `shifts` [2], with a target depth, are what is added to the logit of recursing and subtracted from that of skipping:
+    where the choice is sampled, and where it is the most probable one.
+    """
 
     causal_in_training = True
     inference_rule = InferenceRule("argmax_choice", score="router")
+    shifts: Tensor | None
 
     def __init__(self, config: SkipForwardRecurseConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
         self.head: nn.Module = MLPHead(dim, 3, config.hidden)
+        self.register_buffer("shifts", None if config.target_depth is None else torch.zeros(2))
 
     def begin(self, rows: Tensor, context: RoutingContext) -> SkipForwardRecurseSession:
         """Draw the noise of all decisions at once, so that a token's noise does not depend on other tokens' choices."""
@@ -41,11 +57,38 @@ class SkipForwardRecurseRouter(Router):
         done = min(1.0, step / config.temperature_steps)
         return config.temperature_start + done * (config.temperature_end - config.temperature_start)
 
+    def shifted(self, logits: Tensor, rule: int) -> Tensor:
+        """`logits` [N, 3] under the shift of `rule`, SAMPLED or LIKELIEST."""
+        if self.shifts is None:
+            return logits
+        return logits + self.shifts[rule] * torch.arange(-1.0, 2.0, device=logits.device)
+
+    @torch.no_grad()
+    def update(self, totals: dict[str, Tensor]) -> None:
+        """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
+        if self.shifts is None:
+            return
+        assert self.config.target_depth is not None
+        number, total, squares, expected = totals["margins"]
+        depth, reach = torch.zeros_like(number), torch.ones_like(number)
+        for deciding, taking, recursing in totals["causal_choices"].unbind():
+            # Where no sample has followed the rule, tokens that arrive are taken to stop after one more recursion.
+            known = deciding > 0
+            depth = depth + reach * torch.where(known, taking / deciding, 1.0)
+            reach = reach * torch.where(known, recursing / deciding, 0.0)
+        variance = squares / number - (total / number).square()
+        # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
+        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
+        errors = self.config.target_depth - torch.stack((expected / number, depth))
+        self.shifts += (SHIFT_RATE * scale * errors).to(self.shifts)
+
 
 class SkipForwardRecurseSession(RoutingSession):
     """Decisions during one forward pass.
 
-    `recursing` [T] says which tokens decide again; `reach` is the mean probability of reaching the next decision.
+    `recursing` [T] says which tokens decide again; `reach` is the mean probability of reaching the next decision. In
+    training, `arriving` [T] is each token's relaxed probability of what it has sampled so far, and `likely` [T] the
+    weight with which it stands for tokens that follow the inference rule: 0, or 1 over the probability of its path.
     """
 
     per_row = ("recursing",)
@@ -58,9 +101,14 @@ class SkipForwardRecurseSession(RoutingSession):
         self.reach = torch.ones((), dtype=dtype, device=rows.device)
         self.expected_depth = torch.zeros((), dtype=dtype, device=rows.device)
         self.noise: Tensor | None = None
+        # (tokens, weight [n] in the mixture, their state there [n, d]) of every point at which a token could stop.
+        self.stops: list[tuple[TokenSet, Tensor, Tensor]] = []
         if context.mode == "train":
             uniform = torch.rand(router.num_recursions, len(rows), 3, dtype=dtype, device=rows.device)
             self.noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+            self.arriving = self.likely = torch.ones(len(rows), dtype=dtype, device=rows.device)
+            if router.shifts is not None:
+                self.totals["causal_choices"] = torch.zeros(router.num_recursions, 3, dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Decide for the candidates that chose to recurse; select those that do not skip."""
@@ -69,31 +117,45 @@ class SkipForwardRecurseSession(RoutingSession):
             deciding, deciding_indices = candidates.where(candidates.gather(self.recursing))
             rows = rows.index_select(0, deciding_indices)
         logits = self.router.head(rows)
-        probabilities, choice, chosen = self.choose(recursion, logits, deciding)
+        sampled = self.router.shifted(logits, SAMPLED)
+        probabilities = sampled.softmax(-1)
         self.add_expected_depth(recursion, probabilities)
+        if self.noise is None:
+            choice = self.bound_choice(recursion, self.router.shifted(logits, LIKELIEST).argmax(-1), deciding)
+        else:
+            noisy = sampled + deciding.gather(self.noise[recursion])
+            choice = noisy.argmax(-1)
+            self.measure(recursion, logits, probabilities, choice, deciding)
+            relaxed = (noisy / self.router.temperature(self.context.step)).softmax(-1)
+            relaxed = relaxed * deciding.gather(self.arriving).unsqueeze(-1)
+            self.stops.append((deciding, relaxed[:, SKIP], rows.detach()))
+            self.arriving = deciding.scatter(self.arriving, relaxed[:, RECURSE])
+            last = recursion == self.router.num_recursions - 1  # where recursing is another word for stopping
+            self.leaving = relaxed[:, FORWARD] + (relaxed[:, RECURSE] if last else 0.0)
 
-        applies = choice != SKIP
-        tokens, indices = deciding.where(applies)
-        skipping, skipping_indices = deciding.where(~applies)
+        tokens, indices = deciding.where(choice != SKIP)
+        if self.noise is not None:
+            self.leaving = self.leaving.index_select(0, indices)
         self.recursing = deciding.scatter(self.recursing, choice == RECURSE)
-        # In value, a selected row becomes the core's output and a skipping row stays unchanged. The one-hot weights
-        # carry the gradient of the choice; for skipping tokens `Idle` does.
-        mix = Mix(from_core=chosen[:, FORWARD:].sum(-1)[indices], from_stream=chosen[indices, SKIP])
-        idle = Idle(skipping, chosen[skipping_indices, SKIP])
         if deciding_indices is not None:
             indices = deciding_indices[indices]
-        return RoutingPlan(tokens, indices, mix, idle)
+        return RoutingPlan(tokens, indices, Mix())
 
-    def choose(self, recursion: int, logits: Tensor, deciding: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities [N, 3], choice [N], and one-hot choice [N, 3] with the gradient of the tempered softmax."""
-        probabilities = logits.softmax(-1)
-        if self.noise is None:
-            choice = self.bound_choice(recursion, logits.argmax(-1), deciding)
-            return probabilities, choice, F.one_hot(choice, 3).to(logits.dtype)
-        noisy = (logits + deciding.gather(self.noise[recursion])) / self.router.temperature(self.context.step)
-        soft = noisy.softmax(-1)
-        choice = noisy.argmax(-1)
-        return probabilities, choice, F.one_hot(choice, 3).to(soft.dtype) + soft - soft.detach()
+    def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
+        """The core's output replaces the stream."""
+        if self.noise is not None:
+            self.stops.append((plan.tokens, self.leaving, core_output.detach()))
+        return plan.mix
+
+    def finish(self, result: Tensor) -> Tensor:
+        """`result`, unchanged in value, with the gradient of the mixture for the router."""
+        sampled = result.detach()
+        for tokens, weight, states in self.stops:
+            # Points that were not computed count as if they had the sampled value. So only differences to it matter:
+            # with weights for the states themselves, a point would seem good or bad for what all points have in common.
+            difference = states - tokens.gather(sampled)
+            result = tokens.scatter_add(result, (weight - weight.detach()).unsqueeze(-1) * difference)
+        return result
 
     def bound_choice(self, recursion: int, choice: Tensor, deciding: TokenSet) -> Tensor:
         """`choice` [N] corrected by the bounds on each token's depth."""
@@ -102,6 +164,25 @@ class SkipForwardRecurseSession(RoutingSession):
             return choice
         choice = torch.where(self.bounded(recursion, choice != SKIP, deciding), choice.clamp_min(FORWARD), SKIP)
         return torch.where(deciding.gather(bounds.least) > recursion + 1, RECURSE, choice)
+
+    @torch.no_grad()
+    def measure(
+        self, recursion: int, logits: Tensor, probabilities: Tensor, choice: Tensor, deciding: TokenSet
+    ) -> None:
+        """Count what the inference rule would have chosen, for `SkipForwardRecurseRouter.update`."""
+        if self.router.shifts is None:
+            return
+        # Only tokens whose sampled path is that of the rule so far know its states. Each of them stands for those whose
+        # sample left the path: it counts 1 / (its probability of staying on it).
+        likeliest, weight = self.router.shifted(logits, LIKELIEST).argmax(-1), deciding.gather(self.likely)
+        marks = torch.stack((torch.ones_like(weight), likeliest != SKIP, likeliest == RECURSE), dim=1)
+        self.totals["causal_choices"][recursion] = (weight.unsqueeze(1) * marks).sum(0)
+        stays = (likeliest == RECURSE) & (choice == RECURSE)
+        self.likely = deciding.scatter(self.likely, torch.where(stays, weight / probabilities[:, RECURSE], 0.0))
+        if recursion == 0:
+            margin = (logits[:, RECURSE] - logits[:, SKIP]) / 2
+            zero, one = torch.zeros_like(margin), torch.ones_like(margin)
+            self.totals["margins"] = torch.stack((one, margin, margin.square(), zero)).sum(1)
 
     def add_expected_depth(self, recursion: int, probabilities: Tensor) -> None:
         """Add recursion r's term of the expected depth a_0 + b_0·(a_1 + b_1·(a_2 + …)); after the last, the loss.
@@ -118,4 +199,6 @@ class SkipForwardRecurseSession(RoutingSession):
             if config.target_depth is not None:
                 penalty = (self.expected_depth - config.target_depth).square()
             self.add_loss("depth_loss", config.depth_coeff * penalty)
-            self.add_ratio("expected_depth", self.expected_depth, 1.0)
+            if "margins" in self.totals:
+                self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)
+            self.add_ratio("expected_depth", self.expected_depth * self.context.fill, self.context.fill)

@@ -38,7 +38,8 @@ class TokenChoiceRouter(Router):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Loss-free balancing: raise the bias of depths below the mean load, lower the others."""
-        if self.config.balancing == "loss_free":
+        # During the balance warm-up nothing is counted: all tokens take full depth, whatever they would choose.
+        if self.config.balancing == "loss_free" and "depth_choices" in totals:
             load = totals["depth_choices"]
             self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
 
@@ -61,7 +62,8 @@ class TokenChoiceSession(RoutingSession):
         biased = scores + router.bias if config.balancing == "loss_free" else scores
         # The bias balances the choice of depths. The gate is the unbiased score, so the bias does not scale the output.
         self.depth = self.allowed(biased.detach()).argmax(-1)
-        if context.mode == "train" and context.step < config.balance_warmup_steps:
+        warming_up = context.mode == "train" and context.step < config.balance_warmup_steps
+        if warming_up:
             self.depth = torch.full_like(self.depth, router.num_recursions - 1)
         self.gate = scores.gather(-1, self.depth.unsqueeze(-1)).squeeze(-1)
         if config.gating == "additive":
@@ -72,7 +74,10 @@ class TokenChoiceSession(RoutingSession):
         # otherwise cause.
         lengths = context.everything.number_in(self.reaching)
         self.sizes: Incoming | None = Incoming(torch.stack((lengths.sum(0), lengths.amax(0)), dim=1))
-        self.add_balance(router, scores)
+        if context.mode == "train" and config.z_coeff:
+            self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())
+        if not warming_up:
+            self.add_balance(router, scores)
 
     def allowed(self, scores: Tensor) -> Tensor:
         """`scores` [N, Nr] with -inf at depths out of bounds."""
@@ -99,19 +104,16 @@ class TokenChoiceSession(RoutingSession):
         # Ungated until the last recursion: a token of depth i leaves with x_in + gate · f^(i+1)(x_in).
         leaving = (tokens.gather(self.depth) == recursion).to(self.gate.dtype)
         gate = tokens.gather(self.gate)
+        self.add_ratio(f"gate_{recursion + 1}", (leaving * gate).sum(), leaving.sum())
         return RoutingPlan(tokens, indices, Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving)))
 
     def add_balance(self, router: TokenChoiceRouter, scores: Tensor) -> None:
-        """Balance loss, z-loss and load statistics."""
+        """Balance loss and load statistics."""
         config, num_depths = router.config, router.num_recursions
         counts = self.reaching.sum(0)
         load = (counts - F.pad(counts[1:], (0, 1))).to(scores.dtype)
         self.totals["depth_choices"] = load
-        if self.context.mode != "train":
-            return
-        if config.balancing == "loss":
+        if config.balancing == "loss" and self.context.mode == "train":
             # The counts have no gradient; it flows through the mean scores alone.
             frequency = num_depths * load / self.depth.numel()
             self.add_loss("balance_loss", config.balance_coeff * (frequency * scores.mean(0)).sum())
-        if config.z_coeff:
-            self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megamor.config import Config
-from megamor.config.derive import Consumed, total_steps
+from megamor.config.derive import Consumed, is_estimate, total_steps
 from megamor.model.flops import expected_steps
 from megamor.optim import lr_multiplier, lr_multiplier_of_budget
 
@@ -23,6 +23,11 @@ class Budget:
         """Whether the FLOPs of a step must be known before the next one begins."""
         return self.config.train.max_flops is not None
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether only the run itself shows which step is the last: padding isn't known beforehand either."""
+        return is_estimate(self.config)
+
     def is_spent(self, done: Consumed) -> bool:
         """Whether the run is complete."""
         train = self.config.train
@@ -34,14 +39,16 @@ class Budget:
         return done.step >= train.max_steps
 
     def total_steps(self, done: Consumed) -> int:
-        """The step that completes the run; with `max_flops` an estimate."""
+        """The step that completes the run; an estimate if it is open-ended."""
         return expected_steps(self.config, done)
 
     def lr(self, done: Consumed) -> float:
         """Learning rate of the step after `done`."""
-        optim = self.config.optim
+        optim, max_tokens = self.config.optim, self.config.train.max_tokens
         if self.config.train.max_flops is not None:
             return optim.lr * lr_multiplier_of_budget(done.step, done.flops / self.config.train.max_flops, optim)
+        if max_tokens is not None and self.open_ended:
+            return optim.lr * lr_multiplier_of_budget(done.step, done.tokens_seen / max_tokens, optim)
         steps = total_steps(self.config, done)
         assert steps is not None
         return optim.lr * lr_multiplier(done.step, optim, steps)

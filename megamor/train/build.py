@@ -108,7 +108,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
         begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
         lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
         print("\n".join(lines), flush=True)
-    if progress.step < config.optim.warmup_steps and not budget.needs_flops:
+    if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
     evaluated_step = from_first_rank(
         lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0

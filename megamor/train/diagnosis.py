@@ -15,7 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamor.config import Alarm, Config, CustomRouterConfig, HaltingConfig, SkipForwardRecurseConfig, TokenChoiceConfig
+from megamor.config import (
+    Alarm,
+    Config,
+    CustomRouterConfig,
+    FixedDepthConfig,
+    HaltingConfig,
+    RandomConfig,
+    SkipForwardRecurseConfig,
+    TokenChoiceConfig,
+)
 from megamor.data.loader import MicroBatch
 from megamor.errors import TrainingError
 from megamor.model.loss import IGNORE
@@ -54,7 +63,11 @@ class Diagnosis:
             "exploding_norm": self.config.exploding_norm,
         }
         self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
-        watched = router if self.actions["dead_router"] != "off" else None
+        # Controls have nothing to learn: no gradient reaches them, or whatever does is not what they are there for.
+        learns = not isinstance(config.router, FixedDepthConfig | RandomConfig)
+        watched = router if self.actions["dead_router"] != "off" and learns else None
+        # All tokens take full depth until then, by order.
+        self.free_after = config.router.balance_warmup_steps if isinstance(config.router, TokenChoiceConfig) else 0
         self.gradient = None if watched is None else ScoreGradient(watched, device)
         self.tokens = TokenCounts(config.model.vocab_size) if self.actions["unigram_plateau"] != "off" else None
         self.in_a_row = dict.fromkeys(ADVICE, 0)
@@ -74,7 +87,7 @@ class Diagnosis:
             return []
         dead = self.gradient is not None and summary.score_gradient == 0.0
         self._note("dead_router", step, dead, f"gradient 0 in {self.config.steps} steps")
-        pinned = self._pinned(summary)
+        pinned = self._pinned(summary) if step > self.free_after else None
         self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
         limit = self.config.norm_factor * usual

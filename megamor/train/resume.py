@@ -83,7 +83,7 @@ class Resumption:
             return lines
         before, after = Budget(self.old), Budget(self.new)
         lr, steps = (before.lr(done), after.lr(done)), (before.total_steps(done), after.total_steps(done))
-        about = "about " if before.needs_flops or after.needs_flops else ""
+        about = "about " if before.open_ended or after.open_ended else ""
         left = [max(0, total - done.step) for total in steps]
         last = "" if last_lr is None else f"; step {done.step} had {last_lr:.4g}"
         lines.append(f"  learning rate of step {done.step + 1}: {lr[0]:.4g} -> {lr[1]:.4g}{last}")

@@ -75,7 +75,8 @@ class PendingSummary:
             loss=_quotient(found["loss"]),
             num_tokens=int(found["loss"][1]),
             router_losses={name: _quotient(value) for name, value in _under("router_loss/", found).items()},
-            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items()},
+            # A recursion that no token took has no mean gate.
+            ratios={name: _quotient(value) for name, value in _under("ratio/", found).items() if value[1] > 0},
             depth_counts=found["depth"].tolist() if "depth" in found else [],
             work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
             score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
@@ -88,11 +89,13 @@ class PendingSummary:
 class UnreadStep:
     """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
 
-    `number` counts steps from 1; `seconds` is the time of its turn of the loop.
+    `number` counts steps from 1; `tokens` are those of all ranks without padding; `seconds` is the time of its turn of
+    the loop.
     """
 
     number: int
     shape: BatchShape
+    tokens: int
     micro_batches: list[MicroBatch]
     lr: float
     tokens_seen: int
@@ -109,14 +112,15 @@ class StepStatistics:
         self.num_depths = num_recursions + 1
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, out: ModelOutput) -> None:
-        """Add one micro-batch."""
+    def add(self, out: ModelOutput, tokens: int = 1) -> None:
+        """Add one micro-batch, which weighs as much as it has tokens where means are averaged."""
         assert out.loss_sum is not None
         assert out.num_tokens is not None
         # fp64 counts exactly up to 2^53; fp32 would miscount from 2^24 tokens on.
         self._sum("loss", torch.stack((out.loss_sum.detach().double(), out.num_tokens.double())))
         for name, loss in out.router_losses.items():
-            self._sum(f"router_loss/{name}", torch.stack((loss.detach().double(), torch.ones_like(loss).double())))
+            weighted = torch.stack((loss.detach().double(), torch.ones_like(loss).double())) * tokens
+            self._sum(f"router_loss/{name}", weighted)
         for name, ratio in out.ratios.items():
             self._sum(f"ratio/{name}", torch.stack((ratio.numerator.double(), ratio.denominator.double())))
         for name, total in out.totals.items():
@@ -124,7 +128,9 @@ class StepStatistics:
         if out.pairs is not None:
             self._sum("pairs", out.pairs.double())
         if out.depth is not None and out.work is not None:
-            self._sum("depth", torch.bincount(out.depth.flatten(), minlength=self.num_depths).double())
+            # Padding has depth -1.
+            counts = torch.bincount(out.depth.flatten() + 1, minlength=self.num_depths + 1)
+            self._sum("depth", counts[1:].double())
             self._sum("work", out.work.double())
 
     def add_score_gradient(self, largest: Tensor | None) -> None:

@@ -29,21 +29,22 @@ class LaunchSummary:
     mean_depth: float | None = None
     validation: ValidationLosses | None = None
 
-    def add(self, step: StepSummary, shape: BatchShape, seconds: float) -> float:
-        """Count a step here and in `throughput`; returns the training FLOPs that it executed."""
-        flops = executed_flops(self.config, shape.global_batch_size, step.work, shape.seq_len, step.pairs)
+    def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float) -> float:
+        """Count a step of `tokens`, padding left out, here and in `throughput`; returns its training FLOPs."""
+        sequences, seq_len = shape.global_batch_size, shape.seq_len
+        flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens)
         self.throughput.add(
             seconds=seconds,
-            tokens=shape.tokens,
+            tokens=tokens,
             model_flops=flops.training,
             hardware_flops=flops.training + flops.recomputed(self.config.train),
         )
         self.steps += 1
         self.loss, self.mean_depth = step.loss, step.mean_depth
         # The same model without a router, every token through every recursion.
-        pairs = shape.tokens * (shape.seq_len + 1) / 2 if step.pairs is None else step.pairs
-        everything = [(float(shape.tokens), pairs)] * len(step.work)
-        full = executed_flops(self.config, shape.global_batch_size, everything, shape.seq_len, pairs)
+        pairs = tokens * (seq_len + 1) / 2 if step.pairs is None else step.pairs
+        everything = [(float(tokens), pairs)] * len(step.work)
+        full = executed_flops(self.config, sequences, everything, seq_len, pairs, tokens)
         self.full_depth_flops += full.training - 3 * full.routers
         return flops.training
 

@@ -3,16 +3,17 @@
 While steps remain: fetch the batch of this step and vote; run the step; read the figures of the step before; if the
 guard asks for it, go back; if it is time, save; if it is time, evaluate. When the ranks agree to stop, save and leave.
 
-Beside the gradients, the ranks talk twice a step. The *vote* is one reduction of five integers between the hosts: who
-failed, who was asked to stop, whose checkpoint is still being written, and how many labels the step has. The *figures*
-are one reduction on the devices. They are read one step late, when they have long been computed, so that the host
-prepares a step while the device works on the one before. They are read at once where something depends on them: before
-a checkpoint or an evaluation, and in every step if the guard may skip it or go back.
+Beside the gradients, the ranks talk twice a step. The *vote* is one reduction of six integers between the hosts: who
+failed, who was asked to stop, whose checkpoint is still being written, and how many labels and tokens the step has. The
+*figures* are one reduction on the devices. They are read one step late, when they have long been computed, so that the
+host prepares a step while the device works on the one before. They are read at once where something depends on them:
+before a checkpoint or an evaluation, and in every step if the guard may skip it or go back.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -49,10 +50,11 @@ log = logging.getLogger("megamor.train")
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of a step, and the labels in the whole step, over all ranks."""
+    """This rank's micro-batches of a step, and the labels and tokens in the whole step, over all ranks."""
 
     micro_batches: list[MicroBatch]
     labels: int
+    tokens: int
 
 
 @dataclass
@@ -145,7 +147,7 @@ class Trainer:
             micro_batches = self.loader.next_step()
         except MegamorError as error:
             unreadable = error
-        any_unwritten, any_unreadable, any_stop, any_saving, labels = sum_over_ranks(
+        any_unwritten, any_unreadable, any_stop, any_saving, labels, tokens = sum_over_ranks(
             [
                 self.unwritten is not None,
                 unreadable is not None,
@@ -153,6 +155,7 @@ class Trainer:
                 self.checkpoints.is_writing,
                 # Integers, counted on the host where the batch is: fp32 is exact up to 2^24 tokens only.
                 sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
+                sum(batch.num_tokens for batch in micro_batches),
             ]
         )
         self.data_wait = time.perf_counter() - started
@@ -170,7 +173,7 @@ class Trainer:
             return None
         if any_unreadable:
             raise_on_all_ranks(unreadable)
-        return StepBatch(micro_batches, labels)
+        return StepBatch(micro_batches, labels, tokens)
 
     def train_step(self, batch: StepBatch) -> Verdict:
         """Do one optimizer step, and read the figures of the previous one or, where the guard decides, of this one."""
@@ -185,7 +188,7 @@ class Trainer:
             # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
             self.model.stage.router.update(figures.totals)
         self.progress.step = number
-        self.progress.tokens_seen += shape.tokens
+        self.progress.tokens_seen += batch.tokens
         self.progress.lr = lr
         # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
         # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
@@ -193,6 +196,7 @@ class Trainer:
             UnreadStep(
                 number=number,
                 shape=shape,
+                tokens=batch.tokens,
                 micro_batches=batch.micro_batches,
                 lr=lr,
                 tokens_seen=self.progress.tokens_seen,
@@ -207,18 +211,24 @@ class Trainer:
     def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
         statistics = StepStatistics(self.config.recursion.num_recursions)
-        # Divided in double precision and then rounded once, whatever the device.
-        token_weight = self.to_device((self.backend.world_size / torch.tensor(batch.labels).double()).float())
+        world_size, device = self.backend.world_size, self.backend.device
+        # Divided in double precision and then rounded once, whatever the device. Padding alone has no label.
+        token_weight = (world_size / torch.tensor(max(batch.labels, 1)).double()).float()
+        token_weight = token_weight.to(device, non_blocking=True)
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
             # Gradients are accumulated locally and reduced in the last micro-batch only (where the backend can).
             is_last = number == len(batch.micro_batches)
-            inputs, labels = self.to_device(micro_batch.inputs), self.to_device(micro_batch.labels)
-            documents = None if micro_batch.documents is None else self.to_device(micro_batch.documents)
+            # Each rank's micro-batches are one slice of the step's batch, in the order of ranks.
+            first_sequence = (self.backend.rank * len(batch.micro_batches) + number - 1) * len(micro_batch.inputs)
+            tokens, arguments = micro_batch.num_tokens, micro_batch.arguments(device)
             with self.backend.forward_context(last_micro_batch=is_last):
-                out = self.backend.model(inputs, labels, mode="train", step=self.progress.step, documents=documents)
-                loss = self.total_loss(out, token_weight, len(batch.micro_batches))
+                out = self.backend.model(
+                    **arguments, mode="train", step=self.progress.step, first_sequence=first_sequence
+                )
+                # The number of micro-batches, over which router losses are averaged, if all have as many tokens.
+                loss = self.total_loss(out, token_weight, batch.tokens / (world_size * tokens) if tokens else math.inf)
             self.backend.backward(loss, last_micro_batch=is_last)
-            statistics.add(out)
+            statistics.add(out, tokens)
         self.backend.set_lr(lr)
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         if self.diagnosis.gradient is not None:
@@ -226,17 +236,18 @@ class Trainer:
             statistics.add_score_gradient(self.diagnosis.gradient.take())
         return statistics.reduce(grad_norm)
 
-    def total_loss(self, out: ModelOutput, token_weight: Tensor, num_micro_batches: int) -> Tensor:
+    def total_loss(self, out: ModelOutput, token_weight: Tensor, router_divisor: float) -> Tensor:
         """This micro-batch's part of the step's loss.
 
         Backends average gradients over ranks and sum them over micro-batches. The language-model loss is divided by the
         labels of the whole step (`token_weight` is ranks / labels), so that every token counts the same wherever it
-        is; router losses are means over a micro-batch and are averaged over micro-batches and ranks.
+        is. Router losses are means over a micro-batch and are averaged over micro-batches and ranks, each with the
+        weight of its tokens: `router_divisor` is the step's tokens / (ranks · this micro-batch's tokens).
         """
         assert out.loss_sum is not None
         loss = out.loss_sum * token_weight
         for router_loss in out.router_losses.values():
-            loss = loss + router_loss / num_micro_batches
+            loss = loss + router_loss / router_divisor
         return loss
 
     def read_figures(self, all_but: int = 0) -> Verdict:
@@ -253,7 +264,7 @@ class Trainer:
             step = self.unread.popleft()
             summary = step.figures.wait()
             try:
-                verdict = self.guard.judge(step.number, summary.loss, summary.grad_norm)
+                verdict = self.judge(step.number, summary)
             except TrainingError:
                 self.unread.clear()  # what ran after a failed step means nothing
                 raise
@@ -270,15 +281,19 @@ class Trainer:
                 self.announce(f"warning: {warning}")
         return verdict
 
+    def judge(self, number: int, summary: StepSummary) -> Verdict:
+        """The guard's verdict on a step. One whose samples are all padding has no loss, and its gradient is zero."""
+        return self.guard.judge(number, summary.loss, summary.grad_norm) if summary.num_tokens else Verdict.GOOD
+
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        self.progress.flops += self.summary.add(summary, step.shape, step.seconds)
+        self.progress.flops += self.summary.add(summary, step.shape, step.tokens, step.seconds)
         self.progress.seconds += step.seconds
         is_last = self.budget.is_spent(Consumed(step.number, step.tokens_seen, self.progress.flops))
         if step.number % self.config.metrics.log_every and not is_last:
             return
         metrics: dict[str, float | int | None] = {
-            "train/loss": summary.loss,
+            "train/loss": summary.loss if summary.num_tokens else None,
             "train/lr": step.lr,
             "train/grad_norm": summary.grad_norm,
             "train/tokens_seen": step.tokens_seen,
@@ -351,7 +366,7 @@ class Trainer:
         while True:
             uses = self.loader.forecast(total)
             last_steps = [use.repeats_in_step - 1 for use in uses if use.repeats_in_step is not None]
-            if last_steps or not self.budget.needs_flops:
+            if last_steps or not self.budget.open_ended:
                 return min(last_steps, default=None)
             total *= 2  # an estimate, and the run may become longer
 
@@ -368,7 +383,7 @@ class Trainer:
     def describe_end(self) -> str:
         """What ends this launch, in words."""
         ends = [self.data_end, self.config.train.stop_at_step]
-        ends += [] if self.budget.needs_flops else [self.budget.total_steps(self.progress)]
+        ends += [] if self.budget.open_ended else [self.budget.total_steps(self.progress)]
         known = [end for end in ends if end is not None]
         return f"the last one asked for is {min(known)}" if known else f"reaches {self.budget.describe()}"
 
@@ -381,10 +396,6 @@ class Trainer:
         step = self.progress.step
         due = self.budget.is_spent(self.progress) or (step > 0 and self.is_time(self.config.train.eval_every))
         return due and bool(self.validation) and self.evaluated_step != step
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy to this rank's device without waiting."""
-        return tensor.to(self.backend.device, non_blocking=True)
 
     def save(self, *, finish: bool) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, only start to, unless told to `finish` it."""
@@ -458,7 +469,7 @@ class Trainer:
                 while self.unread:
                     step = self.unread.popleft()
                     summary = step.figures.wait()
-                    self.guard.judge(step.number, summary.loss, summary.grad_norm)
+                    self.judge(step.number, summary)
                     self.log_step(step, summary)
             self.loader.close()
             self.checkpoints.close()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megamor.config import TrainConfig
 from megamor.data.loader import MicroBatch, ValidationSet
-from megamor.evaluate.loss import modes_of, perplexity, summed_loss
+from megamor.evaluate.loss import mean_figures, modes_of, perplexity, summed_loss
 from megamor.model import Transformer
 from megamor.parallel import Backend
 from megamor.routing import Mode
@@ -21,9 +21,14 @@ VALIDATION = "validation/"
 
 @dataclass(frozen=True)
 class ValidationLosses:
-    """`of_set` holds the losses of each set by routing mode, in nats per token."""
+    """`figures` holds those of `mean_figures` for each set and routing mode."""
 
-    of_set: dict[str, dict[Mode, float]]
+    figures: dict[str, dict[Mode, dict[str, float]]]
+
+    @property
+    def of_set(self) -> dict[str, dict[Mode, float]]:
+        """The losses of each set by routing mode, in nats per token."""
+        return {name: {mode: found["loss"] for mode, found in modes.items()} for name, modes in self.figures.items()}
 
     @property
     def mean(self) -> float:
@@ -32,9 +37,13 @@ class ValidationLosses:
 
     def metrics(self) -> dict[str, float | int | None]:
         """Metrics to log. The gap is what it costs that the router can't look ahead at inference."""
-        found: dict[str, float | int | None] = {}
+        found: dict[str, float | int | None] = {
+            f"{VALIDATION}{name}/{figure}_{mode}": value
+            for name, modes in self.figures.items()
+            for mode, figures in modes.items()
+            for figure, value in figures.items()
+        }
         for name, losses in self.of_set.items():
-            found |= {f"{VALIDATION}{name}/loss_{mode}": loss for mode, loss in losses.items()}
             if "topk" in losses:
                 found[f"{VALIDATION}{name}/gap"] = losses["causal"] - losses["topk"]
         return found
@@ -45,7 +54,12 @@ class ValidationLosses:
             shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
             if "topk" in losses:
                 shown += f", gap {losses['causal'] - losses['topk']:+.4f}"
-            yield f"validation loss on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
+            causal = self.figures[name]["causal"]
+            depth = f", depth {causal['mean_depth']:.2f}" if "gate_1" in causal else ""
+            yield (
+                f"validation loss on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
+                f"{depth}, {causal['flops_per_token']:.3e} FLOPs/token"
+            )
 
 
 def validation_losses(
@@ -61,18 +75,18 @@ def validation_losses(
     batches, so it may use collectives.
     """
 
-    def loss(data: ValidationSet, mode: Mode) -> float:
+    def figures(data: ValidationSet, mode: Mode) -> dict[str, float]:
         batches = data.batches(backend.rank, backend.world_size, config.micro_batch_size, config.eval_sequences)
         announced = _announced(batches, before_batch)
         total = summed_loss(backend.model, announced, mode, backend.device, backend.forward_context)
         if dist.is_initialized():
             dist.all_reduce(total)
-        return float(total[0] / total[1])
+        return mean_figures(model.config, total)
 
     backend.model.eval()
     try:
         return ValidationLosses(
-            {name: {mode: loss(data, mode) for mode in modes_of(model)} for name, data in validation.items()}
+            {name: {mode: figures(data, mode) for mode in modes_of(model)} for name, data in validation.items()}
         )
     finally:
         backend.model.train()

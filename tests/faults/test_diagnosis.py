@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import Config, DiagnosisConfig, GuardConfig, TokenChoiceConfig
+from megamor.config import Config, DiagnosisConfig, GuardConfig, RandomConfig, TokenChoiceConfig
 from megamor.train import Trainer
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.guard import Guard
@@ -105,7 +105,18 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
     assert "To continue anyway: diagnosis." in errors[0]
 
 
-@pytest.mark.parametrize("router", [EXPERT_CHOICE, LOSS_FREE], ids=["expert choice", "token choice"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        EXPERT_CHOICE,
+        LOSS_FREE,
+        # Controls, one with scores that nothing reaches, and a warm-up in which all tokens take full depth by order.
+        RandomConfig(),
+        RandomConfig(gates="learned", gating="additive"),
+        TokenChoiceConfig(balance_warmup_steps=8),
+    ],
+    ids=["expert choice", "token choice", "random", "random, unreached", "token choice, warming up"],
+)
 def test_a_healthy_run_raises_no_alarm(tmp_path: Path, router: Any) -> None:
     assert fit(healthy(tmp_path, router)) == [True, True]
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamor.config import Config, DataConfig, FixedDepthConfig, RouterConfig, SourceConfig, TokenChoiceConfig
+from megamor.config import (
+    Config,
+    DataConfig,
+    FixedDepthConfig,
+    RandomConfig,
+    RouterConfig,
+    SourceConfig,
+    TokenChoiceConfig,
+)
 from megamor.corpus.writer import ShardWriter
 from tests.resume.runs import EXPERT_CHOICE, fit, named, tiny_run, trace
 
@@ -23,6 +31,8 @@ COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/balance_loss"
         pytest.param(EXPERT_CHOICE, 4, id="expert choice"),
         # The balance loss depends on the micro-batch by definition: f·P of a part differs from that of the whole.
         pytest.param(TokenChoiceConfig(balancing="none", z_coeff=0.01), 3, id="token choice"),
+        # Which tokens it takes depends on where a sequence is in the batch of the step, not of the micro-batch.
+        pytest.param(RandomConfig(), 2, id="random"),
     ],
 )
 def test_micro_batches_and_ranks_only_share_out_the_work(tmp_path: Path, router: RouterConfig, names: int) -> None:

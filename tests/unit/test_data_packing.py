@@ -140,14 +140,16 @@ def test_numbers_keep_documents_and_padding_apart(tmp_path: Path, packing: str) 
     assert opened(write_documents(tmp_path / "e"), packing, document_mask=False).samples(0, 1).documents is None
 
 
-def test_padding_may_end_in_the_middle_of_a_row(tmp_path: Path) -> None:
-    """Chunks of 4 joined into rows of 8: the document after a chunk's padding is another one than the padding."""
+def test_padding_of_joined_chunks_moves_to_the_end(tmp_path: Path) -> None:
+    """Chunks of 4 joined into rows of 8: the documents stay apart, and the padding of both chunks follows them."""
     data = opened(write_documents(tmp_path / "d", (4, 3, 4, 3)), "document", chunk_len=4)
     rows = data.samples(0, 2)
     padding = rows.labels == -100
-    assert padding[:, 3::4].all()
-    assert not padding[:, 4].any()
     assert rows.documents is not None
+    assert rows.lengths is not None
+    assert rows.lengths.sum() == 10
+    assert (padding == (np.arange(8) >= rows.lengths[:, None])).all()
+    assert [len(set(numbers[:length])) for numbers, length in zip(rows.documents, rows.lengths, strict=True)] == [2, 2]
     assert (np.diff(rows.documents) == (np.diff(np.where(padding, -1, rows.inputs // 100)) != 0)).all()
 
 

@@ -101,7 +101,9 @@ def test_each_source_is_read_without_gaps_across_any_changes_at_restarts(
     for name, parts in given_out.items():
         if parts:
             found = np.concatenate(parts)
-            assert (found == reference(folder, packing, name, len(found))).all()
+            # A window joined from several chunks has their padding at its end.
+            tokens = [pairs[pairs[:, 1] != -100] for pairs in (found, reference(folder, packing, name, len(found)))]
+            assert np.array_equal(*tokens)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -10,9 +10,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.config import ExpertChoiceConfig, HaltingConfig, RouterConfig, TokenChoiceConfig
-from megamor.routing import Mix, Mode, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
+from megamor.config import (
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    HaltingConfig,
+    RandomConfig,
+    RouterConfig,
+    SkipForwardRecurseConfig,
+    TokenChoiceConfig,
+)
+from megamor.model import build_model
+from megamor.routing import (
+    MarkedSet,
+    Mix,
+    Mode,
+    Router,
+    RoutingContext,
+    RoutingPlan,
+    RoutingSession,
+    TokenSet,
+    build_router,
+)
 from megamor.routing.heads import RouterLinear, build_head
+from tests.combinations import tiny_config, tokens
 
 DIM, BATCH, SEQ_LEN, RECURSIONS = 8, 2, 6, 3
 EVERYTHING = TokenSet.all(BATCH, SEQ_LEN)
@@ -36,6 +56,12 @@ def new(config: RouterConfig) -> Any:
 
 def begin(router: Router, mode: Mode = "train", step: int = 0) -> RoutingSession:
     return router.begin(rows(), RoutingContext(BATCH, SEQ_LEN, mode, step))
+
+
+def mean(session: RoutingSession, name: str) -> float:
+    """A statistic of the session."""
+    ratio = session.ratios[name]
+    return float(ratio.numerator / ratio.denominator)
 
 
 def two_recursions(router: Router, mode: Mode = "train") -> tuple[RoutingSession, list[RoutingPlan], list[Tensor]]:
@@ -203,5 +229,106 @@ def test_halting_by_hand(mode: str) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     # Updates plus remainder, on average over all tokens: 1 + 1, 2 + 0.3, 3 + 0.8, 2 + 0.015.
     ponder = (2 + 2.3 + 3.8 + 2.015) / 4
-    assert session.ratios["ponder_cost"].numerator.item() == pytest.approx(ponder)
+    assert mean(session, "ponder_cost") == pytest.approx(ponder)
     assert session.losses["ponder_loss"].item() == pytest.approx(0.1 * ponder)
+
+
+def ema_update(router: Any, quantiles: list[float], batches: list[float]) -> None:
+    """A step in which the micro-batches of all ranks add up to these figures."""
+    router.update({"threshold_quantiles": torch.tensor(quantiles), "threshold_batches": torch.tensor(batches)})
+
+
+def test_a_threshold_is_the_mean_over_micro_batches_and_ranks() -> None:
+    router, shared = new(EmaThresholdConfig()), new(EmaThresholdConfig())
+    ema_update(router, [0.0, 1.0, -2.0], [0, 1, 1])
+    ema_update(shared, [0.0, 6.0, -12.0], [0, 6, 6])
+    for either in (router, shared):
+        # The first one counts in full; a recursion that no token has reached keeps its threshold of 0.
+        assert [either.threshold(r).item() for r in range(3)] == pytest.approx([0.0, 1.0, -2.0])
+    ema_update(router, [5.0, 3.0, 0.0], [1, 1, 0])
+    assert router.threshold(0).item() == pytest.approx(5.0)
+    assert 1.0 < router.threshold(1).item() < 3.0
+    assert router.threshold(2).item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize(("mode", "losses"), [("train", {"z_loss"}), ("topk", set()), ("causal", set())])
+def test_losses_are_for_training(mode: Mode, losses: set[str]) -> None:
+    for config in (EmaThresholdConfig(z_coeff=0.1), ExpertChoiceConfig(z_coeff=0.1, aux_coeff=0.1)):
+        session = begin(new(config), mode)
+        session.route(1, rows(), EVERYTHING)
+        assert session.losses.keys() - {"aux_loss"} == losses
+
+
+@pytest.mark.parametrize(("recursion", "number"), [(1, 8), (2, 6)])
+def test_the_quantile_that_leaves_the_capacity_above_it(recursion: int, number: int) -> None:
+    """Capacities 1, 2/3, 1/3: recursion 1 takes 2/3 of its candidates, recursion 2 half of them."""
+    router = new(EmaThresholdConfig())
+    ordered = scores(router, recursion, rows()).sort().values
+    between = (ordered[12 - number - 1] + ordered[12 - number]) / 2
+    ema_update(router, [between.item() if r == recursion else 0.0 for r in range(3)], [0, 1, 1])
+    session = begin(router)
+    plan = session.route(recursion, rows(), EVERYTHING)
+    assert len(plan.tokens) == number
+    found = session.totals["threshold_quantiles"][recursion].item()
+    assert found == pytest.approx(ordered[12 - number - 1].item(), rel=1e-6)
+    assert session.totals["threshold_batches"][recursion] == 1
+
+
+PROBABILITIES = (0.5, 0.1, 0.4)  # skip, forward, recurse
+
+
+def decide(count: int, step: int = 0) -> tuple[RoutingSession, list[int]]:
+    """Skip/forward/recurse with the same probabilities everywhere; tokens that take each recursion."""
+    torch.manual_seed(0)
+    router = new(SkipForwardRecurseConfig(hidden=4, depth_coeff=0.25))
+    logits = torch.tensor(PROBABILITIES, dtype=torch.float64).log()
+    router.head.forward = lambda states: logits.expand(len(states), 3)
+    states = torch.zeros(count, DIM, dtype=torch.float64)
+    session, candidates, taken = (
+        router.begin(states, RoutingContext(1, count, "train", step)),
+        TokenSet.all(1, count),
+        [],
+    )
+    for recursion in range(RECURSIONS):
+        plan = session.route(recursion, candidates.gather(states), candidates)
+        session.mix(recursion, plan, plan.tokens.gather(states))
+        candidates = plan.tokens
+        taken.append(len(candidates))
+    return session, taken
+
+
+@pytest.mark.parametrize("step", [0, 5000])
+def test_actions_are_sampled_with_their_probabilities(step: int) -> None:
+    """Whatever the temperature, which is for the gradient. Four standard deviations."""
+    skip, _, recurse = PROBABILITIES
+    wanted, arriving = [], 1.0
+    for _ in range(RECURSIONS):
+        wanted.append(arriving * (1 - skip))
+        arriving *= recurse
+    session, taken = decide(20_000, step)
+    for share, number in zip(wanted, taken, strict=True):
+        assert abs(number / 20_000 - share) < 4 * math.sqrt(share * (1 - share) / 20_000)
+    depth = sum(wanted)
+    assert mean(session, "expected_depth") == pytest.approx(depth, rel=1e-6)
+    assert session.losses["depth_loss"].item() == pytest.approx(0.25 * depth, rel=1e-6)
+
+
+def test_the_temperature_falls_linearly() -> None:
+    config = SkipForwardRecurseConfig(temperature_start=2.0, temperature_end=0.5, temperature_steps=100)
+    router = new(config)
+    assert [router.temperature(step) for step in (0, 50, 100, 1000)] == [2.0, 1.25, 0.5, 0.5]
+
+
+def test_random_depths_differ_between_sequences_of_a_batch() -> None:
+    model = build_model(tiny_config(RandomConfig()))
+    with torch.no_grad():
+        depth = model(tokens(batch=1).expand(6, -1)).depth
+    assert len({tuple(row) for row in depth.tolist()}) == 6
+
+
+def test_marked_rows_alone_are_replaced() -> None:
+    marked = MarkedSet.of(torch.arange(4))
+    assert marked.scatter(torch.zeros(4), torch.ones(4)).tolist() == [1, 1, 1, 1]
+    marks, _ = marked.where(torch.tensor([True, False, True, True]))
+    marks, _ = marks.where(torch.tensor([True, True, False, True]))
+    assert marks.scatter(torch.zeros(4, 2), torch.ones(4, 2)).tolist() == [[1, 1], [0, 0], [0, 0], [1, 1]]

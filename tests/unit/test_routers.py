@@ -23,6 +23,8 @@ from megamor.model import ModelOutput, Transformer, build_model
 from megamor.routing import DepthBounds, InferenceRule, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.routing.expert_choice import warmed_up_capacity
 from megamor.routing.plan import MarkedSet, Mix
+from megamor.routing.random import text_keys
+from megamor.train.step_statistics import StepStatistics
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
 
 
@@ -299,3 +301,73 @@ def assert_same_mix(one: Mix, other: Mix) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         else:
             assert a == b, name
+
+
+def depth_of(model: Transformer, ids: Tensor, **how: object) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **how).depth
+
+
+def test_random_patterns_do_not_depend_on_how_a_batch_is_divided() -> None:
+    """The same tokens in every sequence, so that nothing but its number tells one sequence from another."""
+    model, ids = build_model(tiny_config(RandomConfig())), tokens(batch=1).expand(8, -1)
+    whole = depth_of(model, ids, step=3)
+    assert whole.unique(dim=0).shape[0] == 8
+    for size in (1, 2, 4):
+        parts = [depth_of(model, ids[i : i + size], step=3, first_sequence=i) for i in range(0, 8, size)]
+        assert torch.equal(torch.cat(parts), whole)
+    config = model.config
+    model.config = replace(config, run=replace(config.run, seed=config.run.seed + 1))
+    assert not torch.equal(depth_of(model, ids, step=3), whole)
+
+
+def test_random_patterns_follow_the_text_at_inference() -> None:
+    model, ids = build_model(tiny_config(RandomConfig())), tokens(batch=8)
+    model.config = replace(model.config, run=replace(model.config.run, seed=5))  # an export does not know it
+    depth = depth_of(model, ids, mode="causal")
+    assert depth.unique(dim=0).shape[0] == 8
+    assert torch.equal(depth_of(model, ids[3:5], mode="causal", step=7), depth[3:5])
+    changed = ids.clone()
+    changed[:, 10:] += 1
+    assert torch.equal(depth_of(model, changed % 97, mode="causal")[:, :10], depth[:, :10])
+
+
+@pytest.mark.parametrize("capacity", [None, (1.0, 0.5, 0.125)])
+@pytest.mark.parametrize("mode", ["train", "causal"])
+@pytest.mark.parametrize("length", [64, 128, 256, 2048])
+def test_random_routing_holds_its_capacity_in_every_sequence(
+    length: int, mode: str, capacity: tuple[float, ...] | None
+) -> None:
+    router = build_model(tiny_config(RandomConfig(capacity=capacity))).stage.router
+    ids = tokens(batch=8, length=length)
+    order = torch.arange(length).repeat(8)
+    context = RoutingContext(8, length, mode, text=text_keys(ids.flatten(), order))
+    draw = router.begin(torch.zeros(8 * length, 1), context).draw.view(8, length)
+    assert ((draw >= 0) & (draw < 1)).all()
+    for share in router.capacity[1:]:
+        # Exact in every block of 32, but for the interval that the capacity cuts.
+        torch.testing.assert_close(
+            (draw < share).double().mean(1), torch.full((8,), share, dtype=torch.float64), atol=1 / 32, rtol=0
+        )
+    assert (draw < 0.5).double().unique(dim=0).shape[0] == 8
+
+
+def test_a_recursion_that_no_token_takes_has_no_mean_gate() -> None:
+    model, ids = build_model(tiny_config(SkipForwardRecurseConfig(hidden=16))), tokens(length=SEQ_LEN + 1)
+    head = model.stage.router.head
+    head.forward = lambda rows: head.fc2(head.fc1(rows)) * 0 + torch.tensor([0.0, 1e4, 0.0])
+    statistics = StepStatistics(3)
+    statistics.add(run(model, ids))
+    ratios = statistics.reduce(torch.zeros(())).wait().ratios
+    assert ratios["gate_1"] == 1.0
+    assert "gate_2" not in ratios
+
+
+@pytest.mark.parametrize("mode", ["train", "topk", "causal"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_reports_its_gates(router: str, mode: str) -> None:
+    model = build_model(tiny_config(ROUTERS[router]))
+    ratios = run(model, long_tokens(), mode=mode).ratios
+    for recursion in range(model.stage.router.num_recursions):
+        gate = ratios[f"gate_{recursion + 1}"]
+        assert gate.denominator == 0 or -1 <= gate.numerator / gate.denominator <= 1.001

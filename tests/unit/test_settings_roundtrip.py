@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megamor.cli import bench, plan, pretrain, verify_resume
-from megamor.cli.import_weights import read_settings
 from megamor.config import (
     Config,
     CustomRouterConfig,
@@ -31,10 +30,11 @@ from megamor.config import (
     literal,
     load_config,
     override,
-    parse_mapping,
+    read_mapping,
 )
 from megamor.config.constraints import Location, Range
 from megamor.config.convert import field_types
+from megamor.config.load import parse_mapping
 from megamor.config.routers import RouterConfig
 from megamor.errors import ConfigError
 from tests.commands import Command, refusal
@@ -120,7 +120,7 @@ def test_any_configuration_reads_back_equal(base: Path, config: Config) -> None:
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     sections = [override(name, value) for name, value in config_to_dict(config).items()]
     assert load_config(base, sections) == config
-    assert parse_mapping(text, "here") == read_settings(file) == config_to_dict(config)
+    assert parse_mapping(text, "here") == read_mapping(file) == config_to_dict(config)
 
 
 @given(text=TEXT, name=TEXT)

@@ -25,6 +25,7 @@ from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
 from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
 from megamor.routing.plan import to_device
+from megamor.routing.random import text_keys
 from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout
 from megamor.serve.engine.graphs import BatchGraphs, Store
 from megamor.serve.engine.layers import LayerAccess, Layers
@@ -146,7 +147,10 @@ class Runner:
             self.put("emitted", slots, torch.zeros_like(x))
         rows = [list(range(chunk.length)) for chunk in chunks]
         positions = self.tensor([chunk.start + row for chunk in chunks for row in range(chunk.length)])
-        session = self.session = stage.router.begin(x, self.context(chunks, rows, positions))
+        context = self.context(chunks, rows, positions)
+        if stage.router.reads_text:
+            context = replace(context, text=self.text_keys(chunks))
+        session = self.session = stage.router.begin(x, context)
         kept = self.route(session, 0, x, slots)
         return kept_rows([(rows, kept)])
 
@@ -334,6 +338,13 @@ class Runner:
             pairs = [c.sequence.bounds(c.start + row) for c, some in zip(chunks, rows, strict=True) for row in some]
             bounds = DepthBounds(*self.tensor([*zip(*pairs, strict=True)]))
         return RoutingContext(len(positions), 1, "causal", 0, positions, bounds)
+
+    def text_keys(self, chunks: Sequence[Chunk]) -> Tensor:
+        """`RoutingContext.text` of all rows of `chunks`."""
+        texts = [chunk.sequence.tokens[: chunk.start + chunk.length] for chunk in chunks]
+        ids, order = self.tensor([[i for text in texts for i in text], [n for text in texts for n in range(len(text))]])
+        keys = torch.split(text_keys(ids, order), [len(text) for text in texts])
+        return torch.cat([found[-chunk.length :] for found, chunk in zip(keys, chunks, strict=True)])
 
     def address(self, pages: Sequence[int], entry: int) -> int:
         """Where an entry of a table is stored, counted through all pages of the pool."""
