@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache
@@ -226,6 +227,8 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
 def _advice(found: Any, hint: Any) -> str:
     if hint is str and isinstance(found, bool | int | float):
         return "; quote it to make it a string"
+    if hint is int and isinstance(found, int | float) and found > sys.maxsize:
+        return " below 2^63"
     if get_origin(hint) is Literal and (close := _closest(found, map(str, get_args(hint)))):
         return f"; did you mean {close}?"
     return "; remove the section to take its defaults" if is_dataclass(hint) and hint not in _ITEMS else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
             return TEXT if isinstance(limits, Location) else values_of(arguments[0])
         low, high = (limits.ge if limits.gt is None else limits.gt), (limits.le if limits.lt is None else limits.lt)
         if arguments[0] is int:
-            return st.integers(int(low or 0) + (limits.gt is not None), None if high is None else int(high))
+            return st.integers(int(low or 0) + (limits.gt is not None), sys.maxsize if high is None else int(high))
         return st.floats(
             low, high, exclude_min=limits.gt is not None, exclude_max=limits.lt is not None, allow_infinity=False
         )
