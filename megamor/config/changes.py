@@ -38,7 +38,7 @@ _CLASSES: dict[Effect, str] = {
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
-        router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
+        router.gates router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
