@@ -44,6 +44,16 @@ class EndOfText(NamedTuple):
         return json.dumps(self._asdict()) + "\n"
 
 
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a `tokenizer.json`. Raises DataError if the file isn't one."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+
 def find_end_of_text(
     tokenizer: Tokenizer, source: str, token: str | None = None, record: EndOfText | None = None
 ) -> EndOfText | None:
@@ -101,12 +111,7 @@ class TextCodec:
         Raises:
             DataError: the file isn't a tokenizer, or what `find_end_of_text` raises.
         """
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+        tokenizer = read_tokenizer(path)
         return cls(tokenizer, str(path), find_end_of_text(tokenizer, str(path), token, record))
 
     def encode(self, text: str, what: str = "text", *, add_special_tokens: bool = False) -> list[int]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megamor.lock import WriteLock
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for text from anywhere: whatever can't be read is a ValueError, nested too deeply included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

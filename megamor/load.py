@@ -5,7 +5,6 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.errors import CheckpointError, ConfigError
+from megamor.files import parse_json
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
@@ -137,9 +137,9 @@ def read_end_of_text(directory: Path) -> EndOfText | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return EndOfText(str(content["token"]), int(content["id"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 

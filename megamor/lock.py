@@ -79,14 +79,18 @@ class Holder:
         """Who holds the lock file `path`; None if there is none."""
         try:
             # Opened even for its time alone: network file systems then ask the server instead of a cache.
-            with path.open(encoding="utf-8") as file:
+            with path.open("rb") as file:
                 content, status = file.read(), os.fstat(file.fileno())
         except FileNotFoundError:
             return None
+        unreadable = cls(f"unreadable-{status.st_ino}", beat=status.st_mtime_ns)
         try:
-            return replace(cls(**json.loads(content)), beat=status.st_mtime_ns)
-        except (ValueError, TypeError):  # still empty, or damaged
-            return cls(f"unreadable-{status.st_ino}", beat=status.st_mtime_ns)
+            holder = replace(cls(**json.loads(content)), beat=status.st_mtime_ns)
+        except (ValueError, TypeError, RecursionError):  # still empty, or damaged
+            return unreadable
+        # The token becomes part of a file name.
+        sound = all(type(value) is type(getattr(unreadable, name)) for name, value in asdict(holder).items())
+        return holder if sound and holder.token.isalnum() else unreadable
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -159,14 +163,10 @@ class WriteLock:
         self._me = None
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
+        while self.lost is None and not self._ended.wait(HEARTBEAT_SECONDS):
+            with suppress(InUseError, OSError):  # the server may come back
                 self.check()
                 os.utime(self.path)  # without a time: the file server's clock, the same for all machines
-            except InUseError:
-                return
-            except OSError:
-                continue  # the server may come back
 
     def _wait_for_turn(self, me: Holder, draft: Path) -> None:
         first, began = Holder(""), 0.0

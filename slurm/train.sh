@@ -40,8 +40,7 @@ check_before_queue() {
         return
     fi
     local nodes=${NODES:-$(directive nodes)} gpus=${GPUS:-$(directive gpus-per-node)} further
-    further=$(launcher_overrides) || exit 2
-    read -r -a further <<<"$further"
+    launcher_overrides
     gpus=${gpus##*:} # may be type:number
     (cluster_exec python "$root/pretrain.py" --config "$CONFIG" --dry-run --nodes "${nodes%%-*}" \
         --processes "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" "$@" "${further[@]}") ||
@@ -51,9 +50,11 @@ check_before_queue() {
 # The value of an #SBATCH line of the script.
 directive() { sed -n "s/^#SBATCH --$1=//p" "$root/slurm/$(basename "$0")"; }
 
+# Sets `further`.
 launcher_overrides() {
+    further=()
     case $LAUNCHER in
-    deepspeed) echo "$DEEPSPEED_ARGS" ;;
+    deepspeed) read -r -a further <<<"$DEEPSPEED_ARGS" ;;
     torchrun) ;;
     *) fail "LAUNCHER is $LAUNCHER: give torchrun or deepspeed" ;;
     esac
@@ -106,8 +107,7 @@ train() {
 # Sets `overrides`: the arguments, those of LAUNCHER, and the line of this task in a sweep.
 collect_overrides() {
     local further
-    further=$(launcher_overrides) || exit 2
-    read -r -a further <<<"$further"
+    launcher_overrides
     overrides=("$@" "${further[@]}")
     if [[ -z ${MEGAMOR_SWEEP:-} ]]; then return; fi
     local line settings

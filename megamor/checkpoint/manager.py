@@ -163,7 +163,11 @@ class CheckpointManager:
 
     def set_aside_after(self, step: int, also: Sequence[Path] = ()) -> Path | None:
         """See `set_aside.set_aside_after`."""
-        move = partial(set_aside_after, self.directory, step, also)
+
+        def move() -> Path | None:
+            self.may_write()
+            return set_aside_after(self.directory, step, also)
+
         return self._on_first_rank("setting later checkpoints aside", move)
 
     def record_loss(self, step: int, loss: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
-from megamor.files import sha256_of_file
+from megamor.files import parse_json, sha256_of_file
 from megamor.ranks import Ranks
 
 FORMAT = 1
@@ -50,12 +50,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = parse_json(path.read_bytes())
         files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in content["files"].items()}
         found = content["format"]
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} has no {MANIFEST_FILE}: it is not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")

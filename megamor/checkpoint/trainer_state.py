@@ -14,6 +14,7 @@ from typing import Any
 
 from megamor.checkpoint.layout import TRAINER_FILE
 from megamor.errors import CheckpointError
+from megamor.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TrainerState:
         """
         path = checkpoint / TRAINER_FILE
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"can't read {path}: {error}") from error
         if not isinstance(content, Mapping):

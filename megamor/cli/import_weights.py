@@ -13,24 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megamor.cli import command_parser
-from megamor.errors import ConfigError, user_errors
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds a mapping.
-
-    Raises:
-        ConfigError: the file can't be read or holds something else.
-    """
-    from megamor.config import parse_mapping
-
-    try:
-        return parse_mapping(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from error
+from megamor.errors import user_errors
 
 
 @user_errors()
@@ -47,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--untied", choices=("first", "mean"), help=untied)
     arguments = parser.parse_args(argv)
 
+    from megamor.config import read_mapping
     from megamor.interop.official import import_official, read_state_dict, save_imported
 
-    settings = read_settings(arguments.config)
+    settings = read_mapping(arguments.config)
     if arguments.model_config is not None:
         # The run's own `model_config` changes the published backbone, so it wins.
-        settings["model_config"] = {**read_settings(arguments.model_config), **(settings.get("model_config") or {})}
+        settings["model_config"] = {**read_mapping(arguments.model_config), **(settings.get("model_config") or {})}
     imported = import_official(read_state_dict(arguments.state_dict), settings, untied=arguments.untied)
     checkpoint = save_imported(imported, arguments.output, arguments.tokenizer)
     print(f"{checkpoint}: {sum(weight.numel() for weight in imported.weights.values()):,} parameters")

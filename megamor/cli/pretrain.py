@@ -60,8 +60,7 @@ def dry_run(config: Config, processes: int) -> None:
 
     print(describe_run(config, processes), flush=True)
     expanded = expand_paths(config)
-    if expanded.parallel.deepspeed_config:
-        engine_config(expanded, processes)
+    engine_config(expanded, processes)
     data = expanded.data
     if problems := find_problems(data, seed=config.run.seed, vocab_size=config.model.vocab_size):
         heading = "the run can't start here (docs/data.md shows how to prepare its data):"

@@ -57,19 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     key, separator = args.json_key, args.document_separator
     files = find_files(args.input, key, separator)
-    read = 0
-
+    skip_bad = args.on_bad_line == "skip"
     with ProgressDisplay("reading text", None, unit="bytes") as progress:
-
-        def advance(size: int) -> None:
-            nonlocal read
-            read += size
-            progress.advance(size)
-
-        skip_bad = args.on_bad_line == "skip"
-        texts = sample_texts(files, args.sample_bytes, key, separator, skip_bad=skip_bad, advance=advance)
+        texts = sample_texts(files, args.sample_bytes, key, separator, skip_bad=skip_bad, advance=progress.advance)
         tokenizer = train_bpe(texts, args.vocab_size, special)
-    entries = tokenizer.get_vocab_size()
+    entries, read = tokenizer.get_vocab_size(), progress.done
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(args.output, tokenizer.to_str(pretty=True))

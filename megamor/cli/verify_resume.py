@@ -92,7 +92,7 @@ def train_until(args: argparse.Namespace, directory: Path, name: str, stop: int)
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
     command += ["-m", "megamor", "pretrain", "--config", str(args.config), *args.overrides]
     command += [override("run.dir", literal(directory)), f"run.name={name}", f"train.stop_at_step={stop}"]
-    command += ["metrics.wandb=false", "metrics.log_every=1", "checkpoint.resume_step=null"]
+    command += ["metrics.wandb=false", "metrics.trackio=false", "metrics.log_every=1", "checkpoint.resume_step=null"]
     print(f"{name}: training until step {stop}", flush=True)
     status = subprocess.run(command, check=False).returncode
     if status != 0:

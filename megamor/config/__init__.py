@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses, read from YAML files with overlays and dotted overrides, and validated."""
 
 from megamor.config.convert import config_from_dict, config_to_dict
-from megamor.config.load import config_from_yaml, config_to_yaml, load_config, override, parse_mapping
+from megamor.config.load import config_from_yaml, config_to_yaml, load_config, override, read_mapping
 from megamor.config.paths import expand_paths, literal
 from megamor.config.routers import (
     CustomRouterConfig,
@@ -39,5 +39,5 @@ __all__ = [
     "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
     "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
     "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
-    "parse_mapping",
+    "read_mapping",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megamor.config.schema import Config
+from megamor.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,14 @@ class BatchSchedule:
     def steps_for(
         self, amount: float, start: int = 0, cost: Callable[[BatchShape], float] = lambda shape: shape.tokens
     ) -> int:
-        """The first step, counted from 1, at which all steps after `start` have cost at least `amount` (in tokens)."""
+        """The first step, counted from 1, at which all steps after `start` have cost at least `amount` (in tokens).
+
+        Raises:
+            ConfigError: no integer of 64 bits can count the steps.
+        """
         for first, end, shape in self.stages(start, sys.maxsize):
             needed = -(-amount // cost(shape))
             if needed <= end - first:
                 return first + max(0, int(needed))
             amount -= (end - first) * cost(shape)
-        raise AssertionError("the last stage has no end")
+        raise ConfigError(f"train.max_flops asks for more than {sys.maxsize:,} steps, which can't be counted: lower it")

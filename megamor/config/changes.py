@@ -38,7 +38,7 @@ _CLASSES: dict[Effect, str] = {
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
-        router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
+        router.gates router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
@@ -55,7 +55,8 @@ _CLASSES: dict[Effect, str] = {
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
         train.add_shared_gradients_in_fp32 train.compile
-        parallel.backend parallel.shard_degree parallel.zero_stage parallel.reshard_after_forward""",
+        parallel.backend parallel.shard_degree parallel.zero_stage parallel.reshard_after_forward
+        parallel.deepspeed_config""",
     Effect.EVALUATION: "data.validation train.eval_every train.eval_sequences",
     Effect.WATCH: """
         guard.window guard.skip_non_finite guard.max_skips_in_a_row guard.spike_threshold guard.spike_steps
@@ -68,7 +69,8 @@ _CLASSES: dict[Effect, str] = {
         checkpoint.every_steps checkpoint.asynchronous checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best
         checkpoint.resume_step checkpoint.allow_changes
         metrics.log_every metrics.progress metrics.tensorboard
-        metrics.wandb metrics.wandb_project metrics.wandb_mode""",
+        metrics.wandb metrics.wandb_mode metrics.wandb_project metrics.wandb_entity metrics.wandb_group
+        metrics.wandb_job_type metrics.wandb_tags metrics.wandb_notes metrics.trackio metrics.trackio_project""",
 }
 SETTINGS: dict[str, Effect] = {name: effect for effect, names in _CLASSES.items() for name in names.split()}
 """Every setting by its dotted name; those of all routers are together."""

@@ -6,6 +6,7 @@ schema is part of the code of exported models, which must load with torch and tr
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
@@ -26,6 +27,7 @@ class Range:
         if schema["type"] == "float":
             schema["allow_inf_nan"] = False
             return schema
+        schema.setdefault("le", sys.maxsize)  # torch and numpy count in 64 bits
         return {"type": "function-before", "function": {"type": "no-info", "function": _whole}, "schema": schema}
 
 

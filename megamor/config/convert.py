@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache
@@ -155,7 +156,7 @@ def field_types(section: type) -> dict[str, Any]:
 
 def describe_type(hint: Any) -> str:
     """What a setting of type `hint` accepts, in words."""
-    if (inner := _without_null(hint)) is not hint:
+    if (inner := without_null(hint)) is not hint:
         return f"{describe_type(inner)} or null"
     if get_origin(hint) is Annotated:
         (constraint,) = hint.__metadata__
@@ -169,7 +170,7 @@ def describe_type(hint: Any) -> str:
     return _WORDS.get(hint, "a mapping")
 
 
-def _without_null(hint: Any) -> Any:
+def without_null(hint: Any) -> Any:
     """`X` for `X | None`; other types as they are."""
     if type(None) not in get_args(hint):
         return hint
@@ -179,7 +180,7 @@ def _without_null(hint: Any) -> Any:
 
 def _bare(hint: Any) -> Any:
     """`hint` without null and without its constraint."""
-    hint = _without_null(hint)
+    hint = without_null(hint)
     return hint.__origin__ if get_origin(hint) is Annotated else hint
 
 
@@ -226,6 +227,8 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
 def _advice(found: Any, hint: Any) -> str:
     if hint is str and isinstance(found, bool | int | float):
         return "; quote it to make it a string"
+    if hint is int and isinstance(found, int | float) and found > sys.maxsize:
+        return " below 2^63"
     if get_origin(hint) is Literal and (close := _closest(found, map(str, get_args(hint)))):
         return f"; did you mean {close}?"
     return "; remove the section to take its defaults" if is_dataclass(hint) and hint not in _ITEMS else ""

@@ -71,13 +71,7 @@ def _layers(path: Path, chain: tuple[Path, ...]) -> list[tuple[str, dict[str, An
     if resolved in chain:
         circle = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
         raise ConfigError(f"{path}: extends itself ({circle}); remove one of these extends")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file (looked from {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
-    values = parse_mapping(text, str(path))
+    values = read_mapping(path)
     parents = values.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -130,6 +124,9 @@ _STR = "tag:yaml.org,2002:str"
 _TAGS = (None, _STR, *(f"tag:yaml.org,2002:{name}" for name in ("seq", "map", "null", "bool", "int", "float")))
 
 
+_MAX_NODES = 10**6
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars, and values of JSON's types alone.
 
@@ -138,6 +135,13 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
     yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}  # noqa: RUF012
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document. Aliases of aliases, with which a few lines fill any memory, are an error."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _expanded(node, {}) > _MAX_NODES:
+            raise yaml.MarkedYAMLError(problem="its aliases repeat too much", problem_mark=node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -151,6 +155,15 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode):
                 key_node.tag = _STR
         return super().construct_mapping(node, deep)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes below `node` if each alias were written out. A circle counts once; it is an error elsewhere."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        children = (each for pair in node.value for each in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] += 0 if isinstance(node, yaml.ScalarNode) else sum(_expanded(each, known) for each in children)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -184,8 +197,20 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: a value is too large to read: {error}") from error
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a file of YAML or JSON; empty if it has only comments. Raises ConfigError naming the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file (looked from {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as a text file: {error}") from error
+    # JSON is YAML, but for tabs between values.
+    return parse_mapping(text.expandtabs() if path.suffix == ".json" else text, str(path))
+
+
 def parse_mapping(text: str, source: str) -> dict[str, Any]:
-    """The mapping that the YAML `text` holds; empty if there are only comments. Raises ConfigError naming `source`."""
+    """The mapping in `text`, called `source` in errors. Raises ConfigError."""
     values = _parse_yaml(text, source)
     if values is None:
         return {}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from megamor.config.constraints import Location
+from megamor.config.convert import field_types, without_null
 from megamor.errors import ConfigError
 
 Section = TypeVar("Section")
@@ -23,13 +24,15 @@ _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{(\w+)\})")
 
 def expand_paths(section: Section, key: str = "") -> Section:
     """A configuration, or the section of it at dotted `key`, with every path in it expanded; see `expand_path`."""
-    hints = get_type_hints(type(section), include_extras=True)
-    values = {item.name: getattr(section, item.name) for item in fields(section)}  # type: ignore[arg-type]
-    expanded = {name: _expand(value, hints[name], f"{key}.{name}".lstrip(".")) for name, value in values.items()}
-    return replace(section, **expanded)  # type: ignore[type-var]
+    hints = field_types(type(section)).items()  # type: ignore[arg-type]
+    values = {name: _expand(getattr(section, name), hint, f"{key}.{name}".lstrip(".")) for name, hint in hints}
+    return replace(section, **values)  # type: ignore[type-var]
 
 
 def _expand(value: Any, hint: Any, key: str) -> Any:
+    if value is None:
+        return None
+    hint = without_null(hint)
     if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], Location):
         return expand_path(value, key)
     if is_dataclass(value):
@@ -38,8 +41,6 @@ def _expand(value: Any, hint: Any, key: str) -> Any:
         return tuple(_expand(item, get_args(hint)[0], f"{key}[{index}]") for index, item in enumerate(value))
     if isinstance(value, Mapping):
         return {name: _expand(item, get_args(hint)[1], f"{key}.{name}") for name, item in value.items()}
-    if value is not None and type(None) in get_args(hint):
-        return _expand(value, next(member for member in get_args(hint) if member is not type(None)), key)
     return value
 
 

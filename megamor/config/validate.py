@@ -6,6 +6,7 @@ Types and ranges of single settings are declared in the schema and checked when 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -194,6 +195,9 @@ def validate_length(config: Config, steps: int) -> None:
 
 def _schedule(config: Config, steps: int) -> Iterator[str]:
     train, router = config.train, config.router
+    if BatchSchedule.of(config).tokens(steps) > sys.maxsize:
+        yield f"the run's {float(steps):.3g} steps have more tokens than can be counted: lower its limit"
+        return
     warmup, decay = config.optim.warmup_steps, decay_steps(config.optim, steps)
     if warmup > steps:
         yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"

@@ -23,7 +23,7 @@ from megamor.corpus.corpora import CORPORA, PILE_PART, Corpus, GitHubFiles, HubD
 from megamor.corpus.documents import parse_chunk
 from megamor.corpus.text import SUFFIXES, FileInput, TextInput, find_files, kind_of
 from megamor.errors import DataError
-from megamor.files import draft_for, replace_file, sha256_of_file
+from megamor.files import draft_for, parse_json, replace_file, sha256_of_file
 from megamor.lock import WriteLock
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -114,7 +114,7 @@ def fetch(
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((directory / RECORD).read_text(encoding="utf-8")))
+        return dict(parse_json((directory / RECORD).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -273,7 +273,7 @@ def _compare_copies(split: str, names: Sequence[str], request: _Request) -> dict
     for name in names:
         chunk = next(FileInput([f"{request.local}/{name}"]).chunks(), None)
         try:
-            record = json.loads(bytes(chunk.data if chunk else b"").partition(b"\n")[0])
+            record = parse_json(bytes(chunk.data if chunk else b"").partition(b"\n")[0])
             part = record["meta"]["pile_set_name"] if isinstance(record["text"], str) else None
         except (ValueError, KeyError, TypeError):
             part = None

@@ -290,7 +290,9 @@ def _json_lines(path: str, blocks: Iterator[bytes]) -> tuple[Kind, Iterator[byte
         return "json", _array_elements(path, start, blocks)
     line = start.partition(b"\n")[0].decode(errors="replace").rstrip()
     try:
-        json.loads(line)
+        json.loads(line, parse_int=str)
+    except RecursionError:
+        pass  # an error of the line, when that is parsed
     except json.JSONDecodeError as error:
         # A line that is right as far as it goes begins an object of several lines. JSON has line feeds between values
         # only, so that these can be replaced.
@@ -301,8 +303,9 @@ def _json_lines(path: str, blocks: Iterator[bytes]) -> tuple[Kind, Iterator[byte
 
 def _array_elements(path: str, start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The elements of the arrays in a file that begins with `start`, one a line. Raises DataError if it isn't JSON."""
-    # In Latin-1 each byte is one character. Whether they are UTF-8 is found when the lines are parsed.
-    text, position, decoder = start.decode("latin-1"), 0, json.JSONDecoder()
+    # In Latin-1 each byte is one character. Whether they are UTF-8 is found when the lines are parsed. Integers stay
+    # text, because Python refuses to convert very long ones.
+    text, position, decoder = start.decode("latin-1"), 0, json.JSONDecoder(parse_int=str)
     count, closed, lines = 0, False, list[bytes]()
     while True:
         gap = _BETWEEN_ELEMENTS.match(text, position)
@@ -312,6 +315,8 @@ def _array_elements(path: str, start: bytes, blocks: Iterator[bytes]) -> Iterato
             closed = bracket == "]"
         try:
             _, end = decoder.raw_decode(text, position)
+        except RecursionError as error:
+            raise DataError(f"{path}, object {count + 1}: JSON nested too deeply") from error
         except json.JSONDecodeError as error:
             yield b"".join(lines)
             lines.clear()

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text
+from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text, read_tokenizer
 from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.data.shard import dtype_for_vocab
 from megamor.errors import DataError, MegamorError, TextError
@@ -47,24 +47,17 @@ class TextEncoder:
         """
         if not Path(path).is_file():
             raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
-        try:
-            tokenizer = Tokenizer.from_file(path)
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"--tokenizer {path} is not a tokenizer.json of the tokenizers library: {error}") from error
-        return cls.of(tokenizer, path, eod_token=eod_token, need_eod=need_eod)
+        return cls.of(read_tokenizer(path), path, eod_token=eod_token, need_eod=need_eod)
 
     @classmethod
     def of(
         cls, tokenizer: Tokenizer, name: str, *, eod_token: str | None = None, need_eod: bool = False
     ) -> TextEncoder:
         """Set up `tokenizer`, called `name` in messages. Raises DataError as `load` does."""
-        candidates = (eod_token,) if eod_token else DEFAULT_EOD_TOKENS
-        if (eod_token or need_eod) and all(tokenizer.token_to_id(token) is None for token in candidates):
-            raise DataError(
-                f"{name} has no token {' or '.join(candidates)} to end documents with; name one that it has with "
-                "--eod-token"
-            )
         codec = TextCodec(tokenizer, name, find_end_of_text(tokenizer, name, eod_token))
+        if need_eod and codec.end_of_text is None:
+            defaults = " or ".join(DEFAULT_EOD_TOKENS)
+            raise DataError(f"{name} has no token {defaults} to end texts with; name one that it has with --eod-token")
         return cls(codec, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
 
     @property

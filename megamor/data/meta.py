@@ -10,16 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megamor.codec import EndOfText
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError
-from megamor.files import sha256_of_file
+from megamor.files import parse_json, sha256_of_file
 
 FORMAT = "megamor-token-shard"
 BLOCK_BYTES = 64 * 2**20
@@ -79,13 +80,15 @@ def read_meta(prefix: str) -> ShardMeta | None:
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}") from error
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); delete it to treat the pair as foreign data") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a megamor side file; delete it to treat the pair as foreign data")
-    known = {f.name for f in fields(ShardMeta)}
-    return ShardMeta(**{key: value for key, value in content.items() if key in known})
+    try:
+        return msgspec.convert(content, ShardMeta)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path} is damaged ({error}); delete it to treat the pair as foreign data") from error
 
 
 def end_of_text(prefixes: Iterable[str], *, contained: bool = False) -> EndOfText | None:

@@ -31,6 +31,7 @@ from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
 from megamor.errors import CheckpointError, ConfigError
+from megamor.files import parse_json
 from megamor.lock import WriteLock
 from megamor.model import Transformer
 
@@ -120,7 +121,7 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
         CheckpointError: the directory contains another kind of model, or can't be read.
     """
     try:
-        settings = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = parse_json((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         if settings["model_type"] != "megamor":
             raise CheckpointError(
                 f"{directory / CONFIG_FILE} describes a model of type {settings['model_type']!r}, not 'megamor': "

@@ -116,8 +116,8 @@ def depth_histogram(metrics: Metrics) -> tuple[list[float], list[float]] | None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file, with `"nan"` and the like as numbers again. An incomplete last line is skipped."""
     return [
-        {name: float(v) if isinstance(v, str) else v for name, v in record.items()}
-        for line in path.read_text(encoding="utf-8").splitlines()
+        {name: float(v) if v in ("nan", "inf", "-inf") else v for name, v in record.items()}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if (record := _parse(line)) is not None
     ]
 

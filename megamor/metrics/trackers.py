@@ -35,7 +35,7 @@ class TrackerSink:
             into checkpoints. It is chosen here, so that it is known before the tracker has answered.
 
     Raises:
-        ConfigError: the tracker is not installed.
+        ConfigError: the tracker is not installed, or its installation is broken.
     """
 
     name: str
@@ -44,9 +44,11 @@ class TrackerSink:
     def __init__(self, config: Config, run_id: str | None = None) -> None:
         try:
             self.package: Any = import_module(self.name)
-        except ImportError as error:
-            message = f"metrics.{self.name} is on, but {self.name} is not installed: pip install {self.name}"
-            raise ConfigError(message) from error
+        except Exception as error:  # a broken installation raises anything
+            missing = isinstance(error, ModuleNotFoundError) and error.name == self.name
+            problem = "is not installed" if missing else f"can't be imported ({type(error).__name__}: {error})"
+            fix = f"pip install {self.name}, or set metrics.{self.name}=false"
+            raise ConfigError(f"metrics.{self.name} is on, but {self.name} {problem}: {fix}") from error
         self.config, self.run_id = config, run_id or secrets.token_hex(4)
         self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(QUEUE_RECORDS)
         self._has_warned = False

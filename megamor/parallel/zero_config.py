@@ -7,13 +7,13 @@ Face's files; a key for which megamor has a mechanism of its own is refused; all
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from megamor.config import Config
+from megamor.config import Config, read_mapping
 from megamor.errors import ConfigError
 
 log = logging.getLogger("megamor.parallel")
@@ -74,22 +74,7 @@ def engine_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.parallel.deepspeed_config is None:
         return own
     file = config.parallel.deepspeed_config
-    return _merged(own, _without_auto(_read(file)), _of_the_run(config, world_size), file)
-
-
-def _read(file: str) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if twice := {name for name, _ in items if sum(name == other for other, _ in items) > 1}:
-            raise ConfigError(f"parallel.deepspeed_config {file}: {min(twice)!r} is given twice")
-        return dict(items)
-
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"parallel.deepspeed_config {file} can't be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"parallel.deepspeed_config {file} holds {type(values).__name__}, expected an object")
-    return values
+    return _merged(own, _without_auto(read_mapping(Path(file))), _of_the_run(config, world_size), file)
 
 
 def _without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +110,7 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], run: Mapping[str, Any],
         del theirs["scheduler"]
     problems = []
     known = {*own, *_REFUSED, *(key.partition(".")[0] for key in run), "scheduler"}
-    merged: dict[str, Any] = json.loads(json.dumps(own))
+    merged = deepcopy(own)
     for key, value in _leaves(theirs):
         section, _, _ = key.partition(".")
         ours = run[key] if key in run else _look_up(own, key)
@@ -136,10 +121,10 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], run: Mapping[str, Any],
         elif section == "optimizer" and key not in run:
             problems.append(f"{key} = {value!r}: the optimizer is set in optim; remove it from the file")
         elif ours is not _ABSENT and key not in _FREE:
-            if value not in (ours if isinstance(ours, tuple) else (ours,)):
-                expected = " or ".join(map(repr, ours)) if isinstance(ours, tuple) else repr(ours)
+            allowed = ours if isinstance(ours, tuple) else (ours,)
+            if value not in allowed:
                 change = f"; change it, or {_SETTING[key]}" if key in _SETTING else ""
-                problems.append(f"{key}: the file has {value!r}, the run {expected}{change}")
+                problems.append(f"{key}: the file has {value!r}, the run {' or '.join(map(repr, allowed))}{change}")
         elif section not in known and (close := difflib.get_close_matches(section, known, n=1, cutoff=0.8)):
             problems.append(f"{section}: unknown key; did you mean {close[0]}?")
         elif key.endswith(("offload_optimizer.device", "offload_param.device")) and value not in ("cpu", "none"):

@@ -238,8 +238,14 @@ def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bo
 
 
 def last_evaluation(metrics: Path, step: int) -> int | None:
-    """The newest step up to `step` with validation losses in the file `metrics`; None if there is none."""
-    if not metrics.exists():
-        return None
-    evaluated = (record["step"] for record in read_jsonl(metrics) if any(k.startswith(VALIDATION) for k in record))
+    """The newest step up to `step` with validation losses in the file `metrics`; None if there is none.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    try:
+        records = read_jsonl(metrics) if metrics.exists() else []
+    except OSError as error:
+        raise ConfigError(f"can't read {metrics}: {error}; set run.dir or run.name") from error
+    evaluated = (record["step"] for record in records if any(k.startswith(VALIDATION) for k in record))
     return max((found for found in evaluated if found <= step), default=None)

@@ -22,12 +22,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
 from megamor.checkpoint import load_weights, restore_rng
-from megamor.checkpoint.manifest import create_manifest, manifest_json
+from megamor.checkpoint.manifest import create_manifest, manifest_json, read_manifest
+from megamor.checkpoint.trainer_state import TrainerState
 from megamor.cli import convert_checkpoint, evaluate, export_hf, generate, import_weights, serve, verify_checkpoint
 from megamor.cli.bench import main as bench
 from megamor.config import Config
 from megamor.errors import CheckpointError
-from megamor.load import load_model
+from megamor.load import load_model, read_end_of_text
 from megamor.ranks import Ranks
 from megamor.routing import custom
 from tests.commands import status
@@ -302,6 +303,18 @@ def test_random_states(victim: Victim) -> None:
         with pytest.raises(CheckpointError, match=r"rank_00000\.pt"):
             restore_rng(victim.checkpoint, rank=0, world_size=1, seed=0, step=0)
     assert not victim.marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"token": "a", "id": 1e999, "format": 1, "files": {"a": {"size": 1e999}}}']
+)
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "end_of_text.json"])
+def test_json_that_python_refuses_to_convert(name: str, content: str, victim: Victim) -> None:
+    (victim.checkpoint / name).write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        {"manifest.json": read_manifest, "trainer.json": TrainerState.read, "end_of_text.json": read_end_of_text}[name](
+            victim.checkpoint
+        )
 
 
 def test_a_tensor_s_properties_keep_their_types(victim: Victim) -> None:

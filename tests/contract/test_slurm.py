@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megamor.config import config_to_yaml
 from megamor.corpus.array import shard_prefix
 from megamor.corpus.writer import ShardWriter
 from megamor.data.shard import TokenShard
+from tests.resume.runs import tiny_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "preprocess.sh"
@@ -60,6 +62,80 @@ def test_shellcheck(script: Path) -> None:
     command = [Path(sys.executable).with_name("shellcheck"), "-x", script]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
+
+
+def a_run(directory: Path) -> dict[str, object]:
+    """Variables of a submission of a tiny run on one node without GPUs."""
+    file = directory / "run.yaml"
+    file.write_text(config_to_yaml(tiny_run(directory)))
+    return {"CONFIG": file, "GPUS": 0, "NODES": 1}
+
+
+TRAIN = ROOT / "slurm" / "mor_1b.sh"
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "said"),
+    [
+        ({"NODES": 3}, [], "train.global_batch_size = 4 isn't divisible by train.micro_batch_size = 1 x 3 processes"),
+        ({"GPUS": "h100:3"}, [], "micro_batch_size = 1 x 3 processes"),
+        ({}, ["data.train=[nowhere]"], "nowhere.idx doesn't exist"),
+        ({}, ["data.tokenizer=none.json"], "tokenizer none.json can't be read"),
+        ({"LAUNCHER": "deepspeed"}, ["parallel.shard_degree=2"], "needs fsdp2, but parallel.backend = deepspeed"),
+        ({"LAUNCHER": "mpirun"}, [], "LAUNCHER is mpirun"),
+    ],
+)
+def test_what_would_end_a_job_is_found_before_it_is_queued(
+    cluster: Cluster, variables: dict[str, object], overrides: list[str], said: str
+) -> None:
+    result = cluster.run(TRAIN, *overrides, **{**a_run(cluster.folder), **variables})
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert not (cluster.folder / "sbatch.log").exists()
+
+
+def test_the_nodes_and_gpus_that_are_checked_are_those_of_the_script(cluster: Cluster) -> None:
+    assert "micro_batch_size = 7 x 32 processes" in cluster.run(TRAIN, "train.micro_batch_size=7").stderr
+
+
+@pytest.mark.parametrize("check", ["passes", "off", "no python", "container"])
+def test_a_run_that_can_start_is_submitted(cluster: Cluster, check: str) -> None:
+    variables = {**a_run(cluster.folder), "CLUSTER_LOGS": cluster.folder / "logs"}
+    if check == "off":
+        variables["CHECK"] = 0
+    elif check == "no python":
+        cluster.replace("python")
+        (cluster.folder / "python").write_text("#!/bin/sh\nexit 1\n")
+        variables["CLUSTER_VENV"] = "/nowhere"
+    elif check == "container":
+        variables["CLUSTER_CONTAINER"] = "megamor.sif"
+    overrides = [] if check == "passes" else ["data.train=[nowhere]"]
+    result = cluster.run(TRAIN, *overrides, **variables)
+    assert result.returncode == 0, result.stderr
+    (call,) = cluster.calls("sbatch")
+    assert call[-1 - len(overrides) :] == [str(TRAIN), *overrides]
+    assert ("the job will check" in result.stderr) == (check in ("no python", "container"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"SLURM_SUBMIT_DIR": ROOT}, True),
+        ({"SLURM_SUBMIT_DIR": ROOT / "slurm"}, True),
+        ({"SLURM_SUBMIT_DIR": "/", "MEGAMOR_ROOT": ROOT}, True),
+        ({"SLURM_SUBMIT_DIR": "/"}, False),
+    ],
+)
+def test_a_job_finds_its_scripts(cluster: Cluster, variables: dict[str, object], found: bool) -> None:
+    """Slurm runs a copy of the script, which was submitted from anywhere."""
+    copy = cluster.folder / "job" / "slurm_script"
+    copy.parent.mkdir()
+    copy.write_text(TRAIN.read_text())
+    job = {"SLURM_JOB_ID": 1, "SLURM_NNODES": 1, "SLURM_JOB_NAME": "x"}
+    result = cluster.run(copy, LAUNCHER="mpirun", **job, **variables)
+    assert result.returncode == 2
+    expected = "LAUNCHER is mpirun" if found else "submit from the root of the repository or set MEGAMOR_ROOT to it"
+    assert expected in result.stderr
 
 
 def test_an_array_and_a_merge_that_waits_for_it(cluster: Cluster) -> None:

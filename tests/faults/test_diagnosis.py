@@ -113,7 +113,7 @@ def test_an_injected_failure_is_named(tmp_path: Path, failure: str) -> None:
         # Controls, one with scores that nothing reaches, and a warm-up in which all tokens take full depth by order.
         RandomConfig(),
         RandomConfig(gates="learned", gating="additive"),
-        TokenChoiceConfig(balance_warmup_steps=1000),
+        TokenChoiceConfig(balance_warmup_steps=8),
     ],
     ids=["expert choice", "token choice", "random", "random, unreached", "token choice, warming up"],
 )

@@ -36,6 +36,12 @@ def with_setting(config: Config, name: str, value: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **{field: value})})
 
 
+def files_of(config: Config) -> dict[Path, bytes]:
+    """Everything in the run's directory but its lock."""
+    found = (path for path in directory_of(config).rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path: path.read_bytes() for path in found}
+
+
 def allowing(config: Config, *names: str) -> Config:
     return with_setting(config, "checkpoint.allow_changes", names)
 
@@ -93,7 +99,7 @@ OTHER_FUNCTIONS: dict[str, Any] = {
 
 @pytest.mark.promise("R19")
 def test_a_change_of_the_function_is_refused_by_name(halfway: Config) -> None:
-    before = {path: path.read_bytes() for path in directory_of(halfway).rglob("*") if path.is_file()}
+    before = files_of(halfway)
     for name, value in OTHER_FUNCTIONS.items():
         old = config_to_dict(halfway)[name.split(".")[0]][name.split(".")[1]]
         shown = list(value) if isinstance(value, tuple) else value
@@ -102,7 +108,7 @@ def test_a_change_of_the_function_is_refused_by_name(halfway: Config) -> None:
         assert f"checkpoint.allow_changes=[{name}]" in message
     (message,) = fit_to_failure(replace(halfway, router=LOSS_FREE), world_size=1)
     assert "router.kind: expert_choice -> token_choice" in message
-    assert {path: path.read_bytes() for path in directory_of(halfway).rglob("*") if path.is_file()} == before
+    assert files_of(halfway) == before
 
 
 @pytest.mark.promise("R19")

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamor.serve.engine.pages import EVERY_TOKEN, TableSpec
+from megamor.serve.engine.pages import EVERY_TOKEN, PageBook, PageTable, TableSpec
+from megamor.serve.engine.prefix import PrefixCache
 from megamor.serve.engine.scheduler import Chunk, ScheduledBatch, Scheduler, SequenceState
 from megamor.serve.options import POLICIES, EngineOptions, Policy
 
@@ -60,6 +61,8 @@ class Memory:
         if batch is None:
             return False
         self.history.append((batch.kind, bool(self.scheduler.in_core)))
+        if batch.kind == "core":  # neighbours share the calls of blocks whose weights depend on the recursion
+            assert [chunk.recursion for chunk in batch.chunks] == sorted(chunk.recursion for chunk in batch.chunks)
         held = self.pages_of(batch)
         for copy in batch.copies:
             for offset in range(self.options.page_size):
@@ -293,12 +296,27 @@ def test_the_least_recently_used_prefix_is_dropped_first() -> None:
         memory.finish_all()
     prefixes = memory.scheduler.prefixes
     assert [len(prefixes.find(prompt, 3)) for prompt in (second, third, first)] == [2, 2, 2]
+    assert len(prefixes.find(first[:4], 3)) == 1  # the last token must be read: it predicts the first new one
     cached = []
     for _ in range(3):
         assert prefixes.drop_oldest()
         # Looked up in a copy of the order, as looking up is a use.
         cached.append([sum(block.key[1] == (token,) * 2 for block in prefixes.blocks.values()) for token in range(3)])
     assert cached == [[2, 1, 2], [2, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 4])
+def test_a_page_that_isn_t_full_is_copied(entries: int) -> None:
+    """Two sequences that go on from the same prefix write to it."""
+    book = PageBook(4, [TableSpec("core", 0)], {"core": 9})
+    cache, table, adopted = PrefixCache(book), PageTable(), PageTable()
+    book.reserve([table], 4, 3)
+    table.length = entries
+    page = table.pages[0]
+    block = cache.insert(None, [5, 6, 7, 8], [1] * entries + [0] * (4 - entries), 3, [table])
+    partial = cache.adopt([block], [adopted])
+    assert adopted.length == entries
+    assert (adopted.pages, partial) == (([page], []) if entries == 4 else ([], [("core", page, adopted)]))
 
 
 def test_decoding_comes_before_prompts() -> None:

@@ -129,6 +129,23 @@ def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
     assert "optim.learning_rate" in log_of(base)
 
 
+def test_plain_sbatch_from_the_directory_of_the_scripts(cluster: Cluster, base: Config) -> None:
+    config = replace(base, train=replace(base.train, max_steps=4))
+    log = Path(config.run.dir) / "job.log"
+    options = f"--nodes=1 --gpus-per-node=0 --cpus-per-task=1 --time=30 --output={log}"
+    job = cluster.submit(["bash", "-c", f"cd {ROOT}/slurm && sbatch {options} mor_1b.sh"], variables(config))
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()
+    assert checkpoint_names(config) == ["latest", "step_00000004"]
+
+
+def test_missing_data_ends_a_job_before_it_starts_processes(cluster: Cluster, base: Config) -> None:
+    job = cluster.submit([SCRIPT, "data.train=[nowhere]"], variables(base, CHECK="0"))
+    assert cluster.wait_for(job, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
+    assert "(node 0 of the job): the run can't start here: see above" in log_of(base)
+    assert "nowhere.idx doesn't exist" in log_of(base)
+    assert not [*(Path(base.run.dir) / "logs").rglob("rank_*.log")]
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, base: Config) -> None:
     config = replace(base, train=replace(base.train, max_steps=100_000))
     job = cluster.submit([SCRIPT], variables(config))

@@ -11,6 +11,7 @@ from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, TokenCh
 from megamor.config.derive import derive
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
+from megamor.model.flops import expected_steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("bench/*.yaml")])
@@ -113,3 +114,24 @@ def test_controls_differ_in_the_model_and_length_only(size: str) -> None:
 
 def test_token_choice_recipe_keeps_nothing_of_expert_choice() -> None:
     assert load_config(CONFIGS / "mor_360m_token.yaml").router == TokenChoiceConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.max_steps=1e30", r"max_steps: found 1\d{30}, expected a positive integer or null below 2\^63"),
+        ("train.max_tokens=1e30", r"max_tokens: found 1\d{30}, expected a positive integer or null below 2\^63"),
+        ("train.max_steps=1e18", r"the run's 1e\+18 steps have more tokens than can be counted"),
+        ("guard.window=1e30", r"guard.window: found 1\d{30}, expected a positive integer below 2\^63"),
+        ("run.seed=9223372036854775808", r"run.seed: found 9223372036854775808, expected zero or .* below 2\^63"),
+    ],
+)
+def test_a_number_that_cannot_be_counted_is_refused(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_config(CONFIGS / "quickstart.yaml", [override])
+
+
+def test_a_budget_that_cannot_be_counted_is_refused() -> None:
+    endless = load_config(CONFIGS / "quickstart.yaml", ["train.max_steps=null", "train.max_flops=1e308"])
+    with pytest.raises(ConfigError, match=r"train.max_flops asks for more than .* steps, which can't be counted"):
+        expected_steps(endless)

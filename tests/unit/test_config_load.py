@@ -203,6 +203,7 @@ def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
         ("router: 3\n", "router: found 3, expected a mapping with kind: fixed | expert_choice | token_choice"),
         ("1: 2\n", "1: unknown key"),
         ("? [1, 2]\n: 3\n", "not valid YAML"),
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)), "repeat"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

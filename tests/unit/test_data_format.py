@@ -303,3 +303,13 @@ def test_fingerprint_depends_on_contents_not_on_the_path(tmp_path: Path) -> None
     foreign = fingerprint(TokenShard.open(put(tmp_path / "e", BIN_U16, IDX_U16)))
     changed = fingerprint(TokenShard.open(put(tmp_path / "e", BIN_U16[:-2] + b"\x05\x00", IDX_U16)))
     assert foreign != changed
+
+
+@pytest.mark.parametrize("wrong", [{"sources": 3}, {"tokens": "x"}, {"eod_id": "x"}, {"bin_block_sha256": 7}])
+def test_a_side_file_with_values_of_other_types_is_damaged(wrong: dict[str, object], tmp_path: Path) -> None:
+    side_file = tmp_path / "a.meta.json"
+    side_file.write_text(json.dumps({"format": "megamor-token-shard", **wrong}))
+    with pytest.raises(DataError, match=rf"a\.meta\.json is damaged \(.*{next(iter(wrong))}"):
+        read_meta(str(tmp_path / "a"))
+    side_file.write_text(json.dumps({"format": "megamor-token-shard", "sources": [{"name": "x"}], "of_later": 1}))
+    assert read_meta(str(tmp_path / "a")) == ShardMeta(sources=[{"name": "x"}])

@@ -129,6 +129,16 @@ def test_json_that_is_wrong_is_named(content: str, size: int, tmp_path: Path, mo
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("form", ["[%s]", "%s", "%s\n%s\n"])
+def test_what_python_refuses_to_convert(form: str, tmp_path: Path) -> None:
+    """Integers of thousands of digits beside the text, and brackets that are nested too deeply."""
+    (tmp_path / "a.json").write_text(form.replace("%s", '{"text": "a", "n": %s}' % ("9" * 5000)))
+    assert read(tmp_path / "a.json") == ["a"] * form.count("%s")
+    (tmp_path / "a.json").write_text(form.replace("%s", '{"text": "a", "n": %s}' % ("[" * 99999 + "]" * 99999)))
+    with pytest.raises(DataError, match=r"a\.json, (object|line) 1: JSON nested too deeply"):
+        read(tmp_path / "a.json")
+
+
 def test_bad_elements_can_be_skipped_and_a_bad_first_line_costs_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "\xe9"}, {"no": 1}, {"text": "b"}]')
     assert read(tmp_path / "a.json", skip_bad=True) == ["a", "b"]

@@ -142,3 +142,22 @@ def test_recomputation_is_apart() -> None:
     )
     assert recomputed(activation_checkpointing="block", compile=True) == flops.blocks
     assert recomputed(activation_checkpointing="selective") == 0, "projections and attention are kept"
+
+
+@pytest.mark.parametrize(
+    "router", ["expert_choice", "expert_choice_mlp_tanh", "expert_choice_aux_router", "token_choice", "act_soft"]
+)
+def test_routers_cost_what_their_layers_multiply(router: str) -> None:
+    """The sum of 2 · rows · weights over all calls of a router's layers in one pass."""
+    config = tiny_config(ROUTERS[router])
+    model, products = build_model(config), list[int]()
+    assert model.stage is not None
+    for module in model.stage.router.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda layer, args, _: products.append(2 * len(args[0]) * layer.weight.numel())
+            )
+    out = model(tokens(), tokens())
+    assert out.work is not None
+    biases = 2 * BATCH * SEQ_LEN * 3 if router == "act_soft" else 0  # a head with a bias counts as one weight more
+    assert executed_flops(config, BATCH, out.work.tolist()).routers == sum(products) + biases

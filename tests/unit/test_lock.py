@@ -188,10 +188,13 @@ def _touch_later(path: Path) -> None:
     os.utime(path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[1]", b"\x00", b"\xff\xfe", b'{"token": 5}', b'{"token": "../y"}', b'{"token": ""}', b"[" * 9999],
+)
 @pytest.mark.usefixtures("impatient")
-def test_an_unreadable_lock_counts_as_silent(tmp_path: Path, content: str) -> None:
-    (tmp_path / "x.lock").write_text(content)
+def test_an_unreadable_lock_counts_as_silent(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.lock").write_bytes(content)
     with lock_of(tmp_path / "x"):
         assert names(tmp_path) == ["x.lock"]
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from megamor.config import MetricsConfig
 from megamor.errors import ConfigError
 from megamor.metrics import JsonlSink, TensorBoardSink, WandbSink, read_jsonl
+from megamor.train.build import last_evaluation
 from tests.resume.runs import tiny_run
 
 
@@ -62,6 +64,19 @@ def test_a_torn_last_line_is_removed(tmp_path: Path) -> None:
     path.write_text(path.read_text().rstrip("\n"))
     write_steps(path, range(3, 4), 2)
     assert [step for step, _ in steps_and_losses(path)] == [1, 3]
+
+
+def test_lines_of_other_programs_are_no_obstacle(tmp_path: Path) -> None:
+    lines = [b'{"step": 1, "train/loss": "nan"}', b"\xff\xfe", b'{"step": 2, "note": "by hand"}', b"[1]"]
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
+    first, second = read_jsonl(tmp_path / "m.jsonl")
+    assert math.isnan(first["train/loss"])
+    assert second == {"step": 2, "note": "by hand"}
+
+
+def test_metrics_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"can't read .*Is a directory"):
+        last_evaluation(tmp_path, 3)
 
 
 def test_a_run_from_the_beginning_starts_an_empty_file(tmp_path: Path) -> None:
@@ -128,6 +143,15 @@ def test_missing_library_is_one_clear_error(
     arguments = {"config": tiny_run(tmp_path)} if make is WandbSink else {"resume_step": None}
     with pytest.raises(ConfigError, match=r"is not installed: pip install (wandb|tensorboard)"):
         make(directory=tmp_path, **arguments)
+
+
+def test_a_broken_installation_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "can't be imported (AttributeError: no np.float_): pip install wandb, or set metrics.wandb=false"
+    (tmp_path / "wandb.py").write_text("raise AttributeError('no np.float_')")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(broken)):
+        WandbSink(tiny_run(tmp_path), tmp_path)
 
 
 def test_importing_metrics_imports_neither_torch_nor_a_tracker() -> None:

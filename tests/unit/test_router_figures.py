@@ -20,7 +20,17 @@ from megamor.config import (
     TokenChoiceConfig,
 )
 from megamor.model import build_model
-from megamor.routing import Mix, Mode, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
+from megamor.routing import (
+    MarkedSet,
+    Mix,
+    Mode,
+    Router,
+    RoutingContext,
+    RoutingPlan,
+    RoutingSession,
+    TokenSet,
+    build_router,
+)
 from megamor.routing.heads import RouterLinear, build_head
 from tests.combinations import tiny_config, tokens
 
@@ -46,6 +56,12 @@ def new(config: RouterConfig) -> Any:
 
 def begin(router: Router, mode: Mode = "train", step: int = 0) -> RoutingSession:
     return router.begin(rows(), RoutingContext(BATCH, SEQ_LEN, mode, step))
+
+
+def mean(session: RoutingSession, name: str) -> float:
+    """A statistic of the session."""
+    ratio = session.ratios[name]
+    return float(ratio.numerator / ratio.denominator)
 
 
 def two_recursions(router: Router, mode: Mode = "train") -> tuple[RoutingSession, list[RoutingPlan], list[Tensor]]:
@@ -213,7 +229,7 @@ def test_halting_by_hand(mode: str) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     # Updates plus remainder, on average over all tokens: 1 + 1, 2 + 0.3, 3 + 0.8, 2 + 0.015.
     ponder = (2 + 2.3 + 3.8 + 2.015) / 4
-    assert session.ratios["ponder_cost"].numerator.item() == pytest.approx(ponder)
+    assert mean(session, "ponder_cost") == pytest.approx(ponder)
     assert session.losses["ponder_loss"].item() == pytest.approx(0.1 * ponder)
 
 
@@ -233,6 +249,14 @@ def test_a_threshold_is_the_mean_over_micro_batches_and_ranks() -> None:
     assert router.threshold(0).item() == pytest.approx(5.0)
     assert 1.0 < router.threshold(1).item() < 3.0
     assert router.threshold(2).item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize(("mode", "losses"), [("train", {"z_loss"}), ("topk", set()), ("causal", set())])
+def test_losses_are_for_training(mode: Mode, losses: set[str]) -> None:
+    for config in (EmaThresholdConfig(z_coeff=0.1), ExpertChoiceConfig(z_coeff=0.1, aux_coeff=0.1)):
+        session = begin(new(config), mode)
+        session.route(1, rows(), EVERYTHING)
+        assert session.losses.keys() - {"aux_loss"} == losses
 
 
 @pytest.mark.parametrize(("recursion", "number"), [(1, 8), (2, 6)])
@@ -285,7 +309,7 @@ def test_actions_are_sampled_with_their_probabilities(step: int) -> None:
     for share, number in zip(wanted, taken, strict=True):
         assert abs(number / 20_000 - share) < 4 * math.sqrt(share * (1 - share) / 20_000)
     depth = sum(wanted)
-    assert session.ratios["expected_depth"].numerator.item() == pytest.approx(depth, rel=1e-6)
+    assert mean(session, "expected_depth") == pytest.approx(depth, rel=1e-6)
     assert session.losses["depth_loss"].item() == pytest.approx(0.25 * depth, rel=1e-6)
 
 
@@ -300,3 +324,11 @@ def test_random_depths_differ_between_sequences_of_a_batch() -> None:
     with torch.no_grad():
         depth = model(tokens(batch=1).expand(6, -1)).depth
     assert len({tuple(row) for row in depth.tolist()}) == 6
+
+
+def test_marked_rows_alone_are_replaced() -> None:
+    marked = MarkedSet.of(torch.arange(4))
+    assert marked.scatter(torch.zeros(4), torch.ones(4)).tolist() == [1, 1, 1, 1]
+    marks, _ = marked.where(torch.tensor([True, False, True, True]))
+    marks, _ = marks.where(torch.tensor([True, True, False, True]))
+    assert marks.scatter(torch.zeros(4, 2), torch.ones(4, 2)).tolist() == [[1, 1], [0, 0], [0, 0], [1, 1]]

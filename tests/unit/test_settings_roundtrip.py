@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megamor.cli import bench, plan, pretrain, verify_resume
-from megamor.cli.import_weights import read_settings
 from megamor.config import (
     Config,
     CustomRouterConfig,
@@ -30,10 +30,11 @@ from megamor.config import (
     literal,
     load_config,
     override,
-    parse_mapping,
+    read_mapping,
 )
 from megamor.config.constraints import Location, Range
 from megamor.config.convert import field_types
+from megamor.config.load import parse_mapping
 from megamor.config.routers import RouterConfig
 from megamor.errors import ConfigError
 from tests.commands import Command, refusal
@@ -78,7 +79,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
             return TEXT if isinstance(limits, Location) else values_of(arguments[0])
         low, high = (limits.ge if limits.gt is None else limits.gt), (limits.le if limits.lt is None else limits.lt)
         if arguments[0] is int:
-            return st.integers(int(low or 0) + (limits.gt is not None), None if high is None else int(high))
+            return st.integers(int(low or 0) + (limits.gt is not None), sys.maxsize if high is None else int(high))
         return st.floats(
             low, high, exclude_min=limits.gt is not None, exclude_max=limits.lt is not None, allow_infinity=False
         )
@@ -119,7 +120,7 @@ def test_any_configuration_reads_back_equal(base: Path, config: Config) -> None:
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     sections = [override(name, value) for name, value in config_to_dict(config).items()]
     assert load_config(base, sections) == config
-    assert parse_mapping(text, "here") == read_settings(file) == config_to_dict(config)
+    assert parse_mapping(text, "here") == read_mapping(file) == config_to_dict(config)
 
 
 @given(text=TEXT, name=TEXT)
