@@ -24,6 +24,8 @@ from megamor.corpus.writer import ShardWriter
 from megamor.data.dataset import TrainingData
 from tests.resume.runs import VOCABULARY, Trace, fit, named, tiny_run, trace
 
+pytestmark = pytest.mark.promise("R18")
+
 COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/ponder_loss", "train/grad_norm", "train/tokens_seen")
 ROUTERS: dict[str, RouterConfig] = {
     "expert_choice": ExpertChoiceConfig(aux_coeff=0.01, z_coeff=0.001),

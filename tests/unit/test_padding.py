@@ -26,6 +26,8 @@ from megamor.model.loss import IGNORE
 from megamor.routing.plan import TokenSet
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, VOCAB, lively_model, tiny_config, tokens, vanilla_config
 
+pytestmark = pytest.mark.promise("R18")
+
 CPU = torch.device("cpu")
 LENGTHS = (SEQ_LEN, 9, 0, 17, 1)
 """Real tokens of the sequences of a padded batch."""
