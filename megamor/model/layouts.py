@@ -129,7 +129,7 @@ class Geometry:
         if self.bucketed:
             return Segments(bounds, tokens.max_length, Buckets.of(bounds))
         # A ragged set's own maximum changes from step to step, and would recompile whatever depends on it.
-        longest = tokens.max_length if tokens.lengths is None else self.everything.max_length
+        longest = tokens.max_length if tokens.lengths is None else self.window.length
         return Segments(bounds.int(), longest)
 
     def visible_pairs(self, queries: TokenSet, keys: TokenSet) -> Tensor:

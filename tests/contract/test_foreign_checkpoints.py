@@ -35,6 +35,8 @@ from tests.commands import status
 from tests.resume.runs import directory_of, fit, fit_to_failure, tiny_run, until
 from tests.serve.fake import byte_tokenizer
 
+pytestmark = pytest.mark.promise("R26")
+
 
 @dataclass
 class Call:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"checkpoint", "config"},
     "checkpoint": {"config", "files", "ranks"},
     "metrics": {"config", "files", "progress"},
-    "load": {"model", "routing", "checkpoint", "config", "interop", "codec"},
+    "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},
     "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
     "interop": {"model", "routing", "checkpoint", "config", "files", "lock", "codec"},
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},

@@ -506,7 +506,13 @@ def test_generate_prints_the_text_as_it_is(
 
 def test_reports_print_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     name = "data/[bold]:key:[/nothing]" + "x" * 100
-    figures = {"loss_causal": 1.0, "perplexity_causal": 2.7, "mean_depth_causal": 1.5, "tokens": 10.0}
+    figures = {
+        "loss_causal": 1.0,
+        "perplexity_causal": 2.7,
+        "mean_depth_causal": 1.5,
+        "flops_per_token_causal": 1e6,
+        "tokens": 10.0,
+    }
     evaluate.show({name: figures}, "runs/[a]")
     out = capsys.readouterr().out
     assert Path(name).name in out

@@ -24,6 +24,8 @@ from megamor.corpus.writer import ShardWriter
 from megamor.data.dataset import TrainingData
 from tests.resume.runs import VOCABULARY, Trace, fit, named, tiny_run, trace
 
+pytestmark = pytest.mark.promise("R18")
+
 COMPARED = ("train/loss", "train/aux_loss", "train/z_loss", "train/ponder_loss", "train/grad_norm", "train/tokens_seen")
 ROUTERS: dict[str, RouterConfig] = {
     "expert_choice": ExpertChoiceConfig(aux_coeff=0.01, z_coeff=0.001),
@@ -68,13 +70,15 @@ def padded_run(directory: Path, router: RouterConfig) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Trace]]:
-    """Runs of one process and one micro-batch, by router; filled when first asked for."""
+    """Runs of one process, by router, in one micro-batch where possible; filled when first asked for."""
     found: dict[str, tuple[Config, Trace]] = {}
 
     class Runs(dict[str, tuple[Config, Trace]]):
         def __missing__(self, router: str) -> tuple[Config, Trace]:
             base = padded_run(tmp_path_factory.mktemp(router), ROUTERS[router])
-            config = replace(named(base, "8", micro_batch_size=8), parallel=ParallelConfig(backend="single"))
+            # The quantiles of micro-batches aren't that of the whole: they depend on its parts by definition.
+            size = 1 if router == "ema_threshold" else 8
+            config = replace(named(base, "whole", micro_batch_size=size), parallel=ParallelConfig(backend="single"))
             fit(config, world_size=1)
             self[router] = config, trace(config)
             return self[router]
@@ -87,7 +91,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, T
     [
         pytest.param(router, share, marks=() if (router, share) in FAST else pytest.mark.slow)
         for router in ROUTERS
-        for share in SHARES
+        for share, (size, _, _) in SHARES.items()
+        if router != "ema_threshold" or size == 1
     ],
 )
 def test_padded_windows_may_be_shared_out_in_any_way(
@@ -102,8 +107,7 @@ def test_padded_windows_may_be_shared_out_in_any_way(
     for reference, step in zip(expected.steps, found.steps, strict=True):
         compared = {name: value for name, value in reference.items() if name in COMPARED}
         assert {name: step[name] for name in compared} == pytest.approx(compared, rel=2e-6)
-        if router != "ema_threshold":
-            assert [step[f"depth/{depth}"] for depth in range(4)] == [reference[f"depth/{d}"] for d in range(4)]
+        assert [step[f"depth/{depth}"] for depth in range(4)] == [reference[f"depth/{depth}"] for depth in range(4)]
     losses = [{k: v for k, v in run.validation[-1].items() if "loss" in k} for run in (expected, found)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-6)
 

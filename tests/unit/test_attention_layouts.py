@@ -181,6 +181,11 @@ def test_segments_of_selected_rows(packed: list[Segments]) -> None:
     assert layout.segments is not None
     assert layout.segments.bounds.tolist() == [0, 2, 5]
     assert layout.segments.longest == 6  # known without reading from the device
+    padded = Geometry.of(ids, config, torch.float64, lengths=(4, 3))
+    layout = padded.layout(padded.everything, padded.everything)
+    assert layout.segments is not None
+    assert layout.segments.bounds.tolist() == [0, 4, 7]
+    assert layout.segments.longest == 6  # of the window: another number in each step would compile anew
 
 
 def test_positions_of_a_segment_see_no_other_segment(packed: list[Segments]) -> None:

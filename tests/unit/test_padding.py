@@ -26,6 +26,8 @@ from megamor.model.loss import IGNORE
 from megamor.routing.plan import TokenSet
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, VOCAB, lively_model, tiny_config, tokens, vanilla_config
 
+pytestmark = pytest.mark.promise("R18")
+
 CPU = torch.device("cpu")
 LENGTHS = (SEQ_LEN, 9, 0, 17, 1)
 """Real tokens of the sequences of a padded batch."""
@@ -37,6 +39,15 @@ def run(model: Transformer, mode: str, **batch: object) -> ModelOutput:
     """A pass with the same random numbers every time."""
     torch.manual_seed(0)
     return model(mode=mode, step=3, **batch)
+
+
+def figures(out: ModelOutput) -> dict[str, Tensor]:
+    """The router's statistics without their weight beside other micro-batches."""
+    found = {name: ratio.numerator / ratio.denominator for name, ratio in out.ratios.items()} | out.totals
+    if "threshold_quantiles" in found:
+        weight = found.pop("threshold_batches")
+        found["threshold_quantiles"] = found["threshold_quantiles"] / torch.where(weight > 0, weight, 1.0)
+    return {name: value.nan_to_num(-1.0) for name, value in found.items()}
 
 
 def padded_batch() -> tuple[Tensor, Tensor]:
@@ -76,10 +87,8 @@ def test_a_padded_window_is_its_document(router: str) -> None:
             assert (padded.depth[:, length:] == -1).all()
             assert torch.equal(padded.work, alone.work)
             assert (padded.pairs, padded.num_tokens) == (alone.pairs, alone.num_tokens)
-            for name in ("router_losses", "totals"):
-                torch.testing.assert_close(getattr(padded, name), getattr(alone, name), atol=1e-12, rtol=0)
-            ratios = [{name: (r.numerator, r.denominator) for name, r in out.ratios.items()} for out in (padded, alone)]
-            torch.testing.assert_close(*ratios, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(padded.router_losses, alone.router_losses, atol=1e-12, rtol=0)
+            torch.testing.assert_close(*(figures(out) for out in (padded, alone)), atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(padded.loss_sum, alone.loss_sum, atol=1e-10, rtol=0)
             torch.testing.assert_close(padded_grads, grads, atol=1e-9, rtol=1e-9)
 
@@ -191,6 +200,21 @@ def test_token_choice_balances_real_tokens() -> None:
     out = run(model, "train", inputs=inputs, labels=labels, lengths=LENGTHS)
     assert out.totals["depth_choices"].sum() == sum(LENGTHS)
     assert out.totals["depth_choices"].tolist() == torch.bincount(out.depth.flatten() + 1)[2:].tolist()
+
+
+def test_thresholds_weigh_micro_batches_by_their_tokens() -> None:
+    model, (inputs, labels) = lively_model(tiny_config(ROUTERS["ema_threshold"])), padded_batch()
+    full, padded = (run(model, "train", inputs=inputs, labels=labels, lengths=x).totals for x in (None, LENGTHS))
+    fill = sum(LENGTHS) / inputs.numel()
+    assert full["threshold_batches"].tolist() == [0.0, 1.0, 1.0]
+    assert padded["threshold_batches"].tolist() == pytest.approx([0.0, fill, fill])
+    quantiles = [
+        totals["threshold_quantiles"] / totals["threshold_batches"].clamp_min(1e-9) for totals in (full, padded)
+    ]
+    model.stage.router.update({name: full[name] + padded[name] for name in full})
+    expected = (quantiles[0] + fill * quantiles[1]) / (1 + fill)
+    found = torch.stack([model.stage.router.threshold(recursion) for recursion in range(3)])
+    torch.testing.assert_close(found, expected.to(found.dtype), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_are_the_sum_of_the_documents() -> None:

@@ -39,6 +39,8 @@ from megamor.config.routers import RouterConfig
 from megamor.errors import ConfigError
 from tests.commands import Command, refusal
 
+pytestmark = pytest.mark.promise("R25")
+
 LENGTH = "train: {max_steps: 1000}\n"
 AMBIGUOUS = [
     *("2026-11-24", "2026-11-24T10:00:00Z", "on", "off", "yes", "No", "y", "true", "TRUE", "null", "~", "", "=", "<<"),
