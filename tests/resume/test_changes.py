@@ -10,10 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megamor.config import CheckpointConfig, Config, OptimConfig, config_from_dict, config_to_dict
+from megamor.config import CheckpointConfig, Config, OptimConfig, config_from_dict, config_to_dict, config_to_yaml
 from megamor.config.changes import SETTINGS, Effect, changes
+from megamor.errors import ConfigError
 from megamor.parallel import init_world
 from megamor.train import build_trainer
+from megamor.train.resume import Resumption
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import (
     LOSS_FREE,
@@ -109,6 +111,18 @@ def test_a_change_of_the_function_is_refused_by_name(halfway: Config) -> None:
     (message,) = fit_to_failure(replace(halfway, router=LOSS_FREE), world_size=1)
     assert "router.kind: expert_choice -> token_choice" in message
     assert files_of(halfway) == before
+
+
+@pytest.mark.promise("R19")
+def test_allowing_one_change_allows_no_other(tmp_path: Path) -> None:
+    old = tiny_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(config_to_yaml(old))
+    new = with_setting(with_setting(old, "model.norm_eps", 1e-3), "model.rope_theta", 500.0)
+    new = replace(new, checkpoint=replace(new.checkpoint, allow_changes=("model.rope_theta",)))
+    with pytest.raises(ConfigError, match=r"allow_changes=\[model\.rope_theta,model\.norm_eps\]") as error:
+        Resumption.of(tmp_path, new, {})
+    assert "model.norm_eps: " in str(error.value)
+    assert "model.rope_theta: " not in str(error.value)
 
 
 @pytest.mark.promise("R19")

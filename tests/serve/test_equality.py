@@ -21,7 +21,9 @@ from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
+from megamor.serve.engine.attention import KVRows, KVView
 from megamor.serve.engine.engine import ServingEngine
+from megamor.serve.engine.graphs import BatchGraphs
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
@@ -251,6 +253,22 @@ def test_recorded_graphs_are_few_and_shared(kv_policy: str) -> None:
         assert max(engine.stats().width_counts) > 4, "wider batches are not replayed"
 
 
+def test_a_result_outlives_the_next_replay() -> None:
+    """A graph computes into the same memory every time."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: Tensor, *arguments: object) -> tuple[Tensor, None]:
+            return 2 * x, None
+
+    config = tiny_config(ROUTERS["fixed"]).model
+    graphs = BatchGraphs(config, 4, 2, call_again)
+    stores = [tuple(torch.zeros(3, 4, config.num_kv_heads, config.head_dim) for _ in range(2))]
+    rows = KVRows([0], [None], [KVView([0], [1])])
+    results = [graphs.run("chain", [Twice()], stores, torch.full((1, 5), x), rows) for x in (1.0, 3.0)]
+    assert len(graphs.recorded) == 1
+    assert [result.tolist() for result in results] == [[[2.0] * 5], [[6.0] * 5]]
+
+
 def test_preemption_and_prefix_hits_happen() -> None:
     """The schedules above do contain what they should contain."""
     model = model_of("expert_choice", "recursion_wise", "middle_cycle")
@@ -263,11 +281,14 @@ def test_preemption_and_prefix_hits_happen() -> None:
     assert engine.stats().mixed_depths.get(3, 0) + engine.stats().mixed_depths.get(2, 0) > 0
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_recursions_that_differ(policy: str) -> None:
-    """With per-recursion norms, LoRA and embeddings, no call of a block may mix recursions."""
+@pytest.mark.parametrize(
+    ("policy", "norms", "rank"),
+    [*((policy, True, 2) for policy in POLICIES), ("depthwise", True, 0), ("depthwise", False, 2)],
+)
+def test_recursions_that_differ(policy: str, norms: bool, rank: int) -> None:
+    """With per-recursion norms, LoRA and embeddings, or one of them, no call of a block may mix recursions."""
     config = tiny_config(ROUTERS["token_choice"], "recursion_wise", "middle_cycle")
-    differing = replace(config.recursion, separate_norms=True, lora_rank=2, recursion_embedding=True)
+    differing = replace(config.recursion, separate_norms=norms, lora_rank=rank, recursion_embedding=True)
     model = lively_model(replace(config, recursion=differing)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamor.config import OptimConfig
-from megamor.optim import lr_multiplier
+from megamor.optim import lr_multiplier, lr_multiplier_of_budget
 
 FIXTURES = Path(os.environ.get("MEGAMOR_FIXTURES", "../shared/fixtures"))
 WSD = OptimConfig(schedule="wsd", warmup_steps=4, decay_fraction=0.2)
@@ -29,6 +29,17 @@ def test_wsd_reproduces_the_published_schedule_exactly() -> None:
 def test_wsd_by_hand() -> None:
     assert [lr_multiplier(step, WSD, 20) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [lr_multiplier(step, WSD, 20) for step in range(15, 21)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_a_budget_by_hand() -> None:
+    """The decay takes the last fifth of the budget, whatever the steps; the warm-up takes steps."""
+    used = (0.0, 0.5, 0.8, 0.9, 1.0, 1.1)
+    assert [lr_multiplier_of_budget(9, x, WSD) for x in used] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0])
+    floor = replace(WSD, min_lr_ratio=0.2)
+    assert [lr_multiplier_of_budget(9, x, floor) for x in used] == pytest.approx([1.0, 1.0, 1.0, 0.6, 0.2, 0.2])
+    cosine = replace(WSD, schedule="cosine", min_lr_ratio=0.1)
+    assert [lr_multiplier_of_budget(9, x, cosine) for x in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
+    assert [lr_multiplier_of_budget(step, 0.9, WSD) for step in (0, 1, 4)] == pytest.approx([0.0, 0.125, 0.5])
 
 
 def test_cosine_by_hand() -> None:

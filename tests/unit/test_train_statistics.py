@@ -49,6 +49,17 @@ def test_sums_over_micro_batches() -> None:
     assert step.mean_depth == (4 * 1 + 2 * 2 + 2 * 3) / 8
 
 
+def test_padding_has_no_depth() -> None:
+    """Padding is marked by -1; a token that skips the core has depth 0."""
+    statistics = StepStatistics(3)
+    for depths in ([1, 3, -1, -1], [0, 2, 2, -1]):
+        one = output(loss=1.0, tokens=2, aux=0.0, agree=0.0, depth=[1])
+        statistics.add(one._replace(depth=torch.tensor([depths])))
+    step = statistics.reduce(torch.tensor(0.5)).wait()
+    assert step.depth_counts == [1, 1, 2, 1]
+    assert step.mean_depth == (1 + 2 * 2 + 3) / 5
+
+
 def test_every_token_has_the_same_weight() -> None:
     statistics = StepStatistics(3)
     statistics.add(output(loss=9.0, tokens=3, aux=0.0, agree=0.0, depth=[1]))
