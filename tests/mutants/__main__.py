@@ -32,7 +32,9 @@ from pathlib import Path
 from tests.mutants.catalogue import ROOT, Mutant, faults, load, select
 
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "runs", "build", "site")
-STATUS_OF_EXIT = {0: "survived", 1: "killed"}  # pytest.ExitCode; any other is "broken"
+# By pytest.ExitCode, with a mutant and without; any other is "broken".
+STATUS_OF_EXIT = {0: "survived", 1: "killed"}
+STATUS_OF_BASELINE = {0: "passed", 1: "failed"}
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ class Worker:
         if timed_out:
             _, status, usage = os.wait4(self.process, 0)
         code = os.waitstatus_to_exitcode(status)
-        outcome = "timeout" if timed_out else STATUS_OF_EXIT.get(code, "broken")
         job, self.job = self.job, None
+        statuses = STATUS_OF_EXIT if job.mutant else STATUS_OF_BASELINE
+        outcome = "timeout" if timed_out else statuses.get(code, "broken")
         if job.mutant is not None:
             self._write(job.mutant.file, (self.original / job.mutant.file).read_text(encoding="utf-8"))
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", self.log.read_text(errors="replace"), re.MULTILINE)
@@ -211,7 +214,7 @@ def main() -> int:
         shutil.copytree(ROOT, original, ignore=IGNORED, symlinks=True)
         workers = [Worker(original, number, args.timeout) for number in range(args.jobs)]
         before = [] if args.no_baseline else run(baselines(chosen), workers)
-        if failing := [result for result in before if result.status != "survived"]:
+        if failing := [result for result in before if result.status != "passed"]:
             print(f"{len(failing)} files have tests that fail without a mutant: mend them first")
             return 1
         results = run([Job(mutant.name, tests or mutant.tests, mutant) for mutant in chosen], workers)

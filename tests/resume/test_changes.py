@@ -120,7 +120,7 @@ def test_allowing_one_change_allows_no_other(tmp_path: Path) -> None:
     new = with_setting(with_setting(old, "model.norm_eps", 1e-3), "model.rope_theta", 500.0)
     new = replace(new, checkpoint=replace(new.checkpoint, allow_changes=("model.rope_theta",)))
     with pytest.raises(ConfigError, match=r"allow_changes=\[model\.rope_theta,model\.norm_eps\]") as error:
-        Resumption.of(tmp_path, new, {})
+        Resumption.of(tmp_path, new, {}, returns=False)
     assert "model.norm_eps: " in str(error.value)
     assert "model.rope_theta: " not in str(error.value)
 
