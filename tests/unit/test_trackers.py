@@ -204,7 +204,7 @@ directory = Path(sys.argv[1])
 began = time.monotonic()
 sink = WandbSink(tiny_run(directory), directory)
 sink.log(1, {"train/loss": 1.0, "depth/0": 0.5, "depth/1": 0.5})
-print("waited", time.monotonic() - began < 2.0)
+print("waited", time.monotonic() - began < 10.0)  # a busy machine takes seconds to import wandb
 sink.close()
 print("closed", time.monotonic() - began < trackers.FINISH_SECONDS + 2.0)
 """
