@@ -5,6 +5,7 @@ The directory is a checkpoint written by training with any backend, or an export
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class LoadedModel:
             CheckpointError: the model was saved without a tokenizer.
         """
         original = self.directory / ORIGINAL_TOKENIZER_FILE
-        return original if original.is_file() else stored_file(self.directory, TOKENIZER_FILE)
+        return stored_file(self.directory, ORIGINAL_TOKENIZER_FILE if os.path.lexists(original) else TOKENIZER_FILE)
 
     @property
     def end_of_text(self) -> EndOfText | None:
@@ -114,7 +115,10 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     refuse_unknown_router(config.router, directory)
     config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
-    model = cast(build_model(config, device="meta"), dtype)
+    try:
+        model = cast(build_model(config, device="meta"), dtype)
+    except RuntimeError as error:  # a tensor of more bytes than a number holds
+        raise CheckpointError(f"{directory} describes a model that can't be built: {error}") from error
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
     check_same_model(directory, stored, expected)
     model.to_empty(device=target)
@@ -134,9 +138,11 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
 def read_end_of_text(directory: Path) -> EndOfText | None:
     """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
     path = directory / END_OF_TEXT_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no regular file")
         content = parse_json(path.read_text(encoding="utf-8"))
         return EndOfText(str(content["token"]), int(content["id"]))
     except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:

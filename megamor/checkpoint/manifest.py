@@ -62,7 +62,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
     # A checkpoint from elsewhere must not make other files of this machine its own: an export would publish them.
     root = checkpoint.resolve()
     for name in [*files, *(link.relative_to(checkpoint) for link in checkpoint.rglob("*") if link.is_symlink())]:
-        if not (checkpoint / name).resolve().is_relative_to(root):
+        try:
+            inside = (checkpoint / name).resolve().is_relative_to(root)
+        except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a link to itself
+            raise CheckpointError(f"{path} is damaged: {str(checkpoint / name)!r} leads nowhere ({error})") from error
+        if not inside:
             raise CheckpointError(f"{checkpoint / name} is outside the checkpoint: put a copy of it inside")
     return files
 

@@ -8,6 +8,7 @@ but tensors is loaded. The tensors themselves are read by `torch.load(weights_on
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _validate_global_plan
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megamor.errors import CheckpointError
@@ -107,6 +108,9 @@ def _check(metadata: Any) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not (isinstance(entry, dcp.BytesStorageMetadata) or _describes_tensor(entry)):
             raise CheckpointError(f"the metadata of {name!r} describe no tensor")
+        # What no chunk covers would keep whatever the memory held before.
+        if isinstance(entry, dcp.TensorStorageMetadata) and not _is_whole(entry):
+            raise CheckpointError(f"the chunks of {name!r} don't make up a tensor of {tuple(entry.size)}")
     if not isinstance(metadata.storage_data, dict):
         raise CheckpointError("the metadata don't say where tensors are")
     for index, info in metadata.storage_data.items():
@@ -115,11 +119,27 @@ def _check(metadata: Any) -> None:
             raise CheckpointError(f"the metadata say that {index} is in {path!r}, which is no file of this directory")
 
 
+def _is_whole(entry: dcp.TensorStorageMetadata) -> bool:
+    """Whether the chunks lie in the tensor, don't overlap and leave nothing out."""
+    if any(not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in entry.chunks):
+        return False
+    volume = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+    if volume != math.prod(entry.size) or min(entry.size, default=0) < 0:
+        return False
+    faults: Any = _validate_global_plan([], dcp.Metadata({"": entry}))
+    return faults is True or faults == []  # earlier versions of torch say whether it is valid
+
+
 def _describes_tensor(entry: Any) -> bool:
     return (
         isinstance(entry, dcp.TensorStorageMetadata)
         and isinstance(entry.size, torch.Size)
         and isinstance(entry.properties, dcp.TensorProperties)
         and isinstance(entry.properties.dtype, torch.dtype)
-        and all(isinstance(chunk, dcp.ChunkStorageMetadata) for chunk in entry.chunks)
+        and all(
+            isinstance(chunk, dcp.ChunkStorageMetadata)
+            and isinstance(chunk.offsets, torch.Size)
+            and isinstance(chunk.sizes, torch.Size)
+            for chunk in entry.chunks
+        )
     )

@@ -32,7 +32,11 @@ class Checkpoint:
     @property
     def config_yaml(self) -> str:
         """The resolved configuration of the run, as YAML text."""
-        return stored_file(self.directory, layout.CONFIG_FILE).read_text(encoding="utf-8")
+        path = stored_file(self.directory, layout.CONFIG_FILE)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} can't be read ({error}); copy the checkpoint again") from error
 
     def weights(self) -> dict[str, Tensor]:
         """Full CPU tensors by parameter name; see `load_weights`."""

@@ -158,7 +158,10 @@ def _entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
 
 def _read(checkpoint: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
     """Full CPU tensors of `entries` in the stored type, read by this process alone."""
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    try:
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    except RuntimeError as error:
+        raise CheckpointError(f"no memory for the tensors in {checkpoint / STATE_DIR}: {error}") from error
     _load(checkpoint, tensors, no_dist=True)
     return tensors
 

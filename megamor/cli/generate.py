@@ -11,6 +11,7 @@ recursions that the model spent on reading it.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,10 +37,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     arguments = parser.parse_args(argv)
     for option, low in (("max_tokens", 1), ("temperature", 0)):
-        if getattr(arguments, option) < low:
-            parser.error(f"--{option.replace('_', '-')} must be at least {low}")
+        if not low <= getattr(arguments, option) < math.inf:
+            parser.error(f"--{option.replace('_', '-')} must be a number of at least {low}")
     if not 0 < arguments.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
+    if not -(2**63) <= arguments.seed < 2**64:
+        parser.error("--seed must fit into 64 bits")
     if arguments.depth_image and arguments.depth_image.suffix != ".svg":
         parser.error(f"the depth map is an SVG file: give --depth-image {arguments.depth_image.with_suffix('.svg')}")
     return arguments

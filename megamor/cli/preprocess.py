@@ -84,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--restart", action="store_true", help="start over, even if an interrupted run could be resumed"
     )
     args = parser.parse_args(argv)
+    if args.eod_token == "":
+        parser.error("argument --eod-token: the token is empty; leave the option out for the default")
     if args.document_separator == []:  # what argparse makes of `--separator=--`
         parser.error(r"argument --document-separator: write -- as '\x2d\x2d'")
     return args

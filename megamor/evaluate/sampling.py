@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamor.errors import ConfigError
+from megamor.errors import CheckpointError, ConfigError
 from megamor.model import KVCache, Transformer
 
 
@@ -41,6 +41,7 @@ def generate(
 
     Raises:
         ConfigError: prompt and continuation don't fit into the model's `max_seq_len`.
+        CheckpointError: the model's logits are NaN.
     """
     length, longest = len(prompt) + max_tokens, model.config.model.max_seq_len
     if length > longest + 1:  # the last token is never read, so it needs no position
@@ -58,6 +59,8 @@ def generate(
         out = model(torch.tensor([unread], device=weight.device), mode="causal", cache=cache)
         assert out.logits is not None
         depths += [0] * len(unread) if out.depth is None else out.depth[0].tolist()
+        if out.logits[0, -1].isnan().any():
+            raise CheckpointError("the model's logits are NaN: its weights are damaged, or its training diverged")
         ids.append(sample(out.logits[0, -1].float().cpu(), temperature, top_p, generator))
         unread = ids[-1:]
         if ids[-1] == stop_id:

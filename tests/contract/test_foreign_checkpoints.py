@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
 from megamor.checkpoint import load_weights, restore_rng
 from megamor.checkpoint.manifest import create_manifest, manifest_json, read_manifest
@@ -317,6 +317,63 @@ def test_json_that_python_refuses_to_convert(name: str, content: str, victim: Vi
         {"manifest.json": read_manifest, "trainer.json": TrainerState.read, "end_of_text.json": read_end_of_text}[name](
             victim.checkpoint
         )
+
+
+def test_files_that_no_reader_expects(victim: Victim) -> None:
+    """Each is refused with an error that names the file; none is passed over as if it were absent."""
+    checkpoint = victim.checkpoint
+    for name in ("a\0b", "a\ud800"):
+        text = json.dumps({"format": 1, "files": {name: {"size": 1, "sha256": "0"}}})
+        (checkpoint / "manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+            read_manifest(checkpoint)
+    victim.seal()
+    (checkpoint / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop"):
+        load_model(checkpoint, "cpu")
+    (checkpoint / "loop").unlink()
+    config = (checkpoint / "config.yaml").read_text()
+    for content in (b"\xff", config.replace("vocab_size: 256", f"vocab_size: {10**18}").encode()):
+        (checkpoint / "config.yaml").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"config\.yaml can't be read|can't be built"):
+            load_model(victim.seal(), "cpu")
+    record = checkpoint / "end_of_text.json"
+    for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("gone", path)):
+        record.unlink(missing_ok=True)
+        make(record)
+        with pytest.raises(CheckpointError, match=r"end_of_text\.json"):
+            read_end_of_text(checkpoint)
+        if record.is_dir():
+            record.rmdir()
+
+
+def test_chunks_make_up_the_whole_tensor(victim: Victim) -> None:
+    """A gap would be filled with whatever the memory held before."""
+    original = victim.metadata.read_bytes()
+    size = pickle.loads(original).state_dict_metadata["model.embed.weight"].size
+    half, huge = torch.Size([size[0] // 2, size[1]]), torch.Size([2**40, 2**20])
+    start, outside = torch.Size([0, 0]), torch.Size([size[0], 0])
+    for whole, chunks in (
+        (size, []),
+        (size, [(start, half)]),
+        (size, [(start, half), (start, half)]),
+        (size, [(start, half), (outside, half)]),
+        (size, [(torch.Size([0]), torch.Size([size.numel()]))]),
+        (size, [(start, (*size,))]),
+        (torch.Size([-1, 3]), [(start, torch.Size([-1, 3]))]),
+        (huge, [(start, size)]),
+        (huge, [(start, huge)]),
+    ):
+
+        def change(metadata: Metadata, whole: torch.Size = whole, chunks: Any = chunks) -> None:
+            entry = metadata.state_dict_metadata["model.embed.weight"]
+            entry.size, entry.chunks = whole, [ChunkStorageMetadata(*chunk) for chunk in chunks]  # type: ignore[union-attr]
+
+        victim.change(change)
+        with pytest.raises(CheckpointError, match=r"model\.embed\.weight|no memory"):
+            load_weights(victim.checkpoint)
+        victim.metadata.write_bytes(original)
+    assert load_weights(victim.checkpoint)["embed.weight"].isfinite().all()
 
 
 def test_a_tensor_s_properties_keep_their_types(victim: Victim) -> None:

@@ -467,3 +467,10 @@ def test_read_only_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert re.fullmatch(r"DataError: .*/out/x can't be written: Permission denied; .*\n", capfd.readouterr().err)
     assert leftovers(tmp_path / "out") == []
+
+
+def test_an_empty_end_of_text_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell variable that isn't set."""
+    with pytest.raises(SystemExit, match="2"):
+        preprocess.parse_arguments(["--input", "a", "--tokenizer", "byte", "--output-prefix", "d", "--eod-token", ""])
+    assert "--eod-token: the token is empty" in capsys.readouterr().err

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamor.errors import ConfigError
+from megamor.cli.generate import parse_arguments
+from megamor.errors import CheckpointError, ConfigError
 from megamor.evaluate.sampling import generate, sample
 from tests.combinations import ROUTERS, SEQ_LEN, lively_model, tiny_config, vanilla_config
 
@@ -48,3 +49,18 @@ def test_nucleus_sampling_follows_the_truncated_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.tensor([sample(logits, 1.0, 0.75, generator) for _ in range(4000)]), minlength=4)
     torch.testing.assert_close(counts / 4000, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0)
+
+
+def test_a_model_of_nan_says_so_instead_of_taking_a_token() -> None:
+    model = lively_model(tiny_config(ROUTERS["fixed"]))
+    model.embed.weight.data.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(CheckpointError, match="NaN"):
+            generate(model, [1], 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("option", [("--temperature", "nan"), ("--temperature", "inf"), ("--seed", str(2**64))])
+def test_numbers_that_sampling_cannot_use(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--checkpoint", "x", "--prompt", "a", *option])
+    assert f"{option[0]} must" in capsys.readouterr().err
