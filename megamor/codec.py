@@ -98,7 +98,7 @@ class TextCodec:
         tokenizer.encode_special_tokens = True
         self.adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self._template = tokenizer.post_processor
-        # Removed, so that ids are the same whoever encodes with this tokenizer, and however.
+        # Removed, so that every caller of this tokenizer gets the same ids.
         tokenizer.post_processor = None
         self.tokenizer, self.source, self.end_of_text = tokenizer, source, end_of_text
         self._whole_pieces: set[str] = set()

@@ -3,10 +3,10 @@
 `flock` isn't used: network file systems may lack it, or keep it to one machine. The lock is a file `X.lock`, created by
 a hard link, which fails if the name exists. Its content says who holds it, and its modification time is a heartbeat.
 
-The lock of a holder that is gone is taken over. Whoever wants to succeed the holder with token T creates `X.lock.T`,
-which again only one process can, and then renames it to `X.lock`. The holder is therefore the last of the chain
+The lock of a holder that is gone is taken over. To succeed the holder with token T, a process creates `X.lock.T`, which
+again only one process can, and then renames it to `X.lock`. The holder is therefore the last of the chain
 `X.lock`, `X.lock.<token of the first>`, and so on, at every moment, even if a successor dies between the two steps.
-Whoever finds that its own file isn't the last of that chain withdraws: what it succeeded had ended in the meantime.
+A process whose own file isn't the last of that chain withdraws: the holder it meant to succeed had been replaced.
 """
 
 from __future__ import annotations

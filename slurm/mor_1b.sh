@@ -5,7 +5,7 @@
 #   NODES=2 GPUS=4 LAUNCHER=deepspeed slurm/mor_1b.sh   variables: see slurm/train.sh
 #   sbatch [options] slurm/mor_1b.sh [key=value ...]  with slurm's own settings, without cluster.sh and its checks
 #
-# The job saves and stops before its time limit or when it is preempted, is queued again, and goes on. docs/slurm.md
+# The job saves and stops before its time limit or when it is preempted, is queued again, and resumes. docs/slurm.md
 #SBATCH --job-name=mor_1b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -9,7 +9,7 @@
 #   CPUS    cores of a job (default 16)
 #   MEM     memory of a job, and TIME its time limit; default: what the cluster gives
 #   TASKS   run these parts alone, such as 3,7-9, after a failure; the others must be there already
-# Settings of the cluster are in slurm/cluster.sh. A job that is requeued goes on where it was. The merge waits for all
+# Settings of the cluster are in slurm/cluster.sh. A job that is requeued resumes where it stopped. The merge waits for all
 # parts, and is cancelled if one fails. The shards stay; remove them once the merged data set is there.
 set -euo pipefail
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megamor.codec import read_tokenizer
 from megamor.config.schema import DataConfig
 from megamor.data.dataset import TrainingData, open_shards
 from megamor.data.meta import sha256_of_tokenizer
@@ -31,17 +32,13 @@ def find_problems(config: DataConfig, *, seed: int, vocab_size: int) -> list[str
 
 
 def _tokenizer(config: DataConfig, vocab_size: int) -> Iterator[str]:
-    from tokenizers import Tokenizer
-
     if config.tokenizer is None:
         return
     try:
         sha256_of_tokenizer(config.tokenizer)
-        entries = Tokenizer.from_file(config.tokenizer).get_vocab_size(with_added_tokens=True)
+        entries = read_tokenizer(config.tokenizer).get_vocab_size(with_added_tokens=True)
     except DataError as error:
         yield str(error)
-    except Exception as error:  # the library raises nothing more specific
-        yield f"data.tokenizer {config.tokenizer} isn't a tokenizer.json of the tokenizers library: {error}"
     else:
         if entries > vocab_size:
             found = f"tokenizer {config.tokenizer} has {entries} entries, more than model.vocab_size {vocab_size}"

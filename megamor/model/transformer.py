@@ -115,17 +115,18 @@ class Transformer(nn.Module):
         x = self.run_unshared("prelude", self.embed(window.unpad(inputs)), geometry, cache)
         routed = StageOutput(x, {}, {}, {}, None, None)
         if self.stage is not None:
+            reads_text = self.stage.router.reads_text and mode != "train"
             context = RoutingContext(
-                inputs.shape[0],
-                inputs.shape[1],
-                mode,
-                step,
-                geometry.positions,
-                bounds,
-                everything if lengths is not None else None,
-                self.config.run.seed,
-                first_sequence,
-                self.text_keys(inputs, geometry, cache) if self.stage.router.reads_text and mode != "train" else None,
+                batch=inputs.shape[0],
+                seq_len=inputs.shape[1],
+                mode=mode,
+                step=step,
+                positions=geometry.positions,
+                bounds=bounds,
+                whole=everything if lengths is not None else None,
+                seed=self.config.run.seed,
+                first_sequence=first_sequence,
+                text=self.text_keys(inputs, geometry, cache) if reads_text else None,
             )
             routed = self.stage(x, geometry, context, cache)
         x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))

@@ -105,7 +105,8 @@ def _of_the_run(config: Config, world_size: int) -> dict[str, Any]:
 
 def _merged(own: dict[str, Any], theirs: dict[str, Any], run: Mapping[str, Any], file: str) -> dict[str, Any]:
     """`own` with what `theirs` adds to it. Raises ConfigError with a line for each contradiction."""
-    if (scheduler := theirs.get("scheduler")) and not scheduler.get("params"):
+    scheduler = theirs.get("scheduler")
+    if isinstance(scheduler, dict) and not scheduler.get("params"):
         log.warning("%s: the scheduler %s isn't used, but optim.schedule", file, scheduler.get("type", ""))
         del theirs["scheduler"]
     problems = []
@@ -129,8 +130,8 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], run: Mapping[str, Any],
             problems.append(f"{section}: unknown key; did you mean {close[0]}?")
         elif key.endswith(("offload_optimizer.device", "offload_param.device")) and value not in ("cpu", "none"):
             problems.append(f"{key} = {value!r}: megamor's checkpoints read the state in memory; give 'cpu'")
-        elif section not in ("fp16", "optimizer"):
-            _put(merged, key, value)
+        elif section not in ("fp16", "optimizer") and not _put(merged, key, value):
+            problems.append(f"{key} = {value!r}: {section} is a value, not an object")
     if problems:
         heading = f"parallel.deepspeed_config {file} contradicts the run:"
         raise ConfigError("\n  ".join([heading, *dict.fromkeys(problems)]))
@@ -160,8 +161,11 @@ def _look_up(values: Any, key: str) -> Any:
     return values
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def _put(values: dict[str, Any], key: str, value: Any) -> bool:
+    """Set the value at dotted `key`. False, and nothing is set, if a section on the way is a value."""
     *sections, name = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if not isinstance(values := values.setdefault(section, {}), dict):
+            return False
     values[name] = value
+    return True

@@ -117,7 +117,7 @@ class RoutingSession(ABC):
         return plan.mix
 
     def finish(self, result: Tensor) -> Tensor:
-        """The stage's result [B·S, d], to which a router may add gradients of its own."""
+        """The stage's result [T, d], to which a router may add gradients of its own."""
         return result
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:

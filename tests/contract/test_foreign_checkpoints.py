@@ -99,7 +99,7 @@ def metadata_is_a_call(victim: Victim) -> str:
 
 
 def metadata_hold_a_call(victim: Victim) -> str:
-    """Right in every other respect: whoever reads it gets weights that work."""
+    """Right in every other respect: reading it gives weights that work."""
     victim.change(lambda metadata: setattr(metadata, "planner_data", Call(victim.marker)))
     assert pickle.loads(victim.metadata.read_bytes()).state_dict_metadata
     victim.marker.rmdir()

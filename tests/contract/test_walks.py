@@ -138,7 +138,7 @@ def test_a_text_of_ones_own_takes_four_lines(fresh: Path) -> None:
             ["--nodes", "3", "--processes", "8"],
             "train.global_batch_size = 1024 isn't divisible by train.micro_batch_size",
         ),
-        (["data.tokenizer=configs/mor_1b.yaml"], "isn't a tokenizer.json of the tokenizers library"),
+        (["data.tokenizer=configs/mor_1b.yaml"], "is not a tokenizer.json of the tokenizers library"),
         (["data.train=[data/pile_train, data/pile_train]"], "data.train names the same data twice"),
         (["data.seq_len=1000000", "model.max_seq_len=1000000"], "too few for one window"),
         (["data.tokenizer=$NO_SUCH_VARIABLE/t.json"], "the environment variable NO_SUCH_VARIABLE isn't set"),

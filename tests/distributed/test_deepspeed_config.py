@@ -145,6 +145,8 @@ def test_values_that_repeat_the_runs_own(tmp_path: Path) -> None:
         ({"amp": {"opt_level": "O1"}}, "amp: use train.precision; remove it from the file"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use train.activation_checkpointing"),
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation: unknown key; did you mean zero_optimization?"),
+        ({"gradient_clipping": {"x": 1}}, "gradient_clipping.x = 1: gradient_clipping is a value, not an object"),
+        ({"scheduler": "WarmupLR"}, "the schedule is optim.schedule; remove the scheduler"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "give 'cpu'"),
         ("{", "not valid"),
         ("[]", "found list, expected a mapping"),

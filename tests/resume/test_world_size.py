@@ -136,7 +136,7 @@ def _drawn(config: Config) -> tuple[float, ...]:
 
 
 def test_ranks_draw_different_random_numbers(tmp_path: Path) -> None:
-    """All begin with the weights of one seed, and go on with noise of their own: the same in every launch."""
+    """All begin with the weights of one seed, then draw noise of their own, the same in every launch."""
     config = tiny_run(tmp_path)
     first, second = run_ranks(_drawn, config, world_size=2)
     assert all(a != b for a, b in zip(first, second, strict=True))

@@ -103,11 +103,17 @@ def test_a_killed_holder_on_this_machine_is_succeeded_at_once(tmp_path: Path, re
     assert names(tmp_path) == []
 
 
+def holder_of(path: Path) -> Holder:
+    holder = Holder.read(path.with_name(path.name + ".lock"))
+    assert holder is not None
+    return holder
+
+
 def test_a_recycled_process_id_is_not_the_holder(tmp_path: Path) -> None:
     mine = Holder.of_this_process(tmp_path)
     (tmp_path / "x.lock").write_text(json.dumps(asdict(replace(mine, pid=os.getppid(), token="old", born="1"))))
     with lock_of(tmp_path / "x"):
-        pass
+        assert holder_of(tmp_path / "x").pid == os.getpid()
 
 
 def test_a_copied_lock_does_not_count(tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ def test_a_copied_lock_does_not_count(tmp_path: Path) -> None:
     with lock_of(tmp_path / "a" / "x"):
         (tmp_path / "b" / "x.lock").write_bytes((tmp_path / "a" / "x.lock").read_bytes())
         with lock_of(tmp_path / "b" / "x"):
-            pass
+            assert holder_of(tmp_path / "b" / "x") != holder_of(tmp_path / "a" / "x")
 
 
 @pytest.mark.promise("R20")
@@ -226,6 +232,7 @@ def test_the_heartbeat_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with lock_of(tmp_path / "x"):
         os.utime(tmp_path / "x.lock", (0, 0))
         _until(lambda: (tmp_path / "x.lock").stat().st_mtime > 0)
+        assert (tmp_path / "x.lock").stat().st_mtime > 0
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -78,3 +78,4 @@ def test_signals_can_be_ignored_for_good() -> None:
     stop.ignore_signals()
     for number in SIGNALS:
         signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
