@@ -4,15 +4,19 @@ from megamor.config.convert import config_from_dict, config_to_dict
 from megamor.config.load import config_from_yaml, config_to_yaml, load_config, override, read_mapping
 from megamor.config.paths import expand_paths, literal
 from megamor.config.routers import (
+    CapacityConfig,
     CustomRouterConfig,
     EmaThresholdConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
+    PonderNetConfig,
     RandomConfig,
     RouterConfig,
     ScoredConfig,
     SkipForwardRecurseConfig,
+    TargetConfig,
     TokenChoiceConfig,
 )
 from megamor.config.schema import (
@@ -34,10 +38,11 @@ from megamor.config.schema import (
 )
 
 __all__ = [
-    "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig", "EmaThresholdConfig",
-    "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
-    "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
+    "Alarm", "CapacityConfig", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig",
+    "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
+    "LearnedThresholdConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PonderNetConfig",
+    "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig", "ScoredConfig",
+    "SkipForwardRecurseConfig", "SourceConfig", "TargetConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
     "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
     "read_mapping",
 ]  # fmt: skip

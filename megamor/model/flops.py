@@ -16,14 +16,13 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
-    ScoredConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
 from megamor.model.sharing import layer_stack
-from megamor.routing.scored import default_capacity
+from megamor.routing.scored import capacity_of
 
 Work = Sequence[tuple[float, float]]
 """Per recursion: tokens that the core processed, and their visible query-key pairs (`StageOutput.work`)."""
@@ -126,6 +125,13 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
     return 2.0 * model.dim * (lora_rank or model.ffn_dim)
 
 
+def recursion_costs(config: Config) -> list[tuple[float, float]]:
+    """FLOPs of the core in each recursion, for each token and for each query-key pair."""
+    model, recursion, core = config.model, config.recursion, layer_stack(config).num_core
+    fresh = [r == 0 or recursion.kv_policy != "share_first" for r in range(recursion.num_recursions)]
+    return [(core * projection_flops(model, f, recursion.lora_rank), core * attention_flops(model, 1)) for f in fresh]
+
+
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
     """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it."""
     router, heads = config.router, 1
@@ -138,17 +144,15 @@ def router_flops(config: Config, recursion: int, candidates: float, selected: fl
 
 
 def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
-    """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths."""
+    """Work at the configured capacities or target; without either, tokens are taken to spread evenly over depths."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
     if num_recursions == 1:
         return []
-    fractions = default_capacity(num_recursions)
+    fractions = capacity_of(config.router, num_recursions)
     if isinstance(config.router, FixedDepthConfig):
         fractions = (1.0,) * (config.router.depth or num_recursions)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
-    elif isinstance(config.router, ScoredConfig):
-        fractions = config.router.capacity or fractions
     work = []
     for recursion, fraction in enumerate(fractions):
         length = max(1, int(fraction * seq_len))

@@ -21,6 +21,7 @@ from megamor.config import (
     CustomRouterConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     RandomConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
@@ -31,7 +32,9 @@ from megamor.model.loss import IGNORE
 from megamor.train.guard import Guard
 from megamor.train.step_statistics import StepSummary
 
-LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
+LEARNS_DEPTH = (
+    TokenChoiceConfig, LearnedThresholdConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig
+)  # fmt: skip
 """Routers that choose depths freely; with the others, the depth histogram follows from their capacity."""
 
 ADVICE = {
