@@ -34,6 +34,7 @@ from megamor.config.schema import (
     RecursionConfig,
     RunConfig,
     SourceConfig,
+    StageConfig,
     TrainConfig,
 )
 
@@ -42,7 +43,7 @@ __all__ = [
     "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
     "LearnedThresholdConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PonderNetConfig",
     "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig", "ScoredConfig",
-    "SkipForwardRecurseConfig", "SourceConfig", "TargetConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
-    "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
-    "read_mapping",
+    "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TargetConfig", "TokenChoiceConfig", "TrainConfig",
+    "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal",
+    "load_config", "override", "read_mapping",
 ]  # fmt: skip
