@@ -3,8 +3,8 @@
 z_r = head_r(x / temperature) is the score at recursion r and t_r the threshold. From the second recursion on, a token
 that took the one before continues iff z_r > t_r. Score and threshold concern one token, so the same rule holds in
 training and at inference. The gate is a function of z_r - t_r, through which the threshold gets a gradient from the
-language-model loss. That loss alone never asks for less depth, so something else must: the depth loss, which is the
-soft depth 1 + p_1·(1 + p_2·(1 + …)) with p_r the mean sigmoid(z_r - t_r) of the candidates, or a target.
+language-model loss. That loss alone never asks for less depth, so something else must: a target, or the depth loss on
+the mean soft depth 1 + p_1 + p_1·p_2 + …, p_r = sigmoid(z_r - t_r), of which a token has the terms that it got to.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LearnedThresholdRouter(ScoredRouter):
         return z - full_precision(self, "thresholds", z.dtype)[recursion]
 
     def begin(self, rows: Tensor, context: RoutingContext) -> LearnedThresholdSession:
-        return LearnedThresholdSession(self, context)
+        return LearnedThresholdSession(self, rows, context)
 
     def plan(self, z: Tensor, tokens: TokenSet, indices: Tensor | None) -> RoutingPlan:
         """As for all scored routers; an additive gate has the gradient of a weighted one."""
@@ -51,14 +51,15 @@ class LearnedThresholdRouter(ScoredRouter):
 
 
 class LearnedThresholdSession(ScoredSession):
-    """Learned thresholds during one forward pass. `reach` is the soft share of the tokens that got this far."""
+    """Learned thresholds during one forward pass. `reach` [T] is each token's product of p so far."""
 
     router: LearnedThresholdRouter
 
-    def __init__(self, router: LearnedThresholdRouter, context: RoutingContext) -> None:
+    def __init__(self, router: LearnedThresholdRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(router, context)
-        self.reach: Tensor | float = 1.0
-        self.soft_depth: Tensor | float = 1.0
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.reach = torch.ones(len(rows), dtype=dtype, device=rows.device)
+        self.soft_depth = self.reach.new_ones(())
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Candidates above the threshold; all of them in the first recursion."""
@@ -74,15 +75,13 @@ class LearnedThresholdSession(ScoredSession):
 
     def add_depth_loss(self, recursion: int, z: Tensor, candidates: TokenSet) -> None:
         """Add recursion r's term of the soft depth; after the last, the loss. With a target, the control replaces it:
-        both together would drive scores and shift apart for ever."""
-        config = self.router.config
+        both together would drive scores and shift apart without end."""
         if self.context.mode != "train":
             return
-        weights = self.weights(candidates, z.dtype)
-        passing = torch.sigmoid(z)
-        self.reach = self.reach * (passing.sum() / max(1, len(z)) if weights is None else (weights * passing).sum())
-        self.soft_depth = self.soft_depth + self.reach
+        reach = candidates.gather(self.reach) * torch.sigmoid(z)
+        self.reach = candidates.scatter(self.reach, reach)
+        self.soft_depth = self.soft_depth + reach.sum() / len(self.reach)
         if recursion == self.router.num_recursions - 1:
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
             if self.router.control is None:
-                self.add_loss("depth_loss", config.depth_coeff * self.soft_depth)
+                self.add_loss("depth_loss", self.router.config.depth_coeff * self.soft_depth)
