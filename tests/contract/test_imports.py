@@ -196,7 +196,6 @@ def test_an_optional_package_is_imported_in_one_file(package: str) -> None:
         ("tools/a.py", "from pretrain import main"),
         ("megamor/metrics/a.py", "import wandb"),
         ("megamor/data/a.py", "import importlib\nimportlib.import_module('megamor.model')"),
-        ("megamor/__init__.py", "from megamor.model import build_model"),
     ],
 )
 def test_a_breach_is_found(path: str, source: str) -> None:
