@@ -54,7 +54,7 @@ if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(
         target=os.environ["MEGAMOR_ROUTER"], options=json.loads(os.environ.get("MEGAMOR_ROUTER_OPTIONS", "{}"))
     )
-KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
+KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 
 

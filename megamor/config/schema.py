@@ -87,9 +87,10 @@ class RecursionConfig:
     sharing: Sharing = "none"
     """Order of the shared layers: the core as a whole repeats (`cycle`), or each of its layers (`sequence`). The
     `middle_` variants keep the first and the last layer unshared."""
-    kv_policy: Literal["recursion_wise", "share_first", "hybrid"] = "recursion_wise"
+    kv_policy: Literal["recursion_wise", "share_first", "hybrid", "halted_reuse"] = "recursion_wise"
     """Keys and values that a recursion attends to (paper section 2.2.2): those of its own tokens, those of the first
-    recursion, or the latter updated with its own tokens' (`hybrid`)."""
+    recursion, or the latter updated with its own tokens' (`hybrid`); with `halted_reuse` (arXiv 2603.01914) those of
+    each token's last recursion so far."""
     recursion_embedding: bool = False
     """Add a learned vector per recursion to the core's input."""
     separate_norms: bool = False

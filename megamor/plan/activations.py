@@ -56,7 +56,8 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     for recursion, (selected, _) in enumerate(nominal_work(config, batch)):
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
-        keeps = recursion == 0 and policy != "recursion_wise"
+        last = recursion == config.recursion.num_recursions - 1
+        keeps = (policy == "halted_reuse" and not last) or (policy != "recursion_wise" and recursion == 0)
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, plan.num_core)
     return found + [replace(unshared, unit=f"coda.{number}") for number in range(plan.num_coda)]
@@ -67,8 +68,7 @@ class BlockRows:
     """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
     `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
-    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use these rows' keys and
-    values.
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them.
     """
 
     config: Config
@@ -86,9 +86,9 @@ class BlockRows:
 
     @property
     def keys_values(self) -> float:
-        """Bytes of the rows' keys and values."""
+        """Bytes of the keys and values that the rows attend to."""
         model = self.config.model
-        return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
+        return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
@@ -100,10 +100,8 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
-        if not self.shares:
+        if self.shares != "share_first":
             saved += self.keys_values
-        elif self.shares == "hybrid":
-            saved += self.keys_values * self.keys / self.count
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
@@ -130,7 +128,7 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values
+        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
             "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
