@@ -23,6 +23,7 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
+    MonotoneConfig,
     RandomConfig,
     RecursionConfig,
     RouterConfig,
@@ -49,6 +50,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
+    "monotone": MonotoneConfig(),
 }
 if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(

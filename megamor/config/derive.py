@@ -10,6 +10,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterHead,
     ScoredConfig,
@@ -197,6 +198,8 @@ def router_parameters(config: Config) -> int:
             heads *= 2
         case TokenChoiceConfig() | SkipForwardRecurseConfig() | HaltingConfig():
             heads = 1
+        case MonotoneConfig():
+            heads -= 1
     return heads * router_head_parameters(config)
 
 
@@ -212,7 +215,7 @@ def router_head_parameters(config: Config) -> int:
             return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
         case SkipForwardRecurseConfig():
             return router.hidden * (dim + 3)
-        case HaltingConfig():
+        case HaltingConfig() | MonotoneConfig():
             return dim + 1
 
 

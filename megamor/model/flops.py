@@ -16,6 +16,7 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
+    MonotoneConfig,
     ScoredConfig,
     TokenChoiceConfig,
     TrainConfig,
@@ -129,7 +130,9 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
     """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it."""
     router, heads = config.router, 1
-    if isinstance(router, TokenChoiceConfig) and recursion > 0:
+    if (isinstance(router, TokenChoiceConfig) and recursion > 0) or (
+        isinstance(router, MonotoneConfig) and recursion == 0
+    ):
         heads = 0
     elif isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
         heads = 2

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
+from megamor.config import (
+    Config,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    MonotoneConfig,
+    RandomConfig,
+)
 from megamor.model.flops import nominal_work
 from megamor.model.loss import CHUNK_ELEMENTS
 from megamor.model.sharing import layer_stack
@@ -144,7 +151,8 @@ class BlockRows:
         router, model = self.config.router, self.config.model
         if isinstance(router, FixedDepthConfig):
             return 0.0
-        streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
+        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
+        streams = 3 if gated else 2
         saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.
