@@ -160,7 +160,7 @@ class MonotoneConfig:
     threshold: BetweenZeroAndOne = 0.5
     """The product of gates at which a token leaves."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth: one plus the mean products of gates before all later recursions."""
+    """Weight of the loss on the soft depth: the sum of the mean products of gates before all recursions."""
 
 
 @dataclass(frozen=True)

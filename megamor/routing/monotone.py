@@ -1,10 +1,10 @@
 """Monotone gates: a token's weight falls from recursion to recursion, and once it is at zero the token has left.
 
-Before each recursion r but the first, a token gets a gate g_r in (0, 1), and c_r is the product of its gates so far,
-which can only fall. It continues while c_r is above the threshold t, and the recursion's result replaces the stream
+Before each recursion r, a token gets a gate g_r in (0, 1), and c_r is the product of its gates so far, which can only
+fall. It continues while c_r is above the threshold t, and the recursion's result replaces the stream
 with the weight (c_r - t) / (1 - t). This reaches zero exactly where the token leaves, so the result does not jump
 there, and the gradient of the weight is that of the decision too. The language-model loss alone would open all gates;
-the depth loss, on the mean of 1 + c_2 + c_3 + …, closes those that are of no use. Made for `recursion.kv_policy:
+the depth loss, on the mean of c_1 + c_2 + …, closes those that are of no use. Made for `recursion.kv_policy:
 halted_reuse`, under which the keys of tokens that have left stay visible (after arXiv 2603.01914).
 """
 
@@ -23,15 +23,15 @@ INITIAL_BIAS = 2.0
 
 
 class MonotoneRouter(Router):
-    """A linear gate with a bias for each recursion but the first, which every token takes."""
+    """A linear gate with a bias for each recursion."""
 
     causal_in_training = True
 
     def __init__(self, config: MonotoneConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
-        self.heads = nn.ModuleList(RouterLinear(dim, 1) for _ in range(num_recursions - 1))
-        self.bias = nn.Parameter(torch.empty(num_recursions - 1))
+        self.heads = nn.ModuleList(RouterLinear(dim, 1) for _ in range(num_recursions))
+        self.bias = nn.Parameter(torch.empty(num_recursions))
 
     def reset(self) -> None:
         """Set the biases to their initial value."""
@@ -56,16 +56,14 @@ class MonotoneSession(RoutingSession):
         self.router = router
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.survival = torch.ones(len(rows), dtype=dtype, device=rows.device)
-        self.soft_depth = torch.ones((), dtype=dtype, device=rows.device)
+        self.soft_depth = torch.zeros((), dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """The candidates whose product of gates is above the threshold; all of them in the first recursion."""
+        """The candidates whose product of gates is above the threshold."""
         router, threshold = self.router, self.router.config.threshold
-        if recursion == 0:
-            return RoutingPlan(*self.take_all(recursion, candidates), Mix())
-        logits = router.heads[recursion - 1](rows).squeeze(-1)
-        bias = full_precision(router, "bias", logits.dtype)[recursion - 1]
-        survival = candidates.gather(self.survival) * torch.sigmoid(logits + bias)
+        logits = router.heads[recursion](rows).squeeze(-1)
+        gate = torch.sigmoid(logits + full_precision(router, "bias", logits.dtype)[recursion])
+        survival = candidates.gather(self.survival) * gate
         self.survival = candidates.scatter(self.survival, survival)
         self.add_depth_loss(recursion, survival)
         tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))
