@@ -17,14 +17,13 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
-    ScoredConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
 from megamor.config.segments import Segment, segments, stages
-from megamor.routing.scored import default_capacity
+from megamor.routing.scored import capacity_of
 
 Work = Sequence[tuple[float, float]]
 """Per recursion of each stage: tokens that it processed, and their visible query-key pairs (`StageOutput.work`)."""
@@ -140,6 +139,14 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
     return 2.0 * model.dim * (lora_rank or model.ffn_dim)
 
 
+def recursion_costs(stage: Segment) -> list[tuple[float, float]]:
+    """FLOPs of a stage's blocks in each recursion, for each token and for each query-key pair."""
+    model, recursion, blocks = stage.config.model, stage.config.recursion, stage.num_blocks
+    fresh = [r == 0 or recursion.kv_policy != "share_first" for r in range(recursion.num_recursions)]
+    tokens = [blocks * projection_flops(model, own, recursion.lora_rank) for own in fresh]
+    return [(of_token, blocks * attention_flops(model, 1)) for of_token in tokens]
+
+
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
     """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it.
 
@@ -155,21 +162,19 @@ def router_flops(config: Config, recursion: int, candidates: float, selected: fl
 
 
 def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
-    """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths."""
+    """Work at the configured capacities or target; without either, tokens are taken to spread evenly over depths."""
     return [row for stage in stages(config) for row in nominal_stage_work(stage.config, num_sequences)]
 
 
 def nominal_stage_work(config: Config, num_sequences: float) -> Work:
     """`nominal_work` of the only stage of `config`."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
-    fractions = default_capacity(num_recursions)
+    fractions = capacity_of(config.router, num_recursions)
     if isinstance(config.router, FixedDepthConfig):
         depth = config.router.depth or num_recursions
         fractions = (1.0,) * depth + (0.0,) * (num_recursions - depth)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
-    elif isinstance(config.router, ScoredConfig):
-        fractions = config.router.capacity or fractions
     work = []
     for recursion, fraction in enumerate(fractions):
         length = max(1, int(fraction * seq_len)) if fraction else 0

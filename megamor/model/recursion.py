@@ -21,6 +21,7 @@ from torch.func import functional_call
 from megamor.config.segments import Segment
 from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
+from megamor.model.flops import recursion_costs
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
@@ -62,6 +63,8 @@ class RecursionStage(nn.Module):
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
         self.router: Router = build_router(config.router, config.model.dim, num_recursions)
+        if self.router.control is not None:
+            self.router.control.costs = recursion_costs(segment)
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
 
@@ -102,6 +105,11 @@ class RecursionStage(nn.Module):
             work.append(torch.zeros_like(work[0]))
             session.add_ratio(f"gate_{recursion + 1}", stream.new_zeros(()), 0.0)
         result = session.finish(stream if emitted is None else emitted)
+        if self.router.control is not None and "margins" in session.totals:
+            everything = geometry.everything
+            pairs = geometry.visible_pairs(everything, everything)
+            work_of_all = torch.stack((torch.full_like(pairs, len(everything)), pairs))
+            self.router.control.report(session, torch.stack((*work, work_of_all)))
         for recursion in unused:
             result = self.touch_core(recursion, result, geometry, blocks[recursion])
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))

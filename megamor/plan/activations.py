@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import (
-    Config,
-    EmaThresholdConfig,
-    ExpertChoiceConfig,
-    FixedDepthConfig,
-    MonotoneConfig,
-    RandomConfig,
-)
+from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, MonotoneConfig, ScoredConfig
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work
 from megamor.model.loss import CHUNK_ELEMENTS
@@ -164,8 +157,7 @@ class BlockRows:
         router, model = self.config.router, self.config.model
         if isinstance(router, FixedDepthConfig):
             return 0.0
-        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
-        streams = 3 if gated else 2
+        streams = 3 if isinstance(router, ScoredConfig | MonotoneConfig) else 2
         saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.

@@ -12,6 +12,7 @@ data (`InferenceRule`): it follows from the configuration, which every checkpoin
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megamor.routing.control import DepthControl
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 
 Mode = Literal["train", "topk", "causal"]
@@ -161,6 +163,14 @@ class RoutingSession(ABC):
         shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
         return shares.to(dtype)[tokens.sequences(shares.device)]
 
+    def add_margins(self, router: Router, recursion: int, margins: Tensor) -> None:
+        """Let `margins` [N], those of steered scores, count in the scale of the shift. For routers with a target."""
+        if router.control is not None and self.context.mode == "train":
+            squares = margins.detach().double().square()
+            if "margins" not in self.totals:
+                self.totals["margins"] = squares.new_zeros(router.num_recursions, 2)
+            self.totals["margins"][recursion] = torch.stack((torch.ones_like(squares).sum(), squares.sum()))
+
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
 
@@ -183,10 +193,15 @@ class Router(nn.Module, ABC):
     causal_in_training: bool = False
     reads_text: bool = False
     """Whether the inference rule needs `RoutingContext.text`."""
+    shift: Tensor
+    """With a `control`: the knob that holds its target."""
 
-    def __init__(self, num_recursions: int) -> None:
+    def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
         self.num_recursions = num_recursions
+        self.control = control
+        if control is not None:
+            self.register_buffer("shift", torch.zeros(()))
 
     @property
     @abstractmethod
@@ -200,5 +215,15 @@ class Router(nn.Module, ABC):
     def reset(self) -> None:
         """Initialise parameters other than weights of `nn.Linear` and `nn.Embedding`."""
 
+    def steered(self, scores: Tensor, by: Tensor | float = 1.0) -> Tensor:
+        """`scores` plus the shift times `by`."""
+        return scores if self.control is None else scores + self.shift * by
+
+    @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
+        if self.control is not None and "margins" in totals:
+            number, squares = totals["margins"].unbind(1)
+            square = torch.where(number > 0, squares / number, math.inf).min()
+            error = self.control.target - self.control.measured(totals)
+            self.shift += self.control.move(error, square).to(self.shift)
