@@ -79,11 +79,13 @@ def executed_flops(
     seq_len: int | None = None,
     pairs: float | None = None,
     tokens: float | None = None,
+    probes: float = 0.0,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
-    `tokens` are those of all sequences where some are padded, since padding isn't computed.
+    `tokens` are those of all sequences where some are padded, since padding isn't computed. `probes` are rows that the
+    head predicted for an exit rule (`ModelOutput.probes`).
     """
     model, layers = config.model, layer_stack(config)
     seq_len = seq_len or config.data.seq_len
@@ -104,7 +106,7 @@ def executed_flops(
         recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
-    head = 2 * tokens * model.dim * model.vocab_size
+    head = 2 * (tokens + probes) * model.dim * model.vocab_size
     return Flops(projections, attention, routers, head, block_ends, recursion_ends)
 
 

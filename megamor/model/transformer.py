@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
+from megamor.config.exits import ExitRule
+from megamor.errors import ConfigError
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
@@ -28,6 +30,7 @@ from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
+from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
 
 
@@ -50,6 +53,12 @@ class ModelOutput(NamedTuple):
     depth: Tensor | None
     work: Tensor | None
     pairs: Tensor | None = None
+
+    @property
+    def probes(self) -> Tensor:
+        """Rows that the head predicted for an exit rule, a scalar."""
+        counts = [ratio.numerator for name, ratio in self.ratios.items() if name.endswith(PROBES)]
+        return torch.stack(counts).sum() if counts else torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Transformer(nn.Module):
         self.coda = nn.ModuleList(Block(config.model) for _ in range(layers.num_coda))
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
+        self.exit: ExitRule | None = None
 
     def forward(
         self,
@@ -213,6 +223,30 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
+
+    def readout(self, x: Tensor) -> Tensor:
+        """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
+        logits = F.linear(self.norm(x), self.embed.weight)
+        # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def set_exit(self, rule: ExitRule | None) -> None:
+        """From now on stop tokens early by `rule` in the causal mode, or (None) by the router alone.
+
+        Raises:
+            ConfigError: the model has too few recursions for the rule to stop any token.
+        """
+        deepest = 0 if self.stage is None else self.stage.router.num_recursions
+        least = 3 if rule is not None and rule.compares else 2
+        if rule is not None and deepest < least:
+            raise ConfigError(
+                f"exit = {rule.name} needs at least {least} recursions to stop a token early, and the model has "
+                f"{deepest}: leave it out"
+                + (", or use max_probability or entropy, which need 2" if deepest == 2 else "")
+            )
+        self.exit = rule
+        if self.stage is not None:
+            self.stage.exit = None if rule is None else (rule, self.readout)
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

@@ -83,6 +83,10 @@ class HaltingSession(RoutingSession):
                 self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)
         return Mix(from_core=1.0, emit=weight)
 
+    def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix:
+        """The state itself; `mix` gives the remainder to it."""
+        return Mix()
+
     def continues(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
         """Whether each of `tokens`, with weights summing to `total` [N], continues to the next recursion."""
         # In soft mode a token passes through all recursions whether it has halted or not, so a lower bound on its depth

@@ -398,7 +398,7 @@ def test_both_pools_share_the_memory() -> None:
 def test_logits_of_a_bf16_model_are_fp32() -> None:
     model = build_model(tiny_config(ROUTERS["expert_choice"])).to(torch.bfloat16).eval()
     runner = ServingEngine(model, EngineOptions(kv_memory=AMPLE)).runner
-    assert runner.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+    assert runner.model.readout(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_what_can_not_be_served() -> None:
