@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from megamor.config.exits import EXITS, ExitName, ExitRule
 from megamor.errors import ConfigError
-from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
 from megamor.routing import DepthBounds, RoutingSession
-from megamor.routing.confidence import ConfidenceSession
 from megamor.routing.halting import HaltingSession
 from tests.causality.test_causality import CUT, change_future
 from tests.combinations import (
@@ -33,40 +32,13 @@ from tests.combinations import (
 )
 from tests.decoding.test_cached_decoding import PROMPT
 from tests.decoding.test_cached_decoding import check as check_decoding
+from tests.exits import median_rule, run
 from tests.learning.test_learning import profile, rectangular_work
 
 NUM_TOKENS = BATCH * SEQ_LEN
 DEPTHLESS = {"expert_choice_additive"}
 """Routers whose tokens all stop after the first recursion by themselves, with the weights that the tests draw."""
 DEEP = [router for router in ROUTERS if router != "fixed_2_of_3"]
-
-
-def median_rule(model: Transformer, name: ExitName) -> ExitRule:
-    """A rule whose threshold is in the middle of what it will see, so that it stops some tokens and not others."""
-    seen: list[Tensor] = []
-    figure = ConfidenceSession.figure
-
-    def watched(session: ConfidenceSession, states: Tensor, rows: object) -> Tensor:
-        seen.append(figure(session, states, rows))  # type: ignore[arg-type]
-        return seen[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfidenceSession, "figure", watched)
-        run(model, ExitRule(name, 1.0 if name == "max_probability" else 0.0))
-    compared = torch.cat(seen[1:] if name in ("kl", "acceleration") else seen)
-    half = len(compared) // 2
-    # Between two figures, so that rounding decides about no token.
-    return ExitRule(name, float(compared.sort().values[half - 1 : half + 1].mean()) if half else 1.0)
-
-
-def run(model: Transformer, rule: ExitRule | None, bounds: DepthBounds | None = None) -> ModelOutput:
-    """A causal pass under `rule`."""
-    before = model.exit
-    model.set_exit(rule)
-    with torch.no_grad():
-        out = model(tokens(), mode="causal", bounds=bounds)
-    model.set_exit(before)
-    return out
 
 
 def with_exit(
@@ -233,12 +205,12 @@ def test_rules_that_can_not_be_are_refused() -> None:
             ExitRule(name, threshold)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="exit = patience is unknown: give one of max_probability, entropy, kl"):
         ExitRule("patience", 1.0)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"at least 2 recursions .* the model has 0"):
+    with pytest.raises(ConfigError, match=r"at least 2 recursions .* has 0: "):
         build_model(vanilla_config()).set_exit(ExitRule("entropy", 1.0))
     two = build_model(tiny_config(ROUTERS["fixed_2_of_3"]))
     two.set_exit(ExitRule("entropy", 1.0))
     for name in ("kl", "acceleration"):
-        with pytest.raises(ConfigError, match=f"exit = {name} needs at least 3 recursions .* or use max_probability"):
+        with pytest.raises(ConfigError, match=rf"exit = {name} needs .* at least 3 recursions .* has 2"):
             two.set_exit(ExitRule(name, 1.0))  # type: ignore[arg-type]
     assert two.exit == ExitRule("entropy", 1.0)
 
