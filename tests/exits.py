@@ -36,6 +36,6 @@ def run(model: Transformer, rule: ExitRule | None, bounds: DepthBounds | None = 
     before = model.exit
     model.set_exit(rule)
     with torch.no_grad():
-        out = model(tokens(), mode="causal", bounds=bounds)
+        out: ModelOutput = model(tokens(), mode="causal", bounds=bounds)
     model.set_exit(before)
     return out
