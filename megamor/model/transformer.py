@@ -257,23 +257,20 @@ class Transformer(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def set_exit(self, rule: ExitRule | None) -> None:
-        """From now on stop tokens early by `rule` in the causal mode, or (None) by the routers alone.
-
-        It applies in each stage that has enough recursions for it.
+        """In the causal mode stop tokens by `rule` too, in each stage of enough recursions; None ends that.
 
         Raises:
-            ConfigError: no stage has.
+            ConfigError: no stage has enough recursions.
         """
-        least = 3 if rule is not None and rule.compares else 2
-        deepest = max((stage.router.num_recursions for stage in self.stages.values()), default=0)
-        if rule is not None and deepest < least:
+        able = [stage for stage in self.stages.values() if rule and stage.router.num_recursions > rule.first]
+        if rule and not able:
             raise ConfigError(
-                f"exit = {rule.name} needs a stage of at least {least} recursions to stop a token early, and the model "
-                f"has {deepest}: use max_probability or entropy, which need 2, or leave it out"
+                f"exit = {rule.name} needs a stage of {rule.first + 1} recursions or more, and the model has none: "
+                "leave it out, or use a rule that needs fewer (docs/routers.md)"
             )
         self.exit = rule
         for stage in self.stages.values():
-            stage.exit = None if rule is None or stage.router.num_recursions < least else (rule, self.readout)
+            stage.exit = (rule, self.readout) if rule and stage in able else None
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

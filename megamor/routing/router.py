@@ -122,10 +122,7 @@ class RoutingSession(ABC):
         return result
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
-        """The combination, of x_in and y alone, for `tokens` that stop after `recursion`, which `mix` must know before.
-
-        None: no need to know. Tokens may be dropped after any recursion, and leave with their row of the stream.
-        """
+        """How `tokens` [N] leave after `recursion`, with y or x_in + gate·y, if `mix` must know that they do; else None."""
         return None
 
     def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:

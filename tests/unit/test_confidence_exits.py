@@ -26,6 +26,7 @@ from tests.combinations import (
     SEQ_LEN,
     SHARINGS,
     lively_model,
+    staged_config,
     tiny_config,
     tokens,
     vanilla_config,
@@ -78,7 +79,7 @@ def test_tokens_stop_where_the_formula_says(name: ExitName) -> None:
     expected = torch.where(stops[0], 1, torch.where(stops[1], 2, 3))
     depth = run(model, rule).depth.flatten()
     assert torch.equal(depth, expected)
-    assert len(depth.unique()) == (2 if rule.compares else 3)
+    assert len(depth.unique()) == (2 if (rule.first == 2) else 3)
 
 
 def check_replay(router: str, name: ExitName, kv_policy: str, sharing: str) -> None:
@@ -151,6 +152,21 @@ def test_later_tokens_and_other_documents_have_no_influence(router: str, name: E
     check_future(router, name, "recursion_wise", "middle_cycle")
 
 
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "act_hard"])
+@pytest.mark.parametrize("name", EXITS)
+def test_a_rule_applies_in_every_stage_that_is_deep_enough(router: str, name: ExitName) -> None:
+    """The model has stages of 3, 2 and 3 recursions."""
+    model = lively_model(staged_config(ROUTERS[router])).eval()
+    always = ExitRule(name, 1e-9 if name == "max_probability" else 99.0)
+    if router == "fixed":
+        second = NUM_TOKENS if always.first == 2 else 0
+        assert run(model, always).work[:5, 0].tolist() == [NUM_TOKENS, second, 0, NUM_TOKENS, second]
+    rule = median_rule(model, name)
+    assert (run(model, rule).depth < run(model, None).depth).any()
+    model.set_exit(rule)
+    check_decoding(model, [PROMPT] + [1] * (SEQ_LEN - PROMPT))
+
+
 @pytest.mark.parametrize("router", ["fixed", "token_choice", "act_hard"])
 @pytest.mark.parametrize("name", EXITS)
 def test_padding_has_no_influence(router: str, name: ExitName) -> None:
@@ -196,7 +212,7 @@ def test_a_rule_leaves_training_and_weights_alone() -> None:
 
 def test_rules_that_can_not_be_are_refused() -> None:
     for name, threshold in (
-        ("max_probability", 0.0),
+        ("max_probability", -0.1),
         ("max_probability", 1.5),
         ("kl", -0.1),
         ("entropy", float("nan")),
@@ -205,12 +221,12 @@ def test_rules_that_can_not_be_are_refused() -> None:
             ExitRule(name, threshold)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="exit = patience is unknown: give one of max_probability, entropy, kl"):
         ExitRule("patience", 1.0)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"at least 2 recursions .* has 0: "):
+    with pytest.raises(ConfigError, match=r"entropy needs a stage of 2 recursions or more"):
         build_model(vanilla_config()).set_exit(ExitRule("entropy", 1.0))
     two = build_model(tiny_config(ROUTERS["fixed_2_of_3"]))
     two.set_exit(ExitRule("entropy", 1.0))
     for name in ("kl", "acceleration"):
-        with pytest.raises(ConfigError, match=rf"exit = {name} needs .* at least 3 recursions .* has 2"):
+        with pytest.raises(ConfigError, match=f"exit = {name} needs a stage of 3 recursions"):
             two.set_exit(ExitRule(name, 1.0))  # type: ignore[arg-type]
     assert two.exit == ExitRule("entropy", 1.0)
 
@@ -218,7 +234,7 @@ def test_rules_that_can_not_be_are_refused() -> None:
 def test_a_router_that_emits_and_does_not_say_how_tokens_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively_model(tiny_config(ROUTERS["act_hard"]))
     monkeypatch.setattr(HaltingSession, "leaving_mix", RoutingSession.leaving_mix)
-    with pytest.raises(ConfigError, match="HaltingSession does not say how a token leaves early"):
+    with pytest.raises(ConfigError, match="HaltingSession emits a weighted sum and has no `leaving_mix`"):
         run(model, ExitRule("entropy", 1.0))
 
 
