@@ -79,11 +79,13 @@ def executed_flops(
     seq_len: int | None = None,
     pairs: float | None = None,
     tokens: float | None = None,
+    probes: float = 0.0,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
-    `tokens` are those of all sequences where some are padded, since padding isn't computed.
+    `tokens` are those of all sequences where some are padded, since padding isn't computed. `probes` are rows that the
+    head predicted for an exit rule (`ModelOutput.probes`).
     """
     model, found = config.model, segments(config)
     seq_len = seq_len or config.data.seq_len
@@ -94,7 +96,7 @@ def executed_flops(
         pairs = num_sequences * seq_len * (seq_len + 1) / 2
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
-    head = 2 * tokens * model.dim * model.vocab_size
+    head = 2 * (tokens + probes) * model.dim * model.vocab_size
     total = Flops(projections, attention, 0.0, head, ends, ends)
     remaining = iter(work)
     for stage in stages(config):

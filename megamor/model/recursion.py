@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from megamor.config.exits import ExitRule
 from megamor.config.segments import Segment
 from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
@@ -27,9 +28,12 @@ from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
+from megamor.routing.confidence import ConfidenceSession
 
 Blocks = Sequence[Callable[..., Any]]
 """The callables that run the core's blocks in one recursion."""
+Exit = tuple[ExitRule, Callable[[Tensor], Tensor]]
+"""An exit rule, and the function from states [N, dim] to logits [N, vocab] that it asks."""
 
 
 class StageOutput(NamedTuple):
@@ -67,12 +71,13 @@ class RecursionStage(nn.Module):
             self.router.control.costs = recursion_costs(segment)
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
+        self.exit: Exit | None = None
 
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
     ) -> StageOutput:
         """stream [T, dim] through up to Nr recursions."""
-        session = self.router.begin(stream, context)
+        session = self.begin(stream, context)
         policy = KVPolicy(self.kv_policy, cache, self.name)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.
@@ -113,6 +118,13 @@ class RecursionStage(nn.Module):
         for recursion in unused:
             result = self.touch_core(recursion, result, geometry, blocks[recursion])
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
+        """The router's session for rows [T, dim], the stage's input; under `exit`, which the causal mode obeys."""
+        session = self.router.begin(rows, context)
+        if self.exit is None or context.mode != "causal":
+            return session
+        return ConfidenceSession(*self.exit, session, rows, self.router.num_recursions)
 
     def blocks_by_recursion(self) -> list[Blocks]:
         """The core's blocks in each recursion."""

@@ -15,7 +15,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -122,6 +122,23 @@ class RoutingSession(ABC):
     def finish(self, result: Tensor) -> Tensor:
         """The stage's result [T, d], to which a router may add gradients of its own."""
         return result
+
+    def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
+        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
+        return None
+
+    def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
+        """Lower the upper bound of those of `tokens` for which `stops` [N] to `recursion` + 1, before its `mix`."""
+        bounds = self.context.bounds
+        if bounds is None:
+            zeros = torch.zeros(len(self.context.everything), dtype=torch.int64, device=stops.device)
+            bounds = DepthBounds(zeros, zeros + torch.iinfo(zeros.dtype).max)
+        most = torch.where(stops, recursion + 1, tokens.gather(bounds.most))
+        self.context = replace(self.context, bounds=bounds._replace(most=tokens.scatter(bounds.most, most)))
+
+    def state(self) -> dict[str, Tensor]:
+        """The `per_row` attributes, by name."""
+        return {name: getattr(self, name) for name in self.per_row}
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
