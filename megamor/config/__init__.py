@@ -20,6 +20,7 @@ from megamor.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DepthStep,
     DiagnosisConfig,
     GuardConfig,
     MetricsConfig,
@@ -34,9 +35,10 @@ from megamor.config.schema import (
 )
 
 __all__ = [
-    "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig", "EmaThresholdConfig",
-    "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
+    "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DepthStep", "DiagnosisConfig",
+    "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig",
+    "ModelConfig", "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig",
+    "RunConfig",
     "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
     "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
     "read_mapping",

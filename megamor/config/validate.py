@@ -30,6 +30,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_model(config),
         *_sharing(config),
         *_router(config),
+        *_depth(config),
         *_ramp(config),
         *_batch(config, world_size),
         *_parallel(config, world_size),
@@ -111,6 +112,34 @@ def _router(config: Config) -> Iterator[str]:
             yield f"router.target_depth = {depth} is more than recursion.num_recursions = {recursions}: lower it"
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
+
+
+def _depth(config: Config) -> Iterator[str]:
+    recursion, router = config.recursion, config.router
+    most, steps = recursion.num_recursions, recursion.schedule_steps
+    given = f"recursion.schedule = {recursion.schedule}"
+    if most == 1 and recursion.schedule != "constant":
+        yield f"{given} has nothing to change with recursion.num_recursions = 1: set constant, or more recursions"
+    elif (recursion.schedule == "steps") != bool(steps):
+        yield f"{given} with {len(steps)} recursion.schedule_steps: the schedule steps needs them, no other takes them"
+    elif steps and (steps[0].at != 0 or any(later.at <= earlier.at for earlier, later in pairwise(steps))):
+        starts = f"recursion.schedule_steps start at {[item.at for item in steps]}"
+        yield f"{starts}: start at 0 and list them in ascending order"
+    if (highest := max([recursion.schedule_start, *(item.recursions for item in steps)])) > most:
+        yield f"{given} asks for {highest} of recursion.num_recursions = {most}: lower it"
+    if recursion.backprop_recursions is None or recursion.backprop_recursions >= most:
+        return
+    given = f"recursion.backprop_recursions = {recursion.backprop_recursions}"
+    if not isinstance(router, FixedDepthConfig) and getattr(router, "gates", "") != "open":
+        fix = "use kind: fixed, or random with gates: open, or null"
+        yield f"{given} leaves the scores of router.kind = {router.kind} without a gradient in the others: {fix}"
+    if recursion.kv_policy == "share_first" or recursion.sharing.endswith("sequence"):
+        fix = "use recursion_wise or hybrid, and cycle or middle_cycle, or null"
+        weights = f"some weights of kv_policy = {recursion.kv_policy} and sharing = {recursion.sharing}"
+        yield f"{given} never trains {weights}, which only the first recursions use: {fix}"
+    if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
+        own = "what separate_norms and lora_rank give the first recursions"
+        yield f"{given} never trains {own}: switch them off, or choose a schedule"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

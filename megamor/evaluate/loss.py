@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megamor.config import Config
 from megamor.data.loader import open_validation_sets
 from megamor.data.meta import end_of_text
 from megamor.errors import DataError
@@ -66,8 +65,8 @@ def summed_loss(
     return total
 
 
-def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
-    """Figures per token from what `summed_loss` returned.
+def mean_figures(model: Transformer, sums: Tensor) -> dict[str, float]:
+    """Figures per token from what `summed_loss` returned for `model`.
 
     Returns:
         `loss` in nats, `mean_depth` in recursions, `flops_per_token` executed in a forward pass, and `gate_<r>`, the
@@ -76,7 +75,7 @@ def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
     loss, tokens, recursions, pairs, *stage = sums.tolist()
     half = len(stage) // 2
     work, gates = (list(zip(part[::2], part[1::2], strict=True)) for part in (stage[:half], stage[half:]))
-    flops = executed_flops(config, tokens, work, seq_len=1, pairs=pairs).forward
+    flops = executed_flops(model.config, tokens, work, seq_len=1, pairs=pairs, recursions=model.recursions).forward
     return {
         "loss": loss / tokens,
         "mean_depth": recursions / tokens,
@@ -131,7 +130,7 @@ def dataset_losses(
         batches = watch(data.batches(0, 1, batch_size, sequences), total=num_batches, description=what)
         sums = summed_loss(loaded.model, batches, mode, loaded.device)
         figures["tokens"] = float(sums[1])
-        figures |= {f"{name}_{mode}": value for name, value in mean_figures(loaded.config, sums).items()}
+        figures |= {f"{name}_{mode}": value for name, value in mean_figures(loaded.model, sums).items()}
         figures[f"perplexity_{mode}"] = perplexity(figures[f"loss_{mode}"])
     if "loss_topk" in figures:
         figures["gap"] = figures["loss_causal"] - figures["loss_topk"]

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from statistics import fmean
 
 from megamor.config import (
     Config,
+    DepthStep,
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
@@ -21,6 +25,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.config.batches import BatchSchedule, BatchShape
+from megamor.config.depth import depth_steps
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
 from megamor.model.sharing import layer_stack
 from megamor.routing.scored import default_capacity
@@ -43,6 +48,8 @@ class Flops:
     head: float
     block_ends: float
     recursion_ends: float
+    backpropagated: Flops | None = None
+    """What the backward pass covers; None: everything."""
 
     @property
     def blocks(self) -> float:
@@ -57,7 +64,7 @@ class Flops:
     @property
     def training(self) -> float:
         """Forward and backward (which costs twice the forward)."""
-        return 3 * self.forward
+        return self.forward + 2 * (self.backpropagated or self).forward
 
     def recomputed(self, train: TrainConfig) -> float:
         """What activation checkpointing recomputes in the backward pass."""
@@ -66,6 +73,8 @@ class Flops:
         policy = train.activation_checkpointing
         if policy == "none":
             return 0.0
+        if self.backpropagated is not None:
+            return self.backpropagated.recomputed(train)
         ends = self.recursion_ends if policy == "recursion" else self.block_ends
         ends = 0.0 if train.compile else ends
         kept = train.selective_ops if policy == "selective" else ()
@@ -79,11 +88,13 @@ def executed_flops(
     seq_len: int | None = None,
     pairs: float | None = None,
     tokens: float | None = None,
+    recursions: int | None = None,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
-    `tokens` are those of all sequences where some are padded, since padding isn't computed.
+    `tokens` are those of all sequences where some are padded, since padding isn't computed. `recursions` is the most
+    that the pass ran, where `work` has more (with zeros).
     """
     model, layers = config.model, layer_stack(config)
     seq_len = seq_len or config.data.seq_len
@@ -96,6 +107,7 @@ def executed_flops(
     ends = num_unshared * tokens * end_flops(model)
     # A router scores the candidates of a recursion, which are the tokens selected in the recursion before.
     routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
+    work = work[:recursions]
     for recursion, (selected, selected_pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
         projections += layers.num_core * selected * projection_flops(model, fresh, config.recursion.lora_rank)
@@ -105,7 +117,14 @@ def executed_flops(
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
     head = 2 * tokens * model.dim * model.vocab_size
-    return Flops(projections, attention, routers, head, block_ends, recursion_ends)
+    flops = Flops(projections, attention, routers, head, block_ends, recursion_ends)
+    truncated = len(work) - (config.recursion.backprop_recursions or len(work))
+    if truncated <= 0:
+        return flops
+    # Truncated backpropagation is for routers without scores, so `work` is all that the first recursions cost.
+    everywhere = replace(config, recursion=replace(config.recursion, backprop_recursions=None))
+    tracked = [(0.0, 0.0)] * truncated + [*work[truncated:]]
+    return replace(flops, backpropagated=executed_flops(everywhere, num_sequences, tracked, seq_len, pairs, tokens))
 
 
 def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: int = 0) -> float:
@@ -137,8 +156,11 @@ def router_flops(config: Config, recursion: int, candidates: float, selected: fl
     return 2 * heads * decided * router_head_parameters(config)
 
 
-def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
-    """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths."""
+def nominal_work(config: Config, num_sequences: float, recursions: int | None = None) -> list[tuple[float, float]]:
+    """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths.
+
+    `recursions` is the most that run; None: as many as the schedule reaches.
+    """
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
     if num_recursions == 1:
         return []
@@ -150,16 +172,17 @@ def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, floa
     elif isinstance(config.router, ScoredConfig):
         fractions = config.router.capacity or fractions
     work = []
-    for recursion, fraction in enumerate(fractions):
+    most = recursions or max(item.recursions for item in depth_steps(config.recursion))
+    for recursion, fraction in enumerate(fractions[:most]):
         length = max(1, int(fraction * seq_len))
         keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
         work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2))
     return work
 
 
-def nominal_flops(config: Config, num_sequences: float = 1.0) -> Flops:
-    """FLOPs at the configured capacities."""
-    return executed_flops(config, num_sequences, nominal_work(config, num_sequences))
+def nominal_flops(config: Config, num_sequences: float = 1.0, recursions: int | None = None) -> Flops:
+    """FLOPs at the configured capacities; `recursions` as for `nominal_work`."""
+    return executed_flops(config, num_sequences, nominal_work(config, num_sequences, recursions))
 
 
 def expected_steps(config: Config, done: Consumed | None = None) -> int:
@@ -169,9 +192,18 @@ def expected_steps(config: Config, done: Consumed | None = None) -> int:
     if steps is not None:
         return steps
 
-    def cost(shape: BatchShape) -> float:
+    def cost(depths: Sequence[int], shape: BatchShape) -> float:
         lengths = replace(config, data=replace(config.data, seq_len=shape.seq_len))
-        return nominal_flops(lengths, shape.global_batch_size).training
+        return fmean(nominal_flops(lengths, shape.global_batch_size, depth).training for depth in depths)
 
-    assert config.train.max_flops is not None, "validate() accepts exactly one limit"
-    return BatchSchedule.of(config).steps_for(config.train.max_flops - done.flops, done.step, cost)
+    budget, recursion = config.train.max_flops, config.recursion
+    assert budget is not None, "validate() accepts exactly one limit"
+    step, spent, batches = done.step, done.flops, BatchSchedule.of(config)
+    # Each depth of the schedule has a share of the FLOPs.
+    for item, after in pairwise([*depth_steps(recursion), DepthStep(1.0, 1)]):
+        end = after.at * budget
+        first = recursion.schedule_start if recursion.schedule == "sampled" else item.recursions
+        if spent < end:
+            step = batches.steps_for(end - spent, step, partial(cost, range(first, item.recursions + 1)))
+            spent = end
+    return step

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
+from megamor.config.depth import final_recursions
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
@@ -38,7 +39,7 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token.
+    sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
     """
 
     logits: Tensor | None
@@ -50,6 +51,7 @@ class ModelOutput(NamedTuple):
     depth: Tensor | None
     work: Tensor | None
     pairs: Tensor | None = None
+    z_loss_sum: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class Transformer(nn.Module):
         self.coda = nn.ModuleList(Block(config.model) for _ in range(layers.num_coda))
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
+        self.limit_recursions(None)
+
+    def limit_recursions(self, most: int | None) -> None:
+        """Run at most so many recursions from now on; None: as many as at the end of training."""
+        self.recursions = most or final_recursions(self.config.recursion)
+        if self.stage is not None:
+            self.stage.limit_recursions(self.recursions)
 
     def forward(
         self,
@@ -133,18 +142,20 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
 
-        logits = loss_sum = num_tokens = pairs = None
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             logits = window.pad(F.linear(x, self.embed.weight))
         else:
             labels = window.unpad(labels)
-            loss_sum = linear_cross_entropy(x, self.embed.weight, labels)
+            z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
+            loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
+            z_loss_sum = z_loss_sum if z_coeff else None
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
         depth = None if routed.depth is None else window.pad(routed.depth, -1)
         _, losses, ratios, totals, _, work = routed
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -203,8 +214,8 @@ class Transformer(nn.Module):
                     weight.fill_(1.0)
             elif isinstance(module, Router):
                 module.reset()
-        if self.stage is not None and self.stage.recursion_embedding is not None:
-            for parameter in self.stage.recursion_embedding:
+        for parameters in () if self.stage is None else (self.stage.recursion_embedding, self.stage.injection):
+            for parameter in parameters or ():
                 parameter.zero_()
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:

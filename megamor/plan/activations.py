@@ -52,8 +52,10 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     unshared = Span("", 1.0, *everything.block(), everything.widest())
     found = [replace(unshared, unit=f"prelude.{number}") for number in range(plan.num_prelude)]
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
-    policy = config.recursion.kv_policy
-    for recursion, (selected, _) in enumerate(nominal_work(config, batch)):
+    policy, work = config.recursion.kv_policy, nominal_work(config, batch)
+    for recursion, (selected, _) in enumerate(work):
+        if recursion < len(work) - (config.recursion.backprop_recursions or len(work)):
+            continue  # without gradients, so nothing is kept
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
         keeps = recursion == 0 and policy != "recursion_wise"
@@ -100,6 +102,9 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
+        if model.qk_norm:
+            saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
+            saved += 0 if self.shares == "share_first" else self.keys_values / 2
         if not self.shares:
             saved += self.keys_values
         elif self.shares == "hybrid":
@@ -144,10 +149,11 @@ class BlockRows:
     def around_blocks(self) -> float:
         """What a recursion saves around its blocks: result, combined rows, scorer's input, RoPE angles, positions."""
         router, model = self.config.router, self.config.model
+        injected = self.stream if self.config.recursion.input_injection else 0.0
         if isinstance(router, FixedDepthConfig):
-            return 0.0
+            return injected
         streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
-        saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
+        saved = injected + streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.
             saved += self.count * self.config.data.seq_len * self.sizes.products

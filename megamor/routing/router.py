@@ -177,7 +177,11 @@ class RoutingSession(ABC):
 
 
 class Router(nn.Module, ABC):
-    """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
+    """A router's parameters and rules. Subclasses define `begin`; see the module docstring.
+
+    `num_recursions` is the most that a pass runs now, and `full_depth` the most that it can run. Where training has not
+    reached that (`recursion.schedule`), a session behaves as that of a router with `num_recursions`.
+    """
 
     causal_in_training: bool = False
     reads_text: bool = False
@@ -185,7 +189,7 @@ class Router(nn.Module, ABC):
 
     def __init__(self, num_recursions: int) -> None:
         super().__init__()
-        self.num_recursions = num_recursions
+        self.num_recursions = self.full_depth = num_recursions
 
     @property
     @abstractmethod

@@ -66,8 +66,8 @@ class SkipForwardRecurseRouter(Router):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
-        if self.shifts is None:
-            return
+        if self.shifts is None or self.num_recursions < self.full_depth:
+            return  # the target is one of full depth
         assert self.config.target_depth is not None
         number, total, squares, expected = totals["margins"]
         depth, reach = torch.zeros_like(number), torch.ones_like(number)
@@ -197,7 +197,9 @@ class SkipForwardRecurseSession(RoutingSession):
             config = self.router.config
             penalty = self.expected_depth
             if config.target_depth is not None:
-                penalty = (self.expected_depth - config.target_depth).square()
+                # The target is one of full depth. With fewer recursions, aiming at it would only teach to recurse.
+                at_full_depth = self.router.num_recursions == self.router.full_depth
+                penalty = (self.expected_depth - config.target_depth).square() * at_full_depth
             self.add_loss("depth_loss", config.depth_coeff * penalty)
             if "margins" in self.totals:
                 self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)

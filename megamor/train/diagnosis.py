@@ -47,6 +47,10 @@ ADVICE = {
         "the model has learned token frequencies and nothing more: check the data (order, tokenizer, documents) and "
         "optim.lr, which may be too high or too low"
     ),
+    "stream_norm": (
+        "the recursions make hidden states grow, until bf16 rounds away what they add: set recursion.residual_scaling, "
+        "model.qk_norm or a lower optim.lr"
+    ),
     "exploding_norm": "training is about to diverge: lower optim.lr, or lengthen optim.warmup_steps",
 }
 
@@ -61,6 +65,7 @@ class Diagnosis:
             "pinned_depth": self.config.pinned_depth,
             "unigram_plateau": self.config.unigram_plateau,
             "exploding_norm": self.config.exploding_norm,
+            "stream_norm": self.config.stream_norm,
         }
         self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
         # Controls have nothing to learn: no gradient reaches them, or whatever does is not what they are there for.
@@ -73,8 +78,12 @@ class Diagnosis:
         self.in_a_row = dict.fromkeys(ADVICE, 0)
         self.warnings: list[str] = []
 
-    def observe(self, step: int, summary: StepSummary, guard: Guard, batches: list[MicroBatch]) -> list[str]:
-        """Look at step number `step`; returns warnings. Collective every `diagnosis.steps` steps.
+    def observe(
+        self, step: int, summary: StepSummary, guard: Guard, batches: list[MicroBatch], recursions: int | None = None
+    ) -> list[str]:
+        """Look at step number `step`, of at most `recursions`, and return warnings.
+
+        Collective every `diagnosis.steps` steps.
 
         Raises:
             TrainingError: on every rank, for an alarm that is set to `stop`.
@@ -85,10 +94,14 @@ class Diagnosis:
         grad_norm = summary.grad_norm
         if not math.isfinite(grad_norm):
             return []
-        dead = self.gradient is not None and summary.score_gradient == 0.0
-        self._note("dead_router", step, dead, f"gradient 0 in {self.config.steps} steps")
-        pinned = self._pinned(summary) if step > self.free_after else None
-        self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
+        if recursions != 1:  # with one there is nothing to choose, and such a step says nothing about the router
+            dead = self.gradient is not None and summary.score_gradient == 0.0
+            self._note("dead_router", step, dead, f"gradient 0 in {self.config.steps} steps")
+            pinned = self._pinned(summary) if step > self.free_after else None
+            self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
+        before, after = self._stream_norms(summary.ratios)
+        blown_up = after > self.config.stream_factor * before
+        self._note("stream_norm", step, blown_up, f"RMS {after:.3g} after the recursions, {before:.3g} before")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
         limit = self.config.norm_factor * usual
         self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
@@ -103,6 +116,17 @@ class Diagnosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
+
+    def _stream_norms(self, ratios: Mapping[str, float]) -> tuple[float, float]:
+        """RMS of the stream before the first recursion and its largest after one; zeros without recursions."""
+        # Of several stages, each has its own prefix: the worst one counts.
+        found: dict[str, list[float]] = {}
+        for name, value in ratios.items():
+            stage, _, number = name.rpartition("stream_rms_")
+            if number.isdigit():
+                found.setdefault(stage, []).append(value)
+        pairs = [(first, max(later)) for first, *later in found.values() if later]
+        return max(pairs, key=lambda pair: pair[1] / pair[0] if pair[0] else math.inf, default=(0.0, 0.0))
 
     def _pinned(self, summary: StepSummary) -> int | None:
         """The depth that nearly all tokens take, if there is one and the router was free to choose another."""

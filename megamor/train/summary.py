@@ -29,10 +29,13 @@ class LaunchSummary:
     mean_depth: float | None = None
     validation: ValidationLosses | None = None
 
-    def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float) -> float:
-        """Count a step of `tokens`, padding left out, here and in `throughput`; returns its training FLOPs."""
+    def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float, recursions: int) -> float:
+        """Count a step of `tokens`, padding left out, and at most `recursions`, here and in `throughput`.
+
+        Returns its training FLOPs.
+        """
         sequences, seq_len = shape.global_batch_size, shape.seq_len
-        flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens)
+        flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens, recursions)
         self.throughput.add(
             seconds=seconds,
             tokens=tokens,

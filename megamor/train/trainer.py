@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megamor.config import Config
 from megamor.config.batches import BatchSchedule
+from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
@@ -180,6 +181,8 @@ class Trainer:
         number = self.progress.step + 1
         shape = self.batches.at(self.progress.step)
         lr = self.budget.lr(self.progress)
+        recursions = self.budget.recursions(self.progress)
+        self.model.limit_recursions(recursions)
         settled_after = self.config.train.fail_on_recompile_after
         settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
         with without_recompiling(number, settled_after) if settled else nullcontext():
@@ -190,6 +193,8 @@ class Trainer:
         self.progress.step = number
         self.progress.tokens_seen += batch.tokens
         self.progress.lr = lr
+        # Sampled depths are all being trained, so evaluation is at full depth.
+        self.progress.recursions = recursions if grows(self.config.recursion) else None
         # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
         # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
         self.unread.append(
@@ -203,6 +208,7 @@ class Trainer:
                 epochs=self.loader.epochs(),
                 data_wait=self.data_wait,
                 seconds=self.throughput.lap(),
+                recursions=recursions,
                 figures=figures,
             )
         )
@@ -277,7 +283,9 @@ class Trainer:
                 # A skipped step must leave the router's buffers alone too, hence only now.
                 self.model.stage.router.update(step.figures.totals)
             self.log_step(step, summary)
-            for warning in self.diagnosis.observe(step.number, summary, self.guard, step.micro_batches):
+            for warning in self.diagnosis.observe(
+                step.number, summary, self.guard, step.micro_batches, step.recursions
+            ):
                 self.announce(f"warning: {warning}")
         return verdict
 
@@ -287,7 +295,7 @@ class Trainer:
 
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        self.progress.flops += self.summary.add(summary, step.shape, step.tokens, step.seconds)
+        self.progress.flops += self.summary.add(summary, step.shape, step.tokens, step.seconds, step.recursions)
         self.progress.seconds += step.seconds
         is_last = self.budget.is_spent(Consumed(step.number, step.tokens_seen, self.progress.flops))
         if step.number % self.config.metrics.log_every and not is_last:
@@ -297,6 +305,7 @@ class Trainer:
             "train/lr": step.lr,
             "train/grad_norm": summary.grad_norm,
             "train/tokens_seen": step.tokens_seen,
+            **({} if self.config.recursion.schedule == "constant" else {"train/recursions": step.recursions}),
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
             **self.throughput.metrics(),
@@ -419,6 +428,7 @@ class Trainer:
         """Compute and write validation losses. Abandoned if the ranks agree to stop; the next launch does it then."""
         step = self.progress.step
         self.read_figures()
+        self.model.limit_recursions(self.progress.recursions)
         with self.throughput.excluded():
             try:
                 losses = validation_losses(
