@@ -17,7 +17,7 @@ from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
-from megamor.config.depth import final_recursions, grows, with_recursions
+from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
@@ -43,8 +43,7 @@ class LoadedModel:
     @property
     def origin(self) -> str:
         """Directory and step, for a message; and the depth, where training stopped on its way to the full one."""
-        recursions = self.config.recursion
-        depth = f", {self.model.recursions} of {recursions.num_recursions} recursions" if grows(recursions) else ""
+        depth = f", {self.model.recursions} of {most_recursions(self.config)} recursions" if grows(self.config) else ""
         return f"{self.directory}{depth}" if self.step is None else f"{self.directory} (step {self.step}{depth})"
 
     @property
@@ -115,10 +114,10 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
-        if grows(config.recursion):
+        if grows(config):
             # Recursions that training hasn't reached would run with parameters that have learned nothing.
-            config = with_recursions(config, checkpoint.recursions or final_recursions(config.recursion))
-    refuse_unknown_router(config.router, directory)
+            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
+    refuse_unknown_router(config, directory)
     config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     try:
@@ -161,6 +160,6 @@ def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
     The router's weights stay in fp32 or wider: rounding them would change decisions between nearly equal scores.
     """
     model.to(dtype)
-    if model.stage is not None and dtype.itemsize < torch.float32.itemsize:
-        model.stage.router.float()
+    for stage in model.stages.values() if dtype.itemsize < torch.float32.itemsize else ():
+        stage.router.float()
     return model

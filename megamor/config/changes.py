@@ -37,6 +37,7 @@ _CLASSES: dict[Effect, str] = {
         model.rope_theta model.norm_eps model.qk_norm model.document_positions
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank recursion.input_injection recursion.residual_scaling
+        recursion.router_layers recursion.stages
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
         router.gates router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from megamor.config.schema import Config, DepthStep, RecursionConfig
+from megamor.config.schema import Config, DepthStep
+from megamor.config.segments import stages
 
 
-def depth_steps(recursion: RecursionConfig) -> tuple[DepthStep, ...]:
+def depth_steps(config: Config) -> tuple[DepthStep, ...]:
     """A schedule that grows, as steps. Others have one: full depth.
 
     With n numbers of recursions to pass through, `linear` reaches the i-th (from 0) at u = i/n of the run, and `1-sqrt`
     where 1 - sqrt(1 - u) is i/n: it stays low for longer.
     """
-    first, last = recursion.schedule_start, recursion.num_recursions
+    recursion, last = config.recursion, most_recursions(config)
+    first = recursion.schedule_start
     if recursion.schedule == "steps":
         return recursion.schedule_steps
     if recursion.schedule not in ("linear", "1-sqrt"):
@@ -27,20 +29,25 @@ def depth_steps(recursion: RecursionConfig) -> tuple[DepthStep, ...]:
     return tuple(DepthStep(1 - (1 - share) ** power, number) for number, share in reached)
 
 
-def final_recursions(recursion: RecursionConfig) -> int:
-    """The most recursions at the end of training, and so at inference."""
-    return depth_steps(recursion)[-1].recursions
+def most_recursions(config: Config) -> int:
+    """Recursions of the stage that has most; 1 without one."""
+    return max((len(stage.schedule) for stage in stages(config)), default=1)
 
 
-def grows(recursion: RecursionConfig) -> bool:
+def final_recursions(config: Config) -> int:
+    """The most recursions of a stage at the end of training, and so at inference."""
+    return depth_steps(config)[-1].recursions
+
+
+def grows(config: Config) -> bool:
     """Whether a run may end before it has trained all recursions."""
-    return recursion.schedule not in ("constant", "sampled")
+    return config.recursion.schedule not in ("constant", "sampled")
 
 
 def with_recursions(config: Config, most: int) -> Config:
     """`config` of a run that stopped growing at so many recursions."""
     reached = replace(config.recursion, schedule="steps", schedule_steps=(DepthStep(0.0, most),))
-    return config if most == final_recursions(config.recursion) else replace(config, recursion=reached)
+    return config if most == final_recursions(config) else replace(config, recursion=reached)
 
 
 def recursions_at(config: Config, used: float, step: int) -> int:
@@ -48,16 +55,16 @@ def recursions_at(config: Config, used: float, step: int) -> int:
     recursion = config.recursion
     if recursion.schedule == "sampled":
         drawn = hashlib.blake2b(f"{config.run.seed} {step}".encode(), digest_size=8).digest()
-        choices = recursion.num_recursions - recursion.schedule_start + 1
+        choices = most_recursions(config) - recursion.schedule_start + 1
         return recursion.schedule_start + int.from_bytes(drawn, "big") % choices
-    return [item.recursions for item in depth_steps(recursion) if item.at <= used][-1]
+    return [item.recursions for item in depth_steps(config) if item.at <= used][-1]
 
 
-def describe_schedule(recursion: RecursionConfig) -> str:
+def describe_schedule(config: Config) -> str:
     """The schedule in words; empty if it is constant."""
-    if recursion.schedule == "constant":
+    if config.recursion.schedule == "constant":
         return ""
-    if recursion.schedule == "sampled":
-        return f"{recursion.schedule_start} to {recursion.num_recursions}, drawn for each step"
-    first, *later = depth_steps(recursion)
+    if config.recursion.schedule == "sampled":
+        return f"{config.recursion.schedule_start} to {most_recursions(config)}, drawn for each step"
+    first, *later = depth_steps(config)
     return ", ".join([str(first.recursions), *(f"{item.recursions} from {item.at:.1%} of the run" for item in later)])

@@ -12,9 +12,11 @@ from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
+from megamor.config.depth import most_recursions
 from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
 from megamor.config.schema import Config
+from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
 
@@ -80,6 +82,9 @@ def _model(config: Config) -> Iterator[str]:
 
 def _sharing(config: Config) -> Iterator[str]:
     recursions, sharing = config.recursion.num_recursions, config.recursion.sharing
+    if config.recursion.router_layers or config.recursion.stages:
+        yield from _stages(config)
+        return
     if (recursions == 1) != (sharing == "none"):
         fix = "choose a sharing such as middle_cycle" if sharing == "none" else "set sharing: none for a vanilla model"
         pair = f"recursion.num_recursions = {recursions} with recursion.sharing = {sharing}"
@@ -96,9 +101,32 @@ def _sharing(config: Config) -> Iterator[str]:
         )
 
 
+def _stages(config: Config) -> Iterator[str]:
+    recursion, end = config.recursion, 0
+    named = {"stages": [stage.first_layer for stage in recursion.stages], "router_layers": recursion.router_layers}
+    for name, layers in named.items():
+        if len(layers) != len(set(layers)):
+            yield f"recursion.{name} names a layer twice, among {[*layers]}: name it once"
+    if recursion.sharing != "none":
+        yield f"recursion.sharing = {recursion.sharing} with recursion.stages or router_layers: use none there"
+    for stage in listed_stages(config):
+        last = stage.first_layer + stage.num_layers - 1
+        where = f"the recursion stage of layers {stage.first_layer} to {last}"
+        if stage.first_layer < end:
+            yield f"{where} overlaps the one before it, which ends with layer {end - 1}: give each layer to one stage"
+        if last >= config.model.num_layers:
+            yield f"{where}, counted from 0, exceeds model.num_layers = {config.model.num_layers}: change one of them"
+        end = last + 1
+        yield from (f"{where}: {problem}" for problem in _router(stage_config(config, stage)))
+
+
 def _router(config: Config) -> Iterator[str]:
     router, recursions = config.router, config.recursion.num_recursions
-    if recursions == 1 and not isinstance(router, FixedDepthConfig):
+    if config.recursion.router_layers or config.recursion.stages:
+        return  # its stages are checked one by one
+    # A token may skip a stage of one recursion, too; without a stage there is nothing to skip.
+    single = (FixedDepthConfig, SkipForwardRecurseConfig) if config.recursion.sharing != "none" else FixedDepthConfig
+    if recursions == 1 and not isinstance(router, single):
         given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
         yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return
@@ -115,31 +143,35 @@ def _router(config: Config) -> Iterator[str]:
 
 
 def _depth(config: Config) -> Iterator[str]:
-    recursion, router = config.recursion, config.router
-    most, steps = recursion.num_recursions, recursion.schedule_steps
-    given = f"recursion.schedule = {recursion.schedule}"
+    recursion, most = config.recursion, most_recursions(config)
+    steps, given = recursion.schedule_steps, f"recursion.schedule = {recursion.schedule}"
     if most == 1 and recursion.schedule != "constant":
         yield f"{given} has nothing to change with recursion.num_recursions = 1: set constant, or more recursions"
     elif (recursion.schedule == "steps") != bool(steps):
         yield f"{given} with {len(steps)} recursion.schedule_steps: the schedule steps needs them, no other takes them"
     elif steps and (steps[0].at != 0 or any(later.at <= earlier.at for earlier, later in pairwise(steps))):
-        starts = f"recursion.schedule_steps start at {[item.at for item in steps]}"
-        yield f"{starts}: start at 0 and list them in ascending order"
+        starts = f"recursion.schedule_steps begin at {[item.at for item in steps]}"
+        yield f"{starts}: begin at 0 and list them in ascending order"
     if (highest := max([recursion.schedule_start, *(item.recursions for item in steps)])) > most:
-        yield f"{given} asks for {highest} of recursion.num_recursions = {most}: lower it"
-    if recursion.backprop_recursions is None or recursion.backprop_recursions >= most:
+        yield f"{given} asks for {highest} recursions of {most}: lower it"
+    for problem in dict.fromkeys(problem for stage in stages(config) for problem in _truncation(stage.config)):
+        yield f"recursion.backprop_recursions = {recursion.backprop_recursions} {problem}, or set null"
+
+
+def _truncation(config: Config) -> Iterator[str]:
+    """What truncated backpropagation would leave without a gradient in the only stage of `config`."""
+    recursion, router = config.recursion, config.router
+    if (recursion.backprop_recursions or recursion.num_recursions) >= recursion.num_recursions:
         return
-    given = f"recursion.backprop_recursions = {recursion.backprop_recursions}"
     if not isinstance(router, FixedDepthConfig) and getattr(router, "gates", "") != "open":
-        fix = "use kind: fixed, or random with gates: open, or null"
-        yield f"{given} leaves the scores of router.kind = {router.kind} without a gradient in the others: {fix}"
+        fix = "use kind: fixed, or random with gates: open"
+        yield f"leaves scores of router.kind = {router.kind} without a gradient: {fix}"
     if recursion.kv_policy == "share_first" or recursion.sharing.endswith("sequence"):
-        fix = "use recursion_wise or hybrid, and cycle or middle_cycle, or null"
-        weights = f"some weights of kv_policy = {recursion.kv_policy} and sharing = {recursion.sharing}"
-        yield f"{given} never trains {weights}, which only the first recursions use: {fix}"
+        used = f"kv_policy = {recursion.kv_policy} and sharing = {recursion.sharing} use in the first recursions only"
+        yield f"never trains weights that {used}: use recursion_wise or hybrid, and cycle or middle_cycle"
     if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
         own = "what separate_norms and lora_rank give the first recursions"
-        yield f"{given} never trains {own}: switch them off, or choose a schedule"
+        yield f"never trains {own}: switch them off, or choose a schedule"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

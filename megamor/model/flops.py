@@ -8,9 +8,9 @@ it out and HFU includes it. docs/numbers.md compares this with the paper's accou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import fmean
 
 from megamor.config import (
@@ -27,11 +27,11 @@ from megamor.config import (
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.depth import depth_steps
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
-from megamor.model.sharing import layer_stack
+from megamor.config.segments import Segment, segments, stages
 from megamor.routing.scored import default_capacity
 
 Work = Sequence[tuple[float, float]]
-"""Per recursion: tokens that the core processed, and their visible query-key pairs (`StageOutput.work`)."""
+"""Per recursion of each stage: tokens that it processed, and their visible query-key pairs (`StageOutput.work`)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Flops:
     """Forward FLOPs of the blocks' projections, attention, routers and head.
 
     `block_ends` and `recursion_ends` are the last product of each block and of each recursion's last block. The
-    backward pass does not need their results.
+    backward pass does not need their results. `untracked_projections` and `untracked_attention` are those of recursions
+    that truncated backpropagation leaves out; the ends of these don't count.
     """
 
     projections: float
@@ -48,8 +49,8 @@ class Flops:
     head: float
     block_ends: float
     recursion_ends: float
-    backpropagated: Flops | None = None
-    """What the backward pass covers; None: everything."""
+    untracked_projections: float = 0.0
+    untracked_attention: float = 0.0
 
     @property
     def blocks(self) -> float:
@@ -64,7 +65,7 @@ class Flops:
     @property
     def training(self) -> float:
         """Forward and backward (which costs twice the forward)."""
-        return self.forward + 2 * (self.backpropagated or self).forward
+        return 3 * self.forward - 2 * (self.untracked_projections + self.untracked_attention)
 
     def recomputed(self, train: TrainConfig) -> float:
         """What activation checkpointing recomputes in the backward pass."""
@@ -73,12 +74,12 @@ class Flops:
         policy = train.activation_checkpointing
         if policy == "none":
             return 0.0
-        if self.backpropagated is not None:
-            return self.backpropagated.recomputed(train)
         ends = self.recursion_ends if policy == "recursion" else self.block_ends
         ends = 0.0 if train.compile else ends
         kept = train.selective_ops if policy == "selective" else ()
-        return (0.0 if "mm" in kept else self.projections - ends) + (0.0 if "sdpa" in kept else self.attention)
+        projections = self.projections - self.untracked_projections - ends
+        attention = self.attention - self.untracked_attention
+        return (0.0 if "mm" in kept else projections) + (0.0 if "sdpa" in kept else attention)
 
 
 def executed_flops(
@@ -88,43 +89,57 @@ def executed_flops(
     seq_len: int | None = None,
     pairs: float | None = None,
     tokens: float | None = None,
-    recursions: int | None = None,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
-    `tokens` are those of all sequences where some are padded, since padding isn't computed. `recursions` is the most
-    that the pass ran, where `work` has more (with zeros).
+    `tokens` are those of all sequences where some are padded, since padding isn't computed.
     """
-    model, layers = config.model, layer_stack(config)
+    model, found = config.model, segments(config)
     seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len if tokens is None else tokens
-    num_unshared = layers.num_prelude + layers.num_coda
+    num_unshared = sum(segment.num_blocks for segment in found if not segment.schedule)
     projections = num_unshared * tokens * projection_flops(model)
     if pairs is None:
         pairs = num_sequences * seq_len * (seq_len + 1) / 2
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
+    head = 2 * tokens * model.dim * model.vocab_size
+    total = Flops(projections, attention, 0.0, head, ends, ends)
+    remaining = iter(work)
+    for stage in stages(config):
+        own = stage_flops(stage, tokens, list(islice(remaining, len(stage.schedule))))
+        total = Flops(*(ours + theirs for ours, theirs in zip(astuple(total), astuple(own), strict=True)))
+    return total
+
+
+def stage_flops(stage: Segment, tokens: float, work: Work) -> Flops:
+    """FLOPs of a recursion stage that `tokens` enter, given its recursions' work."""
+    config, num_blocks = stage.config, stage.num_blocks
+    model, lora_rank = config.model, config.recursion.lora_rank
+    projections = attention = routers = block_ends = recursion_ends = 0.0
+    untracked = untracked_recursions(config, work)
     # A router scores the candidates of a recursion, which are the tokens selected in the recursion before.
-    routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
-    work = work[:recursions]
-    for recursion, (selected, selected_pairs) in enumerate(work):
+    candidates = tokens
+    first_projections = first_attention = 0.0
+    for recursion, (selected, pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
-        projections += layers.num_core * selected * projection_flops(model, fresh, config.recursion.lora_rank)
-        attention += layers.num_core * attention_flops(model, selected_pairs)
-        block_ends += layers.num_core * selected * end_flops(model, config.recursion.lora_rank)
-        recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
+        projections += num_blocks * selected * projection_flops(model, fresh, lora_rank)
+        attention += num_blocks * attention_flops(model, pairs)
+        if recursion < untracked:
+            first_projections, first_attention = projections, attention
+        else:
+            block_ends += num_blocks * selected * end_flops(model, lora_rank)
+            recursion_ends += selected * end_flops(model, lora_rank)
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
-    head = 2 * tokens * model.dim * model.vocab_size
-    flops = Flops(projections, attention, routers, head, block_ends, recursion_ends)
-    truncated = len(work) - (config.recursion.backprop_recursions or len(work))
-    if truncated <= 0:
-        return flops
-    # Truncated backpropagation is for routers without scores, so `work` is all that the first recursions cost.
-    everywhere = replace(config, recursion=replace(config.recursion, backprop_recursions=None))
-    tracked = [(0.0, 0.0)] * truncated + [*work[truncated:]]
-    return replace(flops, backpropagated=executed_flops(everywhere, num_sequences, tracked, seq_len, pairs, tokens))
+    return Flops(projections, attention, routers, 0.0, block_ends, recursion_ends, first_projections, first_attention)
+
+
+def untracked_recursions(config: Config, work: Work) -> int:
+    """How many of a stage's first recursions `recursion.backprop_recursions` leaves without gradients."""
+    ran = sum(selected > 0 for selected, _ in work)
+    return max(0, ran - (config.recursion.backprop_recursions or ran))
 
 
 def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: int = 0) -> float:
@@ -146,43 +161,50 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
 
 
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
-    """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it."""
-    router, heads = config.router, 1
+    """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it.
+
+    A recursion that no token took counts as not scored, since it may not have been run at all.
+    """
+    router, heads = config.router, 1 if selected else 0
     if isinstance(router, TokenChoiceConfig) and recursion > 0:
         heads = 0
     elif isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
-        heads = 2
+        heads *= 2
     decided = selected if isinstance(router, HaltingConfig) else candidates
     return 2 * heads * decided * router_head_parameters(config)
 
 
-def nominal_work(config: Config, num_sequences: float, recursions: int | None = None) -> list[tuple[float, float]]:
+def nominal_work(config: Config, num_sequences: float, most: int | None = None) -> list[tuple[float, float]]:
     """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths.
 
-    `recursions` is the most that run; None: as many as the schedule reaches.
+    A stage runs at most so many recursions; None: as many as the schedule ever does.
     """
+    most = most or max(item.recursions for item in depth_steps(config))
+    return [row for stage in stages(config) for row in nominal_stage_work(stage.config, num_sequences, most)]
+
+
+def nominal_stage_work(config: Config, num_sequences: float, most: int) -> Work:
+    """`nominal_work` of the only stage of `config`."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
-    if num_recursions == 1:
-        return []
     fractions = default_capacity(num_recursions)
     if isinstance(config.router, FixedDepthConfig):
-        fractions = (1.0,) * (config.router.depth or num_recursions)
+        depth = config.router.depth or num_recursions
+        fractions = (1.0,) * depth + (0.0,) * (num_recursions - depth)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
     elif isinstance(config.router, ScoredConfig):
         fractions = config.router.capacity or fractions
     work = []
-    most = recursions or max(item.recursions for item in depth_steps(config.recursion))
-    for recursion, fraction in enumerate(fractions[:most]):
-        length = max(1, int(fraction * seq_len))
+    for recursion, fraction in enumerate(fractions):
+        length = max(1, int(fraction * seq_len)) if fraction and recursion < most else 0
         keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
         work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2))
     return work
 
 
-def nominal_flops(config: Config, num_sequences: float = 1.0, recursions: int | None = None) -> Flops:
-    """FLOPs at the configured capacities; `recursions` as for `nominal_work`."""
-    return executed_flops(config, num_sequences, nominal_work(config, num_sequences, recursions))
+def nominal_flops(config: Config, num_sequences: float = 1.0, most: int | None = None) -> Flops:
+    """FLOPs at the configured capacities; `most` as for `nominal_work`."""
+    return executed_flops(config, num_sequences, nominal_work(config, num_sequences, most))
 
 
 def expected_steps(config: Config, done: Consumed | None = None) -> int:
@@ -198,12 +220,11 @@ def expected_steps(config: Config, done: Consumed | None = None) -> int:
 
     budget, recursion = config.train.max_flops, config.recursion
     assert budget is not None, "validate() accepts exactly one limit"
-    step, spent, batches = done.step, done.flops, BatchSchedule.of(config)
-    # Each depth of the schedule has a share of the FLOPs.
-    for item, after in pairwise([*depth_steps(recursion), DepthStep(1.0, 1)]):
-        end = after.at * budget
+    steps, spent = done.step, done.flops
+    # Each depth of a growing schedule has a share of the FLOPs.
+    for item, after in pairwise([*depth_steps(config), DepthStep(1.0, 1)]):
         first = recursion.schedule_start if recursion.schedule == "sampled" else item.recursions
-        if spent < end:
-            step = batches.steps_for(end - spent, step, partial(cost, range(first, item.recursions + 1)))
-            spent = end
-    return step
+        if spent < (end := after.at * budget):
+            depths = range(first, item.recursions + 1)
+            steps, spent = BatchSchedule.of(config).steps_for(end - spent, steps, partial(cost, depths)), end
+    return steps

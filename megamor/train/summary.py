@@ -9,6 +9,7 @@ from pathlib import Path
 from megamor.checkpoint.layout import LATEST, step_name
 from megamor.config import Config
 from megamor.config.batches import BatchShape
+from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
 from megamor.model.flops import executed_flops
 from megamor.progress import format_count, format_duration
@@ -29,13 +30,10 @@ class LaunchSummary:
     mean_depth: float | None = None
     validation: ValidationLosses | None = None
 
-    def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float, recursions: int) -> float:
-        """Count a step of `tokens`, padding left out, and at most `recursions`, here and in `throughput`.
-
-        Returns its training FLOPs.
-        """
+    def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float) -> float:
+        """Count a step of `tokens`, padding left out, here and in `throughput`; returns its training FLOPs."""
         sequences, seq_len = shape.global_batch_size, shape.seq_len
-        flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens, recursions)
+        flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens)
         self.throughput.add(
             seconds=seconds,
             tokens=tokens,
@@ -67,7 +65,7 @@ class LaunchSummary:
                 lines[f"validation loss, {name}"] = f"{shown} nats/token"
         if self.mean_depth is not None:
             saved = 1 - total.model_flops / self.full_depth_flops
-            lines["depth"] = f"{self.mean_depth:.2f} of {self.config.recursion.num_recursions} recursions per token"
+            lines["depth"] = f"{self.mean_depth:.2f} of {max_depth(self.config)} recursions per token"
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed"

@@ -28,6 +28,7 @@ from megamor.config import Config
 from megamor.config.batches import BatchSchedule
 from megamor.config.depth import grows
 from megamor.config.derive import Consumed
+from megamor.config.segments import max_depth, stages
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.lock import WriteLock
@@ -187,14 +188,14 @@ class Trainer:
         settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
         with without_recompiling(number, settled_after) if settled else nullcontext():
             figures = self.run_micro_batches(batch, lr)
-        if not self.guard.decides and self.model.stage is not None:
-            # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
-            self.model.stage.router.update(figures.totals)
+        if not self.guard.decides:
+            # Nothing can skip this step any more, so routers needn't wait: their sums are still on the device.
+            self.model.update_routers(figures.totals)
         self.progress.step = number
         self.progress.tokens_seen += batch.tokens
         self.progress.lr = lr
         # Sampled depths are all being trained, so evaluation is at full depth.
-        self.progress.recursions = recursions if grows(self.config.recursion) else None
+        self.progress.recursions = recursions if grows(self.config) else None
         # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
         # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
         self.unread.append(
@@ -216,7 +217,7 @@ class Trainer:
 
     def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
-        statistics = StepStatistics(self.config.recursion.num_recursions)
+        statistics = StepStatistics(max_depth(self.config))
         world_size, device = self.backend.world_size, self.backend.device
         # Divided in double precision and then rounded once, whatever the device. Padding alone has no label.
         token_weight = (world_size / torch.tensor(max(batch.labels, 1)).double()).float()
@@ -239,7 +240,7 @@ class Trainer:
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         if self.diagnosis.gradient is not None:
             # Complete only after the last backward pass, unlike the sums over micro-batches above.
-            statistics.add_score_gradient(self.diagnosis.gradient.take())
+            statistics.add_score_gradients(self.diagnosis.gradient.take())
         return statistics.reduce(grad_norm)
 
     def total_loss(self, out: ModelOutput, token_weight: Tensor, router_divisor: float) -> Tensor:
@@ -279,9 +280,9 @@ class Trainer:
                     f"step {step.number} is skipped: gradient norm {summary.grad_norm} "
                     f"({self.guard.skipped} skipped so far)"
                 )
-            elif self.guard.decides and self.model.stage is not None:
-                # A skipped step must leave the router's buffers alone too, hence only now.
-                self.model.stage.router.update(step.figures.totals)
+            elif self.guard.decides:
+                # A skipped step must leave the routers' buffers alone too, hence only now.
+                self.model.update_routers(step.figures.totals)
             self.log_step(step, summary)
             for warning in self.diagnosis.observe(
                 step.number, summary, self.guard, step.micro_batches, step.recursions
@@ -295,7 +296,7 @@ class Trainer:
 
     def log_step(self, step: UnreadStep, summary: StepSummary) -> None:
         """Write the metrics of `step` and show them."""
-        self.progress.flops += self.summary.add(summary, step.shape, step.tokens, step.seconds, step.recursions)
+        self.progress.flops += self.summary.add(summary, step.shape, step.tokens, step.seconds)
         self.progress.seconds += step.seconds
         is_last = self.budget.is_spent(Consumed(step.number, step.tokens_seen, self.progress.flops))
         if step.number % self.config.metrics.log_every and not is_last:
@@ -308,6 +309,7 @@ class Trainer:
             **({} if self.config.recursion.schedule == "constant" else {"train/recursions": step.recursions}),
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
+            **summary.stage_metrics(stages(self.config)),
             **self.throughput.metrics(),
             "throughput/executed_flops": self.progress.flops,
             "throughput/data_wait_seconds": step.data_wait,

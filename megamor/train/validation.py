@@ -81,7 +81,7 @@ def validation_losses(
         total = summed_loss(backend.model, announced, mode, backend.device, backend.forward_context)
         if dist.is_initialized():
             dist.all_reduce(total)
-        return mean_figures(model, total)
+        return mean_figures(model.config, total)
 
     backend.model.eval()
     try:
