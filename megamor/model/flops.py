@@ -108,7 +108,7 @@ def executed_flops(
     total = Flops(projections, attention, 0.0, head, ends, ends)
     remaining = iter(work)
     for stage in stages(config):
-        own = stage_flops(stage, tokens, list(islice(remaining, len(stage.schedule))))
+        own = stage_flops(stage, tokens, [*islice(remaining, len(stage.schedule))])
         total = Flops(*(ours + theirs for ours, theirs in zip(astuple(total), astuple(own), strict=True)))
     return total
 

@@ -111,10 +111,8 @@ class Diagnosis:
             shown = f"depth {', '.join(map(str, pinned.values()))} in {self.config.steps} steps{_where(pinned)}"
             self._note("pinned_depth", step, bool(pinned), shown)
         grown = self._grown(summary)
-        growth = ", ".join(f"{factor:.3g}" for factor in grown.values())
-        self._note(
-            "stream_norm", step, bool(grown), f"the stage makes the stream's RMS {growth} times as large{_where(grown)}"
-        )
+        factors = ", ".join(f"{factor:.3g}" for factor in grown.values())
+        self._note("stream_norm", step, bool(grown), f"the stream's RMS grows {factors}-fold{_where(grown)}")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
         limit = self.config.norm_factor * usual
         self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
