@@ -25,6 +25,7 @@ from megamor.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DepthStep,
     DiagnosisConfig,
     GuardConfig,
     MetricsConfig,
@@ -40,8 +41,8 @@ from megamor.config.schema import (
 )
 
 __all__ = [
-    "Alarm", "CapacityConfig", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig",
-    "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
+    "Alarm", "CapacityConfig", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DepthStep",
+    "DiagnosisConfig", "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
     "LearnedThresholdConfig", "MetricsConfig", "ModelConfig", "MonotoneConfig", "OptimConfig", "ParallelConfig",
     "PonderNetConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig", "ScoredConfig",
     "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TargetConfig", "TokenChoiceConfig", "TrainConfig",

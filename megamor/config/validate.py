@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
+from megamor.config.depth import most_recursions
 from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import (
     CapacityConfig,
@@ -23,7 +24,7 @@ from megamor.config.routers import (
     TargetConfig,
 )
 from megamor.config.schema import Config
-from megamor.config.segments import listed_stages, stage_config
+from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
 
@@ -39,6 +40,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_model(config),
         *_sharing(config),
         *_router(config),
+        *_depth(config),
         *_ramp(config),
         *_batch(config, world_size),
         *_parallel(config, world_size),
@@ -165,6 +167,38 @@ def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
         yield f"{given} decides the capacities, but router.capacity = {list(router.capacity)}: give one of them"
     if isinstance(router, HaltingConfig) and router.mode == "soft":
         yield f"{given} with router.mode = soft, which runs every token through all recursions: use mode: hard"
+
+
+def _depth(config: Config) -> Iterator[str]:
+    recursion, most = config.recursion, most_recursions(config)
+    steps, given = recursion.schedule_steps, f"recursion.schedule = {recursion.schedule}"
+    if most == 1 and recursion.schedule != "constant":
+        yield f"{given} has nothing to change with recursion.num_recursions = 1: set constant, or more recursions"
+    elif (recursion.schedule == "steps") != bool(steps):
+        yield f"{given} with {len(steps)} recursion.schedule_steps: the schedule steps needs them, no other takes them"
+    elif steps and (steps[0].at != 0 or any(later.at <= earlier.at for earlier, later in pairwise(steps))):
+        starts = f"recursion.schedule_steps begin at {[item.at for item in steps]}"
+        yield f"{starts}: begin at 0 and list them in ascending order"
+    if (highest := max([recursion.schedule_start, *(item.recursions for item in steps)])) > most:
+        yield f"{given} asks for {highest} recursions of {most}: lower it"
+    for problem in dict.fromkeys(problem for stage in stages(config) for problem in _truncation(stage.config)):
+        yield f"recursion.backprop_recursions = {recursion.backprop_recursions} {problem}, or set null"
+
+
+def _truncation(config: Config) -> Iterator[str]:
+    """What truncated backpropagation would leave without a gradient in the only stage of `config`."""
+    recursion, router = config.recursion, config.router
+    if (recursion.backprop_recursions or recursion.num_recursions) >= recursion.num_recursions:
+        return
+    if not isinstance(router, FixedDepthConfig) and getattr(router, "gates", "") != "open":
+        fix = "use kind: fixed, or random with gates: open"
+        yield f"leaves scores of router.kind = {router.kind} without a gradient: {fix}"
+    if recursion.kv_policy == "share_first" or recursion.sharing.endswith("sequence"):
+        used = f"kv_policy = {recursion.kv_policy} and sharing = {recursion.sharing} use in the first recursions only"
+        yield f"never trains weights that {used}: use recursion_wise or hybrid, and cycle or middle_cycle"
+    if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
+        own = "what separate_norms and lora_rank give the first recursions"
+        yield f"never trains {own}: switch them off, or choose a schedule"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

@@ -205,7 +205,11 @@ class RoutingSession(ABC):
 
 
 class Router(nn.Module, ABC):
-    """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
+    """A router's parameters and rules. Subclasses define `begin`; see the module docstring.
+
+    `num_recursions` is the most that a pass runs now, and `full_depth` the most that it can run. Where training has not
+    reached that (`recursion.schedule`), a session behaves as that of a router with `num_recursions`.
+    """
 
     causal_in_training: bool = False
     reads_text: bool = False
@@ -215,7 +219,7 @@ class Router(nn.Module, ABC):
 
     def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
-        self.num_recursions = num_recursions
+        self.num_recursions = self.full_depth = num_recursions
         self.control = control
         if control is not None:
             self.register_buffer("shift", torch.zeros(()))
@@ -239,7 +243,8 @@ class Router(nn.Module, ABC):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
-        if self.control is not None and "margins" in totals:
+        # The target is one of full depth.
+        if self.control is not None and "margins" in totals and self.num_recursions == self.full_depth:
             number, squares = totals["margins"].unbind(1)
             square = torch.where(number > 0, squares / number, math.inf).min()
             error = self.control.target - self.control.measured(totals)

@@ -66,8 +66,8 @@ class SkipForwardRecurseRouter(Router):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
-        if self.shifts is None:
-            return
+        if self.shifts is None or self.num_recursions < self.full_depth:
+            return  # the target is one of full depth
         assert self.control is not None
         number, total, squares, expected = totals["margins"]
         sampled, variance = expected / number, squares / number - (total / number).square()
@@ -192,9 +192,11 @@ class SkipForwardRecurseSession(RoutingSession):
         if recursion == self.router.num_recursions - 1 and self.context.mode == "train":
             config = self.router.config
             penalty = self.expected_depth
-            target = config.depth(self.router.num_recursions)
+            target = config.depth(self.router.full_depth)
             if target is not None:
-                penalty = (self.expected_depth - target).square()
+                # The target is one of full depth. With fewer recursions, aiming at it would only teach to recurse.
+                at_full_depth = self.router.num_recursions == self.router.full_depth
+                penalty = (self.expected_depth - target).square() * at_full_depth
             self.add_loss("depth_loss", config.depth_coeff * penalty)
             if "margins" in self.totals:
                 self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)

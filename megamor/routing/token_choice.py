@@ -55,7 +55,7 @@ class TokenChoiceRouter(Router):
         # During the balance warm-up nothing is counted: all tokens take full depth, whatever they would choose.
         if self.config.balancing == "loss_free" and "depth_choices" in totals:
             load = totals["depth_choices"] / self.balanced(totals["depth_choices"])
-            self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
+            self.bias[: len(load)] += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
 
 
 class TokenChoiceSession(RoutingSession):
@@ -69,10 +69,10 @@ class TokenChoiceSession(RoutingSession):
     def __init__(self, router: TokenChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
         config = router.config
-        self.z = router.head(rows / config.temperature)
+        self.z = router.head(rows / config.temperature)[:, : router.num_recursions]
         scores = self.z.softmax(-1) if config.activation == "softmax" else self.z.sigmoid()
         scores = config.alpha * scores
-        biased = scores + router.bias if config.balancing == "loss_free" else scores
+        biased = scores + router.bias[: router.num_recursions] if config.balancing == "loss_free" else scores
         if router.control is not None:
             biased = router.steered(biased, torch.arange(router.num_recursions, device=biased.device))
         # The bias balances the choice of depths. The gate is the unbiased score, so the bias does not scale the output.

@@ -15,10 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megamor.config import Config, RampConfig, SourceConfig, reference
+from megamor.config import Config, DepthStep, RampConfig, SourceConfig, reference
 
 ROOT = Path(__file__).parents[2]
-NESTED: dict[str, list[Any]] = {"data": [SourceConfig], "train": [RampConfig]}
+NESTED: dict[str, list[Any]] = {"recursion": [DepthStep], "data": [SourceConfig], "train": [RampConfig]}
 NOT_READERS = {"schema.py", "routers.py", "load.py", "convert.py", "validate.py", "reference.py", "__init__.py"}
 
 
