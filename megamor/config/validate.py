@@ -142,8 +142,22 @@ def _router(config: Config) -> Iterator[str]:
             yield from _capacity(capacity, recursions)
         case SkipForwardRecurseConfig(target_depth=float(depth)) if depth > recursions:
             yield f"router.target_depth = {depth} is more than recursion.num_recursions = {recursions}: lower it"
+        case SkipForwardRecurseConfig():
+            yield from _actions(router, recursions)
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
+
+
+def _actions(router: SkipForwardRecurseConfig, recursions: int) -> Iterator[str]:
+    if router.gate == "attention" and router.granularity == "sequence":
+        given = "router.gate = attention with router.granularity = sequence"
+        yield f"{given} would attend to the same mean at every recursion: use gate: mlp, or granularity: token"
+    if router.rate_coeff and router.target_depth is not None:
+        given = f"router.rate_coeff = {router.rate_coeff} and router.target_depth = {router.target_depth}"
+        yield f"{given} hold the depth at two targets: set rate_coeff: 0, or target_depth: null"
+    if router.rate_coeff and router.recursion_rate >= (most := (recursions - 1) / recursions):
+        given = f"router.recursion_rate = {router.recursion_rate} of {recursions} recursions"
+        yield f"{given} can't be reached, since no decision follows the last: give less than {most:.4g}"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
