@@ -28,6 +28,7 @@ from megamor.config import (
     RecursionConfig,
     RouterConfig,
     SkipForwardRecurseConfig,
+    StageConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -66,10 +67,14 @@ SERVED_ROUTERS = [name for name in ROUTERS if not name.endswith("sequence")]
 """Those that the serving engine doesn't refuse."""
 KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
+STRUCTURES = (*SHARINGS, "stages")
+"""All sharings of one stage, and several stages."""
 
 
 def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing: str = "middle_cycle") -> Config:
     """Three recursions of two shared blocks (and two unshared ones in the middle sharings)."""
+    if sharing == "stages":
+        return staged_config(router, kv_policy)
     num_layers = 8 if sharing.startswith("middle") else 6
     recursion: Any = RecursionConfig(3, sharing, kv_policy)  # type: ignore[arg-type]
     return Config(
@@ -87,6 +92,17 @@ def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing
         data=DataConfig(seq_len=SEQ_LEN),
         train=TrainConfig(max_steps=10),
     )
+
+
+def staged_config(router: RouterConfig, kv_policy: str = "recursion_wise") -> Config:
+    """Layers 0, 2 + 3 and 4 are stages of different recursions and sharings; the last has another router."""
+    base = tiny_config(router, kv_policy)
+    second = StageConfig(first_layer=2, num_layers=2, num_recursions=2, sharing="sequence")
+    if isinstance(router, FixedDepthConfig) and router.depth:
+        second = replace(second, num_recursions=3)
+    last = StageConfig(first_layer=4, kv_policy="share_first", router=TokenChoiceConfig(), separate_norms=True)
+    recursion = replace(base.recursion, sharing="none", router_layers=(0,), stages=(second, last))
+    return replace(base, model=replace(base.model, num_layers=6), recursion=recursion)
 
 
 def vanilla_config(num_layers: int = 8) -> Config:
