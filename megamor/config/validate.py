@@ -146,6 +146,8 @@ def _router(config: Config) -> Iterator[str]:
             yield f"{given}: give 1 to {recursions}, or null for all"
         case CapacityConfig(capacity=tuple(capacity)):
             yield from _capacity(capacity, recursions)
+        case SkipForwardRecurseConfig():
+            yield from _actions(router, recursions)
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
 
@@ -199,6 +201,18 @@ def _truncation(config: Config) -> Iterator[str]:
     if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
         own = "what separate_norms and lora_rank give the first recursions"
         yield f"never trains {own}: switch them off, or choose a schedule"
+
+
+def _actions(router: SkipForwardRecurseConfig, recursions: int) -> Iterator[str]:
+    if router.gate == "attention" and router.granularity == "sequence":
+        given = "router.gate = attention with router.granularity = sequence"
+        yield f"{given} would attend to the same mean at every recursion: use gate: mlp, or granularity: token"
+    if router.rate_coeff and (target := router.depth(recursions)) is not None:
+        given = f"router.rate_coeff = {router.rate_coeff} with a target depth of {target:.4g}"
+        yield f"{given} holds the depth at two targets: set rate_coeff: 0, or the target to null"
+    if router.rate_coeff and router.recursion_rate >= (most := (recursions - 1) / recursions):
+        given = f"router.recursion_rate = {router.recursion_rate} of {recursions} recursions"
+        yield f"{given} can't be reached, since no decision follows the last: give less than {most:.4g}"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

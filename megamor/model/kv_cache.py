@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.model.attention import AttentionLayout, Grid, visibility_mask
@@ -75,7 +75,8 @@ class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
     `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
-    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text.
+    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text, and `memory` is what routers
+    remember of each sequence.
     """
 
     config: ModelConfig
@@ -86,6 +87,7 @@ class KVCache:
     num_tokens: int = 0
     stores: dict[Hashable, CacheStore] = field(default_factory=dict)
     tokens: Tensor | None = None
+    memory: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def store(self, key: Hashable) -> CacheStore:
         """The store of an application, created on first use."""
