@@ -34,7 +34,8 @@ class Effect(Enum):
 _CLASSES: dict[Effect, str] = {
     Effect.FUNCTION: """
         model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.max_seq_len
-        model.rope_theta model.norm_eps model.document_positions
+        model.rope_theta model.norm_eps model.document_positions model.attention
+        model.attention_window model.attention_block
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank recursion.router_layers recursion.stages
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
