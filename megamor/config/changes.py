@@ -34,7 +34,8 @@ class Effect(Enum):
 _CLASSES: dict[Effect, str] = {
     Effect.FUNCTION: """
         model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.max_seq_len
-        model.rope_theta model.norm_eps model.qk_norm model.document_positions
+        model.rope_theta model.norm_eps model.qk_norm model.document_positions model.attention model.attention_window
+        model.attention_block
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank recursion.input_injection recursion.residual_scaling
         recursion.router_layers recursion.stages

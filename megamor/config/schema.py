@@ -71,6 +71,14 @@ class ModelConfig:
     """Normalise queries and keys (RMSNorm over each head, learned weights) before RoPE, as Qwen3 and OLMo 2 do."""
     document_positions: Literal["continue", "restart"] = "continue"
     """Whether positions restart at each document; matters with `data.document_mask` only."""
+    attention: Literal["full", "multi_scale"] = "full"
+    """Keys that a token sees: all earlier ones (`full`), or recent ones and the means of older blocks (`multi_scale`);
+    see [Architecture](architecture.md#multi-scale-attention)."""
+    attention_window: PositiveInt = 256
+    """`multi_scale`: earlier tokens seen one by one, besides those of a token's own block; a multiple of
+    `attention_block`."""
+    attention_block: PositiveInt = 16
+    """`multi_scale`: positions per block."""
 
     @property
     def head_dim(self) -> int:

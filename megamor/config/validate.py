@@ -86,6 +86,14 @@ def _model(config: Config) -> Iterator[str]:
     if config.data.seq_len > model.max_seq_len:
         lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
         yield f"{lengths}: lower seq_len or raise max_seq_len"
+    if model.attention == "multi_scale":
+        window, block = f"model.attention_window = {model.attention_window}", model.attention_block
+        if model.attention_window % block:
+            fix = f"use attention_window {_multiples_around(model.attention_window, block)}"
+            yield f"{window} isn't a multiple of model.attention_block = {block}: {fix}"
+        if model.attention_window >= model.max_seq_len:
+            whole = f"covers all of model.max_seq_len = {model.max_seq_len}, so no block is ever averaged"
+            yield f"{window} {whole}: use a shorter window, or model.attention: full"
 
 
 def _sharing(config: Config) -> Iterator[str]:

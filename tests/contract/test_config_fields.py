@@ -1,8 +1,8 @@
 """Every setting is used and documented.
 
 A setting is used if code other than loading and validation reads it. The check goes by name: a field counts as read in
-a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`, or a base). An unused field
-can therefore hide behind a used one of the same name; what a field does is tested with the code that uses it.
+a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`, or a base). An
+unused field can therefore hide behind a used one of the same name; what a field does is tested with the code that uses it.
 """
 
 from __future__ import annotations
