@@ -112,7 +112,7 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
-    refuse_unknown_router(config.router, directory)
+    refuse_unknown_router(config, directory)
     config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     try:
@@ -155,6 +155,6 @@ def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
     The router's weights stay in fp32 or wider: rounding them would change decisions between nearly equal scores.
     """
     model.to(dtype)
-    if model.stage is not None and dtype.itemsize < torch.float32.itemsize:
-        model.stage.router.float()
+    for stage in model.stages.values() if dtype.itemsize < torch.float32.itemsize else ():
+        stage.router.float()
     return model

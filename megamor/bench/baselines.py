@@ -53,4 +53,4 @@ class HuggingFaceLlama(nn.Module):
 
     def parallel_plan(self) -> SimpleNamespace:
         """One unit, whose layers may be compiled each on its own."""
-        return SimpleNamespace(units=(), shared_core=None, compile_targets=tuple(self.model.model.layers))
+        return SimpleNamespace(units=(), stages=(), routers=(), compile_targets=tuple(self.model.model.layers))

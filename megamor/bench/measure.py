@@ -83,7 +83,7 @@ class Training:
         self.backend.backward(loss, last_micro_batch=True)
         self.backend.step(self.config.optim.grad_clip)
         if out.totals:
-            self.backend.module.stage.router.update(out.totals)  # type: ignore[union-attr, operator]
+            self.backend.module.update_routers(out.totals)  # type: ignore[operator]
         return out.work, None if out.depth is None else out.depth[out.depth >= 0].double().mean()
 
     def window(self, seconds: float = 0, at_least: int = 1) -> Window:

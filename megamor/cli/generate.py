@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
 
     from megamor.codec import Detokenizer, texts_of_tokens
+    from megamor.config.segments import max_depth
     from megamor.evaluate.depth_map import DepthMap
     from megamor.evaluate.sampling import generate
     from megamor.load import load_model
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # The last token was sampled but never read, so it has no depth.
     texts = texts_of_tokens(codec, result.ids)[: len(result.depths)]
-    depth_map = DepthMap(texts, result.depths, loaded.config.recursion.num_recursions, result.prompt_length)
+    depth_map = DepthMap(texts, result.depths, max_depth(loaded.config), result.prompt_length)
     if arguments.show_depth:
         depth_map.print(plain_console())
     else:

@@ -107,12 +107,13 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
 
     from megamor.checkpoint.state import iterate_state, shape_differences, state_shapes
     from megamor.config.derive import derive
+    from megamor.config.segments import stages
     from megamor.model import build_model
     from megamor.optim import moments_of
     from megamor.routing import refuse_unknown_router
 
     try:
-        refuse_unknown_router(config.router, checkpoint)
+        refuse_unknown_router(config, checkpoint)
         model = build_model(config, device="meta")
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
@@ -124,7 +125,7 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
         # Tied weights that were stored twice would show in the sum.
         counted = sum(stored[f"model.{name}"].numel() for name in parameters if f"model.{name}" in stored)
         formula = derive(config, trainer.world_size).unique_parameters_with_embedding
-        if counted != formula and config.router.kind != "custom":
+        if counted != formula and all(stage.config.router.kind != "custom" for stage in stages(config)):
             yield f"{counted:,} unique parameters are stored, but the configuration has {formula:,}"
         for name, tensor in iterate_state(checkpoint):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -30,6 +30,7 @@ from megamor.config.schema import (
     RecursionConfig,
     RunConfig,
     SourceConfig,
+    StageConfig,
     TrainConfig,
 )
 
@@ -37,7 +38,7 @@ __all__ = [
     "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig", "EmaThresholdConfig",
     "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig", "ModelConfig",
     "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
-    "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "TokenChoiceConfig", "TrainConfig", "config_from_dict",
-    "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal", "load_config", "override",
-    "read_mapping",
+    "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TokenChoiceConfig", "TrainConfig",
+    "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal",
+    "load_config", "override", "read_mapping",
 ]  # fmt: skip

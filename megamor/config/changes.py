@@ -38,7 +38,7 @@ _CLASSES: dict[Effect, str] = {
         model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.max_seq_len
         model.rope_theta model.norm_eps model.document_positions
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
-        recursion.separate_norms recursion.lora_rank
+        recursion.separate_norms recursion.lora_rank recursion.router_layers recursion.stages
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
         router.gates router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from megamor.config.constraints import ByKind
 from megamor.config.routers import FixedDepthConfig, RouterConfig
-from megamor.config.schema import Config, RampConfig, SourceConfig
+from megamor.config.schema import Config, RampConfig, SourceConfig, StageConfig
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROUTERS: dict[str, type] = {router.kind: router for router in get_args(RouterConfig)}
 """`router.kind` -> its settings."""
-_ITEMS: dict[Any, str] = {SourceConfig: " or a bare prefix", RampConfig: ""}
+_ITEMS: dict[Any, str] = {SourceConfig: " or a bare prefix", RampConfig: "", StageConfig: ""}
 """Dataclasses that are items of lists, and what may be written instead."""
 _WORDS: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -132,12 +132,24 @@ def _collections() -> dict[str, Any]:
 def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with what may be abbreviated written in full: the default kind of router, and bare training sources."""
     result = dict(values)
-    if isinstance(router := values.get("router"), Mapping):
-        result["router"] = {"kind": FixedDepthConfig.kind, **router}
+    router = values.get("router", {})
+    if isinstance(router, Mapping):
+        router = result["router"] = {"kind": FixedDepthConfig.kind, **router}
+        recursion = values.get("recursion")
+        if isinstance(recursion, Mapping) and isinstance(stages := recursion.get("stages"), list | tuple):
+            result["recursion"] = {**recursion, "stages": [_with_router(stage, router) for stage in stages]}
     if isinstance(data := values.get("data"), Mapping) and isinstance(train := data.get("train"), list | tuple):
         sources = [{"prefix": item} if isinstance(item, str) else item for item in train]
         result["data"] = {**data, "train": sources}
     return result
+
+
+def _with_router(stage: Any, router: Mapping[str, Any]) -> Any:
+    """An item of `recursion.stages` whose router, where it has one, is spelled out: what it adds to the model's."""
+    own = stage.get("router") if isinstance(stage, Mapping) else None
+    if not isinstance(own, Mapping):
+        return stage
+    return {**stage, "router": {**(router if own.get("kind", router["kind"]) == router["kind"] else {}), **own}}
 
 
 def _join(key: str, name: Any) -> str:

@@ -16,7 +16,8 @@ from megamor.config.routers import (
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
 )
-from megamor.config.schema import Config, ModelConfig, OptimConfig, RecursionConfig
+from megamor.config.schema import Config, ModelConfig, OptimConfig
+from megamor.config.segments import Segment, segments
 
 HIDDEN_MULTIPLIER: dict[RouterHead, int] = {"mlp": 2, "wide_mlp": 4}
 """Width of a router's hidden layer as a multiple of the model's."""
@@ -52,8 +53,7 @@ class Derived:
     micro_batches: int
     """Micro-batches that each rank accumulates per optimizer step, after `train.ramp`."""
     decay_steps: int
-    layers: tuple[int, int, int]
-    """See `layer_counts`."""
+    segments: tuple[Segment, ...]
     unique_parameters: int
     unique_parameters_with_embedding: int
     effective_parameters: int
@@ -94,13 +94,17 @@ class Derived:
         return f"{' + '.join([done, *stages] if first else stages)} tokens = {tokens:,} tokens{until}"
 
     def _describe_layers(self) -> str:
-        depth, recursions = self.config.model.num_layers, self.config.recursion.num_recursions
-        prelude, core, coda = self.layers
-        if recursions == 1:
-            return f"{depth}, none shared"
-        before, after = (f"{prelude} prelude + ", f" + {coda} coda") if prelude else ("", "")
-        blocks = f"{before}{core} core x {recursions} recursions{after}"
-        return f"{blocks} = {depth} effective, {prelude + core + coda} unique"
+        found = [segment for segment in self.segments if segment.num_blocks]
+        unique, effective = sum(s.num_blocks for s in found), sum(s.num_applications for s in found)
+        if not any(segment.schedule for segment in found):
+            return f"{effective}, none shared"
+        blocks = [
+            f"{s.num_blocks} core x {len(s.schedule)} recursions"
+            if s.name == "stage"
+            else f"{s.num_blocks} {s.name}" + (f" x {len(s.schedule)} recursions" if s.schedule else "")
+            for s in found
+        ]
+        return f"{' + '.join(blocks)} = {effective} effective, {unique} unique"
 
 
 def derive(config: Config, world_size: int, done: Consumed | None = None, expected_steps: int | None = None) -> Derived:
@@ -111,13 +115,11 @@ def derive(config: Config, world_size: int, done: Consumed | None = None, expect
     done = done or Consumed()
     steps = total_steps(config, done)
     steps = expected_steps if steps is None else steps
-    layers = layer_counts(config.model, config.recursion)
+    found = segments(config)
     per_layer = layer_parameters(config.model)
     final_norm = config.model.dim
-    outside_layers = final_norm + router_parameters(config) + layers[1] * recursion_parameters(config)
-    if config.recursion.recursion_embedding:
-        outside_layers += config.recursion.num_recursions * config.model.dim
-    unique_parameters = sum(layers) * per_layer + outside_layers
+    outside_layers = final_norm + sum(stage_parameters(segment) for segment in found if segment.schedule)
+    unique_parameters = sum(segment.num_blocks for segment in found) * per_layer + outside_layers
     return Derived(
         config=config,
         world_size=world_size,
@@ -126,10 +128,10 @@ def derive(config: Config, world_size: int, done: Consumed | None = None, expect
         batches=BatchSchedule.of(config),
         micro_batches=config.train.global_batch_size // (config.train.micro_batch_size * world_size),
         decay_steps=decay_steps(config.optim, steps or 0),
-        layers=layers,
+        segments=found,
         unique_parameters=unique_parameters,
         unique_parameters_with_embedding=unique_parameters + config.model.vocab_size * config.model.dim,
-        effective_parameters=config.model.num_layers * per_layer + outside_layers,
+        effective_parameters=sum(segment.num_applications for segment in found) * per_layer + outside_layers,
     )
 
 
@@ -161,18 +163,17 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
     return decay[optim.schedule]
 
 
-def layer_counts(model: ModelConfig, recursion: RecursionConfig) -> tuple[int, int, int]:
-    """Numbers of unique blocks before, in and after the recursion (paper table 1). A vanilla model is all prelude."""
-    if recursion.sharing == "none":
-        return model.num_layers, 0, 0
-    outside = 1 if recursion.sharing.startswith("middle") else 0
-    return outside, (model.num_layers - 2 * outside) // recursion.num_recursions, outside
-
-
 def layer_parameters(model: ModelConfig) -> int:
     """Parameters of one block: query and output projections, keys and values, SwiGLU, two norms."""
     kv_dim = model.num_kv_heads * model.head_dim
     return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
+
+
+def stage_parameters(stage: Segment) -> int:
+    """Parameters of a recursion stage beside its blocks' own."""
+    config = stage.config
+    embeddings = config.recursion.num_recursions * config.model.dim if config.recursion.recursion_embedding else 0
+    return router_parameters(config) + stage.num_blocks * recursion_parameters(config) + embeddings
 
 
 def recursion_parameters(config: Config) -> int:

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megamor.config.convert import ROUTERS, describe_type, field_types
-from megamor.config.schema import Config, RampConfig, SourceConfig
+from megamor.config.schema import Config, RampConfig, SourceConfig, StageConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
-ITEMS: dict[str, tuple[str, type]] = {"data": ("train", SourceConfig), "train": ("ramp", RampConfig)}
+ITEMS: dict[str, tuple[str, type]] = {
+    "recursion": ("stages", StageConfig),
+    "data": ("train", SourceConfig),
+    "train": ("ramp", RampConfig),
+}
 """Section -> its setting that is a list of mappings, and the settings of an item."""
 INTRODUCTION = """\
 # Settings

@@ -25,6 +25,7 @@ from megamor.config.constraints import (
 from megamor.config.routers import FixedDepthConfig, RouterConfig
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
+KVPolicyName = Literal["recursion_wise", "share_first", "hybrid"]
 SelectiveOp = Literal["sdpa", "mm", "silu"]
 Alarm = Literal["off", "warn", "stop"]
 
@@ -50,7 +51,8 @@ class ModelConfig:
     dim: PositiveInt = 576
     """Width of the residual stream."""
     num_layers: PositiveInt = 30
-    """Effective depth: the number of blocks that a token passes through at full depth."""
+    """Effective depth: the number of blocks that a token passes through at full depth. With `recursion.stages` or
+    `recursion.router_layers`: the number of unique blocks."""
     num_heads: PositiveInt = 9
     """Query heads; `dim` is split evenly among them."""
     num_kv_heads: PositiveInt = 3
@@ -75,6 +77,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A recursion stage of a model that has several. What it leaves out has the value that `recursion` has; `router`
+    adds to the section `router`, unless it is of another kind."""
+
+    first_layer: NonNegativeInt
+    """The first of its layers, counted from 0."""
+    num_layers: PositiveInt = 1
+    """Number of its layers."""
+    num_recursions: PositiveInt | None = None
+    """As in `recursion`."""
+    sharing: Literal["cycle", "sequence"] = "cycle"
+    """Order of its layers: all of them repeat (`cycle`), or each of them (`sequence`)."""
+    kv_policy: KVPolicyName | None = None
+    """As in `recursion`."""
+    recursion_embedding: bool | None = None
+    """As in `recursion`."""
+    separate_norms: bool | None = None
+    """As in `recursion`."""
+    lora_rank: NonNegativeInt | None = None
+    """As in `recursion`."""
+    router: Annotated[RouterConfig, ByKind()] | None = None
+    """The stage's router."""
+
+
+@dataclass(frozen=True)
 class RecursionConfig:
     """How layers are shared (paper section 2.2.1, table 1). One recursion with `sharing: none` is a vanilla model.
 
@@ -87,7 +114,7 @@ class RecursionConfig:
     sharing: Sharing = "none"
     """Order of the shared layers: the core as a whole repeats (`cycle`), or each of its layers (`sequence`). The
     `middle_` variants keep the first and the last layer unshared."""
-    kv_policy: Literal["recursion_wise", "share_first", "hybrid"] = "recursion_wise"
+    kv_policy: KVPolicyName = "recursion_wise"
     """Keys and values that a recursion attends to (paper section 2.2.2): those of its own tokens, those of the first
     recursion, or the latter updated with its own tokens' (`hybrid`)."""
     recursion_embedding: bool = False
@@ -96,6 +123,11 @@ class RecursionConfig:
     """Give each recursion its own norms."""
     lora_rank: NonNegativeInt = 0
     """Rank of the low-rank update that each recursion adds to the shared matrices (arXiv 2410.20672); 0: none."""
+    router_layers: tuple[NonNegativeInt, ...] = ()
+    """Layers (from 0) each of which is a recursion stage of its own, with the settings of this section and of `router`;
+    `stages` changes them for some."""
+    stages: tuple[StageConfig, ...] = ()
+    """Recursion stages of a model that has several; layers in none of them aren't shared. `sharing` stays `none`."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megamor.config.changes import SETTINGS
 from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
 from megamor.config.schema import Config
+from megamor.config.segments import listed_stages, stage_config
 from megamor.errors import ConfigError
 
 
@@ -79,6 +80,9 @@ def _model(config: Config) -> Iterator[str]:
 
 def _sharing(config: Config) -> Iterator[str]:
     recursions, sharing = config.recursion.num_recursions, config.recursion.sharing
+    if config.recursion.router_layers or config.recursion.stages:
+        yield from _stages(config)
+        return
     if (recursions == 1) != (sharing == "none"):
         fix = "choose a sharing such as middle_cycle" if sharing == "none" else "set sharing: none for a vanilla model"
         pair = f"recursion.num_recursions = {recursions} with recursion.sharing = {sharing}"
@@ -95,9 +99,32 @@ def _sharing(config: Config) -> Iterator[str]:
         )
 
 
+def _stages(config: Config) -> Iterator[str]:
+    recursion, end = config.recursion, 0
+    named = {"stages": [stage.first_layer for stage in recursion.stages], "router_layers": recursion.router_layers}
+    for name, layers in named.items():
+        if len(layers) != len(set(layers)):
+            yield f"recursion.{name} names a layer twice, among {[*layers]}: name it once"
+    if recursion.sharing != "none":
+        yield f"recursion.sharing = {recursion.sharing} with recursion.stages or router_layers: use none there"
+    for stage in listed_stages(config):
+        last = stage.first_layer + stage.num_layers - 1
+        where = f"the recursion stage of layers {stage.first_layer} to {last}"
+        if stage.first_layer < end:
+            yield f"{where} overlaps the one before it, which ends with layer {end - 1}: give each layer to one stage"
+        if last >= config.model.num_layers:
+            yield f"{where}, counted from 0, exceeds model.num_layers = {config.model.num_layers}: change one of them"
+        end = last + 1
+        yield from (f"{where}: {problem}" for problem in _router(stage_config(config, stage)))
+
+
 def _router(config: Config) -> Iterator[str]:
     router, recursions = config.router, config.recursion.num_recursions
-    if recursions == 1 and not isinstance(router, FixedDepthConfig):
+    if config.recursion.router_layers or config.recursion.stages:
+        return  # its stages are checked one by one
+    # A token may skip a stage of one recursion, too; without a stage there is nothing to skip.
+    single = (FixedDepthConfig, SkipForwardRecurseConfig) if config.recursion.sharing != "none" else FixedDepthConfig
+    if recursions == 1 and not isinstance(router, single):
         given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
         yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from megamor.config import Config
+from megamor.config.segments import stages
 from megamor.data.loader import open_validation_sets
 from megamor.data.meta import end_of_text
 from megamor.errors import DataError
 from megamor.model import ModelOutput, Transformer
-from megamor.model.flops import executed_flops
+from megamor.model.flops import Work, executed_flops
 from megamor.model.loss import IGNORE
 from megamor.routing import Mode
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 def modes_of(model: Transformer) -> tuple[Mode, ...]:
     """List the routing modes to measure: two for routers that look ahead in training, one for the others."""
-    looks_ahead = model.stage is not None and not model.stage.router.causal_in_training
+    looks_ahead = any(not stage.router.causal_in_training for stage in model.stages.values())
     return ("topk", "causal") if looks_ahead else ("causal",)
 
 
@@ -43,9 +45,9 @@ def summed_loss(
     """Sums over all tokens in fp64 on `device`, from which `mean_figures` makes means.
 
     These are sums, not means, so that results of several ranks or batches can be added. [4]: negative log-likelihood in
-    nats, tokens, recursions taken, query-key pairs of a block that sees every token. For a model with a recursion stage
-    [4 + 4·Nr]: also the stage's `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each
-    forward pass runs inside a new `context()`, such as autocast.
+    nats, tokens, recursions taken, query-key pairs of a block that sees every token. For a model with recursion stages
+    [4 + 4·Nr]: also their `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each forward pass
+    runs inside a new `context()`, such as autocast.
     """
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
@@ -59,7 +61,7 @@ def summed_loss(
         stage: list[Tensor] = []
         if out.depth is not None and out.work is not None:
             recursions = (out.depth * (arguments["labels"] != IGNORE)).sum()
-            gates = [out.ratios[f"gate_{recursion + 1}"] for recursion in range(len(out.work))]
+            gates = [ratio for name, ratio in out.ratios.items() if re.search(r"(^|/)gate_\d+$", name)]
             stage = [*out.work.flatten(), *(part for gate in gates for part in (gate.numerator, gate.denominator))]
         sums = torch.stack([x.double() for x in (out.loss_sum, out.num_tokens, recursions, out.pairs, *stage)])
         total = sums + (total if len(total) == len(sums) else 0.0)
@@ -81,8 +83,21 @@ def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
         "loss": loss / tokens,
         "mean_depth": recursions / tokens,
         "flops_per_token": flops / tokens,
-        **{f"gate_{r}": total / count for r, (total, count) in enumerate(gates, start=1) if count},
+        **stage_depths(config, tokens, work),
+        **{name: total / count for name, (total, count) in zip(gate_names(config), gates, strict=False) if count},
     }
+
+
+def gate_names(config: Config) -> list[str]:
+    """Names of the gates' statistics, in the order of `ModelOutput.work`."""
+    return [f"{stage.prefix}gate_{r}" for stage in stages(config) for r in range(1, len(stage.schedule) + 1)]
+
+
+def stage_depths(config: Config, tokens: float, work: Work) -> dict[str, float]:
+    """`<stage>/mean_depth` of each stage, where there are several."""
+    found, rows = stages(config), iter(work)
+    depths = {f"{s.prefix}mean_depth": sum(next(rows)[0] for _ in s.schedule) / tokens for s in found}
+    return depths if len(found) > 1 else {}
 
 
 def perplexity(loss: float) -> float:

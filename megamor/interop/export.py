@@ -30,6 +30,7 @@ from torch import Tensor
 from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
+from megamor.config.segments import stages
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
 from megamor.lock import WriteLock
@@ -73,10 +74,11 @@ def _write_export(
     model: Transformer, directory: Path, tokenizer: Path | None, end_of_text: EndOfText | None, dtype: torch.dtype
 ) -> list[Path]:
     config = model.config
-    if isinstance(config.router, CustomRouterConfig):
-        raise ConfigError(
-            f"router.target = {config.router.target} can't be exported: an export contains megamor's own routers only"
-        )
+    for router in (stage.config.router for stage in stages(config)):
+        if isinstance(router, CustomRouterConfig):
+            raise ConfigError(
+                f"router.target = {router.target} can't be exported: an export contains megamor's own routers only"
+            )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
     # Before anything is written: this finds what is wrong with the tokenizer.

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,11 @@ from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, l
 from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
 from megamor.checkpoint.state import MODEL_PREFIX, write_state
 from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
+from megamor.config.segments import segments
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.official_config import Settings, Shape, config_of
 from megamor.lock import WriteLock
 from megamor.model import build_model
-from megamor.model.sharing import layer_stack
 
 Untied = Literal["first", "mean"]
 
@@ -176,18 +177,23 @@ def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
 
 def applications(config: Config, routing: str | None) -> list[tuple[int, str, str]]:
     """Every application of a block, in order: recursion, megamor's prefix, the released code's prefix."""
-    plan = layer_stack(config)
-    found = [(0, f"prelude.{i}", f"model.layers.{i}") for i in range(plan.num_prelude)]
-    for recursion, blocks in enumerate(plan.schedule):
-        for index, block in enumerate(blocks):
+    found: list[tuple[int, str, str]] = []
+    layer = 0  # of the released code's list of layers
+    for segment in segments(config):
+        blocks, order = segment.num_blocks, segment.schedule
+        for recursion, index in product(range(len(order)), range(blocks)):
             theirs = {
-                None: f"model.layers.{plan.num_prelude + recursion * plan.num_core + index}",
-                "expert": f"model.layers.{plan.num_prelude + recursion}.block.{index}",
-                "token": f"{token_stage(plan.num_prelude)}.block_list.{recursion}.{index}",
+                None: f"model.layers.{layer + recursion * blocks + index}",
+                "expert": f"model.layers.{layer + recursion}.block.{index}",
+                "token": f"{token_stage(layer)}.block_list.{recursion}.{index}",
             }[routing]
-            found.append((recursion, f"stage.blocks.{block}", theirs))
-    stages = {None: len(plan.schedule) * plan.num_core, "expert": len(plan.schedule), "token": 1}[routing]
-    return found + [(0, f"coda.{i}", f"model.layers.{plan.num_prelude + stages + i}") for i in range(plan.num_coda)]
+            found.append((recursion, f"stage.blocks.{order[recursion][index]}", theirs))
+        if order:
+            layer += {None: len(order) * blocks, "expert": len(order), "token": 1}[routing]
+        else:
+            found += [(0, f"{segment.name}.{i}", f"model.layers.{layer + i}") for i in range(blocks)]
+            layer += blocks
+    return found
 
 
 def token_stage(num_prelude: int) -> str:
@@ -199,7 +205,7 @@ def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
     """The entries of `sources_of` for the routers."""
     linear = getattr(config.router, "head", "linear") == "linear"
     parts = {"weight": "weight"} if linear else {"fc1.weight": "0.weight", "fc2.weight": "2.weight"}
-    num_prelude = layer_stack(config).num_prelude
+    num_prelude = segments(config)[0].num_blocks
     if routing == "token":
         stage = token_stage(num_prelude)
         sources = {f"stage.router.head.{p}": [f"{stage}.mor_router.router.{q}"] for p, q in parts.items()}

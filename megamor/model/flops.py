@@ -8,7 +8,7 @@ it out and HFU includes it. docs/numbers.md compares this with the paper's accou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from megamor.config import (
     Config,
@@ -22,11 +22,11 @@ from megamor.config import (
 )
 from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
-from megamor.model.sharing import layer_stack
+from megamor.config.segments import Segment, segments, stages
 from megamor.routing.scored import default_capacity
 
 Work = Sequence[tuple[float, float]]
-"""Per recursion: tokens that the core processed, and their visible query-key pairs (`StageOutput.work`)."""
+"""Per recursion of each stage: tokens that it processed, and their visible query-key pairs (`StageOutput.work`)."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +85,40 @@ def executed_flops(
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
     `tokens` are those of all sequences where some are padded, since padding isn't computed.
     """
-    model, layers = config.model, layer_stack(config)
+    model, found = config.model, segments(config)
     seq_len = seq_len or config.data.seq_len
     tokens = num_sequences * seq_len if tokens is None else tokens
-    num_unshared = layers.num_prelude + layers.num_coda
+    num_unshared = sum(segment.num_blocks for segment in found if not segment.schedule)
     projections = num_unshared * tokens * projection_flops(model)
     if pairs is None:
         pairs = num_sequences * seq_len * (seq_len + 1) / 2
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
+    head = 2 * tokens * model.dim * model.vocab_size
+    total = Flops(projections, attention, 0.0, head, ends, ends)
+    remaining = iter(work)
+    for stage in stages(config):
+        own = stage_flops(stage, tokens, [row for row, _ in zip(remaining, stage.schedule, strict=False)])
+        total = Flops(*(ours + theirs for ours, theirs in zip(astuple(total), astuple(own), strict=True)))
+    return total
+
+
+def stage_flops(stage: Segment, tokens: float, work: Work) -> Flops:
+    """FLOPs of a recursion stage that `tokens` enter, given its recursions' work."""
+    config, num_blocks = stage.config, stage.num_blocks
+    model, lora_rank = config.model, config.recursion.lora_rank
+    projections = attention = routers = block_ends = recursion_ends = 0.0
     # A router scores the candidates of a recursion, which are the tokens selected in the recursion before.
-    routers, block_ends, recursion_ends, candidates = 0.0, ends, ends, tokens
-    for recursion, (selected, selected_pairs) in enumerate(work):
+    candidates = tokens
+    for recursion, (selected, pairs) in enumerate(work):
         fresh = recursion == 0 or config.recursion.kv_policy != "share_first"
-        projections += layers.num_core * selected * projection_flops(model, fresh, config.recursion.lora_rank)
-        attention += layers.num_core * attention_flops(model, selected_pairs)
-        block_ends += layers.num_core * selected * end_flops(model, config.recursion.lora_rank)
-        recursion_ends += selected * end_flops(model, config.recursion.lora_rank)
+        projections += num_blocks * selected * projection_flops(model, fresh, lora_rank)
+        attention += num_blocks * attention_flops(model, pairs)
+        block_ends += num_blocks * selected * end_flops(model, lora_rank)
+        recursion_ends += selected * end_flops(model, lora_rank)
         routers += router_flops(config, recursion, candidates, selected)
         candidates = selected
-    head = 2 * tokens * model.dim * model.vocab_size
-    return Flops(projections, attention, routers, head, block_ends, recursion_ends)
+    return Flops(projections, attention, routers, 0.0, block_ends, recursion_ends)
 
 
 def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: int = 0) -> float:
@@ -127,8 +140,11 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
 
 
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
-    """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it."""
-    router, heads = config.router, 1
+    """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it.
+
+    A recursion that no token took counts as not scored, since it may not have been run at all.
+    """
+    router, heads = config.router, 1 if selected else 0
     if isinstance(router, TokenChoiceConfig) and recursion > 0:
         heads = 0
     elif isinstance(router, ExpertChoiceConfig) and router.sampling == "aux_router":
@@ -139,19 +155,23 @@ def router_flops(config: Config, recursion: int, candidates: float, selected: fl
 
 def nominal_work(config: Config, num_sequences: float) -> list[tuple[float, float]]:
     """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths."""
+    return [row for stage in stages(config) for row in nominal_stage_work(stage.config, num_sequences)]
+
+
+def nominal_stage_work(config: Config, num_sequences: float) -> Work:
+    """`nominal_work` of the only stage of `config`."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
-    if num_recursions == 1:
-        return []
     fractions = default_capacity(num_recursions)
     if isinstance(config.router, FixedDepthConfig):
-        fractions = (1.0,) * (config.router.depth or num_recursions)
+        depth = config.router.depth or num_recursions
+        fractions = (1.0,) * depth + (0.0,) * (num_recursions - depth)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
     elif isinstance(config.router, ScoredConfig):
         fractions = config.router.capacity or fractions
     work = []
     for recursion, fraction in enumerate(fractions):
-        length = max(1, int(fraction * seq_len))
+        length = max(1, int(fraction * seq_len)) if fraction else 0
         keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
         work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2))
     return work

@@ -48,6 +48,7 @@ class CoreCall:
     shared: dict[int, Shared] = field(default_factory=dict)
     kept: tuple[int, ...] = ()
     cache: KVCache | None = None
+    stage: str = ""
 
     def shared_of(self, block: int) -> Shared:
         """The keys that `block` attends to: those of the call's own tokens, where no earlier recursion has run it."""
@@ -72,17 +73,20 @@ class CoreCall:
         # Otherwise each application has a store of its own; under hybrid it must hold what the tokens of this step that
         # skip the recursion had at the block's first application too, which is why `shared.keys` are added.
         if self.policy == "share_first" and not first:
-            return self.cache.view(("block", block), self.tokens, self.geometry, None)
-        key = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
+            return self.cache.view((self.stage, "block", block), self.tokens, self.geometry, None)
+        application = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
+        key = (self.stage, *application)
         return self.cache.view(key, self.tokens, self.geometry, (source, shared.keys))
 
 
 class KVPolicy:
-    """A policy during one forward pass; remembers the keys and values of each block's first application."""
+    """A policy of a recursion `stage` in one forward pass; remembers keys and values of each block's first application.
 
-    def __init__(self, policy: str, cache: KVCache | None) -> None:
-        self.policy = policy
-        self.cache = cache
+    `stage` is the name under which the cache knows it.
+    """
+
+    def __init__(self, policy: str, cache: KVCache | None, stage: str = "") -> None:
+        self.policy, self.cache, self.stage = policy, cache, stage
         self.store: dict[int, tuple[KeyValue, TokenSet]] = {}
 
     def core_call(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> CoreCall:
@@ -99,7 +103,9 @@ class KVPolicy:
                 if id(keys) not in by_keys:
                     by_keys[id(keys)] = Shared(keys, geometry.layout(tokens, keys), keys.find(tokens))
                 shared[block] = by_keys[id(keys)]
-        return CoreCall(recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache)
+        return CoreCall(
+            recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache, self.stage
+        )
 
     # Stored keys and values enter and leave a call as tensors: `run_blocks` never reads or writes `store` itself.
     # Activation checkpointing runs a call a second time in the backward pass, when `store` already holds what this call
@@ -122,5 +128,5 @@ class KVPolicy:
         for layer, block in enumerate(blocks):
             if block in self.store:
                 keys_values, tokens = self.store[block]
-                store = self.cache.store((recursion, layer))
+                store = self.cache.store((self.stage, recursion, layer))
                 store.write(store.admit(tokens, geometry), keys_values)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megamor.config import Config
+from megamor.config.segments import Segment
 from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
-from megamor.model.sharing import LayerStack
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
 
 Blocks = Sequence[Callable[..., Any]]
@@ -36,8 +35,8 @@ class StageOutput(NamedTuple):
     """The stream [T, dim] after the stage, and what the router did.
 
     `depth` [T] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
-    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); both are None
-    without a stage.
+    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); zeros where a
+    recursion wasn't run. Both are None without a stage.
     """
 
     stream: Tensor
@@ -51,13 +50,14 @@ class StageOutput(NamedTuple):
 class RecursionStage(nn.Module):
     """Shared blocks and their router; see the module docstring."""
 
-    def __init__(self, config: Config, layers: LayerStack) -> None:
+    def __init__(self, segment: Segment) -> None:
         super().__init__()
-        self.schedule = layers.schedule
+        config = segment.config
+        self.name, self.schedule = segment.name, segment.schedule
         self.kv_policy = config.recursion.kv_policy
-        recursion, num_recursions = config.recursion, len(layers.schedule)
+        recursion, num_recursions = config.recursion, len(segment.schedule)
         differences = Differences(num_recursions, recursion.separate_norms, recursion.lora_rank)
-        self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(layers.num_core))
+        self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(segment.num_blocks))
         self.recursion_embedding: nn.ParameterList | None = None
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
@@ -70,7 +70,7 @@ class RecursionStage(nn.Module):
     ) -> StageOutput:
         """stream [T, dim] through up to Nr recursions."""
         session = self.router.begin(stream, context)
-        policy = KVPolicy(self.kv_policy, cache)
+        policy = KVPolicy(self.kv_policy, cache, self.name)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.
         candidates = geometry.everything
@@ -98,6 +98,9 @@ class RecursionStage(nn.Module):
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             pairs = geometry.visible_pairs(plan.tokens, keys)
             work.append(torch.stack((torch.full_like(pairs, len(plan.tokens)), pairs)))
+        for recursion in range(len(work), len(self.schedule)):
+            work.append(torch.zeros_like(work[0]))
+            session.add_ratio(f"gate_{recursion + 1}", stream.new_zeros(()), 0.0)
         result = session.finish(stream if emitted is None else emitted)
         for recursion in unused:
             result = self.touch_core(recursion, result, geometry, blocks[recursion])

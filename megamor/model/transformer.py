@@ -1,9 +1,10 @@
-"""The model: embedding, prelude, recursion stage, coda, final norm, tied head. Vanilla is a prelude without a stage.
+"""The model: embedding, segments, final norm, tied head.
 
-One token's way through it: its id becomes a row [dim] of the stream (`embed`); the prelude's blocks update the row,
-attending to all earlier tokens; the stage applies the shared core to it as often as the router decides
-(`model/recursion.py`); the coda's blocks and the final norm follow; the row times the embedding's transpose gives the
-logits of the next token.
+One token's way through it: its id becomes a row [dim] of the stream (`embed`); the segments update the row one after
+another; the final norm follows; the row times the embedding's transpose gives the logits of the next token. A segment
+is either unshared blocks, in which the token attends to all earlier ones, or a recursion stage, which applies its
+shared blocks to it as often as the router decides (`model/recursion.py`). Most models have a prelude, one stage and a
+coda.
 
 The model knows one device and no parallelism. It exports a `ParallelPlan` that says what may be sharded as one unit;
 `megamor/parallel` applies it from outside.
@@ -11,8 +12,8 @@ The model knows one device and no parallelism. It exports a `ParallelPlan` that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
+from megamor.config.segments import segments
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
-from megamor.model.sharing import layer_stack
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.random import text_keys
 
@@ -38,7 +39,8 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token.
+    sees every token. With several stages, losses of one name and depths are added up, `work` has the recursions of all
+    stages, and the names of `ratios` and `totals` begin with `Segment.prefix`.
     """
 
     logits: Tensor | None
@@ -56,31 +58,51 @@ class ModelOutput(NamedTuple):
 class ParallelPlan:
     """How the model may be sharded and compiled.
 
-    `units` are modules to shard as one group each, in forward order. The shared core is one of them, so that its
-    weights are gathered once per pass; embedding and final norm stay with the root. `shared_core` is the module whose
-    loop may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
-    `router` computes with fp32 weights whatever the precision.
+    `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
+    weights are gathered once per pass; embedding and final norm stay with the root. `stages` are the modules whose
+    loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
+    `routers` compute with fp32 weights whatever the precision.
     """
 
     units: list[nn.Module]
-    shared_core: nn.Module | None = None
+    stages: list[nn.Module] = field(default_factory=list)
     compile_targets: list[nn.Module] = field(default_factory=list)
-    router: nn.Module | None = None
+    routers: list[nn.Module] = field(default_factory=list)
 
 
 class Transformer(nn.Module):
-    """Mixture-of-Recursions language model; see the module docstring."""
+    """Mixture-of-Recursions language model; see the module docstring.
+
+    `segments` describe its parts, which are the modules of these names. The attributes `prelude`, `stage` and `coda`
+    exist in models that have at most one stage; without one, `stage` is None.
+    """
+
+    prelude: nn.ModuleList
+    stage: RecursionStage | None
+    coda: nn.ModuleList
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        layers = layer_stack(config)
+        self.config, self.segments = config, segments(config)
         self.embed = nn.Embedding(config.model.vocab_size, config.model.dim)
-        self.prelude = nn.ModuleList(Block(config.model) for _ in range(layers.num_prelude))
-        self.stage = RecursionStage(config, layers) if layers.schedule else None
-        self.coda = nn.ModuleList(Block(config.model) for _ in range(layers.num_coda))
+        for segment in self.segments:
+            unshared = (Block(config.model) for _ in range(segment.num_blocks))
+            self.add_module(segment.name, RecursionStage(segment) if segment.schedule else nn.ModuleList(unshared))
+        if not self.stages:
+            self.stage = None
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
+
+    @property
+    def stages(self) -> dict[str, RecursionStage]:
+        """The recursion stages by the prefix of their statistics, in forward order."""
+        return {s.prefix: self.get_submodule(s.name) for s in self.segments if s.schedule}  # type: ignore[misc]
+
+    def update_routers(self, totals: Mapping[str, Tensor]) -> None:
+        """Let the routers adjust buffers, once per optimizer step; `totals` are summed over micro-batches and ranks."""
+        for prefix, stage in self.stages.items():
+            own = {name.removeprefix(prefix): total for name, total in totals.items() if name.startswith(prefix)}
+            stage.router.update(own)
 
     def forward(
         self,
@@ -112,24 +134,28 @@ class Transformer(nn.Module):
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
-        x = self.run_unshared("prelude", self.embed(window.unpad(inputs)), geometry, cache)
-        routed = StageOutput(x, {}, {}, {}, None, None)
-        if self.stage is not None:
-            reads_text = self.stage.router.reads_text and mode != "train"
-            context = RoutingContext(
-                batch=inputs.shape[0],
-                seq_len=inputs.shape[1],
-                mode=mode,
-                step=step,
-                positions=geometry.positions,
-                bounds=bounds,
-                whole=everything if lengths is not None else None,
-                seed=self.config.run.seed,
-                first_sequence=first_sequence,
-                text=self.text_keys(inputs, geometry, cache) if reads_text else None,
-            )
-            routed = self.stage(x, geometry, context, cache)
-        x = self.norm(self.run_unshared("coda", routed.stream, geometry, cache))
+        reads_text = mode != "train" and any(stage.router.reads_text for stage in self.stages.values())
+        context = RoutingContext(
+            batch=inputs.shape[0],
+            seq_len=inputs.shape[1],
+            mode=mode,
+            step=step,
+            positions=geometry.positions,
+            bounds=bounds,
+            whole=everything if lengths is not None else None,
+            seed=self.config.run.seed,
+            first_sequence=first_sequence,
+            text=self.text_keys(inputs, geometry, cache) if reads_text else None,
+        )
+        x, outputs = self.embed(window.unpad(inputs)), {}
+        for segment in self.segments:
+            if segment.schedule:
+                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache)
+                x = outputs[segment.prefix].stream
+                context = replace(context, stage=context.stage + 1)
+            else:
+                x = self.run_unshared(segment.name, x, geometry, cache)
+        x = self.norm(x)
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
 
@@ -142,8 +168,8 @@ class Transformer(nn.Module):
             loss_sum = linear_cross_entropy(x, self.embed.weight, labels)
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
-        depth = None if routed.depth is None else window.pad(routed.depth, -1)
-        _, losses, ratios, totals, _, work = routed
+        _, losses, ratios, totals, depth, work = joined(x, outputs)
+        depth = None if depth is None else window.pad(depth, -1)
         return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
@@ -176,10 +202,10 @@ class Transformer(nn.Module):
         )
 
     def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
-        """x [T, dim] through the blocks of `group` ("prelude" or "coda"), which see every token."""
+        """x [T, dim] through the unshared blocks of the segment `group`, which see every token."""
         everything = geometry.everything
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
-        for number, block in enumerate(getattr(self, group)):
+        for number, block in enumerate(self.get_submodule(group).children()):
             if cache is not None:
                 keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
             x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
@@ -203,8 +229,8 @@ class Transformer(nn.Module):
                     weight.fill_(1.0)
             elif isinstance(module, Router):
                 module.reset()
-        if self.stage is not None and self.stage.recursion_embedding is not None:
-            for parameter in self.stage.recursion_embedding:
+        for stage in self.stages.values():
+            for parameter in stage.recursion_embedding or ():
                 parameter.zero_()
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:
@@ -216,16 +242,33 @@ class Transformer(nn.Module):
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""
-        stage = [] if self.stage is None else [self.stage]
+        stages, units = list(self.stages.values()), []
+        for segment in self.segments:
+            module = self.get_submodule(segment.name)
+            units += [module] if segment.schedule else [*module.children()]
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
-        core_blocks = [] if self.stage is None else list(self.stage.blocks)
-        blocks = [*self.prelude, *core_blocks, *self.coda]
-        router = None if self.stage is None else self.stage.router
-        return ParallelPlan([*self.prelude, *stage, *self.coda], self.stage, blocks, router)
+        blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block)]
+        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding (tied with the head) included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def joined(x: Tensor, outputs: Mapping[str, StageOutput]) -> StageOutput:
+    """What all stages report, as one: see `ModelOutput`. `x` is the stream behind them."""
+    losses: dict[str, Tensor] = {}
+    ratios: dict[str, Ratio] = {}
+    totals: dict[str, Tensor] = {}
+    for prefix, output in outputs.items():
+        for name, loss in output.losses.items():
+            losses[name] = losses[name] + loss if name in losses else loss
+        ratios |= {prefix + name: ratio for name, ratio in output.ratios.items()}
+        totals |= {prefix + name: total for name, total in output.totals.items()}
+    depths = [output.depth for output in outputs.values() if output.depth is not None]
+    work = [output.work for output in outputs.values() if output.work is not None]
+    depth = sum(depths[1:], depths[0]) if depths else None
+    return StageOutput(x, losses, ratios, totals, depth, torch.cat(work) if work else None)
 
 
 def build_model(config: Config, *, device: str | torch.device = "cpu", seed: int | None = None) -> Transformer:

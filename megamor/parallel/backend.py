@@ -22,22 +22,22 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class ModelStructure(Protocol):
     """What a model says about its own structure, in forward order.
 
-    `units` are sharded and gathered as a whole; the shared core is one of them, however often its forward pass loops.
-    Parameters outside every unit (embedding with its tied head, final norm) belong to the root. `compile_targets` can
-    be compiled one by one. The `router` computes with fp32 weights whatever the precision.
+    `units` are sharded and gathered as a whole; `stages` are those among them whose forward passes loop, each rank's as
+    often as it needs. Parameters outside every unit (embedding with its tied head, final norm) belong to the root.
+    `compile_targets` can be compiled one by one. The `routers` compute with fp32 weights whatever the precision.
     """
 
     @property
     def units(self) -> Sequence[nn.Module]: ...
 
     @property
-    def shared_core(self) -> nn.Module | None: ...
+    def stages(self) -> Sequence[nn.Module]: ...
 
     @property
     def compile_targets(self) -> Sequence[nn.Module]: ...
 
     @property
-    def router(self) -> nn.Module | None: ...
+    def routers(self) -> Sequence[nn.Module]: ...
 
 
 class Backend:
@@ -122,9 +122,9 @@ class Backend:
         load_state(directory, self.module, self.optimizer)
 
 
-def set_originals(router: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the modules of `router` the fp32 `values` of their parameters, by name in `router`, to compute with."""
-    for path, module in router.named_modules():
+def set_originals(routers: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the modules of `routers` the fp32 `values` of their parameters, by name in `routers`, to compute with."""
+    for path, module in routers.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         prefix = f"{path}." if path else ""
         module.originals = {name: values[prefix + name] for name in names}

@@ -47,18 +47,16 @@ class Fsdp2Backend(Backend):
         mesh = self.mesh(config.parallel.shard_degree)
         shard(model, plan, mesh, self.precision, config.parallel.reshard_after_forward)
         # What FSDP2 gathers for a forward pass is bf16.
-        self.router = plan.router if self.precision == "bf16" else None
+        self.routers = nn.ModuleList(plan.routers if self.precision == "bf16" else ())
         model = model.to(self.device)
         self.gather_originals()
         return model
 
     def gather_originals(self) -> None:
-        """Gather the router's fp32 weights, which are few. Collective."""
-        if self.router is None:
-            return
-        weights = {name: parameter.detach() for name, parameter in self.router.named_parameters()}
+        """Gather the routers' fp32 weights, which are few. Collective."""
+        weights = {name: parameter.detach() for name, parameter in self.routers.named_parameters()}
         set_originals(
-            self.router, {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+            self.routers, {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
         )
 
     def step(self, max_grad_norm: float) -> Tensor:

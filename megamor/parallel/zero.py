@@ -56,14 +56,15 @@ class ZeroBackend(Backend):
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # the engine fails without it
         if not deepspeed.comm.is_initialized():
             deepspeed.comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        if self.stage == 3 and plan.shared_core is not None:
+        for stage in plan.stages if self.stage == 3 else ():
             # Stage 3 gathers a module's parameters when the module is called, and a gather waits for all ranks. Ranks
             # may run different numbers of recursions, so gathers inside the loop would deadlock. A leaf module is
             # gathered whole before its forward pass, once, however often its blocks run.
-            deepspeed.utils.set_z3_leaf_module(plan.shared_core, True)
+            deepspeed.utils.set_z3_leaf_module(stage, True)
         self.module = model.to(world.device)
-        self.router = plan.router if self.stage > 0 and config.train.precision == "bf16" else None
-        drawn = {} if self.router is None else {n: p.detach().clone() for n, p in self.router.named_parameters()}
+        own_routers = self.stage > 0 and config.train.precision == "bf16"
+        self.routers = nn.ModuleList(plan.routers if own_routers else ())
+        drawn = {name: parameter.detach().clone() for name, parameter in self.routers.named_parameters()}
         optimizer = build_optimizer(self.module)
         with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints a dozen lines about memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -73,8 +74,8 @@ class ZeroBackend(Backend):
         if self.stage == 0:
             allocate_optimizer_state(self.optimizer)
         self.state = ZeroState(self.module, self.optimizer, self.stage) if self.stage > 0 else None
-        if self.router is not None and self.state is not None:
-            self.state.fill(self.router, drawn)  # the engine's fp32 weights are copies of its bf16 ones
+        if drawn and self.state is not None:
+            self.state.fill(self.routers, drawn)  # the engine's fp32 weights are copies of its bf16 ones
         self.gather_originals()
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
@@ -122,9 +123,9 @@ class ZeroBackend(Backend):
         self.gather_originals()
 
     def gather_originals(self) -> None:
-        """Gather the router's fp32 weights, which the engine's forward pass has in bf16. Collective."""
-        if self.router is not None and self.state is not None:
-            set_originals(self.router, self.state.whole(self.router))
+        """Gather the routers' fp32 weights, which the engine's forward pass has in bf16. Collective."""
+        if self.state is not None:
+            set_originals(self.routers, self.state.whole(self.routers))
 
 
 class ZeroState:

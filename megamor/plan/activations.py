@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
-from megamor.model.flops import nominal_work
+from megamor.config.segments import Segment, segments
+from megamor.model.flops import nominal_stage_work
 from megamor.model.loss import CHUNK_ELEMENTS
-from megamor.model.sharing import layer_stack
 
 INDEX, STATISTIC = 8, 4
 """Bytes of an int64 token position, and of an fp32 statistic of a norm or softmax."""
@@ -46,20 +46,33 @@ class Span:
 
 def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     """The spans of one micro-batch at the configured capacities, in forward order, without the loss (`loss_bytes`)."""
-    plan = layer_stack(config)
-    batch, seq_len = config.train.micro_batch_size, config.data.seq_len
-    everything = BlockRows(config, sizes, batch * seq_len, batch * seq_len, uneven=config.data.document_mask)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    everything = BlockRows(config, sizes, tokens, tokens, uneven=config.data.document_mask)
     unshared = Span("", 1.0, *everything.block(), everything.widest())
-    found = [replace(unshared, unit=f"prelude.{number}") for number in range(plan.num_prelude)]
+    found: list[Span] = []
+    for segment in segments(config):
+        if segment.schedule:
+            found += stage_spans(segment, sizes)
+        else:
+            found += [replace(unshared, unit=f"{segment.name}.{number}") for number in range(segment.num_blocks)]
+    return found
+
+
+def stage_spans(stage: Segment, sizes: ElementSizes) -> list[Span]:
+    """The spans of a recursion stage."""
+    config, found = stage.config, []
+    batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
     policy = config.recursion.kv_policy
-    for recursion, (selected, _) in enumerate(nominal_work(config, batch)):
+    for recursion, (selected, _) in enumerate(nominal_stage_work(config, batch)):
+        if not selected:
+            continue  # a recursion that a fixed depth leaves out
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
         keeps = recursion == 0 and policy != "recursion_wise"
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
-        found += _recursion(rows, plan.num_core)
-    return found + [replace(unshared, unit=f"coda.{number}") for number in range(plan.num_coda)]
+        found += _recursion(rows, stage)
+    return found
 
 
 @dataclass(frozen=True)
@@ -154,12 +167,13 @@ class BlockRows:
         return saved
 
 
-def _recursion(rows: BlockRows, num_blocks: int) -> list[Span]:
+def _recursion(rows: BlockRows, stage: Segment) -> list[Span]:
+    num_blocks = stage.num_blocks
     if rows.config.train.activation_checkpointing == "recursion":
         kept = rows.stream + (num_blocks * rows.keys_values if rows.keeps else 0.0)
         again = num_blocks * rows.block_saved() - rows.stream
-        return [Span("core", 1.0, kept + rows.around_blocks(), again, rows.widest())]
-    block = Span("core", 1 / num_blocks, *rows.block(), rows.widest())
+        return [Span(stage.name, 1.0, kept + rows.around_blocks(), again, rows.widest())]
+    block = Span(stage.name, 1 / num_blocks, *rows.block(), rows.widest())
     return [replace(block, saved=block.saved + rows.around_blocks()), *[block] * (num_blocks - 1)]
 
 

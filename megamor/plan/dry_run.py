@@ -27,7 +27,7 @@ def describe_run(config: Config, world_size: int) -> str:
     model = build_model(config, device="meta")
     counted = model.num_parameters()
     own = counted - derived.unique_parameters_with_embedding
-    if isinstance(config.router, CustomRouterConfig):
+    if any(isinstance(stage.config.router, CustomRouterConfig) for stage in derived.segments):
         # The formulas can't know the parameters of a user's own router; the built model does.
         derived = replace(
             derived,

@@ -62,12 +62,10 @@ def element_sizes(config: Config, world_size: int, on_gpu: bool) -> ElementSizes
 
 
 def unit_parameters(config: Config) -> dict[str, int]:
-    """Parameters of each of the parallel plan's units (prelude.0, core, coda.0 ...) and of the "root" around them."""
+    """Parameters of each of the parallel plan's units (prelude.0, stage, coda.0 ...) and of the "root" around them."""
     model = build_model(config, device="meta")
-    counts = {f"prelude.{number}": count(block) for number, block in enumerate(model.prelude)}
-    if model.stage is not None:
-        counts["core"] = count(model.stage)
-    counts |= {f"coda.{number}": count(block) for number, block in enumerate(model.coda)}
+    names = {module: name for name, module in model.named_modules()}
+    counts = {names[unit]: count(unit) for unit in model.parallel_plan().units}
     return counts | {"root": model.num_parameters() - sum(counts.values())}
 
 

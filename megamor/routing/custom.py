@@ -15,7 +15,8 @@ from importlib import import_module
 from importlib.util import decode_source, resolve_name
 from pathlib import Path
 
-from megamor.config import CustomRouterConfig, RouterConfig
+from megamor.config import Config, CustomRouterConfig
+from megamor.config.segments import stages
 from megamor.errors import ConfigError
 from megamor.routing.router import Router
 
@@ -44,20 +45,21 @@ def import_router(target: str) -> Callable[[dict[str, float], int, int], Router]
     return found
 
 
-def refuse_unknown_router(config: RouterConfig, origin: object) -> None:
-    """Refuse a custom router that `origin`, a checkpoint or an export, names and the user doesn't.
+def refuse_unknown_router(config: Config, origin: object) -> None:
+    """Refuse a model with a custom router that `origin`, a checkpoint or an export, names and the user doesn't.
 
     Raises:
         ConfigError: naming the target and how to allow it.
     """
-    if not isinstance(config, CustomRouterConfig) or _is_trusted(config.target):
-        return
-    module, _, name = config.target.partition(":")
-    if module not in sys.modules or not _is_router(module, name):
-        raise ConfigError(
-            f"{origin} asks for code: router.target = {config.target}. It was not imported; if you trust it, set "
-            f"{TRUSTED}={config.target}"
-        )
+    for router in (stage.config.router for stage in stages(config)):
+        if not isinstance(router, CustomRouterConfig) or _is_trusted(router.target):
+            continue
+        module, _, name = router.target.partition(":")
+        if module not in sys.modules or not _is_router(module, name):
+            raise ConfigError(
+                f"{origin} asks for code: router.target = {router.target}. It was not imported; if you trust it, set "
+                f"{TRUSTED}={router.target}"
+            )
 
 
 def _is_trusted(target: str) -> bool:

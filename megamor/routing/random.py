@@ -9,6 +9,7 @@ Each token draws a number; recursion r takes the tokens whose number is below it
 text. A number is a hash of what is known about its block. In training that is the run's seed, the step, and where the
 block is in the step's batch, whatever ranks and micro-batches share it. At inference it is the text from the document's
 beginning to the block's first token: different texts have different patterns, and the same text always has the same.
+Several recursion stages have a pattern each.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ def blocks_of(context: RoutingContext, device: torch.device) -> Blocks:
     if context.mode == "train":
         whole = context.everything
         order, sequence = whole.rank_of(whole, device), context.first_sequence + whole.sequences(device)
-        step = mixed(torch.full_like(order, context.seed)) + context.step
+        step = mixed(torch.full_like(order, context.seed)) + context.step + (context.stage << 32)
         return Blocks(mixed(mixed(step) + sequence) + order // BLOCK, order % BLOCK)
     positions = context.positions_of(device)
     # A context that someone made without a text has positions at least.
     key = positions // BLOCK if context.text is None else context.text
-    return Blocks(key, positions % BLOCK)
+    return Blocks(key + (context.stage << 32), positions % BLOCK)
 
 
 def text_keys(tokens: Tensor, order: Tensor) -> Tensor:

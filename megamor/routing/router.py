@@ -62,7 +62,7 @@ class RoutingContext:
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
-    (`Router.reads_text`).
+    (`Router.reads_text`). `stage` counts the recursion stages before this one.
     """
 
     batch: int
@@ -75,6 +75,7 @@ class RoutingContext:
     seed: int = 0
     first_sequence: int = 0
     text: Tensor | None = None
+    stage: int = 0
 
     @property
     def everything(self) -> TokenSet:

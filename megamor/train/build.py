@@ -85,7 +85,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, expanded, world, lambda module: build_optimizer(module, config))
     guard = Guard(config.guard)
-    diagnosis = Diagnosis(config, model.stage.router if model.stage is not None else None, world.device)
+    diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
     checkpoints = RunCheckpoints(
         config,

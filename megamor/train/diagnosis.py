@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megamor.config import (
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
 )
+from megamor.config.segments import stages
 from megamor.data.loader import MicroBatch
 from megamor.errors import TrainingError
 from megamor.model.loss import IGNORE
@@ -52,9 +54,9 @@ ADVICE = {
 
 
 class Diagnosis:
-    """Watches the steps of a run. `router` is the module whose scores' gradients are watched; None if there is none."""
+    """Watches the steps of a run. `routers` are those of the recursion stages, by `Segment.prefix`."""
 
-    def __init__(self, config: Config, router: nn.Module | None, device: torch.device) -> None:
+    def __init__(self, config: Config, routers: Mapping[str, nn.Module], device: torch.device) -> None:
         self.config = config.diagnosis
         self.actions: dict[str, Alarm] = {
             "dead_router": self.config.dead_router,
@@ -62,13 +64,20 @@ class Diagnosis:
             "unigram_plateau": self.config.unigram_plateau,
             "exploding_norm": self.config.exploding_norm,
         }
-        self.learns_depth = isinstance(config.router, LEARNS_DEPTH) and router is not None
+        self.stages = stages(config)
+        kinds = {stage.prefix: stage.config.router for stage in self.stages}
+        self.learns_depth = {prefix for prefix, kind in kinds.items() if isinstance(kind, LEARNS_DEPTH)}
         # Controls have nothing to learn: no gradient reaches them, or whatever does is not what they are there for.
-        learns = not isinstance(config.router, FixedDepthConfig | RandomConfig)
-        watched = router if self.actions["dead_router"] != "off" and learns else None
+        watched = {
+            prefix: router
+            for prefix, router in routers.items()
+            if self.actions["dead_router"] != "off" and not isinstance(kinds[prefix], FixedDepthConfig | RandomConfig)
+        }
         # All tokens take full depth until then, by order.
-        self.free_after = config.router.balance_warmup_steps if isinstance(config.router, TokenChoiceConfig) else 0
-        self.gradient = None if watched is None else ScoreGradient(watched, device)
+        self.free_after = max(
+            (kind.balance_warmup_steps for kind in kinds.values() if isinstance(kind, TokenChoiceConfig)), default=0
+        )
+        self.gradient = ScoreGradients(watched, device) if watched else None
         self.tokens = TokenCounts(config.model.vocab_size) if self.actions["unigram_plateau"] != "off" else None
         self.in_a_row = dict.fromkeys(ADVICE, 0)
         self.warnings: list[str] = []
@@ -85,10 +94,12 @@ class Diagnosis:
         grad_norm = summary.grad_norm
         if not math.isfinite(grad_norm):
             return []
-        dead = self.gradient is not None and summary.score_gradient == 0.0
-        self._note("dead_router", step, dead, f"gradient 0 in {self.config.steps} steps")
-        pinned = self._pinned(summary) if step > self.free_after else None
-        self._note("pinned_depth", step, pinned is not None, f"depth {pinned} in {self.config.steps} steps")
+        watched = self.gradient.watched if self.gradient is not None else []
+        dead = [prefix for prefix, found in zip(watched, summary.score_gradients, strict=False) if found == 0.0]
+        self._note("dead_router", step, bool(dead), f"gradient 0 in {self.config.steps} steps{_where(dead)}")
+        pinned = self._pinned(summary) if step > self.free_after else {}
+        depth = ", ".join(map(str, pinned.values()))
+        self._note("pinned_depth", step, bool(pinned), f"depth {depth} in {self.config.steps} steps{_where(pinned)}")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
         limit = self.config.norm_factor * usual
         self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
@@ -104,13 +115,14 @@ class Diagnosis:
         """Restore what `state_dict` returned."""
         self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
 
-    def _pinned(self, summary: StepSummary) -> int | None:
-        """The depth that nearly all tokens take, if there is one and the router was free to choose another."""
-        tokens = sum(summary.depth_counts)
-        if not (self.learns_depth and tokens):
-            return None
-        depth = max(range(len(summary.depth_counts)), key=summary.depth_counts.__getitem__)
-        return depth if summary.depth_counts[depth] >= self.config.pinned_share * tokens else None
+    def _pinned(self, summary: StepSummary) -> dict[str, int]:
+        """The depth that nearly all tokens take, for each stage that has one and whose router could choose another."""
+        found = {}
+        for prefix, counts in summary.counts_by_stage(self.stages).items():
+            depth = max(range(len(counts)), key=counts.__getitem__)
+            if prefix in self.learns_depth and counts[depth] >= self.config.pinned_share * sum(counts):
+                found[prefix] = depth
+        return found
 
     def _look_at_plateau(self, guard: Guard, step: int, entropy: float) -> None:
         """Compare the mean of recent losses with the entropy of single tokens."""
@@ -138,35 +150,40 @@ class Diagnosis:
             self.warnings.append(message)
 
 
-class ScoreGradient:
-    """Largest absolute gradient at the outputs of the router's layers.
+def _where(prefixes: Iterable[str]) -> str:
+    """` in layers_3, layers_5`; nothing for a model's only stage."""
+    names = [prefix.rstrip("/") for prefix in prefixes if prefix]
+    return f" in {', '.join(names)}" if names else ""
+
+
+class ScoreGradients:
+    """Largest absolute gradient at the outputs of each router's layers. `watched` names the routers that have any.
 
     Gradients of the layers' parameters wouldn't do: backends shard, reduce and free them in their own ways.
     """
 
-    def __init__(self, router: nn.Module, device: torch.device) -> None:
-        self.largest = torch.zeros((), device=device)
-        self.watches = False
-        for module in router.modules():
-            # Leaf modules with parameters: the layers that compute the scores.
-            if not [*module.children()] and any(parameter.requires_grad for parameter in module.parameters()):
-                module.register_forward_hook(self._on_output)
-                self.watches = True
+    def __init__(self, routers: Mapping[str, nn.Module], device: torch.device) -> None:
+        self.watched: list[str] = []
+        for name, router in routers.items():
+            for module in router.modules():
+                # Leaf modules with parameters: the layers that compute the scores.
+                if not [*module.children()] and any(parameter.requires_grad for parameter in module.parameters()):
+                    self.watched = [*dict.fromkeys([*self.watched, name])]
+                    module.register_forward_hook(partial(self._on_output, len(self.watched) - 1))
+        self.largest = [torch.zeros((), device=device) for _ in self.watched]
 
-    def take(self) -> Tensor | None:
-        """The largest in the backward passes since the last call, an fp32 scalar; None if there is nothing to watch."""
-        if not self.watches:
-            return None
-        taken, self.largest = self.largest, torch.zeros_like(self.largest)
-        return taken
+    def take(self) -> Tensor:
+        """The largest in the backward passes since the last call, fp32 [watched]."""
+        taken, self.largest = self.largest, [torch.zeros_like(largest) for largest in self.largest]
+        return torch.stack(taken) if taken else torch.zeros(0)
 
-    def _on_output(self, module: nn.Module, inputs: object, output: object) -> None:
+    def _on_output(self, number: int, module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._on_gradient, number))  # type: ignore[no-untyped-call]
 
-    def _on_gradient(self, gradient: Tensor) -> None:
+    def _on_gradient(self, number: int, gradient: Tensor) -> None:
         if gradient.numel():
-            self.largest = torch.maximum(self.largest, gradient.detach().abs().amax().float())
+            self.largest[number] = torch.maximum(self.largest[number], gradient.detach().abs().amax().float())
 
 
 class TokenCounts:

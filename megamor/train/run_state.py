@@ -27,6 +27,7 @@ from megamor.checkpoint.trainer_state import directory_identity, is_copy
 from megamor.config import Config, DataConfig, config_to_yaml
 from megamor.config.changes import Effect
 from megamor.config.derive import Consumed
+from megamor.config.segments import stages
 from megamor.data.loader import TrainingLoader
 from megamor.data.meta import end_of_text
 from megamor.errors import ConfigError, DataError, MegamorError
@@ -212,7 +213,7 @@ class RunCheckpoints:
             world_size=self.backend.world_size,
             seed=self.config.run.seed,
             step=state.step,
-            draws_random=draws_random(self.config.router),
+            draws_random=any(draws_random(stage.config.router) for stage in stages(self.config)),
         )
         progress = RunProgress(**{field.name: getattr(state, field.name) for field in fields(RunProgress)})
         return replace(progress, flops=state.flops or 0.0), state

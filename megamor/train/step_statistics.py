@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megamor.config.batches import BatchShape
+from megamor.config.segments import Segment
 from megamor.data.loader import MicroBatch
 from megamor.model import ModelOutput
 
@@ -27,8 +30,8 @@ class StepSummary:
     ratios: dict[str, float]
     depth_counts: list[float]
     work: list[tuple[float, float]]
-    score_gradient: float | None = None
-    """Largest gradient at the router's scores, summed over ranks; None if it isn't watched."""
+    score_gradients: list[float] = field(default_factory=list)
+    """Largest gradient at the scores of each router that is watched, summed over ranks."""
     pairs: float | None = None
     """Query-key pairs of a block that sees every token."""
     grad_norm: float = math.nan
@@ -53,6 +56,22 @@ class StepSummary:
         metrics["routing/dead_depths"] = sum(share < DEAD_SHARE for share in used) / len(used)
         metrics["routing/max_violation"] = max(used) * len(used) / max(sum(used), 1e-30) - 1
         return metrics | {f"routing/{name}": value for name, value in self.ratios.items()}
+
+    def counts_by_stage(self, stages: Sequence[Segment]) -> dict[str, list[float]]:
+        """Tokens at each depth in each stage, by `Segment.prefix`."""
+        tokens, work = sum(self.depth_counts), iter(self.work)
+        # Whoever takes a recursion has taken those before it.
+        reached = {s.prefix: [tokens, *(next(work)[0] for _ in s.schedule), 0.0] for s in stages if tokens}
+        return {prefix: [now - later for now, later in pairwise(counts)] for prefix, counts in reached.items()}
+
+    def stage_metrics(self, stages: Sequence[Segment]) -> dict[str, float]:
+        """The depth histogram and mean depth of each stage, where there are several; ready to log."""
+        metrics: dict[str, float] = {}
+        for prefix, counts in self.counts_by_stage(stages).items() if len(stages) > 1 else ():
+            shares = [count / sum(counts) for count in counts]
+            metrics |= {f"depth/{prefix}{depth}": share for depth, share in enumerate(shares)}
+            metrics[f"routing/{prefix}mean_depth"] = sum(depth * share for depth, share in enumerate(shares))
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ class PendingSummary:
             ratios={name: _quotient(value) for name, value in _under("ratio/", found).items() if value[1] > 0},
             depth_counts=found["depth"].tolist() if "depth" in found else [],
             work=[(tokens, pairs) for tokens, pairs in found["work"].tolist()] if "work" in found else [],
-            score_gradient=float(found["score_gradient"]) if "score_gradient" in found else None,
+            score_gradients=found["score_gradients"].tolist() if "score_gradients" in found else [],
             pairs=float(found["pairs"]) if "pairs" in found else None,
             grad_norm=float(found["grad_norm"]),
         )
@@ -133,10 +152,9 @@ class StepStatistics:
             self._sum("depth", counts[1:].double())
             self._sum("work", out.work.double())
 
-    def add_score_gradient(self, largest: Tensor | None) -> None:
-        """Add this rank's largest gradient at the router's scores, of the whole step."""
-        if largest is not None:
-            self._sum("score_gradient", largest.double())
+    def add_score_gradients(self, largest: Tensor) -> None:
+        """Add this rank's largest gradient at the scores of each watched router, of the whole step."""
+        self._sum("score_gradients", largest.double())
 
     def reduce(self, grad_norm: Tensor) -> PendingSummary:
         """Sum over ranks and start the copy to the host, without waiting for either. Collective.

@@ -9,6 +9,7 @@ from pathlib import Path
 from megamor.checkpoint.layout import LATEST, step_name
 from megamor.config import Config
 from megamor.config.batches import BatchShape
+from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
 from megamor.model.flops import executed_flops
 from megamor.progress import format_count, format_duration
@@ -64,7 +65,7 @@ class LaunchSummary:
                 lines[f"validation loss, {name}"] = f"{shown} nats/token"
         if self.mean_depth is not None:
             saved = 1 - total.model_flops / self.full_depth_flops
-            lines["depth"] = f"{self.mean_depth:.2f} of {self.config.recursion.num_recursions} recursions per token"
+            lines["depth"] = f"{self.mean_depth:.2f} of {max_depth(self.config)} recursions per token"
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed"

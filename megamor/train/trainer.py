@@ -27,6 +27,7 @@ from torch import Tensor
 from megamor.config import Config
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import Consumed
+from megamor.config.segments import max_depth, stages
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
 from megamor.errors import MegamorError, TrainingError
 from megamor.lock import WriteLock
@@ -184,9 +185,9 @@ class Trainer:
         settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
         with without_recompiling(number, settled_after) if settled else nullcontext():
             figures = self.run_micro_batches(batch, lr)
-        if not self.guard.decides and self.model.stage is not None:
-            # Nothing can skip this step any more, so the router needn't wait: its sums are still on the device.
-            self.model.stage.router.update(figures.totals)
+        if not self.guard.decides:
+            # Nothing can skip this step any more, so routers needn't wait: their sums are still on the device.
+            self.model.update_routers(figures.totals)
         self.progress.step = number
         self.progress.tokens_seen += batch.tokens
         self.progress.lr = lr
@@ -210,7 +211,7 @@ class Trainer:
 
     def run_micro_batches(self, batch: StepBatch, lr: float) -> PendingSummary:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
-        statistics = StepStatistics(self.config.recursion.num_recursions)
+        statistics = StepStatistics(max_depth(self.config))
         world_size, device = self.backend.world_size, self.backend.device
         # Divided in double precision and then rounded once, whatever the device. Padding alone has no label.
         token_weight = (world_size / torch.tensor(max(batch.labels, 1)).double()).float()
@@ -233,7 +234,7 @@ class Trainer:
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         if self.diagnosis.gradient is not None:
             # Complete only after the last backward pass, unlike the sums over micro-batches above.
-            statistics.add_score_gradient(self.diagnosis.gradient.take())
+            statistics.add_score_gradients(self.diagnosis.gradient.take())
         return statistics.reduce(grad_norm)
 
     def total_loss(self, out: ModelOutput, token_weight: Tensor, router_divisor: float) -> Tensor:
@@ -273,9 +274,9 @@ class Trainer:
                     f"step {step.number} is skipped: gradient norm {summary.grad_norm} "
                     f"({self.guard.skipped} skipped so far)"
                 )
-            elif self.guard.decides and self.model.stage is not None:
-                # A skipped step must leave the router's buffers alone too, hence only now.
-                self.model.stage.router.update(step.figures.totals)
+            elif self.guard.decides:
+                # A skipped step must leave the routers' buffers alone too, hence only now.
+                self.model.update_routers(step.figures.totals)
             self.log_step(step, summary)
             for warning in self.diagnosis.observe(step.number, summary, self.guard, step.micro_batches):
                 self.announce(f"warning: {warning}")
@@ -299,6 +300,7 @@ class Trainer:
             "train/tokens_seen": step.tokens_seen,
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
+            **summary.stage_metrics(stages(self.config)),
             **self.throughput.metrics(),
             "throughput/executed_flops": self.progress.flops,
             "throughput/data_wait_seconds": step.data_wait,

@@ -139,7 +139,7 @@ def test_signs_are_counted_over_a_restart(tmp_path: Path) -> None:
 def test_a_symptom_must_last_without_a_break() -> None:
     """Norms above the limit in three steps in a row; the usual one is the median of the guard's window."""
     config = Config(diagnosis=replace(SENSITIVE, exploding_norm="warn", norm_factor=10.0, unigram_plateau="off"))
-    diagnosis, guard = Diagnosis(config, None, torch.device("cpu")), Guard(GuardConfig())
+    diagnosis, guard = Diagnosis(config, {}, torch.device("cpu")), Guard(GuardConfig())
     guard.grad_norms.extend([1.0, 1.0, 1.0, 50.0, 50.0])
     found = []
     for step, norm in enumerate((11.0, 11.0, 9.9, 11.0, 11.0, 11.0, 11.0, 1.0, 11.0, 11.0, 11.0), start=1):

@@ -14,9 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamor.config import Config, load_config
+from megamor.config.segments import segments
 from megamor.model import ModelOutput, build_model
 from megamor.model.flops import executed_flops, nominal_flops, nominal_work
-from megamor.model.sharing import layer_stack
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, tiny_config, tokens, vanilla_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,13 +58,14 @@ def model_config(name: str, *overrides: str) -> Config:
 def paper_flops(config: Config) -> float:
     """Forward FLOPs of one sequence as the paper counts them: keys and values at full width, no embedding, head or
     router (appendix on FLOPs)."""
-    model, layers, seq_len = config.model, layer_stack(config), config.data.seq_len
+    model, seq_len = config.model, config.data.seq_len
+    unshared, core = (sum(s.num_blocks for s in segments(config) if bool(s.schedule) == x) for x in (False, True))
     dim, ffn = model.dim, 3 * model.dim * model.ffn_dim
-    total = (layers.num_prelude + layers.num_coda) * (2.0 * seq_len * (4 * dim**2 + ffn) + 2 * dim * seq_len**2)
+    total = unshared * (2.0 * seq_len * (4 * dim**2 + ffn) + 2 * dim * seq_len**2)
     for recursion, (length, _) in enumerate(nominal_work(config, 1)):
         shared = recursion > 0 and config.recursion.kv_policy == "share_first"
         projections, keys = (2, seq_len) if shared else (4, length)
-        total += layers.num_core * (2 * length * (projections * dim**2 + ffn) + 2 * dim * length * keys)
+        total += core * (2 * length * (projections * dim**2 + ffn) + 2 * dim * length * keys)
     return total
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config.derive import derive
+from megamor.config.segments import segments
 from megamor.model import Transformer, build_model, elementwise
 from megamor.model import layouts as geometry
 from megamor.model import loss as loss_module
 from megamor.model.blocks import rotary_angles
 from megamor.model.loss import linear_cross_entropy
-from megamor.model.sharing import layer_stack
 from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
@@ -30,18 +30,19 @@ from tests.combinations import (
 def test_schedule_follows_the_papers_formulas(sharing: str) -> None:
     """The block that effective layer l uses, written out as in table 1 of the paper."""
     config = tiny_config(ROUTERS["fixed"], sharing=sharing)
-    plan, num_layers, num_recursions = layer_stack(config), config.model.num_layers, 3
-    found = [block for recursion in plan.schedule for block in recursion]
+    prelude, stage, coda = segments(config)
+    num_layers, num_recursions = config.model.num_layers, 3
+    found = [block for recursion in stage.schedule for block in recursion]
     if sharing.startswith("middle"):
         middle = range(1, num_layers - 1)
         per_recursion = (num_layers - 2) // num_recursions
         block = {"middle_cycle": lambda i: (i - 1) % per_recursion, "middle_sequence": lambda i: (i - 1) // 3}[sharing]
-        assert (plan.num_prelude, plan.num_coda) == (1, 1)
+        assert (prelude.num_blocks, coda.num_blocks) == (1, 1)
     else:
         middle = range(num_layers)
         per_recursion = num_layers // num_recursions
         block = {"cycle": lambda i: i % per_recursion, "sequence": lambda i: i // 3}[sharing]
-        assert (plan.num_prelude, plan.num_coda) == (0, 0)
+        assert (prelude.num_blocks, coda.num_blocks) == (0, 0)
     assert found == [block(i) for i in middle]
 
 

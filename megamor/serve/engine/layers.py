@@ -46,8 +46,15 @@ class Layers:
         """The layers of `model`.
 
         Raises:
-            ConfigError: its KV policy can't be served.
+            ConfigError: its KV policy can't be served, or it has several recursion stages.
         """
+        if model.stages.keys() - {""}:
+            # A batch brings together tokens at different depths of one core. With several cores a token would have to
+            # wait for each of them, which the order of batches doesn't know yet.
+            raise ConfigError(
+                "a model of recursion.stages or router_layers can't be served: batches are formed around one shared "
+                "core. Use `megamor generate`, or export the model and use transformers"
+            )
         num_edge, stage = len(model.prelude) + len(model.coda), model.stage
         edge = (TableSpec("edge", EVERY_TOKEN),) if num_edge else ()
         if stage is None:
