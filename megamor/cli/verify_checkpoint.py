@@ -120,6 +120,8 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
         for name, shape in parameters.items() if trainer.step > 0 else ():
             moments = moments_of(name, shape, config.optim)
             expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in moments}
+        if config.optim.average_decay is not None and trainer.step > 0:
+            expected |= {f"average.{name}": shape for name, shape in parameters.items()} | {"average.updates": ()}
         stored = state_shapes(checkpoint)
         yield from shape_differences(stored, expected)
         # Tied weights that were stored twice would show in the sum.

@@ -55,7 +55,7 @@ _CLASSES: dict[Effect, str] = {
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """
         optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier
-        optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps""",
+        optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps""",
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
         train.add_shared_gradients_in_fp32 train.compile

@@ -199,6 +199,9 @@ class OptimConfig:
     """Learning rate at the end of the decay, as a fraction of the peak."""
     aux_router_lr_multiplier: Positive = 10.0
     """Factor on the learning rate of auxiliary routers."""
+    average_decay: BelowOne | None = None
+    """Keep a moving average of the weights with this decay per step, such as 0.999, evaluated beside them; null: none.
+    `megamor merge --average` makes a checkpoint of it."""
     muon_lr_multiplier: Positive = 1.0
     """Factor on the learning rate of Muon's matrices. At 1 their updates are about as large as AdamW's."""
     muon_momentum: BelowOne = 0.95
