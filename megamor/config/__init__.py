@@ -9,6 +9,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterConfig,
     ScoredConfig,
@@ -37,6 +38,7 @@ from megamor.config.schema import (
 __all__ = [
     "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig", "EmaThresholdConfig",
     "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig", "ModelConfig",
+    "MonotoneConfig",
     "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig",
     "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TokenChoiceConfig", "TrainConfig",
     "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import islice
 
 from megamor.config import (
     Config,
@@ -98,7 +99,7 @@ def executed_flops(
     total = Flops(projections, attention, 0.0, head, ends, ends)
     remaining = iter(work)
     for stage in stages(config):
-        own = stage_flops(stage, tokens, [row for row, _ in zip(remaining, stage.schedule, strict=False)])
+        own = stage_flops(stage, tokens, [*islice(remaining, len(stage.schedule))])
         total = Flops(*(ours + theirs for ours, theirs in zip(astuple(total), astuple(own), strict=True)))
     return total
 

@@ -152,10 +152,10 @@ class RecursionStage(nn.Module):
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
-            x, fresh = run(x, call.angles, layout, keys_values, call.recursion)
-            if block in call.kept and block not in available:
-                assert fresh is not None
-                available[block] = fresh
+            x, merged = run(x, call.angles, layout, keys_values, call.recursion)
+            if block in call.kept and (block not in available or call.policy == "halted_reuse"):
+                assert merged is not None
+                available[block] = merged
         return x, *(tensor for block in call.kept for tensor in available[block])
 
 

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
+from megamor.config import (
+    Config,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    MonotoneConfig,
+    RandomConfig,
+)
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work
 from megamor.model.loss import CHUNK_ELEMENTS
@@ -69,7 +76,8 @@ def stage_spans(stage: Segment, sizes: ElementSizes) -> list[Span]:
             continue  # a recursion that a fixed depth leaves out
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
-        keeps = recursion == 0 and policy != "recursion_wise"
+        last = recursion == config.recursion.num_recursions - 1
+        keeps = (policy == "halted_reuse" and not last) or (policy != "recursion_wise" and recursion == 0)
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, stage)
     return found
@@ -80,8 +88,7 @@ class BlockRows:
     """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
     `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
-    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use these rows' keys and
-    values.
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them.
     """
 
     config: Config
@@ -99,9 +106,9 @@ class BlockRows:
 
     @property
     def keys_values(self) -> float:
-        """Bytes of the rows' keys and values."""
+        """Bytes of the keys and values that the rows attend to."""
         model = self.config.model
-        return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
+        return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
@@ -113,10 +120,8 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
-        if not self.shares:
+        if self.shares != "share_first":
             saved += self.keys_values
-        elif self.shares == "hybrid":
-            saved += self.keys_values * self.keys / self.count
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
@@ -143,7 +148,7 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values
+        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
             "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
@@ -159,7 +164,8 @@ class BlockRows:
         router, model = self.config.router, self.config.model
         if isinstance(router, FixedDepthConfig):
             return 0.0
-        streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
+        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
+        streams = 3 if gated else 2
         saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.
