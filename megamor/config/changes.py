@@ -21,6 +21,8 @@ class Effect(Enum):
     """Changes what the weights compute: refused unless allowed by name."""
     ORDER = "the order of the samples depends on it"
     """The loader refuses it: its position in the data would mean nothing."""
+    STATE = "the checkpoint has the moments of the other optimizer"
+    """Refused: the moments can't be converted."""
     LENGTH = "the learning rate and the steps left follow below"
     BATCH = "steps of another size, from the first unseen sample on; the learning rate isn't scaled"
     DATA = "used from the first unseen sample on"
@@ -48,6 +50,7 @@ _CLASSES: dict[Effect, str] = {
         router.granularity router.recursion_input router.recursion_rate router.rate_coeff router.target router.options
         data.tokenizer data.document_mask""",
     Effect.ORDER: "run.seed data.packing data.chunk_len",
+    Effect.STATE: "optim.kind",
     Effect.LENGTH: """
         train.max_steps train.max_tokens train.max_flops
         optim.lr optim.schedule optim.warmup_steps optim.decay_fraction optim.min_lr_ratio""",
@@ -55,6 +58,7 @@ _CLASSES: dict[Effect, str] = {
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """
         optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier
+        optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps
         recursion.schedule recursion.schedule_start recursion.schedule_steps recursion.backprop_recursions
         train.z_loss_coeff""",
     Effect.ARITHMETIC: """

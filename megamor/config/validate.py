@@ -262,6 +262,9 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
     backend, degree = config.parallel.backend, config.parallel.shard_degree
     if backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single with {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+    if config.optim.kind == "muon" and backend == "deepspeed":
+        given = "optim.kind = muon with parallel.backend = deepspeed"
+        yield f"{given}: ZeRO's flat buffers hold no whole matrices; use ddp or fsdp2, or optim.kind: adamw"
     if config.parallel.deepspeed_config is not None and backend != "deepspeed":
         given = f"parallel.deepspeed_config = {config.parallel.deepspeed_config}"
         yield f"{given} needs parallel.backend = deepspeed, which is {backend}: change one of them"

@@ -2,7 +2,8 @@
 
 A setting is used if code other than loading and validation reads it. The check goes by name: a field counts as read in
 a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`, or a base). An
-unused field can therefore hide behind a used one of the same name; what a field does is tested with the code that uses it.
+unused field can therefore hide behind a used one of the same name; what a field does is tested with the code that uses
+it.
 """
 
 from __future__ import annotations
