@@ -24,11 +24,13 @@ from megamor.config import (
     HaltingConfig,
     LearnedThresholdConfig,
     ModelConfig,
+    MonotoneConfig,
     PonderNetConfig,
     RandomConfig,
     RecursionConfig,
     RouterConfig,
     SkipForwardRecurseConfig,
+    StageConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -51,20 +53,33 @@ ROUTERS: dict[str, RouterConfig] = {
     "learned_threshold_target": LearnedThresholdConfig(gating="additive", head="mlp", target_depth=1.8),
     "random": RandomConfig(),
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
+    "skip_forward_recurse_attention": SkipForwardRecurseConfig(
+        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, rate_coeff=0.1
+    ),
+    "skip_forward_recurse_sequence": SkipForwardRecurseConfig(
+        hidden=32, granularity="sequence", recursion_input=True, target_depth=1.5
+    ),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
+    "monotone": MonotoneConfig(),
     "pondernet": PonderNetConfig(),
 }
 if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(
         target=os.environ["MEGAMOR_ROUTER"], options=json.loads(os.environ.get("MEGAMOR_ROUTER_OPTIONS", "{}"))
     )
-KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
+SERVED_ROUTERS = [name for name in ROUTERS if not name.endswith("sequence")]
+"""Those that the serving engine doesn't refuse."""
+KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
+STRUCTURES = (*SHARINGS, "stages")
+"""All sharings of one stage, and several stages."""
 
 
 def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing: str = "middle_cycle") -> Config:
     """Three recursions of two shared blocks (and two unshared ones in the middle sharings)."""
+    if sharing == "stages":
+        return staged_config(router, kv_policy)
     num_layers = 8 if sharing.startswith("middle") else 6
     recursion: Any = RecursionConfig(3, sharing, kv_policy)  # type: ignore[arg-type]
     return Config(
@@ -82,6 +97,17 @@ def tiny_config(router: RouterConfig, kv_policy: str = "recursion_wise", sharing
         data=DataConfig(seq_len=SEQ_LEN),
         train=TrainConfig(max_steps=10),
     )
+
+
+def staged_config(router: RouterConfig, kv_policy: str = "recursion_wise") -> Config:
+    """Layers 0, 2 + 3 and 4 are stages of different recursions and sharings; the last has another router."""
+    base = tiny_config(router, kv_policy)
+    second = StageConfig(first_layer=2, num_layers=2, num_recursions=2, sharing="sequence")
+    if isinstance(router, FixedDepthConfig) and router.depth:
+        second = replace(second, num_recursions=3)
+    last = StageConfig(first_layer=4, kv_policy="share_first", router=TokenChoiceConfig(), separate_norms=True)
+    recursion = replace(base.recursion, sharing="none", router_layers=(0,), stages=(second, last))
+    return replace(base, model=replace(base.model, num_layers=6), recursion=recursion)
 
 
 def vanilla_config(num_layers: int = 8) -> Config:

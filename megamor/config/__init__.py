@@ -11,6 +11,7 @@ from megamor.config.routers import (
     FixedDepthConfig,
     HaltingConfig,
     LearnedThresholdConfig,
+    MonotoneConfig,
     PonderNetConfig,
     RandomConfig,
     RouterConfig,
@@ -24,6 +25,7 @@ from megamor.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DepthStep,
     DiagnosisConfig,
     GuardConfig,
     MetricsConfig,
@@ -39,10 +41,10 @@ from megamor.config.schema import (
 )
 
 __all__ = [
-    "Alarm", "CapacityConfig", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DiagnosisConfig",
-    "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
-    "LearnedThresholdConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PonderNetConfig",
-    "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig", "ScoredConfig",
+    "Alarm", "CapacityConfig", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DepthStep",
+    "DiagnosisConfig", "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig",
+    "LearnedThresholdConfig", "MetricsConfig", "ModelConfig", "MonotoneConfig", "OptimConfig", "ParallelConfig",
+    "PonderNetConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig", "RunConfig", "ScoredConfig",
     "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TargetConfig", "TokenChoiceConfig", "TrainConfig",
     "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths", "literal",
     "load_config", "override", "read_mapping",

@@ -55,7 +55,7 @@ class EmaThresholdRouter(ScoredRouter):
         """Move each average towards the mean quantile of the step's micro-batches on all ranks, weighted by tokens."""
         # A recursion that no token reached in this step has no quantile: its average and count stay.
         found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
-        average = torch.stack([self.threshold(recursion) for recursion in range(self.num_recursions)])
+        average = torch.stack([self.threshold(recursion) for recursion in range(self.full_depth)])
         decay = (self.num_updates / (self.num_updates + WARM_UP)).clamp_max(self.config.ema_decay)
         mean = found / torch.where(count > 0, count, 1.0)
         super().update(totals)

@@ -124,6 +124,10 @@ class HaltingSession(RoutingSession):
         """Whether weights that sum to `total` [N] let a token continue."""
         return total < 1 - self.router.config.epsilon
 
+    def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix:
+        """The state itself; `mix` gives the remainder to it."""
+        return Mix()
+
     def continues(self, recursion: int, total: Tensor, tokens: TokenSet) -> Tensor:
         """Whether each of `tokens`, with weights summing to `total` [N], continues to the next recursion."""
         # In soft mode a token passes through all recursions whether it has halted or not, so a lower bound on its depth

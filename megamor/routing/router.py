@@ -15,8 +15,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,9 @@ class RoutingContext:
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
-    (`Router.reads_text`). `stage` counts the recursion stages before this one.
+    (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are the rows at
+    which the tokens' documents begin; None means that each sequence is one. In cached decoding, `memory` is where
+    routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -78,6 +80,8 @@ class RoutingContext:
     first_sequence: int = 0
     text: Tensor | None = None
     stage: int = 0
+    begins: Tensor | None = None
+    memory: dict[nn.Module, Tensor] | None = None
 
     @property
     def everything(self) -> TokenSet:
@@ -103,7 +107,7 @@ class RoutingSession(ABC):
     `per_row` names the attributes with one entry for each row of the stream that the inference rule needs.
     """
 
-    per_row: ClassVar[tuple[str, ...]] = ()
+    per_row: tuple[str, ...] = ()
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -122,6 +126,23 @@ class RoutingSession(ABC):
     def finish(self, result: Tensor) -> Tensor:
         """The stage's result [T, d], to which a router may add gradients of its own."""
         return result
+
+    def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
+        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
+        return None
+
+    def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
+        """Lower the upper bound of those of `tokens` for which `stops` [N] to `recursion` + 1, before its `mix`."""
+        bounds = self.context.bounds
+        if bounds is None:
+            zeros = torch.zeros(len(self.context.everything), dtype=torch.int64, device=stops.device)
+            bounds = DepthBounds(zeros, zeros + torch.iinfo(zeros.dtype).max)
+        most = torch.where(stops, recursion + 1, tokens.gather(bounds.most))
+        self.context = replace(self.context, bounds=bounds._replace(most=tokens.scatter(bounds.most, most)))
+
+    def state(self) -> dict[str, Tensor]:
+        """The `per_row` attributes, by name."""
+        return {name: getattr(self, name) for name in self.per_row}
 
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
@@ -188,17 +209,23 @@ class RoutingSession(ABC):
 
 
 class Router(nn.Module, ABC):
-    """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
+    """A router's parameters and rules. Subclasses define `begin`; see the module docstring.
+
+    `num_recursions` is the most that a pass runs now, and `full_depth` the most that it can run. Where training has not
+    reached that (`recursion.schedule`), a session behaves as that of a router with `num_recursions`.
+    """
 
     causal_in_training: bool = False
     reads_text: bool = False
     """Whether the inference rule needs `RoutingContext.text`."""
     shift: Tensor
     """With a `control`: the knob that holds its target."""
+    reads_memory: bool = False
+    """Whether the inference rule needs `RoutingContext.memory`, which serving doesn't have."""
 
     def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
-        self.num_recursions = num_recursions
+        self.num_recursions = self.full_depth = num_recursions
         self.control = control
         if control is not None:
             self.register_buffer("shift", torch.zeros(()))
@@ -222,7 +249,8 @@ class Router(nn.Module, ABC):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
-        if self.control is not None and "margins" in totals:
+        # The target is one of full depth.
+        if self.control is not None and "margins" in totals and self.num_recursions == self.full_depth:
             number, sizes = totals["margins"].unbind(1)
             scale = torch.where(number > 0, sizes / number, math.inf).min().clamp_min(1e-4)
             error = self.control.target - self.control.measured(totals)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megamor.model import Transformer
-from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, lively_model, tiny_config, tokens
+from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, STRUCTURES, lively_model, tiny_config, tokens
 
 CUT = SEQ_LEN // 2
 
@@ -23,7 +23,8 @@ def logits(model: Transformer, ids: Tensor, mode: str, documents: Tensor | None 
 
 
 def modes(model: Transformer) -> list[str]:
-    return ["causal", "train"] if model.stage.router.causal_in_training else ["causal"]
+    causal = all(stage.router.causal_in_training for stage in model.stages.values())
+    return ["causal", "train"] if causal else ["causal"]
 
 
 def change_future(ids: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def change_future(ids: Tensor) -> Tensor:
 
 @pytest.mark.promise("R12")
 @pytest.mark.parametrize("documents", [False, True], ids=["stream", "documents"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", STRUCTURES)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_logits_ignore_later_tokens(router: str, kv_policy: str, sharing: str, documents: bool) -> None:
@@ -68,7 +69,7 @@ def test_top_k_selection_does_look_ahead() -> None:
 
 
 @pytest.mark.promise("R12")
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", STRUCTURES)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_documents_do_not_see_each_other(router: str, kv_policy: str, sharing: str) -> None:

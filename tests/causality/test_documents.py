@@ -12,7 +12,7 @@ from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
     SEQ_LEN,
-    SHARINGS,
+    STRUCTURES,
     lively_model,
     tiny_config,
     tokens,
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
 
 
 @pytest.mark.promise("R12")
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", STRUCTURES)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_packed_documents_equal_documents_alone(router: str, kv_policy: str, sharing: str) -> None:

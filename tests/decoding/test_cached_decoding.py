@@ -12,7 +12,7 @@ from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
     SEQ_LEN,
-    SHARINGS,
+    STRUCTURES,
     lively_model,
     tiny_config,
     tokens,
@@ -48,7 +48,7 @@ def check(model: Transformer, chunks: list[int]) -> KVCache:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", STRUCTURES)
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_prefill_and_steps_equal_the_full_pass(router: str, kv_policy: str, sharing: str, dtype: torch.dtype) -> None:

@@ -15,13 +15,13 @@ from megamor.config import Config, ExpertChoiceConfig
 from megamor.model import ModelOutput, Transformer, build_model
 from megamor.model.buckets import Buckets
 from megamor.model.flops import executed_flops
-from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, SHARINGS, tiny_config, tokens, vanilla_config
+from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, STRUCTURES, tiny_config, tokens, vanilla_config
 
 TRAINED = {name: config for name, config in ROUTERS.items() if config.kind != "fixed"}
 
 
 @pytest.mark.promise("R13")
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", STRUCTURES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initial_loss_is_that_of_a_uniform_guess(router: str, sharing: str) -> None:
     config = tiny_config(ROUTERS[router], sharing=sharing)

@@ -131,7 +131,7 @@ def test_a_key_of_another_router_kind_is_named(tmp_path: Path) -> None:
     message = refused(path)
     assert "router.capacity: unknown key; it belongs to router.kind expert_choice" in message
     kinds = "fixed, expert_choice, token_choice, ema_threshold, learned_threshold, random, skip_forward_recurse, act, "
-    kinds += "pondernet, custom"
+    kinds += "monotone, pondernet, custom"
     expected = f"router.kind: found 'token', expected one of {kinds}; did you mean token_choice?"
     assert expected in refused(write(tmp_path, b=LENGTH), "router.kind=token")
 

@@ -15,6 +15,7 @@ from megamor.config import (
     ExpertChoiceConfig,
     HaltingConfig,
     LearnedThresholdConfig,
+    MonotoneConfig,
     PonderNetConfig,
     RandomConfig,
     RouterConfig,
@@ -38,6 +39,7 @@ TARGETS: dict[str, RouterConfig] = {
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16, target_depth=1.7),
     "act": HaltingConfig(target_depth=1.7),
     "pondernet": PonderNetConfig(target_depth=1.7),
+    "monotone": MonotoneConfig(target_depth=1.7),
 }
 
 
@@ -93,8 +95,8 @@ def test_a_learned_threshold_by_hand() -> None:
     assert mixes[1][0].index.tolist() == [1, 2, 3]
     torch.testing.assert_close(mixes[1][1].from_core, 0.5 * torch.sigmoid(fp64([0.1, 1.5, 0.5])))
     torch.testing.assert_close(mixes[0][1].from_core, 0.5 * torch.sigmoid(fp64([-2.6, -2.4, -1.0, -2.0])))
-    first, second = torch.sigmoid(fp64([-0.1, 0.1, 1.5, 0.5])), torch.sigmoid(fp64([-0.4, 1.0, 0.0]))
-    soft = 1 + (first.sum().item() + (first[1:] * second).sum().item()) / 4
+    # Of the tokens that take the recursions: three and one.
+    soft = 1 + torch.sigmoid(fp64([0.1, 1.5, 0.5, 1.0])).sum().item() / 4
     assert mean(session, "soft_depth") == pytest.approx(soft)
     assert session.losses["depth_loss"].item() == pytest.approx(0.1 * soft)
     session.losses["depth_loss"].backward()
@@ -296,7 +298,9 @@ def error(out: ModelOutput) -> float:
     return (out.ratios["target_error"].numerator / out.ratios["target_error"].denominator).item()
 
 
-@pytest.mark.parametrize("router", ["token_choice", "learned_threshold", "act", "pondernet", "ema_threshold"])
+@pytest.mark.parametrize(
+    "router", ["token_choice", "learned_threshold", "act", "pondernet", "ema_threshold", "monotone"]
+)
 def test_the_error_is_logged(router: str) -> None:
     """Where training follows the inference rule, it is the depth of the step minus the target."""
     out = lively_model(tiny_config(TARGETS[router]))(tokens(), tokens())
