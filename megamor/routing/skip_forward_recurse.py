@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import SkipForwardRecurseConfig
+from megamor.routing.control import DepthControl, taken_shares
 from megamor.routing.heads import HistoryAttention, MLPHead, full_precision
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
@@ -29,8 +30,6 @@ from megamor.routing.router import InferenceRule, Router, RoutingContext, Routin
 SKIP, FORWARD, RECURSE = 0, 1, 2
 ACTIONS = ("skip", "forward", "recurse")
 SAMPLED, LIKELIEST = 0, 1
-SHIFT_RATE = 0.3
-"""Change of a shift for a depth that is wrong by 1, in standard deviations of the difference of logits."""
 
 
 class SkipForwardRecurseRouter(Router):
@@ -46,13 +45,14 @@ class SkipForwardRecurseRouter(Router):
     def __init__(self, config: SkipForwardRecurseConfig, dim: int, num_recursions: int) -> None:
         super().__init__(num_recursions)
         self.config = config
+        self.control = DepthControl.of(config, num_recursions)
         new = MLPHead if config.gate == "mlp" else HistoryAttention
         shared = config.routers == "shared"
         heads = [new(dim, 3, config.hidden) for _ in range(1 if shared else num_recursions)]
         self.head: nn.Module = heads[0] if shared else nn.ModuleList(heads)
         self.recursion_embedding = nn.Embedding(num_recursions, dim) if config.recursion_input else None
         self.reads_memory = config.granularity == "sequence"
-        self.register_buffer("shifts", None if config.target_depth is None else torch.zeros(2))
+        self.register_buffer("shifts", None if self.control is None else torch.zeros(2))
 
     @property
     def inference_rule(self) -> InferenceRule:
@@ -85,21 +85,17 @@ class SkipForwardRecurseRouter(Router):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
-        if self.shifts is None:
-            return
-        assert self.config.target_depth is not None
+        if self.shifts is None or self.num_recursions < self.full_depth:
+            return  # the target is one of full depth
+        assert self.control is not None
         number, total, squares, expected = totals["margins"]
-        depth, reach = torch.zeros_like(number), torch.ones_like(number)
-        for deciding, taking, recursing in totals["causal_choices"].unbind():
-            # Where no sample has followed the rule, tokens that arrive are taken to stop after one more recursion.
-            known = deciding > 0
-            depth = depth + reach * torch.where(known, taking / deciding, 1.0)
-            reach = reach * torch.where(known, recursing / deciding, 0.0)
-        variance = squares / number - (total / number).square()
+        sampled, variance = expected / number, squares / number - (total / number).square()
+        if self.control.in_flops:
+            sampled = self.control.measured(totals, taken_shares(totals))
         # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
-        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
-        errors = self.config.target_depth - torch.stack((expected / number, depth))
-        self.shifts += (SHIFT_RATE * scale * errors).to(self.shifts)
+        variances = torch.stack((variance + math.pi**2 / 12, variance))
+        errors = self.control.target - torch.stack((sampled, self.control.measured(totals)))
+        self.shifts += self.control.move(errors, variances).to(self.shifts)
 
 
 class SkipForwardRecurseSession(RoutingSession):
@@ -252,8 +248,11 @@ class SkipForwardRecurseSession(RoutingSession):
         if recursion == self.router.num_recursions - 1 and self.context.mode == "train":
             config = self.router.config
             penalty = self.expected_depth
-            if config.target_depth is not None:
-                penalty = (self.expected_depth - config.target_depth).square()
+            target = config.depth(self.router.full_depth)
+            if target is not None:
+                # The target is one of full depth. With fewer recursions, aiming at it would only teach to recurse.
+                at_full_depth = self.router.num_recursions == self.router.full_depth
+                penalty = (self.expected_depth - target).square() * at_full_depth
             self.add_loss("depth_loss", config.depth_coeff * penalty)
             if config.rate_coeff:
                 # Every decision of a token but the first follows a choice to recurse.

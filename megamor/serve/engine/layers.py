@@ -46,8 +46,13 @@ class Layers:
         """The layers of `model`.
 
         Raises:
-            ConfigError: its KV policy can't be served, or it has several recursion stages.
+            ConfigError: its attention or KV policy can't be served, or it has several recursion stages.
         """
+        if model.config.model.attention != "full":
+            raise ConfigError(
+                f"model.attention = {model.config.model.attention} can't be served: pages hold keys, not means of "
+                "blocks. Use `megamor generate`, or export the model and use transformers"
+            )
         if model.stages.keys() - {""}:
             # A batch brings together tokens at different depths of one core. With several cores a token would have to
             # wait for each of them, which the order of batches doesn't know yet.
