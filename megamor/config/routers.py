@@ -213,7 +213,7 @@ class PonderNetConfig(HaltingConfig):
 
 
 @dataclass(frozen=True)
-class MonotoneConfig:
+class MonotoneConfig(TargetConfig):
     """A token continues while the product of its gates, one per recursion, is above a threshold (after arXiv
     2603.01914). The product can only fall, and is the weight of the recursions' results."""
 
@@ -221,7 +221,8 @@ class MonotoneConfig:
     threshold: BetweenZeroAndOne = 0.5
     """The product of gates at which a token leaves."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth: the sum of the mean products of gates before all recursions."""
+    """Weight of the loss on the soft depth (the sum of the mean products of gates before all recursions) or, with a
+    target, on its squared distance from that depth."""
 
 
 @dataclass(frozen=True)

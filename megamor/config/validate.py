@@ -170,7 +170,7 @@ def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
         yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
     elif depth > recursions:
         yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
-    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
+    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig | MonotoneConfig):
         least = 1 if name == "target_depth" else f"1 / {recursions}"
         yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
     if isinstance(router, CapacityConfig) and router.capacity is not None:

@@ -10,10 +10,13 @@ halted_reuse`, under which the keys of tokens that have left stay visible (after
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from megamor.config import MonotoneConfig
+from megamor.routing.control import DepthControl
 from megamor.routing.heads import RouterLinear, full_precision
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
@@ -28,7 +31,7 @@ class MonotoneRouter(Router):
     causal_in_training = True
 
     def __init__(self, config: MonotoneConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(num_recursions)
+        super().__init__(num_recursions, DepthControl.of(config, num_recursions))
         self.config = config
         self.heads = nn.ModuleList(RouterLinear(dim, 1) for _ in range(num_recursions))
         self.bias = nn.Parameter(torch.empty(num_recursions))
@@ -59,8 +62,8 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = torch.zeros((), dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """The candidates whose product of gates is above the threshold."""
-        router, threshold = self.router, self.router.config.threshold
+        """Candidates whose product of gates is above the threshold."""
+        router, config = self.router, self.router.config
         logits = router.heads[recursion](rows).squeeze(-1)
         gate = torch.sigmoid(logits + full_precision(router, "bias", logits.dtype)[recursion])
         survival = candidates.gather(self.survival) * gate
@@ -68,8 +71,15 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
         if recursion == router.num_recursions - 1 and self.context.mode == "train":
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
-        tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))
+            target = config.depth(router.num_recursions)
+            penalty = self.soft_depth if target is None else (self.soft_depth - target).square()
+            self.add_loss("depth_loss", config.depth_coeff * penalty)
+        # A target moves the threshold as a logit, so that it stays in (0, 1).
+        odds = math.log(config.threshold / (1 - config.threshold))
+        threshold = config.threshold if router.control is None else torch.sigmoid(odds - router.shift)
+        margins = router.steered(torch.logit(survival.detach(), eps=1e-6) - odds)
+        self.add_margins(router, recursion, margins)
+        tokens, indices = candidates.where(self.bounded(recursion, margins > 0, candidates))
         # A token below the threshold takes the recursion only if it is made to (`bounded`), and then without effect.
         weight = ((tokens.gather(self.survival) - threshold) / (1 - threshold)).clamp_min(0)
         return RoutingPlan(tokens, indices, Mix(from_stream=1 - weight, from_core=weight))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamor.config import (
     EmaThresholdConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterConfig,
     SkipForwardRecurseConfig,
@@ -117,6 +118,12 @@ def test_a_target_depth_holds_in_training_and_at_inference(target: float) -> Non
     model = trained(SkipForwardRecurseConfig(hidden=32, target_depth=target), steps=150)
     assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.15)
     assert depths(model, step=150).float().mean().item() == pytest.approx(target, abs=0.2)
+
+
+@pytest.mark.parametrize("target", [1.5, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_monotone_router_holds_its_target(target: float) -> None:
+    model = trained(MonotoneConfig(target_depth=target), steps=150)
+    assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.1)
 
 
 def test_all_three_actions_survive_where_they_are_needed() -> None:
