@@ -54,7 +54,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "random": RandomConfig(),
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
     "skip_forward_recurse_attention": SkipForwardRecurseConfig(
-        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, rate_coeff=0.1
+        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, recursion_rate=0.3
     ),
     "skip_forward_recurse_sequence": SkipForwardRecurseConfig(
         hidden=32, granularity="sequence", recursion_input=True, target_depth=1.5

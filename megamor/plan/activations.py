@@ -108,6 +108,11 @@ class BlockRows:
         model = self.config.model
         return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
+    @property
+    def fresh(self) -> float:
+        """Bytes of the keys and values that the rows compute."""
+        return 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
+
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
         model, size = self.config.model, self.sizes.products
@@ -120,7 +125,7 @@ class BlockRows:
         saved = 2 * self.stream + self.count * (width * size + statistics)
         if model.qk_norm:
             saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
-            saved += 0 if self.shares == "share_first" else self.keys_values / 2
+            saved += self.fresh / 2
         if self.shares != "share_first":
             saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
@@ -164,9 +169,8 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
-            "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
+            "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + self.fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
             "silu": self.count * model.ffn_dim * size,
         }

@@ -1,11 +1,10 @@
 """Monotone gates: a token's weight falls from recursion to recursion, and once it is at zero the token has left.
 
-Before each recursion r, a token gets a gate g_r in (0, 1), and c_r is the product of its gates so far, which can only
-fall. It continues while c_r is above the threshold t, and the recursion's result replaces the stream
-with the weight (c_r - t) / (1 - t). This reaches zero exactly where the token leaves, so the result does not jump
-there, and the gradient of the weight is that of the decision too. The language-model loss alone would open all gates;
-the depth loss, on the mean of c_1 + c_2 + …, closes those that are of no use. Made for `recursion.kv_policy:
-halted_reuse`, under which the keys of tokens that have left stay visible (after arXiv 2603.01914).
+Before each recursion r, a token gets a gate in (0, 1), and c_r is the product of its gates so far, which can only fall.
+It continues while c_r is above the threshold t, and the result of the recursion replaces the stream with the weight
+(c_r - t) / (1 - t). This reaches zero where the token leaves, so that nothing jumps there, and the gradient of the
+weight is that of the decision too. The depth loss, on the mean of c_1 + c_2 + …, closes gates that are of no use.
+After arXiv 2603.01914, with `recursion.kv_policy: halted_reuse`.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
         if recursion == router.num_recursions - 1 and self.context.mode == "train":
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            target = config.depth(router.num_recursions)
-            penalty = self.soft_depth if target is None else (self.soft_depth - target).square()
+            target, at_full_depth = config.depth(router.full_depth), router.num_recursions == router.full_depth
+            penalty = self.soft_depth if target is None else (self.soft_depth - target).square() * at_full_depth
             self.add_loss("depth_loss", config.depth_coeff * penalty)
         # A target moves the threshold as a logit, so that it stays in (0, 1).
         odds = math.log(config.threshold / (1 - config.threshold))

@@ -84,16 +84,16 @@ def test_rates_have_the_prefix_of_their_stage() -> None:
 
 def test_the_rate_loss_is_on_the_expected_rate() -> None:
     torch.manual_seed(0)
-    config = SkipForwardRecurseConfig(hidden=4, rate_coeff=2.0, recursion_rate=0.3)
+    config = SkipForwardRecurseConfig(hidden=4, depth_coeff=2.0, recursion_rate=0.3)
     session, _ = run(constant(router_of(config)), random(20_000, DIM), RoutingContext(1, 20_000))
     rate = (0.4 + 0.16) / (1 + 0.4 + 0.16)
-    assert session.losses["rate_loss"].item() == pytest.approx(2 * (rate - 0.3) ** 2, rel=1e-6)
+    assert session.losses["depth_loss"].item() == pytest.approx(2 * (rate - 0.3) ** 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("target", [0.15, 0.5])
 def test_the_recursion_rate_follows_its_target(target: float) -> None:
     torch.manual_seed(0)
-    config = SkipForwardRecurseConfig(hidden=16, depth_coeff=0, rate_coeff=10.0, recursion_rate=target)
+    config = SkipForwardRecurseConfig(hidden=16, depth_coeff=10.0, recursion_rate=target)
     model, ids = build_model(tiny_config(config)), tokens(batch=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(100):
@@ -211,8 +211,8 @@ def test_an_attention_gate_sees_the_states_of_its_own_token() -> None:
     ("router", "message"),
     [
         ({"gate": "attention", "granularity": "sequence"}, "use gate: mlp, or granularity: token"),
-        ({"rate_coeff": 0.1, "target_depth": 2}, "set rate_coeff: 0, or target_depth: null"),
-        ({"rate_coeff": 0.1, "recursion_rate": 0.7}, "give less than 0.6667"),
+        ({"recursion_rate": 0.3, "target_depth": 2}, "set one of them to null"),
+        ({"recursion_rate": 0.7}, "give less than 0.6667"),
     ],
 )
 def test_contradictions_are_refused(router: dict[str, Any], message: str) -> None:
@@ -224,7 +224,7 @@ def test_contradictions_are_refused(router: dict[str, Any], message: str) -> Non
     }
     with pytest.raises(ConfigError, match=message):
         validate(config_from_dict(values))
-    validate(config_from_dict(values | {"router": {"kind": "skip_forward_recurse", "recursion_rate": 0.7}}))
+    validate(config_from_dict(values | {"router": {"kind": "skip_forward_recurse", "recursion_rate": 0.6}}))
 
 
 def test_beams_keep_their_means() -> None:
