@@ -23,6 +23,7 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
+    MonotoneConfig,
     RandomConfig,
     RecursionConfig,
     RouterConfig,
@@ -50,12 +51,13 @@ ROUTERS: dict[str, RouterConfig] = {
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
+    "monotone": MonotoneConfig(),
 }
 if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(
         target=os.environ["MEGAMOR_ROUTER"], options=json.loads(os.environ.get("MEGAMOR_ROUTER_OPTIONS", "{}"))
     )
-KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
+KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 STRUCTURES = (*SHARINGS, "stages")
 """All sharings of one stage, and several stages."""

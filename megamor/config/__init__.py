@@ -9,6 +9,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterConfig,
     ScoredConfig,
@@ -38,8 +39,8 @@ from megamor.config.schema import (
 __all__ = [
     "Alarm", "CheckpointConfig", "Config", "CustomRouterConfig", "DataConfig", "DepthStep", "DiagnosisConfig",
     "EmaThresholdConfig", "ExpertChoiceConfig", "FixedDepthConfig", "GuardConfig", "HaltingConfig", "MetricsConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig", "RouterConfig",
-    "RunConfig", "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "StageConfig", "TokenChoiceConfig",
-    "TrainConfig", "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml", "expand_paths",
-    "literal", "load_config", "override", "read_mapping",
+    "ModelConfig", "MonotoneConfig", "OptimConfig", "ParallelConfig", "RampConfig", "RandomConfig", "RecursionConfig",
+    "RouterConfig", "RunConfig", "ScoredConfig", "SkipForwardRecurseConfig", "SourceConfig", "StageConfig",
+    "TokenChoiceConfig", "TrainConfig", "config_from_dict", "config_from_yaml", "config_to_dict", "config_to_yaml",
+    "expand_paths", "literal", "load_config", "override", "read_mapping",
 ]  # fmt: skip

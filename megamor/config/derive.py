@@ -11,6 +11,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterHead,
     ScoredConfig,
@@ -221,7 +222,7 @@ def router_head_parameters(config: Config) -> int:
             return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
         case SkipForwardRecurseConfig():
             return router.hidden * (dim + 3)
-        case HaltingConfig():
+        case HaltingConfig() | MonotoneConfig():
             return dim + 1
 
 

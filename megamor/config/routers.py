@@ -152,6 +152,18 @@ class HaltingConfig:
 
 
 @dataclass(frozen=True)
+class MonotoneConfig:
+    """A token continues while the product of its gates, one per recursion, is above a threshold (after arXiv
+    2603.01914). The product can only fall, and is the weight of the recursions' results."""
+
+    kind: Literal["monotone"] = "monotone"
+    threshold: BetweenZeroAndOne = 0.5
+    """The product of gates at which a token leaves."""
+    depth_coeff: NonNegative = 0.01
+    """Weight of the loss on the soft depth: the sum of the mean products of gates before all recursions."""
+
+
+@dataclass(frozen=True)
 class CustomRouterConfig:
     """A router of your own; see [Routers](routers.md#bring-your-own-router)."""
 
@@ -170,5 +182,6 @@ RouterConfig = (
     | RandomConfig
     | SkipForwardRecurseConfig
     | HaltingConfig
+    | MonotoneConfig
     | CustomRouterConfig
 )

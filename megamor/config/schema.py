@@ -25,7 +25,7 @@ from megamor.config.constraints import (
 from megamor.config.routers import FixedDepthConfig, RouterConfig
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
-KVPolicyName = Literal["recursion_wise", "share_first", "hybrid"]
+KVPolicyName = Literal["recursion_wise", "share_first", "hybrid", "halted_reuse"]
 SelectiveOp = Literal["sdpa", "mm", "silu"]
 Alarm = Literal["off", "warn", "stop"]
 
@@ -128,7 +128,8 @@ class RecursionConfig:
     `middle_` variants keep the first and the last layer unshared."""
     kv_policy: KVPolicyName = "recursion_wise"
     """Keys and values that a recursion attends to (paper section 2.2.2): those of its own tokens, those of the first
-    recursion, or the latter updated with its own tokens' (`hybrid`)."""
+    recursion, or the latter updated with its own tokens' (`hybrid`); with `halted_reuse` (arXiv 2603.01914) those of
+    each token's last recursion so far."""
     recursion_embedding: bool = False
     """Add a learned vector per recursion to the core's input."""
     separate_norms: bool = False

@@ -14,7 +14,13 @@ from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
 from megamor.config.depth import most_recursions
 from megamor.config.derive import decay_steps, total_steps
-from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
+from megamor.config.routers import (
+    CustomRouterConfig,
+    FixedDepthConfig,
+    MonotoneConfig,
+    ScoredConfig,
+    SkipForwardRecurseConfig,
+)
 from megamor.config.schema import Config
 from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
@@ -125,8 +131,8 @@ def _router(config: Config) -> Iterator[str]:
     if config.recursion.router_layers or config.recursion.stages:
         return  # its stages are checked one by one
     # A token may skip a stage of one recursion, too; without a stage there is nothing to skip.
-    single = (FixedDepthConfig, SkipForwardRecurseConfig) if config.recursion.sharing != "none" else FixedDepthConfig
-    if recursions == 1 and not isinstance(router, single):
+    skips = isinstance(router, SkipForwardRecurseConfig | MonotoneConfig) and config.recursion.sharing != "none"
+    if recursions == 1 and not (skips or isinstance(router, FixedDepthConfig)):
         given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
         yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return

@@ -53,10 +53,14 @@ class KeysValues:
 
     needs_fresh = True
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """The keys and values to attend to, given the freshly projected ones (None unless `needs_fresh`)."""
-        assert fresh is not None
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        """What the call's keys and values become with the freshly projected ones (None unless `needs_fresh`)."""
         return fresh
+
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
+        """The keys and values to attend to, given those that `merge` returned."""
+        assert merged is not None
+        return merged
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class StoredKeysValues(KeysValues):
     needs_fresh = False
     stored: KeyValue
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
         return self.stored
 
 
@@ -81,9 +85,8 @@ class RefreshedKeysValues(KeysValues):
     stored: KeyValue
     rows: Tensor | None
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        assert fresh is not None
-        if self.rows is None:
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        if self.rows is None or fresh is None:
             return fresh
         return self.stored[0].index_copy(0, self.rows, fresh[0]), self.stored[1].index_copy(0, self.rows, fresh[1])
 
@@ -163,15 +166,16 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        """x [N, dim] to [N, dim], and keys and values as merged with fresh ones (None if none were projected)."""
         # Keys are stored rotated: their positions are those of the tokens, whatever later attends to them.
         q = angles.rotate(self.heads(self.q_proj(x, recursion), self.q_norm, recursion))
         fresh = None
         if keys_values.needs_fresh:
             k = angles.rotate(self.heads(self.k_proj(x, recursion), self.k_norm, recursion))
             fresh = k, self.heads(self.v_proj(x, recursion))
-        k, v = keys_values.resolve(fresh)
-        return self.o_proj(layout.attend(q, k, v), recursion), fresh
+        merged = keys_values.merge(fresh)
+        k, v = keys_values.resolve(merged)
+        return self.o_proj(layout.attend(q, k, v), recursion), merged
 
     def heads(self, x: Tensor, norm: RMSNorm | None = None, recursion: int = 0) -> Tensor:
         """[N, heads · head_dim] to [N, heads, head_dim], each head normalised by `norm`."""
@@ -210,7 +214,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int = 0
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        """x [N, dim] to [N, dim], and keys and values as merged with fresh ones (None if none were projected)."""
         run = self.recomputation.inside_block(self.compute)
         return run(x, angles, layout, keys_values, recursion)  # type: ignore[no-any-return]
 
@@ -219,6 +223,6 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue | None]:
         """The forward pass that `recomputation` may run a second time."""
         normed = self.attention_norm(x, recursion)
-        attended, fresh = self.attention(normed, angles, layout, keys_values, recursion)
+        attended, merged = self.attention(normed, angles, layout, keys_values, recursion)
         x = torch.add(x, attended, alpha=self.branch_scale)
-        return torch.add(x, self.ffn(self.ffn_norm(x, recursion), recursion), alpha=self.branch_scale), fresh
+        return torch.add(x, self.ffn(self.ffn_norm(x, recursion), recursion), alpha=self.branch_scale), merged

@@ -59,11 +59,14 @@ class CachedKeysValues(KeysValues):
         self.store, self.length, self.write = store, length, write
         self.needs_fresh = write is not None and write[0].needs_fresh
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        return fresh if self.write is None else self.write[0].merge(fresh)
+
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
         """Keys and values [batch, length, kv_heads, head_dim], old and new."""
         if self.write is not None:
             source, slots = self.write
-            self.store.write(slots, source.resolve(fresh))
+            self.store.write(slots, source.resolve(merged))
         return self.store.k[:, : self.length], self.store.v[:, : self.length]
 
 

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
+from megamor.config import (
+    Config,
+    EmaThresholdConfig,
+    ExpertChoiceConfig,
+    FixedDepthConfig,
+    MonotoneConfig,
+    RandomConfig,
+)
 from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work, untracked_recursions
@@ -72,7 +79,8 @@ def stage_spans(stage: Segment, sizes: ElementSizes, most: int) -> list[Span]:
             continue  # not run, or without gradients, for which nothing is kept
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
-        keeps = recursion == 0 and policy != "recursion_wise"
+        last = recursion == config.recursion.num_recursions - 1
+        keeps = (policy == "halted_reuse" and not last) or (policy != "recursion_wise" and recursion == 0)
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, stage)
     return found
@@ -83,8 +91,7 @@ class BlockRows:
     """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
     `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
-    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use these rows' keys and
-    values.
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them.
     """
 
     config: Config
@@ -102,9 +109,9 @@ class BlockRows:
 
     @property
     def keys_values(self) -> float:
-        """Bytes of the rows' keys and values."""
+        """Bytes of the keys and values that the rows attend to."""
         model = self.config.model
-        return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
+        return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
@@ -116,13 +123,11 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
+        keys_values = self.keys_values * (1.5 if model.qk_norm else 1)  # keys are saved before they are normalised, too
         if model.qk_norm:
             saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
-            saved += 0 if self.shares == "share_first" else self.keys_values / 2
-        if not self.shares:
-            saved += self.keys_values
-        elif self.shares == "hybrid":
-            saved += self.keys_values * self.keys / self.count
+        if self.shares != "share_first":
+            saved += keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
@@ -149,7 +154,7 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values
+        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
             "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
@@ -166,7 +171,8 @@ class BlockRows:
         injected = self.stream if self.config.recursion.input_injection else 0.0
         if isinstance(router, FixedDepthConfig):
             return injected
-        streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
+        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
+        streams = 3 if gated else 2
         saved = injected + streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.

@@ -10,6 +10,7 @@ from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
 from megamor.routing.halting import HaltingRouter
+from megamor.routing.monotone import MonotoneRouter
 from megamor.routing.plan import MarkedSet, Mix, RoutingPlan, TokenSet
 from megamor.routing.random import RandomRouter
 from megamor.routing.router import DepthBounds, InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
@@ -42,6 +43,7 @@ ROUTERS: dict[str, Callable[..., Router]] = {
     "random": RandomRouter,
     "skip_forward_recurse": SkipForwardRecurseRouter,
     "act": HaltingRouter,
+    "monotone": MonotoneRouter,
 }
 
 

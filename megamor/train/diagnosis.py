@@ -22,6 +22,7 @@ from megamor.config import (
     CustomRouterConfig,
     FixedDepthConfig,
     HaltingConfig,
+    MonotoneConfig,
     RandomConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
@@ -33,7 +34,7 @@ from megamor.model.loss import IGNORE
 from megamor.train.guard import Guard
 from megamor.train.step_statistics import StepSummary
 
-LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
+LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, MonotoneConfig, CustomRouterConfig)
 """Routers that choose depths freely; with the others, the depth histogram follows from their capacity."""
 
 ADVICE = {

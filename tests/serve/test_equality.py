@@ -415,9 +415,10 @@ def test_what_can_not_be_served() -> None:
     assert not engine.has_work
     with pytest.raises(RequestError, match=r"top_p = 1\.5"):
         SamplingParams(top_p=1.5)
-    hybrid = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", "hybrid"))
-    with pytest.raises(ConfigError, match="hybrid"):
-        ServingEngine(Transformer(hybrid))
+    for policy in ("hybrid", "halted_reuse"):
+        config = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", policy))
+        with pytest.raises(ConfigError, match=f"{policy} can't be served.*recursion_wise"):
+            ServingEngine(Transformer(config))
     with pytest.raises(ConfigError, match="kv_memory = 100"):
         ServingEngine(model, EngineOptions(kv_memory=100))
 

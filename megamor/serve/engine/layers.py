@@ -60,10 +60,10 @@ class Layers:
         if stage is None:
             return Layers((), (), edge, {"edge": num_edge}, differ=False)
         recursion = model.config.recursion
-        if recursion.kv_policy == "hybrid":
+        if recursion.kv_policy in ("hybrid", "halted_reuse"):
             raise ConfigError(
-                "recursion.kv_policy = hybrid can't be served: every recursion would need its own copy of all earlier "
-                "keys. Train with recursion_wise or share_first, or use `megamor generate`"
+                f"recursion.kv_policy = {recursion.kv_policy} can't be served: every recursion would need its own copy "
+                "of all earlier keys. Train with recursion_wise or share_first, or use `megamor generate`"
             )
         schedule = stage.schedule[: stage.router.num_recursions]
         access = accesses(schedule, shared=recursion.kv_policy == "share_first")
