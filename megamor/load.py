@@ -135,7 +135,7 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
     """`config` of the model with these `weights`, to which what an earlier version lacked is added."""
     if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in weights):
         return replace(config, router=replace(config.router, gates="learned"))
-    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.target_depth is not None:
+    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.depth(1) is not None:
         weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
 

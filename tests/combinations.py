@@ -22,8 +22,10 @@ from megamor.config import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     ModelConfig,
     MonotoneConfig,
+    PonderNetConfig,
     RandomConfig,
     RecursionConfig,
     RouterConfig,
@@ -47,11 +49,14 @@ ROUTERS: dict[str, RouterConfig] = {
     "token_choice": TokenChoiceConfig(),
     "token_choice_loss_free": TokenChoiceConfig(activation="sigmoid", alpha=0.1, balancing="loss_free"),
     "ema_threshold": EmaThresholdConfig(),
+    "learned_threshold": LearnedThresholdConfig(),
+    "learned_threshold_target": LearnedThresholdConfig(gating="additive", head="mlp", target_depth=1.8),
     "random": RandomConfig(),
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
     "monotone": MonotoneConfig(),
+    "pondernet": PonderNetConfig(),
 }
 if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(

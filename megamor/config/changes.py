@@ -43,7 +43,7 @@ _CLASSES: dict[Effect, str] = {
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
-        router.ponder_coeff router.threshold router.target router.options
+        router.ponder_coeff router.threshold router.target_flops router.prior router.target router.options
         data.tokenizer data.document_mask""",
     Effect.ORDER: "run.seed data.packing data.chunk_len",
     Effect.LENGTH: """

@@ -11,6 +11,7 @@ from megamor.config.routers import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     MonotoneConfig,
     RandomConfig,
     RouterHead,
@@ -216,6 +217,8 @@ def router_head_parameters(config: Config) -> int:
     match router:
         case FixedDepthConfig() | CustomRouterConfig() | RandomConfig(gates="open"):
             return 0
+        case LearnedThresholdConfig():
+            return head_parameters(router.head, dim, outputs=1) + 1
         case ScoredConfig():
             return head_parameters(router.head, dim, outputs=1)
         case TokenChoiceConfig():

@@ -15,11 +15,13 @@ from megamor.config.changes import SETTINGS
 from megamor.config.depth import most_recursions
 from megamor.config.derive import decay_steps, total_steps
 from megamor.config.routers import (
+    CapacityConfig,
     CustomRouterConfig,
     FixedDepthConfig,
+    HaltingConfig,
     MonotoneConfig,
-    ScoredConfig,
     SkipForwardRecurseConfig,
+    TargetConfig,
 )
 from megamor.config.schema import Config
 from megamor.config.segments import listed_stages, stage_config, stages
@@ -136,14 +138,14 @@ def _router(config: Config) -> Iterator[str]:
         given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
         yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return
+    if isinstance(router, TargetConfig):
+        yield from _target(router, recursions)
     match router:
         case FixedDepthConfig(depth=int(depth)) if depth > recursions:
             given = f"router.depth = {depth} is more than recursion.num_recursions = {recursions}"
             yield f"{given}: give 1 to {recursions}, or null for all"
-        case ScoredConfig(capacity=tuple(capacity)):
+        case CapacityConfig(capacity=tuple(capacity)):
             yield from _capacity(capacity, recursions)
-        case SkipForwardRecurseConfig(target_depth=float(depth)) if depth > recursions:
-            yield f"router.target_depth = {depth} is more than recursion.num_recursions = {recursions}: lower it"
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
 
@@ -178,6 +180,25 @@ def _truncation(config: Config) -> Iterator[str]:
     if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
         own = "what separate_norms and lora_rank give the first recursions"
         yield f"never trains {own}: switch them off, or choose a schedule"
+
+
+def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
+    depth = router.depth(recursions)
+    if depth is None:
+        return
+    name = "target_depth" if router.target_flops is None else "target_flops"
+    given = f"router.{name} = {getattr(router, name)}"
+    if None not in (router.target_depth, router.target_flops):
+        yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
+    elif depth > recursions:
+        yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
+    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
+        least = 1 if name == "target_depth" else f"1 / {recursions}"
+        yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
+    if isinstance(router, CapacityConfig) and router.capacity is not None:
+        yield f"{given} decides the capacities, but router.capacity = {list(router.capacity)}: give one of them"
+    if isinstance(router, HaltingConfig) and router.mode == "soft":
+        yield f"{given} with router.mode = soft, which runs every token through all recursions: use mode: hard"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

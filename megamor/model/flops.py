@@ -20,7 +20,6 @@ from megamor.config import (
     FixedDepthConfig,
     HaltingConfig,
     ModelConfig,
-    ScoredConfig,
     TokenChoiceConfig,
     TrainConfig,
 )
@@ -28,7 +27,7 @@ from megamor.config.batches import BatchSchedule, BatchShape
 from megamor.config.depth import depth_steps
 from megamor.config.derive import Consumed, router_head_parameters, total_steps
 from megamor.config.segments import Segment, segments, stages
-from megamor.routing.scored import default_capacity
+from megamor.routing.scored import capacity_of
 
 Work = Sequence[tuple[float, float]]
 """Per recursion of each stage: tokens that it processed, and their visible query-key pairs (`StageOutput.work`)."""
@@ -89,11 +88,13 @@ def executed_flops(
     seq_len: int | None = None,
     pairs: float | None = None,
     tokens: float | None = None,
+    probes: float = 0.0,
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
     `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
-    `tokens` are those of all sequences where some are padded, since padding isn't computed.
+    `tokens` are those of all sequences where some are padded, since padding isn't computed. `probes` are rows that the
+    head predicted for an exit rule (`ModelOutput.probes`).
     """
     model, found = config.model, segments(config)
     seq_len = seq_len or config.data.seq_len
@@ -104,7 +105,7 @@ def executed_flops(
         pairs = num_sequences * seq_len * (seq_len + 1) / 2
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
-    head = 2 * tokens * model.dim * model.vocab_size
+    head = 2 * (tokens + probes) * model.dim * model.vocab_size
     total = Flops(projections, attention, 0.0, head, ends, ends)
     remaining = iter(work)
     for stage in stages(config):
@@ -160,6 +161,14 @@ def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:
     return 2.0 * model.dim * (lora_rank or model.ffn_dim)
 
 
+def recursion_costs(stage: Segment) -> list[tuple[float, float]]:
+    """FLOPs of a stage's blocks in each recursion, for each token and for each query-key pair."""
+    model, recursion, blocks = stage.config.model, stage.config.recursion, stage.num_blocks
+    fresh = [r == 0 or recursion.kv_policy != "share_first" for r in range(recursion.num_recursions)]
+    tokens = [blocks * projection_flops(model, own, recursion.lora_rank) for own in fresh]
+    return [(of_token, blocks * attention_flops(model, 1)) for of_token in tokens]
+
+
 def router_flops(config: Config, recursion: int, candidates: float, selected: float) -> float:
     """A router's scores for one recursion: of its candidates or, for halting, of the tokens that took it.
 
@@ -175,7 +184,7 @@ def router_flops(config: Config, recursion: int, candidates: float, selected: fl
 
 
 def nominal_work(config: Config, num_sequences: float, most: int | None = None) -> list[tuple[float, float]]:
-    """Work at the configured capacities; routers without one are assumed to spread tokens evenly over the depths.
+    """Work at the configured capacities or target; without either, tokens are taken to spread evenly over depths.
 
     A stage runs at most so many recursions; None: as many as the schedule ever does.
     """
@@ -186,14 +195,12 @@ def nominal_work(config: Config, num_sequences: float, most: int | None = None) 
 def nominal_stage_work(config: Config, num_sequences: float, most: int) -> Work:
     """`nominal_work` of the only stage of `config`."""
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
-    fractions = default_capacity(num_recursions)
+    fractions = capacity_of(config.router, num_recursions)
     if isinstance(config.router, FixedDepthConfig):
         depth = config.router.depth or num_recursions
         fractions = (1.0,) * depth + (0.0,) * (num_recursions - depth)
     elif isinstance(config.router, HaltingConfig) and config.router.mode == "soft":
         fractions = (1.0,) * num_recursions
-    elif isinstance(config.router, ScoredConfig):
-        fractions = config.router.capacity or fractions
     work = []
     for recursion, fraction in enumerate(fractions):
         length = max(1, int(fraction * seq_len)) if fraction and recursion < most else 0

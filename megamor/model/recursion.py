@@ -19,17 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from megamor.config.exits import ExitRule
 from megamor.config.segments import Segment
 from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
+from megamor.model.flops import recursion_costs
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
 from megamor.routing import Mix, Ratio, Router, RoutingContext, RoutingPlan, RoutingSession, TokenSet, build_router
+from megamor.routing.confidence import ConfidenceSession
 
 Blocks = Sequence[Callable[..., Any]]
 """The callables that run the core's blocks in one recursion."""
+Exit = tuple[ExitRule, Callable[[Tensor], Tensor]]
+"""An exit rule, and the function from states [N, dim] to logits [N, vocab] that it asks."""
 
 
 class StageOutput(NamedTuple):
@@ -70,14 +75,17 @@ class RecursionStage(nn.Module):
             self.injection = nn.ParameterList(torch.zeros(2) for _ in range(num_recursions))
         self.backprop_recursions = recursion.backprop_recursions or num_recursions
         self.router: Router = build_router(config.router, config.model.dim, num_recursions)
+        if self.router.control is not None:
+            self.router.control.costs = recursion_costs(segment)
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
+        self.exit: Exit | None = None
 
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
     ) -> StageOutput:
         """stream [T, dim] through up to Nr recursions."""
-        session = self.router.begin(stream, context)
+        session = self.begin(stream, context)
         policy = KVPolicy(self.kv_policy, cache, self.name)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.
@@ -114,6 +122,11 @@ class RecursionStage(nn.Module):
             work.append(torch.zeros_like(work[0]))
             session.add_ratio(f"gate_{recursion + 1}", stream.new_zeros(()), 0.0)
         result = session.finish(stream if emitted is None else emitted)
+        if self.router.control is not None and self.router.at_full_depth and "margins" in session.totals:
+            everything = geometry.everything
+            pairs = geometry.visible_pairs(everything, everything)
+            work_of_all = torch.stack((torch.full_like(pairs, len(everything)), pairs))
+            self.router.control.report(session, torch.stack((*work, work_of_all)))
         for recursion in unused:
             result = self.touch_core(recursion, result, geometry, blocks[recursion])
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
@@ -128,6 +141,13 @@ class RecursionStage(nn.Module):
             from_stream, from_input = self.injection[recursion].to(x.dtype)
             x = x + from_stream * x + from_input * first
         return x if self.recursion_embedding is None else x + self.recursion_embedding[recursion]
+
+    def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
+        """The router's session for rows [T, dim], the stage's input; under `exit`, which the causal mode obeys."""
+        session = self.router.begin(rows, context)
+        if self.exit is None or context.mode != "causal":
+            return session
+        return ConfidenceSession(*self.exit, session, rows, self.router.num_recursions)
 
     def blocks_by_recursion(self) -> list[Blocks]:
         """The core's blocks in each recursion."""

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from megamor.config import Config
 from megamor.config.depth import final_recursions
+from megamor.config.exits import ExitRule
 from megamor.config.segments import segments
+from megamor.errors import ConfigError
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
@@ -30,6 +32,7 @@ from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
+from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
 
 
@@ -55,6 +58,12 @@ class ModelOutput(NamedTuple):
     work: Tensor | None
     pairs: Tensor | None = None
     z_loss_sum: Tensor | None = None
+
+    @property
+    def probes(self) -> Tensor:
+        """Rows that the head predicted for an exit rule, a scalar."""
+        counts = [ratio.numerator for name, ratio in self.ratios.items() if name.endswith(PROBES)]
+        return torch.stack(counts).sum() if counts else torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Transformer(nn.Module):
             self.stage = None
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
+        self.exit: ExitRule | None = None
         self.limit_recursions(None)
 
     def limit_recursions(self, most: int | None) -> None:
@@ -251,6 +261,28 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
+
+    def readout(self, x: Tensor) -> Tensor:
+        """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
+        logits = F.linear(self.norm(x), self.embed.weight)
+        # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def set_exit(self, rule: ExitRule | None) -> None:
+        """In the causal mode stop tokens by `rule` too, in each stage of enough recursions; None ends that.
+
+        Raises:
+            ConfigError: no stage has enough recursions.
+        """
+        able = [stage for stage in self.stages.values() if rule and stage.router.num_recursions > rule.first]
+        if rule and not able:
+            raise ConfigError(
+                f"exit = {rule.name} needs a stage of {rule.first + 1} recursions or more, and the model has none: "
+                "leave it out, or use a rule that needs fewer (docs/routers.md)"
+            )
+        self.exit = rule
+        for stage in self.stages.values():
+            stage.exit = (rule, self.readout) if rule and stage in able else None
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

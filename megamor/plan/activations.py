@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import (
-    Config,
-    EmaThresholdConfig,
-    ExpertChoiceConfig,
-    FixedDepthConfig,
-    MonotoneConfig,
-    RandomConfig,
-)
+from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, MonotoneConfig, ScoredConfig
 from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work, untracked_recursions
@@ -171,8 +164,7 @@ class BlockRows:
         injected = self.stream if self.config.recursion.input_injection else 0.0
         if isinstance(router, FixedDepthConfig):
             return injected
-        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
-        streams = 3 if gated else 2
+        streams = 3 if isinstance(router, ScoredConfig | MonotoneConfig) else 2
         saved = injected + streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.

@@ -12,14 +12,16 @@ data (`InferenceRule`): it follows from the configuration, which every checkpoin
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megamor.routing.control import DepthControl
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 
 Mode = Literal["train", "topk", "causal"]
@@ -121,6 +123,23 @@ class RoutingSession(ABC):
         """The stage's result [T, d], to which a router may add gradients of its own."""
         return result
 
+    def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
+        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
+        return None
+
+    def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
+        """Lower the upper bound of those of `tokens` for which `stops` [N] to `recursion` + 1, before its `mix`."""
+        bounds = self.context.bounds
+        if bounds is None:
+            zeros = torch.zeros(len(self.context.everything), dtype=torch.int64, device=stops.device)
+            bounds = DepthBounds(zeros, zeros + torch.iinfo(zeros.dtype).max)
+        most = torch.where(stops, recursion + 1, tokens.gather(bounds.most))
+        self.context = replace(self.context, bounds=bounds._replace(most=tokens.scatter(bounds.most, most)))
+
+    def state(self) -> dict[str, Tensor]:
+        """The `per_row` attributes, by name."""
+        return {name: getattr(self, name) for name in self.per_row}
+
     def regrouped(self, context: RoutingContext, state: Mapping[str, Tensor]) -> RoutingSession:
         """A session for other rows: those of `context`, whose `per_row` attributes are `state`.
 
@@ -161,6 +180,14 @@ class RoutingSession(ABC):
         shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
         return shares.to(dtype)[tokens.sequences(shares.device)]
 
+    def add_margins(self, router: Router, recursion: int, margins: Tensor) -> None:
+        """Let `margins` [N], those of steered scores, count in the scale of the shift. For routers with a target."""
+        if router.control is not None and self.context.mode == "train":
+            squares = margins.detach().double().square()
+            if "margins" not in self.totals:
+                self.totals["margins"] = squares.new_zeros(router.num_recursions, 2)
+            self.totals["margins"][recursion] = torch.stack((torch.ones_like(squares).sum(), squares.sum()))
+
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
 
@@ -187,10 +214,20 @@ class Router(nn.Module, ABC):
     causal_in_training: bool = False
     reads_text: bool = False
     """Whether the inference rule needs `RoutingContext.text`."""
+    shift: Tensor
+    """With a `control`: the knob that holds its target."""
 
-    def __init__(self, num_recursions: int) -> None:
+    def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
         self.num_recursions = self.full_depth = num_recursions
+        self.control = control
+        if control is not None:
+            self.register_buffer("shift", torch.zeros(()))
+
+    @property
+    def at_full_depth(self) -> bool:
+        """Whether passes run all recursions. Targets are those of full depth and are held there alone."""
+        return self.num_recursions == self.full_depth
 
     @property
     @abstractmethod
@@ -204,5 +241,15 @@ class Router(nn.Module, ABC):
     def reset(self) -> None:
         """Initialise parameters other than weights of `nn.Linear` and `nn.Embedding`."""
 
+    def steered(self, scores: Tensor, by: Tensor | float = 1.0) -> Tensor:
+        """`scores` plus the shift times `by`."""
+        return scores if self.control is None else scores + self.shift * by
+
+    @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
+        if self.control is not None and self.at_full_depth and "margins" in totals:
+            number, squares = totals["margins"].unbind(1)
+            square = torch.where(number > 0, squares / number, math.inf).min()
+            error = self.control.target - self.control.measured(totals)
+            self.shift += self.control.move(error, square).to(self.shift)

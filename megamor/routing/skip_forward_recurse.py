@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from megamor.config import SkipForwardRecurseConfig
+from megamor.routing.control import DepthControl, taken_shares
 from megamor.routing.heads import MLPHead
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 SKIP, FORWARD, RECURSE = 0, 1, 2
 SAMPLED, LIKELIEST = 0, 1
-SHIFT_RATE = 0.3
-"""Change of a shift for a depth that is wrong by 1, in standard deviations of the difference of logits."""
 
 
 class SkipForwardRecurseRouter(Router):
@@ -45,7 +44,8 @@ class SkipForwardRecurseRouter(Router):
         super().__init__(num_recursions)
         self.config = config
         self.head: nn.Module = MLPHead(dim, 3, config.hidden)
-        self.register_buffer("shifts", None if config.target_depth is None else torch.zeros(2))
+        self.control = DepthControl.of(config, num_recursions)
+        self.register_buffer("shifts", None if self.control is None else torch.zeros(2))
 
     def begin(self, rows: Tensor, context: RoutingContext) -> SkipForwardRecurseSession:
         """Draw the noise of all decisions at once, so that a token's noise does not depend on other tokens' choices."""
@@ -66,21 +66,17 @@ class SkipForwardRecurseRouter(Router):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Move the shifts towards the target depth, by the depths that the two rules had in this step."""
-        if self.shifts is None or self.num_recursions < self.full_depth:
-            return  # the target is one of full depth
-        assert self.config.target_depth is not None
+        if self.shifts is None or not self.at_full_depth:
+            return
+        assert self.control is not None
         number, total, squares, expected = totals["margins"]
-        depth, reach = torch.zeros_like(number), torch.ones_like(number)
-        for deciding, taking, recursing in totals["causal_choices"].unbind():
-            # Where no sample has followed the rule, tokens that arrive are taken to stop after one more recursion.
-            known = deciding > 0
-            depth = depth + reach * torch.where(known, taking / deciding, 1.0)
-            reach = reach * torch.where(known, recursing / deciding, 0.0)
-        variance = squares / number - (total / number).square()
+        sampled, variance = expected / number, squares / number - (total / number).square()
+        if self.control.in_flops:
+            sampled = self.control.measured(totals, taken_shares(totals))
         # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
-        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
-        errors = self.config.target_depth - torch.stack((expected / number, depth))
-        self.shifts += (SHIFT_RATE * scale * errors).to(self.shifts)
+        variances = torch.stack((variance + math.pi**2 / 12, variance))
+        errors = self.control.target - torch.stack((sampled, self.control.measured(totals)))
+        self.shifts += self.control.move(errors, variances).to(self.shifts)
 
 
 class SkipForwardRecurseSession(RoutingSession):
@@ -196,10 +192,9 @@ class SkipForwardRecurseSession(RoutingSession):
         if recursion == self.router.num_recursions - 1 and self.context.mode == "train":
             config = self.router.config
             penalty = self.expected_depth
-            if config.target_depth is not None:
-                # The target is one of full depth. With fewer recursions, aiming at it would only teach to recurse.
-                at_full_depth = self.router.num_recursions == self.router.full_depth
-                penalty = (self.expected_depth - config.target_depth).square() * at_full_depth
+            target = config.depth(self.router.num_recursions)
+            if target is not None:
+                penalty = (self.expected_depth - target).square() * self.router.at_full_depth
             self.add_loss("depth_loss", config.depth_coeff * penalty)
             if "margins" in self.totals:
                 self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)

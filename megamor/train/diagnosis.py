@@ -22,6 +22,7 @@ from megamor.config import (
     CustomRouterConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     MonotoneConfig,
     RandomConfig,
     SkipForwardRecurseConfig,
@@ -34,7 +35,10 @@ from megamor.model.loss import IGNORE
 from megamor.train.guard import Guard
 from megamor.train.step_statistics import StepSummary
 
-LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, MonotoneConfig, CustomRouterConfig)
+LEARNS_DEPTH = (
+    TokenChoiceConfig, LearnedThresholdConfig, SkipForwardRecurseConfig, HaltingConfig, MonotoneConfig,
+    CustomRouterConfig,
+)  # fmt: skip
 """Routers that choose depths freely; with the others, the depth histogram follows from their capacity."""
 
 ADVICE = {

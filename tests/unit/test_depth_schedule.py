@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import Config, DepthStep, FixedDepthConfig, RouterConfig, RunConfig, ScoredConfig, TrainConfig
+from megamor.config import CapacityConfig, Config, DepthStep, FixedDepthConfig, RouterConfig, RunConfig, TrainConfig
 from megamor.config.depth import depth_steps, final_recursions, recursions_at, with_recursions
 from megamor.config.derive import Consumed, derive
 from megamor.config.schema import StageConfig
@@ -18,7 +18,7 @@ from megamor.config.validate import validate
 from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops, expected_steps, nominal_flops
-from megamor.routing.scored import default_capacity
+from megamor.routing.scored import capacity_of
 from megamor.train.budget import Budget
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
 from tests.learning.test_learning import profile, rectangular_work
@@ -113,8 +113,8 @@ def test_the_schedule_is_told() -> None:
 def shallow(config: Config, recursions: int) -> Config:
     """`config` with fewer recursions of the same layers, and with the first of its capacities."""
     router: RouterConfig = config.router
-    if isinstance(router, ScoredConfig):
-        router = replace(router, capacity=(router.capacity or default_capacity(3))[:recursions])
+    if isinstance(router, CapacityConfig):
+        router = replace(router, capacity=capacity_of(router, 3)[:recursions])
     elif isinstance(router, FixedDepthConfig):
         router = FixedDepthConfig(depth=min(recursions, router.depth or recursions))
     recursion = replace(config.recursion, num_recursions=recursions)
