@@ -206,9 +206,10 @@ def router_parameters(config: Config) -> int:
     match config.router:
         case ExpertChoiceConfig(sampling="aux_router"):
             heads *= 2
-        case TokenChoiceConfig() | SkipForwardRecurseConfig() | HaltingConfig():
+        case TokenChoiceConfig() | SkipForwardRecurseConfig(routers="shared") | HaltingConfig():
             heads = 1
-    return heads * router_head_parameters(config)
+    inputs = config.recursion.num_recursions if getattr(config.router, "recursion_input", False) else 0
+    return heads * router_head_parameters(config) + inputs * config.model.dim
 
 
 def router_head_parameters(config: Config) -> int:
@@ -224,7 +225,7 @@ def router_head_parameters(config: Config) -> int:
         case TokenChoiceConfig():
             return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
         case SkipForwardRecurseConfig():
-            return router.hidden * (dim + 3)
+            return router.hidden * ((dim if router.gate == "mlp" else 3 * dim) + 3)
         case HaltingConfig() | MonotoneConfig():
             return dim + 1
 

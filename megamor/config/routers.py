@@ -158,7 +158,22 @@ class SkipForwardRecurseConfig(TargetConfig):
 
     kind: Literal["skip_forward_recurse"] = "skip_forward_recurse"
     hidden: PositiveInt = 128
-    """Width of the hidden layer of the network that decides."""
+    """Width of the hidden layer of the network that decides, or of its attention."""
+    gate: Literal["mlp", "attention"] = "mlp"
+    """Network that decides: an MLP on the token's state, or attention of that state to the token's earlier ones."""
+    routers: Literal["shared", "per_recursion"] = "shared"
+    """One network for all recursions, or one for each."""
+    granularity: Literal["token", "sequence"] = "token"
+    """What the network sees: the token's state, or the mean of the stage's input over the document up to the token."""
+    recursion_input: bool = False
+    """Add a learned vector for the recursion to what the network sees."""
+    inference_threshold: BetweenZeroAndOne | None = None
+    """At inference a token recurses if its probability is at least this, else takes the likelier of the other two
+    actions; null: the likeliest of all three."""
+    recursion_rate: PositiveFraction = 0.3
+    """Fraction of the decisions that should be to recurse; used by `rate_coeff`."""
+    rate_coeff: NonNegative = 0.0
+    """Weight of the loss on the squared distance of that fraction from `recursion_rate`."""
     depth_coeff: NonNegative = 0.01
     """Weight of the loss on the expected depth; with a target, on its squared distance from it."""
     temperature_start: Positive = 1.0

@@ -71,6 +71,14 @@ class ModelConfig:
     """Normalise queries and keys (RMSNorm over each head, learned weights) before RoPE, as Qwen3 and OLMo 2 do."""
     document_positions: Literal["continue", "restart"] = "continue"
     """Whether positions restart at each document; matters with `data.document_mask` only."""
+    attention: Literal["full", "multi_scale"] = "full"
+    """Keys that a token sees: all earlier ones (`full`), or recent ones and the means of older blocks (`multi_scale`);
+    see [Architecture](architecture.md#multi-scale-attention)."""
+    attention_window: PositiveInt = 256
+    """`multi_scale`: earlier tokens seen one by one, besides those of a token's own block; a multiple of
+    `attention_block`."""
+    attention_block: PositiveInt = 16
+    """`multi_scale`: positions per block."""
 
     @property
     def head_dim(self) -> int:
@@ -200,8 +208,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule (paper appendix B)."""
+    """The optimizer and the learning-rate schedule (AdamW and `wsd`: paper appendix B)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the projections of attention and SwiGLU, AdamW for the rest; see
+    [Training](training.md#optimizer). Not with DeepSpeed."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     beta1: BelowOne = 0.9
@@ -224,6 +235,17 @@ class OptimConfig:
     """Learning rate at the end of the decay, as a fraction of the peak."""
     aux_router_lr_multiplier: Positive = 10.0
     """Factor on the learning rate of auxiliary routers."""
+    average_decay: BelowOne | None = None
+    """Keep a moving average of the weights with this decay per step, such as 0.999, evaluated beside them; null: none.
+    `megamor merge --average` makes a checkpoint of it."""
+    muon_lr_multiplier: Positive = 1.0
+    """Factor on the learning rate of Muon's matrices. At 1 their updates are about as large as AdamW's."""
+    muon_momentum: BelowOne = 0.95
+    """Decay of Muon's momentum."""
+    muon_nesterov: bool = True
+    """Nesterov momentum: the gradient is added to the decayed momentum once more."""
+    muon_steps: PositiveInt = 5
+    """Newton-Schulz iterations of Muon's orthogonalisation."""
 
 
 @dataclass(frozen=True)

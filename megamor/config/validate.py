@@ -86,6 +86,14 @@ def _model(config: Config) -> Iterator[str]:
     if config.data.seq_len > model.max_seq_len:
         lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
         yield f"{lengths}: lower seq_len or raise max_seq_len"
+    if model.attention == "multi_scale":
+        window, block = f"model.attention_window = {model.attention_window}", model.attention_block
+        if model.attention_window % block:
+            fix = f"use attention_window {_multiples_around(model.attention_window, block)}"
+            yield f"{window} isn't a multiple of model.attention_block = {block}: {fix}"
+        if model.attention_window >= model.max_seq_len:
+            whole = f"covers all of model.max_seq_len = {model.max_seq_len}, so no block is ever averaged"
+            yield f"{window} {whole}: use a shorter window, or model.attention: full"
 
 
 def _sharing(config: Config) -> Iterator[str]:
@@ -146,8 +154,29 @@ def _router(config: Config) -> Iterator[str]:
             yield f"{given}: give 1 to {recursions}, or null for all"
         case CapacityConfig(capacity=tuple(capacity)):
             yield from _capacity(capacity, recursions)
+        case SkipForwardRecurseConfig():
+            yield from _actions(router, recursions)
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
+
+
+def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
+    depth = router.depth(recursions)
+    if depth is None:
+        return
+    name = "target_depth" if router.target_flops is None else "target_flops"
+    given = f"router.{name} = {getattr(router, name)}"
+    if None not in (router.target_depth, router.target_flops):
+        yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
+    elif depth > recursions:
+        yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
+    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
+        least = 1 if name == "target_depth" else f"1 / {recursions}"
+        yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
+    if isinstance(router, CapacityConfig) and router.capacity is not None:
+        yield f"{given} decides the capacities, but router.capacity = {list(router.capacity)}: give one of them"
+    if isinstance(router, HaltingConfig) and router.mode == "soft":
+        yield f"{given} with router.mode = soft, which runs every token through all recursions: use mode: hard"
 
 
 def _depth(config: Config) -> Iterator[str]:
@@ -182,23 +211,16 @@ def _truncation(config: Config) -> Iterator[str]:
         yield f"never trains {own}: switch them off, or choose a schedule"
 
 
-def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
-    depth = router.depth(recursions)
-    if depth is None:
-        return
-    name = "target_depth" if router.target_flops is None else "target_flops"
-    given = f"router.{name} = {getattr(router, name)}"
-    if None not in (router.target_depth, router.target_flops):
-        yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
-    elif depth > recursions:
-        yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
-    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
-        least = 1 if name == "target_depth" else f"1 / {recursions}"
-        yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
-    if isinstance(router, CapacityConfig) and router.capacity is not None:
-        yield f"{given} decides the capacities, but router.capacity = {list(router.capacity)}: give one of them"
-    if isinstance(router, HaltingConfig) and router.mode == "soft":
-        yield f"{given} with router.mode = soft, which runs every token through all recursions: use mode: hard"
+def _actions(router: SkipForwardRecurseConfig, recursions: int) -> Iterator[str]:
+    if router.gate == "attention" and router.granularity == "sequence":
+        given = "router.gate = attention with router.granularity = sequence"
+        yield f"{given} would attend to the same mean at every recursion: use gate: mlp, or granularity: token"
+    if router.rate_coeff and (target := router.depth(recursions)) is not None:
+        given = f"router.rate_coeff = {router.rate_coeff} with a target depth of {target:.4g}"
+        yield f"{given} holds the depth at two targets: set rate_coeff: 0, or the target to null"
+    if router.rate_coeff and router.recursion_rate >= (most := (recursions - 1) / recursions):
+        given = f"router.recursion_rate = {router.recursion_rate} of {recursions} recursions"
+        yield f"{given} can't be reached, since no decision follows the last: give less than {most:.4g}"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
@@ -240,6 +262,9 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
     backend, degree = config.parallel.backend, config.parallel.shard_degree
     if backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single with {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+    if config.optim.kind == "muon" and backend == "deepspeed":
+        given = "optim.kind = muon with parallel.backend = deepspeed"
+        yield f"{given}: ZeRO's flat buffers hold no whole matrices; use ddp or fsdp2, or optim.kind: adamw"
     if config.parallel.deepspeed_config is not None and backend != "deepspeed":
         given = f"parallel.deepspeed_config = {config.parallel.deepspeed_config}"
         yield f"{given} needs parallel.backend = deepspeed, which is {backend}: change one of them"

@@ -43,6 +43,8 @@ class DecodingCache:
                 setattr(store, name, getattr(store, name).index_select(0, beams))
         if self.cache.tokens is not None:
             self.cache.tokens = self.cache.tokens.index_select(0, beams)
+        for router, remembered in self.cache.memory.items():
+            self.cache.memory[router] = remembered.index_select(0, beams)
 
 
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -1,17 +1,20 @@
 """FLOPs that a model executes, from its configuration and from what routing selected.
 
-One multiply-add counts as two. Attention counts only pairs of a query and a key that is not after it (the causal half).
-Training costs three forward passes. Recomputation under activation checkpointing is reported separately, as MFU leaves
-it out and HFU includes it. docs/numbers.md compares this with the paper's accounting.
+One multiply-add counts as two. Attention counts only pairs of a query and a key that is not after it (the causal half);
+under multi-scale attention a block that is seen as a mean is one key. Training costs three forward passes.
+Recomputation under activation checkpointing is reported separately, as MFU leaves it out and HFU includes it.
+docs/numbers.md compares this with the paper's accounting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from statistics import fmean
+
+import numpy as np
 
 from megamor.config import (
     Config,
@@ -102,7 +105,7 @@ def executed_flops(
     num_unshared = sum(segment.num_blocks for segment in found if not segment.schedule)
     projections = num_unshared * tokens * projection_flops(model)
     if pairs is None:
-        pairs = num_sequences * seq_len * (seq_len + 1) / 2
+        pairs = num_sequences * dense_pairs(model, seq_len)
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
     head = 2 * (tokens + probes) * model.dim * model.vocab_size
@@ -149,6 +152,16 @@ def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: in
     if projects_kv:
         shapes += [(model.dim, model.num_kv_heads * model.head_dim)] * 2
     return 2.0 * sum(inner * outer + lora_rank * (inner + outer) for inner, outer in shapes)
+
+
+@lru_cache
+def dense_pairs(model: ModelConfig, seq_len: int) -> float:
+    """Query-key pairs of one block for a single document of `seq_len` tokens that all take part."""
+    if model.attention == "full":
+        return seq_len * (seq_len + 1) / 2
+    positions, block = np.arange(seq_len), model.attention_block
+    fine = np.maximum(0, positions // block * block - model.attention_window)
+    return float((positions - fine + 1 + fine // block).sum())
 
 
 def attention_flops(model: ModelConfig, pairs: float) -> float:
@@ -205,7 +218,9 @@ def nominal_stage_work(config: Config, num_sequences: float, most: int) -> Work:
     for recursion, fraction in enumerate(fractions):
         length = max(1, int(fraction * seq_len)) if fraction and recursion < most else 0
         keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
-        work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2))
+        # Under multi-scale attention, by as much less as where all tokens take part.
+        scale = dense_pairs(config.model, seq_len) / (seq_len * (seq_len + 1) / 2)
+        work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2 * scale))
     return work
 
 

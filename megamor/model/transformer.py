@@ -166,6 +166,8 @@ class Transformer(nn.Module):
             seed=self.config.run.seed,
             first_sequence=first_sequence,
             text=self.text_keys(inputs, geometry, cache) if reads_text else None,
+            begins=geometry.begins,
+            memory=None if cache is None else cache.memory,
         )
         x, outputs = self.embed(window.unpad(inputs)), {}
         for segment in self.segments:

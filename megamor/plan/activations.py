@@ -11,7 +11,9 @@ from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, Monoton
 from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work, untracked_recursions
+from megamor.model.layouts import fine_chunks
 from megamor.model.loss import CHUNK_ELEMENTS
+from megamor.model.multi_scale import reach
 
 INDEX, STATISTIC = 8, 4
 """Bytes of an int64 token position, and of an fp32 statistic of a norm or softmax."""
@@ -116,18 +118,33 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
-        keys_values = self.keys_values * (1.5 if model.qk_norm else 1)  # keys are saved before they are normalised, too
         if model.qk_norm:
             saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
+            saved += 0 if self.shares == "share_first" else self.keys_values / 2
         if self.shares != "share_first":
-            saved += keys_values
+            saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
-        if not self.sizes.on_gpu and (self.uneven or self.shares):
-            # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together.
+        if model.attention == "multi_scale":
+            # Each chunk of queries has a copy of the keys and values that it sees, of a GPU for every query head.
+            heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
+            saved += 2 * self.count * self.chunk_keys() / self.chunk_rows() * heads * model.head_dim * size
+        if (not self.sizes.on_gpu and (self.uneven or self.shares)) or model.attention == "multi_scale":
+            # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together. So
+            # does that of chunks.
             saved += self.count * model.dim * size
         return saved
+
+    def chunk_rows(self) -> float:
+        """Queries that multi-scale attention computes together."""
+        queries = self.count / self.config.train.micro_batch_size
+        return queries / fine_chunks(int(queries), self.config.model)
+
+    def chunk_keys(self) -> float:
+        """Keys that they see, on average; those of the means count as one each."""
+        model, keys = self.config.model, self.keys / self.config.train.micro_batch_size
+        return min(keys, self.chunk_rows() + reach(model)) + keys / model.attention_block / 2
 
     def block(self) -> tuple[float, float]:
         """What a block keeps under the configured activation checkpointing, and what backward then creates again."""

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,9 @@ class RoutingContext:
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
-    (`Router.reads_text`). `stage` counts the recursion stages before this one.
+    (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are the rows at
+    which the tokens' documents begin; None means that each sequence is one. In cached decoding, `memory` is where
+    routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -78,6 +80,8 @@ class RoutingContext:
     first_sequence: int = 0
     text: Tensor | None = None
     stage: int = 0
+    begins: Tensor | None = None
+    memory: dict[nn.Module, Tensor] | None = None
 
     @property
     def everything(self) -> TokenSet:
@@ -103,7 +107,7 @@ class RoutingSession(ABC):
     `per_row` names the attributes with one entry for each row of the stream that the inference rule needs.
     """
 
-    per_row: ClassVar[tuple[str, ...]] = ()
+    per_row: tuple[str, ...] = ()
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -216,6 +220,8 @@ class Router(nn.Module, ABC):
     """Whether the inference rule needs `RoutingContext.text`."""
     shift: Tensor
     """With a `control`: the knob that holds its target."""
+    reads_memory: bool = False
+    """Whether the inference rule needs `RoutingContext.memory`, which serving doesn't have."""
 
     def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
@@ -223,11 +229,6 @@ class Router(nn.Module, ABC):
         self.control = control
         if control is not None:
             self.register_buffer("shift", torch.zeros(()))
-
-    @property
-    def at_full_depth(self) -> bool:
-        """Whether passes run all recursions. Targets are those of full depth and are held there alone."""
-        return self.num_recursions == self.full_depth
 
     @property
     @abstractmethod
@@ -248,7 +249,8 @@ class Router(nn.Module, ABC):
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
-        if self.control is not None and self.at_full_depth and "margins" in totals:
+        # The target is one of full depth.
+        if self.control is not None and "margins" in totals and self.num_recursions == self.full_depth:
             number, squares = totals["margins"].unbind(1)
             square = torch.where(number > 0, squares / number, math.inf).min()
             error = self.control.target - self.control.measured(totals)

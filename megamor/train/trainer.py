@@ -433,15 +433,17 @@ class Trainer:
         self.model.limit_recursions(self.progress.recursions)
         with self.throughput.excluded():
             try:
-                losses = validation_losses(
-                    self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
-                )
+                arguments = self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
+                found = [losses := validation_losses(*arguments)]
+                if self.backend.average is not None:
+                    with self.backend.averaged():
+                        found.append(validation_losses(*arguments, suffix="_average"))
             except Stopped:
                 self.stopping = True
                 return
-            for line in losses.lines():
+            for line in (line for part in found for line in part.lines()):
                 self.display.message(f"step {step}: {line}")
-            self.write_metrics(step, losses.metrics())
+            self.write_metrics(step, {name: value for part in found for name, value in part.metrics().items()})
             self.checkpoints.record_loss(step, losses.mean)
         self.summary.validation = losses
         # Set last: an evaluation that was abandoned or failed is due again.
