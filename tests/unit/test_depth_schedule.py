@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import CapacityConfig, Config, DepthStep, FixedDepthConfig, RouterConfig, RunConfig, TrainConfig
+from megamor.config import (
+    CapacityConfig,
+    Config,
+    DepthStep,
+    FixedDepthConfig,
+    RouterConfig,
+    RunConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from megamor.config.depth import depth_steps, final_recursions, recursions_at, with_recursions
 from megamor.config.derive import Consumed, derive
 from megamor.config.schema import StageConfig
@@ -133,7 +142,7 @@ def fill(small: Transformer, large: Transformer) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_limited_model_is_one_with_fewer_recursions(router: str, recursions: int) -> None:
     """Logits, losses, depths and gradients are those of a smaller model with the same weights."""
-    config = tiny_config(ROUTERS[router], "hybrid")
+    config = tiny_config(without_target(ROUTERS[router]), "hybrid")
     config = replace(config, recursion=replace(config.recursion, recursion_embedding=True))
     large, small = lively_model(config), lively_model(shallow(config, recursions))
     fill(small, large)
@@ -160,12 +169,31 @@ def test_a_limited_model_is_one_with_fewer_recursions(router: str, recursions: i
             assert parameter.grad is None or not parameter.grad.any(), name
         else:
             torch.testing.assert_close(parameter.grad[tuple(slice(n) for n in gradient.shape)], gradient)
-    # The rest of the state waits for the depth that needs it; what steers towards a target waits for full depth.
+    # The rest of the state waits for the depth that needs it.
     before = {name: value.clone() for name, value in large.named_buffers()}
     large.update_routers({name: value.double() for name, value in large_out.totals.items()})
-    for name, value in large.named_buffers():
-        waiting = slice(recursions, None) if len(value.shape) and len(value) == 3 else slice(None)
-        assert torch.equal(torch.atleast_1d(value)[waiting], torch.atleast_1d(before[name])[waiting]), name
+    assert all(torch.equal(v[recursions:], before[n][recursions:]) for n, v in large.named_buffers())
+
+
+def without_target(router: Any) -> Any:
+    return replace(router, target_depth=None, target_flops=None) if isinstance(router, TargetConfig) else router
+
+
+@pytest.mark.parametrize(
+    "router", ["expert_choice", "token_choice", "ema_threshold", "skip_forward_recurse", "act_hard"]
+)
+def test_targets_wait_for_full_depth(router: str) -> None:
+    config = tiny_config(replace(ROUTERS[router], target_depth=1.7))
+    model, ids = lively_model(config), tokens()
+    for most, moves in ((1, False), (2, False), (3, True)):
+        model.limit_recursions(most)
+        out = model(ids, ids)
+        before = {name: value.clone() for name, value in model.named_buffers() if "shift" in name}
+        model.update_routers({name: value.double() for name, value in out.totals.items()})
+        changed = [not torch.equal(model.get_buffer(name), value) for name, value in before.items()]
+        assert changed == [moves]
+        if router == "skip_forward_recurse":
+            assert (out.router_losses["depth_loss"] != 0) == moves
 
 
 @pytest.mark.parametrize("router", ["expert_choice_aux_router", "token_choice"])
