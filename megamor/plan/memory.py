@@ -74,7 +74,8 @@ def unit_parameters(config: Config) -> dict[str, int]:
 def moment_bytes(config: Config) -> float:
     """Bytes per parameter of what an update keeps in fp32, on average: moments (Muon has one) and a moving average."""
     average = FP32 if config.optim.average_decay is not None else 0
-    return MOMENTS + average - FP32 * muon_parameters(config) / sum(unit_parameters(config).values())
+    matrices = muon_parameters(config)
+    return MOMENTS + average - (FP32 * matrices / sum(unit_parameters(config).values()) if matrices else 0)
 
 
 def muon_parameters(config: Config) -> int:
