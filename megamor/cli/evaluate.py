@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamor.cli import command_parser
+from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import user_errors
 
 
@@ -51,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
     add("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    add_exit_options(parser)
     add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args(argv)
     for option in ("sequences", "batch_size"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    rule = chosen_exit(arguments)
 
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.progress import plain_console
 
     loaded = load_model(arguments.checkpoint, arguments.device)
+    loaded.model.set_exit(rule)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
             results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
-    show(results, loaded.origin)
+    show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results
         arguments.json.write_text(json.dumps(only, indent=1) + "\n", encoding="utf-8")

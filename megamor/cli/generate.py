@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamor.cli import command_parser
+from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import ConfigError, user_errors
 
 
@@ -31,6 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     nucleus = "sample only from the likeliest tokens that have this probability together (default: %(default)s)"
     parser.add_argument("--top-p", type=float, default=0.95, help=nucleus)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add_exit_options(parser)
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
     parser.add_argument("--depth-image", type=Path, metavar="FILE.svg", help="also save the depth map as a picture")
     parser.add_argument("--depth-png", dest="depth_image", type=Path, help=argparse.SUPPRESS)  # its former name
@@ -52,6 +54,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
+    rule = chosen_exit(arguments)
 
     from megamor.codec import Detokenizer, texts_of_tokens
     from megamor.config.segments import max_depth
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.progress import plain_console
 
     loaded = load_model(arguments.checkpoint, arguments.device)
+    loaded.model.set_exit(rule)
     codec = loaded.codec()
     prompt = codec.encode(arguments.prompt, "--prompt")
     if not prompt:

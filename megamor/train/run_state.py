@@ -56,6 +56,8 @@ class RunProgress(Consumed):
     lr: float | None = None
     run_ids: dict[str, str] = field(default_factory=dict)
     resumed_from: int | None = None
+    recursions: int | None = None
+    """The most recursions that a growing schedule has reached; None without one."""
 
 
 class Stateful(Protocol):
