@@ -128,7 +128,7 @@ class RoutingSession(ABC):
         return result
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
-        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
+        """How `tokens` [N] leave after `recursion`, with y or x_in + gate·y, if `mix` must know of it; else None."""
         return None
 
     def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
