@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megamor.cli import add_cache_options, command_parser, integers
+from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import user_errors
 
 
@@ -59,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--kv-budgets", "--kv-budget", type=integers, default=[], metavar="N,N", help=budgets)
     add_cache_options(parser)
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    add_exit_options(parser)
     add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args(argv)
     for option in ("sequences", "batch_size"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    rule = chosen_exit(arguments)
 
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -76,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep = arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent
     bounds = [CacheBound(budget, *keep) for budget in arguments.kv_budgets]
     loaded = load_model(arguments.checkpoint, arguments.device)
+    loaded.model.set_exit(rule)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
             results[prefix] = dataset_losses(loaded, prefix, **size, bounds=bounds, watch=progress.track)
-    show(results, loaded.origin)
+    show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results
         arguments.json.write_text(json.dumps(only, indent=1) + "\n", encoding="utf-8")

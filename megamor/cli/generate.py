@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamor.cli import add_cache_options, command_parser, positive
+from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import ConfigError, user_errors
 
 
@@ -34,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     budget = "most keys and values that the cache holds for each layer in each recursion (default: all)"
     parser.add_argument("--kv-budget", type=positive, metavar="N", help=budget)
     add_cache_options(parser)
+    add_exit_options(parser)
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
     parser.add_argument("--depth-image", type=Path, metavar="FILE.svg", help="also save the depth map as a picture")
     parser.add_argument("--depth-png", dest="depth_image", type=Path, help=argparse.SUPPRESS)  # its former name
@@ -55,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
+    rule = chosen_exit(arguments)
 
     from megamor.codec import Detokenizer, texts_of_tokens
     from megamor.config.segments import max_depth
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.kv_budget:
         bound = CacheBound(arguments.kv_budget, arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent)
     loaded = load_model(arguments.checkpoint, arguments.device)
+    loaded.model.set_exit(rule)
     codec = loaded.codec()
     prompt = codec.encode(arguments.prompt, "--prompt")
     if not prompt:

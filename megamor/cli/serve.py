@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamor.cli import command_parser
+from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import EngineOptions, ServerOptions, add_options, chosen
 
@@ -37,6 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="name of the model in the API (default: the run's name, or the export's directory)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--dtype", choices=DTYPES, help="of weights and activations (default: bf16 on a GPU, fp32 on a CPU)")
+    add_exit_options(parser)
     add("--api-key-file", type=Path, metavar="FILE", help="keys that clients must send one of, one per line")
     add("--log-level", choices=("debug", "info", "warning"), default="info", help="default: info")
     add_options(parser, "server", ServerOptions)
@@ -88,6 +90,7 @@ def build_engine(arguments: argparse.Namespace, loaded: LoadedModel) -> ServingE
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then return when the running requests have finished."""
     arguments = parse_arguments(argv)
+    rule = chosen_exit(arguments)
     import torch
 
     from megamor.load import load_model
@@ -99,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
     dtype = getattr(torch, DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")])
     loaded = load_model(arguments.checkpoint, arguments.device, dtype)
+    loaded.model.set_exit(rule)
     engine = build_engine(arguments, loaded)
     name = arguments.name or loaded.name
-    print(f"serving {loaded.origin} as {name!r}; Ctrl-C stops", file=sys.stderr)
+    suffix = f" with exit {rule}" if rule else ""
+    print(f"serving {loaded.origin} as {name!r}{suffix}; Ctrl-C stops", file=sys.stderr)
     serve(engine, loaded.codec(), name, options, arguments.log_level)
 
 

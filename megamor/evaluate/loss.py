@@ -45,12 +45,12 @@ def summed_loss(
 ) -> Tensor:
     """Sums over all tokens in fp64 on `device`, from which `mean_figures` makes means.
 
-    These are sums, not means, so that results of several ranks or batches can be added. [4]: negative log-likelihood in
-    nats, tokens, recursions taken, query-key pairs of a block that sees every token. For a model with recursion stages
-    [4 + 4·Nr]: also their `work` [Nr, 2], and for each recursion the sum and the number of its gates. Each forward pass
-    runs inside a new `context()`, such as autocast.
+    These are sums, not means, so that results of several ranks or batches can be added. [5]: negative log-likelihood in
+    nats, tokens, recursions taken, query-key pairs of a block that sees every token, rows predicted for an exit rule.
+    For a model with recursion stages [5 + 4·Nr]: also their `work` [Nr, 2], and for each recursion the sum and the
+    number of its gates. Each forward pass runs inside a new `context()`, such as autocast.
     """
-    total = torch.zeros(4, dtype=torch.float64, device=device)
+    total = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
             arguments = batch.arguments(device)
@@ -64,7 +64,8 @@ def summed_loss(
             recursions = (out.depth * (arguments["labels"] != IGNORE)).sum()
             gates = [ratio for name, ratio in out.ratios.items() if re.search(r"(^|/)gate_\d+$", name)]
             stage = [*out.work.flatten(), *(part for gate in gates for part in (gate.numerator, gate.denominator))]
-        sums = torch.stack([x.double() for x in (out.loss_sum, out.num_tokens, recursions, out.pairs, *stage)])
+        found = (out.loss_sum, out.num_tokens, recursions, out.pairs, out.probes, *stage)
+        sums = torch.stack([x.to(device, torch.float64) for x in found])
         total = sums + (total if len(total) == len(sums) else 0.0)
     return total
 
@@ -76,10 +77,10 @@ def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
         `loss` in nats, `mean_depth` in recursions, `flops_per_token` executed in a forward pass, and `gate_<r>`, the
         mean gate of the tokens that take recursion r (from 1), where any does.
     """
-    loss, tokens, recursions, pairs, *stage = sums.tolist()
+    loss, tokens, recursions, pairs, probes, *stage = sums.tolist()
     half = len(stage) // 2
     work, gates = (list(zip(part[::2], part[1::2], strict=True)) for part in (stage[:half], stage[half:]))
-    flops = executed_flops(config, tokens, work, seq_len=1, pairs=pairs).forward
+    flops = executed_flops(config, tokens, work, seq_len=1, pairs=pairs, probes=probes).forward
     return {
         "loss": loss / tokens,
         "mean_depth": recursions / tokens,
@@ -128,8 +129,9 @@ def dataset_losses(
 
     Returns:
         `tokens`; for each mode (`topk`, `causal`) `perplexity_<mode>` and the names of `mean_figures`, such as
-        `loss_<mode>`; and `gap`, causal loss minus top-k loss, where both exist. With `bounds`, `kv_curve` is a list of
-        `budget`, `loss` and `kv_bytes` (see `bounded_loss`), first without a budget.
+        `loss_<mode>`; `gap`, causal loss minus top-k loss, where both exist; and `exit_<rule>`, the threshold of the
+        exit rule that the causal mode obeyed, where the model has one. With `bounds`, `kv_curve` is a list of `budget`,
+        `loss` and `kv_bytes` (see `bounded_loss`), first without a budget.
 
     Raises:
         DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
@@ -162,4 +164,6 @@ def dataset_losses(
             {"budget": bound and bound.budget, **bounded_loss(loaded.model, batches("bounded cache"), bound)}
             for bound in (None, *bounds)
         ]
+    if (rule := loaded.model.exit) is not None:
+        figures[f"exit_{rule.name}"] = rule.threshold
     return figures

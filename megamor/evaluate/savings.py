@@ -59,6 +59,6 @@ def _forward(model: Transformer, batch: MicroBatch) -> tuple[float, float]:
     out.loss_sum.item()  # waits for an accelerator to finish
     seconds = time.perf_counter() - started
     work = [] if out.work is None else out.work.tolist()
-    shape = batch.inputs.shape
-    flops = executed_flops(model.config, shape[0], work, shape[1], float(out.pairs), batch.num_tokens)
+    shape, probes = batch.inputs.shape, float(out.probes)
+    flops = executed_flops(model.config, shape[0], work, shape[1], float(out.pairs), batch.num_tokens, probes)
     return flops.forward, seconds

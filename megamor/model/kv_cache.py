@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamor.config import ModelConfig
 from megamor.errors import ConfigError
@@ -145,8 +145,9 @@ class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
     `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
-    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text. With a `bound`, stores have
-    room for its budget only, and at most `chunk` tokens may be passed at once; `depths` are those of the tokens so far.
+    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text, and `memory` is what routers
+    remember of each sequence. With a `bound`, stores have room for its budget only, and at most `chunk` tokens may be
+    passed at once; `depths` are those of the tokens so far.
     """
 
     config: ModelConfig
@@ -157,6 +158,7 @@ class KVCache:
     num_tokens: int = 0
     stores: dict[Hashable, CacheStore] = field(default_factory=dict)
     tokens: Tensor | None = None
+    memory: dict[nn.Module, Tensor] = field(default_factory=dict)
     bound: CacheBound | None = None
     depths: Tensor | None = None
 
@@ -198,6 +200,7 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Continue with the sequences `rows` [n] instead; a sequence may be taken several times."""
         self.batch = len(rows)
+        self.memory = {router: value.index_select(0, rows) for router, value in self.memory.items()}
         for holder, names in ((self, ("tokens", "depths")), *((s, STORED) for s in self.stores.values())):
             for name in names:
                 if (value := getattr(holder, name)) is not None:

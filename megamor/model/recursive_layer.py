@@ -31,8 +31,8 @@ class RecursiveLayer(RecursionStage):
         self.layer, self.dim = layer, dim
         self.name, self.kv_policy, self.schedule = "", "recursion_wise", ((0,),) * num_recursions
         self.router = build_router(router, dim, num_recursions)
-        self.blocks, self.recursion_embedding = nn.ModuleList(), None
-        self.adds_in_fp32, self.recomputation = False, Recomputation()
+        self.blocks, self.recursion_embedding, self.injection, self.exit = nn.ModuleList(), None, None, None
+        self.adds_in_fp32, self.recomputation, self.backprop_recursions = False, Recomputation(), num_recursions
         for module in self.router.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -51,7 +51,14 @@ class RecursiveLayer(RecursionStage):
         return out._replace(stream=out.stream.view(batch, seq_len, dim), depth=out.depth.view(batch, seq_len))
 
     def run_recursion(
-        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy, blocks: Blocks
+        self,
+        recursion: int,
+        x: Tensor,
+        stage_input: Tensor,
+        tokens: TokenSet,
+        geometry: Geometry,
+        policy: KVPolicy,
+        blocks: Blocks,
     ) -> tuple[Tensor, TokenSet]:
         """The layer on the selected rows x [N, dim]."""
         if len(tokens) == 0:

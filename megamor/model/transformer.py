@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
+from megamor.config.depth import final_recursions
+from megamor.config.exits import ExitRule
 from megamor.config.segments import segments
+from megamor.errors import ConfigError
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
@@ -29,6 +32,7 @@ from megamor.model.loss import IGNORE, linear_cross_entropy
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
+from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
 
 
@@ -39,8 +43,9 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token. With several stages, losses of one name and depths are added up, `work` has the recursions of all
-    stages, and the names of `ratios` and `totals` begin with `Segment.prefix`.
+    sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
+    With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
+    names of `ratios` and `totals` begin with `Segment.prefix`.
     """
 
     logits: Tensor | None
@@ -52,6 +57,13 @@ class ModelOutput(NamedTuple):
     depth: Tensor | None
     work: Tensor | None
     pairs: Tensor | None = None
+    z_loss_sum: Tensor | None = None
+
+    @property
+    def probes(self) -> Tensor:
+        """Rows that the head predicted for an exit rule, a scalar."""
+        counts = [ratio.numerator for name, ratio in self.ratios.items() if name.endswith(PROBES)]
+        return torch.stack(counts).sum() if counts else torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,14 @@ class Transformer(nn.Module):
             self.stage = None
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
+        self.exit: ExitRule | None = None
+        self.limit_recursions(None)
+
+    def limit_recursions(self, most: int | None) -> None:
+        """Run at most so many recursions from now on; None: as many as at the end of training."""
+        self.recursions = most or final_recursions(self.config)
+        for stage in self.stages.values():
+            stage.limit_recursions(self.recursions)
 
     @property
     def stages(self) -> dict[str, RecursionStage]:
@@ -146,6 +166,8 @@ class Transformer(nn.Module):
             seed=self.config.run.seed,
             first_sequence=first_sequence,
             text=self.text_keys(inputs, geometry, cache) if reads_text else None,
+            begins=geometry.begins,
+            memory=None if cache is None else cache.memory,
         )
         x, outputs = self.embed(window.unpad(inputs)), {}
         for segment in self.segments:
@@ -156,20 +178,22 @@ class Transformer(nn.Module):
             else:
                 x = self.run_unshared(segment.name, x, geometry, cache)
         x = self.norm(x)
-        logits = loss_sum = num_tokens = pairs = None
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             logits = window.pad(F.linear(x, self.embed.weight))
         else:
             labels = window.unpad(labels)
-            loss_sum = linear_cross_entropy(x, self.embed.weight, labels)
+            z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
+            loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
+            z_loss_sum = z_loss_sum if z_coeff else None
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
             cache.advance(depth, inputs.shape[1])
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -229,7 +253,7 @@ class Transformer(nn.Module):
             elif isinstance(module, Router):
                 module.reset()
         for stage in self.stages.values():
-            for parameter in stage.recursion_embedding or ():
+            for parameter in (*(stage.recursion_embedding or ()), *(stage.injection or ())):
                 parameter.zero_()
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:
@@ -238,6 +262,28 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
+
+    def readout(self, x: Tensor) -> Tensor:
+        """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
+        logits = F.linear(self.norm(x), self.embed.weight)
+        # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def set_exit(self, rule: ExitRule | None) -> None:
+        """In the causal mode stop tokens by `rule` too, in each stage of enough recursions; None ends that.
+
+        Raises:
+            ConfigError: no stage has enough recursions.
+        """
+        able = [stage for stage in self.stages.values() if rule and stage.router.num_recursions > rule.first]
+        if rule and not able:
+            raise ConfigError(
+                f"exit = {rule.name} needs a stage of {rule.first + 1} recursions or more, and the model has none: "
+                "leave it out, or use a rule that needs fewer (docs/routers.md)"
+            )
+        self.exit = rule
+        for stage in self.stages.values():
+            stage.exit = (rule, self.readout) if rule and stage in able else None
 
     def parallel_plan(self) -> ParallelPlan:
         """Units for sharding and compilation; see `ParallelPlan`."""

@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import (
-    Config,
-    EmaThresholdConfig,
-    ExpertChoiceConfig,
-    FixedDepthConfig,
-    MonotoneConfig,
-    RandomConfig,
-)
+from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, MonotoneConfig, ScoredConfig
+from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
-from megamor.model.flops import nominal_stage_work
+from megamor.model.flops import nominal_stage_work, untracked_recursions
 from megamor.model.layouts import fine_chunks
 from megamor.model.loss import CHUNK_ELEMENTS
 from megamor.model.multi_scale import reach
@@ -59,23 +53,25 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     everything = BlockRows(config, sizes, tokens, tokens, uneven=config.data.document_mask)
     unshared = Span("", 1.0, *everything.block(), everything.widest())
     found: list[Span] = []
+    most = max(item.recursions for item in depth_steps(config))
     for segment in segments(config):
         if segment.schedule:
-            found += stage_spans(segment, sizes)
+            found += stage_spans(segment, sizes, most)
         else:
             found += [replace(unshared, unit=f"{segment.name}.{number}") for number in range(segment.num_blocks)]
     return found
 
 
-def stage_spans(stage: Segment, sizes: ElementSizes) -> list[Span]:
-    """The spans of a recursion stage."""
+def stage_spans(stage: Segment, sizes: ElementSizes, most: int) -> list[Span]:
+    """The spans of a recursion stage that runs at most so many recursions."""
     config, found = stage.config, []
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
-    policy = config.recursion.kv_policy
-    for recursion, (selected, _) in enumerate(nominal_stage_work(config, batch)):
-        if not selected:
-            continue  # a recursion that a fixed depth leaves out
+    policy, work = config.recursion.kv_policy, nominal_stage_work(config, batch, most)
+    untracked = untracked_recursions(config, work)
+    for recursion, (selected, _) in enumerate(work):
+        if not selected or recursion < untracked:
+            continue  # not run, or without gradients, for which nothing is kept
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
         last = recursion == config.recursion.num_recursions - 1
@@ -122,6 +118,9 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
+        if model.qk_norm:
+            saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
+            saved += 0 if self.shares == "share_first" else self.keys_values / 2
         if self.shares != "share_first":
             saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
@@ -179,11 +178,11 @@ class BlockRows:
     def around_blocks(self) -> float:
         """What a recursion saves around its blocks: result, combined rows, scorer's input, RoPE angles, positions."""
         router, model = self.config.router, self.config.model
+        injected = self.stream if self.config.recursion.input_injection else 0.0
         if isinstance(router, FixedDepthConfig):
-            return 0.0
-        gated = isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig | MonotoneConfig)
-        streams = 3 if gated else 2
-        saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
+            return injected
+        streams = 3 if isinstance(router, ScoredConfig | MonotoneConfig) else 2
+        saved = injected + streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.
             saved += self.count * self.config.data.seq_len * self.sizes.products

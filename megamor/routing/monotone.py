@@ -65,17 +65,11 @@ class MonotoneSession(RoutingSession):
         gate = torch.sigmoid(logits + full_precision(router, "bias", logits.dtype)[recursion])
         survival = candidates.gather(self.survival) * gate
         self.survival = candidates.scatter(self.survival, survival)
-        self.add_depth_loss(recursion, survival)
+        self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
+        if recursion == router.num_recursions - 1 and self.context.mode == "train":
+            self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
+            self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
         tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))
         # A token below the threshold takes the recursion only if it is made to (`bounded`), and then without effect.
         weight = ((tokens.gather(self.survival) - threshold) / (1 - threshold)).clamp_min(0)
         return RoutingPlan(tokens, indices, Mix(from_stream=1 - weight, from_core=weight))
-
-    def add_depth_loss(self, recursion: int, survival: Tensor) -> None:
-        """Add recursion r's term of the soft depth; after the last, the loss."""
-        if self.context.mode != "train":
-            return
-        self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
-        if recursion == self.router.num_recursions - 1:
-            self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            self.add_loss("depth_loss", self.router.config.depth_coeff * self.soft_depth)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megamor.config import RecursionConfig
+from megamor.config.exits import EXITS, ExitName
 from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
 from megamor.routing import RoutingSession, TokenSet
@@ -26,7 +27,8 @@ from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.graphs import BatchGraphs
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
-from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
+from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
+from tests.exits import median_rule
 from tests.serve.reference import Answer, answer
 
 END, AMPLE = 11, 1 << 22
@@ -204,7 +206,7 @@ def schedules_for(number: int) -> list[Schedule]:
 
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize("kv_policy", SERVED)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
     number = list(ROUTERS).index(router) + len(ROUTERS) * SERVED.index(kv_policy)
     model = model_of(router, kv_policy, SHARINGS[number % len(SHARINGS)])
@@ -217,7 +219,7 @@ def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", SERVED)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
     model = model_of(router, kv_policy, sharing)
     wanted = expected(model)
@@ -296,6 +298,45 @@ def test_recursions_that_differ(policy: str, norms: bool, rank: int) -> None:
             if "others" in name or ".up." in name or "recursion_embedding" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     check(model, Schedule(policy, 3, 4), expected(model))
+
+
+def check_exits(router: str, name: ExitName, kv_policy: str, sharing: str, schedules: Sequence[Schedule]) -> None:
+    """Under an exit rule that stops some tokens early, the engine still equals the reference."""
+    model = model_of(router, kv_policy, sharing)
+    rule = median_rule(model, name)
+    model.set_exit(rule)
+    try:
+        wanted = expected(model)
+        for schedule in schedules:
+            check(model, schedule, wanted)
+    finally:
+        model.set_exit(None)
+
+
+@pytest.mark.parametrize(
+    ("router", "name", "kv_policy"),
+    [
+        *(("fixed", name, kv_policy) for name, kv_policy in zip(EXITS, (*SERVED, *SERVED), strict=True)),
+        ("expert_choice", "max_probability", "recursion_wise"),
+        ("expert_choice", "acceleration", "share_first"),
+        *(("token_choice", name, "recursion_wise") for name in EXITS),
+        ("act_hard", "kl", "recursion_wise"),
+        ("act_soft", "entropy", "share_first"),
+    ],
+)
+def test_confidence_exits(router: str, name: ExitName, kv_policy: str) -> None:
+    number = list(ROUTERS).index(router) + EXITS.index(name)
+    check_exits(router, name, kv_policy, "middle_cycle", schedules_for(number)[number % 3 :][:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", EXITS)
+@pytest.mark.parametrize("router", [router for router in ROUTERS if router != "fixed_2_of_3"])
+def test_confidence_exits_of_every_router(router: str, name: ExitName, sharing: str) -> None:
+    for kv_policy in SERVED:
+        number = list(ROUTERS).index(router) + EXITS.index(name) + SHARINGS.index(sharing)
+        check_exits(router, name, kv_policy, sharing, schedules_for(number))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -398,7 +439,7 @@ def test_both_pools_share_the_memory() -> None:
 def test_logits_of_a_bf16_model_are_fp32() -> None:
     model = build_model(tiny_config(ROUTERS["expert_choice"])).to(torch.bfloat16).eval()
     runner = ServingEngine(model, EngineOptions(kv_memory=AMPLE)).runner
-    assert runner.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+    assert runner.model.readout(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_what_can_not_be_served() -> None:
@@ -419,6 +460,8 @@ def test_what_can_not_be_served() -> None:
         config = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", policy))
         with pytest.raises(ConfigError, match=f"{policy} can't be served.*recursion_wise"):
             ServingEngine(Transformer(config))
+    with pytest.raises(ConfigError, match=r"granularity = sequence can't be served.*generate"):
+        ServingEngine(build_model(tiny_config(ROUTERS["skip_forward_recurse_sequence"])))
     with pytest.raises(ConfigError, match="kv_memory = 100"):
         ServingEngine(model, EngineOptions(kv_memory=100))
 

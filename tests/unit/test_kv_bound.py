@@ -35,6 +35,7 @@ SOME = [
     ("expert_choice", "recursion_wise", "score"),
     ("token_choice", "share_first", "recent"),
     ("act_hard", "hybrid", "depth"),
+    ("monotone", "halted_reuse", "score"),
 ]
 COMBINATIONS = [
     pytest.param(*each, marks=() if each in SOME else pytest.mark.slow) for each in product(ROUTERS, KV_POLICIES, KEEPS)

@@ -27,7 +27,6 @@ from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
     SEQ_LEN,
-    SHARINGS,
     lively_model,
     tiny_config,
     tokens,
@@ -47,10 +46,11 @@ SOME = [
     ("act_hard", "recursion_wise"),
     ("skip_forward_recurse", "hybrid"),
     ("fixed", "share_first"),
+    ("monotone", "halted_reuse"),
 ]
 COMBINATIONS = [
     pytest.param(*pair, "middle_cycle", marks=() if pair in SOME else pytest.mark.slow) for pair in EVERY_POLICY
-] + [pytest.param(*pair, other, marks=pytest.mark.slow) for pair in EVERY_POLICY for other in SHARINGS[:-2]]
+] + [pytest.param(*pair, other, marks=pytest.mark.slow) for pair in EVERY_POLICY for other in ("sequence", "stages")]
 
 
 def multi_scale(config: Config, window: int = WINDOW, block: int = BLOCK) -> Config:

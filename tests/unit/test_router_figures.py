@@ -181,9 +181,10 @@ def test_token_choice_by_hand() -> None:
     taking = depth[plan.tokens.rows(CPU)]
     assert taking.tolist() == [d for d in depth.tolist() if d >= 1]
     leaving = taking == 1
-    torch.testing.assert_close(plan.mix.from_input, leaving.double())
+    mix = session.mix(1, plan, rows())
+    torch.testing.assert_close(mix.from_input, leaving.double())
     gate = gates.gather(1, depth[:, None]).squeeze(1)[depth >= 1]
-    torch.testing.assert_close(plan.mix.from_core, torch.where(leaving, gate, 1.0))
+    torch.testing.assert_close(mix.from_core, torch.where(leaving, gate, 1.0))
 
 
 def test_the_bias_moves_the_choice_and_not_the_gate() -> None:
@@ -191,7 +192,7 @@ def test_the_bias_moves_the_choice_and_not_the_gate() -> None:
     router.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
     session = begin(router)
     assert session.depth.unique().tolist() == [1]
-    torch.testing.assert_close(session.gate, F.linear(rows(), router.head.weight)[:, 1].sigmoid())
+    torch.testing.assert_close(session.gates[:, 1], F.linear(rows(), router.head.weight)[:, 1].sigmoid())
     # Depths below the mean load of 4 rise by the rate, those above it fall; the distance doesn't count.
     router.bias.zero_()
     router.update({"depth_choices": torch.tensor([9.0, 3.0, 0.0])})

@@ -192,7 +192,7 @@ class ServingEngine:
         if not ends:
             return {}
         # Norm and head for these rows only: those inside a prompt predict tokens that are known.
-        logits = self.runner.logits(x[self.runner.tensor(rows)])
+        logits = self.model.readout(x[self.runner.tensor(rows)])
         tokens = sample(logits, [self.draw(chunk.sequence, request) for chunk, request in ends])
         wanted = [request.params.logprobs for _, request in ends]
         logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)
@@ -213,7 +213,7 @@ class ServingEngine:
             end = min(chunk.start + chunk.length, sequence.prompt_length - 1)
             if count is not None and sequence.index == 0 and end > chunk.start:
                 following = sequence.tokens[chunk.start + 1 : end + 1]
-                logits = self.runner.logits(x[first : first + end - chunk.start])
+                logits = self.model.readout(x[first : first + end - chunk.start])
                 found = logprobs_of(logits, following, [count] * len(following))
                 request.prompt_logprobs.update(zip(range(chunk.start + 1, end + 1), found, strict=True))
             first += chunk.length

@@ -70,6 +70,11 @@ class Layers:
                 f"recursion.kv_policy = {recursion.kv_policy} can't be served: every recursion would need its own copy "
                 "of all earlier keys. Train with recursion_wise or share_first, or use `megamor generate`"
             )
+        if stage.router.reads_memory:
+            raise ConfigError(
+                "router.granularity = sequence can't be served: the mean over a text isn't kept with its cached pages. "
+                "Train with granularity: token, or use `megamor generate`"
+            )
         schedule = stage.schedule[: stage.router.num_recursions]
         access = accesses(schedule, shared=recursion.kv_policy == "share_first")
         written = [item for row in access for item in row if item.writes]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
@@ -150,7 +149,7 @@ class Runner:
         context = self.context(chunks, rows, positions)
         if stage.router.reads_text:
             context = replace(context, text=self.text_keys(chunks))
-        session = self.session = stage.router.begin(x, context)
+        session = self.session = stage.begin(x, context)
         kept = self.route(session, 0, x, slots)
         return kept_rows([(rows, kept)])
 
@@ -164,11 +163,14 @@ class Runner:
             [[chunk.slots[row] for chunk, row in rows], [chunk.start + row for chunk, row in rows]]
         )
         x = self.get("stream", slots)
-        # The embedding tells the blocks which recursion this is. Their output is combined with the stream without it.
+        # What only the core's input has isn't in the stream that its output is combined with.
         entered = x
-        if stage.recursion_embedding is not None:
-            added = [stage.recursion_embedding[group.recursion].expand(group.end - group.first, -1) for group in groups]
-            x = x + torch.cat(added)
+        if stage.injection is not None or stage.recursion_embedding is not None:
+            inputs, parts = (
+                self.get("input", slots),
+                [(group.recursion, slice(group.first, group.end)) for group in groups],
+            )
+            x = torch.cat([stage.core_input(recursion, x[rows], inputs[rows]) for recursion, rows in parts])
         x = self.run_core(groups, x)
         outcomes = []
         for group in groups:
@@ -184,12 +186,6 @@ class Runner:
         slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
         name = "emitted" if "emitted" in self.state else "stream"
         return self.run_edge("coda", self.get(name, slots), chunks, len(self.model.prelude))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.model.norm(x), self.model.embed.weight)
-        # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
-        return logits if logits.dtype == torch.float64 else logits.float()
 
     def run_edge(self, name: str, x: Tensor, chunks: Sequence[Chunk], first_layer: int) -> Tensor:
         """x [N, dim], all rows of `chunks`, through the blocks of "prelude" or "coda"."""
@@ -291,7 +287,7 @@ class Runner:
             return rows, None  # policy full: all rows of the group have stopped
         assert self.session is not None
         # The session of the last entry batch, given the state of these rows: they may have entered in other batches.
-        state = {name: self.get(f"router.{name}", slots) for name in self.session.per_row}
+        state = {name: self.get(f"router.{name}", slots) for name in self.session.state()}
         session = self.session.regrouped(self.context(group.chunks, rows, positions), state)
         mix = self.mixes[group.recursion]
         tensors = [name for name in MIX_WEIGHTS if isinstance(getattr(mix, name), Tensor)]
@@ -326,8 +322,8 @@ class Runner:
                 self.put(f"mix.{name}", slots, weight)
         if not isinstance(plan.tokens, MarkedSet) or plan.tokens.index is not None:
             raise ConfigError(FOREIGN_SET.format(recursion=recursion))
-        for name in session.per_row:
-            self.put(f"router.{name}", slots, getattr(session, name))
+        for name, value in session.state().items():
+            self.put(f"router.{name}", slots, value)
         return plan.tokens.kept
 
     def context(self, chunks: Sequence[Chunk], rows: Sequence[Sequence[int]], positions: Tensor) -> RoutingContext:
