@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megamor.evaluate.sampling import cache_for
 from megamor.model import CacheBound, Transformer
-from megamor.model.loss import IGNORE
 
 if TYPE_CHECKING:
     from megamor.data.loader import MicroBatch
-
-UNBOUNDED_CHUNK = 64
-"""Tokens read at a time where the cache isn't bounded."""
 
 
 @torch.no_grad()
@@ -34,18 +29,16 @@ def bounded_loss(model: Transformer, batches: Iterable[MicroBatch], bound: Cache
         documents += len(rows)
         cache = cache_for(model, len(rows), rows[0].shape[1], bound)
         while rows:
-            first, last = cache.num_tokens, rows[-1].shape[1]
-            last = min(last, first + (UNBOUNDED_CHUNK if bound is None else cache.chunk))
+            first, last = cache.num_tokens, min(cache.num_tokens + cache.chunk, rows[-1].shape[1])
             inputs, labels = torch.stack([row[:, first:last] for row in rows], 1).to(model.embed.weight.device)
-            logits = model(inputs, mode="causal", cache=cache).logits
-            assert logits is not None
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-            loss, tokens = loss + nats.item(), tokens + (labels != IGNORE).sum().item()
-            unfinished = [row for row in rows if row.shape[1] > last]
-            held += cache.bytes_held()[len(unfinished) :].sum().item()
-            if len(unfinished) < len(rows):
-                cache.select(torch.arange(len(unfinished), device=inputs.device))
-            rows = unfinished
+            out = model(inputs, labels, mode="causal", cache=cache)
+            assert out.loss_sum is not None
+            assert out.num_tokens is not None
+            loss, tokens = loss + out.loss_sum.item(), tokens + out.num_tokens.item()
+            rows = [row for row in rows if row.shape[1] > last]
+            held += cache.bytes_held()[len(rows) :].sum().item()
+            if len(rows) < cache.batch:
+                cache.select(torch.arange(len(rows), device=inputs.device))
     return {"loss": loss / tokens, "kv_bytes": held / documents}
 
 

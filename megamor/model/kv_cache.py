@@ -46,7 +46,7 @@ class CacheBound:
     recent: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.sinks, self.newest) < 0 or self.free < 1:
+        if min(self.sinks, self.newest, self.budget - self.sinks - self.newest - 1) < 0:
             raise ConfigError(
                 f"a KV budget of {self.budget} can't be divided into {self.sinks} sinks, {self.newest} recent entries "
                 "and at least one other: raise it, or give fewer sinks (--kv-sinks) or recent ones (--kv-recent)"
@@ -58,14 +58,9 @@ class CacheBound:
         return self.budget // 2 if self.recent is None else self.recent
 
     @property
-    def free(self) -> int:
-        """Entries beside those that always stay."""
-        return self.budget - self.sinks - self.newest
-
-    @property
     def chunk(self) -> int:
         """Tokens to read at a time: few, as they need room in the budget before it is known which entries matter."""
-        return max(1, min(16, self.free // 4))
+        return max(1, min(16, (self.budget - self.sinks - self.newest) // 4))
 
 
 @dataclass
