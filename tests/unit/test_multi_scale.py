@@ -33,6 +33,9 @@ from tests.combinations import (
     vanilla_config,
 )
 from tests.decoding.test_cached_decoding import check as check_decoding
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import fresh_run, relative_differences
+from tests.distributed.runs import tiny as tiny_run
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
 from tests.unit.test_model import gradients
 
@@ -236,3 +239,12 @@ def test_plan_estimates_the_memory_of_a_step(policy: str) -> None:
 def test_serving_refuses() -> None:
     with pytest.raises(ConfigError, match=r"multi_scale can't be served.*megamor generate"):
         ServingEngine(build_model(multi_scale(vanilla_config())))
+
+
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_backends_agree_with_one_process(backend: str) -> None:
+    single = multi_scale(tiny_run("single", micro_batch_size=4))
+    sharded = multi_scale(tiny_run(backend, micro_batch_size=2))
+    (want,) = run_ranks(fresh_run, single, 5, world_size=1)
+    for got in run_ranks(fresh_run, sharded, 5, world_size=2):
+        assert max(relative_differences(want, got)) < 1e-6
