@@ -34,8 +34,8 @@ def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup
 
     Matrices (embedding and routers included) have weight decay; vectors (norms, biases) don't. Auxiliary routers, which
     have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1),
-    other routers `router_lr_multiplier` times. With Muon, its matrices are a group of their own. Empty groups are left out. Call it on the wrapped model, because
-    FSDP2 replaces the parameters.
+    other routers `router_lr_multiplier` times. With Muon, its matrices are a group of their own. Empty groups are left
+    out. Call it on the wrapped model, because FSDP2 replaces the parameters.
     """
     rates = {"model": 1.0, "router": config.router_lr_multiplier, "aux_router": config.aux_router_lr_multiplier}
     groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
