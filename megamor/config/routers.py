@@ -172,10 +172,8 @@ class SkipForwardRecurseConfig(TargetConfig):
     inference_threshold: BetweenZeroAndOne | None = None
     """At inference a token recurses if its probability is at least this, else takes the likelier of the other two
     actions; null: the likeliest of all three."""
-    recursion_rate: PositiveFraction = 0.3
-    """Fraction of the decisions that should be to recurse; used by `rate_coeff`."""
-    rate_coeff: NonNegative = 0.0
-    """Weight of the loss on the squared distance of that fraction from `recursion_rate`."""
+    recursion_rate: PositiveFraction | None = None
+    """Fraction of the decisions, such as 0.3, that should be to recurse; a target for the loss instead of the depth."""
     depth_coeff: NonNegative = 0.01
     """Weight of the loss on the expected depth; with a target, on its squared distance from it."""
     temperature_start: Positive = 1.0

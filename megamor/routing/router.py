@@ -65,8 +65,8 @@ class RoutingContext:
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
     (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are the rows at
-    which the tokens' documents begin; None means that each sequence is one. In cached decoding, `memory` is where
-    routers keep what they need of earlier tokens.
+    which the tokens' documents begin; None means that each sequence is one. In cached decoding (not
+    in serving), `memory` is where routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -128,7 +128,7 @@ class RoutingSession(ABC):
         return result
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
-        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
+        """How `tokens` [N] leave after `recursion`, with y or x_in + gate·y, if `mix` must know of it; else None."""
         return None
 
     def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
@@ -220,8 +220,6 @@ class Router(nn.Module, ABC):
     """Whether the inference rule needs `RoutingContext.text`."""
     shift: Tensor
     """With a `control`: the knob that holds its target."""
-    reads_memory: bool = False
-    """Whether the inference rule needs `RoutingContext.memory`, which serving doesn't have."""
 
     def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()

@@ -177,6 +177,12 @@ def test_a_target_depth_holds_in_training_and_at_inference(target: float) -> Non
     assert depths(model, step=150).float().mean().item() == pytest.approx(target, abs=0.2)
 
 
+@pytest.mark.parametrize("target", [1.5, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_monotone_router_holds_its_target(target: float) -> None:
+    model = trained(MonotoneConfig(target_depth=target), steps=150)
+    assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.1)
+
+
 def test_all_three_actions_survive_where_they_are_needed() -> None:
     config = SkipForwardRecurseConfig(hidden=32, depth_coeff=0.05, target_depth=1.2, temperature_steps=200)
     depth = depths(trained(config, steps=200), mode="causal")
