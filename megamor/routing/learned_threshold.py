@@ -62,13 +62,14 @@ class LearnedThresholdSession(ScoredSession):
         self.add_z_loss(z, candidates)
         if recursion == 0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
-        # The shift holds a target. It isn't part of the gate, or holding the depth would scale the core's output.
-        margins = self.router.steered(z.detach())
+        # The shift that holds a target is part of the gate too. Otherwise scores fall while the shift rises, and the
+        # gates of selected tokens close.
+        margins = self.router.steered(z)
         self.add_margins(self.router, recursion, margins)
         tokens, indices = candidates.where(self.bounded(recursion, margins > 0, candidates))
         if self.context.mode == "train":
-            self.add_depth_loss(recursion, z[indices])
-        return self.router.plan(z, tokens, indices)
+            self.add_depth_loss(recursion, margins[indices])
+        return self.router.plan(margins, tokens, indices)
 
     def add_depth_loss(self, recursion: int, z: Tensor) -> None:
         """Add recursion r's term of the soft depth, of the tokens that take it; after the last, the loss.
