@@ -125,6 +125,9 @@ def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.mul_(20 if "router" in name else 6)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.shift"):
+                buffer.fill_(0.5)  # of a target
     return model
 
 

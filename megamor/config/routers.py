@@ -135,8 +135,10 @@ class LearnedThresholdConfig(TargetConfig, ScoredConfig):
     """
 
     kind: Literal["learned_threshold"] = "learned_threshold"
-    depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth, without which all tokens tend to full depth; not used with a target."""
+    z_coeff: NonNegative = 0.001
+    """Weight of the mean squared margin. It brings tokens back to thresholds that they have stayed below."""
+    depth_coeff: NonNegative = 0.001
+    """Weight of the loss on the soft depth, without which tokens tend to full depth; not used with a target."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,7 @@ class MonotoneConfig(TargetConfig):
     threshold: BetweenZeroAndOne = 0.5
     """The product of gates at which a token leaves."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth (the sum of the mean products of gates before all recursions) or, with a
-    target, on its squared distance from that depth."""
+    """Weight of the loss on the soft depth, the sum of the mean products of gates; not used with a target."""
 
 
 @dataclass(frozen=True)

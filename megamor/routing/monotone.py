@@ -1,10 +1,11 @@
 """Monotone gates: a token's weight falls from recursion to recursion, and once it is at zero the token has left.
 
-Before each recursion r, a token gets a gate in (0, 1), and c_r is the product of its gates so far, which can only fall.
-It continues while c_r is above the threshold t, and the result of the recursion replaces the stream with the weight
-(c_r - t) / (1 - t). This reaches zero where the token leaves, so that nothing jumps there, and the gradient of the
-weight is that of the decision too. The depth loss, on the mean of c_1 + c_2 + …, closes gates that are of no use.
-After arXiv 2603.01914, with `recursion.kv_policy: halted_reuse`.
+Before each recursion r, a token gets a gate g_r in (0, 1), and c_r is the product of its gates so far, which can only
+fall. It continues while c_r is above the threshold t, and the recursion's result replaces the stream
+with the weight (c_r - t) / (1 - t). This reaches zero exactly where the token leaves, so the result does not jump
+there, and the gradient of the weight is that of the decision too. The language-model loss alone would open all gates;
+the depth loss, on the mean of c_1 + c_2 + …, closes those that are of no use. Made for `recursion.kv_policy:
+halted_reuse`, under which the keys of tokens that have left stay visible (after arXiv 2603.01914).
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class MonotoneRouter(Router):
         """As in training: continue while the product of the gates is above the threshold."""
         return InferenceRule("monotone_gate", score="router", threshold=self.config.threshold)
 
+    @property
+    def threshold(self) -> Tensor | float:
+        """The product of gates at which a token leaves. A target shifts its logit, and the weights follow."""
+        threshold = self.config.threshold
+        return threshold if self.control is None else torch.sigmoid(math.log(threshold / (1 - threshold)) - self.shift)
+
     def begin(self, rows: Tensor, context: RoutingContext) -> MonotoneSession:
         return MonotoneSession(self, rows, context)
 
@@ -61,8 +68,8 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = torch.zeros((), dtype=dtype, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
-        """Candidates whose product of gates is above the threshold."""
-        router, config = self.router, self.router.config
+        """The candidates whose product of gates is above the threshold."""
+        router, threshold = self.router, self.router.threshold
         logits = router.heads[recursion](rows).squeeze(-1)
         gate = torch.sigmoid(logits + full_precision(router, "bias", logits.dtype)[recursion])
         survival = candidates.gather(self.survival) * gate
@@ -70,15 +77,11 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
         if recursion == router.num_recursions - 1 and self.context.mode == "train":
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            target, at_full_depth = config.depth(router.full_depth), router.num_recursions == router.full_depth
-            penalty = self.soft_depth if target is None else (self.soft_depth - target).square() * at_full_depth
-            self.add_loss("depth_loss", config.depth_coeff * penalty)
-        # A target moves the threshold as a logit, so that it stays in (0, 1).
-        odds = math.log(config.threshold / (1 - config.threshold))
-        threshold = config.threshold if router.control is None else torch.sigmoid(odds - router.shift)
-        margins = router.steered(torch.logit(survival.detach(), eps=1e-6) - odds)
-        self.add_margins(router, recursion, margins)
-        tokens, indices = candidates.where(self.bounded(recursion, margins > 0, candidates))
+            if router.control is None:
+                self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
+        if isinstance(threshold, Tensor):
+            self.add_margins(router, recursion, torch.logit(survival, eps=1e-7) - torch.logit(threshold))
+        tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))
         # A token below the threshold takes the recursion only if it is made to (`bounded`), and then without effect.
         weight = ((tokens.gather(self.survival) - threshold) / (1 - threshold)).clamp_min(0)
         return RoutingPlan(tokens, indices, Mix(from_stream=1 - weight, from_core=weight))

@@ -91,10 +91,11 @@ class SkipForwardRecurseRouter(Router):
         sampled, variance = expected / number, squares / number - (total / number).square()
         if self.control.in_flops:
             sampled = self.control.measured(totals, taken_shares(totals))
-        # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
-        variances = torch.stack((variance + math.pi**2 / 12, variance))
+        # Margins are half the differences, which decide. Noise decides too where the choice is sampled: the variance of
+        # the difference of two Gumbel variables.
+        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
         errors = self.control.target - torch.stack((sampled, self.control.measured(totals)))
-        self.shifts += self.control.move(errors, variances).to(self.shifts)
+        self.shifts += self.control.move(errors, scale / 2).to(self.shifts)
 
 
 class SkipForwardRecurseSession(RoutingSession):
