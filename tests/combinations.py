@@ -71,8 +71,10 @@ if "MEGAMOR_ROUTER" in os.environ:
 SERVED_ROUTERS = [name for name in ROUTERS if not name.endswith("sequence")]
 """Those that the serving engine doesn't refuse."""
 KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
-REPRESENTATIVES = ("expert_choice", "token_choice", "skip_forward_recurse", "act_hard", "monotone")
-"""The routers that tests of `halted_reuse` use by default; with the others they are slow tests (tests/conftest.py)."""
+REPRESENTATIVES = ("fixed", "expert_choice", "token_choice", "skip_forward_recurse", "act_hard", "monotone", "custom")
+"""Routers that are tested with everything by default. Of the others, combinations with `halted_reuse` and with
+`RARE_SHARINGS` are slow tests (tests/conftest.py)."""
+RARE_SHARINGS = ("cycle", "sequence", "middle_sequence")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 STRUCTURES = (*SHARINGS, "stages")
 """All sharings of one stage, and several stages."""
