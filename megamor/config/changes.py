@@ -58,6 +58,7 @@ _CLASSES: dict[Effect, str] = {
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """
         optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier
+        optim.router_lr_multiplier
         optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps
         recursion.schedule recursion.schedule_start recursion.schedule_steps recursion.backprop_recursions
         train.z_loss_coeff""",
