@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.combination_table import CombinationTable
+from tests.combinations import REPRESENTATIVES, ROUTERS
 from tests.reliability_table import ReliabilityTable, promises_of
 from tests.slurm.cluster import missing_programs
 
@@ -51,9 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse marks that name no known promise, even if no table is written."""
+    """Refuse marks that name no known promise, even if no table is written; mark what is slow in a large product."""
     for item in items:
         promises_of(item)
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        router, kv_policy = parameters.get("router"), parameters.get("kv_policy")
+        if kv_policy == "halted_reuse" and router in ROUTERS and router not in REPRESENTATIVES:
+            item.add_marker(pytest.mark.slow)
 
 
 def is_allowed(reason: str) -> bool:

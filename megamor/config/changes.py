@@ -47,7 +47,7 @@ _CLASSES: dict[Effect, str] = {
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
         router.ponder_coeff router.threshold router.target_flops router.prior router.gate router.routers
-        router.granularity router.recursion_input router.recursion_rate router.rate_coeff router.target router.options
+        router.granularity router.recursion_input router.recursion_rate router.target router.options
         data.tokenizer data.document_mask""",
     Effect.ORDER: "run.seed data.packing data.chunk_len",
     Effect.STATE: "optim.kind",

@@ -118,6 +118,13 @@ def test_a_change_of_the_function_is_refused_by_name(halfway: Config) -> None:
     assert files_of(halfway) == before
 
 
+def test_the_moments_of_another_optimizer_are_refused(halfway: Config) -> None:
+    before = files_of(halfway)
+    (message,) = fit_to_failure(allowing(with_setting(halfway, "optim.kind", "muon"), "optim.kind"), world_size=1)
+    assert "optim.kind: adamw -> muon: the checkpoint has the moments of the other optimizer" in message
+    assert files_of(halfway) == before
+
+
 @pytest.mark.promise("R19")
 def test_allowing_one_change_allows_no_other(tmp_path: Path) -> None:
     old = tiny_run(tmp_path)
