@@ -9,7 +9,7 @@ from megamor.routing.custom import import_router, refuse_unknown_router
 from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
-from megamor.routing.halting import HaltingRouter, PonderNetRouter
+from megamor.routing.halting import HaltingRouter
 from megamor.routing.learned_threshold import LearnedThresholdRouter
 from megamor.routing.monotone import MonotoneRouter
 from megamor.routing.plan import MarkedSet, Mix, RoutingPlan, TokenSet
@@ -46,7 +46,7 @@ ROUTERS: dict[str, Callable[..., Router]] = {
     "skip_forward_recurse": SkipForwardRecurseRouter,
     "act": HaltingRouter,
     "monotone": MonotoneRouter,
-    "pondernet": PonderNetRouter,
+    "pondernet": HaltingRouter,
 }
 
 

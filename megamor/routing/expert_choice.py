@@ -45,12 +45,6 @@ class ExpertChoiceRouter(ScoredRouter):
         score = "aux_router" if self.config.sampling == "aux_router" else "router"
         return InferenceRule("threshold", score=score, threshold=self.config.inference_threshold)
 
-    @property
-    def logit_threshold(self) -> float:
-        """The score at the threshold."""
-        threshold = self.config.inference_threshold
-        return math.log(threshold / (1 - threshold))
-
     def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
         return ExpertChoiceSession(self, rows, context)
 
@@ -116,7 +110,12 @@ class ExpertChoiceSession(ScoredSession):
 
     def predicts(self, predictor: Tensor) -> Tensor:
         """Whether the inference rule selects each candidate, [N]: sigmoid(score) >= threshold, compared as logits."""
-        return self.router.steered(predictor.detach()) >= self.router.logit_threshold
+        return self.margins(predictor) >= 0
+
+    def margins(self, predictor: Tensor) -> Tensor:
+        """By how much each score exceeds the threshold, as logits, [N]."""
+        threshold = self.router.config.inference_threshold
+        return self.router.steered(predictor.detach()) - math.log(threshold / (1 - threshold))
 
     def measure(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> None:
         """Count what the inference rule would have selected, for the control."""
@@ -128,7 +127,7 @@ class ExpertChoiceSession(ScoredSession):
         self.following = candidates.scatter(self.following, taking)
         self.totals["causal_choices"][recursion] = torch.stack((following.sum(), taking.sum(), taking.sum()))
         if recursion:
-            self.add_margins(self.router, recursion, self.router.steered(predictor) - self.router.logit_threshold)
+            self.add_margins(self.router, recursion, self.margins(predictor))
 
     def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor, candidates: TokenSet) -> None:
         """BCE of the predictor against the selection `chosen` [N] (mean over the candidates), and the z-loss."""

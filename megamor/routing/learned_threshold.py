@@ -40,7 +40,7 @@ class LearnedThresholdRouter(ScoredRouter):
         return z - full_precision(self, "thresholds", z.dtype)[recursion]
 
     def begin(self, rows: Tensor, context: RoutingContext) -> LearnedThresholdSession:
-        return LearnedThresholdSession(self, rows, context)
+        return LearnedThresholdSession(self, context)
 
     def plan(self, z: Tensor, tokens: TokenSet, indices: Tensor | None) -> RoutingPlan:
         """As for all scored routers; an additive gate has the gradient of a weighted one."""
@@ -54,11 +54,7 @@ class LearnedThresholdSession(ScoredSession):
     """Learned thresholds during one forward pass."""
 
     router: LearnedThresholdRouter
-
-    def __init__(self, router: LearnedThresholdRouter, rows: Tensor, context: RoutingContext) -> None:
-        super().__init__(router, context)
-        self.num_tokens = len(rows)
-        self.soft_depth = torch.ones((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    soft_depth: Tensor | float = 1.0
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Candidates above the threshold; all of them in the first recursion."""
@@ -66,13 +62,14 @@ class LearnedThresholdSession(ScoredSession):
         self.add_z_loss(z, candidates)
         if recursion == 0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
-        # The shift holds a target. It isn't part of the gate, or holding the depth would scale the core's output.
-        margins = self.router.steered(z.detach())
+        # The shift that holds a target is part of the gate too. Otherwise scores fall while the shift rises, and the
+        # gates of selected tokens close.
+        margins = self.router.steered(z)
         self.add_margins(self.router, recursion, margins)
         tokens, indices = candidates.where(self.bounded(recursion, margins > 0, candidates))
         if self.context.mode == "train":
-            self.add_depth_loss(recursion, z[indices])
-        return self.router.plan(z, tokens, indices)
+            self.add_depth_loss(recursion, margins[indices])
+        return self.router.plan(margins, tokens, indices)
 
     def add_depth_loss(self, recursion: int, z: Tensor) -> None:
         """Add recursion r's term of the soft depth, of the tokens that take it; after the last, the loss.
@@ -81,7 +78,7 @@ class LearnedThresholdSession(ScoredSession):
         """
         # Only tokens that take a recursion have a gradient that says what it is good for. If the others were pushed
         # down as well, all would end below the thresholds, where no gradient brings them back. The z-loss does.
-        self.soft_depth = self.soft_depth + torch.sigmoid(z).sum() / self.num_tokens
+        self.soft_depth = self.soft_depth + torch.sigmoid(z).sum() / len(self.context.everything)
         if recursion == self.router.num_recursions - 1:
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
             if self.router.control is None:

@@ -252,4 +252,5 @@ class Router(nn.Module, ABC):
             number, sizes = totals["margins"].unbind(1)
             scale = torch.where(number > 0, sizes / number, math.inf).min().clamp_min(1e-4)
             error = self.control.target - self.control.measured(totals)
-            self.shift += self.control.move(error, scale).to(self.shift)
+            # Bounded, so that one batch of unusual text doesn't undo what many have settled.
+            self.shift += self.control.move(error, scale).clamp(-0.3 * scale, 0.3 * scale).to(self.shift)

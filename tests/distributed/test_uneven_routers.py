@@ -16,6 +16,8 @@ from megamor.config import (
     Config,
     EmaThresholdConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
+    PonderNetConfig,
     RandomConfig,
     RouterConfig,
     SkipForwardRecurseConfig,
@@ -56,6 +58,11 @@ def force_threshold(router: Any, is_deep: bool) -> None:
     router.threshold = lambda recursion: torch.tensor(-math.inf if is_deep else math.inf)
 
 
+def force_margins(router: Any, is_deep: bool) -> None:
+    """Let the scores of all tokens pass the thresholds, or of none."""
+    router.steered = lambda scores: torch.full_like(scores, 1.0 if is_deep else -1.0)
+
+
 def force_capacity(router: Any, is_deep: bool) -> None:
     """Select all tokens at every recursion, or none."""
     router.capacity = (1.0,) * 3 if is_deep else (0.0,) * 3
@@ -69,6 +76,8 @@ CASES: dict[str, tuple[RouterConfig, Force, tuple[int, int]]] = {
     "skip_forward_recurse": (SkipForwardRecurseConfig(), offset_head((40.0, 0.0, 0.0), (0.0, 0.0, 40.0)), (0, 3)),
     "forward": (SkipForwardRecurseConfig(), offset_head((0.0, 40.0, 0.0), (0.0, 0.0, 40.0)), (1, 3)),
     "act_hard": (HaltingConfig(mode="hard"), offset_head((8.0,), (-8.0,)), (1, 3)),
+    "learned_threshold": (LearnedThresholdConfig(), force_margins, (1, 3)),
+    "pondernet": (PonderNetConfig(), offset_head((8.0,), (-8.0,)), (1, 3)),
 }
 
 
@@ -94,7 +103,9 @@ def train(config: Config, force: Force) -> tuple[list[StepResult], list[float]]:
 
 
 @pytest.mark.promise("R11", backend=("fsdp2", "zero3"))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "pondernet" else ()) for case in CASES]
+)
 def test_every_router_may_be_uneven(case: str) -> None:
     preload_deepspeed()
     router, force, (shallow, deep) = CASES[case]

@@ -117,12 +117,12 @@ def test_an_additive_gate_is_one_with_the_gradient_of_a_weighted_one() -> None:
     assert gradients[0].tolist() == pytest.approx([0.0, expected, 0.0])
 
 
-def test_the_shift_moves_the_choice_and_not_the_gate() -> None:
+def test_the_shift_moves_the_choice_and_the_gate() -> None:
     router = new(LearnedThresholdConfig(target_depth=2.0, alpha=1.0))
     router.shift.fill_(-0.5)
     session, mixes, run = walk(router, [0.4, 0.6])
     assert run == [2, 1, 1]
-    torch.testing.assert_close(mixes[1][1].from_core, torch.sigmoid(fp64([0.6])))
+    torch.testing.assert_close(mixes[1][1].from_core, torch.sigmoid(fp64([0.1])))
     assert "depth_loss" not in session.losses  # it would push against the shift without end
 
 
@@ -248,6 +248,10 @@ def test_a_shift_moves_by_the_error_in_units_of_the_margins(target: dict[str, fl
     # Mean margins of 4 and 2, and a recursion that no token came to.
     router.update({"work": work, "margins": fp64([[0, 0], [10, 40], [8, 16]])})
     assert router.shift.item() == pytest.approx(1.0 + 0.6 * change * 2.0)
+    # A larger error moves it no further.
+    router.control.target *= 2 if change > 0 else 0.5
+    router.update({"work": work, "margins": fp64([[0, 0], [10, 40], [8, 16]])})
+    assert router.shift.item() == pytest.approx(1.0 + 2 * 0.6 * change * 2.0)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
