@@ -221,7 +221,8 @@ class MonotoneConfig(TargetConfig):
     threshold: BetweenZeroAndOne = 0.5
     """The product of gates at which a token leaves."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth, the sum of the mean products of gates; not used with a target."""
+    """Weight of the loss on the soft depth, the sum of the mean products of gates. With a target, the loss is the
+    squared distance of the soft depth from it instead."""
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,9 @@ class BlockRows:
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
         if model.qk_norm:
-            saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
-            saved += self.fresh / 2
+            # Queries and keys before they are normalised; on a CPU, autocast keeps two copies of them in fp32.
+            heads = self.count * model.dim * size + self.fresh / 2
+            saved += heads * (4 if autocast and not self.sizes.on_gpu else 1) + self.count * model.num_heads * STATISTIC
         if self.shares != "share_first":
             saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:

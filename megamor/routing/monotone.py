@@ -77,8 +77,11 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
         if recursion == router.num_recursions - 1 and self.context.mode == "train":
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            if router.control is None:
-                self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
+            loss, target = router.config.depth_coeff * self.soft_depth, router.config.depth(router.full_depth)
+            if target is not None:
+                # Gates that nothing holds open close, and the control would keep the depth with recursions without use.
+                loss = (self.soft_depth - target).square() * (router.num_recursions == router.full_depth)
+            self.add_loss("depth_loss", loss)
         if isinstance(threshold, Tensor):
             self.add_margins(router, recursion, torch.logit(survival, eps=1e-7) - torch.logit(threshold))
         tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))

@@ -28,6 +28,7 @@ from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_mode
 from tests.decoding.test_cached_decoding import check as check_decoding
 from tests.serve.test_equality import Schedule, expected
 from tests.serve.test_equality import check as check_serving
+from tests.unit.test_memory_model import assert_close, measured_peak, step_config
 
 NOISY: dict[str, Any] = {"input_injection": True, "residual_scaling": "inverse_sqrt", "separate_norms": True}
 
@@ -288,3 +289,15 @@ def test_truncation_saves_memory_and_flops() -> None:
     for policy in ("recursion", "block", "selective"):
         train = replace(truncated(1).train, activation_checkpointing=policy)  # type: ignore[arg-type]
         assert shallow.recomputed(train) == pytest.approx(plain.recomputed(train) / 3)
+
+
+@pytest.mark.parametrize("policy", ["none", "block"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("model", "changes"), [("expert_choice", {"input_injection": True}), ("fixed", {"backprop_recursions": 1})]
+)
+def test_the_plan_knows_the_memory(model: str, changes: dict[str, Any], precision: str, policy: str) -> None:
+    config = step_config("wide", model, policy, precision)
+    qk_norm = replace(config.model, qk_norm="input_injection" in changes)
+    config = replace(config, model=qk_norm, recursion=replace(config.recursion, **changes))
+    assert_close(step_memory(config, 1, on_gpu=False), measured_peak(config))
