@@ -17,6 +17,7 @@ from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
 from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
+from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
@@ -41,8 +42,9 @@ class LoadedModel:
 
     @property
     def origin(self) -> str:
-        """Directory and step, for a message."""
-        return str(self.directory) if self.step is None else f"{self.directory} (step {self.step})"
+        """Directory and step, for a message; and the depth, where training stopped on its way to the full one."""
+        depth = f", {self.model.recursions} of {most_recursions(self.config)} recursions" if grows(self.config) else ""
+        return f"{self.directory}{depth}" if self.step is None else f"{self.directory} (step {self.step}{depth})"
 
     @property
     def tokenizer_path(self) -> Path:
@@ -112,6 +114,9 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         checkpoint = open_checkpoint(path)
         directory, step = checkpoint.directory, checkpoint.step
         config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+        if grows(config):
+            # Recursions that training hasn't reached would run with parameters that have learned nothing.
+            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
     refuse_unknown_router(config, directory)
     config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
@@ -130,7 +135,7 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
     """`config` of the model with these `weights`, to which what an earlier version lacked is added."""
     if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in weights):
         return replace(config, router=replace(config.router, gates="learned"))
-    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.target_depth is not None:
+    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.depth(1) is not None:
         weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
 

@@ -22,7 +22,10 @@ from megamor.config import (
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     ModelConfig,
+    MonotoneConfig,
+    PonderNetConfig,
     RandomConfig,
     RecursionConfig,
     RouterConfig,
@@ -46,16 +49,28 @@ ROUTERS: dict[str, RouterConfig] = {
     "token_choice": TokenChoiceConfig(),
     "token_choice_loss_free": TokenChoiceConfig(activation="sigmoid", alpha=0.1, balancing="loss_free"),
     "ema_threshold": EmaThresholdConfig(),
+    "learned_threshold": LearnedThresholdConfig(),
+    "learned_threshold_target": LearnedThresholdConfig(gating="additive", head="mlp", target_depth=1.8),
     "random": RandomConfig(),
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
+    "skip_forward_recurse_attention": SkipForwardRecurseConfig(
+        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, rate_coeff=0.1
+    ),
+    "skip_forward_recurse_sequence": SkipForwardRecurseConfig(
+        hidden=32, granularity="sequence", recursion_input=True, target_depth=1.5
+    ),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
+    "monotone": MonotoneConfig(),
+    "pondernet": PonderNetConfig(),
 }
 if "MEGAMOR_ROUTER" in os.environ:
     ROUTERS["custom"] = CustomRouterConfig(
         target=os.environ["MEGAMOR_ROUTER"], options=json.loads(os.environ.get("MEGAMOR_ROUTER_OPTIONS", "{}"))
     )
-KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid")
+SERVED_ROUTERS = [name for name in ROUTERS if not name.endswith("sequence")]
+"""Those that the serving engine doesn't refuse."""
+KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 STRUCTURES = (*SHARINGS, "stages")
 """All sharings of one stage, and several stages."""

@@ -28,7 +28,7 @@ from megamor.errors import ConfigError, TrainingError
 from megamor.metrics import peak_memory, reset_peak_memory
 from megamor.model import build_model
 from megamor.model.flops import Flops, executed_flops, nominal_flops
-from megamor.optim import build_adamw
+from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, init_world
 
 NUM_BATCHES = 8
@@ -59,7 +59,7 @@ class Training:
         # Memory is counted from here: what training adds to a model that is built.
         self._can_reset_peak = reset_peak_memory(world.device)
         self._built = peak_memory(world.device)["memory/peak_gib"]
-        self.backend = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
+        self.backend = build_backend(model, config, world, lambda module: build_optimizer(module, config))
         self.backend.set_lr(0.0)
         # Made beforehand, because drawing ids and copying them to a GPU would be timed as well.
         self.batches = [make_batch(config, number, world.device) for number in range(NUM_BATCHES)]

@@ -30,6 +30,11 @@ class Checkpoint:
         return TrainerState.read(self.directory).step if step is None else step  # a copy may have any name
 
     @property
+    def recursions(self) -> int | None:
+        """The most recursions that a growing schedule has reached; None without one."""
+        return TrainerState.read(self.directory).recursions
+
+    @property
     def config_yaml(self) -> str:
         """The resolved configuration of the run, as YAML text."""
         path = stored_file(self.directory, layout.CONFIG_FILE)

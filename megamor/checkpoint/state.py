@@ -1,8 +1,9 @@
 """The directory `state/` of a checkpoint: named tensors in the format of torch.distributed.checkpoint.
 
-`model.<name>` are parameters and persistent buffers, `optimizer.state.<name>.<moment>` the optimizer's. Tensors are
-whole in meaning and fp32 whatever backend and number of ranks wrote them, so any other can read them. Hyperparameters
-are not state: a resumed run takes those of its configuration.
+`model.<name>` are parameters and persistent buffers, `optimizer.state.<name>.<moment>` the optimizer's, and
+`average.<name>` moving averages of parameters (`optim.average_decay`). Tensors are whole in meaning and fp32 whatever
+backend and number of ranks wrote them, so any other can read them. Hyperparameters are not state: a resumed run takes
+those of its configuration.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megamor.ranks import describe
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 MOMENTS_PREFIX = OPTIMIZER_PREFIX + "state."
+AVERAGE_PREFIX = "average."
 
 
 def write_state(checkpoint: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -50,13 +52,22 @@ def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     # Every rank compares all names and shapes first, and gets the same answer: nothing is overwritten by a checkpoint
     # that is refused, and no rank enters the collective load alone.
-    stored = state_shapes(checkpoint)
+    stored = {name: shape for name, shape in state_shapes(checkpoint).items() if not name.startswith(AVERAGE_PREFIX)}
     if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
         raise CheckpointError(
             f"{checkpoint} has weights without optimizer state: it can be evaluated or exported, not resumed"
         )
     check_same_model(checkpoint, stored, {name: tensor.size() for name, tensor in tensors.items()})
     _load(checkpoint, tensors, no_dist=not dist.is_initialized())
+
+
+def read_averages(checkpoint: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Fill the moving averages in place; False if `checkpoint` has none. Collective, if there is a process group."""
+    stored = {name: shape for name, shape in state_shapes(checkpoint).items() if name.startswith(AVERAGE_PREFIX)}
+    if stored:
+        check_same_model(checkpoint, stored, {name: tensor.size() for name, tensor in tensors.items()})
+        _load(checkpoint, tensors, no_dist=not dist.is_initialized())
+    return bool(stored)
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -89,15 +100,18 @@ def state_shapes(checkpoint: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in _entries(checkpoint).items()}
 
 
-def iterate_state(checkpoint: Path, batch_bytes: int = 2**31) -> Iterator[tuple[str, Tensor]]:
-    """Stored name and full CPU tensor of everything, with at most about `batch_bytes` in memory at a time.
+def iterate_state(
+    checkpoint: Path, batch_bytes: int = 2**31, names: Sequence[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Stored name and full CPU tensor of `names` (default: everything), about `batch_bytes` in memory at a time.
 
     Raises:
         CheckpointError: `state/` can't be read.
     """
     batch: dict[str, TensorStorageMetadata] = {}
     waiting = 0
-    for name, entry in _entries(checkpoint).items():
+    entries = _entries(checkpoint)
+    for name, entry in ((name, entries[name]) for name in (entries if names is None else names)):
         size = entry.size.numel() * entry.properties.dtype.itemsize
         if batch and waiting + size > batch_bytes:
             yield from _read(checkpoint, batch).items()
@@ -151,7 +165,9 @@ def _entries(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     except Exception as error:  # the metadata are a pickle, and a damaged pickle can raise nearly anything
         raise CheckpointError(f"{state} has no readable state: {describe(error)}") from error
     for name, entry in found.items():
-        if name.startswith((MODEL_PREFIX, MOMENTS_PREFIX)) and not isinstance(entry, TensorStorageMetadata):
+        if name.startswith((MODEL_PREFIX, MOMENTS_PREFIX, AVERAGE_PREFIX)) and not isinstance(
+            entry, TensorStorageMetadata
+        ):
             raise CheckpointError(f"{state} has no readable state: {name} is an object, not a tensor")
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 

@@ -30,6 +30,7 @@ class TrainerState:
         run_ids: id in each experiment tracker, by its name, so that a resumed run continues there.
         run_directory: where the run was, by which a copy is told from the original: see `directory_identity`.
         resumed_from: the last `checkpoint.resume_step` that the run followed.
+        recursions: the most recursions that a growing schedule has reached; None without one.
         data_fingerprints: fingerprints of the data sets and the tokenizer, by name.
         code_revision, world_size, backend, versions: how the checkpoint was made. Shown to people; resuming doesn't
             depend on them.
@@ -47,6 +48,7 @@ class TrainerState:
     run_ids: dict[str, str] = field(default_factory=dict)
     run_directory: dict[str, Any] = field(default_factory=dict)
     resumed_from: int | None = None
+    recursions: int | None = None
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     code_revision: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
     "export-hf": "export a checkpoint to Hugging Face format",
+    "merge": "merge checkpoints into one with averaged weights",
     "import": "import a checkpoint of the paper's authors",
     "convert-checkpoint": "convert a checkpoint to one safetensors file",
     "verify-checkpoint": "check that a checkpoint is intact and loads",

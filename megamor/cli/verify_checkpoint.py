@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from megamor.checkpoint import TrainerState
     from megamor.config import Config
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
 
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,6 +109,7 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
     from megamor.config.derive import derive
     from megamor.config.segments import stages
     from megamor.model import build_model
+    from megamor.optim import moments_of
     from megamor.routing import refuse_unknown_router
 
     try:
@@ -119,7 +118,10 @@ def _state_faults(checkpoint: Path, config: Config, trainer: TrainerState) -> It
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         expected = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
         for name, shape in parameters.items() if trainer.step > 0 else ():
-            expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in MOMENTS}
+            moments = moments_of(name, shape, config.optim)
+            expected |= {f"optimizer.state.{name}.{key}": shape if key != "step" else () for key in moments}
+        if config.optim.average_decay is not None and trainer.step > 0:
+            expected |= {f"average.{name}": shape for name, shape in parameters.items()} | {"average.updates": ()}
         stored = state_shapes(checkpoint)
         yield from shape_differences(stored, expected)
         # Tied weights that were stored twice would show in the sum.

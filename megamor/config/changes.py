@@ -21,6 +21,8 @@ class Effect(Enum):
     """Changes what the weights compute: refused unless allowed by name."""
     ORDER = "the order of the samples depends on it"
     """The loader refuses it: its position in the data would mean nothing."""
+    STATE = "the checkpoint has the moments of the other optimizer"
+    """Refused: the moments can't be converted."""
     LENGTH = "the learning rate and the steps left follow below"
     BATCH = "steps of another size, from the first unseen sample on; the learning rate isn't scaled"
     DATA = "used from the first unseen sample on"
@@ -34,24 +36,31 @@ class Effect(Enum):
 _CLASSES: dict[Effect, str] = {
     Effect.FUNCTION: """
         model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.max_seq_len
-        model.rope_theta model.norm_eps model.document_positions
+        model.rope_theta model.norm_eps model.qk_norm model.document_positions model.attention model.attention_window
+        model.attention_block
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
-        recursion.separate_norms recursion.lora_rank recursion.router_layers recursion.stages
+        recursion.separate_norms recursion.lora_rank recursion.input_injection recursion.residual_scaling
+        recursion.router_layers recursion.stages
         router.kind router.depth router.head router.activation router.alpha router.temperature router.gating
         router.gates router.capacity router.z_coeff router.capacity_warmup_steps router.sampling router.aux_coeff
         router.inference_threshold router.balancing router.balance_coeff router.bias_update_rate
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
-        router.ponder_coeff router.target router.options
+        router.ponder_coeff router.threshold router.target_flops router.prior router.gate router.routers
+        router.granularity router.recursion_input router.recursion_rate router.rate_coeff router.target router.options
         data.tokenizer data.document_mask""",
     Effect.ORDER: "run.seed data.packing data.chunk_len",
+    Effect.STATE: "optim.kind",
     Effect.LENGTH: """
         train.max_steps train.max_tokens train.max_flops
         optim.lr optim.schedule optim.warmup_steps optim.decay_fraction optim.min_lr_ratio""",
     Effect.BATCH: "train.global_batch_size train.ramp data.seq_len",
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """
-        optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier""",
+        optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier
+        optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps
+        recursion.schedule recursion.schedule_start recursion.schedule_steps recursion.backprop_recursions
+        train.z_loss_coeff""",
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
         train.add_shared_gradients_in_fp32 train.compile
@@ -62,7 +71,8 @@ _CLASSES: dict[Effect, str] = {
         guard.window guard.skip_non_finite guard.max_skips_in_a_row guard.spike_threshold guard.spike_steps
         guard.rollback_steps guard.max_rollbacks
         diagnosis.steps diagnosis.dead_router diagnosis.pinned_depth diagnosis.pinned_share diagnosis.unigram_plateau
-        diagnosis.plateau_margin diagnosis.plateau_after_step diagnosis.exploding_norm diagnosis.norm_factor""",
+        diagnosis.plateau_margin diagnosis.plateau_after_step diagnosis.exploding_norm diagnosis.norm_factor
+        diagnosis.stream_norm diagnosis.stream_factor""",
     Effect.NONE: """
         run.name run.dir model.init_std data.prefetch_steps
         train.stop_at_step train.fail_on_recompile_after train.hang_timeout_seconds

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from megamor.config.constraints import ByKind
 from megamor.config.routers import FixedDepthConfig, RouterConfig
-from megamor.config.schema import Config, RampConfig, SourceConfig, StageConfig
+from megamor.config.schema import Config, DepthStep, RampConfig, SourceConfig, StageConfig
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROUTERS: dict[str, type] = {router.kind: router for router in get_args(RouterConfig)}
 """`router.kind` -> its settings."""
-_ITEMS: dict[Any, str] = {SourceConfig: " or a bare prefix", RampConfig: "", StageConfig: ""}
+_ITEMS: dict[Any, str] = {SourceConfig: " or a bare prefix", RampConfig: "", StageConfig: "", DepthStep: ""}
 """Dataclasses that are items of lists, and what may be written instead."""
 _WORDS: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 

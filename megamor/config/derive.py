@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamor.config.batches import BatchSchedule
+from megamor.config.depth import describe_schedule
 from megamor.config.routers import (
     CustomRouterConfig,
     ExpertChoiceConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
+    MonotoneConfig,
     RandomConfig,
     RouterHead,
     ScoredConfig,
@@ -72,11 +75,12 @@ class Derived:
             "micro-batches": f"{self.micro_batches:,} per rank and step, {self.world_size:,} in parallel",
             "learning rate": f"{self.config.optim.warmup_steps:,} warm-up steps, {decay}",
             "layers": self._describe_layers(),
+            "recursions": describe_schedule(self.config),
             "parameters": f"{self.unique_parameters:,} unique, {self.effective_parameters:,} effective (no embedding), "
             f"{self.unique_parameters_with_embedding:,} unique with embedding",
         }
         width = max(map(len, lines))
-        return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items())
+        return "\n".join(f"{subject:<{width}}  {text}" for subject, text in lines.items() if text)
 
     def _describe_steps(self) -> str:
         """Steps done, steps to come by their size, and the tokens of all of them."""
@@ -164,16 +168,22 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one block: query and output projections, keys and values, SwiGLU, two norms."""
+    """Parameters of one block: query and output projections, keys and values, SwiGLU, norms."""
     kv_dim = model.num_kv_heads * model.head_dim
-    return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
+    return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + norm_parameters(model)
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    """Parameters of a block's norms: two of the stream, and with `qk_norm` two of a head."""
+    return 2 * model.dim + (2 * model.head_dim if model.qk_norm else 0)
 
 
 def stage_parameters(stage: Segment) -> int:
     """Parameters of a recursion stage beside its blocks' own."""
     config = stage.config
-    embeddings = config.recursion.num_recursions * config.model.dim if config.recursion.recursion_embedding else 0
-    return router_parameters(config) + stage.num_blocks * recursion_parameters(config) + embeddings
+    own = config.model.dim * config.recursion.recursion_embedding + 2 * config.recursion.input_injection
+    entering = config.recursion.num_recursions * own
+    return router_parameters(config) + stage.num_blocks * recursion_parameters(config) + entering
 
 
 def recursion_parameters(config: Config) -> int:
@@ -185,8 +195,8 @@ def recursion_parameters(config: Config) -> int:
     kv_dim = model.num_kv_heads * model.head_dim
     # n + m of each matrix: query and output, key and value, the three of SwiGLU.
     sides = 2 * (model.dim + model.dim) + 2 * (model.dim + kv_dim) + 3 * (model.dim + model.ffn_dim)
-    # The block's own pair of norms serves the first recursion.
-    norms = (recursion.num_recursions - 1) * 2 * model.dim if recursion.separate_norms else 0
+    # The block's own norms serve the first recursion.
+    norms = (recursion.num_recursions - 1) * norm_parameters(model) if recursion.separate_norms else 0
     return norms + recursion.num_recursions * recursion.lora_rank * sides
 
 
@@ -196,9 +206,10 @@ def router_parameters(config: Config) -> int:
     match config.router:
         case ExpertChoiceConfig(sampling="aux_router"):
             heads *= 2
-        case TokenChoiceConfig() | SkipForwardRecurseConfig() | HaltingConfig():
+        case TokenChoiceConfig() | SkipForwardRecurseConfig(routers="shared") | HaltingConfig():
             heads = 1
-    return heads * router_head_parameters(config)
+    inputs = config.recursion.num_recursions if getattr(config.router, "recursion_input", False) else 0
+    return heads * router_head_parameters(config) + inputs * config.model.dim
 
 
 def router_head_parameters(config: Config) -> int:
@@ -207,13 +218,15 @@ def router_head_parameters(config: Config) -> int:
     match router:
         case FixedDepthConfig() | CustomRouterConfig() | RandomConfig(gates="open"):
             return 0
+        case LearnedThresholdConfig():
+            return head_parameters(router.head, dim, outputs=1) + 1
         case ScoredConfig():
             return head_parameters(router.head, dim, outputs=1)
         case TokenChoiceConfig():
             return head_parameters(router.head, dim, outputs=config.recursion.num_recursions)
         case SkipForwardRecurseConfig():
-            return router.hidden * (dim + 3)
-        case HaltingConfig():
+            return router.hidden * ((dim if router.gate == "mlp" else 3 * dim) + 3)
+        case HaltingConfig() | MonotoneConfig():
             return dim + 1
 
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megamor.config.convert import ROUTERS, describe_type, field_types
-from megamor.config.schema import Config, RampConfig, SourceConfig, StageConfig
+from megamor.config.schema import Config, DepthStep, RampConfig, SourceConfig, StageConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
-ITEMS: dict[str, tuple[str, type]] = {
-    "recursion": ("stages", StageConfig),
-    "data": ("train", SourceConfig),
-    "train": ("ramp", RampConfig),
+ITEMS: dict[tuple[str, str], type] = {
+    ("recursion", "schedule_steps"): DepthStep,
+    ("recursion", "stages"): StageConfig,
+    ("data", "train"): SourceConfig,
+    ("train", "ramp"): RampConfig,
 }
-"""Section -> its setting that is a list of mappings, and the settings of an item."""
+"""Section and its setting that is a list of mappings -> the settings of an item."""
 INTRODUCTION = """\
 # Settings
 
@@ -42,8 +43,7 @@ def page() -> str:
             parts += [_part(f"### `router.kind: {kind}`", router) for kind, router in ROUTERS.items()]
         else:
             parts.append(_part(f"## `{name}`", section))
-        if name in ITEMS:
-            parts.append(_part(f"### Items of `{name}.{ITEMS[name][0]}`", ITEMS[name][1]))
+        parts += [_part(f"### Items of `{name}.{key}`", item) for (owner, key), item in ITEMS.items() if owner == name]
     return "\n\n".join(parts) + "\n"
 
 

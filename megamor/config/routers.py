@@ -29,6 +29,20 @@ class FixedDepthConfig:
     """Recursions per token; null runs all of them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Settings shared by the routers whose mean depth can be held at a target, under the inference rule."""
+
+    target_depth: Positive | None = None
+    """Mean number of recursions per token that training steers the inference rule to; null: whatever it learns."""
+    target_flops: PositiveFraction | None = None
+    """Instead of `target_depth`: FLOPs that the stage's blocks execute, as a fraction of those at full depth."""
+
+    def depth(self, num_recursions: int) -> float | None:
+        """The depth that the target amounts to if every recursion costs the same; None without a target."""
+        return self.target_depth if self.target_flops is None else self.target_flops * num_recursions
+
+
 @dataclass(frozen=True)
 class ScoredConfig:
     """Settings shared by the routers that score the tokens anew at each recursion (paper section 2.2.1)."""
@@ -44,14 +58,21 @@ class ScoredConfig:
     """The head's input is divided by this."""
     gating: Gating = "weighted"
     """`weighted` multiplies the core's output by the gate before adding it to the stream; `additive` does not."""
-    capacity: tuple[PositiveFraction, ...] | None = None
-    """Fraction of the sequence that each recursion processes, never rising; null means (Nr - r) / Nr at recursion r."""
     z_coeff: NonNegative = 0.0
     """Weight of the loss that keeps scores small (mean squared score)."""
 
 
 @dataclass(frozen=True)
-class ExpertChoiceConfig(ScoredConfig):
+class CapacityConfig(ScoredConfig):
+    """Settings shared by the scored routers that give each recursion a capacity."""
+
+    capacity: tuple[PositiveFraction, ...] | None = None
+    """Fraction of the sequence that each recursion processes, never rising; null means (Nr - r) / Nr at recursion r,
+    raised to the power that meets the target if there is one."""
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig(TargetConfig, CapacityConfig):
     """Each recursion takes the top-k of the tokens that the recursion before it processed (paper section 2.2.1)."""
 
     kind: Literal["expert_choice"] = "expert_choice"
@@ -66,7 +87,7 @@ class ExpertChoiceConfig(ScoredConfig):
 
 
 @dataclass(frozen=True)
-class TokenChoiceConfig:
+class TokenChoiceConfig(TargetConfig):
     """Each token chooses its depth once, before the first recursion (paper section 2.2.1)."""
 
     kind: Literal["token_choice"] = "token_choice"
@@ -93,7 +114,7 @@ class TokenChoiceConfig:
 
 
 @dataclass(frozen=True)
-class EmaThresholdConfig(ScoredConfig):
+class EmaThresholdConfig(TargetConfig, CapacityConfig):
     """Expert-choice with a threshold instead of a top-k, so that training is causal too (after arXiv 2603.11535).
 
     The threshold of a recursion is an exponential moving average of the score above which its capacity lies. Capacities
@@ -106,7 +127,20 @@ class EmaThresholdConfig(ScoredConfig):
 
 
 @dataclass(frozen=True)
-class RandomConfig(ScoredConfig):
+class LearnedThresholdConfig(TargetConfig, ScoredConfig):
+    """A token continues while its score is above the recursion's threshold, which is trained with the model.
+
+    The gate is that of the score minus the threshold. With `gating: additive` it is 1 in value, and its gradient is
+    that of the `weighted` gate (straight-through).
+    """
+
+    kind: Literal["learned_threshold"] = "learned_threshold"
+    depth_coeff: NonNegative = 0.01
+    """Weight of the loss on the soft depth, without which all tokens tend to full depth; not used with a target."""
+
+
+@dataclass(frozen=True)
+class RandomConfig(CapacityConfig):
     """A control: tokens are selected at random, with the gates that expert-choice gives to the tokens it selects."""
 
     kind: Literal["random"] = "random"
@@ -116,7 +150,7 @@ class RandomConfig(ScoredConfig):
 
 
 @dataclass(frozen=True)
-class SkipForwardRecurseConfig:
+class SkipForwardRecurseConfig(TargetConfig):
     """Before each recursion a token skips it and leaves, takes it and leaves, or takes it and decides again.
 
     Training samples the decision by straight-through Gumbel-softmax (arXiv 1611.01144); inference takes the likeliest.
@@ -124,11 +158,24 @@ class SkipForwardRecurseConfig:
 
     kind: Literal["skip_forward_recurse"] = "skip_forward_recurse"
     hidden: PositiveInt = 128
-    """Width of the hidden layer of the network that decides."""
+    """Width of the hidden layer of the network that decides, or of its attention."""
+    gate: Literal["mlp", "attention"] = "mlp"
+    """Network that decides: an MLP on the token's state, or attention of that state to the token's earlier ones."""
+    routers: Literal["shared", "per_recursion"] = "shared"
+    """One network for all recursions, or one for each."""
+    granularity: Literal["token", "sequence"] = "token"
+    """What the network sees: the token's state, or the mean of the stage's input over the document up to the token."""
+    recursion_input: bool = False
+    """Add a learned vector for the recursion to what the network sees."""
+    inference_threshold: BetweenZeroAndOne | None = None
+    """At inference a token recurses if its probability is at least this, else takes the likelier of the other two
+    actions; null: the likeliest of all three."""
+    recursion_rate: PositiveFraction = 0.3
+    """Fraction of the decisions that should be to recurse; used by `rate_coeff`."""
+    rate_coeff: NonNegative = 0.0
+    """Weight of the loss on the squared distance of that fraction from `recursion_rate`."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the expected depth."""
-    target_depth: Positive | None = None
-    """With a target, the loss is the squared distance of the expected depth from it; with null, the expected depth."""
+    """Weight of the loss on the expected depth; with a target, on its squared distance from it."""
     temperature_start: Positive = 1.0
     """Gumbel-softmax temperature at the first step."""
     temperature_end: Positive = 0.5
@@ -138,7 +185,7 @@ class SkipForwardRecurseConfig:
 
 
 @dataclass(frozen=True)
-class HaltingConfig:
+class HaltingConfig(TargetConfig):
     """Adaptive computation time (arXiv 1603.08983): the output is the mean of the recursions' outputs, weighted by
     halting probabilities."""
 
@@ -148,7 +195,33 @@ class HaltingConfig:
     epsilon: BelowOne = 0.01
     """A token halts once its halting probabilities add up to 1 - epsilon."""
     ponder_coeff: NonNegative = 0.001
-    """Weight of the ponder cost (number of updates plus remainder)."""
+    """Weight of the ponder cost (number of updates plus remainder); not used with a target."""
+
+
+@dataclass(frozen=True)
+class PonderNetConfig(HaltingConfig):
+    """Halting with a prior instead of a cost (PonderNet, arXiv 2107.05407): the distribution of each token's halting
+    step is drawn to a geometric one. The output is the mean of the recursions' outputs under that distribution."""
+
+    kind: Literal["pondernet"] = "pondernet"  # type: ignore[assignment]
+    epsilon: BelowOne = 0.5
+    """A token halts once it would have halted with probability 1 - epsilon; 0.5 is the median of its distribution."""
+    ponder_coeff: NonNegative = 0.01
+    """Weight of the KL divergence from the prior."""
+    prior: BetweenZeroAndOne = 0.4
+    """Probability of halting after each recursion under the prior, which is truncated at Nr and renormalised."""
+
+
+@dataclass(frozen=True)
+class MonotoneConfig:
+    """A token continues while the product of its gates, one per recursion, is above a threshold (after arXiv
+    2603.01914). The product can only fall, and is the weight of the recursions' results."""
+
+    kind: Literal["monotone"] = "monotone"
+    threshold: BetweenZeroAndOne = 0.5
+    """The product of gates at which a token leaves."""
+    depth_coeff: NonNegative = 0.01
+    """Weight of the loss on the soft depth: the sum of the mean products of gates before all recursions."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +240,11 @@ RouterConfig = (
     | ExpertChoiceConfig
     | TokenChoiceConfig
     | EmaThresholdConfig
+    | LearnedThresholdConfig
     | RandomConfig
     | SkipForwardRecurseConfig
     | HaltingConfig
+    | MonotoneConfig
+    | PonderNetConfig
     | CustomRouterConfig
 )

@@ -25,7 +25,7 @@ from megamor.config.constraints import (
 from megamor.config.routers import FixedDepthConfig, RouterConfig
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
-KVPolicyName = Literal["recursion_wise", "share_first", "hybrid"]
+KVPolicyName = Literal["recursion_wise", "share_first", "hybrid", "halted_reuse"]
 SelectiveOp = Literal["sdpa", "mm", "silu"]
 Alarm = Literal["off", "warn", "stop"]
 
@@ -67,13 +67,33 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     init_std: Positive = 0.02
     """Standard deviation of the initial weights."""
+    qk_norm: bool = False
+    """Normalise queries and keys (RMSNorm over each head, learned weights) before RoPE, as Qwen3 and OLMo 2 do."""
     document_positions: Literal["continue", "restart"] = "continue"
     """Whether positions restart at each document; matters with `data.document_mask` only."""
+    attention: Literal["full", "multi_scale"] = "full"
+    """Keys that a token sees: all earlier ones (`full`), or recent ones and the means of older blocks (`multi_scale`);
+    see [Architecture](architecture.md#multi-scale-attention)."""
+    attention_window: PositiveInt = 256
+    """`multi_scale`: earlier tokens seen one by one, besides those of a token's own block; a multiple of
+    `attention_block`."""
+    attention_block: PositiveInt = 16
+    """`multi_scale`: positions per block."""
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class DepthStep:
+    """A number of recursions and where it begins, as an item of `recursion.schedule_steps`."""
+
+    at: Fraction
+    """Fraction of the run's steps, tokens or FLOPs, whichever limits it; the first item has 0."""
+    recursions: PositiveInt
+    """Most recursions of a token from there on."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,8 @@ class RecursionConfig:
     `middle_` variants keep the first and the last layer unshared."""
     kv_policy: KVPolicyName = "recursion_wise"
     """Keys and values that a recursion attends to (paper section 2.2.2): those of its own tokens, those of the first
-    recursion, or the latter updated with its own tokens' (`hybrid`)."""
+    recursion, or the latter updated with its own tokens' (`hybrid`); with `halted_reuse` (arXiv 2603.01914) those of
+    each token's last recursion so far."""
     recursion_embedding: bool = False
     """Add a learned vector per recursion to the core's input."""
     separate_norms: bool = False
@@ -128,6 +149,21 @@ class RecursionConfig:
     `stages` changes them for some."""
     stages: tuple[StageConfig, ...] = ()
     """Recursion stages of a model that has several; layers in none of them aren't shared. `sharing` stays `none`."""
+    input_injection: bool = False
+    """Let the core's input be a·x + b·x0, where x0 entered the first recursion. Each recursion learns its own a and b,
+    which start at 1 and 0."""
+    residual_scaling: Literal["none", "inverse_sqrt", "inverse"] = "none"
+    """Factor on what shared blocks add to the stream: 1/sqrt(Nr), or 1/Nr (arXiv 2606.18524), since the updates of tied
+    layers add up in one direction."""
+    schedule: Literal["constant", "steps", "linear", "1-sqrt", "sampled"] = "constant"
+    """Most recursions of a token in each training step: always Nr, growing with the fraction of the run, or drawn
+    uniformly for each step; see [Training](training.md#growing-and-sampled-depth)."""
+    schedule_start: PositiveInt = 1
+    """Where `linear` and `1-sqrt` begin, and the fewest recursions that `sampled` draws."""
+    schedule_steps: tuple[DepthStep, ...] = ()
+    """The schedule `steps`."""
+    backprop_recursions: PositiveInt | None = None
+    """Backpropagate through the last so many recursions of a pass only; null: through all."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +208,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule (paper appendix B)."""
+    """The optimizer and the learning-rate schedule (AdamW and `wsd`: paper appendix B)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the projections of attention and SwiGLU, AdamW for the rest; see
+    [Training](training.md#optimizer). Not with DeepSpeed."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     beta1: BelowOne = 0.9
@@ -196,6 +235,17 @@ class OptimConfig:
     """Learning rate at the end of the decay, as a fraction of the peak."""
     aux_router_lr_multiplier: Positive = 10.0
     """Factor on the learning rate of auxiliary routers."""
+    average_decay: BelowOne | None = None
+    """Keep a moving average of the weights with this decay per step, such as 0.999, evaluated beside them; null: none.
+    `megamor merge --average` makes a checkpoint of it."""
+    muon_lr_multiplier: Positive = 1.0
+    """Factor on the learning rate of Muon's matrices. At 1 their updates are about as large as AdamW's."""
+    muon_momentum: BelowOne = 0.95
+    """Decay of Muon's momentum."""
+    muon_nesterov: bool = True
+    """Nesterov momentum: the gradient is added to the decayed momentum once more."""
+    muon_steps: PositiveInt = 5
+    """Newton-Schulz iterations of Muon's orthogonalisation."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +292,8 @@ class TrainConfig:
     """Results that `selective` keeps: attention (`sdpa`), projections (`mm`), SwiGLU's activation (`silu`)."""
     add_shared_gradients_in_fp32: bool = False
     """Add up the gradients of a shared weight over the recursions in fp32 instead of bf16."""
+    z_loss_coeff: NonNegative = 0.0
+    """Weight of the loss that keeps the logits' normaliser small: mean squared logsumexp (arXiv 2204.02311)."""
     compile: bool = False
     """Compile each block with torch.compile."""
     fail_on_recompile_after: PositiveInt | None = None
@@ -337,6 +389,10 @@ class DiagnosisConfig:
     """The gradient norm is far above its usual value."""
     norm_factor: Positive = 100.0
     """Multiple of the median norm in the guard's window that raises `exploding_norm`."""
+    stream_norm: Alarm = "warn"
+    """The recursions blow the residual stream up."""
+    stream_factor: Positive = 100.0
+    """Multiple of the stream's norm before the first recursion that raises `stream_norm`."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,19 @@ from itertools import pairwise
 
 from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
+from megamor.config.depth import most_recursions
 from megamor.config.derive import decay_steps, total_steps
-from megamor.config.routers import CustomRouterConfig, FixedDepthConfig, ScoredConfig, SkipForwardRecurseConfig
+from megamor.config.routers import (
+    CapacityConfig,
+    CustomRouterConfig,
+    FixedDepthConfig,
+    HaltingConfig,
+    MonotoneConfig,
+    SkipForwardRecurseConfig,
+    TargetConfig,
+)
 from megamor.config.schema import Config
-from megamor.config.segments import listed_stages, stage_config
+from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
 
@@ -31,6 +40,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_model(config),
         *_sharing(config),
         *_router(config),
+        *_depth(config),
         *_ramp(config),
         *_batch(config, world_size),
         *_parallel(config, world_size),
@@ -76,6 +86,14 @@ def _model(config: Config) -> Iterator[str]:
     if config.data.seq_len > model.max_seq_len:
         lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
         yield f"{lengths}: lower seq_len or raise max_seq_len"
+    if model.attention == "multi_scale":
+        window, block = f"model.attention_window = {model.attention_window}", model.attention_block
+        if model.attention_window % block:
+            fix = f"use attention_window {_multiples_around(model.attention_window, block)}"
+            yield f"{window} isn't a multiple of model.attention_block = {block}: {fix}"
+        if model.attention_window >= model.max_seq_len:
+            whole = f"covers all of model.max_seq_len = {model.max_seq_len}, so no block is ever averaged"
+            yield f"{window} {whole}: use a shorter window, or model.attention: full"
 
 
 def _sharing(config: Config) -> Iterator[str]:
@@ -123,21 +141,86 @@ def _router(config: Config) -> Iterator[str]:
     if config.recursion.router_layers or config.recursion.stages:
         return  # its stages are checked one by one
     # A token may skip a stage of one recursion, too; without a stage there is nothing to skip.
-    single = (FixedDepthConfig, SkipForwardRecurseConfig) if config.recursion.sharing != "none" else FixedDepthConfig
-    if recursions == 1 and not isinstance(router, single):
+    skips = isinstance(router, SkipForwardRecurseConfig | MonotoneConfig) and config.recursion.sharing != "none"
+    if recursions == 1 and not (skips or isinstance(router, FixedDepthConfig)):
         given = f"router.kind = {router.kind} with recursion.num_recursions = 1"
         yield f"{given} has nothing to choose: use kind: fixed, or more recursions"
         return
+    if isinstance(router, TargetConfig):
+        yield from _target(router, recursions)
     match router:
         case FixedDepthConfig(depth=int(depth)) if depth > recursions:
             given = f"router.depth = {depth} is more than recursion.num_recursions = {recursions}"
             yield f"{given}: give 1 to {recursions}, or null for all"
-        case ScoredConfig(capacity=tuple(capacity)):
+        case CapacityConfig(capacity=tuple(capacity)):
             yield from _capacity(capacity, recursions)
-        case SkipForwardRecurseConfig(target_depth=float(depth)) if depth > recursions:
-            yield f"router.target_depth = {depth} is more than recursion.num_recursions = {recursions}: lower it"
+        case SkipForwardRecurseConfig():
+            yield from _actions(router, recursions)
         case CustomRouterConfig(target=target) if target.count(":") != 1:
             yield f"router.target = {target!r} doesn't name a class: write package.module:Class"
+
+
+def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
+    depth = router.depth(recursions)
+    if depth is None:
+        return
+    name = "target_depth" if router.target_flops is None else "target_flops"
+    given = f"router.{name} = {getattr(router, name)}"
+    if None not in (router.target_depth, router.target_flops):
+        yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
+    elif depth > recursions:
+        yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
+    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
+        least = 1 if name == "target_depth" else f"1 / {recursions}"
+        yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
+    if isinstance(router, CapacityConfig) and router.capacity is not None:
+        yield f"{given} decides the capacities, but router.capacity = {list(router.capacity)}: give one of them"
+    if isinstance(router, HaltingConfig) and router.mode == "soft":
+        yield f"{given} with router.mode = soft, which runs every token through all recursions: use mode: hard"
+
+
+def _depth(config: Config) -> Iterator[str]:
+    recursion, most = config.recursion, most_recursions(config)
+    steps, given = recursion.schedule_steps, f"recursion.schedule = {recursion.schedule}"
+    if most == 1 and recursion.schedule != "constant":
+        yield f"{given} has nothing to change with recursion.num_recursions = 1: set constant, or more recursions"
+    elif (recursion.schedule == "steps") != bool(steps):
+        yield f"{given} with {len(steps)} recursion.schedule_steps: the schedule steps needs them, no other takes them"
+    elif steps and (steps[0].at != 0 or any(later.at <= earlier.at for earlier, later in pairwise(steps))):
+        starts = f"recursion.schedule_steps begin at {[item.at for item in steps]}"
+        yield f"{starts}: begin at 0 and list them in ascending order"
+    if (highest := max([recursion.schedule_start, *(item.recursions for item in steps)])) > most:
+        yield f"{given} asks for {highest} recursions of {most}: lower it"
+    for problem in dict.fromkeys(problem for stage in stages(config) for problem in _truncation(stage.config)):
+        yield f"recursion.backprop_recursions = {recursion.backprop_recursions} {problem}, or set null"
+
+
+def _truncation(config: Config) -> Iterator[str]:
+    """What truncated backpropagation would leave without a gradient in the only stage of `config`."""
+    recursion, router = config.recursion, config.router
+    if (recursion.backprop_recursions or recursion.num_recursions) >= recursion.num_recursions:
+        return
+    if not isinstance(router, FixedDepthConfig) and getattr(router, "gates", "") != "open":
+        fix = "use kind: fixed, or random with gates: open"
+        yield f"leaves scores of router.kind = {router.kind} without a gradient: {fix}"
+    if recursion.kv_policy == "share_first" or recursion.sharing.endswith("sequence"):
+        used = f"kv_policy = {recursion.kv_policy} and sharing = {recursion.sharing} use in the first recursions only"
+        yield f"never trains weights that {used}: use recursion_wise or hybrid, and cycle or middle_cycle"
+    if recursion.schedule == "constant" and (recursion.separate_norms or recursion.lora_rank):
+        own = "what separate_norms and lora_rank give the first recursions"
+        yield f"never trains {own}: switch them off, or choose a schedule"
+
+
+def _actions(router: SkipForwardRecurseConfig, recursions: int) -> Iterator[str]:
+    if router.gate == "attention" and router.granularity == "sequence":
+        given = "router.gate = attention with router.granularity = sequence"
+        yield f"{given} would attend to the same mean at every recursion: use gate: mlp, or granularity: token"
+    if router.rate_coeff and (target := router.depth(recursions)) is not None:
+        given = f"router.rate_coeff = {router.rate_coeff} with a target depth of {target:.4g}"
+        yield f"{given} holds the depth at two targets: set rate_coeff: 0, or the target to null"
+    if router.rate_coeff and router.recursion_rate >= (most := (recursions - 1) / recursions):
+        given = f"router.recursion_rate = {router.recursion_rate} of {recursions} recursions"
+        yield f"{given} can't be reached, since no decision follows the last: give less than {most:.4g}"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:
@@ -179,6 +262,9 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
     backend, degree = config.parallel.backend, config.parallel.shard_degree
     if backend == "single" and (world_size or 1) > 1:
         yield f"parallel.backend = single with {world_size} processes: use ddp, fsdp2, deepspeed or auto"
+    if config.optim.kind == "muon" and backend == "deepspeed":
+        given = "optim.kind = muon with parallel.backend = deepspeed"
+        yield f"{given}: ZeRO's flat buffers hold no whole matrices; use ddp or fsdp2, or optim.kind: adamw"
     if config.parallel.deepspeed_config is not None and backend != "deepspeed":
         given = f"parallel.deepspeed_config = {config.parallel.deepspeed_config}"
         yield f"{given} needs parallel.backend = deepspeed, which is {backend}: change one of them"

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megamor.config.routers import RouterConfig
-from megamor.config.schema import Config, DataConfig, ModelConfig, RecursionConfig
+from megamor.config.schema import Config, DataConfig, DepthStep, ModelConfig, RecursionConfig
 from megamor.model import KVCache, Transformer
 from megamor.model.loss import IGNORE
 
@@ -43,6 +43,8 @@ class DecodingCache:
                 setattr(store, name, getattr(store, name).index_select(0, beams))
         if self.cache.tokens is not None:
             self.cache.tokens = self.cache.tokens.index_select(0, beams)
+        for router, remembered in self.cache.memory.items():
+            self.cache.memory[router] = remembered.index_select(0, beams)
 
 
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -130,10 +132,11 @@ def settings(sections: Mapping[str, Mapping[str, Any]]) -> Config:
         section: {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         for section, fields in sections.items()
     }
+    steps = tuple(DepthStep(**item) for item in values["recursion"].get("schedule_steps", ()))
     routers = {router.kind: router for router in get_args(RouterConfig) if hasattr(router, "kind")}
     return Config(
         model=ModelConfig(**values["model"]),
-        recursion=RecursionConfig(**values["recursion"]),
+        recursion=RecursionConfig(**{**values["recursion"], "schedule_steps": steps}),
         router=routers[values["router"]["kind"]](**values["router"]),
         data=DataConfig(**values["data"]),
     )

@@ -265,38 +265,53 @@ def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Unti
 
 
 def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:
-    """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
-
-    Args:
-        directory: a new or empty directory; it will contain the checkpoint `step_00000000` and `latest`.
-        tokenizer: a `tokenizer.json` to add to the checkpoint.
+    """Write the checkpoint, with a `tokenizer.json` to add to it; see `save_weights`.
 
     Raises:
         ConfigError: `directory` is in use, or there is no such tokenizer.
         CheckpointError: it can't be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"{tokenizer} is not a file: give a tokenizer.json")
+    files: dict[str, str | bytes | Path] = {CONFIG_FILE: config_to_yaml(imported.config)}
+    if tokenizer is not None:
+        files[TOKENIZER_FILE] = tokenizer
+    return save_weights(directory, {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}, files)
+
+
+def save_weights(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, str | bytes | Path],
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
+
+    Args:
+        directory: a new or empty directory; it will contain the checkpoint `step_00000000` and `latest`.
+        weights: by stored name.
+        files: configuration and what else belongs to the model, by name.
+        origin: recorded in `trainer.json`.
+
+    Raises:
+        ConfigError: `directory` is in use.
+        CheckpointError: it can't be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
     trainer = TrainerState(
         step=0,
         tokens_seen=0,
         data={},
         world_size=1,
         backend="single",
+        components=dict(origin or {}),
         code_revision=code_revision(),
         versions=library_versions(),
     )
-    files: dict[str, str | bytes | Path] = {
-        CONFIG_FILE: config_to_yaml(imported.config),
-        TRAINER_FILE: trainer.to_json(),
-    }
-    if tokenizer is not None:
-        files[TOKENIZER_FILE] = tokenizer
-    weights = {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with WriteLock(directory, str(directory), "give another output"):
         if layout.published_steps(directory):
             raise ConfigError(f"another process has just written a checkpoint to {directory}: give another output")
-        return CheckpointManager(directory, keep_last=1).save(0, [partial(write_state, tensors=weights)], files)
+        writers = [partial(write_state, tensors=weights)]
+        return CheckpointManager(directory, keep_last=1).save(0, writers, {**files, TRAINER_FILE: trainer.to_json()})

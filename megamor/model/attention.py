@@ -15,8 +15,10 @@ mask.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from megamor.model.buckets import Buckets
+from megamor.model.multi_scale import Pool
 from megamor.routing import TokenSet
 
 
@@ -75,37 +78,56 @@ class Segments:
     buckets: Buckets | None = None
 
 
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Chunk(NamedTuple):
+    """Neighbouring queries, which need only the keys in the ranges (first, end) `keys`.
+
+    `mask` [batch or 1, 1, queries, keys] is added to their scores.
+    """
+
+    keys: Ranges
+    mask: Tensor
+
+
 @dataclass(frozen=True)
 class AttentionLayout:
     """Which rows see which keys.
 
     With `segments`, the rows attend to each other inside each segment and the other fields are unused. Otherwise
-    `mask` [batch, 1, queries, keys] is added to the scores; None means causal attention among the rows themselves.
-    `keys` is None where keys and values arrive as [batch, length, kv_heads, head_dim] already (from a cache).
-    `chunks` cut the masked queries into ranges (first, end, num_keys), each of which needs only its first `num_keys`
-    keys.
+    `chunks` cut the queries into ranges; without any, attention is causal among the rows themselves. `keys` is None
+    where keys and values arrive as [batch, length, kv_heads, head_dim] already (from a cache). With a `pool`, the means
+    of blocks are keys too, and precede the others.
     """
 
     queries: Grid
     keys: Grid | None
-    mask: Tensor | None = None
-    chunks: tuple[tuple[int, int, int], ...] = ()
+    chunks: tuple[Chunk, ...] = ()
     segments: Segments | None = None
+    pool: Pool | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim], k and v [M, kv_heads, head_dim] to [N, heads · head_dim]."""
         if self.segments is not None:
             return packed_attention(q, k, v, self.segments).flatten(1)
         q_BHTD = self.queries.pad(q).transpose(1, 2)
-        k_BHTD, v_BHTD = ((x if self.keys is None else self.keys.pad(x)).transpose(1, 2) for x in (k, v))
-        if self.mask is None:
+        k_BHTD, v_BHTD = (self._keys(x).transpose(1, 2) for x in (k, v))
+        if not self.chunks:
             grouped = q.shape[1] != k.shape[-2]
             out = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
         else:
-            out = self._attend_masked(q_BHTD, k_BHTD, v_BHTD, self.mask)
+            out = self._attend_masked(q_BHTD, k_BHTD, v_BHTD)
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
 
-    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def _keys(self, x: Tensor) -> Tensor:
+        """Keys or values as attention sees them, [batch, keys, kv_heads, head_dim]."""
+        each = x if self.keys is None else self.keys.pad(x)
+        if self.pool is None:
+            return each
+        return torch.cat((self.pool.mean(x.flatten(0, 1) if self.keys is None else x), each), dim=1)
+
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [batch, heads, length, head_dim], one chunk of queries at a time."""
         # SDPA computes all scores under a mask and cannot know which are -inf. Chunks leave out keys that are certainly
         # masked for all their queries.
@@ -114,38 +136,46 @@ class AttentionLayout:
             # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
             k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
             grouped = False
-        chunks = self.chunks or ((0, *mask.shape[2:]),)
-        num_keys = [keys for _, _, keys in chunks]
-        queries = torch.split(q, [end - first for first, end, _ in chunks], dim=2)
-        outputs = []
-        for (first, end, keys), query, key, value in zip(
-            chunks, queries, prefixes(k, num_keys), prefixes(v, num_keys), strict=True
-        ):
-            bias = mask[:, :, first:end, :keys].to(q.dtype)
-            outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped))
+        found = [chunk.keys for chunk in self.chunks]
+        outputs = [
+            F.scaled_dot_product_attention(query, key, value, attn_mask=chunk.mask.to(q.dtype), enable_gqa=grouped)
+            for chunk, query, key, value in zip(
+                self.chunks,
+                torch.split(q, [chunk.mask.shape[2] for chunk in self.chunks], dim=2),
+                chosen(k, found),
+                chosen(v, found),
+                strict=True,
+            )
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-class _Prefixes(torch.autograd.Function):
+class _Slices(torch.autograd.Function):
     """Slices whose gradients are summed in one tensor; plain slicing would allocate a full-size tensor for each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, ranges: Ranges) -> tuple[Tensor, ...]:
         # Views, not copies: SDPA takes any strides, and the shape is all that the backward pass needs.
-        ctx.shape = x.shape
-        return tuple(x[:, :, :count] for count in num_keys)
+        ctx.shape, ctx.ranges = x.shape, ranges
+        return tuple(x[:, :, first:end] for first, end in ranges)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].new_zeros(ctx.shape)
-        for grad in grads:
-            total[:, :, : grad.shape[2]] += grad
+        for (first, end), grad in zip(ctx.ranges, grads, strict=True):
+            total[:, :, first:end] += grad
         return total, None
 
 
-def prefixes(x: Tensor, num_keys: list[int]) -> tuple[Tensor, ...]:
-    """The first keys of x [batch, heads, keys, head_dim], once for each count in `num_keys`."""
-    return (x,) if num_keys == [x.shape[2]] else _Prefixes.apply(x, num_keys)  # type: ignore[no-untyped-call]
+def chosen(x: Tensor, ranges: Sequence[Ranges]) -> Iterator[Tensor]:
+    """For each of `ranges`, its keys of x [batch, heads, keys, head_dim], one range after another."""
+    if list(ranges) == [((0, x.shape[2]),)]:
+        yield x
+        return
+    slices = iter(_Slices.apply(x, sum(ranges, ())))  # type: ignore[no-untyped-call]
+    for each in ranges:
+        parts = list(islice(slices, len(each)))
+        yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
@@ -180,20 +210,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
 
 
 def visibility_mask(
-    query_order: Tensor,
-    key_order: Tensor,
-    query_document: Tensor | None = None,
-    key_document: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    last: Tensor, keys: Tensor, first: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Additive mask [B, 1, Q, K]: a query sees the keys of its own document that are not after it.
+    """Additive mask [B, 1, Q, K]: a query sees the keys from `first` to `last`, [B, Q] each (None: from the beginning).
 
-    `query_order` [B, Q] and `key_order` [B, K] are positions in the sequence. Empty key slots have an order above every
-    query's; padded queries have a negative order.
+    `keys` [B, K] are their positions, or rows. Empty key slots are beyond every query's last; the last of padded
+    queries is negative.
     """
-    visible = key_order.unsqueeze(1) <= query_order.unsqueeze(2)
-    if query_document is not None and key_document is not None:
-        visible &= query_document.unsqueeze(2) == key_document.unsqueeze(1)
+    visible = keys.unsqueeze(1) <= last.unsqueeze(2)
+    if first is not None:
+        visible &= keys.unsqueeze(1) >= first.unsqueeze(2)
     # A padded query sees no key, and a softmax over -inf alone is NaN, which would reach the gradients of real keys.
     # It gets the first key instead; its result is dropped by `Grid.unpad`.
     visible[..., 0] |= ~visible.any(-1)

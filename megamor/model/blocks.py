@@ -6,6 +6,7 @@ same block code therefore serves every KV policy, activation checkpointing, cach
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +53,14 @@ class KeysValues:
 
     needs_fresh = True
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        """The keys and values to attend to, given the freshly projected ones (None unless `needs_fresh`)."""
-        assert fresh is not None
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        """What the call's keys and values become with the freshly projected ones (None unless `needs_fresh`)."""
         return fresh
+
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
+        """The keys and values to attend to, given those that `merge` returned."""
+        assert merged is not None
+        return merged
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class StoredKeysValues(KeysValues):
     needs_fresh = False
     stored: KeyValue
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
         return self.stored
 
 
@@ -80,20 +85,33 @@ class RefreshedKeysValues(KeysValues):
     stored: KeyValue
     rows: Tensor | None
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
-        assert fresh is not None
-        if self.rows is None:
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        if self.rows is None or fresh is None:
             return fresh
         return self.stored[0].index_copy(0, self.rows, fresh[0]), self.stored[1].index_copy(0, self.rows, fresh[1])
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What distinguishes the recursions of a shared block; by default nothing (unshared blocks)."""
+    """What distinguishes a shared block and its recursions; by default nothing (unshared blocks)."""
 
     num_recursions: int = 1
     separate_norms: bool = False
     lora_rank: int = 0
+    residual_scaling: str = "none"
+
+    @property
+    def num_norms(self) -> int:
+        """Weights of each norm."""
+        return self.num_recursions if self.separate_norms else 1
+
+    @property
+    def branch_scale(self) -> float:
+        """Factor on what attention and feed-forward add to the stream."""
+        # The updates of a block that runs N times are correlated, so unlike those of N different blocks they add up to
+        # N times one of them, not to sqrt(N) times (arXiv 2606.18524).
+        exponent = {"none": 0.0, "inverse_sqrt": -0.5, "inverse": -1.0}[self.residual_scaling]
+        return math.pow(self.num_recursions, exponent)
 
 
 class RMSNorm(nn.Module):
@@ -106,7 +124,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, recursion: int = 0) -> Tensor:
-        """x [N, dim] to the same shape and type."""
+        """x [..., dim] to the same shape and type."""
         weight = self.others[recursion - 1] if recursion and len(self.others) else self.weight
         return rms_norm(x, weight, self.eps)
 
@@ -141,23 +159,28 @@ class Attention(nn.Module):
         self.k_proj = SharedLinear(config.dim, kv_dim, differences)
         self.v_proj = SharedLinear(config.dim, kv_dim, differences)
         self.o_proj = SharedLinear(config.dim, config.dim, differences)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps, differences.num_norms) if config.qk_norm else None for _ in "qk"
+        )
 
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        """x [N, dim] to [N, dim], and keys and values as merged with fresh ones (None if none were projected)."""
         # Keys are stored rotated: their positions are those of the tokens, whatever later attends to them.
-        q = angles.rotate(self.heads(self.q_proj(x, recursion)))
+        q = angles.rotate(self.heads(self.q_proj(x, recursion), self.q_norm, recursion))
         fresh = None
         if keys_values.needs_fresh:
-            k = angles.rotate(self.heads(self.k_proj(x, recursion)))
+            k = angles.rotate(self.heads(self.k_proj(x, recursion), self.k_norm, recursion))
             fresh = k, self.heads(self.v_proj(x, recursion))
-        k, v = keys_values.resolve(fresh)
-        return self.o_proj(layout.attend(q, k, v), recursion), fresh
+        merged = keys_values.merge(fresh)
+        k, v = keys_values.resolve(merged)
+        return self.o_proj(layout.attend(q, k, v), recursion), merged
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[N, heads · head_dim] to [N, heads, head_dim]."""
-        return torch.unflatten(x, -1, (-1, self.head_dim))
+    def heads(self, x: Tensor, norm: RMSNorm | None = None, recursion: int = 0) -> Tensor:
+        """[N, heads · head_dim] to [N, heads, head_dim], each head normalised by `norm`."""
+        x = torch.unflatten(x, -1, (-1, self.head_dim))
+        return x if norm is None else norm(x, recursion).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -181,17 +204,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, differences: Differences | None = None) -> None:
         super().__init__()
         differences = differences or Differences()
-        num_norms = differences.num_recursions if differences.separate_norms else 1
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, num_norms)
+        self.branch_scale = differences.branch_scale
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, differences.num_norms)
         self.attention = Attention(config, differences)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, num_norms)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, differences.num_norms)
         self.ffn = FeedForward(config, differences)
         self.recomputation = Recomputation()
 
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int = 0
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [N, dim] to [N, dim], and the fresh keys and values [N, kv_heads, head_dim] (None if not projected)."""
+        """x [N, dim] to [N, dim], and keys and values as merged with fresh ones (None if none were projected)."""
         run = self.recomputation.inside_block(self.compute)
         return run(x, angles, layout, keys_values, recursion)  # type: ignore[no-any-return]
 
@@ -200,6 +223,6 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue | None]:
         """The forward pass that `recomputation` may run a second time."""
         normed = self.attention_norm(x, recursion)
-        attended, fresh = self.attention(normed, angles, layout, keys_values, recursion)
-        x = x + attended
-        return x + self.ffn(self.ffn_norm(x, recursion), recursion), fresh
+        attended, merged = self.attention(normed, angles, layout, keys_values, recursion)
+        x = torch.add(x, attended, alpha=self.branch_scale)
+        return torch.add(x, self.ffn(self.ffn_norm(x, recursion), recursion), alpha=self.branch_scale), merged

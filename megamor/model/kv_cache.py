@@ -11,12 +11,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamor.config import ModelConfig
-from megamor.model.attention import AttentionLayout, Grid, visibility_mask
+from megamor.model.attention import AttentionLayout, Chunk, Grid, visibility_mask
 from megamor.model.blocks import KeysValues, KeyValue
-from megamor.model.layouts import BEYOND, Geometry
+from megamor.model.layouts import Geometry
+from megamor.model.multi_scale import BEYOND, Pool, first_fine
 from megamor.routing import TokenSet
 
 
@@ -59,11 +60,14 @@ class CachedKeysValues(KeysValues):
         self.store, self.length, self.write = store, length, write
         self.needs_fresh = write is not None and write[0].needs_fresh
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+    def merge(self, fresh: KeyValue | None) -> KeyValue | None:
+        return fresh if self.write is None else self.write[0].merge(fresh)
+
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
         """Keys and values [batch, length, kv_heads, head_dim], old and new."""
         if self.write is not None:
             source, slots = self.write
-            self.store.write(slots, source.resolve(fresh))
+            self.store.write(slots, source.resolve(merged))
         return self.store.k[:, : self.length], self.store.v[:, : self.length]
 
 
@@ -72,7 +76,8 @@ class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
     `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
-    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text.
+    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text, and `memory` is what routers
+    remember of each sequence.
     """
 
     config: ModelConfig
@@ -83,6 +88,7 @@ class KVCache:
     num_tokens: int = 0
     stores: dict[Hashable, CacheStore] = field(default_factory=dict)
     tokens: Tensor | None = None
+    memory: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def store(self, key: Hashable) -> CacheStore:
         """The store of an application, created on first use."""
@@ -105,6 +111,20 @@ class KVCache:
         write = None if added is None else (added[0], store.admit(added[1], geometry))
         # No sequence can have more entries than tokens, so the rest of the store need not be looked at.
         length = self.num_tokens + geometry.everything.max_length
-        grid = Grid.of(queries)
-        mask = visibility_mask(grid.pad(geometry.order_of(queries), -1), store.order[:, :length])
-        return CachedKeysValues(store, length, write), AttentionLayout(grid, None, mask)
+        grid, order = Grid.of(queries), store.order[:, :length]
+        last, block = grid.pad(geometry.order_of(queries), -1), self.config.attention_block
+        if self.config.attention == "full":
+            chunk = Chunk(((0, length),), visibility_mask(last, order, dtype=geometry.dtype))
+            return CachedKeysValues(store, length, write), AttentionLayout(grid, None, (chunk,))
+        # The means are taken anew from the entries: reading them is what a step of full attention costs too.
+        count = (self.num_tokens + geometry.everything.max_length) // block
+        sequence = torch.arange(self.batch, device=order.device).unsqueeze(1) * (count + 1) * block
+        pool = Pool.of((sequence + order.clamp_max(count * block)).flatten(), self.batch, count, block)
+        ends = torch.arange(1, count + 1, device=order.device).unsqueeze(0) * block - 1
+        fine = first_fine(last, self.config)
+        masks = (
+            pool.mask(torch.zeros_like(fine), fine - 1, ends.expand(self.batch, -1), geometry.dtype),
+            visibility_mask(last, order, fine, geometry.dtype),
+        )
+        chunk = Chunk(((0, count + length),), torch.cat(masks, dim=-1))
+        return CachedKeysValues(store, length, write), AttentionLayout(grid, None, (chunk,), pool=pool)

@@ -2,7 +2,8 @@
 
 recursion_wise: each application of a block has its own, those of the tokens that take part. share_first: the keys and
 values of a block's first application serve all later ones, which project queries only. hybrid: as share_first, but with
-the rows of the tokens that take part replaced by fresh keys and values, for that application alone.
+the rows of the tokens that take part replaced by fresh keys and values, for that application alone. halted_reuse: as
+hybrid, but the fresh rows stay for later applications: those of a token that has left are its last keys and values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megamor.routing import TokenSet
 
 @dataclass(frozen=True)
 class Shared:
-    """How a call's tokens attend to the stored keys of a block's first application.
+    """How a call's tokens attend to the stored keys of a block's earlier applications.
 
     `indices` [N] are the tokens' rows among `keys`; None means that both are the same set.
     """
@@ -34,8 +35,8 @@ class Shared:
 class CoreCall:
     """One pass of `tokens` through the core: the blocks of one recursion, in order.
 
-    The keys and values of the blocks `shared` enter from an earlier recursion as tensors, and the fresh ones of the
-    blocks `kept` leave as tensors, both in this order.
+    The keys and values of the blocks `shared` enter from an earlier recursion as tensors, and those of the blocks
+    `kept` that later ones need leave as tensors, both in this order.
     """
 
     recursion: int
@@ -70,8 +71,8 @@ class CoreCall:
         if self.cache is None:
             return source, shared.layout
         # Decoding. Under share_first one store per block serves all its applications, and only the first adds to it.
-        # Otherwise each application has a store of its own; under hybrid it must hold what the tokens of this step that
-        # skip the recursion had at the block's first application too, which is why `shared.keys` are added.
+        # Otherwise each application has a store of its own. Where it starts from stored keys, it must also hold those
+        # of the tokens of this step that skip the recursion, which is why `shared.keys` are added.
         if self.policy == "share_first" and not first:
             return self.cache.view((self.stage, "block", block), self.tokens, self.geometry, None)
         application = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
@@ -80,7 +81,8 @@ class CoreCall:
 
 
 class KVPolicy:
-    """A policy of a recursion `stage` in one forward pass; remembers keys and values of each block's first application.
+    """A policy of a recursion `stage` in one forward pass; remembers keys and values of each block, for the tokens of
+    its first application: as they were there, or (halted_reuse) at each token's last one.
 
     `stage` is the name under which the cache knows it.
     """
@@ -93,7 +95,7 @@ class KVPolicy:
         """The call of `blocks` on `tokens`, with the layouts of everything that they attend to."""
         angles, own = geometry.angles_of(tokens), geometry.layout(tokens, tokens)
         unique = () if self.policy == "recursion_wise" else tuple(dict.fromkeys(blocks))
-        kept = tuple(block for block in unique if block not in self.store)
+        kept = tuple(block for block in unique if block not in self.store or self.policy == "halted_reuse")
         # Blocks that first ran together stored keys of the same tokens: their layout (a mask) is built once.
         by_keys: dict[int, Shared] = {}
         shared: dict[int, Shared] = {}
@@ -115,15 +117,15 @@ class KVPolicy:
         return [tensor for block in call.shared for tensor in self.store[block][0]]
 
     def keep(self, call: CoreCall, tensors: list[Tensor]) -> None:
-        """Remember the fresh keys and values of the blocks `call.kept`, flat."""
+        """Remember the keys and values of the blocks `call.kept`, flat."""
         for block, key, value in zip(call.kept, tensors[0::2], tensors[1::2], strict=True):
-            self.store[block] = (key, value), call.tokens
+            self.store[block] = (key, value), call.shared_of(block).keys
 
     def skip(self, recursion: int, blocks: tuple[int, ...], geometry: Geometry) -> None:
         """Account for a recursion that no token takes."""
-        # Under hybrid, tokens that skip a recursion are visible there, with the keys of their first application, to
+        # Under hybrid and halted_reuse, tokens that skip a recursion are visible there, with their stored keys, to
         # later tokens that take it. While decoding, a step in which all tokens skip must still add them to the cache.
-        if self.policy != "hybrid" or self.cache is None:
+        if self.policy not in ("hybrid", "halted_reuse") or self.cache is None:
             return
         for layer, block in enumerate(blocks):
             if block in self.store:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config import ModelConfig
-from megamor.model.attention import AttentionLayout, Grid, Segments, has_packed_kernel, visibility_mask
+from megamor.model.attention import AttentionLayout, Chunk, Grid, Ranges, Segments, has_packed_kernel, visibility_mask
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.buckets import Buckets
+from megamor.model.multi_scale import BEYOND, Scales, reach
 from megamor.routing import TokenSet
 
-BEYOND = torch.iinfo(torch.int64).max
-"""Order of an empty key slot: after every query."""
-
-ROWS_PER_CHUNK, MAX_CHUNKS, KEY_MULTIPLE = 64, 8, 16
-"""Fewest queries per chunk, most chunks, and the multiple to which a chunk's number of keys is rounded up."""
+ROWS_PER_CHUNK, MAX_CHUNKS, MAX_FINE_CHUNKS, KEY_MULTIPLE = 64, 8, 32, 16
+"""Fewest queries per chunk, most chunks (of full and of multi-scale attention), and the multiple to which a chunk's
+number of keys is rounded up."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the T rows of a stream are; its sequences begin at position `start` (earlier tokens are in a cache).
+    """Where the T rows of a stream are.
 
     `everything` are all tokens, and `window` lays them out as the [B, S] of the input. `order` [T] are their
     positions in their sequences, `positions` [T] those that RoPE encodes, `angles` their cosines and sines.
     `documents` [T] are ids that attention must not cross, and `begins` [T] the row at which each token's document
     begins. `dtype` is the type that attention computes in. Where attention can run packed (by a kernel, or
     `bucketed` on a CPU), `bounds` [segments + 1] are the rows at which the documents begin (without any, the
-    sequences), and the end.
+    sequences), and the end. `scales` is set for multi-scale attention, which never runs packed.
     """
 
     everything: TokenSet
@@ -40,10 +40,10 @@ class Geometry:
     angles: RotaryAngles
     documents: Tensor | None = None
     begins: Tensor | None = None
-    start: int = 0
     dtype: torch.dtype = torch.float32
     bounds: Tensor | None = None
     bucketed: bool = False
+    scales: Scales | None = None
 
     @staticmethod
     def of(
@@ -66,6 +66,7 @@ class Geometry:
         window = Grid(batch, seq_len, cells)
         documents = None if documents is None else window.unpad(documents)
         begins = None if documents is None else document_begins(documents, order)
+        sequence_begins = everything.rows(device) - order
         if start:
             order = order + start
         positions = order
@@ -74,11 +75,16 @@ class Geometry:
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        bounds, kernel = None, has_packed_kernel(device, dtype, config.head_dim)
+        bounds, scales, kernel = None, None, has_packed_kernel(device, dtype, config.head_dim)
         bucketed = not kernel and device.type == "cpu"
-        if kernel or bucketed:
+        if config.attention == "multi_scale":
+            alike = begins is None and lengths is None
+            scales = Scales.of(everything, sequence_begins if begins is None else begins, config, alike)
+        elif kernel or bucketed:
             bounds = everything.bounds(device) if begins is None else segment_bounds(begins)
-        return Geometry(everything, window, order, positions, angles, documents, begins, start, dtype, bounds, bucketed)
+        return Geometry(
+            everything, window, order, positions, angles, documents, begins, dtype, bounds, bucketed, scales
+        )
 
     def angles_of(self, tokens: TokenSet) -> RotaryAngles:
         """RoPE angles of the original positions of `tokens`."""
@@ -93,34 +99,64 @@ class Geometry:
         uneven = queries.lengths is not None or self.documents is not None
         if queries is keys and uneven and self.bounds is not None:
             return AttentionLayout(Grid(1, len(queries)), None, segments=self.segments(queries, self.bounds))
-        query_grid, key_grid = Grid.of(queries), Grid.of(keys)
-        if queries is keys and self.documents is None:
+        if queries is keys and self.documents is None and self.scales is None:
             # Padding sits at the end of each sequence, where a causal kernel shows it to padded queries alone.
-            return AttentionLayout(query_grid, key_grid)
-        query_order, query_document = self._order_and_document(queries, query_grid, -1)
-        key_order, key_document = self._order_and_document(keys, key_grid, BEYOND)
-        mask = visibility_mask(query_order, key_order, query_document, key_document, self.dtype)
-        chunkable = keys.index is None and (queries.lengths is None or query_order.device.type == "cpu")
-        chunks = self.query_chunks(query_order) if chunkable else ()
-        return AttentionLayout(query_grid, key_grid, mask, chunks)
+            return AttentionLayout(Grid.of(queries), Grid.of(keys))
+        # In rows, not positions: a document is a range of rows, so the first and the last visible row are enough.
+        grid, key_grid, device = Grid.of(queries), Grid.of(keys), self.positions.device
+        begins, first_row, pool = self.begins, self.begins, None
+        if (scales := self.scales) is not None:
+            begins, first_row, pool = scales.begins, scales.fine, scales.pool(keys)
+        last, key_rows = grid.pad(queries.rows(device), -1), key_grid.pad(keys.rows(device), BEYOND)
+        begin, first = (None if x is None else grid.pad(queries.gather(x)) for x in (begins, first_row))
+        if scales is not None and begin is not None and first is not None and scales.alike and queries.index is None:
+            # One mask for all sequences.
+            last, key_rows, begin, first = last[:1], key_rows[:1], begin[:1], first[:1]
+        chunks = []
+        for (start, end), (first_key, end_key) in self.query_chunks(queries, keys, grid):
+            queried, seen = slice(start, end), slice(first_key, end_key)
+            fine = None if first is None else first[:, queried]
+            ranges: Ranges = ((first_key, end_key),)
+            mask = visibility_mask(last[:, queried], key_rows[:, seen], fine, self.dtype)
+            if scales is not None and pool is not None and begin is not None and fine is not None:
+                # The query before `end` is this far into its sequence at most: the others must follow it.
+                most = self.everything.max_length - (0 if queries.lengths is not None else grid.length - end)
+                count, total = scales.most_blocks(most), scales.ends.shape[1]
+                coarse = pool.mask(begin[:, queried], fine - 1, scales.ends[: len(last), :count], self.dtype)
+                ranges = ((0, count), (total + first_key, total + end_key))
+                mask = torch.cat((coarse, mask), dim=-1)
+            chunks.append(Chunk(ranges, mask))
+        return AttentionLayout(grid, key_grid, tuple(chunks), pool=pool)
 
-    def query_chunks(self, query_order: Tensor) -> tuple[tuple[int, int, int], ...]:
-        """Ranges of queries, and how many of all keys each range needs; `query_order` [batch, K] is ascending up to
-        padding."""
-        # Early queries see few keys. SDPA computes all scores under a mask, so giving each chunk only the keys that it
-        # can see skips up to half of them. Chunks of too few rows would cost more in kernel launches than they save.
-        length = query_order.shape[1]
-        count = max(1, min(MAX_CHUNKS, length // ROWS_PER_CHUNK))
-        ends = [length * number // count for number in range(count + 1)]
-        if query_order.device.type == "cpu":
-            last = query_order.amax(0).cummax(0).values[[end - 1 for end in ends[1:]]] - self.start + 1
-            most = self.everything.max_length
-            needed = [min(most, -(-keys // KEY_MULTIPLE) * KEY_MULTIPLE) for keys in last.tolist()]
+    def query_chunks(
+        self, queries: TokenSet, keys: TokenSet, grid: Grid
+    ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Ranges of queries, and the range of keys that each needs; `grid` is that of the queries."""
+        # SDPA computes all scores under a mask. Early queries see few keys, so giving each chunk only the keys that it
+        # can see skips up to half of them; under multi-scale attention, late queries see few keys too. Chunks of too
+        # few rows would cost more in kernel launches than they save.
+        length, most, ragged = grid.length, keys.max_length, queries.lengths is not None
+        on_cpu, back = reads_freely(self.positions.device), most
+        if self.scales is not None:
+            count, back = fine_chunks(length, self.scales.config), reach(self.scales.config)
+        elif keys.index is None and (on_cpu or not ragged):
+            count = max(1, min(MAX_CHUNKS, length // ROWS_PER_CHUNK))
         else:
-            # Reading positions would make the host wait for the device. Without reading: the j-th of K tokens
-            # selected from S is at position S - K + j at most, because K - j more must follow it.
-            needed = [self.everything.max_length - length + end for end in ends[1:]]
-        return tuple(zip(ends[:-1], ends[1:], needed, strict=True))
+            count = 1
+        ends = [length * number // count for number in range(count + 1)]
+        if on_cpu:
+            # How many of the keys come before each query, in the sequences where that is the fewest and the most.
+            ranks = keys.rank_of(queries, self.positions.device)
+            before = grid.pad(ranks, most).amin(0)[ends[:-1]].tolist()
+            last = grid.pad(ranks, -1).amax(0).cummax(0).values[[end - 1 for end in ends[1:]]] + 1
+            needed = [min(most, -(-number // KEY_MULTIPLE) * KEY_MULTIPLE) for number in last.tolist()]
+        else:
+            # Reading positions would make the host wait for the device. Without reading: the j-th of the queries has at
+            # least j keys before it, and in K keys at most K - Q + j, because Q - j more must follow it.
+            before, needed = ends[:-1], [most - (0 if ragged else length - end) for end in ends[1:]]
+        # Keys that lie so many keys before the first query lie at least as many positions before it.
+        spans = [(max(0, first - back), end) for first, end in zip(before, needed, strict=True)]
+        return list(zip(pairwise(ends), spans, strict=True))
 
     def segments(self, tokens: TokenSet, bounds: Tensor) -> Segments:
         """The segments among the rows of `tokens`, some perhaps empty; `bounds` are those of the whole stream."""
@@ -138,14 +174,16 @@ class Geometry:
         The key is not after the query and, where documents are kept apart, in its document. `queries` are among `keys`.
         A scalar in fp32 on the device; the host does not wait for it.
         """
-        device = self.positions.device
-        if self.begins is not None:
-            # Keys from the row at which a query's document begins to the query itself, summed over the queries.
-            rows, first = queries.rows(device), queries.gather(self.begins)
-            if keys.index is None:
-                return (rows - first + 1).sum().float()
-            ends = torch.searchsorted(keys.index, rows, right=True)
-            return (ends - torch.searchsorted(keys.index, first)).sum().float()
+        device, first_row = self.positions.device, self.begins if self.scales is None else self.scales.fine
+        if first_row is not None:
+            # Keys from the row at which a query's document (or window) begins to the query itself, for all queries.
+            rows, first = queries.rows(device), queries.gather(first_row)
+            pairs = rows - first + 1
+            if keys.index is not None:
+                pairs = torch.searchsorted(keys.index, rows, right=True) - torch.searchsorted(keys.index, first)
+            if self.scales is not None:
+                pairs = pairs + self.scales.coarse_pairs(queries, keys)
+            return pairs.sum().float()
         if keys is not queries:
             return (keys.rank_of(queries, device) + 1).sum().float()
         if queries.lengths is None:
@@ -154,12 +192,15 @@ class Geometry:
         lengths = queries.lengths.float()
         return (lengths * (lengths + 1) / 2).sum()
 
-    def _order_and_document(self, tokens: TokenSet, grid: Grid, fill: int) -> tuple[Tensor, Tensor | None]:
-        """Order and document of each cell of `grid`, [batch, length]; `fill` marks padding."""
-        order = grid.pad(self.order_of(tokens), fill)
-        if self.documents is None:
-            return order, None
-        return order, grid.pad(tokens.gather(self.documents), fill)
+
+def fine_chunks(length: int, config: ModelConfig) -> int:
+    """In how many chunks `length` queries are computed under multi-scale attention."""
+    return max(1, min(MAX_FINE_CHUNKS, length // max(ROWS_PER_CHUNK, reach(config) // 4)))
+
+
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host need not wait for the device before it can read a tensor."""
+    return device.type == "cpu"
 
 
 def document_begins(documents: Tensor, order: Tensor) -> Tensor:

@@ -20,9 +20,12 @@ CHUNK_ELEMENTS = 1 << 25
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, want_gradients: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, want_gradients: bool, z_coeff: float
+    ) -> tuple[Tensor, Tensor]:
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        z_loss = torch.zeros_like(loss)
         grad_hidden = torch.empty_like(hidden) if want_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if want_gradients else None
         for start in range(0, hidden.shape[0], chunk):
@@ -32,9 +35,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = labels[rows].clamp_min(0).unsqueeze(1)
             log_z = logits.logsumexp(1)
             loss += ((log_z - logits.gather(1, target).squeeze(1)) * valid).sum()
+            if z_coeff:
+                z_loss += z_coeff * (log_z.square() * valid).sum()
             if grad_hidden is not None and grad_weight is not None:
                 # d loss / d logits = softmax - one_hot(target), computed in the memory of the logits.
                 grad = logits.sub_(log_z.unsqueeze(1)).exp_()
+                if z_coeff:  # d log_z² / d logits = 2 · log_z · softmax
+                    grad.mul_((1 + 2 * z_coeff * log_z).unsqueeze(1))
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
                 grad = grad.mul_(valid.unsqueeze(1)).to(hidden.dtype)
                 grad_hidden[rows] = grad @ weight
@@ -42,20 +49,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # grad_weight is summed over the chunks in fp32 and rounded once: in bf16 late chunks would vanish in the sum.
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss
+        ctx.mark_non_differentiable(z_loss)
+        return loss, z_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # The gradients were computed for a loss with gradient 1, so the one that arrives is a common factor.
         scale = grads[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of the logits hidden · weightᵀ.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of the logits hidden · weightᵀ, and their summed z-loss.
 
-    hidden [N, dim], weight [vocab, dim], labels [N] with -100 at positions to ignore; returns a scalar in fp32 (in fp64
+    The z-loss is z_coeff · logsumexp(logits)² (PaLM, arXiv 2204.02311, section 5). It costs no second pass: the first
+    result is the cross-entropy alone, but its gradient is that of both; the second has none.
+
+    hidden [N, dim], weight [vocab, dim], labels [N] with -100 at positions to ignore; returns scalars in fp32 (in fp64
     for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
     """
     device = hidden.device.type
@@ -64,5 +75,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight.to(hidden.dtype), labels, want_gradients)  # type: ignore[no-untyped-call]
-        return loss
+        weight = weight.to(hidden.dtype)
+        losses: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, want_gradients, z_coeff)  # type: ignore[no-untyped-call]
+        return losses

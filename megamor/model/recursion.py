@@ -11,6 +11,7 @@ pass, however many recursions run, and ranks whose tokens reach different depths
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from megamor.config.exits import ExitRule
 from megamor.config.segments import Segment
 from megamor.model.attention import Grid
 from megamor.model.blocks import Block, Differences
+from megamor.model.flops import recursion_costs
 from megamor.model.kv_cache import KVCache
 from megamor.model.kv_policy import CoreCall, KVPolicy
 from megamor.model.layouts import Geometry
@@ -60,12 +62,21 @@ class RecursionStage(nn.Module):
         self.name, self.schedule = segment.name, segment.schedule
         self.kv_policy = config.recursion.kv_policy
         recursion, num_recursions = config.recursion, len(segment.schedule)
-        differences = Differences(num_recursions, recursion.separate_norms, recursion.lora_rank)
+        differences = Differences(
+            num_recursions, recursion.separate_norms, recursion.lora_rank, recursion.residual_scaling
+        )
         self.blocks = nn.ModuleList(Block(config.model, differences) for _ in range(segment.num_blocks))
         self.recursion_embedding: nn.ParameterList | None = None
         if recursion.recursion_embedding:
             self.recursion_embedding = nn.ParameterList(torch.zeros(config.model.dim) for _ in range(num_recursions))
+        # a - 1 and b rather than a and b: bf16, in which sharded training computes, has few numbers near 1.
+        self.injection: nn.ParameterList | None = None
+        if recursion.input_injection:
+            self.injection = nn.ParameterList(torch.zeros(2) for _ in range(num_recursions))
+        self.backprop_recursions = recursion.backprop_recursions or num_recursions
         self.router: Router = build_router(config.router, config.model.dim, num_recursions)
+        if self.router.control is not None:
+            self.router.control.costs = recursion_costs(segment)
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
         self.exit: Exit | None = None
@@ -84,10 +95,11 @@ class RecursionStage(nn.Module):
         depth = torch.zeros(len(candidates), dtype=torch.int64, device=stream.device)
         work, unused = [], []
         blocks = self.blocks_by_recursion()
+        add_stream_norm(session, 0, stream)
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.indices is None else rows.index_select(0, plan.indices)
-            y, keys = self.run_recursion(recursion, x, plan.tokens, geometry, policy, blocks[recursion])
+            y, keys = self.run_recursion(recursion, x, stage_input, plan.tokens, geometry, policy, blocks[recursion])
             # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
@@ -99,6 +111,7 @@ class RecursionStage(nn.Module):
                 # `len` is known to the host: the router has already read the size where the set is ragged.
                 unused.append(recursion)
             add_gates(session, recursion, mix, y)
+            add_stream_norm(session, recursion + 1, rows)
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             pairs = geometry.visible_pairs(plan.tokens, keys)
@@ -107,6 +120,12 @@ class RecursionStage(nn.Module):
             work.append(torch.zeros_like(work[0]))
             session.add_ratio(f"gate_{recursion + 1}", stream.new_zeros(()), 0.0)
         result = session.finish(stream if emitted is None else emitted)
+        at_full_depth = self.router.num_recursions == self.router.full_depth
+        if self.router.control is not None and at_full_depth and "margins" in session.totals:
+            everything = geometry.everything
+            pairs = geometry.visible_pairs(everything, everything)
+            work_of_all = torch.stack((torch.full_like(pairs, len(everything)), pairs))
+            self.router.control.report(session, torch.stack((*work, work_of_all)))
         for recursion in unused:
             result = self.touch_core(recursion, result, geometry, blocks[recursion])
         return StageOutput(result, session.losses, session.ratios, session.totals, depth, torch.stack(work))
@@ -118,6 +137,17 @@ class RecursionStage(nn.Module):
             return session
         return ConfidenceSession(*self.exit, session, rows, self.router.num_recursions)
 
+    def limit_recursions(self, most: int) -> None:
+        """Run at most so many recursions from now on. The parameters of later ones then have no gradient."""
+        self.router.num_recursions = min(most, self.router.full_depth)
+
+    def core_input(self, recursion: int, x: Tensor, stage_input: Tensor) -> Tensor:
+        """What the core sees of rows x [N, dim] of the stream, which were `stage_input` [N, dim] at first."""
+        if self.injection is not None:
+            from_stream, from_input = self.injection[recursion].to(x.dtype)
+            x = x + from_stream * x + from_input * stage_input
+        return x if self.recursion_embedding is None else x + self.recursion_embedding[recursion]
+
     def blocks_by_recursion(self) -> list[Blocks]:
         """The core's blocks in each recursion."""
         if self.adds_in_fp32 and torch.is_grad_enabled():
@@ -125,18 +155,33 @@ class RecursionStage(nn.Module):
         return [list(self.blocks)] * self.router.num_recursions
 
     def run_recursion(
-        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy, blocks: Blocks
+        self,
+        recursion: int,
+        x: Tensor,
+        stage_input: Tensor,
+        tokens: TokenSet,
+        geometry: Geometry,
+        policy: KVPolicy,
+        blocks: Blocks,
     ) -> tuple[Tensor, TokenSet]:
-        """The core on the selected rows x [N, dim]: its output [N, dim], and the tokens whose keys it attended to."""
+        """The core on the selected rows x [N, dim]: its output [N, dim], and the tokens whose keys it attended to.
+
+        `stage_input` [T, dim] is the stream of all tokens before the first recursion.
+        """
         order = self.schedule[recursion]
         if len(tokens) == 0:
             policy.skip(recursion, order, geometry)
             return x, tokens
-        if self.recursion_embedding is not None:
-            x = x + self.recursion_embedding[recursion]
+        x = self.core_input(recursion, x, stage_input if self.injection is None else tokens.gather(stage_input))
         call = policy.core_call(recursion, order, tokens, geometry)
         run = self.recomputation.recursion(partial(self.run_blocks, call, blocks))
-        y, *kept = run(x, *policy.inputs(call))
+        truncated = torch.is_grad_enabled() and recursion < self.router.num_recursions - self.backprop_recursions
+        with torch.no_grad() if truncated else nullcontext():
+            y, *kept = run(x, *policy.inputs(call))
+        if truncated:
+            # The blocks' own residuals make the identity the first-order term of the core's derivative. So what comes
+            # before the stage still learns.
+            y = y + (x - x.detach())
         policy.keep(call, kept)
         # FLOPs are counted for all blocks from the keys that the first one attended to.
         return y, call.shared_of(order[0]).keys
@@ -149,7 +194,7 @@ class RecursionStage(nn.Module):
         one, position = TokenSet.all(1, 1), geometry.positions[:1]
         alone = Geometry(one, Grid.of(one), position, position, geometry.angles.select(torch.zeros_like(position)))
         policy = KVPolicy("recursion_wise", None)
-        y, _ = self.run_recursion(recursion, stream[:1], one, alone, policy, blocks)
+        y, _ = self.run_recursion(recursion, stream[:1], stream[:1], one, alone, policy, blocks)
         return stream + 0.0 * y.sum()
 
     def run_blocks(self, call: CoreCall, blocks: Blocks, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
@@ -164,10 +209,10 @@ class RecursionStage(nn.Module):
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
-            x, fresh = run(x, call.angles, layout, keys_values, call.recursion)
-            if block in call.kept and block not in available:
-                assert fresh is not None
-                available[block] = fresh
+            x, merged = run(x, call.angles, layout, keys_values, call.recursion)
+            if block in call.kept and (block not in available or call.policy == "halted_reuse"):
+                assert merged is not None
+                available[block] = merged
         return x, *(tensor for block in call.kept for tensor in available[block])
 
 
@@ -184,6 +229,14 @@ def add_gates(session: RoutingSession, recursion: int, mix: Mix, y: Tensor) -> N
     if name not in session.ratios:
         weights = weight if isinstance(weight, Tensor) else torch.full((len(y),), weight or 0.0, device=y.device)
         session.add_ratio(name, weights.sum(), len(y))
+
+
+def add_stream_norm(session: RoutingSession, recursion: int, rows: Tensor) -> None:
+    """In training, report the RMS of the stream's rows [N, dim] after `recursion` (from 1; 0: before the first)."""
+    if session.context.mode == "train":
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)
+        session.add_ratio(f"stream_rms_{recursion}", norms.sum() / rows.shape[-1] ** 0.5, len(rows))
 
 
 def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPlan) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamor.config import Config
+from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
 from megamor.config.segments import segments
 from megamor.errors import ConfigError
@@ -42,8 +43,9 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token. With several stages, losses of one name and depths are added up, `work` has the recursions of all
-    stages, and the names of `ratios` and `totals` begin with `Segment.prefix`.
+    sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
+    With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
+    names of `ratios` and `totals` begin with `Segment.prefix`.
     """
 
     logits: Tensor | None
@@ -55,6 +57,7 @@ class ModelOutput(NamedTuple):
     depth: Tensor | None
     work: Tensor | None
     pairs: Tensor | None = None
+    z_loss_sum: Tensor | None = None
 
     @property
     def probes(self) -> Tensor:
@@ -102,6 +105,13 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
         self.exit: ExitRule | None = None
+        self.limit_recursions(None)
+
+    def limit_recursions(self, most: int | None) -> None:
+        """Run at most so many recursions from now on; None: as many as at the end of training."""
+        self.recursions = most or final_recursions(self.config)
+        for stage in self.stages.values():
+            stage.limit_recursions(self.recursions)
 
     @property
     def stages(self) -> dict[str, RecursionStage]:
@@ -156,6 +166,8 @@ class Transformer(nn.Module):
             seed=self.config.run.seed,
             first_sequence=first_sequence,
             text=self.text_keys(inputs, geometry, cache) if reads_text else None,
+            begins=geometry.begins,
+            memory=None if cache is None else cache.memory,
         )
         x, outputs = self.embed(window.unpad(inputs)), {}
         for segment in self.segments:
@@ -169,18 +181,20 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.num_tokens += inputs.shape[1]
 
-        logits = loss_sum = num_tokens = pairs = None
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             logits = window.pad(F.linear(x, self.embed.weight))
         else:
             labels = window.unpad(labels)
-            loss_sum = linear_cross_entropy(x, self.embed.weight, labels)
+            z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
+            loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
+            z_loss_sum = z_loss_sum if z_coeff else None
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs)
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -240,7 +254,7 @@ class Transformer(nn.Module):
             elif isinstance(module, Router):
                 module.reset()
         for stage in self.stages.values():
-            for parameter in stage.recursion_embedding or ():
+            for parameter in (*(stage.recursion_embedding or ()), *(stage.injection or ())):
                 parameter.zero_()
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str] = ()) -> None:

@@ -17,6 +17,16 @@ class ParamGroup(TypedDict):
     params: list[torch.nn.Parameter]
     weight_decay: float
     lr_multiplier: float
+    muon: bool
+
+
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether Muon updates a parameter: the projections of attention and SwiGLU.
+
+    Not embedding and head, whose rows are looked up one by one, nor routers and the factors of low-rank updates, whose
+    products matter.
+    """
+    return dimensions == 2 and name.endswith("_proj.weight") and "router" not in name
 
 
 def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
@@ -24,21 +34,28 @@ def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup
 
     Matrices (embedding and routers included) have weight decay; vectors (norms, biases) don't. Auxiliary routers, which
     have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1).
-    Empty groups are left out. Call it on the wrapped model, because FSDP2 replaces the parameters.
+    With Muon, its matrices are a group of their own. Empty groups are left out. Call it on the wrapped model, because
+    FSDP2 replaces the parameters.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters(remove_duplicate=True):
-        if parameter.requires_grad:
+        if parameter.requires_grad and config.kind == "muon" and is_matrix(name, parameter.ndim):
+            matrices.append(parameter)
+        elif parameter.requires_grad:
             groups.setdefault((parameter.ndim >= 2, "aux_router" in name), []).append(parameter)
+    rate = config.muon_lr_multiplier
+    muon = ParamGroup(name="muon", params=matrices, weight_decay=config.weight_decay, lr_multiplier=rate, muon=True)
     return [
         ParamGroup(
             name=f"{'aux_router' if auxiliary else 'model'}_{'decay' if decays else 'no_decay'}",
             params=parameters,
             weight_decay=config.weight_decay if decays else 0.0,
             lr_multiplier=config.aux_router_lr_multiplier if auxiliary else 1.0,
+            muon=False,
         )
         for (decays, auxiliary), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
+    ] + [muon] * bool(matrices)
 
 
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

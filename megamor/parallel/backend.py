@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megamor.checkpoint.state import write_state
+from megamor.checkpoint.state import read_averages, write_state
 from megamor.config import Config
+from megamor.parallel.average import WeightAverage
 from megamor.parallel.mesh import World
 from megamor.parallel.state import collect_state, copy_to_host, load_state
 
@@ -61,6 +62,8 @@ class Backend:
     """The module to call. Under FSDP2 and ZeRO-3 a forward pass is collective, in evaluation too."""
     module: nn.Module
     """The model as it was built, for its methods and buffers."""
+    average: WeightAverage | None = None
+    """The moving average of the weights, with `optim.average_decay`."""
 
     def __init__(
         self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
@@ -98,19 +101,44 @@ class Backend:
         # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0.
         if norm.isfinite():
             self.optimizer.step()
+            self.update_average()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def update_average(self) -> None:
+        """Take the weights of a finished step into the moving average, if there is one."""
+        if self.average is not None:
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the model has the averaged weights and must not be trained. Collective."""
+        assert self.average is not None
+        self.average.swap()
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.average.swap()
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Bring copies of the weights, if the backend has any, in line with the fp32 weights. Collective."""
+
     def save(self, directory: Path) -> None:
         """Write model and optimizer to `state/` in the existing `directory`: see `megamor.checkpoint.state`."""
-        write_state(directory, self.tensors())
+        write_state(directory, self.stored())
 
     def copy_state(self) -> dict[str, Tensor]:
         """What `save` would write, copied to host memory: `write_state` may write it while training continues."""
-        return copy_to_host(self.tensors(), self.rank, self.world_size)
+        return copy_to_host(self.stored(), self.rank, self.world_size)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint contains: `tensors`, and the moving average."""
+        return self.tensors() | (self.average.tensors if self.average is not None else {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state by stored name, sharing memory with model and optimizer."""
+        """Weights, buffers and moments by stored name, sharing memory with model and optimizer."""
         return collect_state(self.module, self.optimizer)
 
     def load(self, directory: Path) -> None:
@@ -120,6 +148,12 @@ class Backend:
             CheckpointError: the state belongs to another model, or has no optimizer state.
         """
         load_state(directory, self.module, self.optimizer)
+        self.load_average(directory)
+
+    def load_average(self, directory: Path) -> None:
+        """Restore the moving average, which begins with the weights if `directory` has none."""
+        if self.average is not None and not read_averages(directory, self.average.tensors):
+            self.average.restart()
 
 
 def set_originals(routers: nn.Module, values: Mapping[str, Tensor]) -> None:

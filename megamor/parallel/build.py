@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from megamor.checkpoint.state import MODEL_PREFIX
 from megamor.config import Config
 from megamor.errors import TrainingError
+from megamor.parallel.average import WeightAverage
 from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure
 from megamor.parallel.ddp import DdpBackend
 from megamor.parallel.fsdp2 import Fsdp2Backend
@@ -33,7 +35,12 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
         torch._dynamo.config.recompile_limit = 32
         for target in plan.compile_targets:
             target.compile()
-    return BACKENDS[resolve_backend(config.parallel, world.size)](model, plan, config, world, build_optimizer)
+    backend = BACKENDS[resolve_backend(config.parallel, world.size)](model, plan, config, world, build_optimizer)
+    if config.optim.average_decay is not None:
+        parameters = {MODEL_PREFIX + name for name, _ in backend.module.named_parameters()}
+        weights = {name: tensor for name, tensor in backend.tensors().items() if name in parameters}
+        backend.average = WeightAverage(weights, config.optim.average_decay)
+    return backend
 
 
 @contextmanager

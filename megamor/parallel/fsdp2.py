@@ -66,6 +66,13 @@ class Fsdp2Backend(Backend):
 
     def load(self, directory: Path) -> None:
         super().load(directory)
+        self.refresh()
+
+    def refresh(self) -> None:
+        assert isinstance(self.model, FSDPModule)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass without a backward pass, the root is still gathered
         self.gather_originals()
 
     def mesh(self, shard_degree: int | None) -> DeviceMesh:

@@ -91,6 +91,7 @@ class ZeroBackend(Backend):
             norm = clip_gradients(self.optimizer, max_grad_norm)
             if norm.isfinite():
                 self.engine.step()
+                self.update_average()
             self.engine.zero_grad()
             return norm
         zero: Any = self.optimizer
@@ -107,8 +108,10 @@ class ZeroBackend(Backend):
             # After a step that was left out, the engine keeps an offloaded optimizer's sums and would add to them.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
         self.gather_originals()
-        norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        if self.average is not None and norm.isfinite():
+            self.average.update()
+        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() if self.state is None else self.state.tensors()
@@ -120,6 +123,12 @@ class ZeroBackend(Backend):
         tensors = self.tensors()
         read_state(directory, tensors)
         self.state.after_reading(tensors)
+        self.load_average(directory)
+        self.gather_originals()
+
+    def refresh(self) -> None:
+        if self.state is not None:
+            self.state.after_reading(self.tensors())
         self.gather_originals()
 
     def gather_originals(self) -> None:
@@ -189,6 +198,7 @@ class ZeroState:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero.empty_partition_cache()  # a forward pass without a backward pass leaves weights gathered
         for number in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if persistent := self.zero.persistent_parameters:

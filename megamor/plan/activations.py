@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamor.config import Config, EmaThresholdConfig, ExpertChoiceConfig, FixedDepthConfig, RandomConfig
+from megamor.config import Config, ExpertChoiceConfig, FixedDepthConfig, MonotoneConfig, ScoredConfig
+from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
-from megamor.model.flops import nominal_stage_work
+from megamor.model.flops import nominal_stage_work, untracked_recursions
+from megamor.model.layouts import fine_chunks
 from megamor.model.loss import CHUNK_ELEMENTS
+from megamor.model.multi_scale import reach
 
 INDEX, STATISTIC = 8, 4
 """Bytes of an int64 token position, and of an fp32 statistic of a norm or softmax."""
@@ -50,26 +53,29 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     everything = BlockRows(config, sizes, tokens, tokens, uneven=config.data.document_mask)
     unshared = Span("", 1.0, *everything.block(), everything.widest())
     found: list[Span] = []
+    most = max(item.recursions for item in depth_steps(config))
     for segment in segments(config):
         if segment.schedule:
-            found += stage_spans(segment, sizes)
+            found += stage_spans(segment, sizes, most)
         else:
             found += [replace(unshared, unit=f"{segment.name}.{number}") for number in range(segment.num_blocks)]
     return found
 
 
-def stage_spans(stage: Segment, sizes: ElementSizes) -> list[Span]:
-    """The spans of a recursion stage."""
+def stage_spans(stage: Segment, sizes: ElementSizes, most: int) -> list[Span]:
+    """The spans of a recursion stage that runs at most so many recursions."""
     config, found = stage.config, []
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
-    policy = config.recursion.kv_policy
-    for recursion, (selected, _) in enumerate(nominal_stage_work(config, batch)):
-        if not selected:
-            continue  # a recursion that a fixed depth leaves out
+    policy, work = config.recursion.kv_policy, nominal_stage_work(config, batch, most)
+    untracked = untracked_recursions(config, work)
+    for recursion, (selected, _) in enumerate(work):
+        if not selected or recursion < untracked:
+            continue  # not run, or without gradients, for which nothing is kept
         later = recursion > 0 and policy != "recursion_wise"
         keys = batch * seq_len if later else selected
-        keeps = recursion == 0 and policy != "recursion_wise"
+        last = recursion == config.recursion.num_recursions - 1
+        keeps = (policy == "halted_reuse" and not last) or (policy != "recursion_wise" and recursion == 0)
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
         found += _recursion(rows, stage)
     return found
@@ -80,8 +86,7 @@ class BlockRows:
     """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
     `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
-    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use these rows' keys and
-    values.
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them.
     """
 
     config: Config
@@ -99,9 +104,9 @@ class BlockRows:
 
     @property
     def keys_values(self) -> float:
-        """Bytes of the rows' keys and values."""
+        """Bytes of the keys and values that the rows attend to."""
         model = self.config.model
-        return 2 * self.count * model.num_kv_heads * model.head_dim * self.sizes.products
+        return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
@@ -113,17 +118,33 @@ class BlockRows:
         width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
-        if not self.shares:
+        if model.qk_norm:
+            saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
+            saved += 0 if self.shares == "share_first" else self.keys_values / 2
+        if self.shares != "share_first":
             saved += self.keys_values
-        elif self.shares == "hybrid":
-            saved += self.keys_values * self.keys / self.count
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
-        if not self.sizes.on_gpu and (self.uneven or self.shares):
-            # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together.
+        if model.attention == "multi_scale":
+            # Each chunk of queries has a copy of the keys and values that it sees, of a GPU for every query head.
+            heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
+            saved += 2 * self.count * self.chunk_keys() / self.chunk_rows() * heads * model.head_dim * size
+        if (not self.sizes.on_gpu and (self.uneven or self.shares)) or model.attention == "multi_scale":
+            # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together. So
+            # does that of chunks.
             saved += self.count * model.dim * size
         return saved
+
+    def chunk_rows(self) -> float:
+        """Queries that multi-scale attention computes together."""
+        queries = self.count / self.config.train.micro_batch_size
+        return queries / fine_chunks(int(queries), self.config.model)
+
+    def chunk_keys(self) -> float:
+        """Keys that they see, on average; those of the means count as one each."""
+        model, keys = self.config.model, self.keys / self.config.train.micro_batch_size
+        return min(keys, self.chunk_rows() + reach(model)) + keys / model.attention_block / 2
 
     def block(self) -> tuple[float, float]:
         """What a block keeps under the configured activation checkpointing, and what backward then creates again."""
@@ -143,7 +164,7 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values
+        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
             "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
@@ -157,10 +178,11 @@ class BlockRows:
     def around_blocks(self) -> float:
         """What a recursion saves around its blocks: result, combined rows, scorer's input, RoPE angles, positions."""
         router, model = self.config.router, self.config.model
+        injected = self.stream if self.config.recursion.input_injection else 0.0
         if isinstance(router, FixedDepthConfig):
-            return 0.0
-        streams = 3 if isinstance(router, ExpertChoiceConfig | EmaThresholdConfig | RandomConfig) else 2
-        saved = streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
+            return injected
+        streams = 3 if isinstance(router, ScoredConfig | MonotoneConfig) else 2
+        saved = injected + streams * self.stream + self.count * (2 * model.head_dim * STATISTIC + 4 * INDEX)
         if self.shares:
             # Queries and keys are different tokens, so attention needs an explicit mask.
             saved += self.count * self.config.data.seq_len * self.sizes.products

@@ -9,7 +9,9 @@ from megamor.routing.custom import import_router, refuse_unknown_router
 from megamor.routing.ema_threshold import EmaThresholdRouter
 from megamor.routing.expert_choice import ExpertChoiceRouter
 from megamor.routing.fixed import FixedDepthRouter
-from megamor.routing.halting import HaltingRouter
+from megamor.routing.halting import HaltingRouter, PonderNetRouter
+from megamor.routing.learned_threshold import LearnedThresholdRouter
+from megamor.routing.monotone import MonotoneRouter
 from megamor.routing.plan import MarkedSet, Mix, RoutingPlan, TokenSet
 from megamor.routing.random import RandomRouter
 from megamor.routing.router import DepthBounds, InferenceRule, Mode, Ratio, Router, RoutingContext, RoutingSession
@@ -39,9 +41,12 @@ ROUTERS: dict[str, Callable[..., Router]] = {
     "expert_choice": ExpertChoiceRouter,
     "token_choice": TokenChoiceRouter,
     "ema_threshold": EmaThresholdRouter,
+    "learned_threshold": LearnedThresholdRouter,
     "random": RandomRouter,
     "skip_forward_recurse": SkipForwardRecurseRouter,
     "act": HaltingRouter,
+    "monotone": MonotoneRouter,
+    "pondernet": PonderNetRouter,
 }
 
 

@@ -55,9 +55,10 @@ class EmaThresholdRouter(ScoredRouter):
         """Move each average towards the mean quantile of the step's micro-batches on all ranks, weighted by tokens."""
         # A recursion that no token reached in this step has no quantile: its average and count stay.
         found, count = totals["threshold_quantiles"].to(self.quantiles), totals["threshold_batches"].to(self.quantiles)
-        average = torch.stack([self.threshold(recursion) for recursion in range(self.num_recursions)])
+        average = torch.stack([self.threshold(recursion) for recursion in range(self.full_depth)])
         decay = (self.num_updates / (self.num_updates + WARM_UP)).clamp_max(self.config.ema_decay)
         mean = found / torch.where(count > 0, count, 1.0)
+        super().update(totals)
         average = torch.where(count > 0, decay * average + (1 - decay) * mean, average)
         self.num_updates += (count > 0).to(self.num_updates)
         self.quantiles.copy_(average * (1 - self.config.ema_decay**self.num_updates))
@@ -83,7 +84,9 @@ class EmaThresholdSession(ScoredSession):
         fraction = capacity[recursion] / (capacity[recursion - 1] if recursion else 1.0)
         if fraction >= 1.0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
-        chosen = z.detach() > self.router.threshold(recursion)
+        margins = self.router.steered(z.detach()) - self.router.threshold(recursion)
+        self.add_margins(self.router, recursion, margins)
+        chosen = margins > 0
         if self.context.mode == "train" and z.numel():
             # Gathered for the threshold of the next step; this step selects by the past alone, which keeps it causal.
             lower = (1 - fraction + FEEDBACK * (chosen.double().mean() - fraction)).clamp(0.0, 1.0)

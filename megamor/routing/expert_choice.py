@@ -45,14 +45,26 @@ class ExpertChoiceRouter(ScoredRouter):
         score = "aux_router" if self.config.sampling == "aux_router" else "router"
         return InferenceRule("threshold", score=score, threshold=self.config.inference_threshold)
 
+    @property
+    def logit_threshold(self) -> float:
+        """The score at the threshold."""
+        threshold = self.config.inference_threshold
+        return math.log(threshold / (1 - threshold))
+
     def begin(self, rows: Tensor, context: RoutingContext) -> ExpertChoiceSession:
-        return ExpertChoiceSession(self, context)
+        return ExpertChoiceSession(self, rows, context)
 
 
 class ExpertChoiceSession(ScoredSession):
-    """Expert-choice during one forward pass."""
+    """Expert-choice during one forward pass. `following` [T] are, in training, the tokens whose path is the rule's."""
 
     router: ExpertChoiceRouter
+
+    def __init__(self, router: ExpertChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
+        super().__init__(router, context)
+        if router.control is not None and context.mode == "train":
+            self.following = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            self.totals["causal_choices"] = torch.zeros(router.num_recursions, 3, device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Top-k among the candidates in training, the threshold rule at inference."""
@@ -68,6 +80,7 @@ class ExpertChoiceSession(ScoredSession):
         chosen = torch.ones_like(z) if indices is None else torch.zeros_like(z).index_fill(0, indices, 1.0)
         if self.context.mode == "train":
             self.add_losses(z, predictor, chosen, candidates)
+            self.measure(recursion, predictor, candidates)
         if recursion > 0:
             agreed = self.predicts(predictor) == chosen.bool()
             self.add_ratio("topk_causal_agreement", agreed.sum(), agreed.numel())
@@ -103,9 +116,19 @@ class ExpertChoiceSession(ScoredSession):
 
     def predicts(self, predictor: Tensor) -> Tensor:
         """Whether the inference rule selects each candidate, [N]: sigmoid(score) >= threshold, compared as logits."""
-        threshold = self.router.inference_rule.threshold
-        assert threshold is not None
-        return predictor.detach() >= math.log(threshold / (1 - threshold))
+        return self.router.steered(predictor.detach()) >= self.router.logit_threshold
+
+    def measure(self, recursion: int, predictor: Tensor, candidates: TokenSet) -> None:
+        """Count what the inference rule would have selected, for the control."""
+        if self.router.control is None:
+            return
+        # Of the tokens that the rule sends this far, only those that top-k has sent this far too are known here.
+        following = candidates.gather(self.following)
+        taking = following & (self.predicts(predictor) if recursion else torch.ones_like(following))
+        self.following = candidates.scatter(self.following, taking)
+        self.totals["causal_choices"][recursion] = torch.stack((following.sum(), taking.sum(), taking.sum()))
+        if recursion:
+            self.add_margins(self.router, recursion, self.router.steered(predictor) - self.router.logit_threshold)
 
     def add_losses(self, z: Tensor, predictor: Tensor, chosen: Tensor, candidates: TokenSet) -> None:
         """BCE of the predictor against the selection `chosen` [N] (mean over the candidates), and the z-loss."""

@@ -47,6 +47,24 @@ class MLPHead(nn.Module):
         return logits
 
 
+class HistoryAttention(nn.Module):
+    """Single-head attention of a token's state to its own states so far, and a projection of the result."""
+
+    def __init__(self, in_features: int, out_features: int, hidden: int) -> None:
+        super().__init__()
+        self.query = RouterLinear(in_features, hidden)
+        self.key_value = RouterLinear(in_features, 2 * hidden)
+        self.out = RouterLinear(hidden, out_features)
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        """x [N, in] to [N, out]; `history` [N, n, 2 · hidden] is what `key_value` made of the states so far, or 0."""
+        # Zeros are keys and values too, so that the first state, which has no others to choose from, is gated at least.
+        keys, values = history.chunk(2, dim=-1)
+        scores = (self.query(x).unsqueeze(1) * keys).sum(-1) / keys.shape[-1] ** 0.5
+        logits: Tensor = self.out((scores.softmax(-1).unsqueeze(-1) * values).sum(1))
+        return logits
+
+
 def build_head(kind: RouterHead, in_features: int, out_features: int) -> nn.Module:
     """The head named by the config: linear, mlp (hidden 2d) or wide_mlp (hidden 4d)."""
     if kind == "linear":

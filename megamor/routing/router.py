@@ -12,14 +12,16 @@ data (`InferenceRule`): it follows from the configuration, which every checkpoin
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megamor.routing.control import DepthControl
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 
 Mode = Literal["train", "topk", "causal"]
@@ -62,7 +64,9 @@ class RoutingContext:
     `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
     batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
     `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
-    (`Router.reads_text`). `stage` counts the recursion stages before this one.
+    (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are the rows at
+    which the tokens' documents begin; None means that each sequence is one. In cached decoding, `memory` is where
+    routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -76,6 +80,8 @@ class RoutingContext:
     first_sequence: int = 0
     text: Tensor | None = None
     stage: int = 0
+    begins: Tensor | None = None
+    memory: dict[nn.Module, Tensor] | None = None
 
     @property
     def everything(self) -> TokenSet:
@@ -101,7 +107,7 @@ class RoutingSession(ABC):
     `per_row` names the attributes with one entry for each row of the stream that the inference rule needs.
     """
 
-    per_row: ClassVar[tuple[str, ...]] = ()
+    per_row: tuple[str, ...] = ()
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -122,7 +128,7 @@ class RoutingSession(ABC):
         return result
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix | None:
-        """How `tokens` [N] leave after `recursion`, with y or x_in + gate·y, if `mix` must know of it; else None."""
+        """How `tokens` [N] leave after `recursion` (with y, or x_in + gate·y) if `mix` must know that they do."""
         return None
 
     def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
@@ -178,6 +184,14 @@ class RoutingSession(ABC):
         shares = lengths.double() / (len(whole) * tokens.lengths.clamp_min(1))
         return shares.to(dtype)[tokens.sequences(shares.device)]
 
+    def add_margins(self, router: Router, recursion: int, margins: Tensor) -> None:
+        """Let `margins` [N], those of steered scores, count in the scale of the shift. For routers with a target."""
+        if router.control is not None and self.context.mode == "train":
+            squares = margins.detach().double().square()
+            if "margins" not in self.totals:
+                self.totals["margins"] = squares.new_zeros(router.num_recursions, 2)
+            self.totals["margins"][recursion] = torch.stack((torch.ones_like(squares).sum(), squares.sum()))
+
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
 
@@ -195,15 +209,26 @@ class RoutingSession(ABC):
 
 
 class Router(nn.Module, ABC):
-    """A router's parameters and rules. Subclasses define `begin`; see the module docstring."""
+    """A router's parameters and rules. Subclasses define `begin`; see the module docstring.
+
+    `num_recursions` is the most that a pass runs now, and `full_depth` the most that it can run. Where training has not
+    reached that (`recursion.schedule`), a session behaves as that of a router with `num_recursions`.
+    """
 
     causal_in_training: bool = False
     reads_text: bool = False
     """Whether the inference rule needs `RoutingContext.text`."""
+    shift: Tensor
+    """With a `control`: the knob that holds its target."""
+    reads_memory: bool = False
+    """Whether the inference rule needs `RoutingContext.memory`, which serving doesn't have."""
 
-    def __init__(self, num_recursions: int) -> None:
+    def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
-        self.num_recursions = num_recursions
+        self.num_recursions = self.full_depth = num_recursions
+        self.control = control
+        if control is not None:
+            self.register_buffer("shift", torch.zeros(()))
 
     @property
     @abstractmethod
@@ -217,5 +242,16 @@ class Router(nn.Module, ABC):
     def reset(self) -> None:
         """Initialise parameters other than weights of `nn.Linear` and `nn.Embedding`."""
 
+    def steered(self, scores: Tensor, by: Tensor | float = 1.0) -> Tensor:
+        """`scores` plus the shift times `by`."""
+        return scores if self.control is None else scores + self.shift * by
+
+    @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
+        # The target is one of full depth.
+        if self.control is not None and "margins" in totals and self.num_recursions == self.full_depth:
+            number, squares = totals["margins"].unbind(1)
+            square = torch.where(number > 0, squares / number, math.inf).min()
+            error = self.control.target - self.control.measured(totals)
+            self.shift += self.control.move(error, square).to(self.shift)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megamor.config import ScoredConfig
+from megamor.config import CapacityConfig, ScoredConfig, TargetConfig
+from megamor.routing.control import DepthControl
 from megamor.routing.heads import build_head
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import Router, RoutingContext, RoutingSession
@@ -17,18 +18,32 @@ from megamor.routing.router import Router, RoutingContext, RoutingSession
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda z: z}
 
 
-def default_capacity(num_recursions: int) -> tuple[float, ...]:
-    """Fraction of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1)."""
-    return tuple((num_recursions - r) / num_recursions for r in range(num_recursions))
+def default_capacity(num_recursions: int, depth: float | None = None) -> tuple[float, ...]:
+    """Fraction of the sequence at each recursion: (Nr - r) / Nr (paper section 2.2.1), or its power of sum `depth`."""
+    base = [(num_recursions - r) / num_recursions for r in range(num_recursions)]
+    if depth is None:
+        return tuple(base)
+    low, high = 0.0, 64.0  # of the power, whose sum falls from Nr to 1
+    for _ in range(64):
+        power = (low + high) / 2
+        low, high = (power, high) if sum(c**power for c in base) > depth else (low, power)
+    return tuple(min(1.0, depth) * c**high for c in base)
+
+
+def capacity_of(config: object, num_recursions: int) -> tuple[float, ...]:
+    """The configured capacities or, for routers without any, those of their target or of evenly spread depths."""
+    given = config.capacity if isinstance(config, CapacityConfig) else None
+    depth = config.depth(num_recursions) if isinstance(config, TargetConfig) else None
+    return given or default_capacity(num_recursions, depth)
 
 
 class ScoredRouter(Router):
     """One scoring head for each recursion; `capacity` [Nr] are fractions of the sequence."""
 
     def __init__(self, config: ScoredConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(num_recursions)
+        super().__init__(num_recursions, DepthControl.of(config, num_recursions))
         self.config = config
-        self.capacity = config.capacity or default_capacity(num_recursions)
+        self.capacity = capacity_of(config, num_recursions)
         self.heads = nn.ModuleList(build_head(config.head, dim, 1) for _ in range(num_recursions))
 
     def score(self, recursion: int, rows: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config import TokenChoiceConfig
+from megamor.routing.control import DepthControl
 from megamor.routing.heads import build_head
 from megamor.routing.plan import Incoming, Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
+from megamor.routing.scored import capacity_of
 
 
 class TokenChoiceRouter(Router):
@@ -26,7 +28,7 @@ class TokenChoiceRouter(Router):
     bias: Tensor
 
     def __init__(self, config: TokenChoiceConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(num_recursions)
+        super().__init__(num_recursions, DepthControl.of(config, num_recursions))
         self.config = config
         self.head = build_head(config.head, dim, num_recursions)
         self.register_buffer("bias", torch.zeros(num_recursions))
@@ -35,13 +37,25 @@ class TokenChoiceRouter(Router):
         """A session with every token's depth chosen."""
         return TokenChoiceSession(self, rows, context)
 
+    def balanced(self, like: Tensor) -> Tensor:
+        """[Nr], with mean 1: how often each depth should be chosen, relative to the others. All equal without a target.
+
+        With one, the loads are balanced when the shares of the recursions are those of the default capacities.
+        """
+        if self.control is None:
+            return torch.ones_like(like)
+        capacity = capacity_of(self.config, self.num_recursions)
+        shares = [a - b for a, b in zip(capacity, (*capacity[1:], 0.0), strict=True)]
+        return torch.stack([torch.full_like(like[0], max(share, 0.01) * len(shares)) for share in shares])
+
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:
         """Loss-free balancing: raise the bias of depths below the mean load, lower the others."""
+        super().update(totals)
         # During the balance warm-up nothing is counted: all tokens take full depth, whatever they would choose.
         if self.config.balancing == "loss_free" and "depth_choices" in totals:
-            load = totals["depth_choices"]
-            self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
+            load = totals["depth_choices"] / self.balanced(totals["depth_choices"])
+            self.bias[: len(load)] += self.config.bias_update_rate * torch.sign(load.mean() - load).to(self.bias)
 
 
 class TokenChoiceSession(RoutingSession):
@@ -55,10 +69,12 @@ class TokenChoiceSession(RoutingSession):
     def __init__(self, router: TokenChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
         config = router.config
-        self.z = router.head(rows / config.temperature)
+        self.z = router.head(rows / config.temperature)[:, : router.num_recursions]
         scores = self.z.softmax(-1) if config.activation == "softmax" else self.z.sigmoid()
         scores = config.alpha * scores
-        biased = scores + router.bias if config.balancing == "loss_free" else scores
+        biased = scores + router.bias[: router.num_recursions] if config.balancing == "loss_free" else scores
+        if router.control is not None:
+            biased = router.steered(biased, torch.arange(router.num_recursions, device=biased.device))
         # The bias balances the choice of depths. The gate is the unbiased score, so the bias does not scale the output.
         self.depth = self.allowed(biased.detach()).argmax(-1)
         warming_up = context.mode == "train" and context.step < config.balance_warmup_steps
@@ -74,6 +90,7 @@ class TokenChoiceSession(RoutingSession):
         if context.mode == "train" and config.z_coeff:
             self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())
         if not warming_up:
+            self.add_margins(router, 0, (biased[:, -1] - biased[:, 0]) / (router.num_recursions - 1))
             self.add_balance(router, scores, reaching)
 
     def allowed(self, scores: Tensor) -> Tensor:
@@ -125,5 +142,5 @@ class TokenChoiceSession(RoutingSession):
         self.totals["depth_choices"] = load
         if config.balancing == "loss" and self.context.mode == "train":
             # The counts have no gradient; it flows through the mean scores alone.
-            frequency = num_depths * load / self.depth.numel()
+            frequency = num_depths * load / self.depth.numel() / router.balanced(load)
             self.add_loss("balance_loss", config.balance_coeff * (frequency * scores.mean(0)).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megamor.config import Config
+from megamor.config.depth import recursions_at
 from megamor.config.derive import Consumed, is_estimate, total_steps
 from megamor.model.flops import expected_steps
 from megamor.optim import lr_multiplier, lr_multiplier_of_budget
@@ -52,6 +53,15 @@ class Budget:
         steps = total_steps(self.config, done)
         assert steps is not None
         return optim.lr * lr_multiplier(done.step, optim, steps)
+
+    def recursions(self, done: Consumed) -> int:
+        """The most recursions of the step after `done`."""
+        train = self.config.train
+        if train.max_flops is not None:
+            used = done.flops / train.max_flops
+        else:
+            used = done.step / train.max_steps if train.max_steps else done.tokens_seen / (train.max_tokens or 1)
+        return recursions_at(self.config, used, done.step)
 
     def describe(self) -> str:
         """The setting, as `train.max_steps = 1000`."""

@@ -33,7 +33,7 @@ from megamor.metrics import (
 )
 from megamor.model import build_model
 from megamor.model.flops import expected_steps
-from megamor.optim import build_adamw
+from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend
 from megamor.parallel.zero_config import engine_config
 from megamor.ranks import from_first_rank, run_on_all_ranks
@@ -83,7 +83,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
-    backend = build_backend(model, expanded, world, lambda module: build_adamw(module, config.optim))
+    backend = build_backend(model, expanded, world, lambda module: build_optimizer(module, config))
     guard = Guard(config.guard)
     diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}

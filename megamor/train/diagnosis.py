@@ -22,6 +22,8 @@ from megamor.config import (
     CustomRouterConfig,
     FixedDepthConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
+    MonotoneConfig,
     RandomConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
@@ -33,7 +35,10 @@ from megamor.model.loss import IGNORE
 from megamor.train.guard import Guard
 from megamor.train.step_statistics import StepSummary
 
-LEARNS_DEPTH = (TokenChoiceConfig, SkipForwardRecurseConfig, HaltingConfig, CustomRouterConfig)
+LEARNS_DEPTH = (
+    TokenChoiceConfig, LearnedThresholdConfig, SkipForwardRecurseConfig, HaltingConfig, MonotoneConfig,
+    CustomRouterConfig,
+)  # fmt: skip
 """Routers that choose depths freely; with the others, the depth histogram follows from their capacity."""
 
 ADVICE = {
@@ -49,6 +54,10 @@ ADVICE = {
         "the model has learned token frequencies and nothing more: check the data (order, tokenizer, documents) and "
         "optim.lr, which may be too high or too low"
     ),
+    "stream_norm": (
+        "the recursions make hidden states grow, until bf16 rounds away what they add: set recursion.residual_scaling, "
+        "model.qk_norm or a lower optim.lr"
+    ),
     "exploding_norm": "training is about to diverge: lower optim.lr, or lengthen optim.warmup_steps",
 }
 
@@ -63,6 +72,7 @@ class Diagnosis:
             "pinned_depth": self.config.pinned_depth,
             "unigram_plateau": self.config.unigram_plateau,
             "exploding_norm": self.config.exploding_norm,
+            "stream_norm": self.config.stream_norm,
         }
         self.stages = stages(config)
         kinds = {stage.prefix: stage.config.router for stage in self.stages}
@@ -82,8 +92,12 @@ class Diagnosis:
         self.in_a_row = dict.fromkeys(ADVICE, 0)
         self.warnings: list[str] = []
 
-    def observe(self, step: int, summary: StepSummary, guard: Guard, batches: list[MicroBatch]) -> list[str]:
-        """Look at step number `step`; returns warnings. Collective every `diagnosis.steps` steps.
+    def observe(
+        self, step: int, summary: StepSummary, guard: Guard, batches: list[MicroBatch], recursions: int | None = None
+    ) -> list[str]:
+        """Look at step number `step`, of at most `recursions`, and return warnings.
+
+        Collective every `diagnosis.steps` steps.
 
         Raises:
             TrainingError: on every rank, for an alarm that is set to `stop`.
@@ -94,12 +108,16 @@ class Diagnosis:
         grad_norm = summary.grad_norm
         if not math.isfinite(grad_norm):
             return []
-        watched = self.gradient.watched if self.gradient is not None else []
-        dead = [prefix for prefix, found in zip(watched, summary.score_gradients, strict=False) if found == 0.0]
-        self._note("dead_router", step, bool(dead), f"gradient 0 in {self.config.steps} steps{_where(dead)}")
-        pinned = self._pinned(summary) if step > self.free_after else {}
-        depth = ", ".join(map(str, pinned.values()))
-        self._note("pinned_depth", step, bool(pinned), f"depth {depth} in {self.config.steps} steps{_where(pinned)}")
+        if recursions != 1:  # with one there is nothing to choose, and such a step says nothing about the router
+            watched = self.gradient.watched if self.gradient is not None else []
+            dead = [prefix for prefix, found in zip(watched, summary.score_gradients, strict=False) if found == 0.0]
+            self._note("dead_router", step, bool(dead), f"gradient 0 in {self.config.steps} steps{_where(dead)}")
+            pinned = self._pinned(summary) if step > self.free_after else {}
+            shown = f"depth {', '.join(map(str, pinned.values()))} in {self.config.steps} steps{_where(pinned)}"
+            self._note("pinned_depth", step, bool(pinned), shown)
+        grown = self._grown(summary)
+        factors = ", ".join(f"{factor:.3g}" for factor in grown.values())
+        self._note("stream_norm", step, bool(grown), f"the stream's RMS grows {factors}-fold{_where(grown)}")
         usual = statistics.median(guard.grad_norms) if guard.grad_norms else math.inf
         limit = self.config.norm_factor * usual
         self._note("exploding_norm", step, grad_norm > limit, f"gradient norm {grad_norm:.3g}, usually {usual:.3g}")
@@ -114,6 +132,16 @@ class Diagnosis:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.in_a_row = {name: state["in_a_row"].get(name, 0) for name in ADVICE}
+
+    def _grown(self, summary: StepSummary) -> dict[str, float]:
+        """By how much the recursions of a stage make the stream grow, for each stage where that is too much."""
+        found = {}
+        for stage in self.stages:
+            names = [f"{stage.prefix}stream_rms_{number}" for number in range(len(stage.schedule) + 1)]
+            before, *after = (summary.ratios.get(name, 0.0) for name in names)
+            if max(after) > self.config.stream_factor * before:
+                found[stage.prefix] = max(after) / before if before else math.inf
+        return found
 
     def _pinned(self, summary: StepSummary) -> dict[str, int]:
         """The depth that nearly all tokens take, for each stage that has one and whose router could choose another."""

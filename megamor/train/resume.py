@@ -37,7 +37,8 @@ class Resumption:
 
         Raises:
             CheckpointError: the configuration of `checkpoint` can't be read.
-            ConfigError: a setting differs that changes the model's function, and isn't in `checkpoint.allow_changes`.
+            ConfigError: a setting differs that changes the model's function, and isn't in `checkpoint.allow_changes`;
+                or the optimizer is of another kind.
         """
         path = checkpoint / CONFIG_FILE
         try:
@@ -46,6 +47,12 @@ class Resumption:
             raise CheckpointError(f"can't read {path}: {error}") from error
         found = [change for change in changes(old, config) if change.name != "data.tokenizer"]
         found += _tokenizer(checkpoint, old, config, files)
+        for change in found:
+            if change.effect is Effect.STATE:
+                raise ConfigError(
+                    f"{change}: {change.effect.value} ({checkpoint}). Restore the old value, or start a new run with "
+                    "another run.name"
+                )
         allowed = config.checkpoint.allow_changes
         refused = [change for change in found if change.effect is Effect.FUNCTION and change.name not in allowed]
         if refused:

@@ -56,6 +56,8 @@ class RunProgress(Consumed):
     lr: float | None = None
     run_ids: dict[str, str] = field(default_factory=dict)
     resumed_from: int | None = None
+    recursions: int | None = None
+    """The most recursions that a growing schedule has reached; None without one."""
 
 
 class Stateful(Protocol):
@@ -223,7 +225,8 @@ class RunCheckpoints:
         state = TrainerState.read(directory)
         check_same_model(directory, weight_shapes(directory), self.model_shapes)
         self._check_end_of_text(directory / END_OF_TEXT_FILE)
-        self.loader.load_state_dict(state.data)
+        if state.data:  # none beside weights without optimizer state, which `Backend.load` refuses
+            self.loader.load_state_dict(state.data)
         # Components that this version doesn't have (or that are switched off) are left out on purpose.
         for name, saved in state.components.items():
             if name in self.components:

@@ -109,7 +109,7 @@ class UnreadStep:
     """A step whose figures haven't been read yet, with all that its line of metrics needs beside them.
 
     `number` counts steps from 1; `tokens` are those of all ranks without padding; `seconds` is the time of its turn of
-    the loop.
+    the loop; `recursions` is the most that a token could take.
     """
 
     number: int
@@ -121,6 +121,7 @@ class UnreadStep:
     epochs: dict[str, float]
     data_wait: float
     seconds: float
+    recursions: int
     figures: PendingSummary
 
 
@@ -144,6 +145,8 @@ class StepStatistics:
             self._sum(f"ratio/{name}", torch.stack((ratio.numerator.double(), ratio.denominator.double())))
         for name, total in out.totals.items():
             self._sum(f"total/{name}", total.double())
+        if out.z_loss_sum is not None:
+            self._sum("router_loss/lm_z_loss", torch.stack((out.z_loss_sum.double(), out.num_tokens.double())))
         if out.pairs is not None:
             self._sum("pairs", out.pairs.double())
         if out.depth is not None and out.work is not None:

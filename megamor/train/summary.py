@@ -11,7 +11,7 @@ from megamor.config import Config
 from megamor.config.batches import BatchShape
 from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
-from megamor.model.flops import executed_flops
+from megamor.model.flops import dense_pairs, executed_flops
 from megamor.progress import format_count, format_duration
 from megamor.train.run_state import RunProgress
 from megamor.train.step_statistics import StepSummary
@@ -43,7 +43,7 @@ class LaunchSummary:
         self.steps += 1
         self.loss, self.mean_depth = step.loss, step.mean_depth
         # The same model without a router, every token through every recursion.
-        pairs = tokens * (seq_len + 1) / 2 if step.pairs is None else step.pairs
+        pairs = tokens / seq_len * dense_pairs(self.config.model, seq_len) if step.pairs is None else step.pairs
         everything = [(float(tokens), pairs)] * len(step.work)
         full = executed_flops(self.config, sequences, everything, seq_len, pairs, tokens)
         self.full_depth_flops += full.training - 3 * full.routers

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megamor.config import Config
 from megamor.config.batches import BatchSchedule
+from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.config.segments import max_depth, stages
 from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
@@ -181,6 +182,8 @@ class Trainer:
         number = self.progress.step + 1
         shape = self.batches.at(self.progress.step)
         lr = self.budget.lr(self.progress)
+        recursions = self.budget.recursions(self.progress)
+        self.model.limit_recursions(recursions)
         settled_after = self.config.train.fail_on_recompile_after
         settled = settled_after is not None and self.summary.steps + len(self.unread) >= settled_after
         with without_recompiling(number, settled_after) if settled else nullcontext():
@@ -191,6 +194,8 @@ class Trainer:
         self.progress.step = number
         self.progress.tokens_seen += batch.tokens
         self.progress.lr = lr
+        # Sampled depths are all being trained, so evaluation is at full depth.
+        self.progress.recursions = recursions if grows(self.config) else None
         # What the line of metrics says about the host is recorded now: when the figures are read, the loader and the
         # clock are a step ahead. On a GPU, a turn of the loop takes as long as the device needed for the step before.
         self.unread.append(
@@ -204,6 +209,7 @@ class Trainer:
                 epochs=self.loader.epochs(),
                 data_wait=self.data_wait,
                 seconds=self.throughput.lap(),
+                recursions=recursions,
                 figures=figures,
             )
         )
@@ -278,7 +284,9 @@ class Trainer:
                 # A skipped step must leave the routers' buffers alone too, hence only now.
                 self.model.update_routers(step.figures.totals)
             self.log_step(step, summary)
-            for warning in self.diagnosis.observe(step.number, summary, self.guard, step.micro_batches):
+            for warning in self.diagnosis.observe(
+                step.number, summary, self.guard, step.micro_batches, step.recursions
+            ):
                 self.announce(f"warning: {warning}")
         return verdict
 
@@ -298,6 +306,7 @@ class Trainer:
             "train/lr": step.lr,
             "train/grad_norm": summary.grad_norm,
             "train/tokens_seen": step.tokens_seen,
+            **({} if self.config.recursion.schedule == "constant" else {"train/recursions": step.recursions}),
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
             **summary.routing_metrics(),
             **summary.stage_metrics(stages(self.config)),
@@ -421,17 +430,20 @@ class Trainer:
         """Compute and write validation losses. Abandoned if the ranks agree to stop; the next launch does it then."""
         step = self.progress.step
         self.read_figures()
+        self.model.limit_recursions(self.progress.recursions)
         with self.throughput.excluded():
             try:
-                losses = validation_losses(
-                    self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
-                )
+                arguments = self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
+                found = [losses := validation_losses(*arguments)]
+                if self.backend.average is not None:
+                    with self.backend.averaged():
+                        found.append(validation_losses(*arguments, suffix="_average"))
             except Stopped:
                 self.stopping = True
                 return
-            for line in losses.lines():
+            for line in (line for part in found for line in part.lines()):
                 self.display.message(f"step {step}: {line}")
-            self.write_metrics(step, losses.metrics())
+            self.write_metrics(step, {name: value for part in found for name, value in part.metrics().items()})
             self.checkpoints.record_loss(step, losses.mean)
         self.summary.validation = losses
         # Set last: an evaluation that was abandoned or failed is due again.

@@ -24,6 +24,8 @@ class ValidationLosses:
     """`figures` holds those of `mean_figures` for each set and routing mode."""
 
     figures: dict[str, dict[Mode, dict[str, float]]]
+    suffix: str = ""
+    """Ends the names of the metrics: `_average` for those of the averaged weights."""
 
     @property
     def of_set(self) -> dict[str, dict[Mode, float]]:
@@ -46,10 +48,11 @@ class ValidationLosses:
         for name, losses in self.of_set.items():
             if "topk" in losses:
                 found[f"{VALIDATION}{name}/gap"] = losses["causal"] - losses["topk"]
-        return found
+        return {name + self.suffix: value for name, value in found.items()}
 
     def lines(self) -> Iterator[str]:
         """A line to print for each set."""
+        of = self.suffix.replace("_", " of the ")
         for name, losses in self.of_set.items():
             shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
             if "topk" in losses:
@@ -57,7 +60,7 @@ class ValidationLosses:
             causal = self.figures[name]["causal"]
             depth = f", depth {causal['mean_depth']:.2f}" if "gate_1" in causal else ""
             yield (
-                f"validation loss on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
+                f"validation loss{of} on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
                 f"{depth}, {causal['flops_per_token']:.3e} FLOPs/token"
             )
 
@@ -68,6 +71,7 @@ def validation_losses(
     validation: Mapping[str, ValidationSet],
     config: TrainConfig,
     before_batch: Callable[[], None],
+    suffix: str = "",
 ) -> ValidationLosses:
     """Means over at most `train.eval_sequences` windows of each set. Collective.
 
@@ -86,7 +90,7 @@ def validation_losses(
     backend.model.eval()
     try:
         return ValidationLosses(
-            {name: {mode: figures(data, mode) for mode in modes_of(model)} for name, data in validation.items()}
+            {name: {mode: figures(data, mode) for mode in modes_of(model)} for name, data in validation.items()}, suffix
         )
     finally:
         backend.model.train()

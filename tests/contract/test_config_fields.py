@@ -1,8 +1,9 @@
 """Every setting is used and documented.
 
 A setting is used if code other than loading and validation reads it. The check goes by name: a field counts as read in
-a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`). An unused field
-can therefore hide behind a used one of the same name; what a field does is tested with the code that uses it.
+a file that reads an attribute of that name and mentions its section (`optim`) or class (`OptimConfig`, or a base). An
+unused field can therefore hide behind a used one of the same name; what a field does is tested with the code that uses
+it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megamor.config import Config, RampConfig, SourceConfig, reference
+from megamor.config import Config, DepthStep, RampConfig, SourceConfig, reference
 
 ROOT = Path(__file__).parents[2]
-NESTED: dict[str, list[Any]] = {"data": [SourceConfig], "train": [RampConfig]}
+NESTED: dict[str, list[Any]] = {"recursion": [DepthStep], "data": [SourceConfig], "train": [RampConfig]}
 NOT_READERS = {"schema.py", "routers.py", "load.py", "convert.py", "validate.py", "reference.py", "__init__.py"}
 
 
@@ -62,7 +63,7 @@ def is_read(section: str, owner: Any, name: str, readers: list[Names]) -> bool:
     """Whether a file reads `name`, or a property computed from it, and mentions its section or class."""
     getters = {key: value.fget for key, value in vars(owner).items() if isinstance(value, property)}
     names = {name} | {key for key, getter in getters.items() if getter and name in getter.__code__.co_names}
-    knows = {section, owner.__name__}
+    knows = {section, *(base.__name__ for base in owner.__mro__)}
     return any(names & file.attributes and knows & file.mentioned for file in readers)
 
 

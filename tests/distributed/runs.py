@@ -30,7 +30,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.model import build_model
-from megamor.optim import build_adamw, lr_multiplier
+from megamor.optim import build_optimizer, lr_multiplier
 from megamor.parallel import Backend, build_backend, init_world
 from megamor.parallel.zero import import_deepspeed
 from tests.distributed.harness import run_ranks
@@ -76,7 +76,7 @@ def preload_deepspeed() -> None:
 def start(config: Config) -> Backend:
     """Join the process group and wrap a new model."""
     world = init_world(config.parallel)
-    return build_backend(build_model(config), config, world, lambda model: build_adamw(model, config.optim))
+    return build_backend(build_model(config), config, world, lambda model: build_optimizer(model, config))
 
 
 def global_batch(step: int, config: Config) -> Tensor:

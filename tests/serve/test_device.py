@@ -20,7 +20,7 @@ from megamor.serve.engine import attention, paged_kernel
 from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.request import SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
-from tests.combinations import ROUTERS, tiny_config
+from tests.combinations import ROUTERS, SERVED_ROUTERS, tiny_config
 from tests.serve.test_equality import SERVED
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
@@ -61,7 +61,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_the_host_waits_only_for_rows_and_tokens(
     router: str, policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

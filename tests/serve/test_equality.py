@@ -27,7 +27,7 @@ from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.graphs import BatchGraphs
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
-from tests.combinations import ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
+from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.exits import median_rule
 from tests.serve.reference import Answer, answer
 
@@ -206,7 +206,7 @@ def schedules_for(number: int) -> list[Schedule]:
 
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize("kv_policy", SERVED)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
     number = list(ROUTERS).index(router) + len(ROUTERS) * SERVED.index(kv_policy)
     model = model_of(router, kv_policy, SHARINGS[number % len(SHARINGS)])
@@ -219,7 +219,7 @@ def test_every_router_and_kv_policy(router: str, kv_policy: str) -> None:
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("kv_policy", SERVED)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
     model = model_of(router, kv_policy, sharing)
     wanted = expected(model)
@@ -456,9 +456,12 @@ def test_what_can_not_be_served() -> None:
     assert not engine.has_work
     with pytest.raises(RequestError, match=r"top_p = 1\.5"):
         SamplingParams(top_p=1.5)
-    hybrid = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", "hybrid"))
-    with pytest.raises(ConfigError, match="hybrid"):
-        ServingEngine(Transformer(hybrid))
+    for policy in ("hybrid", "halted_reuse"):
+        config = replace(model.config, recursion=RecursionConfig(3, "middle_cycle", policy))
+        with pytest.raises(ConfigError, match=f"{policy} can't be served.*recursion_wise"):
+            ServingEngine(Transformer(config))
+    with pytest.raises(ConfigError, match=r"granularity = sequence can't be served.*generate"):
+        ServingEngine(build_model(tiny_config(ROUTERS["skip_forward_recurse_sequence"])))
     with pytest.raises(ConfigError, match="kv_memory = 100"):
         ServingEngine(model, EngineOptions(kv_memory=100))
 

@@ -235,8 +235,7 @@ def test_masks_have_the_dtype_of_attention() -> None:
         everything = TokenSet.all(*ids.shape)
         few = everything.pick(torch.tensor([[0, 5]] * len(ids)))
         layout = Geometry.of(ids, config, dtype, DOCUMENTS).layout(few, everything)
-        assert layout.mask is not None
-        assert layout.mask.dtype == dtype
+        assert [chunk.mask.dtype for chunk in layout.chunks] == [dtype]
     with torch.autocast("cpu", torch.bfloat16):
         assert Geometry.of(ids, config, torch.float32).dtype == torch.bfloat16
 

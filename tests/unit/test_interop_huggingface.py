@@ -53,9 +53,14 @@ CONFIGS["told_apart"] = replace(
     CONFIGS["expert_choice"],
     recursion=replace(CONFIGS["expert_choice"].recursion, recursion_embedding=True, separate_norms=True, lora_rank=2),
 )
+CONFIGS["multi_scale"] = replace(
+    CONFIGS["expert_choice"],
+    model=replace(CONFIGS["expert_choice"].model, attention="multi_scale", attention_window=4, attention_block=2),
+)
 
 
-DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard", "told_apart"]
+DECODED = ["vanilla", "expert_choice", "expert_choice-share_first-middle_cycle", "act_hard"]
+DECODED += ["told_apart", "multi_scale"]
 """Exports that are also asked to generate."""
 TEXT = "no <|endoftext|>"
 

@@ -38,6 +38,7 @@ MODELS = {
     "sequence": ("expert_choice", RecursionConfig(2, "sequence")),
     "share_first": ("expert_choice", RecursionConfig(3, "middle_cycle", "share_first")),
     "hybrid": ("expert_choice", RecursionConfig(3, "middle_cycle", "hybrid")),
+    "halted_reuse": ("expert_choice", RecursionConfig(3, "middle_cycle", "halted_reuse")),
 }
 
 

@@ -115,9 +115,10 @@ def test_activation_checkpointing_keeps_fewer_activations(mode: str) -> None:
     assert saved_bytes(mode) < 0.6 * saved_bytes("none")
 
 
-def test_expert_choice_equals_mask_and_multiply() -> None:
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_expert_choice_equals_mask_and_multiply(kv_policy: str) -> None:
     """Gather and scatter compared with an oracle that computes all tokens and masks (attention included)."""
-    config = tiny_config(ROUTERS["expert_choice"])
+    config = tiny_config(ROUTERS["expert_choice"], kv_policy)
     model, ids = lively_model(config), tokens()
     with torch.no_grad():
         out = model(ids, mode="topk")
@@ -127,7 +128,8 @@ def test_expert_choice_equals_mask_and_multiply() -> None:
 
 def masked_oracle(model: Transformer, ids: Tensor, depth: Tensor) -> Tensor:
     """Logits of full-length passes in which unselected keys are masked out and unselected rows stay unchanged."""
-    config = model.config.model
+    config, kv_policy = model.config.model, model.config.recursion.kv_policy
+    stored: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
     causal = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()
 
     def rope(x: Tensor) -> Tensor:
@@ -148,6 +150,12 @@ def masked_oracle(model: Transformer, ids: Tensor, depth: Tensor) -> Tensor:
             .transpose(1, 2)
             for name in "qkv"
         )
+        if kv_policy != "recursion_wise" and layer in stored:
+            fresh = visible[..., None] & (kv_policy != "share_first")
+            k, v = (torch.where(fresh, new, old) for new, old in zip((k, v), stored[layer], strict=True))
+            visible = everything[:, None]
+        if kv_policy == "halted_reuse" or layer not in stored:
+            stored[layer] = k, v
         repeat = config.num_heads // config.num_kv_heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         scores = rope(q) @ rope(k).transpose(-1, -2) / config.head_dim**0.5
@@ -202,7 +210,7 @@ def test_linear_cross_entropy_equals_torch(chunk_elements: int, monkeypatch: pyt
     weight = torch.randn(97, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(97, (50,), generator=generator)
     labels[::5] = -100
-    loss = 2 * linear_cross_entropy(hidden, weight, labels)
+    loss = 2 * linear_cross_entropy(hidden, weight, labels)[0]
     reference = 2 * F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     torch.testing.assert_close(loss, reference)
     ours = torch.autograd.grad(loss, (hidden, weight))
@@ -227,7 +235,7 @@ def test_cross_entropy_of_bf16_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> 
     hidden = torch.randn(1, 16, generator=generator).bfloat16().repeat(2048, 1)
     weight = torch.randn(97, 16, generator=generator).bfloat16().requires_grad_()
     labels = torch.full((2048,), 5)
-    loss = linear_cross_entropy(hidden, weight, labels)
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
     logits = F.linear(hidden[:1], weight).double()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(2048 * F.cross_entropy(logits, labels[:1]).item(), rel=1e-4)
@@ -249,7 +257,7 @@ def test_logits_are_never_whole_in_memory() -> None:
             return out
 
     with Watch():
-        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long)).backward()
+        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long))[0].backward()
     assert peak <= loss_module.CHUNK_ELEMENTS < 4096 * 50_000
 
 
@@ -289,7 +297,7 @@ def test_hand_written_gradients(function: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
+@pytest.mark.parametrize("kv_policy", ["share_first", "hybrid", "halted_reuse"])
 def test_chunked_queries_change_nothing(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = lively_model(tiny_config(ROUTERS["expert_choice"], kv_policy)), tokens()
     found = []

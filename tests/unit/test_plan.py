@@ -24,6 +24,7 @@ from megamor.plan.estimate import (
     run_seconds,
 )
 from megamor.plan.memory import step_memory, unit_parameters
+from megamor.plan.recommend import laws
 from tests.commands import refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -141,3 +142,36 @@ def policy_case_of(config: dict[str, Any], policy: str) -> Config:
     ops = {"selective_ops": kept.split("+")} if kept else {}
     train = {**config["train"], "activation_checkpointing": mode, **ops}
     return config_from_dict({**config, "train": train})
+
+
+def test_laws_by_hand() -> None:
+    """At 8 x 108M parameters: (N / 108M)^(2/3) = 4 and ^(-1/3) = 1/2."""
+    found = laws(8 * 108e6, tokens=1.16e9 * 2**10)
+    assert found["OLMo ladder"]["batch"] == pytest.approx(4 * 327_680)
+    assert found["OLMo ladder"]["learning rate"] == pytest.approx(0.0047 / 4)
+    assert found["nanochat"]["batch"] == pytest.approx(2**19 * 2**3.83)
+    assert found["Chinchilla"]["tokens"] == pytest.approx(160 * 108e6)
+
+
+def test_recommendation_compares_the_recipe(capsys: pytest.CaptureFixture) -> None:
+    plan.main(["--config", "configs/mor_360m.yaml", "--recommend"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "315M parameters at full depth without embedding, 29.70G tokens" in lines[0]
+    assert [line for line in lines if line.startswith("MoR paper") and "follows" in line] == lines[-2:]
+    assert any(line.startswith("OLMo ladder  learning rate") and "1.82 times the law's" in line for line in lines)
+    plan.main(["--parameters", "350e6", "--flops", "2.1e19", "--recommend"])
+    printed = capsys.readouterr().out
+    assert "350M parameters at full depth without embedding, 10.00G tokens" in printed
+    assert "here" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recommend"], "--recommend needs --config or --parameters"),
+        (["--recommend", "--parameters", "-1"], "must be positive"),
+        (["--config", "x.yaml"], "arguments are required"),
+    ],
+)
+def test_arguments_that_say_too_little(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in refusal(capsys, plan.main, *arguments)

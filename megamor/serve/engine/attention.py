@@ -57,10 +57,10 @@ class PagedKeysValues(KeysValues):
         """Whether anything is written."""
         return len(self.addresses) > 0
 
-    def resolve(self, fresh: KeyValue | None) -> KeyValue:
+    def resolve(self, merged: KeyValue | None) -> KeyValue:
         """Write, then return all pages."""
-        if fresh is not None:
-            for pages, new in zip((self.k, self.v), fresh, strict=True):
+        if merged is not None:
+            for pages, new in zip((self.k, self.v), merged, strict=True):
                 chosen = new if self.rows is None else new.index_select(0, self.rows)
                 pages.view(-1, *pages.shape[2:]).index_copy_(0, self.addresses, chosen.to(pages.dtype))
         return self.k, self.v

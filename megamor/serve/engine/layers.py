@@ -46,8 +46,13 @@ class Layers:
         """The layers of `model`.
 
         Raises:
-            ConfigError: its KV policy can't be served, or it has several recursion stages.
+            ConfigError: its attention or KV policy can't be served, or it has several recursion stages.
         """
+        if model.config.model.attention != "full":
+            raise ConfigError(
+                f"model.attention = {model.config.model.attention} can't be served: pages hold keys, not means of "
+                "blocks. Use `megamor generate`, or export the model and use transformers"
+            )
         if model.stages.keys() - {""}:
             # A batch brings together tokens at different depths of one core. With several cores a token would have to
             # wait for each of them, which the order of batches doesn't know yet.
@@ -60,10 +65,15 @@ class Layers:
         if stage is None:
             return Layers((), (), edge, {"edge": num_edge}, differ=False)
         recursion = model.config.recursion
-        if recursion.kv_policy == "hybrid":
+        if recursion.kv_policy in ("hybrid", "halted_reuse"):
             raise ConfigError(
-                "recursion.kv_policy = hybrid can't be served: every recursion would need its own copy of all earlier "
-                "keys. Train with recursion_wise or share_first, or use `megamor generate`"
+                f"recursion.kv_policy = {recursion.kv_policy} can't be served: every recursion would need its own copy "
+                "of all earlier keys. Train with recursion_wise or share_first, or use `megamor generate`"
+            )
+        if stage.router.reads_memory:
+            raise ConfigError(
+                "router.granularity = sequence can't be served: the mean over a text isn't kept with its cached pages. "
+                "Train with granularity: token, or use `megamor generate`"
             )
         schedule = stage.schedule[: stage.router.num_recursions]
         access = accesses(schedule, shared=recursion.kv_policy == "share_first")

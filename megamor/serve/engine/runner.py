@@ -163,11 +163,14 @@ class Runner:
             [[chunk.slots[row] for chunk, row in rows], [chunk.start + row for chunk, row in rows]]
         )
         x = self.get("stream", slots)
-        # The embedding tells the blocks which recursion this is. Their output is combined with the stream without it.
+        # What only the core's input has isn't in the stream that its output is combined with.
         entered = x
-        if stage.recursion_embedding is not None:
-            added = [stage.recursion_embedding[group.recursion].expand(group.end - group.first, -1) for group in groups]
-            x = x + torch.cat(added)
+        if stage.injection is not None or stage.recursion_embedding is not None:
+            inputs, parts = (
+                self.get("input", slots),
+                [(group.recursion, slice(group.first, group.end)) for group in groups],
+            )
+            x = torch.cat([stage.core_input(recursion, x[rows], inputs[rows]) for recursion, rows in parts])
         x = self.run_core(groups, x)
         outcomes = []
         for group in groups:

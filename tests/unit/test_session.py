@@ -1,0 +1,160 @@
+"""`import megamor`: a session's step is the trainer's, whatever backend; names, keywords and errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import megamor
+from megamor.config import Config, FixedDepthConfig, ParallelConfig, TokenChoiceConfig
+from megamor.errors import ConfigError
+from tests.combinations import ROUTERS, staged_config, tiny_config, tokens
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import stored_tensors
+from tests.resume.runs import fit, tiny_run, trace
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_names_are_imported_on_first_use_and_documented() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in megamor.__all__:
+        assert getattr(megamor, name).__doc__
+        assert f"`{name}" in page, name
+    assert {*megamor.__all__} <= {*dir(megamor)}
+    with pytest.raises(AttributeError, match="no attribute 'Sesion'"):
+        megamor.Sesion  # noqa: B018
+    code = "import sys, megamor; megamor.__version__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_keywords_are_sections_or_unique_settings() -> None:
+    config = megamor.make_config(
+        dim=64,
+        num_heads=4,
+        num_kv_heads=2,
+        num_recursions=2,
+        num_layers=4,
+        sharing="cycle",
+        router={"kind": "act"},
+        lr=1e-4,
+    )
+    assert (config.model.dim, config.recursion.num_recursions, config.optim.lr) == (64, 2, 1e-4)
+    assert config.router.kind == "act"
+    assert config.optim.schedule == "constant"
+    assert megamor.make_config(max_steps=100, model={"dim": 72}, num_layers=2).optim.schedule == "wsd"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dimm": 64}, "dimm is no setting"),
+        ({"dim": 65}, "model.dim"),
+        ({"model": {"dmi": 64}}, "did you mean model.dim"),
+        ({"num_recursions": 3}, "recursion.sharing = none"),
+    ],
+)
+def test_bad_keywords_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        megamor.make_config(**settings)
+
+
+def session_run(config: Config, steps: int) -> list[float]:
+    """Train on the configured shards; the losses."""
+    session = megamor.Session(config)
+    found = []
+    for batch in session.batches():
+        losses = session.training_step(batch.inputs, batch.labels, documents=batch.documents, lengths=batch.lengths)
+        assert losses.total == losses.language_model + losses.router
+        found.append(losses.language_model)
+        if session.step == steps:
+            break
+    session.save(Path(config.run.dir) / f"session_{config.run.name}")
+    assert session.routing_stats()["stage"].tokens > 0
+    return found
+
+
+@pytest.mark.parametrize("backend", ["single", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_a_session_takes_the_trainers_steps(tmp_path: Path, backend: str) -> None:
+    """Same batches, same losses, same weights and moments."""
+    world_size = 1 if backend == "single" else 2
+    config = tiny_run(tmp_path, backend, micro_batch_size=4 // world_size)
+    assert all(fit(config, world_size))
+    expected = trace(config)
+    losses = run_ranks(session_run, config, 8, world_size=world_size)
+    assert losses[0] == [step["train/loss"] for step in expected.steps]
+    saved = stored_tensors(tmp_path / "session_tiny" / "latest")
+    assert saved.keys() == expected.tensors.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_save_and_load_continue_bitwise(tmp_path: Path) -> None:
+    config = replace(staged_config(ROUTERS["ema_threshold"]), parallel=ParallelConfig("single"))
+    config = replace(config, train=replace(config.train, precision="fp32"), optim=replace(config.optim, warmup_steps=2))
+    straight, stopped = megamor.Session(config), megamor.Session(config)
+
+    def train(session: megamor.Session, steps: range) -> list[megamor.Losses]:
+        return [session.training_step(tokens(step)[:, :-1], tokens(step)[:, 1:]) for step in steps]
+
+    expected = train(straight, range(6))
+    train(stopped, range(3))
+    stopped.save(tmp_path)
+    assert train(megamor.Session.load(tmp_path), range(3, 6)) == expected[3:]
+    assert megamor.load_model(tmp_path).step == 3
+
+
+def test_statistics_are_reset() -> None:
+    session = megamor.Session(replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single")))
+    assert session.routing_stats() == {}
+    session.training_step(tokens()[:, :-1], tokens()[:, 1:])
+    once = session.routing_stats()["stage"]
+    assert once.tokens == tokens()[:, 1:].numel()
+    assert sum(once.depth_shares) == pytest.approx(1)
+    assert once.mean_depth == pytest.approx(sum(d * share for d, share in enumerate(once.depth_shares)))
+    assert once.recursion_rate == pytest.approx(sum(once.depth_shares[2:]))
+    assert session.routing_stats(reset=True)["stage"] == once
+    assert session.routing_stats() == {}
+
+
+class Shift(nn.Module):
+    """Adds the row of the token before: a layer that mixes tokens, causally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, rows: Tensor, padding: Tensor) -> Tensor:
+        assert padding.shape == rows.shape[:2]
+        return rows + self.scale * torch.cat((torch.zeros_like(rows[:, :1]), rows[:, :-1]), 1)
+
+
+def test_a_layer_of_ones_own_is_applied_to_the_selected_tokens() -> None:
+    layer = megamor.RecursiveLayer(Shift(), 8, 3, FixedDepthConfig(depth=2))
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    out = layer(x)
+    torch.testing.assert_close(out.stream, Shift()(Shift()(x, x[..., 0]), x[..., 0]))
+    assert out.depth.tolist() == [[2] * 5] * 2
+    routed = megamor.RecursiveLayer(Shift(), 8, 3, TokenChoiceConfig())
+    for module in routed.router.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    out = routed(x)
+    assert len(out.depth.unique()) > 1
+    # Recursion r mixes tokens of depth > r only.
+    rows = x
+    for recursion in range(3):
+        for b in range(2):
+            chosen = out.depth[b] > recursion
+            rows = rows.clone()
+            rows[b, chosen] = Shift()(rows[b, chosen][None], rows[b, chosen][None, :, 0])[0]
+    gates = (out.stream - x) / rows
+    torch.testing.assert_close(gates, gates[..., :1].expand_as(gates), atol=1e-4, rtol=1e-4)
+    (out.stream.sum() + sum(out.losses.values())).backward()
+    assert routed.layer.scale.grad is not None
+    assert routed.router.head.weight.grad.abs().sum() > 0
