@@ -40,7 +40,7 @@ unit: install ## the test suite without its slow cases
 	$(DEEPSPEED_ENV) $(BIN)/python -m pytest
 
 combinations: install ## run the tests of all combinations and write docs/combinations.md from their outcomes
-	$(BIN)/python -m pytest -q tests/causality tests/decoding tests/learning tests/unit/test_model.py \
+	$(BIN)/python -m pytest -q -m '' tests/causality tests/decoding tests/learning tests/unit/test_model.py \
 	    --combinations docs/combinations.md
 
 reliability: install ## run the tests of every promise and update docs/reliability.md from their outcomes

@@ -31,7 +31,7 @@ from megamor.evaluate.sampling import GeneratedText, generate
 from megamor.model import build_model
 from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
-from megamor.optim import build_adamw
+from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, init_world, resolve_backend
 from megamor.ranks import sum_over_ranks
 from megamor.train.budget import Budget
@@ -103,7 +103,7 @@ class Session:
         self.config, self.budget = config, Budget(config)
         self.world: World = init_world(config.parallel)
         self.model = build_model(config, device=self.world.device)
-        self.backend = build_backend(self.model, config, self.world, lambda model: build_adamw(model, config.optim))
+        self.backend = build_backend(self.model, config, self.world, lambda model: build_optimizer(model, config))
         self.done = Consumed()
         self.statistics = StepStatistics(max_depth(config))
 

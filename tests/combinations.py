@@ -54,10 +54,10 @@ ROUTERS: dict[str, RouterConfig] = {
     "random": RandomConfig(),
     "skip_forward_recurse": SkipForwardRecurseConfig(hidden=16),
     "skip_forward_recurse_attention": SkipForwardRecurseConfig(
-        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, rate_coeff=0.1
+        hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, recursion_rate=0.3
     ),
     "skip_forward_recurse_sequence": SkipForwardRecurseConfig(
-        hidden=32, granularity="sequence", recursion_input=True, target_depth=1.5
+        hidden=8, granularity="sequence", recursion_input=True, target_depth=1.5
     ),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
@@ -71,6 +71,10 @@ if "MEGAMOR_ROUTER" in os.environ:
 SERVED_ROUTERS = [name for name in ROUTERS if not name.endswith("sequence")]
 """Those that the serving engine doesn't refuse."""
 KV_POLICIES: tuple[str, ...] = ("recursion_wise", "share_first", "hybrid", "halted_reuse")
+REPRESENTATIVES = ("fixed", "expert_choice", "token_choice", "skip_forward_recurse", "act_hard", "monotone", "custom")
+"""Routers that are tested with everything by default. Of the others, combinations with `halted_reuse` and with
+`RARE_SHARINGS` are slow tests (tests/conftest.py)."""
+RARE_SHARINGS = ("cycle", "sequence", "middle_sequence")
 SHARINGS: tuple[str, ...] = tuple(s for s in get_args(Sharing) if s != "none")
 STRUCTURES = (*SHARINGS, "stages")
 """All sharings of one stage, and several stages."""
@@ -123,6 +127,9 @@ def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.mul_(20 if "router" in name else 6)
+        for name, buffer in model.named_buffers():
+            if name.endswith("router.shift"):
+                buffer.fill_(0.5)  # of a target
     return model
 
 

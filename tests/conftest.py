@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.combination_table import CombinationTable
+from tests.combinations import KV_POLICIES, RARE_SHARINGS, REPRESENTATIVES, ROUTERS
 from tests.reliability_table import ReliabilityTable, promises_of
 from tests.slurm.cluster import missing_programs
 
@@ -51,9 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse marks that name no known promise, even if no table is written."""
+    """Refuse marks that name no known promise, even if no table is written; mark what is slow in a large product."""
     for item in items:
         promises_of(item)
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        router, kv_policy, sharing = (parameters.get(name) for name in ("router", "kv_policy", "sharing"))
+        rare = kv_policy == "halted_reuse" or (kv_policy in KV_POLICIES and sharing in RARE_SHARINGS)
+        if rare and router in ROUTERS and router not in REPRESENTATIVES:
+            item.add_marker(pytest.mark.slow)
 
 
 def is_allowed(reason: str) -> bool:

@@ -104,6 +104,22 @@ def positive(text: str) -> int:
     return value
 
 
+def integers(text: str) -> list[int]:
+    """Positive integers with commas between them, as an argument's type."""
+    return [positive(number) for number in text.split(",")]
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a bounded cache but for its budget; their names are those of `CacheBound`'s fields."""
+    keep = "which of the other entries stay: those that received the most attention (`score`), those of the deepest "
+    keep += "tokens (`depth`), or the newest (default: %(default)s)"
+    parser.add_argument("--kv-keep", choices=("score", "depth", "recent"), default="score", help=keep)
+    first = "how many of the first entries always stay (default: %(default)s)"
+    parser.add_argument("--kv-sinks", type=int, default=4, metavar="N", help=first)
+    newest = "how many of the newest entries always stay (default: half of the budget)"
+    parser.add_argument("--kv-recent", type=int, metavar="N", help=newest)
+
+
 def counted(count: int, noun: str) -> str:
     """`1 document`, `1,204 documents`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megamor.cli import command_parser
+from megamor.cli import add_cache_options, command_parser, integers
 from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import user_errors
 
 
-def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
+def show(results: Mapping[str, Mapping[str, Any]], origin: str) -> None:
     """Print a row for each data set and way of routing; fits 80 columns."""
     from rich.table import Table
 
@@ -40,6 +41,10 @@ def show(results: Mapping[str, Mapping[str, float]], origin: str) -> None:
                 shown = (f"{loss:.4f}", f"{ppl:.2f}", f"{depth:.2f}", f"{flops:.3e}", f"{figures['tokens']:,.0f}")
                 table.add_row(name, label, *shown)
     plain_console().print(table)
+    for name, figures in results.items():
+        for row in figures.get("kv_curve", ()):
+            entries = "all keys" if row["budget"] is None else f"{row['budget']} keys"
+            print(f"{name}: {entries}, {row['kv_bytes'] / 1e3:,.1f} kB a document: {row['loss']:.4f} nats/token")
 
 
 @user_errors()
@@ -51,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
     add("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
     add("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
+    budgets = "also decode with at most so many cached keys and values per layer, such as 64,128: loss against bytes"
+    add("--kv-budgets", "--kv-budget", type=integers, default=[], metavar="N,N", help=budgets)
+    add_cache_options(parser)
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     add_exit_options(parser)
     add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -65,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
+    from megamor.model import CacheBound
     from megamor.progress import plain_console
 
+    keep = arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent
+    bounds = [CacheBound(budget, *keep) for budget in arguments.kv_budgets]
     loaded = load_model(arguments.checkpoint, arguments.device)
     loaded.model.set_exit(rule)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
@@ -76,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         for prefix in arguments.data:
-            results[prefix] = dataset_losses(loaded, prefix, **size, watch=progress.track)
+            results[prefix] = dataset_losses(loaded, prefix, **size, bounds=bounds, watch=progress.track)
     show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
     if arguments.json:
         only = results[arguments.data[0]] if len(results) == 1 else results

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import command_parser
+from megamor.cli import add_cache_options, command_parser, positive
 from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import ConfigError, user_errors
 
@@ -32,6 +32,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     nucleus = "sample only from the likeliest tokens that have this probability together (default: %(default)s)"
     parser.add_argument("--top-p", type=float, default=0.95, help=nucleus)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    budget = "most keys and values that the cache holds for each layer in each recursion (default: all)"
+    parser.add_argument("--kv-budget", type=positive, metavar="N", help=budget)
+    add_cache_options(parser)
     add_exit_options(parser)
     parser.add_argument("--show-depth", action="store_true", help="colour each token by its depth")
     parser.add_argument("--depth-image", type=Path, metavar="FILE.svg", help="also save the depth map as a picture")
@@ -61,8 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.evaluate.depth_map import DepthMap
     from megamor.evaluate.sampling import generate
     from megamor.load import load_model
+    from megamor.model import CacheBound
     from megamor.progress import plain_console
 
+    bound = None
+    if arguments.kv_budget:
+        bound = CacheBound(arguments.kv_budget, arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent)
     loaded = load_model(arguments.checkpoint, arguments.device)
     loaded.model.set_exit(rule)
     codec = loaded.codec()
@@ -76,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        bound=bound,
         stop_id=codec.end_of_text.id if codec.end_of_text else None,
     )
     # The last token was sampled but never read, so it has no depth.

@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = merge_weights(args.weights, [checkpoint.step for checkpoint in found])
     for other in found[1:]:
         check_alike(found[0], other)
-    names = {name: name for name in state_shapes(found[0].directory) if name.startswith(MODEL_PREFIX)}
+    stored = [state_shapes(checkpoint.directory) for checkpoint in found]
+    names = {name: name for name in stored[0] if name.startswith(MODEL_PREFIX)}
     if args.average:
-        for checkpoint in found:
-            if not any(name.startswith(AVERAGE_PREFIX) for name in state_shapes(checkpoint.directory)):
+        averages = {MODEL_PREFIX + n.removeprefix(AVERAGE_PREFIX): n for n in stored[0] if n.startswith(AVERAGE_PREFIX)}
+        for checkpoint, shapes in zip(found, stored, strict=True):
+            if not averages or not shapes.keys() >= set(averages.values()):
                 raise ConfigError(f"{checkpoint.directory} has no moving average: train with optim.average_decay")
-        stored = state_shapes(found[0].directory)
-        averages = {name: AVERAGE_PREFIX + name.removeprefix(MODEL_PREFIX) for name in names}
-        names |= {name: average for name, average in averages.items() if average in stored}  # not the buffers
+        names = {name: averages.get(name, name) for name in names}  # buffers have none
     merged = {}
     # One small batch of tensors of each checkpoint is in memory at a time, besides the result.
     streams = [iterate_state(checkpoint.directory, 2**28, list(names.values())) for checkpoint in found]

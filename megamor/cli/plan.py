@@ -55,8 +55,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write the report where `--json` says."""
     args = parse_arguments(argv)
+    from megamor.config import load_config
+
     if args.recommend:
-        from megamor.config import load_config
         from megamor.plan.recommend import recommendation
 
         recipe = load_config(args.config, args.overrides) if args.config else None
@@ -68,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = ", ".join(GPUS)
         raise ConfigError(f"--gpu {args.gpu}: unknown; choose one of {known}, or add it to megamor/metrics/gpus.py")
 
-    from megamor.config import load_config
     from megamor.plan.estimate import Cluster
     from megamor.plan.report import plan_report, print_report
 

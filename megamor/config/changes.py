@@ -47,7 +47,7 @@ _CLASSES: dict[Effect, str] = {
         router.balance_warmup_steps router.ema_decay router.hidden router.depth_coeff router.target_depth
         router.temperature_start router.temperature_end router.temperature_steps router.mode router.epsilon
         router.ponder_coeff router.threshold router.target_flops router.prior router.gate router.routers
-        router.granularity router.recursion_input router.recursion_rate router.rate_coeff router.target router.options
+        router.granularity router.recursion_input router.recursion_rate router.target router.options
         data.tokenizer data.document_mask""",
     Effect.ORDER: "run.seed data.packing data.chunk_len",
     Effect.STATE: "optim.kind",
@@ -58,6 +58,7 @@ _CLASSES: dict[Effect, str] = {
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """
         optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.grad_clip optim.aux_router_lr_multiplier
+        optim.router_lr_multiplier
         optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps
         recursion.schedule recursion.schedule_start recursion.schedule_steps recursion.backprop_recursions
         train.z_loss_coeff""",

@@ -135,8 +135,10 @@ class LearnedThresholdConfig(TargetConfig, ScoredConfig):
     """
 
     kind: Literal["learned_threshold"] = "learned_threshold"
-    depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth, without which all tokens tend to full depth; not used with a target."""
+    z_coeff: NonNegative = 0.001
+    """Weight of the mean squared margin. It brings tokens back to thresholds that they have stayed below."""
+    depth_coeff: NonNegative = 0.001
+    """Weight of the loss on the soft depth, without which tokens tend to full depth; not used with a target."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,8 @@ class SkipForwardRecurseConfig(TargetConfig):
     inference_threshold: BetweenZeroAndOne | None = None
     """At inference a token recurses if its probability is at least this, else takes the likelier of the other two
     actions; null: the likeliest of all three."""
-    recursion_rate: PositiveFraction = 0.3
-    """Fraction of the decisions that should be to recurse; used by `rate_coeff`."""
-    rate_coeff: NonNegative = 0.0
-    """Weight of the loss on the squared distance of that fraction from `recursion_rate`."""
+    recursion_rate: PositiveFraction | None = None
+    """Fraction of the decisions, such as 0.3, that should be to recurse; a target for the loss instead of the depth."""
     depth_coeff: NonNegative = 0.01
     """Weight of the loss on the expected depth; with a target, on its squared distance from it."""
     temperature_start: Positive = 1.0
@@ -213,7 +213,7 @@ class PonderNetConfig(HaltingConfig):
 
 
 @dataclass(frozen=True)
-class MonotoneConfig:
+class MonotoneConfig(TargetConfig):
     """A token continues while the product of its gates, one per recursion, is above a threshold (after arXiv
     2603.01914). The product can only fall, and is the weight of the recursions' results."""
 
@@ -221,7 +221,7 @@ class MonotoneConfig:
     threshold: BetweenZeroAndOne = 0.5
     """The product of gates at which a token leaves."""
     depth_coeff: NonNegative = 0.01
-    """Weight of the loss on the soft depth: the sum of the mean products of gates before all recursions."""
+    """Weight of the loss on the soft depth, the sum of the mean products of gates; not used with a target."""
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,8 @@ class OptimConfig:
     """Fraction of the run over which `wsd` decays."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
+    router_lr_multiplier: Positive = 1.0
+    """Factor on the learning rate of routers."""
     aux_router_lr_multiplier: Positive = 10.0
     """Factor on the learning rate of auxiliary routers."""
     average_decay: BelowOne | None = None

@@ -170,7 +170,7 @@ def _target(router: TargetConfig, recursions: int) -> Iterator[str]:
         yield f"router.target_depth = {router.target_depth} and {given} steer the same thing: give one of them"
     elif depth > recursions:
         yield f"{given} is more than recursion.num_recursions = {recursions}: lower it"
-    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig):
+    elif depth < 1 and not isinstance(router, SkipForwardRecurseConfig | MonotoneConfig):
         least = 1 if name == "target_depth" else f"1 / {recursions}"
         yield f"{given} can't be reached, since every token takes the first recursion: give at least {least}"
     if isinstance(router, CapacityConfig) and router.capacity is not None:
@@ -215,12 +215,11 @@ def _actions(router: SkipForwardRecurseConfig, recursions: int) -> Iterator[str]
     if router.gate == "attention" and router.granularity == "sequence":
         given = "router.gate = attention with router.granularity = sequence"
         yield f"{given} would attend to the same mean at every recursion: use gate: mlp, or granularity: token"
-    if router.rate_coeff and (target := router.depth(recursions)) is not None:
-        given = f"router.rate_coeff = {router.rate_coeff} with a target depth of {target:.4g}"
-        yield f"{given} holds the depth at two targets: set rate_coeff: 0, or the target to null"
-    if router.rate_coeff and router.recursion_rate >= (most := (recursions - 1) / recursions):
-        given = f"router.recursion_rate = {router.recursion_rate} of {recursions} recursions"
-        yield f"{given} can't be reached, since no decision follows the last: give less than {most:.4g}"
+    given, most = f"router.recursion_rate = {router.recursion_rate}", (recursions - 1) / recursions
+    if router.recursion_rate is not None and router.depth(recursions) is not None:
+        yield f"{given} and a target depth are two targets of one loss: set one of them to null"
+    elif router.recursion_rate is not None and router.recursion_rate >= most:
+        yield f"{given} can't be reached, since no decision follows the last recursion: give less than {most:.4g}"
 
 
 def _capacity(capacity: tuple[float, ...], recursions: int) -> Iterator[str]:

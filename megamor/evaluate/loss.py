@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from megamor.config.segments import stages
 from megamor.data.loader import open_validation_sets
 from megamor.data.meta import end_of_text
 from megamor.errors import DataError
-from megamor.model import ModelOutput, Transformer
+from megamor.evaluate.kv_curve import bounded_loss
+from megamor.model import CacheBound, ModelOutput, Transformer
 from megamor.model.flops import Work, executed_flops
 from megamor.model.loss import IGNORE
 from megamor.routing import Mode
@@ -115,19 +116,22 @@ def dataset_losses(
     *,
     sequences: int | None = None,
     batch_size: int = 16,
+    bounds: Sequence[CacheBound] = (),
     watch: Callable[..., Iterable[MicroBatch]] = lambda batches, total, description: batches,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure a model on the data set `prefix` (.bin/.idx), in each of its routing modes.
 
     Args:
         sequences: how many sequences to measure, evenly spread over the set; None for all.
+        bounds: caches of keys and values to measure too, decoding through each.
         watch: wraps the batches of one mode to show progress, given also their number and a text, as `rich.progress`
             does.
 
     Returns:
         `tokens`; for each mode (`topk`, `causal`) `perplexity_<mode>` and the names of `mean_figures`, such as
         `loss_<mode>`; `gap`, causal loss minus top-k loss, where both exist; and `exit_<rule>`, the threshold of the
-        exit rule that the causal mode obeyed, where the model has one.
+        exit rule that the causal mode obeyed, where the model has one. With `bounds`, `kv_curve` is a list of `budget`,
+        `loss` and `kv_bytes` (see `bounded_loss`), first without a budget.
 
     Raises:
         DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
@@ -142,16 +146,24 @@ def dataset_losses(
             f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
         )
     num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
+
+    def batches(what: str) -> Iterable[MicroBatch]:
+        read = data.batches(0, 1, batch_size, sequences)
+        return watch(read, total=num_batches, description=f"{Path(prefix).name}, {what}")
+
     for mode in modes_of(loaded.model):
-        what = f"{Path(prefix).name}, {mode}"
-        batches = watch(data.batches(0, 1, batch_size, sequences), total=num_batches, description=what)
-        sums = summed_loss(loaded.model, batches, mode, loaded.device)
+        sums = summed_loss(loaded.model, batches(mode), mode, loaded.device)
         figures["tokens"] = float(sums[1])
         figures |= {f"{name}_{mode}": value for name, value in mean_figures(loaded.config, sums).items()}
         figures[f"perplexity_{mode}"] = perplexity(figures[f"loss_{mode}"])
     if "loss_topk" in figures:
         figures["gap"] = figures["loss_causal"] - figures["loss_topk"]
+    if bounds:
+        figures["kv_curve"] = [
+            {"budget": bound and bound.budget, **bounded_loss(loaded.model, batches("bounded cache"), bound)}
+            for bound in (None, *bounds)
+        ]
     if (rule := loaded.model.exit) is not None:
         figures[f"exit_{rule.name}"] = rule.threshold
     return figures

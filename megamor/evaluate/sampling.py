@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megamor.errors import CheckpointError, ConfigError
-from megamor.model import KVCache, Transformer
+from megamor.model import CacheBound, KVCache, Transformer
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
+    bound: CacheBound | None = None,
 ) -> GeneratedText:
     """Continue `prompt` by up to `max_tokens` tokens, fewer if `stop_id` is sampled.
 
     Temperature 0 always takes the likeliest token. Each token is read once; a cache keeps the keys and values of
-    earlier tokens at the depths to which they were routed.
+    earlier tokens at the depths to which they were routed, or with a `bound` some of them.
 
     Raises:
         ConfigError: prompt and continuation don't fit into the model's `max_seq_len`.
@@ -50,22 +51,35 @@ def generate(
             "shorten the prompt or generate fewer"
         )
     weight = model.embed.weight
-    cache = KVCache(model.config.model, 1, length, weight.dtype, weight.device)
+    cache = cache_for(model, 1, length, bound)
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     depths: list[int] = []
-    unread = prompt  # the whole prompt in the first pass, then one token each
+    unread = torch.tensor([prompt], device=weight.device)  # the prompt first, then one token each
     for _ in range(max_tokens):
-        out = model(torch.tensor([unread], device=weight.device), mode="causal", cache=cache)
+        for chunk in torch.split(unread, cache.chunk, dim=1):
+            out = model(chunk, mode="causal", cache=cache)
+            depths += [0] * chunk.shape[1] if out.depth is None else out.depth[0].tolist()
         assert out.logits is not None
-        depths += [0] * len(unread) if out.depth is None else out.depth[0].tolist()
         if out.logits[0, -1].isnan().any():
             raise CheckpointError("the model's logits are NaN: its weights are damaged, or its training diverged")
         ids.append(sample(out.logits[0, -1].float().cpu(), temperature, top_p, generator))
-        unread = ids[-1:]
+        unread = torch.tensor([ids[-1:]], device=weight.device)
         if ids[-1] == stop_id:
             break
     return GeneratedText(ids, depths, len(prompt))
+
+
+def cache_for(model: Transformer, batch: int, length: int, bound: CacheBound | None) -> KVCache:
+    """An empty cache for `batch` sequences of up to `length` tokens.
+
+    Raises:
+        ConfigError: the bound keeps tokens by depth, and the model has no recursion.
+    """
+    if bound is not None and bound.keep == "depth" and not model.stages:
+        raise ConfigError("all tokens of a model without recursion have the same depth: use --kv-keep score or recent")
+    weight = model.embed.weight
+    return KVCache(model.config.model, batch, length, weight.dtype, weight.device, bound=bound)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

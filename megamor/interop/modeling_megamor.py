@@ -38,13 +38,7 @@ class DecodingCache:
 
     def reorder_cache(self, beams: Tensor) -> None:
         """Beam search: sequence i becomes a continuation of sequence `beams[i]`."""
-        for store in self.cache.stores.values():
-            for name in ("k", "v", "order", "lengths"):
-                setattr(store, name, getattr(store, name).index_select(0, beams))
-        if self.cache.tokens is not None:
-            self.cache.tokens = self.cache.tokens.index_select(0, beams)
-        for router, remembered in self.cache.memory.items():
-            self.cache.memory[router] = remembered.index_select(0, beams)
+        self.cache.select(beams)
 
 
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -265,12 +265,7 @@ def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Unti
 
 
 def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:
-    """Write the checkpoint, with a `tokenizer.json` to add to it; see `save_weights`.
-
-    Raises:
-        ConfigError: `directory` is in use, or there is no such tokenizer.
-        CheckpointError: it can't be written.
-    """
+    """Write the checkpoint with a `tokenizer.json`. Raises ConfigError if there is none, else as `save_weights`."""
     if tokenizer is not None and not tokenizer.is_file():
         raise ConfigError(f"{tokenizer} is not a file: give a tokenizer.json")
     files: dict[str, str | bytes | Path] = {CONFIG_FILE: config_to_yaml(imported.config)}
@@ -287,11 +282,8 @@ def save_weights(
 ) -> Path:
     """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
 
-    Args:
-        directory: a new or empty directory; it will contain the checkpoint `step_00000000` and `latest`.
-        weights: by stored name.
-        files: configuration and what else belongs to the model, by name.
-        origin: recorded in `trainer.json`.
+    The new or empty `directory` will contain the checkpoint `step_00000000` and `latest`. `weights` have stored names,
+    `files` are configuration and tokenizer, and `origin` is recorded in `trainer.json`.
 
     Raises:
         ConfigError: `directory` is in use.

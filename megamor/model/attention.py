@@ -98,7 +98,7 @@ class AttentionLayout:
     With `segments`, the rows attend to each other inside each segment and the other fields are unused. Otherwise
     `chunks` cut the queries into ranges; without any, attention is causal among the rows themselves. `keys` is None
     where keys and values arrive as [batch, length, kv_heads, head_dim] already (from a cache). With a `pool`, the means
-    of blocks are keys too, and precede the others.
+    of blocks are keys too, and precede the others. `score` [batch, length] collects what the keys of a cache receive.
     """
 
     queries: Grid
@@ -106,6 +106,7 @@ class AttentionLayout:
     chunks: tuple[Chunk, ...] = ()
     segments: Segments | None = None
     pool: Pool | None = None
+    score: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim], k and v [M, kv_heads, head_dim] to [N, heads · head_dim]."""
@@ -118,6 +119,8 @@ class AttentionLayout:
             out = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped)
         else:
             out = self._attend_masked(q_BHTD, k_BHTD, v_BHTD)
+        if self.score is not None:
+            self.score.add_(self._received(q_BHTD, k_BHTD, self.queries.pad(torch.ones(len(q), device=q.device))))
         return self.queries.unpad(out.transpose(1, 2).flatten(2))
 
     def _keys(self, x: Tensor) -> Tensor:
@@ -126,6 +129,14 @@ class AttentionLayout:
         if self.pool is None:
             return each
         return torch.cat((self.pool.mean(x.flatten(0, 1) if self.keys is None else x), each), dim=1)
+
+    def _received(self, q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+        """Attention that each key of a cache receives, over all heads and `real` [batch, queries], [batch, length]."""
+        # SDPA doesn't return weights. Decoding has few queries, so computing them again costs little.
+        scores = q.float() @ one_per_head(k.float(), q.shape[1], dim=1).mT / q.shape[-1] ** 0.5
+        weights = (scores + self.chunks[0].mask).softmax(-1).sum(1)
+        received = (weights * real.unsqueeze(2)).sum(1)
+        return received if self.pool is None else self.pool.spread(received)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of [batch, heads, length, head_dim], one chunk of queries at a time."""

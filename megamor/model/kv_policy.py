@@ -131,4 +131,4 @@ class KVPolicy:
             if block in self.store:
                 keys_values, tokens = self.store[block]
                 store = self.cache.store((self.stage, recursion, layer))
-                store.write(store.admit(tokens, geometry), keys_values)
+                store.write(self.cache.admit(store, tokens, geometry), keys_values)

@@ -69,6 +69,13 @@ class Pool:
         sums = grid.view(self.batch, count + 1, self.block, *rows.shape[1:])[:, :count].sum(2)
         return sums / self.sizes.clamp_min(1).to(rows.dtype).view(*sums.shape[:2], *(1,) * (rows.dim() - 1))
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [batch, count + N / batch] of the means and the rows: each row's own and its part of its mean's."""
+        assert self.cells is not None
+        means, own = values.tensor_split([self.sizes.shape[1]], dim=1)
+        parts = F.pad(means / self.sizes.clamp_min(1), (0, 1))
+        return own + parts.flatten()[self.cells // self.block].view_as(own)
+
     def mask(self, first: Tensor, last: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, Q, n] of the first n blocks for queries that see those ending from `first` to `last`.
 

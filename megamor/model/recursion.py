@@ -100,7 +100,9 @@ class RecursionStage(nn.Module):
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.indices is None else rows.index_select(0, plan.indices)
-            y, keys = self.run_recursion(recursion, x, stage_input, plan.tokens, geometry, policy, blocks[recursion])
+            first = stage_input if self.injection is None else plan.tokens.gather(stage_input)
+            entering = self.core_input(recursion, x, first)
+            y, keys = self.run_recursion(recursion, entering, plan.tokens, geometry, policy, blocks[recursion])
             # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
             if mix.emit is not None:
@@ -142,11 +144,11 @@ class RecursionStage(nn.Module):
         """Run at most so many recursions from now on. The parameters of later ones then have no gradient."""
         self.router.num_recursions = min(most, self.router.full_depth)
 
-    def core_input(self, recursion: int, x: Tensor, stage_input: Tensor) -> Tensor:
-        """What the core sees of rows x [N, dim] of the stream, which were `stage_input` [N, dim] at first."""
+    def core_input(self, recursion: int, x: Tensor, first: Tensor) -> Tensor:
+        """What the core sees of rows x [N, dim] of the stream, which were `first` [N, dim] before the stage."""
         if self.injection is not None:
             from_stream, from_input = self.injection[recursion].to(x.dtype)
-            x = x + from_stream * x + from_input * stage_input
+            x = x + from_stream * x + from_input * first
         return x if self.recursion_embedding is None else x + self.recursion_embedding[recursion]
 
     def blocks_by_recursion(self) -> list[Blocks]:
@@ -156,24 +158,13 @@ class RecursionStage(nn.Module):
         return [list(self.blocks)] * self.router.num_recursions
 
     def run_recursion(
-        self,
-        recursion: int,
-        x: Tensor,
-        stage_input: Tensor,
-        tokens: TokenSet,
-        geometry: Geometry,
-        policy: KVPolicy,
-        blocks: Blocks,
+        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy, blocks: Blocks
     ) -> tuple[Tensor, TokenSet]:
-        """The core on the selected rows x [N, dim]: its output [N, dim], and the tokens whose keys it attended to.
-
-        `stage_input` [T, dim] is the stream of all tokens before the first recursion.
-        """
+        """The core on its input x [N, dim]: its output [N, dim], and the tokens whose keys it attended to."""
         order = self.schedule[recursion]
         if len(tokens) == 0:
             policy.skip(recursion, order, geometry)
             return x, tokens
-        x = self.core_input(recursion, x, stage_input if self.injection is None else tokens.gather(stage_input))
         call = policy.core_call(recursion, order, tokens, geometry)
         run = self.recomputation.recursion(partial(self.run_blocks, call, blocks))
         truncated = torch.is_grad_enabled() and recursion < self.router.num_recursions - self.backprop_recursions
@@ -195,7 +186,8 @@ class RecursionStage(nn.Module):
         one, position = TokenSet.all(1, 1), geometry.positions[:1]
         alone = Geometry(one, Grid.of(one), position, position, geometry.angles.select(torch.zeros_like(position)))
         policy = KVPolicy("recursion_wise", None)
-        y, _ = self.run_recursion(recursion, stream[:1], stream[:1], one, alone, policy, blocks)
+        entering = self.core_input(recursion, stream[:1], stream[:1])
+        y, _ = self.run_recursion(recursion, entering, one, alone, policy, blocks)
         return stream + 0.0 * y.sum()
 
     def run_blocks(self, call: CoreCall, blocks: Blocks, x: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:

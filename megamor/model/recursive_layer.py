@@ -51,14 +51,7 @@ class RecursiveLayer(RecursionStage):
         return out._replace(stream=out.stream.view(batch, seq_len, dim), depth=out.depth.view(batch, seq_len))
 
     def run_recursion(
-        self,
-        recursion: int,
-        x: Tensor,
-        stage_input: Tensor,
-        tokens: TokenSet,
-        geometry: Geometry,
-        policy: KVPolicy,
-        blocks: Blocks,
+        self, recursion: int, x: Tensor, tokens: TokenSet, geometry: Geometry, policy: KVPolicy, blocks: Blocks
     ) -> tuple[Tensor, TokenSet]:
         """The layer on the selected rows x [N, dim]."""
         if len(tokens) == 0:

@@ -178,9 +178,6 @@ class Transformer(nn.Module):
             else:
                 x = self.run_unshared(segment.name, x, geometry, cache)
         x = self.norm(x)
-        if cache is not None:
-            cache.num_tokens += inputs.shape[1]
-
         logits = loss_sum = num_tokens = pairs = z_loss_sum = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
@@ -194,6 +191,8 @@ class Transformer(nn.Module):
             pairs = geometry.visible_pairs(everything, everything)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
+        if cache is not None:
+            cache.advance(depth, inputs.shape[1])
         return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:

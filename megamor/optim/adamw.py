@@ -33,28 +33,31 @@ def build_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup
     """Split the trainable parameters of `model` into groups; each unique parameter is in exactly one.
 
     Matrices (embedding and routers included) have weight decay; vectors (norms, biases) don't. Auxiliary routers, which
-    have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1).
-    With Muon, its matrices are a group of their own. Empty groups are left out. Call it on the wrapped model, because
-    FSDP2 replaces the parameters.
+    have `aux_router` in their name, learn `aux_router_lr_multiplier` times faster (arXiv 2507.10524, section 2.2.1),
+    other routers `router_lr_multiplier` times. With Muon, its matrices are a group of their own. Empty groups are left
+    out. Call it on the wrapped model, because FSDP2 replaces the parameters.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    rates = {"model": 1.0, "router": config.router_lr_multiplier, "aux_router": config.aux_router_lr_multiplier}
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
     matrices: list[nn.Parameter] = []
     for name, parameter in model.named_parameters(remove_duplicate=True):
         if parameter.requires_grad and config.kind == "muon" and is_matrix(name, parameter.ndim):
             matrices.append(parameter)
         elif parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, "aux_router" in name), []).append(parameter)
+            part = "aux_router" if "aux_router" in name else "router" if "router." in name else "model"
+            part = "model" if rates[part] == 1.0 else part
+            groups.setdefault((parameter.ndim >= 2, part), []).append(parameter)
     rate = config.muon_lr_multiplier
     muon = ParamGroup(name="muon", params=matrices, weight_decay=config.weight_decay, lr_multiplier=rate, muon=True)
     return [
         ParamGroup(
-            name=f"{'aux_router' if auxiliary else 'model'}_{'decay' if decays else 'no_decay'}",
+            name=f"{part}_{'decay' if decays else 'no_decay'}",
             params=parameters,
             weight_decay=config.weight_decay if decays else 0.0,
-            lr_multiplier=config.aux_router_lr_multiplier if auxiliary else 1.0,
+            lr_multiplier=rates[part],
             muon=False,
         )
-        for (decays, auxiliary), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        for (decays, part), parameters in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1] == "model"))
     ] + [muon] * bool(matrices)
 
 

@@ -30,7 +30,7 @@ BATCH_ELEMENTS = 2**25
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except for parameter groups with `muon`: whose state is `momentum_buffer` and the count of steps.
+    """AdamW, except for parameter groups with `muon`, whose state is `momentum_buffer` and the count of steps.
 
     `step` is collective. Every parameter needs a gradient. Newton-Schulz computes in `dtype`; slices are sent in it.
     """
@@ -43,11 +43,11 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters."""
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("muon")]
+        self.param_groups = [group for group in groups if not group["muon"]]
         super().step(closure)
         self.param_groups = groups
         for group in groups:
-            if group.get("muon"):
+            if group["muon"]:
                 self._update(group)
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -62,10 +62,8 @@ class Muon(torch.optim.AdamW):
         momentum, lr = self.config.muon_momentum, group["lr"]
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
-        updates = momenta
-        if self.config.muon_nesterov:
-            updates = [*torch._foreach_add(gradients, momenta, alpha=momentum)]
-        updates = self._orthogonalised([update.to(self.dtype) for update in updates], parameters)
+        ahead = torch._foreach_add(gradients, momenta, alpha=momentum) if self.config.muon_nesterov else momenta
+        updates = self._orthogonalised([update.to(self.dtype) for update in ahead], parameters)
         weights = [_local(parameter) for parameter in parameters]
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         for weight, update, parameter in zip(weights, updates, parameters, strict=True):

@@ -108,6 +108,11 @@ class BlockRows:
         model = self.config.model
         return 2 * self.keys * model.num_kv_heads * model.head_dim * self.sizes.products
 
+    @property
+    def fresh(self) -> float:
+        """Bytes of the keys and values that the rows compute."""
+        return 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
+
     def block_saved(self) -> float:
         """What one block saves: inputs of the norms, of each projection, of attention and of SwiGLU's products."""
         model, size = self.config.model, self.sizes.products
@@ -120,7 +125,7 @@ class BlockRows:
         saved = 2 * self.stream + self.count * (width * size + statistics)
         if model.qk_norm:
             saved += self.count * (model.dim * size + model.num_heads * STATISTIC)
-            saved += 0 if self.shares == "share_first" else self.keys_values / 2
+            saved += self.fresh / 2
         if self.shares != "share_first":
             saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
@@ -129,22 +134,19 @@ class BlockRows:
         if model.attention == "multi_scale":
             # Each chunk of queries has a copy of the keys and values that it sees, of a GPU for every query head.
             heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
-            saved += 2 * self.count * self.chunk_keys() / self.chunk_rows() * heads * model.head_dim * size
+            saved += 2 * self.chunked_keys() * heads * model.head_dim * size
         if (not self.sizes.on_gpu and (self.uneven or self.shares)) or model.attention == "multi_scale":
             # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together. So
             # does that of chunks.
             saved += self.count * model.dim * size
         return saved
 
-    def chunk_rows(self) -> float:
-        """Queries that multi-scale attention computes together."""
-        queries = self.count / self.config.train.micro_batch_size
-        return queries / fine_chunks(int(queries), self.config.model)
-
-    def chunk_keys(self) -> float:
-        """Keys that they see, on average; those of the means count as one each."""
-        model, keys = self.config.model, self.keys / self.config.train.micro_batch_size
-        return min(keys, self.chunk_rows() + reach(model)) + keys / model.attention_block / 2
+    def chunked_keys(self) -> float:
+        """Keys of all chunks of queries together under multi-scale attention; the mean of a block counts as one."""
+        model, batch = self.config.model, self.config.train.micro_batch_size
+        queries, keys = self.count / batch, self.keys / batch
+        chunks = fine_chunks(int(queries), model)
+        return batch * chunks * (min(keys, queries / chunks + reach(model)) + keys / model.attention_block / 2)
 
     def block(self) -> tuple[float, float]:
         """What a block keeps under the configured activation checkpointing, and what backward then creates again."""
@@ -164,9 +166,8 @@ class BlockRows:
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
-        fresh = 0.0 if self.shares == "share_first" else self.keys_values * self.count / self.keys
         return {
-            "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + fresh,
+            "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + self.fresh,
             "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
             "silu": self.count * model.ffn_dim * size,
         }

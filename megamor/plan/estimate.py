@@ -9,7 +9,7 @@ from itertools import product
 from megamor.config import Config
 from megamor.metrics.gpus import Gpu
 from megamor.model.flops import expected_steps, nominal_flops
-from megamor.plan.memory import MOMENTS, Memory, step_memory
+from megamor.plan.memory import Memory, moment_bytes, step_memory
 from megamor.plan.traffic import Traffic, step_traffic
 
 USABLE = 0.92
@@ -92,7 +92,7 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
     needed = flops.training / gpu.bf16_peak
     compute = needed + flops.recomputed(train) / gpu.bf16_peak
     communication = communication_seconds(traffic, cluster)
-    updated = memory.optimizer / MOMENTS  # parameters whose moments this rank holds
+    updated = memory.optimizer / moment_bytes(config)  # parameters whose moments this rank holds
     update = ADAMW_BYTES * updated / gpu.memory_bandwidth
     return Estimate(
         memory,

@@ -15,6 +15,8 @@ from torch import nn
 from megamor.config import Config
 from megamor.config.derive import derive
 from megamor.model import build_model
+from megamor.optim import is_matrix
+from megamor.optim.muon import BATCH_ELEMENTS
 from megamor.parallel import resolve_backend
 from megamor.plan.activations import ElementSizes, loss_bytes, spans
 
@@ -69,6 +71,21 @@ def unit_parameters(config: Config) -> dict[str, int]:
     return counts | {"root": model.num_parameters() - sum(counts.values())}
 
 
+def moment_bytes(config: Config) -> float:
+    """Bytes per parameter of what an update keeps in fp32, on average: moments (Muon has one) and a moving average."""
+    average = FP32 if config.optim.average_decay is not None else 0
+    matrices = muon_parameters(config)
+    return MOMENTS + average - (FP32 * matrices / sum(unit_parameters(config).values()) if matrices else 0)
+
+
+def muon_parameters(config: Config) -> int:
+    """Elements of the matrices that Muon updates; 0 with AdamW."""
+    if config.optim.kind != "muon":
+        return 0
+    named = build_model(config, device="meta").named_parameters()
+    return sum(parameter.numel() for name, parameter in named if is_matrix(name, parameter.ndim))
+
+
 def count(module: nn.Module) -> int:
     """Parameters of a module, each once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -111,16 +128,17 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
     backend = resolve_backend(config.parallel, world_size)
     element = BF16 if config.train.precision == "bf16" else FP32
     copies = BF16 if element == BF16 else 0
+    moments = moment_bytes(config)
     accumulated = FP32 if derive(config, world_size).micro_batches > 1 else 0
     if backend == "single":
-        return BytesPerParameter(FP32, MOMENTS, FP32 - accumulated, buckets=accumulated, copies=copies)
+        return BytesPerParameter(FP32, moments, FP32 - accumulated, buckets=accumulated, copies=copies)
     if backend == "ddp":
-        return BytesPerParameter(FP32, MOMENTS, 0, buckets=FP32 + accumulated, copies=copies)
+        return BytesPerParameter(FP32, moments, 0, buckets=FP32 + accumulated, copies=copies)
     if backend == "fsdp2":
         shards = config.parallel.shard_degree or world_size
         return BytesPerParameter(
             FP32 / shards,
-            MOMENTS / shards,
+            moments / shards,
             FP32 / shards,
             buckets=accumulated,
             whole=0 if config.parallel.reshard_after_forward else element,
@@ -132,8 +150,8 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
         )
     stage = config.parallel.zero_stage
     if stage == 0:
-        return BytesPerParameter(FP32, MOMENTS, FP32, buckets=FP32, copies=copies)
-    master, slices = FP32 / world_size, MOMENTS / world_size
+        return BytesPerParameter(FP32, moments, FP32, buckets=FP32, copies=copies)
+    master, slices = FP32 / world_size, moments / world_size
     gradients = FP32 / world_size
     if stage == 3:
         return BytesPerParameter(element / world_size + master, slices, gradients, buckets=element, whole=element)
@@ -190,3 +208,8 @@ def memory_during_step(
             yield replace(always, gradients=gradients, gathered=gathered, activations=activations, loss=head)
     gradients += held.gradients * root
     yield replace(always, gradients=gradients, loss=head)
+    if matrices := muon_parameters(config):
+        # Muon's update: momenta with the gradient added, results, and three copies of a batch in Newton-Schulz.
+        mine = matrices * held.weights / FP32
+        update = mine * (FP32 + sizes.products) + 3 * sizes.products * min(mine, BATCH_ELEMENTS)
+        yield replace(always, gradients=gradients, gathered=always.gathered + update)

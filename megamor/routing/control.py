@@ -2,9 +2,9 @@
 
 The knob is a number added to the scores that decide (`Router.shift`, a buffer). After each optimizer step it moves in
 proportion to the error of the step: the target minus what the inference rule would have executed on the step's tokens,
-over all micro-batches and ranks. Scores have no natural scale, so the unit is the root mean square of the margins
-between scores and what they are compared with, in the recursion where it is smallest. Far from the decision of any
-token the steps are long, and near those of many they are short.
+over all micro-batches and ranks. Scores have no natural scale, so the unit is the mean size of the margins by which
+scores exceed what they are compared with or fall below it, in the recursion where it is smallest. Steps are long where
+no token is near its decision, and short where many are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megamor.config import RouterConfig, TargetConfig
+from megamor.config import RouterConfig, ScoredConfig, TargetConfig
 
 if TYPE_CHECKING:
     from megamor.routing.router import RoutingSession
 
-RATE = 0.3
+RATE = 0.6
 """Change of a shift, in units of the margins, for a depth that is wrong by 1."""
 
 
@@ -39,12 +39,12 @@ class DepthControl:
     costs: Sequence[tuple[float, float]] = ()
 
     @staticmethod
-    def of(config: RouterConfig | object, num_recursions: int) -> DepthControl | None:
+    def of(router: RouterConfig | ScoredConfig, num_recursions: int) -> DepthControl | None:
         """The control that a router's settings ask for; None without a target."""
-        if isinstance(config, TargetConfig) and config.target_flops is not None:
-            return DepthControl(config.target_flops, num_recursions, in_flops=True)
-        if isinstance(config, TargetConfig) and config.target_depth is not None:
-            return DepthControl(config.target_depth, num_recursions)
+        if isinstance(router, TargetConfig) and router.target_flops is not None:
+            return DepthControl(router.target_flops, num_recursions, in_flops=True)
+        if isinstance(router, TargetConfig) and router.target_depth is not None:
+            return DepthControl(router.target_depth, num_recursions)
         return None
 
     def report(self, session: RoutingSession, work: Tensor) -> None:
@@ -68,10 +68,9 @@ class DepthControl:
         spent = torch.stack([s * (a + b * k) for s, k, (a, b) in zip(shares, keys[:-1], self.costs, strict=True)])
         return spent.sum() / torch.stack([a + b * keys[-1] for a, b in self.costs]).sum()
 
-    def move(self, error: Tensor, square: Tensor) -> Tensor:
-        """The change of a shift for `error` (of `measured`), at this mean square of the margins."""
-        rate = RATE * (self.num_recursions if self.in_flops else 1)
-        return rate * square.clamp_min(1e-8).sqrt() * error
+    def move(self, error: Tensor, scale: Tensor) -> Tensor:
+        """The change of a shift for `error` (of `measured`), in units of `scale`."""
+        return RATE * (self.num_recursions if self.in_flops else 1) * scale * error
 
 
 def rule_shares(totals: dict[str, Tensor]) -> list[Tensor]:

@@ -3,8 +3,8 @@
 z_r = head_r(x / temperature) is the score at recursion r and t_r the threshold. From the second recursion on, a token
 that took the one before continues iff z_r > t_r. Score and threshold concern one token, so the same rule holds in
 training and at inference. The gate is a function of z_r - t_r, through which the threshold gets a gradient from the
-language-model loss. That loss alone never asks for less depth, so something else must: the depth loss, which is the
-soft depth 1 + p_1·(1 + p_2·(1 + …)) with p_r the mean sigmoid(z_r - t_r) of the candidates, or a target.
+language-model loss. That loss alone never asks for less depth, so something else must: a target, or the depth loss on
+the mean soft depth, 1 + the sum of sigmoid(z_r - t_r) over the later recursions that a token takes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LearnedThresholdRouter(ScoredRouter):
         return z - full_precision(self, "thresholds", z.dtype)[recursion]
 
     def begin(self, rows: Tensor, context: RoutingContext) -> LearnedThresholdSession:
-        return LearnedThresholdSession(self, context)
+        return LearnedThresholdSession(self, rows, context)
 
     def plan(self, z: Tensor, tokens: TokenSet, indices: Tensor | None) -> RoutingPlan:
         """As for all scored routers; an additive gate has the gradient of a weighted one."""
@@ -51,14 +51,14 @@ class LearnedThresholdRouter(ScoredRouter):
 
 
 class LearnedThresholdSession(ScoredSession):
-    """Learned thresholds during one forward pass. `reach` is the soft share of the tokens that got this far."""
+    """Learned thresholds during one forward pass."""
 
     router: LearnedThresholdRouter
 
-    def __init__(self, router: LearnedThresholdRouter, context: RoutingContext) -> None:
+    def __init__(self, router: LearnedThresholdRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(router, context)
-        self.reach: Tensor | float = 1.0
-        self.soft_depth: Tensor | float = 1.0
+        self.num_tokens = len(rows)
+        self.soft_depth = torch.ones((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """Candidates above the threshold; all of them in the first recursion."""
@@ -66,23 +66,23 @@ class LearnedThresholdSession(ScoredSession):
         self.add_z_loss(z, candidates)
         if recursion == 0:
             return self.router.plan(z, *self.take_all(recursion, candidates))
-        self.add_depth_loss(recursion, z, candidates)
         # The shift holds a target. It isn't part of the gate, or holding the depth would scale the core's output.
         margins = self.router.steered(z.detach())
         self.add_margins(self.router, recursion, margins)
-        return self.router.plan(z, *candidates.where(self.bounded(recursion, margins > 0, candidates)))
+        tokens, indices = candidates.where(self.bounded(recursion, margins > 0, candidates))
+        if self.context.mode == "train":
+            self.add_depth_loss(recursion, z[indices])
+        return self.router.plan(z, tokens, indices)
 
-    def add_depth_loss(self, recursion: int, z: Tensor, candidates: TokenSet) -> None:
-        """Add recursion r's term of the soft depth; after the last, the loss. With a target, the control replaces it:
-        both together would drive scores and shift apart for ever."""
-        config = self.router.config
-        if self.context.mode != "train":
-            return
-        weights = self.weights(candidates, z.dtype)
-        passing = torch.sigmoid(z)
-        self.reach = self.reach * (passing.sum() / max(1, len(z)) if weights is None else (weights * passing).sum())
-        self.soft_depth = self.soft_depth + self.reach
+    def add_depth_loss(self, recursion: int, z: Tensor) -> None:
+        """Add recursion r's term of the soft depth, of the tokens that take it; after the last, the loss.
+
+        With a target, the control replaces it: both together would drive scores and shift apart without end.
+        """
+        # Only tokens that take a recursion have a gradient that says what it is good for. If the others were pushed
+        # down as well, all would end below the thresholds, where no gradient brings them back. The z-loss does.
+        self.soft_depth = self.soft_depth + torch.sigmoid(z).sum() / self.num_tokens
         if recursion == self.router.num_recursions - 1:
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
             if self.router.control is None:
-                self.add_loss("depth_loss", config.depth_coeff * self.soft_depth)
+                self.add_loss("depth_loss", self.router.config.depth_coeff * self.soft_depth)

@@ -10,10 +10,13 @@ halted_reuse`, under which the keys of tokens that have left stay visible (after
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from megamor.config import MonotoneConfig
+from megamor.routing.control import DepthControl
 from megamor.routing.heads import RouterLinear, full_precision
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
@@ -28,7 +31,7 @@ class MonotoneRouter(Router):
     causal_in_training = True
 
     def __init__(self, config: MonotoneConfig, dim: int, num_recursions: int) -> None:
-        super().__init__(num_recursions)
+        super().__init__(num_recursions, DepthControl.of(config, num_recursions))
         self.config = config
         self.heads = nn.ModuleList(RouterLinear(dim, 1) for _ in range(num_recursions))
         self.bias = nn.Parameter(torch.empty(num_recursions))
@@ -41,6 +44,12 @@ class MonotoneRouter(Router):
     def inference_rule(self) -> InferenceRule:
         """As in training: continue while the product of the gates is above the threshold."""
         return InferenceRule("monotone_gate", score="router", threshold=self.config.threshold)
+
+    @property
+    def threshold(self) -> Tensor | float:
+        """The product of gates at which a token leaves. A target shifts its logit, and the weights follow."""
+        threshold = self.config.threshold
+        return threshold if self.control is None else torch.sigmoid(math.log(threshold / (1 - threshold)) - self.shift)
 
     def begin(self, rows: Tensor, context: RoutingContext) -> MonotoneSession:
         return MonotoneSession(self, rows, context)
@@ -60,7 +69,7 @@ class MonotoneSession(RoutingSession):
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """The candidates whose product of gates is above the threshold."""
-        router, threshold = self.router, self.router.config.threshold
+        router, threshold = self.router, self.router.threshold
         logits = router.heads[recursion](rows).squeeze(-1)
         gate = torch.sigmoid(logits + full_precision(router, "bias", logits.dtype)[recursion])
         survival = candidates.gather(self.survival) * gate
@@ -68,7 +77,10 @@ class MonotoneSession(RoutingSession):
         self.soft_depth = self.soft_depth + survival.sum() / len(self.survival)
         if recursion == router.num_recursions - 1 and self.context.mode == "train":
             self.add_ratio("soft_depth", self.soft_depth * self.context.fill, self.context.fill)
-            self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
+            if router.control is None:
+                self.add_loss("depth_loss", router.config.depth_coeff * self.soft_depth)
+        if isinstance(threshold, Tensor):
+            self.add_margins(router, recursion, torch.logit(survival, eps=1e-7) - torch.logit(threshold))
         tokens, indices = candidates.where(self.bounded(recursion, survival > threshold, candidates))
         # A token below the threshold takes the recursion only if it is made to (`bounded`), and then without effect.
         weight = ((tokens.gather(self.survival) - threshold) / (1 - threshold)).clamp_min(0)

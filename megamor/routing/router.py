@@ -65,8 +65,8 @@ class RoutingContext:
     and `first_sequence` the number of the first sequence in the batch of the step, which all ranks and micro-batches
     share. `text` [T] are the keys that `megamor.routing.random.text_keys` makes of the tokens, outside training for
     routers that ask for it (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are
-    the rows at which the tokens' documents begin; None means that each sequence is one. In cached decoding, `memory` is
-    where routers keep what they need of earlier tokens.
+    the rows at which the tokens' documents begin; None means that each sequence is one. In cached decoding (not in
+    serving), `memory` is where routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -188,10 +188,10 @@ class RoutingSession(ABC):
     def add_margins(self, router: Router, recursion: int, margins: Tensor) -> None:
         """Let `margins` [N], those of steered scores, count in the scale of the shift. For routers with a target."""
         if router.control is not None and self.context.mode == "train":
-            squares = margins.detach().double().square()
+            sizes = margins.detach().double().abs()
             if "margins" not in self.totals:
-                self.totals["margins"] = squares.new_zeros(router.num_recursions, 2)
-            self.totals["margins"][recursion] = torch.stack((torch.ones_like(squares).sum(), squares.sum()))
+                self.totals["margins"] = sizes.new_zeros(router.num_recursions, 2)
+            self.totals["margins"][recursion] = torch.stack((torch.ones_like(sizes).sum(), sizes.sum()))
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to a loss term: a mean over this micro-batch, with its coefficient applied.
@@ -221,8 +221,6 @@ class Router(nn.Module, ABC):
     """Whether the inference rule needs `RoutingContext.text`."""
     shift: Tensor
     """With a `control`: the knob that holds its target."""
-    reads_memory: bool = False
-    """Whether the inference rule needs `RoutingContext.memory`, which serving doesn't have."""
 
     def __init__(self, num_recursions: int, control: DepthControl | None = None) -> None:
         super().__init__()
@@ -252,7 +250,7 @@ class Router(nn.Module, ABC):
         """Adjust buffers, once per optimizer step, from sessions' `totals` summed over micro-batches and ranks."""
         # The target is one of full depth.
         if self.control is not None and "margins" in totals and self.num_recursions == self.full_depth:
-            number, squares = totals["margins"].unbind(1)
-            square = torch.where(number > 0, squares / number, math.inf).min()
+            number, sizes = totals["margins"].unbind(1)
+            scale = torch.where(number > 0, sizes / number, math.inf).min().clamp_min(1e-4)
             error = self.control.target - self.control.measured(totals)
-            self.shift += self.control.move(error, square).to(self.shift)
+            self.shift += self.control.move(error, scale).to(self.shift)

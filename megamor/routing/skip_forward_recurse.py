@@ -51,7 +51,6 @@ class SkipForwardRecurseRouter(Router):
         heads = [new(dim, 3, config.hidden) for _ in range(1 if shared else num_recursions)]
         self.head: nn.Module = heads[0] if shared else nn.ModuleList(heads)
         self.recursion_embedding = nn.Embedding(num_recursions, dim) if config.recursion_input else None
-        self.reads_memory = config.granularity == "sequence"
         self.register_buffer("shifts", None if self.control is None else torch.zeros(2))
 
     @property
@@ -92,10 +91,11 @@ class SkipForwardRecurseRouter(Router):
         sampled, variance = expected / number, squares / number - (total / number).square()
         if self.control.in_flops:
             sampled = self.control.measured(totals, taken_shares(totals))
-        # Noise decides too where the choice is sampled: the variance of the difference of two Gumbel variables.
-        variances = torch.stack((variance + math.pi**2 / 12, variance))
+        # Margins are half the differences, which decide. Noise decides too where the choice is sampled: the variance of
+        # the difference of two Gumbel variables.
+        scale = torch.stack((variance + math.pi**2 / 12, variance.clamp_min(1e-8))).sqrt()
         errors = self.control.target - torch.stack((sampled, self.control.measured(totals)))
-        self.shifts += self.control.move(errors, variances).to(self.shifts)
+        self.shifts += self.control.move(errors, scale / 2).to(self.shifts)
 
 
 class SkipForwardRecurseSession(RoutingSession):
@@ -116,7 +116,7 @@ class SkipForwardRecurseSession(RoutingSession):
         self.reach = torch.ones((), dtype=dtype, device=rows.device)
         self.expected_depth, self.decisions = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
         self.means: Tensor | None = None
-        if router.reads_memory:
+        if router.config.granularity == "sequence":
             everything, begins = context.everything, context.begins
             if begins is None:
                 begins = everything.bounds(rows.device)[everything.sequences(rows.device)]
@@ -253,11 +253,10 @@ class SkipForwardRecurseSession(RoutingSession):
                 # The target is one of full depth. With fewer recursions, aiming at it would only teach to recurse.
                 at_full_depth = self.router.num_recursions == self.router.full_depth
                 penalty = (self.expected_depth - target).square() * at_full_depth
+            if config.recursion_rate is not None:
+                # Each decision of a token but its first follows a choice to recurse.
+                penalty = (1 - 1 / self.decisions - config.recursion_rate).square()
             self.add_loss("depth_loss", config.depth_coeff * penalty)
-            if config.rate_coeff:
-                # Every decision of a token but the first follows a choice to recurse.
-                rate = 1 - 1 / self.decisions
-                self.add_loss("rate_loss", config.rate_coeff * (rate - config.recursion_rate).square())
             if "margins" in self.totals:
                 self.totals["margins"][3] = self.expected_depth.detach() * len(self.arriving)
             self.add_ratio("expected_depth", self.expected_depth * self.context.fill, self.context.fill)

@@ -44,7 +44,7 @@ class TokenChoiceRouter(Router):
         """
         if self.control is None:
             return torch.ones_like(like)
-        capacity = capacity_of(self.config, self.num_recursions)
+        capacity = capacity_of(self.config, self.full_depth)[: len(like)]
         shares = [a - b for a, b in zip(capacity, (*capacity[1:], 0.0), strict=True)]
         return torch.stack([torch.full_like(like[0], max(share, 0.01) * len(shares)) for share in shares])
 
@@ -94,7 +94,7 @@ class TokenChoiceSession(RoutingSession):
         if context.mode == "train" and config.z_coeff:
             self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())
         if not warming_up:
-            self.add_margins(router, 0, (biased[:, -1] - biased[:, 0]) / (router.num_recursions - 1))
+            self.add_margins(router, 0, (biased[:, -1] - biased[:, 0]) / max(1, router.num_recursions - 1))
             self.add_balance(router, scores, reaching)
 
     def allowed(self, scores: Tensor) -> Tensor:

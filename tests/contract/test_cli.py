@@ -119,6 +119,9 @@ def write_text(prefix: Path, tokenizer: Tokenizer) -> None:
         writer.commit()
 
 
+PROMPTED = ["--prompt", "a", "--kv-budget"]
+
+
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint moved away from where it was trained, with only a validation set next to it."""
@@ -150,6 +153,41 @@ def test_evaluate_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture,
     assert 2 < figures["loss_topk"] < 6
     assert figures["gap"] == pytest.approx(figures["loss_causal"] - figures["loss_topk"])
     assert figures["mean_depth_topk"] == pytest.approx((32 + 21 + 10) / 32)
+
+
+def test_loss_against_the_bytes_of_the_cache(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(moved / "model"), "--data", str(moved / "val"), "--json", str(tmp_path / "x.json")]
+    evaluate.main([*arguments, "--sequences", "4", "--device", "cpu", "--kv-budgets", "9,32", "--kv-sinks", "1"])
+    figures = json.loads((tmp_path / "x.json").read_text())
+    free, tight, wide = figures["kv_curve"]
+    assert [row["budget"] for row in figures["kv_curve"]] == [None, 9, 32]
+    assert free["loss"] == pytest.approx(figures["loss_causal"], rel=1e-5)
+    assert wide["loss"] == pytest.approx(free["loss"], rel=1e-5)
+    assert wide["kv_bytes"] == free["kv_bytes"] > tight["kv_bytes"] > 0
+    assert (
+        f"9 keys, {tight['kv_bytes'] / 1e3:,.1f} kB a document: {tight['loss']:.4f} nats/token"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("keep", ["score", "depth", "recent"])
+def test_generate_with_a_bounded_cache(moved: Path, keep: str, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--checkpoint", str(moved / "model"), "--prompt", "the quick brown fox", "--temperature", "0"]
+    texts = []
+    for options in ([], ["--kv-budget", "32", "--kv-keep", keep], ["--kv-budget", "8", "--kv-sinks", "1"]):
+        generate.main([*arguments, "--max-tokens", "8", "--device", "cpu", *options])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[2].startswith("the quick brown fox")
+
+
+@pytest.mark.parametrize("budget", ["0", "x", "8"])
+def test_a_budget_that_is_none_ends_the_command(budget: str, moved: Path, capsys: pytest.CaptureFixture) -> None:
+    for run, option in ((evaluate.main, ["--data", str(moved / "val"), "--kv-budgets"]), (generate.main, PROMPTED)):
+        with pytest.raises(SystemExit) as ended:
+            run(["--checkpoint", str(moved / "model"), *option, budget])
+        assert ended.value.code == 2
+        assert "budget" in capsys.readouterr().err
 
 
 def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "pile" / "train" / f"{number:02}.jsonl.zst").write_bytes(packed)
     (tmp_path / "pile" / "val.jsonl.zst").write_bytes(zstandard.compress("".join(lines[20::22]).encode()))
     (tmp_path / "mine").mkdir()
-    for number, text in enumerate(texts):
-        (tmp_path / "mine" / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    for number, text in enumerate(texts * 6):  # so many that one in fifty of them is always some
+        (tmp_path / "mine" / f"{number:03}.txt").write_text(f"{number}\n{text}", encoding="utf-8")
     return tmp_path
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamor.cli import verify_checkpoint
 from megamor.config import Config
+from tests.commands import status
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     FIXED_DEPTH,
@@ -28,6 +30,7 @@ from tests.distributed.runs import (
     tiny,
 )
 from tests.distributed.test_collectives import CountCollectives
+from tests.resume.runs import directory_of, fit, tiny_run
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "ddp": ({"backend": "ddp"}, 2),
@@ -159,3 +162,10 @@ def test_a_skipped_step_changes_no_bit(case: str, tmp_path: Path) -> None:
     assert all(run_ranks(after_a_skipped_step, muon(**options), tmp_path, world_size=world_size))
     before, after = (digest(stored_tensors(tmp_path / name)) for name in ("before", "after"))
     assert before == after
+
+
+def test_a_run_writes_the_state_that_verification_expects(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    config = replace(config, optim=replace(config.optim, kind="muon", average_decay=0.9))
+    assert all(fit(config))
+    assert status(verify_checkpoint.main, str(directory_of(config))) == 0

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from megamor.config import (
     EmaThresholdConfig,
+    ExpertChoiceConfig,
+    HaltingConfig,
+    LearnedThresholdConfig,
+    MonotoneConfig,
+    PonderNetConfig,
     RandomConfig,
     RouterConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
 )
 from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model.flops import executed_flops
 from tests.combinations import tiny_config
 
 VOCAB, LENGTH = 96, 24
@@ -110,6 +116,58 @@ def test_the_gates_of_the_random_control_stay_open(alpha: float) -> None:
     torch.testing.assert_close(torch.tensor(found).mean(0), torch.tensor([2 / 3, 1 / 3]), atol=0.01, rtol=0)
 
 
+TARGETS: dict[str, RouterConfig] = {
+    "expert_choice": ExpertChoiceConfig(alpha=1.0),
+    "expert_choice_aux_router": ExpertChoiceConfig(alpha=1.0, sampling="aux_router"),
+    "token_choice": TokenChoiceConfig(),
+    "token_choice_loss_free": TokenChoiceConfig(activation="sigmoid", balancing="loss_free"),
+    "ema_threshold": EmaThresholdConfig(alpha=1.0),
+    "learned_threshold": LearnedThresholdConfig(alpha=1.0),
+    "learned_threshold_additive": LearnedThresholdConfig(gating="additive"),
+    "act": HaltingConfig(),
+    "pondernet": PonderNetConfig(),
+    "monotone": MonotoneConfig(),
+}
+FAST = {("expert_choice", 1.5), ("token_choice", 1.5), ("learned_threshold", 2.2), ("act", 1.5), ("pondernet", 2.2)}
+HELD = [
+    pytest.param(router, target, marks=() if (router, target) in FAST else pytest.mark.slow)
+    for router in TARGETS
+    for target in (1.2, 1.5, 2.2, 2.7)
+]
+
+
+@pytest.mark.parametrize(("router", "target"), HELD)
+def test_every_knob_holds_a_target_depth_under_the_inference_rule(router: str, target: float) -> None:
+    model = trained(replace(TARGETS[router], target_depth=target), steps=150)
+    assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "router", [pytest.param(name, marks=() if name == "ema_threshold" else pytest.mark.slow) for name in TARGETS]
+)
+def test_a_target_of_flops_is_held(router: str) -> None:
+    """By what the inference rule executes on other tokens, counted as all executed FLOPs are."""
+    model = trained(replace(TARGETS[router], target_flops=0.6), steps=150)
+    ids, labels, _ = batch(10**6, size=64)
+    with torch.no_grad():
+        work = model(ids, labels, mode="causal").work.tolist()
+    full = [(ids.numel(), ids.numel() * (LENGTH + 1) / 2)] * 3
+    unshared = executed_flops(model.config, 64, [], LENGTH).blocks
+    executed, whole = (executed_flops(model.config, 64, rows, LENGTH).blocks - unshared for rows in (work, full))
+    assert executed / whole == pytest.approx(0.6, abs=0.03)
+
+
+def test_moving_the_target_moves_the_depth() -> None:
+    """In the middle of a run, as a resumed one would: the state is in the shift alone."""
+    found = []
+    for step, (model, out) in enumerate(training(LearnedThresholdConfig(alpha=1.0, target_depth=1.4), steps=160)):
+        found.append(out.depth.float().mean().item())
+        if step == 79:
+            model.stage.router.control.target = 2.4
+    assert sum(found[60:80]) / 20 == pytest.approx(1.4, abs=0.1)
+    assert sum(found[140:]) / 20 == pytest.approx(2.4, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "target", [1.5, pytest.param(0.7, marks=pytest.mark.slow), pytest.param(2.0, marks=pytest.mark.slow)]
 )
@@ -117,6 +175,12 @@ def test_a_target_depth_holds_in_training_and_at_inference(target: float) -> Non
     model = trained(SkipForwardRecurseConfig(hidden=32, target_depth=target), steps=150)
     assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.15)
     assert depths(model, step=150).float().mean().item() == pytest.approx(target, abs=0.2)
+
+
+@pytest.mark.parametrize("target", [1.5, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_monotone_router_holds_its_target(target: float) -> None:
+    model = trained(MonotoneConfig(target_depth=target), steps=150)
+    assert depths(model, mode="causal").float().mean().item() == pytest.approx(target, abs=0.1)
 
 
 def test_all_three_actions_survive_where_they_are_needed() -> None:

@@ -76,11 +76,16 @@ def test_every_setting_is_classified_once() -> None:
     assert sorted(SETTINGS) == sorted(names), "say in megamor/config/changes.py what a change of it does to a run"
 
 
+SETTINGS_OF_TRAINING = ("schedule", "schedule_start", "schedule_steps", "backprop_recursions")
+
+
 def test_what_the_function_consists_of() -> None:
-    """Everything under model, recursion and router, but for what only a new run uses, and the attention mask."""
+    """Everything under model, recursion and router that weights depend on, and the attention mask."""
     function = {name for name, effect in SETTINGS.items() if effect is Effect.FUNCTION}
     sections = {name for name in SETTINGS if name.startswith(("model.", "recursion.", "router."))}
-    assert function == sections - {"model.init_std"} | {"data.document_mask", "data.tokenizer"}
+    # What only a new run uses, and which recursions a step trains: all of them compute what they computed.
+    free = {f"recursion.{name}" for name in SETTINGS_OF_TRAINING} | {"model.init_std"}
+    assert function == sections - free | {"data.document_mask", "data.tokenizer"}
 
 
 OTHER_FUNCTIONS: dict[str, Any] = {
@@ -110,6 +115,13 @@ def test_a_change_of_the_function_is_refused_by_name(halfway: Config) -> None:
         assert f"checkpoint.allow_changes=[{name}]" in message
     (message,) = fit_to_failure(replace(halfway, router=LOSS_FREE), world_size=1)
     assert "router.kind: expert_choice -> token_choice" in message
+    assert files_of(halfway) == before
+
+
+def test_the_moments_of_another_optimizer_are_refused(halfway: Config) -> None:
+    before = files_of(halfway)
+    (message,) = fit_to_failure(allowing(with_setting(halfway, "optim.kind", "muon"), "optim.kind"), world_size=1)
+    assert "optim.kind: adamw -> muon: the checkpoint has the moments of the other optimizer" in message
     assert files_of(halfway) == before
 
 

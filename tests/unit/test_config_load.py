@@ -130,7 +130,8 @@ def test_a_key_of_another_router_kind_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, a=LENGTH + MOR + "router: {kind: token_choice, capacity: [1, 1, 1]}\n")
     message = refused(path)
     assert "router.capacity: unknown key; it belongs to router.kind expert_choice" in message
-    kinds = "fixed, expert_choice, token_choice, ema_threshold, random, skip_forward_recurse, act, monotone, custom"
+    kinds = "fixed, expert_choice, token_choice, ema_threshold, learned_threshold, random, skip_forward_recurse, act, "
+    kinds += "monotone, pondernet, custom"
     expected = f"router.kind: found 'token', expected one of {kinds}; did you mean token_choice?"
     assert expected in refused(write(tmp_path, b=LENGTH), "router.kind=token")
 

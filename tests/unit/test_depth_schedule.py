@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamor.config import Config, DepthStep, FixedDepthConfig, RouterConfig, RunConfig, ScoredConfig, TrainConfig
+from megamor.config import (
+    CapacityConfig,
+    Config,
+    DepthStep,
+    FixedDepthConfig,
+    RouterConfig,
+    RunConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from megamor.config.depth import depth_steps, final_recursions, recursions_at, with_recursions
 from megamor.config.derive import Consumed, derive
 from megamor.config.schema import StageConfig
@@ -18,7 +27,7 @@ from megamor.config.validate import validate
 from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops, expected_steps, nominal_flops
-from megamor.routing.scored import default_capacity
+from megamor.routing.scored import capacity_of
 from megamor.train.budget import Budget
 from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
 from tests.learning.test_learning import profile, rectangular_work
@@ -113,8 +122,8 @@ def test_the_schedule_is_told() -> None:
 def shallow(config: Config, recursions: int) -> Config:
     """`config` with fewer recursions of the same layers, and with the first of its capacities."""
     router: RouterConfig = config.router
-    if isinstance(router, ScoredConfig):
-        router = replace(router, capacity=(router.capacity or default_capacity(3))[:recursions])
+    if isinstance(router, CapacityConfig):
+        router = replace(router, capacity=capacity_of(router, 3)[:recursions])
     elif isinstance(router, FixedDepthConfig):
         router = FixedDepthConfig(depth=min(recursions, router.depth or recursions))
     recursion = replace(config.recursion, num_recursions=recursions)
@@ -133,7 +142,7 @@ def fill(small: Transformer, large: Transformer) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_limited_model_is_one_with_fewer_recursions(router: str, recursions: int) -> None:
     """Logits, losses, depths and gradients are those of a smaller model with the same weights."""
-    config = tiny_config(ROUTERS[router], "hybrid")
+    config = tiny_config(without_target(ROUTERS[router]), "hybrid")
     config = replace(config, recursion=replace(config.recursion, recursion_embedding=True))
     large, small = lively_model(config), lively_model(shallow(config, recursions))
     fill(small, large)
@@ -163,7 +172,28 @@ def test_a_limited_model_is_one_with_fewer_recursions(router: str, recursions: i
     # The rest of the state waits for the depth that needs it.
     before = {name: value.clone() for name, value in large.named_buffers()}
     large.update_routers({name: value.double() for name, value in large_out.totals.items()})
-    assert all(torch.equal(v[recursions:], before[n][recursions:]) for n, v in large.named_buffers() if len(v) == 3)
+    assert all(torch.equal(v[recursions:], before[n][recursions:]) for n, v in large.named_buffers())
+
+
+def without_target(router: Any) -> Any:
+    return replace(router, target_depth=None, target_flops=None) if isinstance(router, TargetConfig) else router
+
+
+@pytest.mark.parametrize(
+    "router", ["expert_choice", "token_choice", "ema_threshold", "skip_forward_recurse", "act_hard"]
+)
+def test_targets_wait_for_full_depth(router: str) -> None:
+    config = tiny_config(replace(ROUTERS[router], target_depth=1.7))
+    model, ids = lively_model(config), tokens()
+    for most, moves in ((1, False), (2, False), (3, True)):
+        model.limit_recursions(most)
+        out = model(ids, ids)
+        before = {name: value.clone() for name, value in model.named_buffers() if "shift" in name}
+        model.update_routers({name: value.double() for name, value in out.totals.items()})
+        changed = [not torch.equal(model.get_buffer(name), value) for name, value in before.items()]
+        assert changed == [moves]
+        if router == "skip_forward_recurse":
+            assert (out.router_losses["depth_loss"] != 0) == moves
 
 
 @pytest.mark.parametrize("router", ["expert_choice_aux_router", "token_choice"])

@@ -20,7 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "embedding": {"recursion_embedding": True},
     "norms": {"separate_norms": True},
     "lora": {"lora_rank": 3},
-    "all": {"recursion_embedding": True, "separate_norms": True, "lora_rank": 3},
+    "injection": {"input_injection": True},
+    "all": {"recursion_embedding": True, "separate_norms": True, "lora_rank": 3, "input_injection": True},
 }
 
 
@@ -47,7 +48,8 @@ def test_starts_as_the_plain_model(option: str) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_recursion_learns_its_own(option: str) -> None:
     model, ids = build_model(config_with(option)), tokens(length=SEQ_LEN + 1)
-    own = [name for name in model.state_dict() if any(marker in name for marker in ("others", ".up.", "_embedding"))]
+    markers = ("others", ".up.", "_embedding", "injection")
+    own = [name for name in model.state_dict() if any(marker in name for marker in markers)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()

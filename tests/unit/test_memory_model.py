@@ -10,9 +10,9 @@ import torch
 
 from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RecursionConfig, TrainConfig
 from megamor.model import build_model
-from megamor.optim import build_adamw
+from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend
-from megamor.plan.memory import Memory, bytes_per_parameter, step_memory
+from megamor.plan.memory import Memory, bytes_per_parameter, moment_bytes, step_memory
 from tests.combinations import ROUTERS
 from tests.live_bytes import LiveBytes
 
@@ -61,7 +61,7 @@ def measured_peak(config: Config) -> int:
     torch.manual_seed(0)
     model = build_model(config)
     world = World(0, 1, 0, torch.device("cpu"))
-    backend: Any = build_backend(model, config, world, lambda module: build_adamw(module, config.optim))
+    backend: Any = build_backend(model, config, world, lambda module: build_optimizer(module, config))
     ids = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
     moments = [value for state in backend.optimizer.state.values() for value in state.values()]
     with LiveBytes([*model.parameters(), *moments]) as live:
@@ -137,3 +137,27 @@ def test_parts_follow_what_they_depend_on() -> None:
     assert (large.parameters, large.optimizer) == (small.parameters, small.optimizer)
     assert spread.optimizer == small.optimizer / 4
     assert spread.activations == small.activations
+
+
+def test_muon_has_one_moment_and_the_average_is_one_more() -> None:
+    config = step_config("wide", "fixed", "none")
+    config = replace(config, optim=replace(config.optim, kind="muon", average_decay=0.9))
+    model = build_model(config)
+    backend: Any = build_backend(
+        model, config, World(0, 1, 0, torch.device("cpu")), lambda module: build_optimizer(module, config)
+    )
+    states = [value for state in backend.optimizer.state.values() for key, value in state.items() if key != "step"]
+    held = sum(value.nbytes for value in states) + sum(
+        value.nbytes for name, value in backend.average.tensors.items() if name != "average.updates"
+    )
+    assert moment_bytes(config) * model.num_parameters() == pytest.approx(held)
+    assert moment_bytes(replace(config, optim=OptimConfig())) == 8
+    fractions = bytes_per_parameter(replace(config, parallel=ParallelConfig(backend="fsdp2")), 2)
+    assert fractions.optimizer == pytest.approx(moment_bytes(config) / 2)
+
+
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_peak_of_a_step_with_muon(policy: str) -> None:
+    config = step_config("wide", "fixed", policy)
+    config = replace(config, optim=replace(config.optim, kind="muon"))
+    assert_close(step_memory(config, 1, on_gpu=False), measured_peak(config))

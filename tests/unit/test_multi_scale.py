@@ -27,13 +27,15 @@ from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
     SEQ_LEN,
-    SHARINGS,
     lively_model,
     tiny_config,
     tokens,
     vanilla_config,
 )
 from tests.decoding.test_cached_decoding import check as check_decoding
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import fresh_run, relative_differences
+from tests.distributed.runs import tiny as tiny_run
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
 from tests.unit.test_model import gradients
 
@@ -47,10 +49,11 @@ SOME = [
     ("act_hard", "recursion_wise"),
     ("skip_forward_recurse", "hybrid"),
     ("fixed", "share_first"),
+    ("monotone", "halted_reuse"),
 ]
 COMBINATIONS = [
     pytest.param(*pair, "middle_cycle", marks=() if pair in SOME else pytest.mark.slow) for pair in EVERY_POLICY
-] + [pytest.param(*pair, other, marks=pytest.mark.slow) for pair in EVERY_POLICY for other in SHARINGS[:-2]]
+] + [pytest.param(*pair, other, marks=pytest.mark.slow) for pair in EVERY_POLICY for other in ("sequence", "stages")]
 
 
 def multi_scale(config: Config, window: int = WINDOW, block: int = BLOCK) -> Config:
@@ -236,3 +239,12 @@ def test_plan_estimates_the_memory_of_a_step(policy: str) -> None:
 def test_serving_refuses() -> None:
     with pytest.raises(ConfigError, match=r"multi_scale can't be served.*megamor generate"):
         ServingEngine(build_model(multi_scale(vanilla_config())))
+
+
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_backends_agree_with_one_process(backend: str) -> None:
+    single = multi_scale(tiny_run("single", micro_batch_size=4))
+    sharded = multi_scale(tiny_run(backend, micro_batch_size=2))
+    (want,) = run_ranks(fresh_run, single, 5, world_size=1)
+    for got in run_ranks(fresh_run, sharded, 5, world_size=2):
+        assert max(relative_differences(want, got)) < 1e-6

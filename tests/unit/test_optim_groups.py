@@ -41,6 +41,14 @@ def test_every_unique_parameter_is_in_the_group_of_its_kind(model: Transformer) 
     assert settings == {"model_decay": (0.3, 1.0), "model_no_decay": (0.0, 1.0), "aux_router_decay": (0.3, 7.0)}
 
 
+def test_routers_may_learn_at_a_rate_of_their_own(model: Transformer) -> None:
+    groups = build_param_groups(model, replace(OPTIM, router_lr_multiplier=0.5))
+    rates = {group["name"]: group["lr_multiplier"] for group in groups}
+    assert rates == {"aux_router_decay": 7.0, "router_decay": 0.5, "model_decay": 1.0, "model_no_decay": 1.0}
+    (routers,) = (group["params"] for group in groups if group["name"] == "router_decay")
+    assert {id(parameter) for parameter in routers} == {id(head.weight) for head in model.stage.router.heads}
+
+
 def test_a_tied_weight_is_one_parameter() -> None:
     tied = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4, bias=False)})
     tied["head"].weight = tied["embed"].weight

@@ -14,6 +14,7 @@ from megamor.config import (
     EmaThresholdConfig,
     ExpertChoiceConfig,
     HaltingConfig,
+    LearnedThresholdConfig,
     RandomConfig,
     SkipForwardRecurseConfig,
     TokenChoiceConfig,
@@ -138,7 +139,7 @@ def test_soft_and_hard_halting_differ_only_in_what_attention_sees() -> None:
     torch.testing.assert_close(a.logits, b.logits, atol=1e-12, rtol=0)
 
 
-def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig, steps: int = 150) -> float:
+def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig | LearnedThresholdConfig, steps: int = 150) -> float:
     torch.manual_seed(0)
     model, ids = build_model(tiny_config(config)), tokens(batch=8, length=SEQ_LEN + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -156,6 +157,11 @@ def test_depth_penalty_lowers_the_depth() -> None:
         trained_depth(SkipForwardRecurseConfig(hidden=16, depth_coeff=coefficient)) for coefficient in (1e-4, 3.0)
     )
     assert expensive < 0.5 * cheap
+
+
+def test_the_depth_loss_of_learned_thresholds_lowers_the_depth() -> None:
+    cheap, expensive = (trained_depth(LearnedThresholdConfig(alpha=1.0, depth_coeff=coeff)) for coeff in (0.0, 0.01))
+    assert expensive < cheap - 0.3
 
 
 def test_ponder_cost_lowers_the_depth() -> None:

@@ -70,7 +70,7 @@ class Layers:
                 f"recursion.kv_policy = {recursion.kv_policy} can't be served: every recursion would need its own copy "
                 "of all earlier keys. Train with recursion_wise or share_first, or use `megamor generate`"
             )
-        if stage.router.reads_memory:
+        if getattr(model.config.router, "granularity", "token") == "sequence":
             raise ConfigError(
                 "router.granularity = sequence can't be served: the mean over a text isn't kept with its cached pages. "
                 "Train with granularity: token, or use `megamor generate`"

@@ -166,11 +166,9 @@ class Runner:
         # What only the core's input has isn't in the stream that its output is combined with.
         entered = x
         if stage.injection is not None or stage.recursion_embedding is not None:
-            inputs, parts = (
-                self.get("input", slots),
-                [(group.recursion, slice(group.first, group.end)) for group in groups],
-            )
-            x = torch.cat([stage.core_input(recursion, x[rows], inputs[rows]) for recursion, rows in parts])
+            first = self.get("input", slots)
+            parts = [(group.recursion, slice(group.first, group.end)) for group in groups]
+            x = torch.cat([stage.core_input(recursion, x[rows], first[rows]) for recursion, rows in parts])
         x = self.run_core(groups, x)
         outcomes = []
         for group in groups:
