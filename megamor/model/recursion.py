@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -134,9 +135,9 @@ class RecursionStage(nn.Module):
 
     def begin(self, rows: Tensor, context: RoutingContext) -> RoutingSession:
         """The router's session for rows [T, dim], the stage's input; under `exit`, which the causal mode obeys."""
-        session = self.router.begin(rows, context)
         if self.exit is None or context.mode != "causal":
-            return session
+            return self.router.begin(rows, context)
+        session = self.router.begin(rows, replace(context, exits=True))
         return ConfidenceSession(*self.exit, session, rows, self.router.num_recursions)
 
     def limit_recursions(self, most: int) -> None:

@@ -61,12 +61,12 @@ class RoutingContext:
 
     The stream holds `batch` sequences of `seq_len` tokens or, if `whole` is given, as many of these as are no padding.
     `positions` [T] are the tokens' positions; None means that they count from 0 in each sequence.
-    `bounds` apply in the causal mode. `seed` is the run's, and `first_sequence` the number of the first sequence in the
-    batch of the step, which all ranks and micro-batches share. `text` [T] are the keys that
-    `megamor.routing.random.text_keys` makes of the tokens, outside training for routers that ask for it
-    (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are the rows at
-    which the tokens' documents begin; None means that each sequence is one. In cached decoding (not
-    in serving), `memory` is where routers keep what they need of earlier tokens.
+    `bounds` apply in the causal mode, and so does an exit rule, of which `exits` tells the router. `seed` is the run's,
+    and `first_sequence` the number of the first sequence in the batch of the step, which all ranks and micro-batches
+    share. `text` [T] are the keys that `megamor.routing.random.text_keys` makes of the tokens, outside training for
+    routers that ask for it (`Router.reads_text`). `stage` counts the recursion stages before this one. `begins` [T] are
+    the rows at which the tokens' documents begin; None means that each sequence is one. In cached decoding (not in
+    serving), `memory` is where routers keep what they need of earlier tokens.
     """
 
     batch: int
@@ -82,6 +82,7 @@ class RoutingContext:
     stage: int = 0
     begins: Tensor | None = None
     memory: dict[nn.Module, Tensor] | None = None
+    exits: bool = False
 
     @property
     def everything(self) -> TokenSet:

@@ -61,10 +61,10 @@ class TokenChoiceRouter(Router):
 class TokenChoiceSession(RoutingSession):
     """Token-choice during one forward pass.
 
-    `depth` [T] is the last recursion (0-based) of each token, `gates` [T, Nr] its weight for every last recursion.
+    `depth` [T] is the last recursion (0-based) of each token, `gate` [T] its weight.
     """
 
-    per_row = ("depth", "gates")
+    per_row = ("depth", "gate")
 
     def __init__(self, router: TokenChoiceRouter, rows: Tensor, context: RoutingContext) -> None:
         super().__init__(context)
@@ -80,7 +80,11 @@ class TokenChoiceSession(RoutingSession):
         warming_up = context.mode == "train" and context.step < config.balance_warmup_steps
         if warming_up:
             self.depth = torch.full_like(self.depth, router.num_recursions - 1)
-        self.gates = torch.ones_like(scores) if config.gating == "additive" else scores
+        # A token that an exit rule stops keeps the gate of its choice: for depths that it didn't choose, gates are low.
+        gated = biased.detach().argmax(-1) if context.exits else self.depth
+        self.gate = scores.gather(-1, gated.unsqueeze(-1)).squeeze(-1)
+        if config.gating == "additive":
+            self.gate = torch.ones_like(self.gate)
         reaching = self.depth.unsqueeze(-1) >= torch.arange(router.num_recursions, device=self.depth.device)
         # All sizes are known now: the tokens of each recursion, in total and at most in one sequence. Their copy to the
         # host starts before the device is given recursion 0, which hides the wait that selecting for recursion 1 would
@@ -120,14 +124,14 @@ class TokenChoiceSession(RoutingSession):
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
         """Tokens that leave become x_in + gate·y, the others y."""
         # Ungated until the last recursion: a token of depth i leaves with x_in + gate · f^(i+1)(x_in).
-        gate = plan.tokens.gather(self.gates)[:, recursion]
+        gate = plan.tokens.gather(self.gate)
         leaving = (plan.tokens.gather(self.depth) == recursion).to(gate.dtype)
         self.add_ratio(f"gate_{recursion + 1}", (leaving * gate).sum(), leaving.sum())
         return Mix(from_input=leaving, from_core=leaving * gate + (1 - leaving))
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix:
-        """x_in + gate·y, with the gate of this recursion."""
-        return Mix(from_input=1.0, from_core=tokens.gather(self.gates)[:, recursion])
+        """x_in + gate·y."""
+        return Mix(from_input=1.0, from_core=tokens.gather(self.gate))
 
     def stop_after(self, recursion: int, tokens: TokenSet, stops: Tensor) -> None:
         """Lower the chosen depth; the sizes of later recursions are no longer those of the choice."""

@@ -74,7 +74,7 @@ def test_evaluation(case: Case) -> None:
         check_selections(selected, expected, "eval", inputs.shape[1])
     if "eval.depth" in expected:
         assert torch.equal(out.depth - 1, expected["eval.depth"].long())
-        gate = recorder.session.gates.gather(1, recorder.session.depth.unsqueeze(1)).view(inputs.shape)
+        gate = recorder.session.gate.view(inputs.shape)
         torch.testing.assert_close(gate, expected["eval.gate"], atol=LOGITS_ATOL, rtol=0)
 
 

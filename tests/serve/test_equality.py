@@ -332,7 +332,7 @@ def test_confidence_exits(router: str, name: ExitName, kv_policy: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("name", EXITS)
-@pytest.mark.parametrize("router", [router for router in ROUTERS if router != "fixed_2_of_3"])
+@pytest.mark.parametrize("router", [router for router in SERVED_ROUTERS if router != "fixed_2_of_3"])
 def test_confidence_exits_of_every_router(router: str, name: ExitName, sharing: str) -> None:
     for kv_policy in SERVED:
         number = list(ROUTERS).index(router) + EXITS.index(name) + SHARINGS.index(sharing)

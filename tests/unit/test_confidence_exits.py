@@ -1,6 +1,7 @@
 """Confidence exits: decisions by the rules' formulas, what a token that stops becomes, and what a rule costs.
 
-The reference for a stopped token is the same model without a rule, told by bounds how deep each token goes.
+The reference for a stopped token is the same model under a rule that stops nothing, told by bounds how deep each token
+goes. Except for token-choice, it is the model without a rule as well.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.config import TokenChoiceConfig
 from megamor.config.exits import EXITS, ExitName, ExitRule
 from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
 from megamor.routing import DepthBounds, RoutingSession
+from megamor.routing.confidence import ConfidenceSession
 from megamor.routing.halting import HaltingSession
 from tests.causality.test_causality import CUT, change_future
 from tests.combinations import (
@@ -37,8 +40,9 @@ from tests.exits import median_rule, run
 from tests.learning.test_learning import profile, rectangular_work
 
 NUM_TOKENS = BATCH * SEQ_LEN
-DEPTHLESS = {"expert_choice_additive"}
-"""Routers whose tokens all stop after the first recursion by themselves, with the weights that the tests draw."""
+NEVER = ExitRule("max_probability", 1.0)
+DEPTHLESS = {"expert_choice_additive", "skip_forward_recurse_sequence"}
+"""Routers with which no token gets beyond the first recursion in some of these models, because of the weights drawn."""
 DEEP = [router for router in ROUTERS if router != "fixed_2_of_3"]
 
 
@@ -87,9 +91,10 @@ def check_replay(router: str, name: ExitName, kv_policy: str, sharing: str) -> N
     rule, free = model.exit, run(model, None)
     out = run(model, rule)
     least = out.depth.flatten()
-    replayed = run(model, None, DepthBounds(least, least))
-    assert torch.equal(replayed.depth, out.depth)
-    torch.testing.assert_close(out.logits, replayed.logits, atol=1e-12, rtol=0)
+    for other in (NEVER, None)[: 1 if router.startswith("token_choice") else 2]:
+        replayed = run(model, other, DepthBounds(least, least))
+        assert torch.equal(replayed.depth, out.depth)
+        torch.testing.assert_close(out.logits, replayed.logits, atol=1e-12, rtol=0)
     if router not in DEPTHLESS:
         assert 0 < (out.depth < free.depth).sum() < NUM_TOKENS
     # What serving demands of a depth comes before the rule.
@@ -101,6 +106,29 @@ def check_replay(router: str, name: ExitName, kv_policy: str, sharing: str) -> N
 def test_a_stopped_token_is_that_of_a_bounded_pass(router: str, name: ExitName) -> None:
     number = DEEP.index(router) + EXITS.index(name)
     check_replay(router, name, KV_POLICIES[number % 3], SHARINGS[number % len(SHARINGS)])
+
+
+@pytest.mark.parametrize("gating", ["multiplicative", "additive"])
+def test_a_stopped_token_keeps_the_gate_that_it_has_chosen(gating: str) -> None:
+    """It leaves with x_in + g·y, as when it had chosen the depth at which it stops, and its probe sees just that."""
+    config = tiny_config(TokenChoiceConfig(gating=gating), "share_first")  # type: ignore[arg-type]
+    model = lively_model(config).eval()
+    states: list[Tensor] = []
+    model.stage.register_forward_hook(lambda _, inputs, output: states.extend((inputs[0], output.stream)))
+    y: list[Tensor] = []
+    model.stage.blocks[-1].register_forward_hook(lambda _, inputs, output: y.append(output[0]))
+    run(model, None)
+    chosen = model.stage.router.head(states[0]).softmax(-1)
+    assert chosen.argmax(-1).unique().tolist() == [0, 1, 2]
+    gate = chosen.amax(-1, keepdim=True) if gating == "multiplicative" else 1.0
+    probed: list[Tensor] = []
+    y.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        stops = ConfidenceSession.stops
+        patch.setattr(ConfidenceSession, "stops", lambda s, r, x, t: (probed.append(x), stops(s, r, x, t))[1])
+        assert run(model, ExitRule("entropy", 99.0)).depth.unique().tolist() == [1]
+    torch.testing.assert_close(states[-1], states[0] + gate * y[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(probed[0], states[-1], atol=1e-12, rtol=0)
 
 
 def check_cached(router: str, name: ExitName, kv_policy: str, sharing: str) -> None:

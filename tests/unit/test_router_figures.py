@@ -192,7 +192,7 @@ def test_the_bias_moves_the_choice_and_not_the_gate() -> None:
     router.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
     session = begin(router)
     assert session.depth.unique().tolist() == [1]
-    torch.testing.assert_close(session.gates[:, 1], F.linear(rows(), router.head.weight)[:, 1].sigmoid())
+    torch.testing.assert_close(session.gate, F.linear(rows(), router.head.weight)[:, 1].sigmoid())
     # Depths below the mean load of 4 rise by the rate, those above it fall; the distance doesn't count.
     router.bias.zero_()
     router.update({"depth_choices": torch.tensor([9.0, 3.0, 0.0])})
