@@ -208,7 +208,7 @@ class PonderNetConfig(HaltingConfig):
     """A token halts once it would have halted with probability 1 - epsilon; 0.5 is the median of its distribution."""
     ponder_coeff: NonNegative = 0.01
     """Weight of the KL divergence from the prior."""
-    prior: BetweenZeroAndOne = 0.4
+    prior: BetweenZeroAndOne = 0.3
     """Probability of halting after each recursion under the prior, which is truncated at Nr and renormalised."""
 
 

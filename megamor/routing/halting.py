@@ -103,8 +103,12 @@ class HaltingSession(RoutingSession):
         weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
         self.spent = tokens.scatter(self.spent, spent + weight)
         self.halted = tokens.scatter(self.halted, halted | ends)
-        # The sum over all tokens of the number of updates (a constant) plus the remainder, or of the divergence's term.
-        cost = (~halted).sum() + (weight * ends).sum() if prior is None else self.divergence(recursion, weight, ends)
+        if prior is None:
+            # The sum over all tokens of the number of updates (a constant) plus the remainder.
+            cost = (~halted).sum() + (weight * ends).sum()
+        else:
+            step = torch.where(halted, 0.0, 1 - spent if last else halting)
+            cost = self.divergence(recursion, step, (1 - spent - step) * ends)
         self.ponder = self.ponder + cost / len(self.spent)
         if last:
             name = "ponder_cost" if prior is None else "prior_kl"
@@ -114,14 +118,18 @@ class HaltingSession(RoutingSession):
                 self.add_loss("ponder_loss", self.router.config.ponder_coeff * self.ponder)
         return Mix(from_core=1.0, emit=weight)
 
-    def divergence(self, recursion: int, p: Tensor, ends: Tensor) -> Tensor:
-        """Sum of p·log(p / q). Where a token ends, q is the prior's mass of this recursion and all later ones."""
-        # The divergence of two distributions whose last outcomes are lumped together is a lower bound on their own.
+    def divergence(self, recursion: int, p: Tensor, later: Tensor) -> Tensor:
+        """Sum of p·log(p / q), p [N] being the probability of halting now; and, for tokens that do, the same of `later`.
+
+        `later` [N] is the probability of halting after this recursion, 0 for tokens that continue.
+        """
+        # All later outcomes of a token that has halted are lumped together, which makes this a lower bound. Lumped with
+        # this one too, they would say nothing: halting at once would cost nothing, and every token would do it.
         assert self.router.prior is not None
         stay, num_recursions = 1 - self.router.prior, self.router.num_recursions
         q = [stay**n * (1 - stay) / (1 - stay**num_recursions) for n in range(num_recursions)]
-        log_q = torch.where(ends, math.log(sum(q[recursion:])), math.log(q[recursion]))
-        return (p * (p.clamp_min(1e-12).log() - log_q)).sum()
+        terms = ((p, q[recursion]), (later, sum(q[recursion + 1 :]) or 1.0))
+        return torch.stack([(x * (x.clamp_min(1e-12).log() - math.log(mass))).sum() for x, mass in terms]).sum()
 
     def leaving_mix(self, recursion: int, tokens: TokenSet) -> Mix:
         """The state itself; `mix` gives the remainder to it."""

@@ -50,7 +50,7 @@ class Looped(nn.Module):
         return self.after(self.core(x, depth) if depth else x).square().mean()
 
     def parallel_plan(self) -> ParallelPlan:
-        return ParallelPlan([self.core], self.core)
+        return ParallelPlan([self.core], [self.core])
 
     def set_activation_checkpointing(self, policy: str, selective_ops: Sequence[str]) -> None:
         assert policy == "none"

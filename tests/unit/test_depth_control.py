@@ -143,8 +143,8 @@ def test_pondernet_by_hand(mode: str) -> None:
     torch.testing.assert_close(weights.sum(1), torch.ones(3, dtype=torch.float64))
     q = [0.4 / 0.784, 0.24 / 0.784, 0.144 / 0.784]  # 1 - 0.6^3 = 0.784
     assert sum(q) == pytest.approx(1.0)
-    kl = 0.0  # all mass in one outcome, of one
-    kl += 0.4 * math.log(0.4 / q[0]) + 0.6 * math.log(0.6 / (q[1] + q[2]))
+    kl = 0.6 * math.log(0.6 / q[0]) + 0.4 * math.log(0.4 / (q[1] + q[2]))
+    kl += 0.4 * math.log(0.4 / q[0]) + 0.24 * math.log(0.24 / q[1]) + 0.36 * math.log(0.36 / q[2])
     kl += 0.1 * math.log(0.1 / q[0]) + 0.09 * math.log(0.09 / q[1]) + 0.81 * math.log(0.81 / q[2])
     assert mean(session, "prior_kl") == pytest.approx(kl / 3)
     if mode == "train":
