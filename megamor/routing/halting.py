@@ -119,7 +119,7 @@ class HaltingSession(RoutingSession):
         return Mix(from_core=1.0, emit=weight)
 
     def divergence(self, recursion: int, p: Tensor, later: Tensor) -> Tensor:
-        """Sum of p·log(p / q), p [N] being the probability of halting now; and, for tokens that do, the same of `later`.
+        """Sum of p·log(p / q), p [N] being the probability of halting now; for tokens that do, also of `later`.
 
         `later` [N] is the probability of halting after this recursion, 0 for tokens that continue.
         """

@@ -160,7 +160,8 @@ def assert_resumes_bitwise(config: Config, directory: Path, world_size: int = 2)
     tensors = stored_tensors(straight)
     assert digest(tensors) == digest(stored_tensors(resumed))
     assert digest(tensors) != digest(stored_tensors(saved))
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    whole = (tensor for name, tensor in tensors.items() if name != "average.updates")
+    assert all(tensor.dtype == torch.float32 for tensor in whole)
 
 
 def save(backend: Backend, directory: Path) -> None:

@@ -108,7 +108,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, run="extends: base.yaml\nmodle: {dim: 3}\nlr: 3\n")
     lines = refused(path, "train.precision=fp16", "data.train=[{weight: 2}]", "run.seed=1.5", "run.name=7").splitlines()
     expected = [
-        ("base.yaml: optim.learning_rate", "unknown key; the keys here are lr, beta1,"),
+        ("base.yaml: optim.learning_rate", "unknown key; the keys here are kind, lr, beta1,"),
         ("base.yaml: optim.weightdecay", "unknown key; did you mean optim.weight_decay?"),
         ("base.yaml: optim.lr", "found 'on', expected a positive number"),
         ("base.yaml: optim.beta1", "found [], expected a number from 0 to just below 1"),
