@@ -9,8 +9,8 @@ A step is the one that `megamor pretrain` does, without its loop: no metrics fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, l
 from megamor.checkpoint.layout import CONFIG_FILE, TRAINER_FILE
 from megamor.config import Config, config_from_dict, config_from_yaml, config_to_yaml
 from megamor.config.batches import BatchSchedule
+from megamor.config.changes import SETTINGS
+from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.config.segments import max_depth, stages
 from megamor.config.validate import validate
@@ -73,23 +75,27 @@ def make_config(**settings: Any) -> Config:
     Raises:
         ConfigError: a name is unknown or belongs to several sections, or `megamor pretrain` would refuse the settings.
     """
-    sections = {field.name: field.default_factory for field in fields(Config) if callable(field.default_factory)}
+    sections = {setting.partition(".")[0] for setting in SETTINGS}
     values: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
-        owners = [section for section, of in sections.items() if name in {field.name for field in fields(of())}]
-        if name in sections:
-            values[name] = {**values.get(name, {}), **value}
-        elif len(owners) == 1:
-            values.setdefault(owners[0], {})[name] = value
-        else:
-            found = f"is a setting of {', '.join(owners)}" if owners else "is no setting"
-            raise ConfigError(f"{name} {found}: write section={{'{name}': ...}}, as in docs/settings.md")
+        owners = sorted(section for section in sections if f"{section}.{name}" in SETTINGS)
+        if name in sections and not isinstance(value, Mapping):
+            raise ConfigError(f"{name} = {value!r}: {name} is a section, so give a mapping of its settings")
+        if name not in sections and len(owners) != 1:
+            found = f"in {' and '.join(owners)}: write {owners[0]}={{'{name}': ...}}" if owners else "no setting"
+            raise ConfigError(f"{name} is {found}; see docs/settings.md")
+        section, given = (name, value) if name in sections else (owners[0], {name: value})
+        if twice := values.get(section, {}).keys() & given.keys():
+            raise ConfigError(f"{section}.{min(twice)} is given twice, as a keyword and in {section}={{...}}: drop one")
+        values[section] = {**values.get(section, {}), **given}
     train = values.setdefault("train", {})
     if not {"max_steps", "max_tokens", "max_flops"} & train.keys():
         train["max_steps"] = 10**9
         values["optim"] = {"schedule": "constant", **values.get("optim", {})}
     config = config_from_dict(values, "make_config")
     validate(config)
+    if grows(config) and config.train.max_steps == 10**9:
+        raise ConfigError(f"recursion.schedule = {config.recursion.schedule} needs a length of the run: give max_steps")
     return config
 
 
@@ -121,6 +127,11 @@ class Session:
         cross; of sequence b, only the first `lengths[b]` tokens are real. Every rank gives a batch of its own, of the
         same shape.
         """
+        longest = self.config.model.max_seq_len
+        if inputs.ndim != 2 or inputs.shape != targets.shape or inputs.shape[1] > longest:
+            shapes = f"inputs {[*inputs.shape]}, targets {[*targets.shape]}"
+            raise ConfigError(f"{shapes}: give both as [batch, sequence] of at most {longest} (model.max_seq_len)")
+        self.model.limit_recursions(recursions := self.budget.recursions(self.done))
         batch = MicroBatch(inputs, targets, documents, lengths)
         labels, tokens = sum_over_ranks([int((targets != IGNORE).sum()), batch.num_tokens])
         share = self.world.size * batch.num_tokens / max(tokens, 1)
@@ -140,6 +151,7 @@ class Session:
         figures = step.reduce(grad_norm)
         self.model.update_routers(figures.totals)
         found = figures.wait()
+        self.model.limit_recursions(recursions if grows(self.config) else None)  # for what comes between the steps
         flops = executed_flops(self.config, tokens, found.work, 1, found.pairs).training
         self.done = Consumed(self.step + 1, self.done.tokens_seen + tokens, self.done.flops + flops)
         router_loss = sum(found.router_losses.values())
@@ -196,6 +208,7 @@ class Session:
             world_size=self.world.size,
             backend=resolve_backend(self.config.parallel, self.world.size),
             flops=self.done.flops,
+            recursions=self.model.recursions if grows(self.config) and self.step else None,
             code_revision=code_revision(),
             versions=library_versions(),
         )
@@ -210,4 +223,5 @@ class Session:
         session.backend.load(checkpoint.directory)
         state = TrainerState.read(checkpoint.directory)
         session.done = Consumed(state.step, state.tokens_seen, state.flops or 0.0)
+        session.model.limit_recursions(state.recursions)
         return session

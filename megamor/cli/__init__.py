@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from megamor import __version__
-from megamor.errors import EXIT_USER_ERROR
+from megamor.errors import EXIT_USER_ERROR, ConfigError
 
 EXIT_BROKEN_PIPE = 141
 """What a shell reports for a command that SIGPIPE ended."""
@@ -98,9 +98,9 @@ def parse_separator(text: str) -> str:
 
 def positive(text: str) -> int:
     """An integer of at least 1, as an argument's type."""
-    value = int(text)
+    value = int(text) if text.strip().isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
 
 
@@ -112,12 +112,21 @@ def integers(text: str) -> list[int]:
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """The options of a bounded cache but for its budget; their names are those of `CacheBound`'s fields."""
     keep = "which of the other entries stay: those that received the most attention (`score`), those of the deepest "
-    keep += "tokens (`depth`), or the newest (default: %(default)s)"
-    parser.add_argument("--kv-keep", choices=("score", "depth", "recent"), default="score", help=keep)
-    first = "how many of the first entries always stay (default: %(default)s)"
-    parser.add_argument("--kv-sinks", type=int, default=4, metavar="N", help=first)
+    keep += "tokens (`depth`), or the newest (default: score)"
+    parser.add_argument("--kv-keep", choices=("score", "depth", "recent"), help=keep)
+    first = "how many of the first entries always stay (default: 4)"
+    parser.add_argument("--kv-sinks", type=int, metavar="N", help=first)
     newest = "how many of the newest entries always stay (default: half of the budget)"
     parser.add_argument("--kv-recent", type=int, metavar="N", help=newest)
+
+
+def cache_options(arguments: argparse.Namespace, budget: object) -> dict[str, Any]:
+    """Those of `add_cache_options` that were given; ConfigError if there is no `budget` for them."""
+    values = {name: getattr(arguments, f"kv_{name}") for name in ("keep", "sinks", "recent")}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and not budget:
+        raise ConfigError(f"--kv-{min(given)} has no effect without a budget of keys and values: give --kv-budget, too")
+    return given
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamor.cli import add_cache_options, command_parser, integers
+from megamor.cli import add_cache_options, cache_options, command_parser, integers
 from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import user_errors
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
-    rule = chosen_exit(arguments)
+    rule, kept = chosen_exit(arguments), cache_options(arguments, arguments.kv_budgets)
 
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.model import CacheBound
     from megamor.progress import plain_console
 
-    keep = arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent
-    bounds = [CacheBound(budget, *keep) for budget in arguments.kv_budgets]
+    bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
     loaded = load_model(arguments.checkpoint, arguments.device)
     loaded.model.set_exit(rule)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import add_cache_options, command_parser, positive
+from megamor.cli import add_cache_options, cache_options, command_parser, positive
 from megamor.config.exits import add_exit_options, chosen_exit
 from megamor.errors import ConfigError, user_errors
 
@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the prompt and its continuation, or their depth map."""
     arguments = parse_arguments(argv)
-    rule = chosen_exit(arguments)
+    rule, bounds = chosen_exit(arguments), cache_options(arguments, arguments.kv_budget)
 
     from megamor.codec import Detokenizer, texts_of_tokens
     from megamor.config.segments import max_depth
@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.model import CacheBound
     from megamor.progress import plain_console
 
-    bound = None
-    if arguments.kv_budget:
-        bound = CacheBound(arguments.kv_budget, arguments.kv_keep, arguments.kv_sinks, arguments.kv_recent)
+    bound = CacheBound(arguments.kv_budget, **bounds) if arguments.kv_budget else None
     loaded = load_model(arguments.checkpoint, arguments.device)
     loaded.model.set_exit(rule)
     codec = loaded.codec()

@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.checkpoint import iterate_state, open_checkpoint, state_shapes
     from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
     from megamor.checkpoint.state import AVERAGE_PREFIX, MODEL_PREFIX
-    from megamor.interop.official import save_weights
+    from megamor.interop.official import refuse_occupied, save_weights
 
+    refuse_occupied(args.out)
     found = [open_checkpoint(path) for path in args.checkpoints]
     weights = merge_weights(args.weights, [checkpoint.step for checkpoint in found])
     for other in found[1:]:
@@ -63,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [{"checkpoint": str(c.directory), "weight": w} for c, w in zip(found, weights, strict=True)]
     own = {name: found[-1].directory / name for name in (CONFIG_FILE, TOKENIZER_FILE, END_OF_TEXT_FILE)}
     files = {name: path for name, path in own.items() if path.is_file()}
-    written = save_weights(args.out, merged, files, {"merge": {"average": args.average, "parts": parts}})
+    origin = {"merge": {"average": args.average, "parts": parts}}
+    reached = [checkpoint.recursions for checkpoint in found if checkpoint.recursions]  # while a schedule grows
+    depth = max(reached) if len(reached) == len(found) else None
+    written = save_weights(args.out, merged, files, origin, depth)
     for part in parts:
         print(f"{part['weight']:.4f} x {part['checkpoint']}{' (moving average)' if args.average else ''}")
     print(f"{written}: weights only; it can be evaluated, served and exported, not resumed")

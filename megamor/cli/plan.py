@@ -42,8 +42,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     args = parser.parse_intermixed_args(argv)
-    if args.recommend and args.config is None and args.parameters is None:
-        parser.error("--recommend needs --config or --parameters")
+    if args.recommend and args.config is None and (args.parameters is None or args.overrides):
+        parser.error("--recommend needs --config or --parameters; key=value needs --config")
+    if args.recommend and (args.json or (args.tokens and args.flops)):
+        parser.error("--recommend writes no --json, and takes --tokens or --flops, not both")
+    if not args.recommend and (args.parameters or args.tokens or args.flops):
+        parser.error("--parameters, --tokens and --flops need --recommend")
     if not args.recommend and (args.config is None or args.gpu is None or (args.gpus or args.nodes) is None):
         parser.error("the following arguments are required: --config, --gpu, and --gpus or --nodes")
     if any(value is not None and not 0 < value < 1e30 for value in (args.parameters, args.tokens, args.flops)):

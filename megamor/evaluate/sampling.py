@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class GeneratedText:
 @torch.no_grad()
 def generate(
     model: Transformer,
-    prompt: list[int],
+    prompt: Sequence[int],
     max_tokens: int,
     *,
     temperature: float = 1.0,
@@ -41,21 +42,25 @@ def generate(
     earlier tokens at the depths to which they were routed, or with a `bound` some of them.
 
     Raises:
-        ConfigError: prompt and continuation don't fit into the model's `max_seq_len`.
+        ConfigError: prompt and continuation don't fit into the model's `max_seq_len`, or a value is out of range.
         CheckpointError: the model's logits are NaN.
     """
-    length, longest = len(prompt) + max_tokens, model.config.model.max_seq_len
+    ids, vocab_size = [int(token) for token in prompt], model.config.model.vocab_size
+    if not ids or min(ids) < 0 or max(ids) >= vocab_size:
+        raise ConfigError(f"a prompt needs at least one token, and ids from 0 to {vocab_size - 1}")
+    if not (temperature >= 0 and 0 < top_p <= 1):
+        raise ConfigError(f"temperature = {temperature}, top_p = {top_p}: give at least 0, and above 0 and at most 1")
+    length, longest = len(ids) + max_tokens, model.config.model.max_seq_len
     if length > longest + 1:  # the last token is never read, so it needs no position
         raise ConfigError(
-            f"a prompt of {len(prompt)} tokens and {max_tokens} more don't fit into the model's context of {longest}: "
+            f"a prompt of {len(ids)} tokens and {max_tokens} more don't fit into the model's context of {longest}: "
             "shorten the prompt or generate fewer"
         )
     weight = model.embed.weight
     cache = cache_for(model, 1, length, bound)
     generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
     depths: list[int] = []
-    unread = torch.tensor([prompt], device=weight.device)  # the prompt first, then one token each
+    unread = torch.tensor([ids], device=weight.device)  # the prompt first, then one token each
     for _ in range(max_tokens):
         for chunk in torch.split(unread, cache.chunk, dim=1):
             out = model(chunk, mode="causal", cache=cache)

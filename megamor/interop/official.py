@@ -274,23 +274,32 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
     return save_weights(directory, {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}, files)
 
 
+def refuse_occupied(directory: Path) -> None:
+    """Raise ConfigError unless `directory` is new or empty, and can be made."""
+    above = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{directory} can't be made, since {above} is a file: give another output")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+
+
 def save_weights(
     directory: Path,
     weights: Mapping[str, Tensor],
     files: Mapping[str, str | bytes | Path],
     origin: Mapping[str, Any] | None = None,
+    recursions: int | None = None,
 ) -> Path:
     """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
 
     The new or empty `directory` will contain the checkpoint `step_00000000` and `latest`. `weights` have stored names,
-    `files` are configuration and tokenizer, and `origin` is recorded in `trainer.json`.
+    `files` are configuration and tokenizer; `origin` and `recursions` (reached by a schedule) go into `trainer.json`.
 
     Raises:
         ConfigError: `directory` is in use.
         CheckpointError: it can't be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+    refuse_occupied(directory)
     trainer = TrainerState(
         step=0,
         tokens_seen=0,
@@ -298,6 +307,7 @@ def save_weights(
         world_size=1,
         backend="single",
         components=dict(origin or {}),
+        recursions=recursions,
         code_revision=code_revision(),
         versions=library_versions(),
     )

@@ -48,8 +48,8 @@ class CacheBound:
     def __post_init__(self) -> None:
         if min(self.sinks, self.newest, self.budget - self.sinks - self.newest - 1) < 0:
             raise ConfigError(
-                f"a KV budget of {self.budget} can't be divided into {self.sinks} sinks, {self.newest} recent entries "
-                "and at least one other: raise it, or give fewer sinks (--kv-sinks) or recent ones (--kv-recent)"
+                f"a KV budget of {self.budget} with {self.sinks} sinks (--kv-sinks) and {self.newest} recent entries "
+                "(--kv-recent): neither may be negative, and the budget must leave room for at least one other entry"
             )
 
     @property

@@ -44,7 +44,7 @@ def describe_run(config: Config, world_size: int) -> str:
     states = memory.parameters + memory.gradients + memory.optimizer + memory.gathered
     lines = {
         "FLOPs": f"{flops.training / seq_len:.3e} per token in training ({flops.forward / seq_len:.3e} forward), "
-        "at the configured capacities",
+        "at the configured capacities" + ("" if config.recursion.schedule == "constant" else ", in the deepest steps"),
         "memory": f"about {memory.total / GIB:.2f} GiB per device with {backend}: {states / GIB:.2f} weights, "
         f"gradients and optimizer, {memory.activations / GIB:.2f} activations, {memory.loss / GIB:.2f} loss",
     }

@@ -16,6 +16,7 @@ from megamor.config import Config
 from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
 from megamor.model.flops import expected_steps
+from megamor.progress import format_count
 
 FOLLOWS = 1.25
 """A setting within this factor of a law's value follows it."""
@@ -47,13 +48,13 @@ def recommendation(
     assert parameters is not None
     tokens = tokens or (flops / (6 * parameters) if flops else own.get("tokens", 20 * parameters))
     own |= {"tokens": tokens} if own else {}
-    lines = [f"{parameters / 1e6:,.0f}M parameters at full depth without embedding, {tokens / 1e9:,.2f}G tokens"]
+    lines = [f"{format_count(parameters)} parameters at full depth without embedding, {format_count(tokens)} tokens"]
     for source, values in laws(parameters, tokens).items():
         for quantity, value in values.items():
             line = f"{source:<12} {quantity:<14} {value:>10.3g}"
             if quantity in own:
                 factor = own[quantity] / value
-                verdict = "follows" if 1 / FOLLOWS <= factor <= FOLLOWS else f"{factor:.2f} times the law's"
+                verdict = "follows" if 1 / FOLLOWS <= factor <= FOLLOWS else f"{factor:.3g} times the law's"
                 line += f"   here {own[quantity]:.3g}: {verdict}"
             lines.append(line)
     return "\n".join(lines)

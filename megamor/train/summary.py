@@ -64,7 +64,7 @@ class LaunchSummary:
                 shown = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
                 lines[f"validation loss, {name}"] = f"{shown} nats/token"
         if self.mean_depth is not None:
-            saved = 1 - total.model_flops / self.full_depth_flops
+            saved = round(1 - total.model_flops / self.full_depth_flops, 3) + 0.0  # never -0.0
             lines["depth"] = f"{self.mean_depth:.2f} of {max_depth(self.config)} recursions per token"
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:

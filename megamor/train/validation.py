@@ -58,7 +58,7 @@ class ValidationLosses:
             if "topk" in losses:
                 shown += f", gap {losses['causal'] - losses['topk']:+.4f}"
             causal = self.figures[name]["causal"]
-            depth = f", depth {causal['mean_depth']:.2f}" if "gate_1" in causal else ""
+            depth = f", depth {causal['mean_depth']:.2f}" if any("gate_1" in name for name in causal) else ""
             yield (
                 f"validation loss{of} on {name}: {shown} nats/token (perplexity {perplexity(losses['causal']):.1f})"
                 f"{depth}, {causal['flops_per_token']:.3e} FLOPs/token"

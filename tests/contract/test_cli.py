@@ -190,6 +190,13 @@ def test_a_budget_that_is_none_ends_the_command(budget: str, moved: Path, capsys
         assert "budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--kv-keep", "depth"], ["--kv-sinks", "2"], ["--kv-recent", "0"]])
+def test_cache_options_without_a_budget_are_refused(option: list[str], capsys: pytest.CaptureFixture) -> None:
+    for command, own in ((evaluate.main, ["--data", "val"]), (generate.main, ["--prompt", "a"])):
+        said = refusal(capsys, command, "--checkpoint", "none", *own, *option)
+        assert f"{option[0]} has no effect without a budget" in said
+
+
 def test_generate_from_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     picture = tmp_path / "depth.svg"
     arguments = ["--checkpoint", str(moved / "model"), "--prompt", "the quick", "--max-tokens", "5", "--seed", "3"]

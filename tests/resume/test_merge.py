@@ -99,9 +99,25 @@ def test_the_result_is_evaluated_and_verified_but_not_resumed(
     shutil.copytree(tmp_path / "out", directory_of(moved) / "checkpoints", symlinks=True)
     with pytest.raises(CheckpointError, match="has weights without optimizer state"):
         build_trainer(moved, init_world(moved.parallel))
-    assert "exists and is not an empty directory" in refusal(
-        capsys, merge.main, *sources, "--out", str(tmp_path / "out")
-    )
+
+
+def test_an_output_in_use_is_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    said = refusal(capsys, merge.main, "missing", "--out", tmp_path)
+    assert "exists and is not an empty directory" in said
+    said = refusal(capsys, merge.main, "missing", "--out", tmp_path / "file" / "out")
+    assert f"{tmp_path / 'file'} is a file" in said
+
+
+def test_a_merge_keeps_the_depth_that_a_schedule_has_reached(run: Config, tmp_path: Path) -> None:
+    growing = named(replace(run, recursion=replace(run.recursion, schedule="linear")), "growing")
+    for step in (2, 4):  # of eight: depths 1 and 2
+        fit(until(growing, step))
+    sources = checkpoints(growing, 2, 4)
+    assert [load_model(source, "cpu").model.recursions for source in sources] == [1, 2]
+    assert status(merge.main, *sources[::-1], "--out", tmp_path / "both") == 0
+    assert status(merge.main, sources[0], "--out", tmp_path / "first") == 0
+    assert [load_model(tmp_path / name, "cpu").model.recursions for name in ("both", "first")] == [2, 1]
 
 
 def test_the_moving_average_becomes_the_weights(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

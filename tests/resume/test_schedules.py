@@ -143,3 +143,10 @@ def test_an_evaluation_after_the_restored_step_is_due_again(tmp_path: Path) -> N
     lines += [{"step": step, "validation/held_out/loss_causal": 1.0} for step in (2, 4)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [last_evaluation(metrics, step) for step in (1, 2, 3, 4, 5)] == [None, 2, 2, 4, 4]
+
+
+def test_the_line_of_a_validation_names_the_depth_of_one_and_of_several_stages() -> None:
+    for gate, shown in (("gate_1", True), ("layers_3/gate_1", True), ("none", False)):
+        causal = {"loss": 2.0, "mean_depth": 1.25, "flops_per_token": 1e6, gate: 0.5}
+        (line,) = ValidationLosses({"a": {"causal": causal}}).lines()
+        assert ("depth 1.25" in line) == shown

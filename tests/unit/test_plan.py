@@ -156,12 +156,12 @@ def test_laws_by_hand() -> None:
 def test_recommendation_compares_the_recipe(capsys: pytest.CaptureFixture) -> None:
     plan.main(["--config", "configs/mor_360m.yaml", "--recommend"])
     lines = capsys.readouterr().out.splitlines()
-    assert "315M parameters at full depth without embedding, 29.70G tokens" in lines[0]
+    assert "314.64M parameters at full depth without embedding, 29.70G tokens" in lines[0]
     assert [line for line in lines if line.startswith("MoR paper") and "follows" in line] == lines[-2:]
     assert any(line.startswith("OLMo ladder  learning rate") and "1.82 times the law's" in line for line in lines)
     plan.main(["--parameters", "350e6", "--flops", "2.1e19", "--recommend"])
     printed = capsys.readouterr().out
-    assert "350M parameters at full depth without embedding, 10.00G tokens" in printed
+    assert "350.00M parameters at full depth without embedding, 10.00G tokens" in printed
     assert "here" not in printed
 
 
@@ -171,7 +171,11 @@ def test_recommendation_compares_the_recipe(capsys: pytest.CaptureFixture) -> No
         (["--recommend"], "--recommend needs --config or --parameters"),
         (["--recommend", "--parameters", "-1"], "must be positive"),
         (["--config", "x.yaml"], "arguments are required"),
+        (["--recommend", "--parameters", "1e8", "optim.lr=1e-3"], "key=value needs --config"),
+        (["--recommend", "--parameters", "1e8", "--tokens", "1e9", "--flops", "1e20"], "not both"),
+        (["--recommend", "--parameters", "1e8", "--json", "x.json"], "writes no --json"),
+        (["--config", "x.yaml", "--gpu", "h100", "--gpus", "8", "--tokens", "1e9"], "need --recommend"),
     ],
 )
-def test_arguments_that_say_too_little(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_arguments_that_contradict(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert said in refusal(capsys, plan.main, *arguments)

@@ -64,3 +64,18 @@ def test_numbers_that_sampling_cannot_use(option: tuple[str, str], capsys: pytes
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(["--checkpoint", "x", "--prompt", "a", *option])
     assert f"{option[0]} must" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [([], {}), ([-1], {}), ([10**6], {}), ([1], {"temperature": -1.0}), ([1], {"top_p": 0.0}), ([1], {"top_p": 2.0})],
+)
+def test_values_out_of_range_are_refused(prompt: list[int], options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"prompt needs|give at least 0"):
+        generate(lively_model(tiny_config(ROUTERS["token_choice"])), prompt, 2, **options)
+
+
+def test_ids_of_a_tensor_become_integers() -> None:
+    model = lively_model(tiny_config(ROUTERS["token_choice"]))
+    found = generate(model, torch.tensor([3, 1]), 1)  # type: ignore[arg-type]
+    assert all(type(token) is int for token in found.ids)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import megamor
-from megamor.config import Config, FixedDepthConfig, ParallelConfig, TokenChoiceConfig
+from megamor.config import Config, FixedDepthConfig, HaltingConfig, ParallelConfig, TokenChoiceConfig
 from megamor.errors import ConfigError
 from tests.combinations import ROUTERS, staged_config, tiny_config, tokens
 from tests.distributed.harness import run_ranks
@@ -48,6 +48,9 @@ def test_keywords_are_sections_or_unique_settings() -> None:
     assert (config.model.dim, config.recursion.num_recursions, config.optim.lr) == (64, 2, 1e-4)
     assert config.router.kind == "act"
     assert config.optim.schedule == "constant"
+    steered = megamor.make_config(num_recursions=2, router_layers=[0], router={"kind": "act"}, target_depth=1.5)
+    assert isinstance(steered.router, HaltingConfig)
+    assert steered.router.target_depth == 1.5
     assert megamor.make_config(max_steps=100, model={"dim": 72}, num_layers=2).optim.schedule == "wsd"
 
 
@@ -158,3 +161,51 @@ def test_a_layer_of_ones_own_is_applied_to_the_selected_tokens() -> None:
     (out.stream.sum() + sum(out.losses.values())).backward()
     assert routed.layer.scale.grad is not None
     assert routed.router.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router": "act"}, "router is a section"),
+        ({"kind": "muon"}, r"kind is in optim and router: write optim=\{'kind': ...\}"),
+        ({"dim": 64, "model": {"dim": 48}}, "model.dim is given twice"),
+        (
+            {"recursion": {"num_recursions": 2, "sharing": "cycle", "schedule": "linear"}, "num_layers": 2},
+            "needs a len",
+        ),
+    ],
+)
+def test_keywords_that_would_be_lost_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        megamor.make_config(**settings)
+
+
+@pytest.mark.parametrize(("inputs", "targets"), [((2, 9), (2, 8)), ((9,), (9,)), ((1, 999), (1, 999))])
+def test_batches_of_other_shapes_are_refused(inputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    session = megamor.Session(replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single")))
+    with pytest.raises(ConfigError, match="give both as"):
+        session.training_step(torch.zeros(inputs, dtype=torch.int64), torch.zeros(targets, dtype=torch.int64))
+    assert session.step == 0
+
+
+def test_a_session_follows_the_schedule_of_depth(tmp_path: Path) -> None:
+    """Depths 1, 2, 3 in thirds of six steps; a checkpoint knows the depth that it has reached. Sampled: all of it."""
+    config = replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single"))
+    config = replace(
+        config,
+        recursion=replace(config.recursion, schedule="linear"),
+        train=replace(config.train, max_steps=6, max_tokens=None, max_flops=None, precision="fp32"),
+        optim=replace(config.optim, warmup_steps=0),
+    )
+    session, deepest = megamor.Session(config), []
+    for step in range(6):
+        session.training_step(tokens(step)[:, :-1], tokens(step)[:, 1:])
+        shares = session.routing_stats(reset=True)["stage"].depth_shares
+        deepest.append(max(depth for depth, share in enumerate(shares) if share))
+        if step == 2:
+            session.save(tmp_path)
+    assert deepest == [1, 1, 2, 2, 3, 3]
+    assert megamor.load_model(tmp_path).model.recursions == megamor.Session.load(tmp_path).model.recursions == 2
+    sampled = megamor.Session(replace(config, recursion=replace(config.recursion, schedule="sampled")))
+    sampled.training_step(tokens()[:, :-1], tokens()[:, 1:])
+    assert sampled.model.recursions == 3
