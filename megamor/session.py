@@ -127,10 +127,9 @@ class Session:
         cross; of sequence b, only the first `lengths[b]` tokens are real. Every rank gives a batch of its own, of the
         same shape.
         """
-        longest = self.config.model.max_seq_len
-        if inputs.ndim != 2 or inputs.shape != targets.shape or inputs.shape[1] > longest:
+        if inputs.ndim != 2 or inputs.shape != targets.shape or inputs.shape[1] > self.config.model.max_seq_len:
             shapes = f"inputs {[*inputs.shape]}, targets {[*targets.shape]}"
-            raise ConfigError(f"{shapes}: give both as [batch, sequence] of at most {longest} (model.max_seq_len)")
+            raise ConfigError(f"{shapes}: give both as [batch, sequence of at most model.max_seq_len]")
         self.model.limit_recursions(recursions := self.budget.recursions(self.done))
         batch = MicroBatch(inputs, targets, documents, lengths)
         labels, tokens = sum_over_ranks([int((targets != IGNORE).sum()), batch.num_tokens])
@@ -189,6 +188,7 @@ class Session:
         loader = TrainingLoader(
             data, rank=self.world.rank, world_size=self.world.size, batches=BatchSchedule.of(config)
         )
+        loader.skip(self.step)
         try:
             while True:
                 yield from loader.next_step()

@@ -122,11 +122,10 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def cache_options(arguments: argparse.Namespace, budget: object) -> dict[str, Any]:
     """Those of `add_cache_options` that were given; ConfigError if there is no `budget` for them."""
-    values = {name: getattr(arguments, f"kv_{name}") for name in ("keep", "sinks", "recent")}
-    given = {name: value for name, value in values.items() if value is not None}
-    if given and not budget:
-        raise ConfigError(f"--kv-{min(given)} has no effect without a budget of keys and values: give --kv-budget, too")
-    return given
+    names = [name for name in ("keep", "sinks", "recent") if getattr(arguments, f"kv_{name}") is not None]
+    if names and not budget:
+        raise ConfigError(f"--kv-{names[0]} has no effect without a budget of keys and values: give --kv-budget, too")
+    return {name: getattr(arguments, f"kv_{name}") for name in names}
 
 
 def counted(count: int, noun: str) -> str:

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = {"merge": {"average": args.average, "parts": parts}}
     reached = [checkpoint.recursions for checkpoint in found if checkpoint.recursions]  # while a schedule grows
     depth = max(reached) if len(reached) == len(found) else None
-    written = save_weights(args.out, merged, files, origin, depth)
+    written = save_weights(args.out, merged, files, components=origin, recursions=depth)
     for part in parts:
         print(f"{part['weight']:.4f} x {part['checkpoint']}{' (moving average)' if args.average else ''}")
     print(f"{written}: weights only; it can be evaluated, served and exported, not resumed")

@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.recommend and args.config is None and (args.parameters is None or args.overrides):
         parser.error("--recommend needs --config or --parameters; key=value needs --config")
-    if args.recommend and (args.json or (args.tokens and args.flops)):
+    if (args.recommend and args.json) or (args.tokens and args.flops):
         parser.error("--recommend writes no --json, and takes --tokens or --flops, not both")
     if not args.recommend and (args.parameters or args.tokens or args.flops):
         parser.error("--parameters, --tokens and --flops need --recommend")

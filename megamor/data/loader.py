@@ -144,6 +144,12 @@ class TrainingLoader:
         self._before, self._given = self._given, self._pending.popleft()[1]
         return batches
 
+    def skip(self, steps: int) -> None:
+        """Go on as if so many steps had been given. Only before the first `next_step`."""
+        for _ in range(steps):
+            at, shape = self._given, self._batches.at(self._given.step)
+            self._given = _Position(at.step + 1, at.sample + shape.global_batch_size, self._order_at(at, shape))
+
     def take_back(self) -> None:
         """Undo the last `next_step`: its batches weren't trained on, and the next call will give them again."""
         self.close()

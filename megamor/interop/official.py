@@ -276,24 +276,21 @@ def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = 
 
 def refuse_occupied(directory: Path) -> None:
     """Raise ConfigError unless `directory` is new or empty, and can be made."""
-    above = next(parent for parent in directory.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise ConfigError(f"{directory} can't be made, since {above} is a file: give another output")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+    found = next(path for path in (directory, *directory.parents) if path.exists())
+    if not found.is_dir() or (found == directory and any(found.iterdir())):
+        raise ConfigError(f"{found} exists and is not an empty directory: give another output")
 
 
 def save_weights(
     directory: Path,
     weights: Mapping[str, Tensor],
     files: Mapping[str, str | bytes | Path],
-    origin: Mapping[str, Any] | None = None,
-    recursions: int | None = None,
+    **record: Any,
 ) -> Path:
     """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
 
     The new or empty `directory` will contain the checkpoint `step_00000000` and `latest`. `weights` have stored names,
-    `files` are configuration and tokenizer; `origin` and `recursions` (reached by a schedule) go into `trainer.json`.
+    `files` are configuration and tokenizer, and `record` are further fields of `TrainerState`.
 
     Raises:
         ConfigError: `directory` is in use.
@@ -306,8 +303,7 @@ def save_weights(
         data={},
         world_size=1,
         backend="single",
-        components=dict(origin or {}),
-        recursions=recursions,
+        **record,
         code_revision=code_revision(),
         versions=library_versions(),
     )

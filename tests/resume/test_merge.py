@@ -106,7 +106,7 @@ def test_an_output_in_use_is_refused_before_anything_is_read(tmp_path: Path, cap
     said = refusal(capsys, merge.main, "missing", "--out", tmp_path)
     assert "exists and is not an empty directory" in said
     said = refusal(capsys, merge.main, "missing", "--out", tmp_path / "file" / "out")
-    assert f"{tmp_path / 'file'} is a file" in said
+    assert f"{tmp_path / 'file'} exists and is not" in said
 
 
 def test_a_merge_keeps_the_depth_that_a_schedule_has_reached(run: Config, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import megamor
 from megamor.config import Config, FixedDepthConfig, HaltingConfig, ParallelConfig, TokenChoiceConfig
+from megamor.config.schema import RampConfig
 from megamor.errors import ConfigError
 from tests.combinations import ROUTERS, staged_config, tiny_config, tokens
 from tests.distributed.harness import run_ranks
@@ -123,6 +124,24 @@ def test_statistics_are_reset() -> None:
     assert once.recursion_rate == pytest.approx(sum(once.depth_shares[2:]))
     assert session.routing_stats(reset=True)["stage"] == once
     assert session.routing_stats() == {}
+
+
+def test_batches_go_on_where_the_session_is(tmp_path: Path) -> None:
+    """In the same session and in one that was loaded, across a change of the length of sequences."""
+    config = tiny_run(tmp_path)
+    config = replace(config, train=replace(config.train, ramp=(RampConfig(until_step=2, seq_len=16),)))
+    session, seen, again = megamor.Session(config), [], []
+    for batch in session.batches():
+        session.training_step(batch.inputs, batch.labels)
+        seen.append(batch.inputs)
+        if session.step in (1, 3):
+            session.save(tmp_path / "saved")
+            again += [next(session.batches()).inputs, next(megamor.Session.load(tmp_path / "saved").batches()).inputs]
+        if session.step == 4:
+            break
+    assert [inputs.shape[1] for inputs in seen] == [16, 16, 32, 32]
+    for inputs, expected in zip(again, (seen[1], seen[1], seen[3], seen[3]), strict=True):
+        assert torch.equal(inputs, expected)
 
 
 class Shift(nn.Module):
