@@ -63,7 +63,7 @@ def _part(heading: str, section: Any) -> str:
     rows = ["| Setting | Value | Default | Meaning |", "|---|---|---|---|"]
     meanings = documentation(section)
     for item in fields(section):
-        if item.name != "kind":  # the heading says it
+        if item.name != "kind" or "router.kind" not in heading:  # which says it
             value = describe_type(field_types(section)[item.name])
             rows.append(f"| `{item.name}` | {value} | {_default(item)} | {meanings[item.name]} |")
     return "\n\n".join([heading, inspect.cleandoc(section.__doc__ or ""), "\n".join(rows)])

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from megamor.config import Config, DepthStep, RampConfig, SourceConfig, reference
+from megamor.config.changes import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 NESTED: dict[str, list[Any]] = {"recursion": [DepthStep], "data": [SourceConfig], "train": [RampConfig]}
@@ -87,6 +88,13 @@ def test_every_setting_is_documented() -> None:
 
 def test_the_reference_is_current() -> None:
     assert reference.PAGE.read_text() == reference.page(), "run python -m megamor.config.reference --write"
+
+
+@pytest.mark.parametrize("name", sorted({*SETTINGS} - {"router.kind"}))
+def test_every_setting_has_a_row_in_its_section(name: str) -> None:
+    section, _, key = name.partition(".")
+    part = reference.page().split(f"\n## `{section}`\n")[1].split("\n## ")[0]
+    assert f"\n| `{key}` | " in part
 
 
 @pytest.mark.parametrize(
