@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class RecursiveLayer(RecursionStage):
 
     def forward(self, x: Tensor, mode: Mode = "train", step: int = 0) -> StageOutput:  # type: ignore[override]
         """x [B, S, dim]; `StageOutput.stream` is [B, S, dim] and `depth` [B, S]. Add `losses` to your own."""
+        assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         batch, seq_len, dim = x.shape
         shape = ModelConfig(dim=dim, num_heads=1, num_kv_heads=1)
         geometry = Geometry.of(torch.zeros(batch, seq_len, dtype=torch.int64, device=x.device), shape, x.dtype)

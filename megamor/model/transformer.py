@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,7 @@ class Transformer(nn.Module):
         follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
         the number of the first sequence in the batch of the step, over all ranks and micro-batches.
         """
+        assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
         if lengths is not None and not any(lengths):

@@ -228,3 +228,15 @@ def test_a_session_follows_the_schedule_of_depth(tmp_path: Path) -> None:
     sampled = megamor.Session(replace(config, recursion=replace(config.recursion, schedule="sampled")))
     sampled.training_step(tokens()[:, :-1], tokens()[:, 1:])
     assert sampled.model.recursions == 3
+
+
+def test_a_mode_that_is_none_is_refused() -> None:
+    """It would be taken for one that looks ahead."""
+    config = tiny_config(TokenChoiceConfig())
+    layer = megamor.RecursiveLayer(Shift(), 8, num_recursions=3, router=config.router)
+    for call in (
+        lambda: megamor.build_model(config)(tokens(), mode="eval"),
+        lambda: layer(torch.randn(1, 2, 8), "eval"),
+    ):
+        with pytest.raises(AssertionError, match="give train, topk or causal"):
+            call()
