@@ -133,6 +133,8 @@ class Session:
         self.model.limit_recursions(recursions := self.budget.recursions(self.done))
         batch = MicroBatch(inputs, targets, documents, lengths)
         labels, tokens = sum_over_ranks([int((targets != IGNORE).sum()), batch.num_tokens])
+        if not labels:
+            raise ConfigError("no target of this step counts: all are -100 on every rank; leave such a batch out")
         share = self.world.size * batch.num_tokens / max(tokens, 1)
         first_sequence = self.world.rank * len(inputs)
         with self.backend.forward_context(last_micro_batch=True):
@@ -140,7 +142,7 @@ class Session:
                 **batch.arguments(self.world.device), mode="train", step=self.step, first_sequence=first_sequence
             )
             router = torch.stack([torch.zeros_like(out.loss_sum), *out.router_losses.values()]).sum() * share
-            loss = out.loss_sum * self.world.size / max(labels, 1) + router
+            loss = out.loss_sum * self.world.size / labels + router
         self.backend.backward(loss, last_micro_batch=True)
         self.backend.set_lr(self.budget.lr(self.done))
         grad_norm = self.backend.step(self.config.optim.grad_clip)

@@ -113,6 +113,13 @@ def test_save_and_load_continue_bitwise(tmp_path: Path) -> None:
     assert megamor.load_model(tmp_path).step == 3
 
 
+def test_a_step_without_targets_is_refused() -> None:
+    session = megamor.Session(replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single")))
+    with pytest.raises(ConfigError, match="no target of this step counts"):
+        session.training_step(tokens(), torch.full_like(tokens(), -100))
+    assert session.step == 0
+
+
 def test_statistics_are_reset() -> None:
     session = megamor.Session(replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single")))
     assert session.routing_stats() == {}
