@@ -21,6 +21,7 @@ from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, l
 from megamor.checkpoint.layout import CONFIG_FILE, TRAINER_FILE
 from megamor.config import Config, config_from_dict, config_from_yaml, config_to_yaml
 from megamor.config.batches import BatchSchedule
+from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.config.segments import max_depth, stages
 from megamor.config.validate import validate
@@ -105,6 +106,7 @@ class Session:
         self.model = build_model(config, device=self.world.device)
         self.backend = build_backend(self.model, config, self.world, lambda model: build_optimizer(model, config))
         self.done = Consumed()
+        self.recursions: int | None = None  # the most that a growing schedule has reached
         self.statistics = StepStatistics(max_depth(config))
 
     @property
@@ -125,6 +127,8 @@ class Session:
         labels, tokens = sum_over_ranks([int((targets != IGNORE).sum()), batch.num_tokens])
         share = self.world.size * batch.num_tokens / max(tokens, 1)
         first_sequence = self.world.rank * len(inputs)
+        recursions = self.budget.recursions(self.done)
+        self.model.limit_recursions(recursions)
         with self.backend.forward_context(last_micro_batch=True):
             out = self.backend.model(
                 **batch.arguments(self.world.device), mode="train", step=self.step, first_sequence=first_sequence
@@ -135,13 +139,16 @@ class Session:
         self.backend.set_lr(self.budget.lr(self.done))
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         step = StepStatistics(max_depth(self.config))
-        for statistics in (step, self.statistics):
-            statistics.add(out, batch.num_tokens)
+        step.add(out, batch.num_tokens)
+        # Totals are for the router's update, and their shapes may change with the recursions of a step.
+        self.statistics.add(out._replace(totals={}), batch.num_tokens)
         figures = step.reduce(grad_norm)
         self.model.update_routers(figures.totals)
         found = figures.wait()
         flops = executed_flops(self.config, tokens, found.work, 1, found.pairs).training
         self.done = Consumed(self.step + 1, self.done.tokens_seen + tokens, self.done.flops + flops)
+        self.recursions = recursions if grows(self.config) else None
+        self.model.limit_recursions(self.recursions)  # for inference, as in validation
         router_loss = sum(found.router_losses.values())
         return Losses(found.loss + router_loss, found.loss, router_loss, found.grad_norm)
 
@@ -154,7 +161,7 @@ class Session:
             return {}
         summary, result = self.statistics.reduce(torch.zeros((), device=self.world.device)).wait(), {}
         own = summary.counts_by_stage(stages(self.config))
-        for stage in stages(self.config):
+        for stage in stages(self.config) if own else ():  # there may have been padding alone
             counts = own[stage.prefix]
             shares = [count / sum(counts) for count in counts]
             ratios = {
@@ -196,6 +203,7 @@ class Session:
             world_size=self.world.size,
             backend=resolve_backend(self.config.parallel, self.world.size),
             flops=self.done.flops,
+            recursions=self.recursions,
             code_revision=code_revision(),
             versions=library_versions(),
         )
@@ -210,4 +218,6 @@ class Session:
         session.backend.load(checkpoint.directory)
         state = TrainerState.read(checkpoint.directory)
         session.done = Consumed(state.step, state.tokens_seen, state.flops or 0.0)
+        session.recursions = state.recursions
+        session.model.limit_recursions(session.recursions)
         return session
