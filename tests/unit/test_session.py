@@ -122,9 +122,9 @@ def test_statistics_are_reset() -> None:
     assert session.routing_stats() == {}
 
 
-def scheduled_session(steps: int, router: str = "token_choice") -> megamor.Session:
+def scheduled_session(steps: int, router: str = "token_choice", **target: float) -> megamor.Session:
     """Two of six steps each with 1, 2 and 3 recursions, in several stages."""
-    config = replace(staged_config(ROUTERS[router]), parallel=ParallelConfig("single"))
+    config = replace(staged_config(replace(ROUTERS[router], **target)), parallel=ParallelConfig("single"))
     config = replace(config, recursion=replace(config.recursion, schedule="linear"))
     train = replace(config.train, precision="fp32", max_steps=6)
     session = megamor.Session(replace(config, train=train, optim=replace(config.optim, warmup_steps=1)))
@@ -165,7 +165,7 @@ def test_a_session_may_meet_padding_alone() -> None:
 
 
 def test_targets_of_several_stages_are_loaded(tmp_path: Path) -> None:
-    session = scheduled_session(1, "skip_forward_recurse_sequence")
+    session = scheduled_session(1, "skip_forward_recurse", target_depth=1.5)
     session.save(tmp_path)
     loaded = megamor.load_model(tmp_path).model
     assert torch.equal(loaded.get_buffer("layers_0.router.shifts"), session.model.get_buffer("layers_0.router.shifts"))
