@@ -135,7 +135,8 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
     """`config` of the model with these `weights`, to which what an earlier version lacked is added."""
     if isinstance(config.router, RandomConfig) and any(name.startswith("stage.router.heads.") for name in weights):
         return replace(config, router=replace(config.router, gates="learned"))
-    if isinstance(config.router, SkipForwardRecurseConfig) and config.router.depth(1) is not None:
+    targeted = isinstance(config.router, SkipForwardRecurseConfig) and config.router.depth(1) is not None
+    if targeted and any(name.startswith("stage.router.") for name in weights):
         weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
 

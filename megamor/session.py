@@ -147,8 +147,9 @@ class Session:
         self.backend.set_lr(self.budget.lr(self.done))
         grad_norm = self.backend.step(self.config.optim.grad_clip)
         step = StepStatistics(max_depth(self.config))
-        for statistics in (step, self.statistics):
-            statistics.add(out, batch.num_tokens)
+        step.add(out, batch.num_tokens)
+        # Totals are for the router's update, and their shapes may change with the recursions of a step.
+        self.statistics.add(out._replace(totals={}), batch.num_tokens)
         figures = step.reduce(grad_norm)
         self.model.update_routers(figures.totals)
         found = figures.wait()
@@ -167,7 +168,7 @@ class Session:
             return {}
         summary, result = self.statistics.reduce(torch.zeros((), device=self.world.device)).wait(), {}
         own = summary.counts_by_stage(stages(self.config))
-        for stage in stages(self.config):
+        for stage in stages(self.config) if own else ():  # there may have been padding alone
             counts = own[stage.prefix]
             shares = [count / sum(counts) for count in counts]
             ratios = {

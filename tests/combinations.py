@@ -56,9 +56,7 @@ ROUTERS: dict[str, RouterConfig] = {
     "skip_forward_recurse_attention": SkipForwardRecurseConfig(
         hidden=8, gate="attention", routers="per_recursion", inference_threshold=0.3, recursion_rate=0.3
     ),
-    "skip_forward_recurse_sequence": SkipForwardRecurseConfig(
-        hidden=8, granularity="sequence", recursion_input=True, target_depth=1.5
-    ),
+    "skip_forward_recurse_sequence": SkipForwardRecurseConfig(hidden=8, granularity="sequence", recursion_input=True),
     "act_hard": HaltingConfig(mode="hard"),
     "act_soft": HaltingConfig(mode="soft"),
     "monotone": MonotoneConfig(),

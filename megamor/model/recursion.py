@@ -185,7 +185,11 @@ class RecursionStage(nn.Module):
         # is enough; it has a policy of its own, so that no other token sees its keys.
         one, position = TokenSet.all(1, 1), geometry.positions[:1]
         alone = Geometry(one, Grid.of(one), position, position, geometry.angles.select(torch.zeros_like(position)))
-        policy = KVPolicy("recursion_wise", None)
+        policy = KVPolicy(self.kv_policy, None)
+        if self.kv_policy == "share_first":  # which has no use for the projections of keys once there are stored ones
+            attention: Any = self.blocks[0].attention
+            keys = stream.new_zeros(1, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+            policy.store = {block: ((keys, keys), one) for order in self.schedule[:recursion] for block in order}
         entering = self.core_input(recursion, stream[:1], stream[:1])
         y, _ = self.run_recursion(recursion, entering, one, alone, policy, blocks)
         return stream + 0.0 * y.sum()

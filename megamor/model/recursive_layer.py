@@ -31,6 +31,8 @@ class RecursiveLayer(RecursionStage):
         self.layer, self.dim = layer, dim
         self.name, self.kv_policy, self.schedule = "", "recursion_wise", ((0,),) * num_recursions
         self.router = build_router(router, dim, num_recursions)
+        if self.router.control is not None:
+            self.router.control.costs = [(1.0, 0.0)] * num_recursions  # the layer's own are unknown
         self.blocks, self.recursion_embedding, self.injection, self.exit = nn.ModuleList(), None, None, None
         self.adds_in_fp32, self.recomputation, self.backprop_recursions = False, Recomputation(), num_recursions
         for module in self.router.modules():

@@ -89,6 +89,8 @@ def blocks_of(context: RoutingContext, device: torch.device) -> Blocks:
     positions = context.positions_of(device)
     # A context that someone made without a text has positions at least.
     key = positions // BLOCK if context.text is None else context.text
+    if context.begins is not None:  # positions may continue from the document before
+        positions = torch.arange(len(positions), device=device) - context.begins
     return Blocks(key + (context.stage << 32), positions % BLOCK)
 
 

@@ -195,6 +195,21 @@ def test_a_batch_of_padding_alone_is_zero_everywhere(router: str) -> None:
     assert (logits == 0).all()
 
 
+@pytest.mark.parametrize("sharing", ["cycle", "sequence"])
+def test_padding_alone_uses_the_parameters_that_tokens_use(sharing: str) -> None:
+    """Ranks reduce gradients together: one must not have gradients that others lack."""
+    config = tiny_config(ROUTERS["random"], "share_first", sharing)
+    config = replace(config, recursion=replace(config.recursion, lora_rank=2, separate_norms=True))
+    model, ids = lively_model(replace(config, model=replace(config.model, qk_norm=True))), tokens(length=SEQ_LEN + 1)
+    found = []
+    for lengths in (None, (0, 0, 0)):
+        model.zero_grad(set_to_none=True)
+        run(model, "train", inputs=ids[:, :-1], labels=ids[:, 1:], lengths=lengths).loss_sum.backward()
+        found.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert found[0] == found[1]
+    assert "stage.blocks.0.attention.k_proj.up.1.weight" not in found[0]
+
+
 def test_token_choice_balances_real_tokens() -> None:
     model, (inputs, labels) = lively_model(tiny_config(TokenChoiceConfig(balancing="loss_free"))), padded_batch()
     out = run(model, "train", inputs=inputs, labels=labels, lengths=LENGTHS)

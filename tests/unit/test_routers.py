@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -325,6 +326,18 @@ def test_random_patterns_do_not_depend_on_how_a_batch_is_divided() -> None:
     config = model.config
     model.config = replace(config, run=replace(config.run, seed=config.run.seed + 1))
     assert not torch.equal(depth_of(model, ids, step=3), whole)
+
+
+@pytest.mark.parametrize("positions", ["continue", "restart"])
+def test_random_patterns_are_those_of_the_document_alone(positions: Any) -> None:
+    config = tiny_config(ROUTERS["random"])
+    model, ids = (
+        lively_model(replace(config, model=replace(config.model, document_positions=positions))),
+        tokens(batch=1),
+    )
+    documents = (torch.arange(SEQ_LEN) >= 7).long().unsqueeze(0)
+    together, alone = model(ids, mode="causal", documents=documents), model(ids[:, 7:], mode="causal")
+    assert torch.equal(together.depth[:, 7:], alone.depth)
 
 
 def test_random_patterns_follow_the_text_at_inference() -> None:

@@ -151,6 +151,56 @@ def test_batches_go_on_where_the_session_is(tmp_path: Path) -> None:
         assert torch.equal(inputs, expected)
 
 
+def scheduled_session(steps: int, router: str = "token_choice", **target: float) -> megamor.Session:
+    """Two of six steps each with 1, 2 and 3 recursions, in several stages."""
+    config = replace(staged_config(replace(ROUTERS[router], **target)), parallel=ParallelConfig("single"))
+    config = replace(config, recursion=replace(config.recursion, schedule="linear"))
+    train = replace(config.train, precision="fp32", max_steps=6)
+    session = megamor.Session(replace(config, train=train, optim=replace(config.optim, warmup_steps=1)))
+    for step in range(steps):
+        session.training_step(tokens(step)[:, :-1], tokens(step)[:, 1:])
+    return session
+
+
+def test_a_session_follows_the_schedule(tmp_path: Path) -> None:
+    session, deepest = scheduled_session(0, "fixed"), []
+    for step in range(6):
+        session.training_step(tokens(step)[:, :-1], tokens(step)[:, 1:])
+        found = session.routing_stats(reset=step < 5)
+        deepest.append(max(depth for depth, share in enumerate(found["layers_0"].depth_shares) if share))
+        if step == 2:
+            session.save(tmp_path)
+    assert deepest == [1, 1, 2, 2, 3, 3]
+    assert megamor.load_model(tmp_path).model.recursions == 2
+    resumed = megamor.Session.load(tmp_path)
+    assert resumed.model.recursions == 2  # at inference
+    for step in range(3, 6):
+        resumed.training_step(tokens(step)[:, :-1], tokens(step)[:, 1:])
+    assert all(torch.equal(a, b) for a, b in zip(session.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_statistics_are_added_up_over_depths() -> None:
+    found = scheduled_session(4).routing_stats()
+    assert {stage.tokens for stage in found.values()} == {4 * tokens()[:, 1:].numel()}
+    assert found["layers_0"].depth_shares[1] >= 0.5  # all of the first two steps
+    assert found["layers_0"].depth_shares[3] == 0
+
+
+def test_a_step_of_padding_alone_leaves_no_statistics() -> None:
+    session, ids = scheduled_session(0), tokens()
+    labels = torch.full_like(ids[:, 1:], -100)
+    with pytest.raises(ConfigError, match="no target"):
+        session.training_step(ids[:, :-1], labels, lengths=torch.zeros(len(ids), dtype=torch.int64))
+    assert session.routing_stats() == {}
+
+
+def test_targets_of_several_stages_are_loaded(tmp_path: Path) -> None:
+    session = scheduled_session(1, "skip_forward_recurse", target_depth=1.5)
+    session.save(tmp_path)
+    loaded = megamor.load_model(tmp_path).model
+    assert torch.equal(loaded.get_buffer("layers_0.router.shifts"), session.model.get_buffer("layers_0.router.shifts"))
+
+
 class Shift(nn.Module):
     """Adds the row of the token before: a layer that mixes tokens, causally."""
 
@@ -247,3 +297,10 @@ def test_a_mode_that_is_none_is_refused() -> None:
     ):
         with pytest.raises(AssertionError, match="give train, topk or causal"):
             call()
+
+
+def test_a_layer_of_ones_own_counts_recursions_as_flops() -> None:
+    layer = megamor.RecursiveLayer(Shift(), 8, 4, TokenChoiceConfig(target_flops=0.5))
+    out = layer(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
+    found = out.ratios["target_error"]
+    assert (found.numerator / found.denominator).item() == pytest.approx(out.depth.double().mean().item() / 4 - 0.5)

@@ -211,6 +211,7 @@ def test_an_attention_gate_sees_the_states_of_its_own_token() -> None:
     ("router", "message"),
     [
         ({"gate": "attention", "granularity": "sequence"}, "use gate: mlp, or granularity: token"),
+        ({"granularity": "sequence", "target_depth": 2.0}, "can't hold a target depth: use granularity: token"),
         ({"recursion_rate": 0.3, "target_depth": 2}, "set one of them to null"),
         ({"recursion_rate": 0.7}, "give less than 0.6667"),
     ],
