@@ -100,8 +100,11 @@ class RecursionStage(nn.Module):
         for recursion in range(self.router.num_recursions):
             plan = session.route(recursion, rows, candidates)
             x = rows if plan.indices is None else rows.index_select(0, plan.indices)
-            first = stage_input if self.injection is None else plan.tokens.gather(stage_input)
-            entering = self.core_input(recursion, x, first)
+            entering = x
+            if len(plan.tokens):
+                # Not for no tokens: ZeRO reduces wrongly what a rank uses there and once more in `touch_core`.
+                first = stage_input if self.injection is None else plan.tokens.gather(stage_input)
+                entering = self.core_input(recursion, x, first)
             y, keys = self.run_recursion(recursion, entering, plan.tokens, geometry, policy, blocks[recursion])
             # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
