@@ -206,7 +206,7 @@ class PonderNetConfig(HaltingConfig):
     kind: Literal["pondernet"] = "pondernet"  # type: ignore[assignment]
     epsilon: BelowOne = 0.5
     """A token halts once it would have halted with probability 1 - epsilon; 0.5 is the median of its distribution."""
-    ponder_coeff: NonNegative = 0.01
+    ponder_coeff: NonNegative = 0.1
     """Weight of the KL divergence from the prior."""
     prior: BetweenZeroAndOne = 0.3
     """Probability of halting after each recursion under the prior, which is truncated at Nr and renormalised."""
