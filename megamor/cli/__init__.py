@@ -10,10 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megamor import __version__
 from megamor.errors import EXIT_USER_ERROR, ConfigError
+
+if TYPE_CHECKING:
+    from megamor.config.exits import ExitRule
 
 EXIT_BROKEN_PIPE = 141
 """What a shell reports for a command that SIGPIPE ended."""
@@ -107,6 +110,25 @@ def positive(text: str) -> int:
 def integers(text: str) -> list[int]:
     """Positive integers with commas between them, as an argument's type."""
     return [positive(number) for number in text.split(",")]
+
+
+def add_exit_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--exit` and `--exit-threshold`, for `chosen_exit`."""
+    from megamor.config.exits import EXITS
+
+    add = parser.add_argument
+    add("--exit", choices=EXITS, help="stop a token's recursions once the model is confident; see docs/routers.md")
+    text = "stop at a probability of at least, or an entropy, KL (both in nats) or acceleration of at most NUMBER"
+    add("--exit-threshold", type=float, metavar="NUMBER", help=text)
+
+
+def chosen_exit(arguments: argparse.Namespace) -> ExitRule | None:
+    """The rule that the options give; ConfigError if one is missing or out of range."""
+    from megamor.config.exits import ExitRule
+
+    if (arguments.exit is None) != (arguments.exit_threshold is None):
+        raise ConfigError("--exit and --exit-threshold belong together: give both, or neither")
+    return None if arguments.exit is None else ExitRule(arguments.exit, arguments.exit_threshold)
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamor.cli import add_cache_options, cache_options, command_parser, integers
-from megamor.config.exits import add_exit_options, chosen_exit
+from megamor.cli import add_cache_options, add_exit_options, cache_options, chosen_exit, command_parser, integers
 from megamor.errors import user_errors
 
 

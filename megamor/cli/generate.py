@@ -15,8 +15,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamor.cli import add_cache_options, cache_options, command_parser, positive
-from megamor.config.exits import add_exit_options, chosen_exit
+from megamor.cli import add_cache_options, add_exit_options, cache_options, chosen_exit, command_parser, positive
 from megamor.errors import ConfigError, user_errors
 
 

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamor.cli import command_parser
-from megamor.config.exits import add_exit_options, chosen_exit
+from megamor.cli import add_exit_options, chosen_exit, command_parser
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import EngineOptions, ServerOptions, add_options, chosen
 

@@ -5,7 +5,6 @@ They are chosen at inference, for any trained model; `megamor/routing/confidence
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -41,18 +40,3 @@ class ExitRule:
 
     def __str__(self) -> str:
         return f"{self.name} {'>=' if self.name == 'max_probability' else '<='} {self.threshold:g}"
-
-
-def add_exit_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--exit` and `--exit-threshold`, for `chosen_exit`."""
-    add = parser.add_argument
-    add("--exit", choices=EXITS, help="stop a token's recursions once the model is confident; see docs/routers.md")
-    text = "stop at a probability of at least, or an entropy, KL (both in nats) or acceleration of at most NUMBER"
-    add("--exit-threshold", type=float, metavar="NUMBER", help=text)
-
-
-def chosen_exit(arguments: argparse.Namespace) -> ExitRule | None:
-    """The rule that the options give; ConfigError if one is missing or out of range."""
-    if (arguments.exit is None) != (arguments.exit_threshold is None):
-        raise ConfigError("--exit and --exit-threshold belong together: give both, or neither")
-    return None if arguments.exit is None else ExitRule(arguments.exit, arguments.exit_threshold)

@@ -145,7 +145,7 @@ class TrainingLoader:
         return batches
 
     def skip(self, steps: int) -> None:
-        """Go on as if so many steps had been given. Only before the first `next_step`."""
+        """Continue as if `steps` steps had been returned already. Only before the first `next_step`."""
         for _ in range(steps):
             at, shape = self._given, self._batches.at(self._given.step)
             self._given = _Position(at.step + 1, at.sample + shape.global_batch_size, self._order_at(at, shape))

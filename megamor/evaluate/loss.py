@@ -86,7 +86,7 @@ def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
         "mean_depth": recursions / tokens,
         "flops_per_token": flops / tokens,
         **stage_depths(config, tokens, work),
-        **{name: total / count for name, (total, count) in zip(gate_names(config), gates, strict=False) if count},
+        **{name: total / count for name, (total, count) in zip(gate_names(config), gates, strict=True) if count},
     }
 
 

@@ -1,4 +1,4 @@
-"""Muon for the projections of attention and SwiGLU, and AdamW for everything else, as one optimizer.
+"""One optimizer: Muon for the projections of attention and SwiGLU, AdamW for everything else.
 
 Muon (kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by roughly the nearest orthogonal matrix:
 five Newton-Schulz steps push its singular values towards 1. The update is scaled by 0.2 sqrt(max(rows, columns)), which

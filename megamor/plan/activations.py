@@ -133,7 +133,7 @@ class BlockRows:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
             saved += 2 * self.keys * model.dim * size
         if model.attention == "multi_scale":
-            # Each chunk of queries has a copy of the keys and values that it sees, of a GPU for every query head.
+            # Each chunk of queries copies the keys and values that it sees; on a GPU, once for each query head.
             heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
             saved += 2 * self.chunked_keys() * heads * model.head_dim * size
         if (not self.sizes.on_gpu and (self.uneven or self.shares)) or model.attention == "multi_scale":

@@ -1,4 +1,4 @@
-"""Efficiency control: what the inference rule executes is held at a target, for every router that has a knob.
+"""Efficiency control: holds what the inference rule executes at a target, for every router with something to adjust.
 
 The knob is a number added to the scores that decide (`Router.shift`, a buffer). After each optimizer step it moves in
 proportion to the error of the step: the target minus what the inference rule would have executed on the step's tokens,
