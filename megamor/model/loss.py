@@ -7,7 +7,7 @@ recomputed and no logits are kept.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,3 +78,37 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff
         weight = weight.to(hidden.dtype)
         losses: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, want_gradients, z_coeff)  # type: ignore[no-untyped-call]
         return losses
+
+
+class TokenScores(NamedTuple):
+    """How well each token was predicted; zero where its label is `IGNORE`.
+
+    `nll` is its negative log-likelihood in nats, `entropy` that of the prediction in nats, and `correct` whether it was
+    the likeliest one.
+    """
+
+    nll: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
+    """Scores [N] of `labels` [N] under the logits of `hidden` [N, dim] and `weight` [vocab, dim].
+
+    The sum of `nll` is the first result of `linear_cross_entropy`, with the same types.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
+    found = []
+    with torch.autocast(device, enabled=False):
+        weight = weight.to(hidden.dtype)
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for rows, targets in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
+            logits = F.linear(rows, weight).to(torch.promote_types(rows.dtype, torch.float32))
+            log_p, valid = logits.log_softmax(1), targets != IGNORE
+            nll = -log_p.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1)
+            entropy = -(log_p.exp() * log_p).sum(1)
+            found.append((nll * valid, entropy * valid, (logits.argmax(1) == targets) & valid))
+    return TokenScores(*map(torch.cat, zip(*found, strict=True)))

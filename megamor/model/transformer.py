@@ -28,7 +28,7 @@ from megamor.errors import ConfigError
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, linear_cross_entropy
+from megamor.model.loss import IGNORE, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -44,6 +44,7 @@ class ModelOutput(NamedTuple):
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
     sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
+    `scores` [B, S] exist where they were asked for.
     With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
     names of `ratios` and `totals` begin with `Segment.prefix`.
     """
@@ -58,6 +59,7 @@ class ModelOutput(NamedTuple):
     work: Tensor | None
     pairs: Tensor | None = None
     z_loss_sum: Tensor | None = None
+    scores: TokenScores | None = None
 
     @property
     def probes(self) -> Tensor:
@@ -135,6 +137,7 @@ class Transformer(nn.Module):
         bounds: DepthBounds | None = None,
         lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
+        score_tokens: bool = False,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -144,13 +147,14 @@ class Transformer(nn.Module):
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
         token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
         follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
-        the number of the first sequence in the batch of the step, over all ranks and micro-batches.
+        the number of the first sequence in the batch of the step, over all ranks and micro-batches. `score_tokens` adds
+        the `scores` of single labels, without gradients.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
         if lengths is not None and not any(lengths):
-            return self.run_nothing(inputs, labels, mode, step)
+            return self.run_nothing(inputs, labels, mode, step, score_tokens)
         start = 0 if cache is None else cache.num_tokens
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
@@ -179,12 +183,14 @@ class Transformer(nn.Module):
             else:
                 x = self.run_unshared(segment.name, x, geometry, cache)
         x = self.norm(x)
-        logits = loss_sum = num_tokens = pairs = z_loss_sum = None
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             logits = window.pad(F.linear(x, self.embed.weight))
         else:
             labels = window.unpad(labels)
+            if score_tokens:
+                scores = TokenScores(*map(window.pad, token_scores(x, self.embed.weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
             loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
             z_loss_sum = z_loss_sum if z_coeff else None
@@ -194,7 +200,7 @@ class Transformer(nn.Module):
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
             cache.advance(depth, inputs.shape[1])
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum)
+        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -206,15 +212,16 @@ class Transformer(nn.Module):
         order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
         return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
 
-    def run_nothing(self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int) -> ModelOutput:
+    def run_nothing(
+        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool
+    ) -> ModelOutput:
         """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
 
         Ranks with tokens wait for this one in the collectives of their passes, so one row goes through the model.
         """
         # Not `self(...)`: the hooks of sharding have run already, around this call's caller.
-        one = self.forward(
-            inputs[:1, :1], None if labels is None else torch.full_like(labels[:1, :1], IGNORE), mode, step
-        )
+        ignored = None if labels is None else torch.full_like(labels[:1, :1], IGNORE)
+        one = self.forward(inputs[:1, :1], ignored, mode, step, score_tokens=score_tokens)
         return one._replace(
             logits=None if one.logits is None else 0 * one.logits.expand(*inputs.shape, -1),
             router_losses={name: 0 * loss for name, loss in one.router_losses.items()},
@@ -223,6 +230,7 @@ class Transformer(nn.Module):
             depth=None if one.depth is None else one.depth.new_full(inputs.shape, -1),
             work=None if one.work is None else 0 * one.work,
             pairs=None if one.pairs is None else 0 * one.pairs,
+            scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 
     def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:

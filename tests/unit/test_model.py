@@ -13,7 +13,7 @@ from megamor.model import Transformer, build_model, elementwise
 from megamor.model import layouts as geometry
 from megamor.model import loss as loss_module
 from megamor.model.blocks import rotary_angles
-from megamor.model.loss import linear_cross_entropy
+from megamor.model.loss import linear_cross_entropy, token_scores
 from tests.combinations import (
     KV_POLICIES,
     ROUTERS,
@@ -276,6 +276,40 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert torch.equal(same.embed.weight, build_model(config, seed=1).embed.weight)
     assert not torch.equal(same.embed.weight, other.embed.weight)
     assert same.embed.weight.std().item() == pytest.approx(config.model.init_std, rel=0.1)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 1 << 25])
+def test_token_scores_of_single_labels(chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megamor.model.loss.CHUNK_ELEMENTS", chunk_elements)
+    hidden, weight = torch.randn(9, 8), torch.randn(12, 8)
+    labels = torch.randint(12, (9,))
+    labels[0] = (hidden[0] @ weight.t()).argmax()
+    labels[4] = -100
+    distribution = torch.distributions.Categorical(logits=hidden @ weight.t())
+
+    nll, entropy, correct = token_scores(hidden, weight, labels)
+
+    valid = labels != -100
+    torch.testing.assert_close(nll[valid], -distribution.log_prob(labels.clamp_min(0))[valid])
+    torch.testing.assert_close(entropy[valid], distribution.entropy()[valid])
+    assert (nll[4], entropy[4], correct[4]) == (0, 0, False)
+    assert correct[0]
+    assert correct.tolist() == (((hidden @ weight.t()).argmax(1) == labels) & valid).tolist()
+    torch.testing.assert_close(nll.sum(), linear_cross_entropy(hidden, weight, labels)[0])
+
+
+def test_a_forward_pass_scores_tokens_on_request() -> None:
+    model = build_model(tiny_config(ROUTERS["expert_choice"])).eval()
+    inputs, labels = torch.randint(64, (3, 12)), torch.randint(64, (3, 12))
+
+    for lengths in (None, (12, 5, 0), (0, 0, 0)):
+        out = model(inputs, labels, mode="causal", lengths=lengths, score_tokens=True)
+        assert out.scores is not None
+        assert out.scores.nll.shape == (3, 12)
+        torch.testing.assert_close(out.scores.nll.sum(), out.loss_sum)
+        if lengths:
+            assert not out.scores.nll[1, lengths[1] :].any()
+    assert model(inputs, labels, mode="causal").scores is None
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate"])
