@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "ranks", "progress", "lock",
     },
 }  # fmt: skip
-ALLOWED["session"] = {*ALLOWED["train"], "train"} - {"metrics", "files", "progress", "lock", "routing"}
+ALLOWED["session"] = {*ALLOWED["train"], "codec", "train"} - {"metrics", "files", "progress", "lock", "routing"}
 ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate"}
 ALLOWED["report"] = {"metrics", "checkpoint", "model", "config", "files", "load"}
 ALLOWED["bench"] = {*ALLOWED} - {"bench"}
