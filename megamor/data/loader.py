@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megamor.config.batches import BatchSchedule, BatchShape
@@ -243,6 +244,17 @@ class ValidationSet:
         """Windows in the whole set, the last one possibly short."""
         return -(-(self._shard.num_tokens - 1) // self._seq_len)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the whole set."""
+        return self._shard.num_tokens
+
+    def starts(self, max_sequences: int | None = None) -> NDArray[np.int64]:
+        """Index of the first token of each window that `batches` gives to all ranks together, in order."""
+        count = min(self.num_sequences, max_sequences or self.num_sequences)
+        # Evenly spread instead of the first ones: the beginning of a data set is often of one source.
+        return np.arange(count) * self.num_sequences // count * self._seq_len
+
     def batches(
         self, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
     ) -> Iterator[MicroBatch]:
@@ -251,13 +263,10 @@ class ValidationSet:
         With `max_sequences`, that many windows spread evenly over the set. Every rank gets the same number of batches,
         so that collectives match; rows beyond the last window are padding (length 0).
         """
-        count = min(self.num_sequences, max_sequences or self.num_sequences)
-        # Evenly spread instead of the first ones: the beginning of a data set is often of one source.
-        chosen = np.arange(count) * self.num_sequences // count
-        per_round = world_size * micro_batch_size
-        for start in range(0, count, per_round):
+        chosen = self.starts(max_sequences)
+        for start in range(0, len(chosen), world_size * micro_batch_size):
             first = start + rank * micro_batch_size
-            starts = chosen[first : first + micro_batch_size] * self._seq_len
+            starts = chosen[first : first + micro_batch_size]
             lengths = np.minimum(self._shard.num_tokens - 1 - starts, self._seq_len)
             spans = Spans(np.arange(len(starts)) * self._seq_len, starts, lengths)
             batch = MicroBatch.empty(micro_batch_size, self._seq_len, documents=self._document_mask)
