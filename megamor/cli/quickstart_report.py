@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from megamor.data.loader import open_validation_sets

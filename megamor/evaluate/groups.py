@@ -78,7 +78,7 @@ def by_source(prefix: str, data: ValidationSet, sequences: int | None) -> TokenG
     meta = read_meta(prefix)
     sources = meta.sources if meta else ()
     ends = np.cumsum([source.get("tokens", 0) for source in sources])
-    if not sources or any(source.get("scattered") for source in sources) or ends[-1] != data.num_tokens:
+    if not sources or any(source.get("scattered") for source in sources) or ends[-1] != data.shard.num_tokens:
         raise DataError(
             f"{prefix}.meta.json doesn't say which tokens come from which source: leave out --by-source, or give each "
             "source as a data set of its own"

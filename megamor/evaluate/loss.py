@@ -116,6 +116,24 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def open_validation_set(loaded: LoadedModel, prefix: str) -> ValidationSet:
+    """The data set `prefix` (.bin/.idx) in windows of the model's sequence length.
+
+    Raises:
+        DataError: it is missing, damaged, or was written with another tokenizer or end of text than the model's.
+    """
+    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
+    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
+    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
+    ours, theirs = loaded.end_of_text, end_of_text([prefix], contained=True)
+    if ours and theirs and ours != theirs:
+        raise DataError(
+            f"the texts of {prefix} end with {theirs.token} (id {theirs.id}), those that {loaded.origin} was trained "
+            f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
+        )
+    return data
+
+
 def dataset_losses(
     loaded: LoadedModel,
     prefix: str,
@@ -146,9 +164,9 @@ def dataset_losses(
         `bounded_loss`), first without a budget.
 
     Raises:
-        DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
+        DataError: what `open_validation_set` and `by_source` raise.
     """
-    data, text = open_set(loaded, prefix), text_of(loaded)
+    data, text = open_validation_set(loaded, prefix), text_of(loaded)
     num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
     figures: dict[str, Any] = {}
 
@@ -186,24 +204,6 @@ def dataset_losses(
     if (rule := loaded.model.exit) is not None:
         figures[f"exit_{rule.name}"] = rule.threshold
     return figures
-
-
-def open_set(loaded: LoadedModel, prefix: str) -> ValidationSet:
-    """The data set `prefix`, checked against the model.
-
-    Raises:
-        DataError: it is missing, damaged, or was written with another tokenizer or end of text.
-    """
-    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
-    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
-    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
-    ours, theirs = loaded.end_of_text, end_of_text([prefix], contained=True)
-    if ours and theirs and ours != theirs:
-        raise DataError(
-            f"the texts of {prefix} end with {theirs.token} (id {theirs.id}), those that {loaded.origin} was trained "
-            f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
-        )
-    return data
 
 
 def text_of(loaded: LoadedModel) -> TextBytes | None:
