@@ -31,16 +31,16 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "files", "ranks"},
     "metrics": {"config", "files", "progress"},
     "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},
-    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
+    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files", "ranks", "codec"},
     "interop": {"model", "routing", "checkpoint", "config", "files", "lock", "codec"},
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},
     "train": {
         "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate", "files",
-        "ranks", "progress", "lock",
+        "ranks", "progress", "lock", "codec",
     },
 }  # fmt: skip
-ALLOWED["session"] = {*ALLOWED["train"], "train"} - {"metrics", "files", "progress", "lock", "routing"}
-ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate"}
+ALLOWED["session"] = {*ALLOWED["train"], "train"} - {"metrics", "files", "progress", "lock", "routing", "codec"}
+ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate", "codec"}
 ALLOWED["bench"] = {*ALLOWED} - {"bench"}
 ALLOWED["cli"] = {*ALLOWED}
 # Modules of one room that must stay independent: folder -> what no file in it may import.
