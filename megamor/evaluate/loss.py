@@ -25,7 +25,7 @@ from megamor.model.loss import IGNORE
 from megamor.routing import Mode
 
 if TYPE_CHECKING:
-    from megamor.data.loader import MicroBatch
+    from megamor.data.loader import MicroBatch, ValidationSet
     from megamor.load import LoadedModel
 
 
@@ -110,6 +110,24 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def open_validation_set(loaded: LoadedModel, prefix: str) -> ValidationSet:
+    """The data set `prefix` (.bin/.idx) in windows of the model's sequence length.
+
+    Raises:
+        DataError: it is missing, damaged, or was written with another tokenizer or end of text than the model's.
+    """
+    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
+    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
+    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
+    ours, theirs = loaded.end_of_text, end_of_text([prefix], contained=True)
+    if ours and theirs and ours != theirs:
+        raise DataError(
+            f"the texts of {prefix} end with {theirs.token} (id {theirs.id}), those that {loaded.origin} was trained "
+            f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
+        )
+    return data
+
+
 def dataset_losses(
     loaded: LoadedModel,
     prefix: str,
@@ -134,17 +152,9 @@ def dataset_losses(
         `loss` and `kv_bytes` (see `bounded_loss`), first without a budget.
 
     Raises:
-        DataError: the data set is missing, damaged, or was written with another tokenizer or end of text.
+        DataError: what `open_validation_set` raises.
     """
-    tokenizer = loaded.config.data.tokenizer and str(loaded.tokenizer_path)
-    settings = replace(loaded.config.data, validation={prefix: prefix}, tokenizer=tokenizer)
-    data = open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size)[prefix]
-    ours, theirs = loaded.end_of_text, end_of_text([prefix], contained=True)
-    if ours and theirs and ours != theirs:
-        raise DataError(
-            f"the texts of {prefix} end with {theirs.token} (id {theirs.id}), those that {loaded.origin} was trained "
-            f"on with {ours.token} (id {ours.id}); preprocess the data with --eod-token '{ours.token}'"
-        )
+    data = open_validation_set(loaded, prefix)
     num_batches = -(-min(data.num_sequences, sequences or data.num_sequences) // batch_size)
     figures: dict[str, Any] = {}
 

@@ -32,6 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"config", "files", "progress"},
     "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},
     "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
+    "analysis": {
+        "evaluate", "load", "model", "routing", "data", "checkpoint", "config", "files", "codec", "metrics", "bench",
+    },
     "interop": {"model", "routing", "checkpoint", "config", "files", "lock", "codec"},
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},
     "train": {
@@ -45,7 +48,7 @@ ALLOWED["bench"] = {*ALLOWED} - {"bench"}
 ALLOWED["cli"] = {*ALLOWED}
 # Modules of one room that must stay independent: folder -> what no file in it may import.
 FORBIDDEN: dict[str, tuple[str, ...]] = {"megamor/serve/engine": ("megamor.serve.http",)}
-LAZY = ("wandb", "trackio", "deepspeed", "transformers", "datasets", "lm_eval")
+LAZY = ("wandb", "trackio", "deepspeed", "transformers", "datasets", "lm_eval", "spacy", "nltk")
 # The interface that is copied into an export to Hugging Face; no module here imports it.
 EXPORTED = Path("megamor/interop/modeling_megamor.py")
 
