@@ -182,7 +182,8 @@ def watching(model: Transformer, labels: Callable[[], Tensor]) -> Iterator[dict[
 
     def measure(states: Tensor) -> Tensor:
         rms = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float64) / states.shape[1] ** 0.5
-        pieces = zip(*(torch.split(x, CHUNK_ELEMENTS // len(model.embed.weight)) for x in (states, labels())), strict=True)
+        size = max(1, CHUNK_ELEMENTS // len(model.embed.weight))
+        pieces = zip(torch.split(states, size), torch.split(labels(), size), strict=True)
         losses = [F.cross_entropy(model.readout(rows), targets, reduction="none") for rows, targets in pieces]
         return torch.stack((rms, torch.cat(losses).double()))
 
