@@ -36,6 +36,8 @@ COMMANDS: dict[str, str] = {
     "evaluate": "measure the loss of a checkpoint on data, or downstream tasks",
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
+    "analyze": "show what a trained router has learned",
+    "trace": "list the documents that a step of a run reads",
     "export-hf": "export a checkpoint to Hugging Face format",
     "merge": "merge checkpoints into one with averaged weights",
     "import": "import a checkpoint of the paper's authors",
