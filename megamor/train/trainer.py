@@ -311,6 +311,7 @@ class Trainer:
             **summary.stage_metrics(stages(self.config)),
             **self.throughput.metrics(),
             "throughput/executed_flops": self.progress.flops,
+            "throughput/training_seconds": self.progress.seconds,
             "throughput/data_wait_seconds": step.data_wait,
             **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
             **self.guard.metrics(),
