@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "merge-data": "merge shards into one data set",
     "inspect-data": "show and check a shard",
     "plan": "estimate memory, traffic and time of a run on given GPUs",
+    "study": "compare models: arms, tuned learning rates, paired seeds, intervals",
     "pretrain": "train a model, or resume training",
     "launch": "start the training processes of one machine",
     "evaluate": "measure the validation loss of a checkpoint",

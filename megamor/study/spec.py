@@ -108,7 +108,9 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     for key in given:
         if key not in _KEYS:
             near = get_close_matches(key, _KEYS, n=1)
-            raise ConfigError(f"{path}: {key}: unknown key; {f'did you mean {near[0]}?' if near else f'known: {_KEYS}'}")
+            raise ConfigError(
+                f"{path}: {key}: unknown key; {f'did you mean {near[0]}?' if near else f'known: {_KEYS}'}"
+            )
     for key in ("arms" if "axes" not in given else "axes", "budget"):
         if not given.get(key):
             raise ConfigError(f"{path}: {key} is missing; see docs/studies.md")
@@ -168,13 +170,15 @@ def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, 
     """What arms are matched by, and the budgets."""
     budget, match = given["budget"], given.get("match")
     if not isinstance(budget, Mapping) or set(budget) not in ({"flops"}, {"tokens"}):
-        raise ConfigError(f"{path}: budget = {budget!r}: give {{flops: NUMBER}} or {{tokens: NUMBER}}, or lists of them")
+        raise ConfigError(
+            f"{path}: budget = {budget!r}: give {{flops: NUMBER}} or {{tokens: NUMBER}}, or lists of them"
+        )
     unit, value = next(iter(budget.items()))
     implied: Match = "executed_flops" if unit == "flops" else "tokens"
     if match not in (None, implied, "parameters" if unit == "tokens" else implied):
         raise ConfigError(
-            f"{path}: match = {match!r} doesn't fit a budget of {unit}: budgets of flops match executed_flops, those of "
-            "tokens match tokens or parameters"
+            f"{path}: match = {match!r} doesn't fit a budget of {unit}: budgets of flops match executed_flops, those "
+            "of tokens match tokens or parameters"
         )
     budgets = tuple(float(each) if unit == "flops" else int(float(each)) for each in _listed(value))
     if min(budgets) <= 0:
@@ -185,7 +189,7 @@ def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, 
 def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Arms by name, and what the file says about each. With `axes` they are all combinations of the axes' values."""
     if "axes" in given:
-        arms = {}
+        arms: dict[str, Mapping[str, Any]] = {}
         for choice in product(*(values.items() for values in given["axes"].values())):
             merged: dict[str, Any] = {}
             for _, value in choice:
@@ -193,7 +197,7 @@ def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             arms["_".join(str(name) for name, _ in choice)] = merged
         return arms
     arms = given["arms"]
-    found = dict.fromkeys(arms, {}) if isinstance(arms, list) else {k: v or {} for k, v in arms.items()}
+    found = {name: {} for name in arms} if isinstance(arms, list) else {k: v or {} for k, v in arms.items()}
     for name, values in found.items():
         if not values and name not in PRESETS:
             near = get_close_matches(str(name), PRESETS, n=1)
@@ -224,8 +228,8 @@ def _preset(path: Path, name: str, base: Config) -> dict[str, Any]:
     if kind == base.router.kind:
         return {}
     # The control must differ in what it selects, not in how much of the core's result it lets through.
-    scored = isinstance(base.router, ScoredConfig) and issubclass(ROUTERS[kind], ScoredConfig)
-    return {"router": {"kind": kind, **({"alpha": base.router.alpha} if scored else {})}}
+    alpha = {"alpha": base.router.alpha} if isinstance(base.router, ScoredConfig) else {}
+    return {"router": {"kind": kind, **(alpha if issubclass(ROUTERS[kind], ScoredConfig) else {})}}
 
 
 def _checked_changes(path: Path, name: str, changes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -234,8 +238,8 @@ def _checked_changes(path: Path, name: str, changes: Mapping[str, Any]) -> Mappi
         for key in (section, *(f"{section}.{key}" for key in (keys if isinstance(keys, Mapping) else ()))):
             if key in _FIXED:
                 raise ConfigError(
-                    f"{path}: arms.{name}.set has {key}: arms that differ in it aren't matched; set it for all of them in "
-                    "`set` or `budget`"
+                    f"{path}: arms.{name}.set has {key}: arms that differ in it aren't matched; set it for all of them "
+                    "in `set` or `budget`"
                 )
     return changes
 
@@ -245,8 +249,8 @@ def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     unknown = set(data) - {"text", "corpus", "from", "tokenizer", "vocab_size", "validation", "validation_split"}
     if unknown or ("text" in data) + ("corpus" in data) != (1 if data else 0):
         raise ConfigError(
-            f"{path}: data: give `text` (files) or `corpus` (a name), and if you like tokenizer, vocab_size, validation, "
-            f"validation_split or from; found {', '.join(data)}"
+            f"{path}: data: give `text` (files) or `corpus` (a name), and if you like tokenizer, vocab_size, "
+            f"validation, validation_split or from; found {', '.join(data)}"
         )
     layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
     return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
@@ -268,13 +272,15 @@ def _check(study: Study) -> None:
         except ConfigError as error:
             raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
     for key in ("seq_len", "vocab_size"):
-        values = {getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms}
+        values = {
+            getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms
+        }
         if len(values) > 1:
             (first, one), (second, other) = list(values.items())[:2]
             raise ConfigError(f"{study.file}: {key} is {first} in {one} and {second} in {other}: not matched")
     if study.match == "parameters":
-        counts = {arm.name: arm.parameters[1] for arm in study.arms}
-        (low, fewest), (high, most) = min(zip(counts.values(), counts)), max(zip(counts.values(), counts))
+        counts = sorted((arm.parameters[1], arm.name) for arm in study.arms)
+        (low, fewest), (high, most) = counts[0], counts[-1]
         if high > low * (1 + PARAMETER_TOLERANCE):
             raise ConfigError(
                 f"{study.file}: match = parameters, but {fewest} has {low:,} and {most} has {high:,} unique parameters "
