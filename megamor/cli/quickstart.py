@@ -149,7 +149,8 @@ class Quickstart:
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
             print("counting the n-grams that the network has seen ...", flush=True)
-            figures = make_report(self.latest, json.loads(losses.read_text(encoding="utf-8")), "stdlib", sequences)
+            (network,) = json.loads(losses.read_text(encoding="utf-8"))["sets"].values()
+            figures = make_report(self.latest, network, "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "files", "ranks"},
     "metrics": {"config", "files", "progress"},
     "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},
-    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files"},
+    "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files", "codec"},
     "interop": {"model", "routing", "checkpoint", "config", "files", "lock", "codec"},
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},
     "train": {
