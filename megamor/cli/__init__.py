@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "pretrain": "train a model, or resume training",
     "launch": "start the training processes of one machine",
     "evaluate": "measure the validation loss of a checkpoint",
+    "sweep-depth": "measure a checkpoint at other depths and thresholds: loss against FLOPs",
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
     "export-hf": "export a checkpoint to Hugging Face format",

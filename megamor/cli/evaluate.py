@@ -28,6 +28,15 @@ MEANS = ("loss", "bits_per_byte", "accuracy", "mean_depth", "flops_per_token")
 ROUTINGS = (("topk", "top-k"), ("causal", "causal"))
 
 
+def named_sets(prefixes: Sequence[str]) -> dict[str, str]:
+    """Data sets by short names; ConfigError if one is given twice."""
+    from megamor.data.dataset import short_names
+
+    if len({Path(prefix) for prefix in prefixes}) < len(prefixes):
+        raise ConfigError(f"--data names a data set twice: {' '.join(prefixes)}; name each once")
+    return dict(zip(short_names(prefixes), prefixes, strict=True))
+
+
 def document(loaded: LoadedModel, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the JSON file says of data sets, by name; `mean` has the plain means over the sets."""
     from megamor.bench.origin import describe_origin
@@ -121,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from megamor.data.dataset import short_names
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
@@ -130,17 +138,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
     loaded = load_model(arguments.checkpoint, arguments.device)
     loaded.model.set_exit(rule)
+    sets = named_sets(arguments.data)
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = dict(zip(short_names(arguments.data), arguments.data, strict=True))
-    if len({Path(prefix) for prefix in arguments.data}) < len(arguments.data):
-        raise ConfigError(f"--data names a data set twice: {' '.join(arguments.data)}; name each once")
     results = {}
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        for name, prefix in names.items():
+        for name, prefix in sets.items():
             figures = dataset_losses(loaded, prefix, **size, bounds=bounds, by=by, watch=progress.track)
             results[name] = {"data": prefix, **figures}
     show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
