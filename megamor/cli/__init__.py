@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "pretrain": "train a model, or resume training",
     "launch": "start the training processes of one machine",
     "evaluate": "measure the loss of a checkpoint on data, or downstream tasks",
+    "sweep-depth": "measure a checkpoint at other depths and thresholds: loss against FLOPs",
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
     "analyze": "show what a trained router has learned",

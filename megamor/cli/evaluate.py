@@ -39,6 +39,15 @@ MEANS = ("loss", "bits_per_byte", "accuracy", "mean_depth", "flops_per_token")
 ROUTINGS = (("topk", "top-k"), ("causal", "causal"))
 
 
+def named_sets(prefixes: Sequence[str]) -> dict[str, str]:
+    """Data sets by short names; ConfigError if one is given twice."""
+    from megamor.data.dataset import short_names
+
+    if len({Path(prefix) for prefix in prefixes}) < len(prefixes):
+        raise ConfigError(f"--data names a data set twice: {' '.join(prefixes)}; name each once")
+    return dict(zip(short_names(prefixes), prefixes, strict=True))
+
+
 def document(loaded: LoadedModel, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the JSON file says of data sets, by name; `mean` has the plain means over the sets."""
     from megamor.origin import describe_origin
@@ -136,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from megamor.config import ParallelConfig
-    from megamor.data.dataset import short_names
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
@@ -147,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = dict(zip(short_names(arguments.data), arguments.data, strict=True))
-    if len({Path(prefix) for prefix in arguments.data}) < len(arguments.data):
-        raise ConfigError(f"--data names a data set twice: {' '.join(arguments.data)}; name each once")
+    names = named_sets(arguments.data)
     world = init_world(ParallelConfig())
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
