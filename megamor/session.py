@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions, open_checkpoint
-from megamor.checkpoint.layout import CONFIG_FILE, TRAINER_FILE
-from megamor.config import Config, config_from_dict, config_from_yaml, config_to_yaml
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.codec import read_tokenizer
+from megamor.config import Config, config_from_dict, config_from_yaml
 from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
 from megamor.config.depth import grows
 from megamor.config.derive import Consumed
+from megamor.config.paths import expand_paths
 from megamor.config.segments import max_depth, stages
 from megamor.config.validate import validate
 from megamor.data.dataset import TrainingData
@@ -35,8 +37,9 @@ from megamor.model.flops import executed_flops
 from megamor.model.loss import IGNORE
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, init_world, resolve_backend
-from megamor.ranks import sum_over_ranks
+from megamor.ranks import run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
+from megamor.train.run_state import checkpoint_files
 from megamor.train.step_statistics import StepStatistics
 
 
@@ -111,6 +114,7 @@ class Session:
         self.model = build_model(config, device=self.world.device)
         self.backend = build_backend(self.model, config, self.world, lambda model: build_optimizer(model, config))
         self.done = Consumed()
+        self.loaded: dict[str, bytes] = {}
         self.statistics = StepStatistics(max_depth(config))
 
     @property
@@ -215,8 +219,16 @@ class Session:
             code_revision=code_revision(),
             versions=library_versions(),
         )
-        files = {CONFIG_FILE: config_to_yaml(self.config), TRAINER_FILE: state.to_json()}
+        files = {**run_on_all_ranks(self._texts), TRAINER_FILE: state.to_json()}
         return CheckpointManager(Path(directory), keep_last=3).save(self.step, [self.backend.save], files)
+
+    def _texts(self) -> dict[str, str | bytes]:
+        """Configuration, tokenizer and end of text; the latter two of the checkpoint, where the session is from one."""
+        data, tokenizer = expand_paths(self.config).data, None
+        if data.tokenizer and TOKENIZER_FILE not in self.loaded:
+            read_tokenizer(data.tokenizer)  # a missing or damaged file is one error that names it
+            tokenizer = Path(data.tokenizer).read_bytes()
+        return {**checkpoint_files(self.config, data, tokenizer), **self.loaded}
 
     @classmethod
     def load(cls, path: str | Path) -> Session:
@@ -224,6 +236,8 @@ class Session:
         checkpoint = open_checkpoint(path)
         session = cls(config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)))
         session.backend.load(checkpoint.directory)
+        kept = (checkpoint.directory / name for name in (TOKENIZER_FILE, END_OF_TEXT_FILE))
+        session.loaded = {file.name: file.read_bytes() for file in kept if file.is_file()}
         state = TrainerState.read(checkpoint.directory)
         session.done = Consumed(state.step, state.tokens_seen, state.flops or 0.0)
         session.model.limit_recursions(state.recursions)

@@ -30,6 +30,7 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("got empty parameter set", not HAS_REFERENCE_CASES),
     ("MEGAMOR_MEGATRON names no checkout", not os.environ.get("MEGAMOR_MEGATRON")),
     ("MEGAMOR_NEOX names no checkout", not os.environ.get("MEGAMOR_NEOX")),
+    ("MEGAMOR_TEXTS names no directory", not Path(os.environ.get("MEGAMOR_TEXTS", "../shared/data")).exists()),
     ("no browser", shutil.which("chromium") is None),
     ("slurm isn't installed", bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM")),
     ("needs a CUDA device", not torch.cuda.is_available()),

@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megamor.bench import train
 from megamor.bench.report import Row, provenance, read_report
 from megamor.errors import user_errors
+from megamor.report.figures import canvas, colour, save
 
-FLOPS_COLOUR, TIME_COLOUR = "#a9cfe0", "#225ea8"
 CASES = ("vanilla", "recursive", "mor_expert", "mor_expert_share", "mor_threshold", "mor_token")
 
 
@@ -23,49 +22,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the first setting of a report of `megamor bench train`."""
     parser = argparse.ArgumentParser(prog="python -m megamor.bench.plot", description=__doc__)
     parser.add_argument("report", type=Path, help="written by `megamor bench train --json`")
-    parser.add_argument("picture", type=Path, help="SVG, PNG or PDF file to write")
+    parser.add_argument("picture", type=Path, help="SVG file to write")
     arguments = parser.parse_args(argv)
     draw(read_report(arguments.report, train.SCHEMA, train.OLD_SCHEMA), arguments.picture)
 
 
 def draw(report: Row, picture: Path) -> None:
     """A pair of bars for each model, with the quartiles of the time over all rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Patch
-
     setting = report["settings"][0]
     cases = [case for name in CASES for case in setting["cases"] if case["name"] == name]
-    # Text stays text, so that a browser uses its own fonts and the file doesn't depend on ours.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "megamor", "font.family": "sans-serif", "font.size": 10}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(7.4, 0.5 * len(cases) + 1.4), layout="constrained")
-        for index, case in enumerate(cases):
-            time = case["time_ratio"]
-            spread = [[time["median"] - time["q1"]], [time["q3"] - time["median"]]]
-            axes.barh(index - 0.19, case["flops_ratio"], 0.36, color=FLOPS_COLOUR)
-            axes.barh(index + 0.19, time["median"], 0.36, color=TIME_COLOUR, xerr=spread, ecolor="#888888")
-            axes.text(1.07, index - 0.19, f"{case['flops_ratio']:.2f}", va="center", color="#4a7f96")
-            axes.text(1.07, index + 0.19, f"{time['median']:.2f}", va="center", color=TIME_COLOUR)
-        axes.set_yticks(range(len(cases)), [case["label"] for case in cases])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.17)
-        axes.set_xlabel("relative to vanilla")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axvline(1, color="#888888", linewidth=0.8, linestyle=":")
-        handles = [Patch(color=colour) for colour in (FLOPS_COLOUR, TIME_COLOUR)]
-        figure.legend(handles, ["FLOPs executed", "time of a training step"], loc="outside upper right", ncols=2)
-        figure.supxlabel(
-            f"width {report['config']['model']['dim']}, {setting['batch_size']} × {setting['seq_len']} tokens, "
-            f"{setting['precision']}; {provenance(report, 'torch')}",
-            fontsize=8,
-            color="#666666",
-        )
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
-        pyplot.close(figure)
+    conditions = f"width {report['config']['model']['dim']}, {setting['batch_size']} × {setting['seq_len']} tokens, "
+    conditions += f"{setting['precision']}\n{provenance(report, 'torch')}"
+    with canvas("", f"relative to vanilla\n{conditions}", size=(5.4, 0.5 * len(cases) + 1.3)) as drawn:
+        places, bars = range(len(cases)), drawn.axes.barh
+        times = [case["time_ratio"] for case in cases]
+        spread = [[t["median"] - t["q1"] for t in times], [t["q3"] - t["median"] for t in times]]
+        flops = [case["flops_ratio"] for case in cases]
+        shown = bars([i - 0.2 for i in places], flops, 0.34, color=colour(6), label="FLOPs executed")
+        drawn.axes.bar_label(shown, fmt="%.2f", padding=6)
+        medians, ink = [t["median"] for t in times], {"xerr": spread, "ecolor": "#66727f"}
+        label = "time of a training step"
+        shown = bars([i + 0.2 for i in places], medians, 0.34, color=colour(0), label=label, **ink)
+        drawn.axes.bar_label(shown, fmt="%.2f", padding=6)
+        drawn.axes.set_yticks(places, [case["label"] for case in cases])
+        drawn.axes.set_ylim(len(cases) - 0.5, -0.5)
+        drawn.axes.set_xlim(0, 1.2)
+        drawn.axes.grid(visible=False, axis="y")
+    save(drawn.svg, picture)
 
 
 if __name__ == "__main__":

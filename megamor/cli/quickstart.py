@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,12 +22,12 @@ from pathlib import Path
 
 from megamor.cli import command_parser
 from megamor.corpus import DEFAULT_EOD_TOKENS
+from megamor.corpus.stdlib import STANDARD_LIBRARY, source_files
 from megamor.errors import CheckpointError, MegamorError, TrainingError, user_errors
 from megamor.files import replace_file
 
 # In a checkout this is a link to configs/quickstart.yaml; a wheel contains the file itself.
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 PROCESSES = 2
 SCHEMA = "megamor-quickstart/1"
 SHORT_OVERRIDES = ("train.max_steps=8", "train.eval_every=4", "optim.warmup_steps=2", "checkpoint.every_steps=4")
@@ -150,7 +149,8 @@ class Quickstart:
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
             print("counting the n-grams that the network has seen ...", flush=True)
-            figures = make_report(self.latest, json.loads(losses.read_text(encoding="utf-8")), "stdlib", sequences)
+            (network,) = json.loads(losses.read_text(encoding="utf-8"))["sets"].values()
+            figures = make_report(self.latest, network, "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.
@@ -169,7 +169,7 @@ class Quickstart:
         """Add times, machine and versions to report.json, and check that the model has learned something."""
         import torch
 
-        from megamor.bench.origin import describe_origin
+        from megamor.origin import describe_origin
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.
@@ -202,24 +202,6 @@ def call(module: Sequence[str], threads: int = 1) -> None:
         raise TrainingError(
             f"this step exited with status {status}; its message is above. Rerun the same command to resume"
         )
-
-
-def source_files(limit_characters: int | None = None) -> Iterator[tuple[str, str]]:
-    """Yield name and text of the standard library's Python files, sorted by name, without those that aren't UTF-8."""
-    total = 0
-    for path in sorted(STANDARD_LIBRARY.rglob("*.py")):
-        # Some systems keep third-party packages inside the standard library's directory.
-        if {"site-packages", "dist-packages"} & set(path.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text.strip():
-            yield str(path.relative_to(STANDARD_LIBRARY)), text
-            total += len(text)
-            if limit_characters is not None and total >= limit_characters:
-                return
 
 
 def sample_documents(corpus: Path) -> Iterator[str]:

@@ -8,13 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
-from megamor.config import Config
-from megamor.data.dataset import TrainingData
-from megamor.data.loader import ValidationSet, open_validation_sets
+from megamor.data.loader import open_validation_sets
+from megamor.evaluate.floors import seen_windows, validation_windows
 from megamor.evaluate.ngram import NGramModel
 from megamor.evaluate.savings import measure_savings
 from megamor.load import load_model
@@ -33,35 +30,16 @@ def make_report(checkpoint: Path, network: Mapping[str, float], validation_name:
     data = open_validation_sets(config.data, vocab_size=config.model.vocab_size)[validation_name]
     seen, held_out = seen_windows(config, loaded.step), validation_windows(data, sequences)
     floors = {order: NGramModel.fit(seen, n, config.model.vocab_size).nll(held_out) for order, n in ORDERS.items()}
-    # One character of a byte-level token's name stands for one byte.
-    tokenizer = loaded.tokenizer()
-    lengths = np.array([len(tokenizer.id_to_token(token) or "") for token in range(config.model.vocab_size)])
-    bytes_per_token = float(lengths[held_out[:, 1:]].mean())
     return {
         "step": loaded.step,
         "tokens_seen": seen.shape[0] * (seen.shape[1] - 1),
         "network": network,
         "floors": floors,
-        "bits_per_byte": network["loss_causal"] / math.log(2) / bytes_per_token,
+        "bits_per_byte": network["bits_per_byte_causal"],
         "beats_bigram_by": floors["bigram"] - network["loss_causal"],
         "distance_to_trigram": network["loss_causal"] - floors["trigram"],
         "savings": measure_savings(loaded.model, data.batches(0, 1, SAVINGS_BATCH, SAVINGS_SEQUENCES)),
     }
-
-
-def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
-    """Return the training windows [n, S + 1] of the first `steps` optimizer steps."""
-    data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
-    rows = data.samples(0, steps * config.train.global_batch_size)
-    return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
-
-
-def validation_windows(data: ValidationSet, sequences: int) -> NDArray[np.int64]:
-    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures."""
-    batches = data.batches(0, 1, 1, sequences)
-    windows = np.concatenate([np.concatenate((b.inputs[:, :1], b.labels), axis=1) for b in batches])
-    # A short last window is padded with -100, which the n-gram models don't know.
-    return windows[(windows >= 0).all(1)]
 
 
 def show_report(report: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     config = config_from_layers([*_layers(Path(path), chain=()), ("override", _parse_overrides(overrides))])
     validate(config, world_size)
     return config
+
+
+def load_layers(path: str | Path | None, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """The configuration of a file and what it extends, with `layers` of (source, values) over it; not validated.
+
+    Raises:
+        ConfigError: a file can't be read, or keys, types or ranges are wrong.
+    """
+    return config_from_layers([*([] if path is None else _layers(Path(path), chain=())), *layers])
 
 
 def config_from_yaml(text: str, source: str) -> Config:

@@ -115,6 +115,44 @@ class NGramModel:
         return probability
 
 
+def count_table_accuracy(
+    train_ids: npt.ArrayLike, test_ids: npt.ArrayLike, context: int, vocab_size: int, back_off: bool = False
+) -> float:
+    """Fraction of the tokens of `test_ids` [m] that a table of counts over `train_ids` [n] predicts.
+
+    The prediction is the token that followed the last `context` tokens most often in training, of several the first
+    that did; `context` 0 is the most frequent token. A context that training doesn't have counts as a wrong prediction,
+    so a longer table can be worse; with `back_off` its longest suffix that training has predicts instead, which is the
+    harder floor. Only test tokens with `context` tokens before them count.
+
+    Raises:
+        DataError: fewer than `context` + 1 tokens in either, or a token lies outside the vocabulary.
+    """
+    train, test = np.asarray(train_ids, dtype=np.int64), np.asarray(test_ids, dtype=np.int64)
+    if min(len(train), len(test)) <= context:
+        raise DataError(
+            f"a table of {context} tokens of context needs more tokens than {len(train)} for training and {len(test)} "
+            "for the test: use a shorter context"
+        )
+    ids = _in_vocabulary(np.concatenate([train, test]), vocab_size)
+    targets = np.arange(len(train) + context, len(ids))
+    # number[i] stands for the `length` tokens before ids[i]. Numbered anew at each length, they never overflow.
+    number = np.zeros(len(ids), dtype=np.int64)
+    predicted = np.full(len(targets), -1)
+    for length in range(context + 1):
+        if length:
+            grams = np.roll(number * vocab_size + ids, 1)
+            number = np.unique(grams, return_inverse=True)[1].reshape(-1)
+        seen = slice(length, len(train))
+        grams, first, counts = np.unique(number[seen] * vocab_size + ids[seen], return_index=True, return_counts=True)
+        by_count = grams[np.lexsort((-first, counts))]
+        likeliest = np.full(len(ids), -1)
+        likeliest[by_count // vocab_size] = by_count % vocab_size  # of repeated indices, the last one stays
+        found = likeliest[number[targets]]
+        predicted = np.where(found < 0, predicted, found) if back_off else found
+    return float((predicted == ids[targets]).mean())
+
+
 def _checked(windows: Windows, vocab_size: int) -> IntArray:
     """The windows as one int64 array [n, seq_len + 1] whose tokens all lie in the vocabulary."""
     array = np.asarray(windows if isinstance(windows, np.ndarray) else list(windows), dtype=np.int64)
@@ -123,12 +161,16 @@ def _checked(windows: Windows, vocab_size: int) -> IntArray:
             f"an n-gram model needs windows [n >= 1, seq_len + 1 >= 2], found shape {array.shape}: "
             "check that the data set has at least one whole window"
         )
-    if array.min() < 0 or array.max() >= vocab_size:
+    return _in_vocabulary(array, vocab_size)
+
+
+def _in_vocabulary(ids: IntArray, vocab_size: int) -> IntArray:
+    if ids.min() < 0 or ids.max() >= vocab_size:
         raise DataError(
-            f"token ids span {array.min()} to {array.max()}, the vocabulary has {vocab_size} entries: "
+            f"token ids span {ids.min()} to {ids.max()}, the vocabulary has {vocab_size} entries: "
             "use the tokenizer that wrote the data"
         )
-    return array
+    return ids
 
 
 def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:

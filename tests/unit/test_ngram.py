@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megamor.errors import DataError
-from megamor.evaluate.ngram import NGramModel, _discounts, _grams
+from megamor.evaluate.ngram import NGramModel, _discounts, _grams, count_table_accuracy
 
 VOCAB = 11
 
@@ -110,3 +113,49 @@ def test_bad_windows_are_refused() -> None:
         NGramModel.fit(np.zeros((0, 8), dtype=np.int64), 2, 5)
     with pytest.raises(DataError, match="-1"):
         NGramModel.fit(np.array([[1, 2, 3]]), 2, 5).nll(np.array([[1, -1, 3]]))
+
+
+def test_count_tables_by_hand() -> None:
+    # After 1: 2 twice, 3 once. After 2: 1 twice. 1 and 2 are equally frequent, and 1 comes first.
+    train = [1, 2, 1, 2, 1, 3, 3, 2]
+    test = [2, 1, 2, 0, 1, 3]
+    assert count_table_accuracy(train, test, 0, 4) == 2 / 6  # 1 everywhere
+    assert count_table_accuracy(train, test, 1, 4) == 2 / 5  # 2→1, 1→2; 0 is new; 2→0 and 1→3 are wrong
+    assert count_table_accuracy(train, test, 1, 4, back_off=True) == 3 / 5  # after 0: the most frequent token, 1
+    # 21→2 is right, 12→1 wrong; 20 and 01 are new, and their last tokens predict 1 (right) and 2 (wrong).
+    assert count_table_accuracy(train, test, 2, 4) == 1 / 4
+    assert count_table_accuracy(train, test, 2, 4, back_off=True) == 2 / 4
+
+
+def test_count_tables_take_any_vocabulary_and_context() -> None:
+    """Keys never overflow: ids near 2**31 with eight tokens of context, against a plain dictionary."""
+    rng = np.random.default_rng(0)
+    ids = rng.choice(4, 400) + (2**31 - 5)
+    train, test = ids[:300].tolist(), ids[300:].tolist()
+    for context in (0, 2, 8):
+        table: dict[tuple[int, ...], Counter[int]] = {}
+        for index in range(context, len(train)):
+            table.setdefault(tuple(train[index - context : index]), Counter())[train[index]] += 1
+        best = {key: counts.most_common(1)[0][0] for key, counts in table.items()}
+        hits = [best.get(tuple(test[i - context : i])) == test[i] for i in range(context, len(test))]
+        assert count_table_accuracy(train, test, context, 2**31) == sum(hits) / len(hits)
+
+
+def test_count_tables_of_a_known_text() -> None:
+    """Tiny Shakespeare, first 90 % and last 10 % of the characters: figures that are often quoted as floors."""
+    path = Path(os.environ.get("MEGAMOR_TEXTS", "../shared/data")) / "tinyshakespeare/input.txt"
+    if not path.exists():
+        pytest.skip("MEGAMOR_TEXTS names no directory of texts")
+    characters = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    split = int(0.9 * len(characters))
+    train, test = characters[:split], characters[split:]
+    plain = [round(100 * count_table_accuracy(train, test, context, 256), 2) for context in (0, 1, 4, 5)]
+    assert plain == [14.90, 26.98, 51.19, 49.53]
+    assert round(100 * count_table_accuracy(train, test, 4, 256, back_off=True), 2) == 52.46
+
+
+def test_count_tables_refuse_too_little_text() -> None:
+    with pytest.raises(DataError, match="2 tokens of context needs more tokens than 2 for training and 9 for the test"):
+        count_table_accuracy([0, 1], [0] * 9, 2, 2)
+    with pytest.raises(DataError, match="span 0 to 2, the vocabulary has 2"):
+        count_table_accuracy([0, 1, 2], [0] * 9, 1, 2)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import megamor
-from megamor.config import Config, FixedDepthConfig, HaltingConfig, ParallelConfig, TokenChoiceConfig
+from megamor.config import Config, DataConfig, FixedDepthConfig, HaltingConfig, ParallelConfig, TokenChoiceConfig
 from megamor.config.schema import RampConfig
-from megamor.errors import ConfigError
+from megamor.corpus.bpe import train_bpe
+from megamor.errors import ConfigError, DataError
 from tests.combinations import ROUTERS, staged_config, tiny_config, tokens
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import stored_tensors
@@ -111,6 +112,23 @@ def test_save_and_load_continue_bitwise(tmp_path: Path) -> None:
     stopped.save(tmp_path)
     assert train(megamor.Session.load(tmp_path), range(3, 6)) == expected[3:]
     assert megamor.load_model(tmp_path).step == 3
+
+
+def test_a_checkpoint_has_its_tokenizer(tmp_path: Path) -> None:
+    """As one of `megamor pretrain` does; loaded and saved again it keeps it, wherever the file has gone."""
+    tokenizer = tmp_path / "tokenizer.json"
+    train_bpe(["some text"], 300, ["</s>"]).save(str(tokenizer))
+    config = replace(tiny_config(TokenChoiceConfig()), parallel=ParallelConfig("single"))
+    session = megamor.Session(replace(config, data=DataConfig(tokenizer=str(tokenizer))))
+    session.save(tmp_path / "first")
+    expected = tokenizer.read_text(encoding="utf-8")
+    tokenizer.unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer\.json of the tokenizers library"):
+        session.save(tmp_path / "second")
+    megamor.Session.load(tmp_path / "first").save(tmp_path / "second")
+    loaded = megamor.load_model(tmp_path / "second")
+    assert loaded.tokenizer_path.read_text(encoding="utf-8") == expected
+    assert loaded.codec().encode("text", "here")
 
 
 def test_a_step_without_targets_is_refused() -> None:

@@ -1,0 +1,296 @@
+"""A study file: which models are compared, on what data, at which budget, with how many seeds.
+
+    base: configs/quickstart.yaml        # what the arms have in common
+    data: {text: [my_book.txt]}          # or a corpus of `megamor fetch-data`, or the data sets of the base
+    arms: [vanilla, recursive, mor]      # presets; or names with changes: {wide: {set: {model: {dim: 256}}}}
+    budget: {flops: 1e13}                # or {tokens: 1e7}; a list makes a run for each
+
+docs/studies.md lists all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from megamor.config import Config, ScoredConfig, read_mapping
+from megamor.config.convert import ROUTERS
+from megamor.config.derive import derive
+from megamor.config.exits import ExitRule
+from megamor.config.load import load_layers
+from megamor.config.validate import validate
+from megamor.errors import ConfigError
+
+Match = Literal["executed_flops", "tokens", "parameters"]
+PARAMETER_TOLERANCE = 0.02
+"""Largest relative difference of unique parameters that counts as matched."""
+_KEYS = (
+    "question", "base", "set", "data", "arms", "axes", "match", "budget", "lr", "pilot", "seeds", "warmup", "precision",
+    "sequences", "ngrams", "tables", "tasks", "pairs", "expected", "law",
+)  # fmt: skip
+_FIXED = ("run", "data", "train.global_batch_size", "train.max_steps", "train.max_tokens", "train.max_flops")
+"""Settings that arms can't have of their own, since they would see other data, or another budget."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model of the study. `config` lacks what a run adds: name, seed, budget, learning rate.
+
+    `of` names the arm whose trained weights this one evaluates, with `exit`; such an arm isn't trained.
+    """
+
+    name: str
+    config: Config
+    rates: tuple[float, ...]
+    of: str | None = None
+    exit: ExitRule | None = None
+    label: str = ""
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Unique parameters with and without the embedding."""
+        derived = derive(self.config, 1)
+        return derived.unique_parameters_with_embedding, derived.unique_parameters
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, read and checked. Budgets are executed FLOPs, or tokens where `match` isn't `executed_flops`."""
+
+    name: str
+    file: Path
+    arms: tuple[Arm, ...]
+    budgets: tuple[float, ...]
+    match: Match = "executed_flops"
+    question: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    pilot: float = 0.25
+    """Budget of a run that tries a learning rate, as a fraction of the smallest budget."""
+    seeds: int = 3
+    warmup: float = 0.05
+    precision: str | None = None
+    sequences: int | None = None
+    ngrams: tuple[int, ...] = (1, 2, 3)
+    tables: tuple[int, ...] = ()
+    """Contexts, in tokens, of the count tables whose accuracy is a floor."""
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    pairs: tuple[tuple[str, str], ...] = ()
+    expected: tuple[Mapping[str, Any], ...] = ()
+    law: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> str:
+        """The setting in `train` that the budget sets."""
+        return "max_flops" if self.match == "executed_flops" else "max_tokens"
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def trained(self, arm: Arm) -> Arm:
+        """The arm whose weights `arm` uses."""
+        return arm if arm.of is None else self.arm(arm.of)
+
+
+def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
+    """Read and check a study file; `seeds` replaces its number of seeds.
+
+    Raises:
+        ConfigError: the file can't be read, a key is unknown, an arm's configuration is invalid, or the arms aren't
+            matched (the message gives the two numbers).
+    """
+    path = Path(path)
+    given = read_mapping(path)
+    for key in given:
+        if key not in _KEYS:
+            near = get_close_matches(key, _KEYS, n=1)
+            raise ConfigError(
+                f"{path}: {key}: unknown key; {f'did you mean {near[0]}?' if near else f'known: {_KEYS}'}"
+            )
+    for key in ("arms" if "axes" not in given else "axes", "budget"):
+        if not given.get(key):
+            raise ConfigError(f"{path}: {key} is missing; see docs/studies.md")
+    match, budgets = _budgets(path, given)
+    data = _data_layer(path, given.get("data", {}))
+    rates = tuple(float(rate) for rate in _listed(given.get("lr", ())))
+    limit = "max_flops" if match == "executed_flops" else "max_tokens"
+    final = ("budget", {"train": {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}})
+    layers = [(f"{path}: data", data), (f"{path}: set", given.get("set", {}))]
+    length = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
+    final = ("budget", {"train": length, "optim": {"warmup_steps": 0}})  # every run sets its own warm-up
+    base_path = path.parent / given["base"] if "base" in given else None
+    base = load_layers(base_path, [*layers, final])
+    arms = []
+    for name, values in _arms(path, given).items():
+        unknown = set(values) - {"set", "preset", "of", "exit", "threshold", "lr", "label"}
+        if unknown:
+            raise ConfigError(f"{path}: arms.{name}.{min(unknown)}: unknown key; changes of settings belong in `set`")
+        changes = [_checked_changes(path, name, each) for each in _listed(values.get("set", []))]
+        preset, of = values.get("preset", name if name in PRESETS else None), values.get("of")
+        if of is not None and changes:
+            raise ConfigError(f"{path}: arms.{name}: an arm `of` another one has that one's settings; leave out `set`")
+        changes = [_preset(path, preset, base), *changes] if preset else changes
+        config = load_layers(base_path, [*layers, *((f"{path}: arms.{name}", each) for each in changes), final])
+        rule = ExitRule(values["exit"], float(values["threshold"])) if "exit" in values else None
+        own = tuple(float(rate) for rate in _listed(values.get("lr", rates))) or (config.optim.lr,)
+        arms.append(Arm(name, config, tuple(sorted(own)), of, rule, values.get("label", name)))
+    study = Study(
+        name=path.stem,
+        file=path,
+        arms=tuple(arms),
+        budgets=budgets,
+        match=match,
+        question=" ".join(str(given.get("question", "")).split()),
+        data=given.get("data", {}),
+        pilot=float(given.get("pilot", 0.25)),
+        seeds=seeds or int(given.get("seeds", 3)),
+        warmup=float(given.get("warmup", 0.05)),
+        precision=given.get("precision"),
+        sequences=given.get("sequences"),
+        ngrams=tuple(given.get("ngrams", (1, 2, 3))),
+        tables=tuple(given.get("tables", ())),
+        tasks=given.get("tasks", {}),
+        pairs=tuple((str(a), str(b)) for a, b in given.get("pairs", ())),
+        expected=tuple(given.get("expected", ())),
+        law=given.get("law", {}),
+    )
+    _check(study)
+    return replace(study, arms=tuple(_with_weights_of(study, arm) for arm in study.arms))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
+def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, ...]]:
+    """What arms are matched by, and the budgets."""
+    budget, match = given["budget"], given.get("match")
+    if not isinstance(budget, Mapping) or set(budget) not in ({"flops"}, {"tokens"}):
+        raise ConfigError(
+            f"{path}: budget = {budget!r}: give {{flops: NUMBER}} or {{tokens: NUMBER}}, or lists of them"
+        )
+    unit, value = next(iter(budget.items()))
+    implied: Match = "executed_flops" if unit == "flops" else "tokens"
+    if match not in (None, implied, "parameters" if unit == "tokens" else implied):
+        raise ConfigError(
+            f"{path}: match = {match!r} doesn't fit a budget of {unit}: budgets of flops match executed_flops, those "
+            "of tokens match tokens or parameters"
+        )
+    budgets = tuple(float(each) if unit == "flops" else int(float(each)) for each in _listed(value))
+    if min(budgets) <= 0:
+        raise ConfigError(f"{path}: budget.{unit} = {value}: give positive numbers")
+    return match or implied, tuple(sorted(budgets))
+
+
+def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Arms by name, and what the file says about each. With `axes` they are all combinations of the axes' values."""
+    if "axes" in given:
+        arms: dict[str, Mapping[str, Any]] = {}
+        for choice in product(*(values.items() for values in given["axes"].values())):
+            merged: dict[str, Any] = {}
+            for _, value in choice:
+                merged = {**merged, **value, "set": [*merged.get("set", ()), *_listed(value.get("set", []))]}
+            arms["_".join(str(name) for name, _ in choice)] = merged
+        return arms
+    arms = given["arms"]
+    found = {name: {} for name in arms} if isinstance(arms, list) else {k: v or {} for k, v in arms.items()}
+    for name, values in found.items():
+        if not values and name not in PRESETS:
+            near = get_close_matches(str(name), PRESETS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "give it a `preset` or changes in `set`"
+            raise ConfigError(f"{path}: arms.{name} is no preset ({', '.join(PRESETS)}); {hint}")
+    return found
+
+
+PRESETS = ("vanilla", "recursive", "mor", *(kind for kind in ROUTERS if kind not in ("fixed", "custom")))
+"""Arms that need no changes of their own: models made from the base by its router or its sharing."""
+
+
+def _preset(path: Path, name: str, base: Config) -> dict[str, Any]:
+    """The changes that make the arm `name` of the base.
+
+    Raises:
+        ConfigError: there is no such preset, or the base has no shared core to route through.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"{path}: preset = {name!r}: give one of {', '.join(PRESETS)}")
+    if name == "vanilla":
+        return {"recursion": {"num_recursions": 1, "sharing": "none"}, "router": {"kind": "fixed"}}
+    if base.recursion.num_recursions < 2:
+        raise ConfigError(f"{path}: the arm {name} needs a base with recursion.num_recursions of 2 or more")
+    if name == "recursive":
+        return {"router": {"kind": "fixed"}}
+    kind = "expert_choice" if name == "mor" else name
+    if kind == base.router.kind:
+        return {}
+    # The control must differ in what it selects, not in how much of the core's result it lets through.
+    alpha = {"alpha": base.router.alpha} if isinstance(base.router, ScoredConfig) else {}
+    return {"router": {"kind": kind, **(alpha if issubclass(ROUTERS[kind], ScoredConfig) else {})}}
+
+
+def _checked_changes(path: Path, name: str, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`changes` of the arm `name`; ConfigError if they would make it see other data, or take another budget."""
+    for section, keys in changes.items():
+        for key in (section, *(f"{section}.{key}" for key in (keys if isinstance(keys, Mapping) else ()))):
+            if key in _FIXED:
+                raise ConfigError(
+                    f"{path}: arms.{name}.set has {key}: arms that differ in it aren't matched; set it for all of them "
+                    "in `set` or `budget`"
+                )
+    return changes
+
+
+def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that `data.prepare` fulfils; empty where the base's own data are used."""
+    unknown = set(data) - {"text", "corpus", "from", "tokenizer", "vocab_size", "validation", "validation_split"}
+    if unknown or ("text" in data) + ("corpus" in data) != (1 if data else 0):
+        raise ConfigError(
+            f"{path}: data: give `text` (files) or `corpus` (a name), and if you like tokenizer, vocab_size, "
+            f"validation, validation_split or from; found {', '.join(data)}"
+        )
+    layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
+    return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
+
+
+def _with_weights_of(study: Study, arm: Arm) -> Arm:
+    trained = study.trained(arm)
+    return arm if arm.of is None else replace(arm, config=trained.config, rates=trained.rates)
+
+
+def _check(study: Study) -> None:
+    """Raises ConfigError if an arm can't run, or the arms aren't matched."""
+    names = [arm.name for arm in study.arms]
+    for arm in study.arms:
+        if arm.of is not None and arm.of not in names:
+            raise ConfigError(f"{study.file}: arms.{arm.name}.of = {arm.of!r}: there is no such arm")
+        try:
+            validate(arm.config)
+        except ConfigError as error:
+            raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
+    for key in ("seq_len", "vocab_size"):
+        values = {
+            getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms
+        }
+        if len(values) > 1:
+            (first, one), (second, other) = list(values.items())[:2]
+            raise ConfigError(f"{study.file}: {key} is {first} in {one} and {second} in {other}: not matched")
+    if study.match == "parameters":
+        counts = sorted((arm.parameters[1], arm.name) for arm in study.arms)
+        (low, fewest), (high, most) = counts[0], counts[-1]
+        if high > low * (1 + PARAMETER_TOLERANCE):
+            raise ConfigError(
+                f"{study.file}: match = parameters, but {fewest} has {low:,} and {most} has {high:,} unique parameters "
+                "(no embedding): change their shapes, or match tokens or executed_flops"
+            )
+    for pair in study.pairs:
+        for name in pair:
+            if name not in names:
+                raise ConfigError(f"{study.file}: pairs: there is no arm {name!r}")
+    if not 0 < study.pilot <= 1 or study.seeds < 1:
+        raise ConfigError(f"{study.file}: pilot = {study.pilot}, seeds = {study.seeds}: give (0, 1], and at least 1")
+    if study.precision not in (None, "auto", "bf16", "fp32"):
+        raise ConfigError(f"{study.file}: precision = {study.precision!r}: give auto, bf16 or fp32")

@@ -1,0 +1,1 @@
+"""Figures, pages, comparisons and the dashboard."""
