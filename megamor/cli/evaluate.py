@@ -45,7 +45,7 @@ def named_sets(prefixes: Sequence[str]) -> dict[str, str]:
 
     if len({Path(prefix) for prefix in prefixes}) < len(prefixes):
         raise ConfigError(f"--data names a data set twice: {' '.join(prefixes)}; name each once")
-    return dict(zip(short_names(prefixes), prefixes, strict=True))
+    return dict(zip(short_names(prefixes), prefixes, strict=True)) if prefixes else {}
 
 
 def document(loaded: LoadedModel, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
