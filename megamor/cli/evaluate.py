@@ -31,6 +31,9 @@ from megamor.cli.evaluate_tasks import add_task_options, measure_tasks, read_tas
 from megamor.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
+    import argparse
+
+    from megamor.config.exits import ExitRule
     from megamor.load import LoadedModel
 
 
@@ -131,57 +134,59 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
     if not (arguments.data or arguments.tasks):
         parser.error("nothing to measure: give --data or --tasks")
-    rule, kept = chosen_exit(arguments), cache_options(arguments, arguments.kv_budgets)
-
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    if len({Path(prefix) for prefix in arguments.data}) < len(arguments.data):
+        raise ConfigError(f"--data names a data set twice: {' '.join(arguments.data)}; name each once")
+    rule = chosen_exit(arguments)
+    cache_options(arguments, arguments.kv_budgets)  # wrong ones are reported before torch is imported
 
     from megamor.config import ParallelConfig
+    from megamor.parallel import close_world, init_world
+    from megamor.ranks import report_errors_once
+
+    world = init_world(ParallelConfig())
+    try:
+        with report_errors_once():
+            measure(arguments, rule, arguments.device or str(world.device), world.is_main)
+    finally:
+        close_world()
+
+
+def measure(arguments: argparse.Namespace, rule: ExitRule | None, device: str, is_main: bool) -> None:
+    """Do what the options ask for. Collective: ranks share the work of tasks; the first does all the rest."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     from megamor.data.dataset import short_names
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
-    from megamor.parallel import close_world, init_world
     from megamor.progress import plain_console
-    from megamor.ranks import report_errors_once, run_on_all_ranks
+    from megamor.ranks import run_on_all_ranks
 
+    kept = cache_options(arguments, arguments.kv_budgets)
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
+    loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, device))
+    loaded.model.set_exit(rule)
+    tasks = run_on_all_ranks(lambda: read_tasks(arguments, loaded)) if arguments.tasks else None
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = dict(zip(short_names(arguments.data), arguments.data, strict=True))
-    if len({Path(prefix) for prefix in arguments.data}) < len(arguments.data):
-        raise ConfigError(f"--data names a data set twice: {' '.join(arguments.data)}; name each once")
-    world = init_world(ParallelConfig())
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    silent = not (terminal.is_terminal and world.is_main)
-    with report_errors_once(), Progress(*columns, console=terminal, transient=True, disable=silent) as progress:
-        loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
-        loaded.model.set_exit(rule)
-        if arguments.tasks:
-            run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
-            tasks = run_on_all_ranks(lambda: read_tasks(arguments))
+    silent = not (terminal.is_terminal and is_main)
+    with Progress(*columns, console=terminal, transient=True, disable=silent) as progress:
 
         def losses() -> dict[str, Any]:
-            # Ranks share the work of tasks only.
-            options: dict[str, Any] = {"bounds": bounds, "by": by, "watch": progress.track}
-            sets = names.items() if world.is_main else ()
-            return {
-                name: {"data": prefix, **dataset_losses(loaded, prefix, **size, **options)} for name, prefix in sets
-            }
+            results = {}
+            names = short_names(arguments.data) if arguments.data else []
+            for name, prefix in zip(names, arguments.data, strict=True):
+                figures = dataset_losses(loaded, prefix, **size, bounds=bounds, by=by, watch=progress.track)
+                results[name] = {"data": prefix, **figures}
+            return results
 
-        results = run_on_all_ranks(losses)
+        results = run_on_all_ranks(lambda: losses() if is_main else {})
         if results:
             show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
-        report = document(loaded, results)
-        if arguments.tasks:
-            bars: dict[str, TaskID] = {}
-
-            def watch(what: str, total: int, done: int) -> None:
-                bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
-                progress.update(bars[what], completed=done)
-
-            report["tasks"] = measure_tasks(arguments, loaded, tasks, watch, world.is_main)
-    if arguments.json and world.is_main:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    close_world()
+        found = {} if tasks is None else {"tasks": measure_tasks(arguments, loaded, tasks, progress, is_main)}
+    if arguments.json and is_main:
+        content = {**document(loaded, results), **found}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

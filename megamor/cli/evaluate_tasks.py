@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from megamor.cli import positive
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from megamor.evaluate.tasks import TaskSet
     from megamor.load import LoadedModel
 
@@ -35,12 +36,13 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     add("--fixed-depth", type=positive, metavar="N", help="tasks: exactly so many recursions, whatever the router says")
 
 
-def read_tasks(arguments: argparse.Namespace) -> TaskSet:
-    """Load what `--tasks` names; see `load_tasks` for errors."""
+def read_tasks(arguments: argparse.Namespace, loaded: LoadedModel) -> TaskSet:
+    """Load what `--tasks` names; see `load_tasks` for errors. The model needs a tokenizer."""
     from megamor.evaluate.tasks import load_tasks
 
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise ConfigError(f"--num-fewshot {arguments.num_fewshot} is negative: give 0 or more")
+    loaded.codec()
     options = {"num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
     return load_tasks(arguments.tasks, directory=arguments.task_path, **options)
 
@@ -49,7 +51,7 @@ def measure_tasks(
     arguments: argparse.Namespace,
     loaded: LoadedModel,
     tasks: TaskSet,
-    watch: Callable[[str, int, int], None],
+    progress: Progress,
     is_main: bool,
 ) -> dict[str, Any]:
     """Evaluate `tasks` and print the harness's table on the first rank; returns what the JSON file says. Collective."""
@@ -64,6 +66,12 @@ def measure_tasks(
             f"--fixed-depth {depth}: the model has {most} recursions, and the depth is one of the inference rule; give "
             "fewer, and no --routing topk"
         )
+    bars: dict[str, TaskID] = {}
+
+    def watch(what: str, total: int, done: int) -> None:
+        bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
+        progress.update(bars[what], completed=done)
+
     dtype = model.embed.weight.dtype
     scorer = Scorer(
         model, loaded.device, model, arguments.routing, depth, arguments.batch_size, dtype=dtype, watch=watch
@@ -74,7 +82,6 @@ def measure_tasks(
         print(f"tasks of {loaded.origin}\n{tables(found)}")
         if paper:
             print("; ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
-    rule = {"routing": arguments.routing, "fixed_depth": depth, "exit": str(model.exit) if model.exit else None}
     versions = {"lm_eval": harness_version(), "megamor": __version__}
-    settings = {"checkpoint": loaded.origin, "limit": arguments.limit, **rule, "software": versions}
+    settings = {"limit": arguments.limit, "routing": arguments.routing, "fixed_depth": depth, "software": versions}
     return {**found, **({"paper": paper} if paper else {}), **settings}
