@@ -103,14 +103,10 @@ class Evaluations:
 
         assert self.tasks is not None
         tasks, codec = self.tasks
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        size, context = self.config.train.micro_batch_size, backend.forward_context
         scorer = Scorer(
-            model,
-            backend.device,
-            backend.model,
-            batch_size=self.config.train.micro_batch_size,
-            dtype=torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32,
-            context=backend.forward_context,
-            before_pass=before_batch,
+            model, backend.device, backend.model, "causal", size, dtype, context=context, before_pass=before_batch
         )
         backend.model.eval()
         try:

@@ -82,7 +82,7 @@ def test_figures_and_training(
     assert list(found) == [3, 6, STEPS]
     loaded = load_model(directory_of(config), "cpu")
     tasks = load_tasks(config.train.eval_tasks, limit=2, num_fewshot=1, quiet=True)
-    results = run_tasks(Scorer(loaded.model, loaded.device, loaded.model), loaded.codec(), tasks)["results"]
+    results = run_tasks(Scorer.of(loaded), loaded.codec(), tasks)["results"]
     expected = {f"{TASKS}{task}/{k}": v for task, own in results.items() for k, v in plain_metrics(own).items()}
     assert {f"{TASKS}choose/{k}" for k in ("acc", "acc_norm", "gold_bits_per_byte")} < expected.keys()
     assert f"{TASKS}write/exact_match" in expected
