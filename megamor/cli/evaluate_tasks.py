@@ -20,12 +20,23 @@ BOOTSTRAP_SAMPLES = 1000
 """For standard errors of metrics that aren't means; the harness's 100,000 would take longer than the tasks."""
 
 
+def task_names(text: str) -> list[str]:
+    """Names with commas between them, as an argument's type."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """The options of downstream tasks."""
     add = parser.add_argument
     names = "downstream tasks: names, groups and tags of lm-evaluation-harness (`glue`, `mmlu`, `wikitext` …), YAML "
     names += "files, or the sets `paper`, `superglue` and `ptb`"
-    add("--tasks", type=lambda text: text.split(","), default=[], metavar="TASK,TASK", help=names)
+    add(
+        "--tasks",
+        type=lambda text: [name for part in text.split(",") if (name := part.strip())],
+        default=[],
+        metavar="TASK,TASK",
+        help=names,
+    )
     add("--task-path", type=Path, metavar="DIR", help="where YAML files of further tasks are")
     add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (default: what the task says)")
     add("--limit", type=positive, metavar="N", help="documents of each task to use, the first ones (default: all)")
@@ -62,6 +73,6 @@ def measure_tasks(
     if is_main:
         print(f"tasks of {loaded.origin}\n{tables(found)}")
         if paper:
-            print("; ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
+            print("the paper's tasks:", ", ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
     settings = {"limit": arguments.limit, "routing": arguments.routing, "lm_eval": harness_version()}
     return {**found, **({"paper": paper} if paper else {}), **settings, "megamor": __version__}

@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate as harness_evaluate
 
 from megamor.cli import evaluate
 from megamor.config import FixedDepthConfig, ParallelConfig
+from megamor.config.exits import ExitRule
 from megamor.errors import ConfigError, DataError, TextError
 from megamor.evaluate import tasks as tasks_module
 from megamor.evaluate.sampling import generate
@@ -142,7 +143,7 @@ def by_hand(model: Transformer, context: list[int], continuation: list[int], **o
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("router", [name for name in REPRESENTATIVES if name != "custom"])
 def test_likelihoods(router: str, batch_size: int) -> None:
     model = task_model(ROUTERS[router])
@@ -169,6 +170,18 @@ def test_likelihoods_by_the_routing_of_training() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rule", [ExitRule("entropy", 5.0), ExitRule("kl", 0.3)], ids=str)
+def test_likelihoods_under_an_exit_rule(rule: ExitRule) -> None:
+    model = task_model(ROUTERS["token_choice"], sharing="stages")
+    free = scorer(model, batch_size=3).likelihoods(pairs())
+    assert [score for score, _ in free] == pytest.approx([by_hand(model, *pair)[0] for pair in pairs()], abs=1e-9)
+    model.set_exit(rule)
+    found = scorer(model, batch_size=3).likelihoods(pairs())
+    assert [score for score, _ in found] == pytest.approx([by_hand(model, *pair)[0] for pair in pairs()], abs=1e-9)
+    assert found != free
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_fixed_depth(depth: int) -> None:
     """A recursive model at a fixed depth is the model of that depth; a routed one takes it for every token."""
@@ -191,8 +204,8 @@ def test_fixed_depth(depth: int) -> None:
         assert {int(value) for found in depths for value in found.flatten()} - {-1} == {depth}
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "act_hard", "skip_forward_recurse"])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("router", ["expert_choice", "act_hard", "skip_forward_recurse"])
 def test_continuations(router: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `generate`, up to the first stop text; long prompts, which are read in chunks, lose their beginning."""
     monkeypatch.setattr("megamor.evaluate.scoring.CHUNK_ELEMENTS", 257 * 7)
