@@ -34,9 +34,11 @@ from megamor.cli.evaluate_tasks import add_task_options, measure_tasks, read_tas
 from megamor.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
+    from megamor.config.exits import ExitRule
     from megamor.evaluate.sweep import Setting
     from megamor.load import LoadedModel
     from megamor.model import Transformer
+    from megamor.parallel import World
 
 
 SCHEMA = "megamor-evaluation/1"
@@ -166,44 +168,54 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--max-depth and --fixed-depth exclude each other: give one")
     if changes and arguments.tasks and arguments.routing == "topk":
         parser.error(f"--{changes[0].replace('_', '-')} changes the inference rule: leave out --routing topk")
-    rule, kept = chosen_exit(arguments), cache_options(arguments, arguments.kv_budgets)
-
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    rule, names = chosen_exit(arguments), named_sets(arguments.data)
+    cache_options(arguments, arguments.kv_budgets)  # wrong ones are reported before torch is imported
 
     from megamor.config import ParallelConfig
+    from megamor.parallel import close_world, init_world
+    from megamor.ranks import report_errors_once
+
+    world = init_world(ParallelConfig())
+    try:
+        with report_errors_once():
+            measure(arguments, rule, changes, names, world)
+    finally:
+        close_world()
+
+
+def measure(
+    arguments: argparse.Namespace, rule: ExitRule | None, changes: list[str], names: dict[str, str], world: World
+) -> None:
+    """Do what the options ask for. Collective: ranks share the work of tasks; the first does all the rest."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
-    from megamor.parallel import close_world, init_world
     from megamor.progress import plain_console
-    from megamor.ranks import report_errors_once, run_on_all_ranks
+    from megamor.ranks import run_on_all_ranks
 
+    kept = cache_options(arguments, arguments.kv_budgets)
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = named_sets(arguments.data)
-    world = init_world(ParallelConfig())
+    loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
+    loaded.model.set_exit(rule)
+    if arguments.tasks:
+        run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
+        tasks = run_on_all_ranks(lambda: read_tasks(arguments))
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    silent = not (terminal.is_terminal and world.is_main)
-    bar = Progress(*columns, console=terminal, transient=True, disable=silent)
-    with report_errors_once(), bar as progress, ExitStack() as stack:
-        loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
-        loaded.model.set_exit(rule)
+    bar = Progress(*columns, console=terminal, transient=True, disable=not (terminal.is_terminal and world.is_main))
+    with bar as progress, ExitStack() as stack:
         for setting in run_on_all_ranks(lambda: changed_rules(loaded.model, arguments)):
             stack.enter_context(setting.on(loaded.model))
-        if arguments.tasks:
-            run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
-            tasks = run_on_all_ranks(lambda: read_tasks(arguments))
 
         def losses() -> dict[str, Any]:
-            # Ranks share the work of tasks only.
-            options: dict[str, Any] = {"bounds": bounds, "by": by, "watch": progress.track}
+            options: dict[str, Any] = {**size, "bounds": bounds, "by": by, "watch": progress.track}
             sets = names.items() if world.is_main else ()
-            return {
-                name: {"data": prefix, **dataset_losses(loaded, prefix, **size, **options)} for name, prefix in sets
-            }
+            return {name: {"data": prefix, **dataset_losses(loaded, prefix, **options)} for name, prefix in sets}
 
         results = run_on_all_ranks(losses)
         if results:
@@ -211,13 +223,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(results, loaded.origin + (f", causal with {', '.join(told)}" if told else ""))
         report = document(loaded, results) | {name: getattr(arguments, name) for name in changes}
         if arguments.tasks:
-            bars: dict[str, TaskID] = {}
-
-            def watch(what: str, total: int, done: int) -> None:
-                bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
-                progress.update(bars[what], completed=done)
-
-            report["tasks"] = measure_tasks(arguments, loaded, tasks, watch, world.is_main)
+            report["tasks"] = measure_tasks(arguments, loaded, tasks, progress, world.is_main)
     if arguments.json and world.is_main:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    close_world()

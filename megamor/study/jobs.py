@@ -21,7 +21,7 @@ from megamor.errors import MegamorError, TrainingError
 from megamor.evaluate.kv_curve import bounded_loss
 from megamor.evaluate.loss import dataset_losses
 from megamor.evaluate.scoring import Scorer
-from megamor.evaluate.tasks import load_tasks, run_tasks
+from megamor.evaluate.tasks import load_tasks, plain_metrics, run_tasks
 from megamor.files import parse_json, replace_file
 from megamor.load import LoadedModel, load_model
 from megamor.metrics import read_jsonl
@@ -255,14 +255,9 @@ def task_scores(study: Study, loaded: LoadedModel) -> dict[str, float]:
     """The scores of the study's downstream tasks, by task and metric."""
     wanted = study.tasks
     tasks = load_tasks(wanted["names"], num_fewshot=wanted.get("num_fewshot"), limit=wanted.get("limit"), quiet=True)
-    scorer = Scorer(loaded.model, loaded.device, loaded.model, "causal", None, loaded.config.train.micro_batch_size)
+    scorer = Scorer.of(loaded, batch_size=loaded.config.train.micro_batch_size)
     found = run_tasks(scorer, loaded.codec(), tasks)["results"]
-    return {
-        f"{task}/{metric.removesuffix(',none')}": value
-        for task, scores in found.items()
-        for metric, value in scores.items()
-        if isinstance(value, float) and "stderr" not in metric
-    }
+    return {f"{task}/{name}": value for task, own in found.items() for name, value in plain_metrics(own).items()}
 
 
 def fit(config: Config, world: World) -> None:
