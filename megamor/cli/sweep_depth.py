@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamor.cli import command_parser, integers, positive
+from megamor.cli import command_parser, integers, output_file, positive
+from megamor.cli.evaluate_tasks import add_task_options, read_tasks
 from megamor.errors import user_errors
 
 if TYPE_CHECKING:
     from megamor.data.loader import MicroBatch
     from megamor.evaluate.sweep import Setting
+    from megamor.load import LoadedModel
 
 SCHEMA = "megamor-sweep/1"
 LABELS = {
@@ -61,6 +63,17 @@ def label(rule: str) -> str:
     return f"exit: {rule}" if rule in EXITS else LABELS.get(rule, f"router.{rule}")
 
 
+def task_scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The first metric of each task, by `task metric`."""
+    found = {}
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                found[f"{task} {name.removesuffix(',none')}"] = value
+                break
+    return found
+
+
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a row for each setting."""
     from rich.table import Table
@@ -72,26 +85,41 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     for column in ("value", "nats/\ntoken", "top-1", "mean\ndepth", "FLOPs/\ntoken", "of own"):
         table.add_column(column, justify="right")
     own = entries[0]["flops_per_token"]
+    for name in entries[0].get("tasks", ()):
+        table.add_column(name.replace(" ", "\n"), justify="right")
     for row in entries:
         flops, value = row["flops_per_token"], "" if row["value"] is None else f"{row['value']:g}"
         figures = f"{row['loss']:.4f}", f"{row['accuracy']:.1%}", f"{row['mean_depth']:.2f}"
-        table.add_row(label(row["rule"]), value, *figures, format_count(flops), f"{flops / own:.0%}")
+        scores = (f"{score:.4f}" for score in row.get("tasks", {}).values())
+        table.add_row(label(row["rule"]), value, *figures, format_count(flops), f"{flops / own:.0%}", *scores)
     plain_console().print(table)
 
 
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss against executed FLOPs, a curve for each rule and a star for the model's own."""
+    """Loss against executed FLOPs, a curve for each rule and a star for the model's own; a file more for each task."""
     from megamor.report.figures import COLOURS, canvas, look, save
 
-    own, *others = entries
-    rules = dict.fromkeys(row["rule"] for row in others)
-    with canvas("Loss against compute", "executed FLOPs per token of a forward pass", "loss (nats per token)") as drawn:
-        for style, rule in enumerate(rules):
-            points = sorted((row["flops_per_token"], row["loss"]) for row in others if row["rule"] == rule)
-            drawn.axes.plot(*zip(*points, strict=True), label=label(rule), **look(style))
-        mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
-        drawn.axes.plot([own["flops_per_token"]], [own["loss"]], label="the model's own rule", **mark)
-    save(drawn.svg, path)
+    own, *others = [(row, {"loss (nats per token)": row["loss"], **row.get("tasks", {})}) for row in entries]
+    mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
+    for number, what in enumerate(own[1]):
+        with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
+            for style, rule in enumerate(dict.fromkeys(row["rule"] for row, _ in others)):
+                points = sorted((row["flops_per_token"], of[what]) for row, of in others if row["rule"] == rule)
+                drawn.axes.plot(*zip(*points, strict=True), label=label(rule), **look(style))
+            drawn.axes.plot([own[0]["flops_per_token"]], [own[1][what]], label="the model's own rule", **mark)
+        save(drawn.svg, path.with_stem(f"{path.stem}_{what.split()[0]}") if number else path)
+
+
+def scorer(arguments: argparse.Namespace, loaded: LoadedModel) -> Callable[[LoadedModel], dict[str, float]] | None:
+    """What measures the tasks of `--tasks`; None without any."""
+    if not arguments.tasks:
+        return None
+    from megamor.evaluate.scoring import Scorer
+    from megamor.evaluate.tasks import run_tasks
+
+    tasks, codec, dtype = read_tasks(arguments), loaded.codec(), loaded.model.embed.weight.dtype
+    own = Scorer(loaded.model, loaded.device, loaded.model, batch_size=arguments.batch_size, dtype=dtype)
+    return lambda _: task_scores(run_tasks(own, codec, tasks)["results"])
 
 
 @user_errors()
@@ -110,9 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sequences", type=positive, default=128, help="sequences of each set, evenly spread (default: %(default)s)")
     add("--batch-size", type=positive, default=16, help="sequences per batch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
-    add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    add("--plot", type=Path, metavar="FILE.svg", help="also draw them")
+    add_task_options(parser)
+    add("--json", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--plot", type=output_file, metavar="FILE.svg", help="also draw them; scores of tasks in FILE_<task>.svg")
     arguments = parser.parse_args(argv)
+    if arguments.routing == "topk":
+        parser.error("--routing topk sees later tokens, and the sweep is of inference rules: leave it out")
     if arguments.plot and arguments.plot.suffix != ".svg":
         parser.error(f"--plot {arguments.plot}: give a name that ends in .svg")
 
@@ -130,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = [next(iter(open_validation_set(loaded, prefix).batches(0, 1, 4))) for prefix in data.values()]
     given = {name: getattr(arguments, name) for name in ("max_depths", "fixed_depths", "thresholds")}
     chosen, left_out = settings(loaded.model, batches[0], **given, exits=exits)
+    score = scorer(arguments, loaded)
     with ProgressDisplay("sweep", total=len(chosen), unit="settings") as progress:
 
         def watch(setting: Setting, batches: Iterable[MicroBatch], total: int) -> Iterable[MicroBatch]:
@@ -138,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shown = label(setting.rule) + ("" if setting.value is None else f" {setting.value:g}")
                 progress.advance(1 / total / len(data), {"rule": shown})
 
-        entries, ignored = sweep(loaded, data, chosen, **size, watch=watch)
+        entries, ignored = sweep(loaded, data, chosen, **size, watch=watch, score=score)
     print(f"loss of {loaded.origin} on {', '.join(data)}, causal rule")
     show(entries)
     for sentence in (*left_out, *ignored):
