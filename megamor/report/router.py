@@ -39,13 +39,10 @@ def router_plots(stage: Figures) -> dict[str, str]:
             curve = Series("", x, y, low, high)
             title = f"Depth against {name}"
             found[f"depth by {name}"] = lines(title, AXES[name], MEAN, [curve], log_x=name == "frequency")
-    for key, title, unit in (
-        ("lens_loss", "Logit lens of all tokens", "loss (nats/token)"),
-        ("rms", "Hidden states of all tokens", "RMS"),
-    ):
-        if steps := stage.get("recursions"):
+    if steps := stage.get("recursions"):
+        for key, title in (("lens_loss", "Logit-lens loss (nats/token)"), ("rms", "RMS of hidden states")):
             curve = Series("", [step["recursion"] for step in steps], [step[key] for step in steps])
-            found[key] = lines(title, "recursions", unit, [curve])
+            found[key] = lines(f"{title.partition(' (')[0]} of all tokens", "recursions", title, [curve])
     return found | {name: svg for kind in ("gates", "scores") for name, svg in histograms(stage, kind)}
 
 
@@ -65,10 +62,11 @@ def histograms(stage: Figures, kind: str) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(one["name"] for one in stage.get(kind, ())):
         curves = []
         for one in (one for one in stage[kind] if one["name"] == name):
-            middles = [(low + high) / 2 for low, high in zip(one["edges"], one["edges"][1:], strict=False)]
-            fractions = [count / sum(one["counts"]) for count in one["counts"]]
-            curves.append(Series(f"recursion {one['recursion']}", middles, fractions))
-        yield f"{kind} {name}", lines(f"{kind.capitalize()}: {name}", kind[:-1], "fraction of the tokens", curves)
+            low, high = one["edges"][:2]  # all bars have the same width
+            middles = [edge + (high - low) / 2 for edge in one["edges"][:-1]]
+            density = [count / sum(one["counts"]) / (high - low) for count in one["counts"]]
+            curves.append(Series(f"recursion {one['recursion']}", middles, density))
+        yield f"{kind} {name}", lines(f"{kind.capitalize()}: {name}", kind[:-1], "density", curves)
 
 
 def router_page(
