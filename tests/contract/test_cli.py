@@ -228,10 +228,10 @@ def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     axes = {"executed FLOPs per token of a forward pass", "loss (nats per token)"}
     assert labels | axes | {"the model's own rule"} <= words
     for option, told in (
-        (["--exits", "entropy"], "write a rule and thresholds, such as entropy:0.5,1, or none"),
+        (["--exits", "entropy"], "invalid rule_and_thresholds value: 'entropy'"),
         (["--exits", "luck:1"], "exit = luck is unknown"),
         (["--thresholds", "1.5"], "inference_threshold = 1.5: give a number between 0 and 1"),
-        (["--thresholds", "a"], "'a' are no numbers with commas between them"),
+        (["--thresholds", "a"], "invalid numbers value: 'a'"),
         (["--max-depths", "4"], "max_depth = 4: the model has 3 recursions; give 1 to 3"),
         (["--plot", "sweep.png"], "--plot sweep.png: give a name that ends in .svg"),
         (["--routing", "topk"], "--routing topk sees later tokens"),
