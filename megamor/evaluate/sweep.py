@@ -121,13 +121,16 @@ def settings(
 
 @torch.no_grad()
 def shifts(model: Transformer, batch: MicroBatch) -> list[float]:
-    """`SHIFTS` in the scale of the model's scores for `batch`: that of the recursion whose margins are smallest."""
+    """`SHIFTS` in the scale of the model's scores for `batch`: that of the recursion whose margins are smallest.
+
+    None at all if no score decides about anything, since all capacities are 1.
+    """
     # Routers report their margins in training, for the control of a target.
     with Setting("shift", 0.0).on(model):
         totals = model(**batch.arguments(model.embed.weight.device), mode="train", step=2**31).totals
-    margins = torch.cat([total for name, total in totals.items() if name.endswith("margins") and total.dim() == 2])
-    scale = (margins[:, 1] / margins[:, 0])[margins[:, 0] > 0].min()
-    return [float(f"{factor * scale:.2g}") for factor in SHIFTS]
+    rows = [row for name, total in totals.items() if name.endswith("margins") and total.dim() == 2 for row in total]
+    scales = [float(sizes / number) for number, sizes in rows if number]
+    return [float(f"{factor * min(scales):.2g}") for factor in SHIFTS if scales]
 
 
 def measure(

@@ -188,6 +188,13 @@ def test_what_fits_no_router_is_named(tmp_path: Path) -> None:
     assert settings(loaded.model, batch, max_depths=[], fixed_depths=[], thresholds=[], exits={}) == ([Setting()], [])
 
 
+def test_scores_that_decide_about_nothing(tmp_path: Path) -> None:
+    kind = replace(ROUTERS["ema_threshold"], capacity=(1.0, 1.0, 1.0))
+    loaded = loaded_model(tiny_config(kind))
+    chosen, _ = settings(loaded.model, batch_of(loaded, written(tmp_path, LENGTHS)))
+    assert "shift" not in {setting.rule for setting in chosen}
+
+
 def test_a_router_that_ignores_bounds_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loaded_model(tiny_config(ROUTERS["expert_choice"]))
     monkeypatch.setattr("megamor.routing.router.RoutingSession.bounded", lambda self, recursion, chosen, tokens: chosen)
