@@ -11,7 +11,6 @@ import numpy as np
 from megamor.analysis.classes import CLASSES, installed_tagger, parts_of_speech, token_classes
 from megamor.analysis.observe import Observations, Progress, StageView, observe
 from megamor.analysis.statistics import Array, Bootstrap, agreement, grouped, interval, row_means, spearman
-from megamor.bench.origin import describe_origin
 from megamor.codec import TextCodec, texts_of_tokens
 from megamor.config.segments import Segment, max_depth, stages
 from megamor.data.shard import TokenShard
@@ -20,6 +19,7 @@ from megamor.evaluate.depth_map import DepthMap
 from megamor.evaluate.loss import modes_of, open_validation_set
 from megamor.load import LoadedModel
 from megamor.model import Transformer
+from megamor.origin import describe_origin
 
 SCHEMA = "megamor-analysis/1"
 PASSAGE = 128

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megamor import __version__
@@ -32,7 +33,7 @@ COMMANDS: dict[str, str] = {
     "study": "compare models: arms, tuned learning rates, paired seeds, intervals",
     "pretrain": "train a model, or resume training",
     "launch": "start the training processes of one machine",
-    "evaluate": "measure the validation loss of a checkpoint",
+    "evaluate": "measure the loss of a checkpoint on data, or downstream tasks",
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
     "analyze": "show what a trained router has learned",
@@ -108,6 +109,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
+
+
+def output_file(text: str) -> Path:
+    """A file that a command writes at its end, as an argument's type: what is wrong with it is said at the start."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        fault = "is a directory" if path.is_dir() else "can't be written: create its directory, or give another file"
+        raise argparse.ArgumentTypeError(f"{text} {fault}")
+    return path
 
 
 def integers(text: str) -> list[int]:

@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
-        assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
+        assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
             return self.run_nothing(inputs, labels, mode, step, score_tokens)
         start = 0 if cache is None else cache.num_tokens
