@@ -108,7 +108,7 @@ class Evaluations:
             backend.device,
             backend.model,
             batch_size=self.config.train.micro_batch_size,
-            dtype=torch.bfloat16 if backend.precision == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32,
             context=backend.forward_context,
             before_pass=before_batch,
         )

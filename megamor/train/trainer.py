@@ -240,7 +240,7 @@ class Trainer:
         if self.diagnosis.gradient is not None:
             # Complete only after the last backward pass, unlike the sums over micro-batches above.
             statistics.add_score_gradients(self.diagnosis.gradient.take())
-        return statistics.reduce(grad_norm)
+        return statistics.reduce(grad_norm, self.backend.router_square)
 
     def total_loss(self, out: ModelOutput, token_weight: Tensor, router_divisor: float) -> Tensor:
         """This micro-batch's part of the step's loss.
@@ -304,6 +304,7 @@ class Trainer:
             "train/loss": summary.loss if summary.num_tokens else None,
             "train/lr": step.lr,
             "train/grad_norm": summary.grad_norm,
+            **({} if summary.router_grad_norm is None else {"train/router_grad_norm": summary.router_grad_norm}),
             "train/tokens_seen": step.tokens_seen,
             **({} if self.config.recursion.schedule == "constant" else {"train/recursions": step.recursions}),
             **{f"train/{name}": value for name, value in summary.router_losses.items()},
@@ -311,6 +312,7 @@ class Trainer:
             **summary.stage_metrics(stages(self.config)),
             **self.throughput.metrics(),
             "throughput/executed_flops": self.progress.flops,
+            "throughput/training_seconds": self.progress.seconds,
             "throughput/data_wait_seconds": step.data_wait,
             **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
             **self.guard.metrics(),
