@@ -45,12 +45,14 @@ from megamor.train.step_statistics import StepStatistics
 
 class Losses(NamedTuple):
     """What a step minimised, over all ranks: `total` is `language_model` (nats per token) plus `router`, the sum of the
-    routers' losses with their coefficients. `grad_norm` is the global norm before clipping."""
+    routers' losses with their coefficients. `grad_norm` is the global norm before clipping, `router_grad_norm` that of
+    the routers' gradients alone: None if routers have no parameters, and with ZeRO-1 to 3."""
 
     total: float
     language_model: float
     router: float
     grad_norm: float
+    router_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,14 +156,15 @@ class Session:
         step.add(out, batch.num_tokens)
         # Totals are for the router's update, and their shapes may change with the recursions of a step.
         self.statistics.add(out._replace(totals={}), batch.num_tokens)
-        figures = step.reduce(grad_norm)
+        figures = step.reduce(grad_norm, self.backend.router_square)
         self.model.update_routers(figures.totals)
         found = figures.wait()
         self.model.limit_recursions(recursions if grows(self.config) else None)  # for what comes between the steps
         flops = executed_flops(self.config, tokens, found.work, 1, found.pairs).training
         self.done = Consumed(self.step + 1, self.done.tokens_seen + tokens, self.done.flops + flops)
         router_loss = sum(found.router_losses.values())
-        return Losses(found.loss + router_loss, found.loss, router_loss, found.grad_norm)
+        norms = found.grad_norm, found.router_grad_norm
+        return Losses(found.loss + router_loss, found.loss, router_loss, *norms)
 
     def routing_stats(self, *, reset: bool = False) -> dict[str, RoutingStats]:
         """Statistics of each stage since the last reset, by its name (`stage`, or `layers_3` …). Collective.

@@ -149,7 +149,8 @@ class Quickstart:
             options = ["--checkpoint", str(self.latest), "--json", str(losses), "--sequences", str(sequences)]
             call(["megamor", "evaluate", *options, "--data", f"{self.root}/data/stdlib_val"], threads=PROCESSES)
             print("counting the n-grams that the network has seen ...", flush=True)
-            figures = make_report(self.latest, json.loads(losses.read_text(encoding="utf-8")), "stdlib", sequences)
+            (network,) = json.loads(losses.read_text(encoding="utf-8"))["sets"].values()
+            figures = make_report(self.latest, network, "stdlib", sequences)
             replace_file(report, json.dumps(figures, indent=1) + "\n")
 
         # The format is an input too: a report that an older version made lacks figures.
@@ -168,7 +169,7 @@ class Quickstart:
         """Add times, machine and versions to report.json, and check that the model has learned something."""
         import torch
 
-        from megamor.bench.origin import describe_origin
+        from megamor.origin import describe_origin
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.

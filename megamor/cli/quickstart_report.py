@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from megamor.data.loader import open_validation_sets
@@ -31,16 +30,12 @@ def make_report(checkpoint: Path, network: Mapping[str, float], validation_name:
     data = open_validation_sets(config.data, vocab_size=config.model.vocab_size)[validation_name]
     seen, held_out = seen_windows(config, loaded.step), validation_windows(data, sequences)
     floors = {order: NGramModel.fit(seen, n, config.model.vocab_size).nll(held_out) for order, n in ORDERS.items()}
-    # One character of a byte-level token's name stands for one byte.
-    tokenizer = loaded.tokenizer()
-    lengths = np.array([len(tokenizer.id_to_token(token) or "") for token in range(config.model.vocab_size)])
-    bytes_per_token = float(lengths[held_out[:, 1:]].mean())
     return {
         "step": loaded.step,
         "tokens_seen": seen.shape[0] * (seen.shape[1] - 1),
         "network": network,
         "floors": floors,
-        "bits_per_byte": network["loss_causal"] / math.log(2) / bytes_per_token,
+        "bits_per_byte": network["bits_per_byte_causal"],
         "beats_bigram_by": floors["bigram"] - network["loss_causal"],
         "distance_to_trigram": network["loss_causal"] - floors["trigram"],
         "savings": measure_savings(loaded.model, data.batches(0, 1, SAVINGS_BATCH, SAVINGS_SEQUENCES)),

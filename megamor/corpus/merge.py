@@ -57,7 +57,8 @@ def merge_shards(
 def merge_metas(
     shards: Sequence[TokenShard], metas: Sequence[ShardMeta | None], *, assume_same_tokenizer: bool
 ) -> ShardMeta:
-    """The side file of the merged data, except counts and hashes. Counts of sources with the same name are added up.
+    """The side file of the merged data, except counts and hashes. Counts of sources with the same name are added up;
+    a source is marked as `scattered` if its tokens are not where its place in the list says.
 
     Raises DataError naming two shards that were not made in the same way, such as with different tokenizers.
     """
@@ -78,10 +79,17 @@ def merge_metas(
                     f"{theirs!r}): such shards can't be merged; preprocess one of them again with the other's settings"
                 )
     sources: dict[str, dict[str, Any]] = {}
+    order: dict[str, int] = {}
+    latest = 0  # the last source, in that order, that has tokens so far
     for shard, own in zip(shards, metas, strict=True):
         whole = dict[str, Any](name=Path(shard.prefix).name, documents=shard.num_documents, tokens=shard.num_tokens)
         for source in own.sources if own else [whole]:
             total = sources.setdefault(source["name"], {**source, "documents": 0, "tokens": 0})
+            index = order.setdefault(source["name"], len(order))
+            if source.get("tokens"):
+                latest = max(latest, index)
+                if index < latest:
+                    total["scattered"] = True
             for count in ("documents", "tokens"):
                 total[count] += source.get(count, 0)
     return replace(merged, sources=list(sources.values()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megamor.config.batches import BatchSchedule, BatchShape
@@ -231,7 +232,7 @@ class ValidationSet:
         self, name: str, shard: TokenShard, *, seq_len: int, vocab_size: int, document_mask: bool = False
     ) -> None:
         self.name = name
-        self._shard = shard
+        self.shard = shard
         self._seq_len = seq_len
         self._vocab_size = vocab_size
         self._document_mask = document_mask
@@ -241,7 +242,13 @@ class ValidationSet:
     @property
     def num_sequences(self) -> int:
         """Windows in the whole set, the last one possibly short."""
-        return -(-(self._shard.num_tokens - 1) // self._seq_len)
+        return -(-(self.shard.num_tokens - 1) // self._seq_len)
+
+    def starts(self, max_sequences: int | None = None) -> NDArray[np.int64]:
+        """Tokens of the shard at which the windows begin, or `max_sequences` of them spread evenly over the set."""
+        count = min(self.num_sequences, max_sequences or self.num_sequences)
+        # Evenly spread instead of the first ones: the beginning of a data set is often of one source.
+        return np.arange(count) * self.num_sequences // count * self._seq_len
 
     def batches(
         self, rank: int, world_size: int, micro_batch_size: int, max_sequences: int | None = None
@@ -251,17 +258,14 @@ class ValidationSet:
         With `max_sequences`, that many windows spread evenly over the set. Every rank gets the same number of batches,
         so that collectives match; rows beyond the last window are padding (length 0).
         """
-        count = min(self.num_sequences, max_sequences or self.num_sequences)
-        # Evenly spread instead of the first ones: the beginning of a data set is often of one source.
-        chosen = np.arange(count) * self.num_sequences // count
-        per_round = world_size * micro_batch_size
-        for start in range(0, count, per_round):
+        all_starts, per_round = self.starts(max_sequences), world_size * micro_batch_size
+        for start in range(0, len(all_starts), per_round):
             first = start + rank * micro_batch_size
-            starts = chosen[first : first + micro_batch_size] * self._seq_len
-            lengths = np.minimum(self._shard.num_tokens - 1 - starts, self._seq_len)
+            starts = all_starts[first : first + micro_batch_size]
+            lengths = np.minimum(self.shard.num_tokens - 1 - starts, self._seq_len)
             spans = Spans(np.arange(len(starts)) * self._seq_len, starts, lengths)
             batch = MicroBatch.empty(micro_batch_size, self._seq_len, documents=self._document_mask)
-            fill_batch(batch.arrays(), [ShardSpans(self._shard, spans, inside_documents=False)], self._vocab_size)
+            fill_batch(batch.arrays(), [ShardSpans(self.shard, spans, inside_documents=False)], self._vocab_size)
             yield batch
 
 

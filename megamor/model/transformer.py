@@ -107,6 +107,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
         self.exit: ExitRule | None = None
+        self.depth_bounds: tuple[int, int] | None = None
+        """In the causal mode, fewest and most recursions of a token in each stage, unless `bounds` are given."""
         self.limit_recursions(None)
 
     def limit_recursions(self, most: int | None) -> None:
@@ -152,13 +154,15 @@ class Transformer(nn.Module):
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
-        assert lengths is None or (cache is None and bounds is None), "decoding knows no padding"
+        assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
             return self.run_nothing(inputs, labels, mode, step, score_tokens)
         start = 0 if cache is None else cache.num_tokens
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
+        if self.depth_bounds and bounds is None and mode == "causal":
+            bounds = DepthBounds(*(torch.full((len(everything),), n, device=inputs.device) for n in self.depth_bounds))
         reads_text = mode != "train" and any(stage.router.reads_text for stage in self.stages.values())
         context = RoutingContext(
             batch=inputs.shape[0],

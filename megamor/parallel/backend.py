@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -64,13 +65,16 @@ class Backend:
     """The model as it was built, for its methods and buffers."""
     average: WeightAverage | None = None
     """The moving average of the weights, with `optim.average_decay`."""
+    router_square: Tensor | None = None
+    """This rank's addend of the squared norm that the routers' gradients had in the last step, before clipping. None if
+    no router has parameters, and with ZeRO-1 to 3, where the engine holds the gradients."""
 
     def __init__(
         self, model: nn.Module, plan: ModelStructure, config: Config, world: World, build_optimizer: BuildOptimizer
     ) -> None:
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.precision = config.train.precision
-        self.module = model
+        self.module, self.watched = model, tuple(plan.routers)
         self.model = self.wrap(model, plan, config)
         self.optimizer = build_optimizer(model)
         allocate_optimizer_state(self.optimizer)
@@ -96,6 +100,7 @@ class Backend:
 
         When that norm isn't finite, weights and moments stay bitwise as they were, on every rank.
         """
+        self.router_square = squared_norm(self.watched, self.world_size)
         norm = clip_gradients(self.optimizer, max_grad_norm)
         # The norm is of all ranks' gradients, so all ranks decide alike. A skipped step must leave every bit as it
         # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0.
@@ -181,6 +186,22 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
             parameter.grad = torch.zeros_like(parameter)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def squared_norm(modules: Sequence[nn.Module], world_size: int) -> Tensor | None:
+    """Squared gradient norm of `modules` divided over the ranks: the ranks' addends sum to it. None: no parameters.
+
+    The sum is left to a reduction that takes place anyway.
+    """
+    squares = []
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        gradient, copies = parameter.grad, world_size
+        if isinstance(gradient, DTensor):
+            axes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+            gradient, copies = gradient.to_local(), math.prod(size for size, placed in axes if placed.is_replicate())
+        known = torch.zeros((), device=parameter.device) if gradient is None else gradient
+        squares.append(known.double().square().sum() / copies)
+    return torch.stack(squares).sum() if squares else None
 
 
 def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -31,6 +31,7 @@ from megamor.parallel.backend import (
     allocate_optimizer_state,
     clip_gradients,
     set_originals,
+    squared_norm,
 )
 from megamor.parallel.mesh import World
 from megamor.parallel.slices import Slices, boxes_of_range
@@ -61,7 +62,7 @@ class ZeroBackend(Backend):
             # may run different numbers of recursions, so gathers inside the loop would deadlock. A leaf module is
             # gathered whole before its forward pass, once, however often its blocks run.
             deepspeed.utils.set_z3_leaf_module(stage, True)
-        self.module = model.to(world.device)
+        self.module, self.watched = model.to(world.device), tuple(plan.routers)
         own_routers = self.stage > 0 and config.train.precision == "bf16"
         self.routers = nn.ModuleList(plan.routers if own_routers else ())
         drawn = {name: parameter.detach().clone() for name, parameter in self.routers.named_parameters()}
@@ -88,6 +89,7 @@ class ZeroBackend(Backend):
 
     def step(self, max_grad_norm: float) -> Tensor:
         if self.stage == 0:
+            self.router_square = squared_norm(self.watched, self.world_size)
             norm = clip_gradients(self.optimizer, max_grad_norm)
             if norm.isfinite():
                 self.engine.step()

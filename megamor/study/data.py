@@ -70,11 +70,13 @@ def _corpus(data: Mapping[str, Any], root: Path) -> list[Path]:
     if name == STDLIB:
         return _write_split([text for _, text in source_files()], data, root)
     split = data.get("validation_split", "test" if name == "tiny-shakespeare" else "validation")
-    found = [next(raw.glob(f"{each}.*"), None) for each in ("train", split)]
-    if None in found:
+    wanted = ("train", split)
+    downloaded = Path("data/raw") / name  # where `megamor fetch-data` writes unless told otherwise
+    raw = downloaded if all(any(downloaded.glob(f"{each}.*")) for each in wanted) else raw / name
+    if not all(any(raw.glob(f"{each}.*")) for each in wanted):
         local = ["--from", str(data["from"])] if "from" in data else []
-        _call("fetch-data", name, "--output-dir", str(raw), "--splits", "train", split, *local)
-        found = [next(raw.rglob(f"{each}.*"), None) for each in ("train", split)]
+        _call("fetch-data", name, "--output-dir", str(raw.parent), "--splits", *wanted, *local)
+    found = [next(raw.glob(f"{each}.*"), None) for each in wanted]
     return [path for path in found if path is not None]
 
 

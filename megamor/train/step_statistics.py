@@ -36,6 +36,8 @@ class StepSummary:
     """Query-key pairs of a block that sees every token."""
     grad_norm: float = math.nan
     """Global norm before clipping."""
+    router_grad_norm: float | None = None
+    """The same of the routers' gradients alone; None where `Backend.router_square` is."""
 
     @property
     def mean_depth(self) -> float | None:
@@ -101,6 +103,7 @@ class PendingSummary:
             score_gradients=found["score_gradients"].tolist() if "score_gradients" in found else [],
             pairs=float(found["pairs"]) if "pairs" in found else None,
             grad_norm=float(found["grad_norm"]),
+            router_grad_norm=math.sqrt(found["router_square"]) if "router_square" in found else None,
         )
 
 
@@ -159,11 +162,13 @@ class StepStatistics:
         """Add this rank's largest gradient at the scores of each watched router, of the whole step."""
         self._sum("score_gradients", largest.double())
 
-    def reduce(self, grad_norm: Tensor) -> PendingSummary:
+    def reduce(self, grad_norm: Tensor, router_square: Tensor | None = None) -> PendingSummary:
         """Sum over ranks and start the copy to the host, without waiting for either. Collective.
 
-        `grad_norm` is the same on every rank already and only travels along.
+        `grad_norm` is the same on every rank already and only travels along; `router_square` is `Backend`'s.
         """
+        if router_square is not None:
+            self._sum("router_square", router_square)
         # All sums travel in one vector: a reduction costs its latency, not its few hundred bytes. Ranks concatenate in
         # the same order because they run the same model.
         flat = torch.cat([value.flatten() for value in self.sums.values()])

@@ -11,16 +11,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain
+from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain, sweep_depth
 from megamor.cli.serve import check_port
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
+from megamor.data.shard import TokenShard
 from megamor.errors import ConfigError
 from megamor.load import usable_device
 from megamor.parallel import init_world
@@ -147,18 +149,93 @@ def test_evaluate_a_moved_checkpoint(moved: Path, capsys: pytest.CaptureFixture,
     evaluate.main([*arguments, "--sequences", "8", "--batch-size", "4", "--device", "cpu"])
     shown = capsys.readouterr().out
     assert "step 6" in shown
-    assert re.search(r"^│ val +│ causal ", shown, re.MULTILINE)
-    figures = json.loads((tmp_path / "x.json").read_text())
+    assert re.search(r"^│ val *│ causal", shown, re.MULTILINE)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert (found["schema"], found["step"], found["exit"]) == ("megamor-evaluation/1", 6, None)
+    assert found["checkpoint"] == str(moved / "model")
+    assert {"commit", "versions"} <= found["origin"].keys()
+    figures = found["sets"]["val"]
+    assert found["mean"]["loss_causal"] == figures["loss_causal"]
+    assert f"{figures['bits_per_byte_causal']:.3f}" in shown
     assert figures["tokens"] == 8 * 32
     assert 2 < figures["loss_topk"] < 6
     assert figures["gap"] == pytest.approx(figures["loss_causal"] - figures["loss_topk"])
     assert figures["mean_depth_topk"] == pytest.approx((32 + 21 + 10) / 32)
 
 
+def test_several_sets_have_the_shape_of_one(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A row for each of three sets, named as briefly as they can be told apart, and the mean."""
+    prefixes = [moved / "val", tmp_path / "a" / "val", tmp_path / "a" / "third"]
+    for number, prefix in enumerate(prefixes[1:]):
+        prefix.parent.mkdir(exist_ok=True)
+        shard = TokenShard.open(str(moved / "val"))
+        with ShardWriter(prefix, np.dtype("<u2")) as writer:
+            writer.add(shard.tokens[100 * number + 7 : 700].tolist())
+            writer.commit()
+    options = ["--checkpoint", str(moved / "model"), "--device", "cpu", "--json", str(tmp_path / "x.json")]
+    evaluate.main([*options, "--data", *map(str, prefixes), "--by-position"])
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "x.json").read_text())
+    names = [f"{moved.name}/val", "a/val", "a/third"]
+    assert [*found["sets"]] == names
+    assert [figures["data"] for figures in found["sets"].values()] == [str(prefix) for prefix in prefixes]
+    for name, value in found["mean"].items():
+        assert value == pytest.approx(np.mean([figures[name] for figures in found["sets"].values()]))
+    assert {"loss_topk", "loss_causal", "accuracy_causal", "bits_per_byte_causal"} <= found["mean"].keys()
+    assert f"│ mean of the sets│ causal│ {found['mean']['loss_causal']:.4f}│" in re.sub(" +│", "│", shown)
+    for name in names:
+        assert re.search(rf"│ {name} *│ top-k", shown)
+        assert f"{name}: positions         0: " in shown
+    for prefix in prefixes:
+        evaluate.main([*options, "--data", str(prefix), "--by-position"])
+        alone = json.loads((tmp_path / "x.json").read_text())
+        assert alone.keys() == found.keys()
+        (figures,) = alone["sets"].values()
+        assert figures in found["sets"].values(), "the same figures alone and beside others"
+    message = refusal(capsys, evaluate.main, *options, "--data", prefixes[0], prefixes[1], prefixes[0])
+    assert "names a data set twice" in message
+
+
+def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Entries are those of separate `evaluate` runs; one table, one JSON file, one plot."""
+    base = ["--checkpoint", str(moved / "model"), "--data", str(moved / "val"), "--sequences", "8", "--device", "cpu"]
+    files = ["--json", str(tmp_path / "sweep.json"), "--plot", str(tmp_path / "sweep.svg")]
+    sweep_depth.main([*base, *files, "--thresholds", "0.2,0.8", "--exits", "entropy:4.5,5.5", "kl:0.1"])
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert (found["schema"], found["step"], found["data"]) == ("megamor-sweep/1", 6, {"val": str(moved / "val")})
+    rules = [(entry["rule"], entry["value"]) for entry in found["entries"]]
+    depths = [(rule, n) for rule in ("max_depth", "fixed_depth") for n in (1, 2, 3)]
+    thresholds = [("inference_threshold", 0.2), ("inference_threshold", 0.8)]
+    assert rules == [("own", None), *depths, *thresholds, ("entropy", 4.5), ("entropy", 5.5), ("kl", 0.1)]
+    assert len(re.findall("^│", shown, re.MULTILINE)) == len(rules)
+    options = {("own", None): [], ("entropy", 5.5): ["--exit", "entropy", "--exit-threshold", "5.5"]}
+    for rule, chosen in options.items():
+        evaluate.main([*base, *chosen, "--json", str(tmp_path / "x.json")])
+        figures = json.loads((tmp_path / "x.json").read_text())["sets"]["val"]
+        entry = found["entries"][rules.index(rule)]
+        for name in ("loss", "accuracy", "mean_depth", "flops_per_token"):
+            assert entry[name] == figures[f"{name}_causal"]
+    drawn = ElementTree.parse(tmp_path / "sweep.svg").getroot()
+    words = {text.strip() for text in drawn.itertext()}
+    labels = {"at most n recursions", "exactly n recursions", "router.inference_threshold", "exit: entropy", "exit: kl"}
+    axes = {"executed FLOPs per token of a forward pass", "loss (nats per token)"}
+    assert labels | axes | {"the model's own rule"} <= words
+    for option, told in (
+        (["--exits", "entropy"], "write a rule and thresholds, such as entropy:0.5,1, or none"),
+        (["--exits", "luck:1"], "exit = luck is unknown"),
+        (["--thresholds", "1.5"], "inference_threshold = 1.5: give a number between 0 and 1"),
+        (["--thresholds", "a"], "'a' are no numbers with commas between them"),
+        (["--max-depths", "4"], "max_depth = 4: the model has 3 recursions; give 1 to 3"),
+        (["--plot", "sweep.png"], "--plot sweep.png: give a name that ends in .svg"),
+    ):
+        assert told in refusal(capsys, sweep_depth.main, *base, *option)
+
+
 def test_loss_against_the_bytes_of_the_cache(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(moved / "model"), "--data", str(moved / "val"), "--json", str(tmp_path / "x.json")]
     evaluate.main([*arguments, "--sequences", "4", "--device", "cpu", "--kv-budgets", "9,32", "--kv-sinks", "1"])
-    figures = json.loads((tmp_path / "x.json").read_text())
+    figures = json.loads((tmp_path / "x.json").read_text())["sets"]["val"]
     free, tight, wide = figures["kv_curve"]
     assert [row["budget"] for row in figures["kv_curve"]] == [None, 9, 32]
     assert free["loss"] == pytest.approx(figures["loss_causal"], rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -66,6 +67,50 @@ def test_twenty_steps_agree_with_one_process(config: Config, router: str, whole_
     assert results[0] == results[-1]
     assert whole_batch[router][-1][0] < 0.9 * whole_batch[router][0][0]  # something was learned
     assert max(relative_differences(whole_batch[router], results[0])) < TOLERANCE
+
+
+def router_norms(config: Config) -> list[float]:
+    """Norm of the routers' gradients in three steps, as their statistics reduce it."""
+    backend, found = start(config), []
+    for step in range(3):
+        run_step(backend, step, config)
+        square = backend.router_square.clone()
+        if backend.world_size > 1:
+            torch.distributed.all_reduce(square)
+        found.append(square.sqrt().item())
+    return found
+
+
+def norms_by_hand(config: Config) -> list[float]:
+    """The same from the gradients that one process's optimizer gets."""
+    backend, found = start(config), []
+    update = backend.optimizer.step
+
+    def recorded() -> None:
+        named = [parameter for name, parameter in backend.module.named_parameters() if "router" in name]
+        found.append(math.sqrt(sum(parameter.grad.double().square().sum().item() for parameter in named)))
+        update()
+
+    backend.optimizer.step = recorded  # type: ignore[method-assign, assignment]
+    for step in range(3):
+        run_step(backend, step, config)
+    return found
+
+
+@pytest.mark.parametrize("parallel", [("ddp", None), ("fsdp2", None), ("fsdp2", 1)], ids=["ddp", "fsdp2", "hsdp"])
+def test_routers_have_a_gradient_norm_of_their_own(parallel: tuple[str, int | None]) -> None:
+    """Of slices, copies and groups of copies alike, and before clipping."""
+
+    def clipped(config: Config, limit: float) -> Config:
+        return replace(config, optim=replace(config.optim, grad_clip=limit))
+
+    alone = tiny("single", micro_batch_size=4)
+    expected = run_ranks(norms_by_hand, clipped(alone, 1e9), world_size=1)[0]
+    assert min(expected) > 0
+    assert run_ranks(router_norms, clipped(alone, 1e-4), world_size=1)[0][0] == pytest.approx(expected[0], rel=1e-6)
+    shared = tiny(parallel[0], shard_degree=parallel[1], micro_batch_size=2)
+    for found in run_ranks(router_norms, clipped(shared, 1e9)):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_bf16_backends_stay_close() -> None:

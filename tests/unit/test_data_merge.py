@@ -286,3 +286,16 @@ def test_jobs_that_end_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.glob("*.partial"))
     merge_data.main(["--output-prefix", str(tmp_path / "x")])
     assert documents_of(tmp_path / "x") == [[97] * 9, [98] * 9]
+
+
+def test_sources_whose_tokens_are_not_in_the_listed_order_are_marked(tmp_path: Path) -> None:
+    """x comes again after y; in the second case, it comes first in the list and second in the data."""
+    for number, (first, second) in enumerate([((2, 2), (2, 0)), ((0, 2), (2, 0)), ((2, 2), (0, 2)), ((2, 0), (2, 2))]):
+        parts = []
+        for part, counts in enumerate((first, second)):
+            listed = [{"name": name, "documents": n // 2, "tokens": n} for name, n in zip("xy", counts, strict=True)]
+            name = tmp_path / f"{number}_{part}"
+            parts.append(write(name, [[1, 2]] * (sum(counts) // 2), replace(META, sources=listed)))
+        merge_data.main(["--inputs", *parts, "--output-prefix", str(tmp_path / f"all_{number}")])
+        meta = meta_of(tmp_path / f"all_{number}")
+        assert [source.get("scattered", False) for source in meta.sources] == [number < 2, False]
