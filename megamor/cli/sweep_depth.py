@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from megamor.evaluate.sweep import Setting
 
 SCHEMA = "megamor-sweep/1"
-LABELS = {
-    "own": "own rule",
-    "max_depth": "at most n recursions",
-    "fixed_depth": "exactly n recursions",
-    "shift": "scores shifted",
-}
 
 
 def numbers(text: str) -> list[float]:
@@ -54,18 +48,12 @@ def exit_values(text: str) -> tuple[str, list[float]]:
     return name, [] if text == "none" else numbers(values)
 
 
-def label(rule: str) -> str:
-    """What a rule is called in the table and the plot."""
-    from megamor.config.exits import EXITS
-
-    return f"exit: {rule}" if rule in EXITS else LABELS.get(rule, f"router.{rule}")
-
-
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a row for each setting."""
     from rich.table import Table
 
     from megamor.progress import format_count, plain_console
+    from megamor.report.router import label
 
     table = Table(padding=(0, 0, 0, 1))
     table.add_column("rule")
@@ -77,21 +65,6 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
         figures = f"{row['loss']:.4f}", f"{row['accuracy']:.1%}", f"{row['mean_depth']:.2f}"
         table.add_row(label(row["rule"]), value, *figures, format_count(flops), f"{flops / own:.0%}")
     plain_console().print(table)
-
-
-def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss against executed FLOPs, a curve for each rule and a star for the model's own."""
-    from megamor.report.figures import COLOURS, canvas, look, save
-
-    own, *others = entries
-    rules = dict.fromkeys(row["rule"] for row in others)
-    with canvas("Loss against compute", "executed FLOPs per token of a forward pass", "loss (nats per token)") as drawn:
-        for style, rule in enumerate(rules):
-            points = sorted((row["flops_per_token"], row["loss"]) for row in others if row["rule"] == rule)
-            drawn.axes.plot(*zip(*points, strict=True), label=label(rule), **look(style))
-        mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
-        drawn.axes.plot([own["flops_per_token"]], [own["loss"]], label="the model's own rule", **mark)
-    save(drawn.svg, path)
 
 
 @user_errors()
@@ -123,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.load import load_model
     from megamor.origin import describe_origin
     from megamor.progress import ProgressDisplay
+    from megamor.report.figures import save
+    from megamor.report.router import label, sweep_figure
 
     exits = None if arguments.exits is None else dict(arguments.exits)
     rules = [ExitRule(name, value) for name, values in (exits or {}).items() for value in values]
@@ -158,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        draw(entries, arguments.plot)
+        save(sweep_figure(entries), arguments.plot)

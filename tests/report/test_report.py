@@ -12,7 +12,7 @@ from megamor.cli import report
 from megamor.report import content
 from megamor.report.build import build_page
 from megamor.report.runs import read_results
-from tests.commands import status
+from tests.commands import refusal, status
 from tests.report.browser import BROWSER, browsing
 from tests.report.fixture import LABELS, config_of, lines_of, write_run, write_study
 from tests.report.test_figures import Reader
@@ -43,7 +43,7 @@ def test_a_study_has_every_section(tmp_path: Path, capsys: pytest.CaptureFixture
                  "expert-choice against random (open gates): not resolved.",
                  "Behind the floor trigram (3.2000 nats/token)",
                  "megamor study run studies/routing.yaml",
-                 "arXiv 2507.10524", "114 settings that are the same"):  # fmt: skip
+                 "arXiv 2507.10524", "settings that are the same"):  # fmt: skip
         assert text in page
     assert "lr_at_edge" not in page
 
@@ -117,3 +117,29 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         browser.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     assert set(LABELS.values()) <= set(re.findall(r">([^<]+)</", page.read_text()))
+
+
+SWEEP = {
+    "schema": "megamor-sweep/1", "checkpoint": "runs/x", "left_out": ["exit kl: no recursion"],
+    "entries": [{"rule": rule, "value": value, "loss": loss, "flops_per_token": flops} for rule, value, loss, flops in (
+        ("own", None, 3.0, 2e6), ("max_depth", 1, 3.4, 1e6), ("max_depth", 2, 3.1, 1.5e6), ("entropy", 1.0, 3.2, 1.4e6))],
+}  # fmt: skip
+STAGE = {"depths": [0, 30, 70], "correlations": {"position": {"value": -0.2, "low": -0.3, "high": -0.1}},
+         "classes": {}, "curves": {}}  # fmt: skip
+ANALYSIS = {"schema": "megamor-analysis/1", "checkpoint": {"name": "x"}, "notes": ["One document."],
+            "modes": {"causal": {"stages": {"stage": STAGE}}}}  # fmt: skip
+
+
+def test_sweeps_and_analyses_are_added(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = write_run(tmp_path / "x", config_of("vanilla", 0), lines_of("vanilla", 0, 40))
+    files = [tmp_path / "sweep.json", tmp_path / "analysis.json"]
+    for file, content_of in zip(files, (SWEEP, ANALYSIS), strict=True):
+        file.write_text(json.dumps(content_of))
+    assert status(report.main, run, *files, "--output", tmp_path / "a" / "page.html") == 0
+    page = (tmp_path / "a" / "page.html").read_text()
+    assert headings(page)[-2:] == ["Other depths than its own: runs/x", "What the router of x has learned: stage"]
+    for text in ("at most n recursions", "exit: entropy", "Left out: exit kl: no recursion", "One document."):
+        assert text in page
+    for wrong, told in (("[1]", "has the schema None"), ("{", "can't be read")):
+        files[0].write_text(wrong)
+        assert told in refusal(capsys, report.main, run, files[0])
