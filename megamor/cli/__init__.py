@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megamor import __version__
@@ -30,11 +31,17 @@ COMMANDS: dict[str, str] = {
     "inspect-data": "show and check a shard",
     "plan": "estimate memory, traffic and time of a run on given GPUs",
     "study": "compare models: arms, tuned learning rates, paired seeds, intervals",
+    "compare": "put runs into one table: matched by what, different by how much",
+    "report": "write an HTML page about a study or runs",
+    "dashboard": "show runs in a browser while they train",
     "pretrain": "train a model, or resume training",
     "launch": "start the training processes of one machine",
-    "evaluate": "measure the validation loss of a checkpoint",
+    "evaluate": "measure the loss of a checkpoint on data, or downstream tasks",
+    "sweep-depth": "measure a checkpoint at other depths and thresholds: loss against FLOPs",
     "generate": "continue a prompt and show how deep each token went",
     "serve": "serve a checkpoint over HTTP (OpenAI completions API)",
+    "analyze": "show what a trained router has learned",
+    "trace": "list the documents that a step of a run reads",
     "export-hf": "export a checkpoint to Hugging Face format",
     "merge": "merge checkpoints into one with averaged weights",
     "import": "import a checkpoint of the paper's authors",
@@ -106,6 +113,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return value
+
+
+def output_file(text: str) -> Path:
+    """A file that a command writes at its end, as an argument's type: what is wrong with it is said at the start."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        fault = "is a directory" if path.is_dir() else "can't be written: create its directory, or give another file"
+        raise argparse.ArgumentTypeError(f"{text} {fault}")
+    return path
 
 
 def integers(text: str) -> list[int]:

@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(words)
     import torch
 
-    from megamor.bench.origin import describe_origin
+    from megamor.origin import describe_origin
 
     if getattr(args, "device", None) is None:
         gpu = torch.cuda.is_available() if args.what == "serve" else bool(getattr(args, "sizes", None))

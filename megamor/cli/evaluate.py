@@ -1,7 +1,9 @@
-"""Measure the validation loss of a checkpoint, per token.
+"""Measure a checkpoint: its validation loss per token, and downstream tasks through lm-evaluation-harness.
 
-example:
+examples:
   megamor evaluate --checkpoint runs/quickstart/checkpoints/latest --data runs/quickstart/data/stdlib_val
+  megamor evaluate --checkpoint runs/mor_135m --tasks paper,wikitext,ptb --json figures.json
+  torchrun --no-python --nproc-per-node 8 megamor evaluate --checkpoint runs/mor_135m --tasks glue --num-fewshot 5
 
 Routers that look ahead in training get two rows. `top-k` is the routing of training: it sees later tokens, so it can't
 generate text. `causal` is the inference rule, and the only figure to quote. The smaller the gap between the two, the
@@ -16,7 +18,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from megamor.cli import add_cache_options, add_exit_options, cache_options, chosen_exit, command_parser, integers
+from megamor.cli import (
+    add_cache_options,
+    add_exit_options,
+    cache_options,
+    chosen_exit,
+    command_parser,
+    integers,
+    output_file,
+)
+from megamor.cli.evaluate_tasks import add_task_options, measure_tasks, read_tasks
 from megamor.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
@@ -28,9 +39,18 @@ MEANS = ("loss", "bits_per_byte", "accuracy", "mean_depth", "flops_per_token")
 ROUTINGS = (("topk", "top-k"), ("causal", "causal"))
 
 
+def named_sets(prefixes: Sequence[str]) -> dict[str, str]:
+    """Data sets by short names; ConfigError if one is given twice."""
+    from megamor.data.dataset import short_names
+
+    if len({Path(prefix) for prefix in prefixes}) < len(prefixes):
+        raise ConfigError(f"--data names a data set twice: {' '.join(prefixes)}; name each once")
+    return dict(zip(short_names(prefixes), prefixes, strict=True)) if prefixes else {}
+
+
 def document(loaded: LoadedModel, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the JSON file says of data sets, by name; `mean` has the plain means over the sets."""
-    from megamor.bench.origin import describe_origin
+    from megamor.origin import describe_origin
 
     return {
         "schema": SCHEMA,
@@ -97,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a checkpoint, `latest`, or the directory of a run or an export")
-    add("--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
+    add("--data", default=[], nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
     add("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
     add("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
     add(
@@ -111,38 +131,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_cache_options(parser)
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     add_exit_options(parser)
-    add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    add_task_options(parser)
+    add("--json", type=output_file, metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args(argv)
     for option in ("sequences", "batch_size"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    if not (arguments.data or arguments.tasks):
+        parser.error("nothing to measure: give --data or --tasks")
     rule, kept = chosen_exit(arguments), cache_options(arguments, arguments.kv_budgets)
 
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from megamor.data.dataset import short_names
+    from megamor.config import ParallelConfig
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
+    from megamor.parallel import close_world, init_world
     from megamor.progress import plain_console
+    from megamor.ranks import report_errors_once, run_on_all_ranks
 
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
-    loaded = load_model(arguments.checkpoint, arguments.device)
-    loaded.model.set_exit(rule)
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = dict(zip(short_names(arguments.data), arguments.data, strict=True))
-    if len({Path(prefix) for prefix in arguments.data}) < len(arguments.data):
-        raise ConfigError(f"--data names a data set twice: {' '.join(arguments.data)}; name each once")
-    results = {}
+    names = named_sets(arguments.data)
+    world = init_world(ParallelConfig())
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        for name, prefix in names.items():
-            figures = dataset_losses(loaded, prefix, **size, bounds=bounds, by=by, watch=progress.track)
-            results[name] = {"data": prefix, **figures}
-    show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document(loaded, results), indent=1) + "\n", encoding="utf-8")
+    silent = not (terminal.is_terminal and world.is_main)
+    with report_errors_once(), Progress(*columns, console=terminal, transient=True, disable=silent) as progress:
+        loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
+        loaded.model.set_exit(rule)
+        if arguments.tasks:
+            run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
+            tasks = run_on_all_ranks(lambda: read_tasks(arguments))
+
+        def losses() -> dict[str, Any]:
+            # Ranks share the work of tasks only.
+            options: dict[str, Any] = {"bounds": bounds, "by": by, "watch": progress.track}
+            sets = names.items() if world.is_main else ()
+            return {
+                name: {"data": prefix, **dataset_losses(loaded, prefix, **size, **options)} for name, prefix in sets
+            }
+
+        results = run_on_all_ranks(losses)
+        if results:
+            show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
+        report = document(loaded, results)
+        if arguments.tasks:
+            bars: dict[str, TaskID] = {}
+
+            def watch(what: str, total: int, done: int) -> None:
+                bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
+                progress.update(bars[what], completed=done)
+
+            report["tasks"] = measure_tasks(arguments, loaded, tasks, watch, world.is_main)
+    if arguments.json and world.is_main:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    close_world()

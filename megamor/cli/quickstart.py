@@ -169,7 +169,7 @@ class Quickstart:
         """Add times, machine and versions to report.json, and check that the model has learned something."""
         import torch
 
-        from megamor.bench.origin import describe_origin
+        from megamor.origin import describe_origin
 
         path = self.root / "report.json"
         # A repeated quickstart finds all steps done: the times of the one that made the report stay.

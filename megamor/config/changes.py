@@ -67,7 +67,9 @@ _CLASSES: dict[Effect, str] = {
         train.add_shared_gradients_in_fp32 train.compile
         parallel.backend parallel.shard_degree parallel.zero_stage parallel.reshard_after_forward
         parallel.deepspeed_config""",
-    Effect.EVALUATION: "data.validation train.eval_every train.eval_sequences",
+    Effect.EVALUATION: """
+        data.validation train.eval_every train.eval_sequences
+        train.eval_tasks train.eval_tasks_every train.eval_tasks_limit train.eval_tasks_fewshot""",
     Effect.WATCH: """
         guard.window guard.skip_non_finite guard.max_skips_in_a_row guard.spike_threshold guard.spike_steps
         guard.rollback_steps guard.max_rollbacks

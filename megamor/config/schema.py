@@ -304,6 +304,14 @@ class TrainConfig:
     """Steps between validations; there is one at the end too."""
     eval_sequences: PositiveInt = 512
     """Sequences of each validation set that a validation reads, at most."""
+    eval_tasks: tuple[str, ...] = ()
+    """Downstream tasks to evaluate during training: names that `megamor evaluate --tasks` knows, or YAML files."""
+    eval_tasks_every: PositiveInt | None = None
+    """Steps between evaluations of `eval_tasks`; there is one at the end too. null: those of `eval_every`."""
+    eval_tasks_limit: PositiveInt | None = None
+    """Documents of each task to use, at most; null: all."""
+    eval_tasks_fewshot: NonNegativeInt | None = None
+    """Examples in front of each question; null: as many as the task says."""
     hang_timeout_seconds: Positive | None = 540.0
     """A rank that makes no progress for this long exits with the requeue status (75); null disables the watchdog."""
 

@@ -58,6 +58,11 @@ def _names(config: Config) -> Iterator[str]:
     for label in config.data.validation:
         if not label or "/" in label:
             yield f"data.validation has a set named {label!r}, which becomes part of metric names: drop the slash"
+    if config.train.eval_tasks and config.data.tokenizer is None:
+        yield f"train.eval_tasks = {', '.join(config.train.eval_tasks)} needs text: set data.tokenizer"
+    for setting in ("eval_tasks_every", "eval_tasks_limit", "eval_tasks_fewshot"):
+        if not config.train.eval_tasks and (value := getattr(config.train, setting)) is not None:
+            yield f"train.{setting} = {value} without tasks: set train.eval_tasks, or leave it out"
 
 
 def _sources(config: Config) -> Iterator[str]:

@@ -180,9 +180,16 @@ class TrainingData:
     def fill(self, batch: BatchArrays, first_sample: int, order: SampleOrder) -> None:
         """Write the samples from `first_sample` on into `batch`.
 
-        Raises DataError for a token id outside the vocabulary, or samples of a data set that isn't listed any more.
+        Raises DataError for a token id outside the vocabulary, and what `find` raises.
         """
         count, seq_len = batch.inputs.shape
+        fill_batch(batch, self.find(first_sample, count, seq_len, order), self.vocab_size)
+
+    def find(self, first_sample: int, count: int, seq_len: int, order: SampleOrder) -> list[ShardSpans]:
+        """Where `count` samples of `seq_len` pairs are. Slots count through the rows of a batch that they fill.
+
+        Raises DataError for samples of a data set that isn't listed any more.
+        """
         samples = np.arange(first_sample, first_sample + count)
         indices, positions = order.locate(samples)
         found = []
@@ -195,8 +202,8 @@ class TrainingData:
                 )
             chosen = np.flatnonzero(indices == index)
             spans = source.spans(positions[chosen], chosen * seq_len, seq_len, self.seed)
-            found.append(ShardSpans(source.shard, spans, source.inside_documents))
-        fill_batch(batch, found, self.vocab_size)
+            found.append(ShardSpans(source.shard, _without_gaps(spans, seq_len), source.inside_documents))
+        return found
 
     def resumed(self, state: Mapping[str, Any]) -> TrainingData:
         """The same data in the chunks of the run whose loader saved `state`.
@@ -260,7 +267,6 @@ def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int)
     if not inputs.size:
         return
     seq_len = batch.inputs.shape[1]
-    found = [replace(each, spans=_without_gaps(each.spans, seq_len)) for each in found]
     lengths = np.zeros(len(batch.inputs), np.int64)
     for each in found:
         np.add.at(lengths, each.spans.slots // seq_len, each.spans.lengths)

@@ -81,12 +81,16 @@ class RecursionStage(nn.Module):
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
         self.exit: Exit | None = None
+        self.observe: Callable[[RoutingSession, Tensor], RoutingSession] | None = None
+        """Given the session of a forward pass and the stage's input, returns one that passes its results on."""
 
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
     ) -> StageOutput:
         """stream [T, dim] through up to Nr recursions."""
         session = self.begin(stream, context)
+        if self.observe is not None:
+            session = self.observe(session, stream)
         policy = KVPolicy(self.kv_policy, cache, self.name)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.

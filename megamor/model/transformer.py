@@ -107,6 +107,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.recomputation = Recomputation()
         self.exit: ExitRule | None = None
+        self.depth_bounds: tuple[int, int] | None = None
+        """In the causal mode, fewest and most recursions of a token in each stage, unless `bounds` are given."""
         self.limit_recursions(None)
 
     def limit_recursions(self, most: int | None) -> None:
@@ -159,6 +161,8 @@ class Transformer(nn.Module):
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
+        if self.depth_bounds and bounds is None and mode == "causal":
+            bounds = DepthBounds(*(torch.full((len(everything),), n, device=inputs.device) for n in self.depth_bounds))
         reads_text = mode != "train" and any(stage.router.reads_text for stage in self.stages.values())
         context = RoutingContext(
             batch=inputs.shape[0],

@@ -85,7 +85,7 @@ def canvas(
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     ink, soft, line = (COLOURS[name][0] for name in ("ink", "soft", "line"))
     style: Any = {
@@ -108,12 +108,20 @@ def canvas(
         yield drawn
         handles, labels = axes.get_legend_handles_labels()
         if labels:
-            columns = max(1, min(len(labels), int(46 // (max(map(len, labels)) + 6))))
+            columns = max(1, min(len(labels), int(290 // (41 + 5.2 * max(map(len, labels))))))
             # Rows beyond the second would be taken from the axes' height.
             figure.set_figheight(size[1] + 0.17 * max(0, -(-len(labels) // columns) - 2))
-            figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.6)
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "linear" and max(map(abs, axis.get_view_interval())) >= 1e4:
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.6, columnspacing=1)
+        for axis in () if polar else (axes.xaxis, axes.yaxis):
+            low, high = sorted(map(abs, axis.get_view_interval()))
+            if axis.get_scale() == "log":
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+                axis.set_major_formatter(
+                    EngFormatter(sep=" ") if high >= 1e4 else FuncFormatter(lambda value, _: f"{value:g}")
+                )
+                axis.set_minor_formatter(NullFormatter())
+            elif high >= 1e4:
+                axis.set_major_locator(MaxNLocator(6))
                 axis.set_major_formatter(EngFormatter(sep=" "))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -231,7 +239,7 @@ def strips(title: str, y: str, groups: Mapping[str, Sequence[float]]) -> str:
             drawn.axes.plot(places, values, **look(index) | {"linestyle": ""}, alpha=0.9)
             if values:
                 drawn.axes.hlines(math.fsum(values) / len(values), index - 0.3, index + 0.3, color=colour(index))
-        turned = {"rotation": 28, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 3 else {}
+        turned = {"rotation": 28, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, groups)) > 34 else {}
         drawn.axes.set_xticks(range(len(groups)), [str(name) for name in groups], **turned)
         drawn.axes.set_xlim(-0.6, len(groups) - 0.4)
         drawn.axes.grid(visible=False, axis="x")
@@ -252,7 +260,7 @@ def stack(title: str, x: str, y: str, places: Sequence[float], layers: Mapping[s
 
 def radar(title: str, axes_names: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
     """Values between 0 and 1 on axes around a centre, one polygon for each series."""
-    with canvas(title, size=(4.15, 3.9), polar=True) as drawn:
+    with canvas(title, size=(4.15, 3.4), polar=True) as drawn:
         angles = [2 * math.pi * i / len(axes_names) for i in range(len(axes_names))]
         for index, (label, values) in enumerate(series.items()):
             drawn.axes.plot([*angles, angles[0]], [*values, values[0]], label=label, **look(index))

@@ -20,9 +20,11 @@ p, ul { max-width: 46rem; margin: .5rem 0; } ul { padding-left: 1.2rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem;
   align-items: start; }
 figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; max-width: 34rem; height: auto; display: block; }
+div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 caption { text-align: left; padding-bottom: .3rem; }
-th, td { text-align: left; padding: .28rem .7rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; overflow-wrap: break-word;
+  padding: .28rem .7rem .28rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } thead th { vertical-align: bottom; } .n { text-align: right; }
 code, pre { font: .86rem/1.45 ui-monospace, monospace; white-space: pre-wrap; } summary { cursor: pointer; }
 @media screen and (max-width: 640px) {
@@ -97,7 +99,7 @@ class Page:
             ]
             body += f'<tr><th scope="row">{html.escape(row[0])}</th>{"".join(cells)}</tr>\n'
         title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        table = f"<table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        table = f'<div class="table"><table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
         self.parts.append(f"<details><summary>{html.escape(fold)}</summary>{table}</details>" if fold else table)
 
     def render(self) -> str:

@@ -14,16 +14,20 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megamor.config import TargetConfig
 from megamor.routing.control import DepthControl
 from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 
+THRESHOLDS = ("inference_threshold", "threshold", "epsilon")
+"""Settings with which routers compare probabilities at inference."""
 Mode = Literal["train", "topk", "causal"]
 """train: training-time selection with losses; topk: the same selection without them; causal: the inference rule."""
 
@@ -244,6 +248,32 @@ class Router(nn.Module, ABC):
     def steered(self, scores: Tensor, by: Tensor | float = 1.0) -> Tensor:
         """`scores` plus the shift times `by`."""
         return scores if self.control is None else scores + self.shift * by
+
+    @property
+    def threshold_name(self) -> str | None:
+        """What `at_threshold` changes: a setting, or the `shift` of scores that meet learned numbers or each other."""
+        config = getattr(self, "config", None)
+        named = [name for name in THRESHOLDS if hasattr(config, name)]
+        return (named or ["shift"])[0] if isinstance(config, TargetConfig) else None
+
+    @contextmanager
+    def at_threshold(self, value: float) -> Iterator[None]:
+        """Follow the inference rule with another threshold for a while: `value`, or `value` added to the shift."""
+        name, config = self.threshold_name, getattr(self, "config", None)
+        new: dict[str, Any] = {}
+        if name not in ("shift", None):
+            new = {"config": replace(config, **{name: value})}  # type: ignore[type-var]
+        elif name is not None:
+            own = torch.zeros((), device=next(self.parameters()).device) if self.control is None else self.shift
+            new = {"control": self.control or DepthControl(0.0, self.full_depth), "shift": own + value}
+        before = {key: getattr(self, key, None) for key in new}
+        for key, item in new.items():
+            setattr(self, key, item)
+        try:
+            yield
+        finally:
+            for key, item in before.items():
+                setattr(self, key, item)
 
     @torch.no_grad()
     def update(self, totals: dict[str, Tensor]) -> None:

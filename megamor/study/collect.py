@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from megamor.bench.origin import describe_origin
 from megamor.config import config_from_dict
 from megamor.config.paths import expand_path
 from megamor.data.loader import open_validation_sets
@@ -22,6 +21,7 @@ from megamor.errors import ConfigError, TrainingError
 from megamor.evaluate.floors import seen_windows, validation_windows
 from megamor.evaluate.ngram import NGramModel, count_table_accuracy
 from megamor.files import parse_json, replace_file
+from megamor.origin import describe_origin
 from megamor.study.jobs import Job, jobs_of, read_result
 from megamor.study.laws import fit_families
 from megamor.study.spec import Study

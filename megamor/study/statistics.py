@@ -46,7 +46,7 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return Difference(mean, mean - half, mean + half, n)
 
 
-def sentence(a: str, b: str, difference: Difference, unit: str = "nats/token") -> str:
+def sentence(a: str, b: str, difference: Difference, unit: str = "nats/token", lower_is_better: bool = True) -> str:
     """What the difference of two arms allows to say."""
     d = difference
     if d.n == 1:
@@ -54,5 +54,5 @@ def sentence(a: str, b: str, difference: Difference, unit: str = "nats/token") -
     interval = f"95 % interval {d.low:+.4f} to {d.high:+.4f}, {d.n} seeds"
     if d.verdict == "not resolved":
         return f"{a} against {b}: not resolved ({d.mean:+.4f} {unit}, {interval})."
-    better, worse = (a, b) if d.verdict == "a" else (b, a)
+    better, worse = (a, b) if (d.verdict == "a") == lower_is_better else (b, a)
     return f"{better} is better than {worse} by {abs(d.mean):.4f} {unit} ({a} minus {b}: {interval})."

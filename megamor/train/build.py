@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megamor.config.batches import BatchSchedule
 from megamor.config.derive import derive
 from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
-from megamor.data.loader import TrainingLoader, ValidationSet, open_validation_sets
+from megamor.data.loader import TrainingLoader
 from megamor.errors import ConfigError
 from megamor.lock import WriteLock
 from megamor.metrics import (
@@ -39,6 +40,7 @@ from megamor.parallel.zero_config import engine_config
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
+from megamor.train.evaluations import TASKS, Evaluations
 from megamor.train.guard import Guard
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
 from megamor.train.stop import StopRequest
@@ -110,9 +112,9 @@ def build_trainer(config: Config, world: World) -> Trainer:
         print("\n".join(lines), flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
-    evaluated_step = from_first_rank(
-        lambda: last_evaluation(directory / METRICS_FILE, progress.step) if restored else 0
-    )
+    for prefix in (VALIDATION, TASKS) if restored else ():
+        last = from_first_rank(partial(last_evaluation, directory / METRICS_FILE, progress.step, prefix))
+        inputs.evaluations.done[prefix] = last
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     throughput = Throughput(peak_flops=peak_flops(device_name, config.train.precision), world_size=world.size)
     trainer = Trainer(
@@ -122,11 +124,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
         model=model,
         backend=backend,
         loader=inputs.loader,
-        validation=inputs.validation,
+        evaluations=inputs.evaluations,
         checkpoints=checkpoints,
         progress=progress,
         saved_step=progress.step,
-        evaluated_step=evaluated_step,
         sinks=[],
         throughput=throughput,
         display=TrainingDisplay(
@@ -156,10 +157,10 @@ def build_trainer(config: Config, world: World) -> Trainer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: training and validation data, and the tokenizer file, which goes into its checkpoints."""
+    """What a run reads: data, what it evaluates, and the tokenizer file, which goes into its checkpoints."""
 
     loader: TrainingLoader
-    validation: dict[str, ValidationSet]
+    evaluations: Evaluations
     tokenizer: bytes | None
     origin: Origin
 
@@ -177,10 +178,10 @@ def open_inputs(config: Config, world: World) -> Inputs:
         batches=BatchSchedule.of(config),
         pinned=world.device.type == "cuda",
     )
-    validation = open_validation_sets(config.data, vocab_size=vocab_size)
+    evaluations = Evaluations.open(config)
     # Read once, so that changing or deleting the file during the run does no harm.
     tokenizer = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer else None
-    return Inputs(loader, validation, tokenizer, Origin(data.fingerprints()))
+    return Inputs(loader, evaluations, tokenizer, Origin(data.fingerprints()))
 
 
 def run_directory(config: Config) -> Path:
@@ -237,8 +238,8 @@ def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bo
     return [*sinks, *trackers]
 
 
-def last_evaluation(metrics: Path, step: int) -> int | None:
-    """The newest step up to `step` with validation losses in the file `metrics`; None if there is none.
+def last_evaluation(metrics: Path, step: int, prefix: str = VALIDATION) -> int | None:
+    """The newest step up to `step` with a metric of this prefix in the file `metrics`; None if there is none.
 
     Raises:
         ConfigError: the file can't be read.
@@ -247,5 +248,5 @@ def last_evaluation(metrics: Path, step: int) -> int | None:
         records = read_jsonl(metrics) if metrics.exists() else []
     except OSError as error:
         raise ConfigError(f"can't read {metrics}: {error}; set run.dir or run.name") from error
-    evaluated = (record["step"] for record in records if any(k.startswith(VALIDATION) for k in record))
+    evaluated = (record["step"] for record in records if any(k.startswith(prefix) for k in record))
     return max((found for found in evaluated if found <= step), default=None)

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from megamor.config.batches import BatchSchedule
 from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.config.segments import max_depth, stages
-from megamor.data.loader import MicroBatch, TrainingLoader, ValidationSet
+from megamor.data.loader import MicroBatch, TrainingLoader
 from megamor.errors import MegamorError, TrainingError
 from megamor.lock import WriteLock
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
@@ -39,12 +39,13 @@ from megamor.parallel import Backend, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
+from megamor.train.evaluations import Evaluations
 from megamor.train.guard import Guard, Verdict
 from megamor.train.run_state import RunCheckpoints, RunProgress
 from megamor.train.step_statistics import PendingSummary, StepStatistics, StepSummary, UnreadStep
 from megamor.train.stop import Stopped, StopRequest
 from megamor.train.summary import LaunchSummary
-from megamor.train.validation import validation_losses
+from megamor.train.validation import ValidationLosses
 from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
@@ -69,7 +70,7 @@ class Trainer:
     model: Transformer
     backend: Backend
     loader: TrainingLoader
-    validation: Mapping[str, ValidationSet]
+    evaluations: Evaluations
     checkpoints: RunCheckpoints
     progress: RunProgress
     sinks: list[MetricSink]
@@ -86,8 +87,6 @@ class Trainer:
     """Whether the ranks have agreed to stop."""
     saved_step: int = 0
     """The newest step that is in a checkpoint or was handed over to be written; 0 before the first."""
-    evaluated_step: int | None = None
-    """The newest step with validation losses in the metrics."""
     data_wait: float = 0.0
     """Seconds until every rank had the batches of the latest step."""
     unread: deque[UnreadStep] = field(default_factory=deque)
@@ -108,7 +107,7 @@ class Trainer:
         with self.stop, self.display, self.watchdog, self.closed_at_the_end():
             if self.is_over():
                 self.announce(f"step {self.progress.step} is done and {self.describe_end()}: finished")
-            if self.is_time_to_evaluate():
+            if self.due_evaluations():
                 self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
             while not self.is_over() and not self.stopping:
@@ -124,7 +123,7 @@ class Trainer:
                 is_last = self.is_over()
                 if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
                     self.save(finish=is_last)
-                if self.is_time_to_evaluate() and verdict is not Verdict.SPIKE:
+                if self.due_evaluations() and verdict is not Verdict.SPIKE:
                     self.evaluate()
             self.finish()
         if self.stopping:
@@ -313,6 +312,7 @@ class Trainer:
             **summary.stage_metrics(stages(self.config)),
             **self.throughput.metrics(),
             "throughput/executed_flops": self.progress.flops,
+            "throughput/training_seconds": self.progress.seconds,
             "throughput/data_wait_seconds": step.data_wait,
             **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
             **self.guard.metrics(),
@@ -356,7 +356,8 @@ class Trainer:
         self.loader.load_state_dict({**position, "steps": restored.step})
         self.progress = restored
         self.data_end = self.find_data_end()
-        self.evaluated_step = min(self.evaluated_step or 0, restored.step)
+        done = self.evaluations.done
+        done.update({name: min(step or 0, restored.step) for name, step in done.items()})
         run_on_all_ranks(self.rewind_metrics)
         self.announce(
             f"step {spiked_at}: the loss spikes; back to the weights of step {restored.step}, with the data that follow"
@@ -403,11 +404,9 @@ class Trainer:
         """Whether something that happens every so many steps is due."""
         return self.progress.step % every_steps == 0
 
-    def is_time_to_evaluate(self) -> bool:
-        """Whether evaluation is due after the steps done so far, and hasn't been done."""
-        step = self.progress.step
-        due = self.budget.is_spent(self.progress) or (step > 0 and self.is_time(self.config.train.eval_every))
-        return due and bool(self.validation) and self.evaluated_step != step
+    def due_evaluations(self) -> list[str]:
+        """What is to be evaluated after the steps done so far, and hasn't been."""
+        return self.evaluations.due(self.progress.step, over=self.budget.is_spent(self.progress))
 
     def save(self, *, finish: bool) -> None:
         """Write a checkpoint. With `checkpoint.asynchronous`, only start to, unless told to `finish` it."""
@@ -428,27 +427,25 @@ class Trainer:
             self.display.message(f"step {self.progress.step}: saved {path}")
 
     def evaluate(self) -> None:
-        """Compute and write validation losses. Abandoned if the ranks agree to stop; the next launch does it then."""
+        """Measure and write what is due. Abandoned if the ranks agree to stop; the next launch does the rest then."""
         step = self.progress.step
         self.read_figures()
         self.model.limit_recursions(self.progress.recursions)
-        with self.throughput.excluded():
-            try:
-                arguments = self.model, self.backend, self.validation, self.config.train, self.stop_between_batches
-                found = [losses := validation_losses(*arguments)]
-                if self.backend.average is not None:
-                    with self.backend.averaged():
-                        found.append(validation_losses(*arguments, suffix="_average"))
-            except Stopped:
-                self.stopping = True
-                return
-            for line in (line for part in found for line in part.lines()):
-                self.display.message(f"step {step}: {line}")
-            self.write_metrics(step, {name: value for part in found for name, value in part.metrics().items()})
-            self.checkpoints.record_loss(step, losses.mean)
-        self.summary.validation = losses
-        # Set last: an evaluation that was abandoned or failed is due again.
-        self.evaluated_step = step
+        for name in self.due_evaluations():
+            with self.throughput.excluded():
+                try:
+                    found = self.evaluations.measure(name, self.model, self.backend, self.stop_between_batches)
+                except Stopped:
+                    self.stopping = True
+                    return
+                for line in (line for part in found for line in part.lines()):
+                    self.display.message(f"step {step}: {line}")
+                self.write_metrics(step, {name: value for part in found for name, value in part.metrics().items()})
+                if isinstance(losses := found[0], ValidationLosses):
+                    self.checkpoints.record_loss(step, losses.mean)
+                    self.summary.validation = losses
+            # Set last: an evaluation that was abandoned or failed is due again.
+            self.evaluations.done[name] = step
 
     def stop_between_batches(self) -> None:
         """Raises Stopped on every rank if any was asked to stop. Collective."""

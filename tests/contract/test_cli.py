@@ -11,13 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain
+from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain, sweep_depth
 from megamor.cli.serve import check_port
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
@@ -193,6 +194,42 @@ def test_several_sets_have_the_shape_of_one(moved: Path, capsys: pytest.CaptureF
         assert figures in found["sets"].values(), "the same figures alone and beside others"
     message = refusal(capsys, evaluate.main, *options, "--data", prefixes[0], prefixes[1], prefixes[0])
     assert "names a data set twice" in message
+
+
+def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Entries are those of separate `evaluate` runs; one table, one JSON file, one plot."""
+    base = ["--checkpoint", str(moved / "model"), "--data", str(moved / "val"), "--sequences", "8", "--device", "cpu"]
+    files = ["--json", str(tmp_path / "sweep.json"), "--plot", str(tmp_path / "sweep.svg")]
+    sweep_depth.main([*base, *files, "--thresholds", "0.2,0.8", "--exits", "entropy:4.5,5.5", "kl:0.1"])
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert (found["schema"], found["step"], found["data"]) == ("megamor-sweep/1", 6, {"val": str(moved / "val")})
+    rules = [(entry["rule"], entry["value"]) for entry in found["entries"]]
+    depths = [(rule, n) for rule in ("max_depth", "fixed_depth") for n in (1, 2, 3)]
+    thresholds = [("inference_threshold", 0.2), ("inference_threshold", 0.8)]
+    assert rules == [("own", None), *depths, *thresholds, ("entropy", 4.5), ("entropy", 5.5), ("kl", 0.1)]
+    assert len(re.findall("^│", shown, re.MULTILINE)) == len(rules)
+    options = {("own", None): [], ("entropy", 5.5): ["--exit", "entropy", "--exit-threshold", "5.5"]}
+    for rule, chosen in options.items():
+        evaluate.main([*base, *chosen, "--json", str(tmp_path / "x.json")])
+        figures = json.loads((tmp_path / "x.json").read_text())["sets"]["val"]
+        entry = found["entries"][rules.index(rule)]
+        for name in ("loss", "accuracy", "mean_depth", "flops_per_token"):
+            assert entry[name] == figures[f"{name}_causal"]
+    drawn = ElementTree.parse(tmp_path / "sweep.svg").getroot()
+    words = {text.strip() for text in drawn.itertext()}
+    labels = {"at most n recursions", "exactly n recursions", "router.inference_threshold", "exit: entropy", "exit: kl"}
+    axes = {"executed FLOPs per token of a forward pass", "loss (nats per token)"}
+    assert labels | axes | {"the model's own rule"} <= words
+    for option, told in (
+        (["--exits", "entropy"], "write a rule and thresholds, such as entropy:0.5,1, or none"),
+        (["--exits", "luck:1"], "exit = luck is unknown"),
+        (["--thresholds", "1.5"], "inference_threshold = 1.5: give a number between 0 and 1"),
+        (["--thresholds", "a"], "'a' are no numbers with commas between them"),
+        (["--max-depths", "4"], "max_depth = 4: the model has 3 recursions; give 1 to 3"),
+        (["--plot", "sweep.png"], "--plot sweep.png: give a name that ends in .svg"),
+    ):
+        assert told in refusal(capsys, sweep_depth.main, *base, *option)
 
 
 def test_loss_against_the_bytes_of_the_cache(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

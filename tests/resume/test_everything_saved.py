@@ -22,7 +22,7 @@ from tests.resume.runs import LOSS_FREE, tiny_run, until
 # Class and attribute (or all attributes) of state that changes and isn't saved, with the reason.
 NOT_SAVED = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
-    ("Trainer", "evaluated_step"): "read from the metrics at a restart",
+    ("Evaluations", "done"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",
     ("Throughput", "*"): "speed of this launch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -19,7 +21,14 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from transformers import PreTrainedTokenizerFast
 
+from megamor.cli.serve import build_engine, parse_arguments
+from megamor.evaluate.scoring import Scorer
+from megamor.evaluate.tasks import load_tasks, run_tasks
+from megamor.interop.export import export_huggingface
+from megamor.load import load_model
+from tests.combinations import ROUTERS
 from tests.serve.fake import MODEL, FakeEngine, Running, byte_tokenizer, serving
+from tests.tasks import CONTEXT, KINDS, task_model, task_tokenizer, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +90,31 @@ def test_lm_eval_scores_continuations(lm_eval_client: LocalCompletionsAPI) -> No
 def test_lm_eval_generates(lm_eval_client: LocalCompletionsAPI) -> None:
     requests = instances("generate_until", [("question", {"until": ["0"], "max_gen_toks": 10, "temperature": 0})])
     assert lm_eval_client.generate_until(requests, disable_tqdm=True) == ["ok"]
+
+
+@pytest.mark.parametrize("router", ["expert_choice", pytest.param("act_hard", marks=pytest.mark.slow)])
+def test_tasks_through_the_server_equal_those_in_process(router: str, tmp_path: Path) -> None:
+    """The harness's client of this server finds the log-likelihoods that `megamor evaluate --tasks` finds."""
+    tokenizer, export = tmp_path / "tokenizer.json", tmp_path / "export"
+    task_tokenizer().save(str(tokenizer))
+    export_huggingface(task_model(ROUTERS[router], torch.float32), export, tokenizer=tokenizer)
+    loaded = load_model(export, "cpu")
+    # The first documents fit into the context: of longer ones the client keeps a token less.
+    tasks = load_tasks([*KINDS], directory=write_tasks(tmp_path / "tasks"), limit=2, quiet=True)
+    run_tasks(Scorer(loaded.model, loaded.device, loaded.model), loaded.codec(), tasks)
+    engine: Any = build_engine(parse_arguments(["--checkpoint", str(export)]), loaded)
+    engine.codec, engine.gate = loaded.codec(), threading.Event()
+    with serving(engine) as running:
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        client = LocalCompletionsAPI(
+            base_url=running.url + "/v1/completions", model=MODEL, tokenizer=str(export), max_length=CONTEXT - 1
+        )
+        for task in tasks.loaded["tasks"].values():
+            requests = list(task.instances)
+            answers = getattr(client, requests[0].request_type)(requests, disable_tqdm=True)
+            for request, theirs in zip(requests, answers, strict=True):
+                ours = request.resps[0]
+                if isinstance(ours, tuple):
+                    assert ours[1] == theirs[1]
+                    ours, theirs = ours[0], theirs[0]
+                assert ours == (theirs if isinstance(ours, str) else pytest.approx(theirs, abs=2e-5)), task

@@ -1,0 +1,1 @@
+"""What a trained router does, and where a run's samples come from."""

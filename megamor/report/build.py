@@ -1,0 +1,62 @@
+"""The report of a study or of runs as one HTML page."""
+
+from __future__ import annotations
+
+from megamor.report import content
+from megamor.report.page import Page
+from megamor.report.runs import Results
+
+
+def build_page(results: Results, metric: str | None = None) -> Page:
+    """Everything that is known of the runs; compared by `metric` (default: the loss, if there is one).
+
+    Raises:
+        ConfigError: no run has the metric.
+    """
+    study, metric = results.study, metric or results.metrics()[0]
+    page = Page(study["name"], study.get("question") or "")
+    page.sentences(content.statements(results, metric))
+    several = len(results.groups()) > 1
+    comparable = several and bool(content.matching(results)[0])
+    if comparable:
+        page.note(content.UNCORRECTED)
+    if study.get("command"):
+        page.code(study["command"])
+    page.section("Matched table" if comparable else "Figures of the runs")
+    page.table(
+        *content.matched_table(results),
+        caption="Means over seeds ± standard deviation. Losses are under the causal rule unless another is named.",
+    )
+    if study.get("expected"):
+        rows = [[str(e["what"]), str(e["value"]), str(e["source"])] for e in study["expected"]]
+        page.table(["what was expected", "value", "source"], rows)
+    if study.get("floors"):
+        rows = [
+            [f["name"], *("" if f[n] is None else f"{f[n]:.4f}" for n in ("loss", "accuracy"))] for f in study["floors"]
+        ]
+        page.table(["floor", "loss (nats/token)", "accuracy"], rows, caption="What models without a network reach.")
+    page.section("Loss")
+    page.figures(content.loss_figures(results))
+    page.note("Bands span the seeds. The first quarter of the training is left out.")
+    if several:
+        page.section("Leaderboard: " + content.metric_named(metric).label)
+        page.table(*content.leaderboard(results, metric))
+        page.figures(content.statistics_figures(results, metric))
+        page.section("Efficiency")
+        page.figures(content.efficiency_figures(results, metric))
+    for heading, figures in (
+        ("Depths over training", content.depth_figures(results)),
+        ("Routers", content.router_figures(results)),
+        ("Learning rates", content.tuning_figures(results)),
+        ("Scaling", content.law_figures(results)),
+    ):
+        if figures:
+            page.section(heading)
+            page.figures(figures)
+    page.section("Specifications")
+    page.figures(content.radar_figures(results) if several else [])
+    differing, rest = content.specifications(results)
+    if differing[1]:
+        page.table(*differing, caption="Settings that differ between the arms.")
+    page.table(*rest, fold=f"{len(rest[1])} settings that are the same")
+    return page
