@@ -32,7 +32,6 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=positive, metavar="N", help="documents of each task to use, the first ones (default: all)")
     text = "routing in tasks: the inference rule, or that of training, which sees later tokens (default: %(default)s)"
     add("--routing", choices=("causal", "topk"), default="causal", help=text)
-    add("--fixed-depth", type=positive, metavar="N", help="tasks: exactly so many recursions, whatever the router says")
 
 
 def read_tasks(arguments: argparse.Namespace) -> TaskSet:
@@ -53,28 +52,20 @@ def measure_tasks(
     is_main: bool,
 ) -> dict[str, Any]:
     """Evaluate `tasks` and print the harness's table on the first rank; returns what the JSON file says. Collective."""
-    from megamor.config.depth import most_recursions
     from megamor.evaluate.scoring import Scorer
     from megamor.evaluate.tasks import harness_version, paper_average, run_tasks, tables
 
-    depth, model = arguments.fixed_depth, loaded.model
-    most = most_recursions(loaded.config) if model.stages else 0
-    if depth is not None and (depth > most or arguments.routing == "topk"):
-        raise ConfigError(
-            f"--fixed-depth {depth}: the model has {most} recursions, and the depth is one of the inference rule; give "
-            "fewer, and no --routing topk"
-        )
+    model, routing = loaded.model, arguments.routing
     dtype = model.embed.weight.dtype
-    scorer = Scorer(
-        model, loaded.device, model, arguments.routing, depth, arguments.batch_size, dtype=dtype, watch=watch
-    )
+    scorer = Scorer(model, loaded.device, model, routing, None, arguments.batch_size, dtype=dtype, watch=watch)
     found = run_tasks(scorer, loaded.codec(), tasks, BOOTSTRAP_SAMPLES if is_main else 0)
     paper = paper_average(found["results"])
     if is_main:
         print(f"tasks of {loaded.origin}\n{tables(found)}")
         if paper:
             print("; ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
-    rule = {"routing": arguments.routing, "fixed_depth": depth, "exit": str(model.exit) if model.exit else None}
+    rule = {"routing": routing, "exit": str(model.exit) if model.exit else None}
+    rule |= {name: getattr(arguments, name) for name in ("max_depth", "fixed_depth", "threshold")}
     versions = {"lm_eval": harness_version(), "megamor": __version__}
     settings = {"checkpoint": loaded.origin, "limit": arguments.limit, **rule, "software": versions}
     return {**found, **({"paper": paper} if paper else {}), **settings}

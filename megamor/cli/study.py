@@ -97,11 +97,14 @@ def run(study: Study, root: Path, at_once: int, threads: int | None) -> None:
 
 
 def finish(study: Study, root: Path) -> None:
-    """Write and print the results."""
+    """Write and print the results, and write the page."""
+    from megamor.report.build import build_page
+    from megamor.report.runs import read_results
     from megamor.study.collect import collect
 
     show_results(collect(study, root))
-    print(f"results: {root / 'results.json'}")
+    build_page(read_results([root])).write(root / "report.html")
+    print(f"results: {root / 'results.json'}\nreport:  {root / 'report.html'}")
 
 
 def run_single_job(study: Study, root: Path, name: str) -> None:

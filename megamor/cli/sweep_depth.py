@@ -117,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--plot {arguments.plot}: give a name that ends in .svg")
 
     from megamor.cli.evaluate import named_sets
-    from megamor.config.exits import ExitRule
     from megamor.evaluate.loss import open_validation_set
     from megamor.evaluate.sweep import deepest, settings, sweep
     from megamor.load import load_model
@@ -125,7 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.progress import ProgressDisplay
 
     exits = None if arguments.exits is None else dict(arguments.exits)
-    rules = [ExitRule(name, value) for name, values in (exits or {}).items() for value in values]
     data, size = named_sets(arguments.data), {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     loaded = load_model(arguments.checkpoint, arguments.device)
     deepest(loaded.model)

@@ -79,7 +79,7 @@ def deepest(model: Transformer) -> int:
 
 def settings(
     model: Transformer,
-    batch: MicroBatch,
+    batch: MicroBatch | None,
     *,
     max_depths: Sequence[int] | None = None,
     fixed_depths: Sequence[int] | None = None,
@@ -89,7 +89,7 @@ def settings(
     """The settings to measure, the model's own rule first, and a sentence about each kind that doesn't fit the model.
 
     None stands for all depths, and for a handful of thresholds and of each exit rule's. `batch` shows the scale of the
-    scores.
+    scores, for `thresholds` None.
 
     Raises:
         ConfigError: the model has nothing to sweep, or a value is out of range.
@@ -107,7 +107,9 @@ def settings(
         kinds = ", ".join(sorted({type(router).__name__ for router in routers}))
         left_out.append(f"thresholds: {kinds} compares nothing with one at inference")
     for name in names:
-        values = shifts(model, batch) if thresholds is None and name == "shift" else thresholds
+        values = thresholds
+        if values is None and name == "shift" and batch is not None:
+            values = shifts(model, batch)
         for value in PROBABILITIES if values is None else values:
             if name != "shift" and not 0 < value < 1:
                 raise ConfigError(f"{name} = {value}: give a number between 0 and 1")

@@ -78,6 +78,7 @@ class Study:
     tables: tuple[int, ...] = ()
     """Contexts, in tokens, of the count tables whose accuracy is a floor."""
     tasks: Mapping[str, Any] = field(default_factory=dict)
+    """Downstream tasks to evaluate: `names`, `num_fewshot`, `limit`."""
     pairs: tuple[tuple[str, str], ...] = ()
     expected: tuple[Mapping[str, Any], ...] = ()
     law: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +154,7 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         sequences=given.get("sequences"),
         ngrams=tuple(given.get("ngrams", (1, 2, 3))),
         tables=tuple(given.get("tables", ())),
-        tasks=given.get("tasks", {}),
+        tasks=_tasks(path, given.get("tasks", {})),
         pairs=tuple((str(a), str(b)) for a, b in given.get("pairs", ())),
         expected=tuple(given.get("expected", ())),
         law=given.get("law", {}),
@@ -254,6 +255,15 @@ def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
         )
     layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
     return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
+
+
+def _tasks(path: Path, tasks: Any) -> Mapping[str, Any]:
+    """The key `tasks`, which may be a bare list of names."""
+    tasks = {"names": tasks} if isinstance(tasks, list) else tasks
+    if tasks and (not tasks.get("names") or set(tasks) - {"names", "num_fewshot", "limit"}):
+        raise ConfigError(f"{path}: tasks = {tasks}: give names, or {{names: [...], num_fewshot: N, limit: N}}")
+    found: Mapping[str, Any] = tasks
+    return found
 
 
 def _with_weights_of(study: Study, arm: Arm) -> Arm:
