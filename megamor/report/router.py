@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megamor.config.exits import EXITS
 from megamor.report.figures import COLOURS, Interval, Series, bars, canvas, forest, lines, look
 from megamor.report.page import Page
 
@@ -106,27 +105,13 @@ def router_page(
     return page
 
 
-SWEEP_LABELS = {
-    "own": "own rule",
-    "max_depth": "at most n recursions",
-    "fixed_depth": "exactly n recursions",
-    "shift": "scores shifted",
-}
-
-
-def label(rule: str) -> str:
-    """What a rule of a sweep is called in the table and the plot."""
-    return f"exit: {rule}" if rule in EXITS else SWEEP_LABELS.get(rule, f"router.{rule}")
-
-
-def sweep_figure(entries: Sequence[Figures]) -> str:
-    """Loss against executed FLOPs, a curve for each rule and a star for the model's own."""
-    own, *others = entries
-    rules = dict.fromkeys(row["rule"] for row in others)
-    with canvas("Loss against compute", "executed FLOPs per token of a forward pass", "loss (nats/token)") as drawn:
-        for style, rule in enumerate(rules):
-            points = sorted((row["flops_per_token"], row["loss"]) for row in others if row["rule"] == rule)
-            drawn.axes.plot(*zip(*points, strict=True), label=label(rule), **look(style))
-        mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
-        drawn.axes.plot([own["flops_per_token"]], [own["loss"]], label="the model's own rule", **mark)
+def sweep_figure(entries: Sequence[Figures], what: str = "loss (nats/token)") -> str:
+    """The loss or a task's score against executed FLOPs, a curve for each rule and a star for the model's own."""
+    own, *others = [(row, {"loss (nats/token)": row["loss"], **row.get("tasks", {})}[what]) for row in entries]
+    mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
+    with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
+        for style, label in enumerate(dict.fromkeys(row["label"] for row, _ in others)):
+            points = sorted((row["flops_per_token"], value) for row, value in others if row["label"] == label)
+            drawn.axes.plot(*zip(*points, strict=True), label=label, **look(style))
+        drawn.axes.plot([own[0]["flops_per_token"]], [own[1]], label="the model's own rule", **mark)
     return drawn.svg
