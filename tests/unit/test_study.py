@@ -112,7 +112,7 @@ def test_axes_make_all_combinations(tmp_path: Path) -> None:
     assert study.arm("w32_loop").config.router.kind == "fixed"
     assert study.budgets == (1e9, 2e9)
     names = [job.name for job in jobs_of(study)]
-    assert len(names) == len(set(names)) == 4 * 2 * 2
+    assert len(names) == len(set(names)) == 4 + 4 * 2 * 2  # tuning, then arms x budgets x seeds
     assert "w16_mor_1e09_seed0" in names
 
 
