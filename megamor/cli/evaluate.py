@@ -59,15 +59,11 @@ def changed_rules(model: Transformer, arguments: argparse.Namespace) -> list[Set
     """What `--max-depth`, `--fixed-depth` and `--threshold` ask for; ConfigError if it doesn't fit the model."""
     from megamor.evaluate.sweep import settings
 
-    names = {
-        "max_depths": arguments.max_depth,
-        "fixed_depths": arguments.fixed_depth,
-        "thresholds": arguments.threshold,
-    }
-    given: dict[str, Any] = {name: [] if value is None else [value] for name, value in names.items()}
+    names = ("max_depth", "fixed_depth", "threshold")
+    given: dict[str, Any] = {f"{n}s": [] if (v := getattr(arguments, n)) is None else [v] for n in names}
     chosen, left_out = settings(model, None, **given, exits={}) if any(given.values()) else ([], [])
     if left_out:
-        raise ConfigError(f"--threshold {arguments.threshold}: the model has no {left_out[0]}; leave it out")
+        raise ConfigError(f"--threshold {arguments.threshold:g} has no effect ({left_out[0]}): leave it out")
     return chosen
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lm_eval.evaluator import evaluate as harness_evaluate
 
-from megamor.cli import evaluate
+from megamor.cli import evaluate, sweep_depth
 from megamor.config import FixedDepthConfig, ParallelConfig
 from megamor.config.exits import ExitRule
+from megamor.corpus.writer import ShardWriter
 from megamor.errors import ConfigError, DataError, TextError
 from megamor.evaluate import tasks as tasks_module
 from megamor.evaluate.sampling import generate
@@ -331,6 +333,19 @@ def test_command(export: Path, directory: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads(file.read_text())["tasks"]["routing"] == "topk"
     evaluate.main([*arguments, "--tasks", "last_word", "--fixed-depth", "2", "--json", str(file)])
     assert json.loads(file.read_text())["fixed_depth"] == 2
+    found = json.loads(file.read_text())["tasks"]
+    # The same model in a sweep, which needs data beside the tasks.
+    with ShardWriter(tmp_path / "set", np.dtype("<u2")) as writer:
+        writer.add([*range(20)])
+        writer.commit()
+    files = ["--json", str(file), "--plot", str(tmp_path / "sweep.svg")]
+    options = ["--fixed-depths", "2", "--max-depths", "none", "--thresholds", "none", "--exits", "none"]
+    sweep_depth.main([*arguments, "--data", str(tmp_path / "set"), "--tasks", "last_word", *options, *files])
+    own, second = json.loads(file.read_text())["entries"]
+    name = next(iter(second["tasks"]))
+    assert second["tasks"][name] == found["results"]["last_word"][name.split()[1] + ",none"]
+    assert own["tasks"].keys() == second["tasks"].keys()
+    assert name in (tmp_path / "sweep_last_word.svg").read_text()
 
 
 def test_what_is_refused(
