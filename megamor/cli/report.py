@@ -3,7 +3,7 @@
 examples:
   megamor report runs/studies/routing                        # writes runs/studies/routing/report.html
   megamor report runs/a_seed0 runs/a_seed1 runs/b_seed0 runs/b_seed1 --output ab.html
-  megamor report runs/a --metric loss_topk
+  megamor report runs/a sweep.json analysis/analysis.json    # with files of megamor sweep-depth and megamor analyze
 
 The page has no scripts and needs no network. Runs may still be going on. Runs are an arm's seeds if they are named
 <arm>_seed<k>, or if their settings are equal but for run.seed.
@@ -13,24 +13,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megamor.cli import command_parser
-from megamor.errors import user_errors
+from megamor.errors import ConfigError, user_errors
+
+
+def read_extra(path: Path) -> Any:
+    """The content of a JSON file."""
+    from megamor.files import parse_json
+
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}); make it again") from error
 
 
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = command_parser("report", __doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|STUDY", help="a study, runs or directories of runs")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RUN|STUDY|FILE.json",
+        help="a study, runs or directories of runs, and files",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
     parser.add_argument("--metric", help="what is ranked and compared (default: loss); tasks/<name>, too")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each figure to an SVG file in DIR")
     arguments = parser.parse_args(argv)
     from megamor.report.build import build_page
     from megamor.report.runs import read_results
+    from megamor.study.collect import RESULTS_FILE
 
-    page = build_page(read_results(arguments.paths), arguments.metric)
+    extras = {
+        path: read_extra(path) for path in arguments.paths if path.suffix == ".json" and path.name != RESULTS_FILE
+    }
+    results = read_results([path for path in arguments.paths if path not in extras])
+    page = build_page(results, arguments.metric, list(extras.values()))
     first = arguments.paths[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "report.html"
     page.write(output)
-    print(f"wrote {output}")
+    files = page.save_figures(arguments.figures) if arguments.figures else []
+    print(f"wrote {output}" + (f" and {len(files)} figures in {arguments.figures}" if files else ""))

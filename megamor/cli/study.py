@@ -8,7 +8,7 @@ examples:
   megamor study report studies/routing.yaml                    # results and page again, from finished runs
 
 A fair comparison of three models on a text of your own is four lines (docs/studies.md):
-  base: configs/quickstart.yaml
+  base: quickstart
   data: {text: [my_book.txt]}
   arms: [vanilla, recursive, mor]
   budget: {flops: 1e13}
@@ -97,14 +97,14 @@ def run(study: Study, root: Path, at_once: int, threads: int | None) -> None:
 
 
 def finish(study: Study, root: Path) -> None:
-    """Write and print the results, and write the page."""
+    """Write and print the results."""
     from megamor.report.build import build_page
     from megamor.report.runs import read_results
     from megamor.study.collect import collect
 
     show_results(collect(study, root))
     build_page(read_results([root])).write(root / "report.html")
-    print(f"results: {root / 'results.json'}\nreport:  {root / 'report.html'}")
+    print(f"results: {root / 'results.json'}, page: {root / 'report.html'}")
 
 
 def run_single_job(study: Study, root: Path, name: str) -> None:

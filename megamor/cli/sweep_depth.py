@@ -15,7 +15,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamor.cli import command_parser, output_file, positive
@@ -62,21 +61,6 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
         share = f"{flops / own['flops_per_token']:.0%}"
         table.add_row(row["label"], value, *figures, format_count(flops), share, *scores)
     plain_console().print(table)
-
-
-def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss against executed FLOPs, a curve for each rule and a star for the model's own; a file more for each task."""
-    from megamor.report.figures import COLOURS, canvas, look, save
-
-    own, *others = [(row, {"loss (nats per token)": row["loss"], **row.get("tasks", {})}) for row in entries]
-    mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
-    for number, what in enumerate(own[1]):
-        with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
-            for style, label in enumerate(dict.fromkeys(row["label"] for row, _ in others)):
-                points = sorted((row["flops_per_token"], of[what]) for row, of in others if row["label"] == label)
-                drawn.axes.plot(*zip(*points, strict=True), label=label, **look(style))
-            drawn.axes.plot([own[0]["flops_per_token"]], [own[1][what]], label="the model's own rule", **mark)
-        save(drawn.svg, path.with_stem(f"{path.stem}_{what.split()[0]}") if number else path)
 
 
 def scorer(arguments: argparse.Namespace, loaded: LoadedModel) -> Callable[[], dict[str, float]] | None:
@@ -130,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.load import load_model
     from megamor.origin import describe_origin
     from megamor.progress import ProgressDisplay
+    from megamor.report.figures import save
+    from megamor.report.router import sweep_figure
 
     data, size = named_sets(arguments.data), {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     loaded = load_model(arguments.checkpoint, arguments.device)
@@ -159,4 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = json.dumps({**document, "entries": entries, "left_out": left_out}, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.plot:
-        draw(entries, arguments.plot)
+        save(sweep_figure(entries), arguments.plot)
+        for task in entries[0].get("tasks", ()):
+            save(sweep_figure(entries, task), arguments.plot.with_stem(f"{arguments.plot.stem}_{task.split()[0]}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megamor.errors import ConfigError
 from megamor.report import content
 from megamor.report.page import Page
+from megamor.report.router import router_plots, sweep_figure
 from megamor.report.runs import Results
 
 
-def build_page(results: Results, metric: str | None = None) -> Page:
+def build_page(results: Results, metric: str | None = None, extras: Sequence[Mapping[str, Any]] = ()) -> Page:
     """Everything that is known of the runs; compared by `metric` (default: the loss, if there is one).
 
+    `extras` are contents of files of `megamor sweep-depth` and `megamor analyze`.
+
     Raises:
-        ConfigError: no run has the metric.
+        ConfigError: no run has the metric, or an extra is neither a sweep nor an analysis.
     """
     study, metric = results.study, metric or results.metrics()[0]
     page = Page(study["name"], study.get("question") or "")
@@ -59,4 +66,24 @@ def build_page(results: Results, metric: str | None = None) -> Page:
     if differing[1]:
         page.table(*differing, caption="Settings that differ between the arms.")
     page.table(*rest, fold=f"{len(rest[1])} settings that are the same")
+    for extra in extras:
+        add_extra(page, extra)
     return page
+
+
+def add_extra(page: Page, extra: Mapping[str, Any]) -> None:
+    """Add the figures of a sweep or an analysis."""
+    schema = extra.get("schema") if isinstance(extra, Mapping) else None
+    if schema == "megamor-sweep/1":
+        page.section(f"Other depths than its own: {extra['checkpoint']}")
+        page.figures([sweep_figure(extra["entries"])])
+        page.sentences([f"Left out: {sentence}" for sentence in extra["left_out"]])
+    elif schema == "megamor-analysis/1":
+        for name, stage in extra["modes"]["causal"]["stages"].items():
+            page.section(f"What the router of {extra['checkpoint']['name']} has learned: {name}")
+            page.figures(list(router_plots(stage).values()))
+        page.sentences(extra["notes"])
+    else:
+        raise ConfigError(
+            f"a JSON file has the schema {schema!r}; give files of megamor sweep-depth or megamor analyze"
+        )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megamor.report.figures import Interval, Series, bars, forest, lines, radar, stack, strips
-from megamor.report.runs import AXES, MATCHES, Results, Run, flatten
+from megamor.report.runs import AXES, MATCHES, Results, Run, flatten, settings
 from megamor.study.statistics import Difference, paired_difference, sentence
 
 Table = tuple[list[str], list[list[str]]]
@@ -232,7 +232,7 @@ def statements(results: Results, metric: str = "loss") -> list[str]:
         behind = [group for group, loss in values.items() if floor["loss"] is not None and loss >= floor["loss"]]
         if behind:
             found.append(f"Behind the floor {floor['name']} ({floor['loss']:.4f} nats/token): {', '.join(behind)}.")
-    return found + [f"{run.row['name']}: {alarm}." for run in results.runs for alarm in run.alarms]
+    return found + [alarm for run in results.runs for alarm in run.alarms]
 
 
 def styles_of(results: Results) -> dict[str, int]:
@@ -374,7 +374,7 @@ def radar_figures(results: Results) -> list[str]:
     values: dict[str, dict[str, float]] = {}
     for group, runs in results.groups().items():
         config = flatten(results.arms[runs[0].row["arm"]].get("config") or {})
-        shape = {label: float(config[key]) for key, label in RADAR.items() if config.get(key, "").isdigit()}
+        shape = {label: float(config[key]) for key, label in RADAR.items() if key in config}
         costs = {"parameters": "parameters", "flops_per_token": "FLOPs/token", "mean_depth": "mean depth"}
         values[group] = shape | {label: v for n, label in costs.items() if (v := runs[0].figure(n)) is not None}
     common = [axis for axis in next(iter(values.values()), {}) if all(v.get(axis) is not None for v in values.values())]
@@ -386,10 +386,8 @@ def radar_figures(results: Results) -> list[str]:
 
 def specifications(results: Results) -> tuple[Table, Table]:
     """Settings of the arms side by side: those that differ, and the rest."""
-    flat = {arm.get("label") or name: flatten(arm.get("config") or {}) for name, arm in results.arms.items()}
-    keys = [
-        k for k in dict.fromkeys(k for f in flat.values() for k in f) if k not in ("run.name", "run.seed", "run.dir")
-    ]
+    flat = {arm.get("label") or name: settings(arm.get("config") or {}) for name, arm in results.arms.items()}
+    keys = dict.fromkeys(key for f in flat.values() for key in f)
     rows = [[key, *(f.get(key, "") for f in flat.values())] for key in keys]
     differ = [row for row in rows if len(set(row[1:])) > 1]
     return (["setting", *flat], differ), (["setting", "value"], [row[:2] for row in rows if row not in differ])

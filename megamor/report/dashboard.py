@@ -17,6 +17,7 @@ from megamor.report.runs import Results, find_runs, find_studies, read_results
 
 # Environment variables: the directory to watch, and the seconds between two looks at it.
 RUNS, REFRESH = "MEGAMOR_RUNS", "MEGAMOR_REFRESH"
+TABS = ("Losses", "Leaderboard", "Specifications", "Efficiency", "Statistics", "Insights")
 ALL_RUNS = "all runs"
 MOST_RUNS = 12  # chosen at first
 
@@ -34,19 +35,20 @@ def show(root: Path, seconds: float) -> None:
     else:
         names = {str(path.relative_to(root)): path for path in find_runs(root)}
         paths = [names[name] for name in st.sidebar.multiselect("Runs", names, default=list(names)[:MOST_RUNS])]
-    tabs = st.cache_data(show_spinner=False, max_entries=8)(tabs_of)
+    items = st.cache_data(show_spinner=False, max_entries=32)(items_of)
 
     def draw() -> None:
         try:
             results = read_results(paths)
-            metric = st.selectbox("Metric", results.metrics(), format_func=lambda name: content.metric_named(name).axis)
-            found = tabs(results, metric, str([(run.row, len(run.records)) for run in results.runs]))
+            names = results.metrics()
+            metric = st.selectbox("Metric", names, key="metric", format_func=lambda n: content.metric_named(n).axis)
+            state = str([(run.row, len(run.records)) for run in results.runs])
+            for name, tab in zip(TABS, st.tabs(TABS, key="tab", on_change="rerun"), strict=True):
+                if tab.open:  # the others aren't drawn
+                    with tab:
+                        show_items(st, items(results, metric, name, state))
         except MegamorError as error:  # of a run that has just begun, too
             st.warning(str(error))
-            return
-        for tab, items in zip(st.tabs(list(found)), found.values(), strict=True):
-            with tab:
-                show_items(st, items)
 
     if paths:
         st.fragment(draw, run_every=seconds)()
@@ -54,20 +56,23 @@ def show(root: Path, seconds: float) -> None:
         st.info(f"No run is chosen, or there is none in {root}.")
 
 
-def tabs_of(_results: Results, metric: str, state: str) -> dict[str, list[Any]]:
-    """What each tab shows: lists of figures, tables, and text. Drawn again only if `state` has changed."""
+def items_of(_results: Results, metric: str, tab: str, state: str) -> list[Any]:
+    """What a tab shows: lists of figures, tables, and text. Streamlit keeps it until `state` changes."""
     results = _results
-    differing, rest = content.specifications(results)
-    curves = [*content.loss_figures(results), *content.depth_figures(results), *content.router_figures(results)]
-    statistics = [*content.statistics_figures(results, metric), *content.tuning_figures(results)]
-    return {
-        "Losses": [curves],
-        "Leaderboard": [content.leaderboard(results, metric), content.matched_table(results)],
-        "Specifications": [content.radar_figures(results), differing, "The same for all:", rest],
-        "Efficiency": [content.efficiency_figures(results, metric)],
-        "Statistics": [[*statistics, *content.law_figures(results)], content.UNCORRECTED],
-        "Insights": [f"- {line}" for line in content.statements(results, metric)],
-    }
+    match tab:
+        case "Losses":
+            return [content.loss_figures(results), content.depth_figures(results), content.router_figures(results)]
+        case "Leaderboard":
+            return [content.leaderboard(results, metric), content.matched_table(results)]
+        case "Specifications":
+            differing, rest = content.specifications(results)
+            return [content.radar_figures(results), differing, "The same for all:", rest]
+        case "Efficiency":
+            return [content.efficiency_figures(results, metric)]
+        case "Statistics":
+            figures = [*content.statistics_figures(results, metric), *content.tuning_figures(results)]
+            return [[*figures, *content.law_figures(results)], content.UNCORRECTED]
+    return [f"- {line}" for line in content.statements(results, metric)]
 
 
 def show_items(st: Any, items: Sequence[Any]) -> None:

@@ -123,6 +123,11 @@ def canvas(
             elif high >= 1e4:
                 axis.set_major_locator(MaxNLocator(6))
                 axis.set_major_formatter(EngFormatter(sep=" "))
+        # The layout is worked out once, here: `savefig` would draw everything twice for it.
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.execute(figure)
+        figure.set_layout_engine("none")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn.svg = _inline(buffer.getvalue(), title)

@@ -1,11 +1,11 @@
-"""The plots and the page of an analysis of a trained router (`megamor analyze`)."""
+"""The plots of a depth sweep, and the plots and the page of an analysis of a trained router."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megamor.report.figures import Interval, Series, bars, forest, lines
+from megamor.report.figures import COLOURS, Interval, Series, bars, canvas, forest, lines, look
 from megamor.report.page import Page
 
 Figures = Mapping[str, Any]
@@ -103,3 +103,15 @@ def router_page(
     page.code(command)
     page.note(f"{origin['date']}, commit {origin['commit']['revision']}; {data['resamples']} resamples of documents")
     return page
+
+
+def sweep_figure(entries: Sequence[Figures], what: str = "loss (nats/token)") -> str:
+    """The loss or a task's score against executed FLOPs, a curve for each rule and a star for the model's own."""
+    own, *others = [(row, {"loss (nats/token)": row["loss"], **row.get("tasks", {})}[what]) for row in entries]
+    mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
+    with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
+        for style, label in enumerate(dict.fromkeys(row["label"] for row, _ in others)):
+            points = sorted((row["flops_per_token"], value) for row, value in others if row["label"] == label)
+            drawn.axes.plot(*zip(*points, strict=True), label=label, **look(style))
+        drawn.axes.plot([own[0]["flops_per_token"]], [own[1]], label="the model's own rule", **mark)
+    return drawn.svg

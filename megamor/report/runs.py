@@ -45,7 +45,7 @@ AXES = {
 }
 MATCHES = {"tokens": "tokens", "executed_flops": "executed FLOPs", "parameters": "unique parameters"}
 _VALIDATION = re.compile(r"validation/(.+)/(loss|mean_depth|flops_per_token)(_causal|_topk)(_average)?")
-_LOSS = re.compile(r"validation/(.+)/loss_causal")
+_NO_METRICS = ("seed", "budget", "lr", "updated", "steps")
 _SEED = re.compile(r"(.+)_seed(\d+)")
 
 
@@ -69,25 +69,24 @@ class Run:
         return places.tolist(), [value for _, value in points]
 
     def figure(self, name: str) -> float | None:
-        """A number of the row; `tasks/<task>` and `loss/<set>` too."""
+        """A number of the row that is known and finite."""
         value = self.row.get(name)
-        if value is None and "/" in name:
-            group, _, key = name.partition("/")
-            value = (self.row.get({"loss": "losses"}.get(group, group)) or {}).get(key)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
     @property
     def alarms(self) -> list[str]:
         """What in the metrics should make a reader careful."""
         last = {name: value for record in self.records for name, value in record.items()}
-        failed = sum(1 for r in self.records if not math.isfinite(r.get("train/loss") or 0.0))
+        dead = round(100 * (last.get("routing/dead_depths") or 0))
         found = {
-            "steps with a loss that isn't finite": failed,
-            "steps skipped": last.get("guard/skipped_steps"),
-            "rollbacks": last.get("guard/rollbacks"),
-            "% of the depths are taken by no token": round(100 * (last.get("routing/dead_depths") or 0)),
+            " steps with a loss that isn't finite": sum(
+                not math.isfinite(r.get("train/loss") or 0.0) for r in self.records
+            ),
+            " steps skipped": last.get("guard/skipped_steps"),
+            " rollbacks": last.get("guard/rollbacks"),
+            "% of the depths are taken by no token": dead,
         }
-        return [f"{count:g} {what}" if what[0] != "%" else f"{count}{what}" for what, count in found.items() if count]
+        return [f"{self.row['name']}: {count:g}{what}." for what, count in found.items() if count]
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,8 @@ class Results:
 
     def metrics(self) -> list[str]:
         """Names of the figures that a run has and that can be compared, the most telling first."""
-        names: dict[str, None] = {}
-        for row in (run.row for run in self.runs):
-            names |= dict.fromkeys(name for name, value in row.items() if isinstance(value, int | float))
-            for group, prefix in (("losses", "loss/"), ("tasks", "tasks/")):
-                names |= dict.fromkeys(prefix + name for name in row.get(group) or ())
-        found = [name for name in names if name not in ("seed", "budget", "lr", "updated", "steps")]
+        names = dict.fromkeys(name for run in self.runs for name in run.row if run.figure(name) is not None)
+        found = [name for name in names if name not in _NO_METRICS]
         if not found:
             raise ConfigError(f"{self.study['name']}: nothing is logged yet; try again after the first steps")
         return found
@@ -149,22 +144,29 @@ class Results:
         """Arms whose runs differ in more than their seed, with the settings."""
         lines = []
         for group, runs in self.groups().items():
-            configs = [set(flatten(c).items()) for r in runs if (c := r.row.get("config"))]
-            keys = {key for a in configs for key, _ in a ^ configs[0] if not key.startswith("run.")}
+            configs = [set(settings(config).items()) for run in runs if (config := run.row.get("config"))]
+            keys = sorted({key for config in configs for key, _ in config ^ configs[0]})
             if keys:
-                lines.append(f"The runs of {group} differ in {', '.join(sorted(keys))}, not only in their seed.")
+                lines.append(f"The runs of {group} differ in {', '.join(keys)}, not only in their seed.")
         return lines
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"model.dim": "128", …}` of nested settings."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def flatten(values: Mapping[str, Any], prefix: str = "", point: str = ".") -> dict[str, Any]:
+    """`{"model.dim": 128, …}` of nested values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}{key}{point}", point) if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a config that make a model and its training what they are, by dotted name, as text."""
+    flat = flatten(config).items()
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in flat
+        if key not in ("run.name", "run.seed", "run.dir")
+    }
 
 
 def find_runs(root: Path) -> Iterator[Path]:
@@ -218,7 +220,8 @@ def _read_study(path: Path) -> Results:
         given = Path(row["directory"])
         found = next((d for d in (root / given, root / given.name) if (d / METRICS_FILE).is_file()), None)
         sizes = {name: arms[row["arm"]][name] for name in ("parameters", "parameters_without_embedding")}
-        runs.append(Run({"name": given.name, **row, **sizes}, read_records(found) if found else []))
+        tasks = flatten(row.get("tasks") or {}, "tasks/", "/")
+        runs.append(Run({"name": given.name, **row, **sizes, **tasks}, read_records(found) if found else []))
     return Results(study, runs)
 
 
@@ -249,7 +252,7 @@ def read_run(directory: Path) -> Run:
     sizes = derive(config, 1) if config else None
     peak = max((record.get("memory/peak_gib") or 0.0 for record in records), default=0.0)
     tail = [r["train/loss"] for r in logged[-max(1, len(logged) // 10) :] if r.get("train/loss") is not None]
-    sets = {m[1]: v for name, v in known.items() if (m := _LOSS.fullmatch(name))}
+    sets = [name for name in known if name.startswith("validation/") and name.endswith("/loss_causal")]
     names = (
         "loss",
         "loss_topk",
@@ -267,7 +270,6 @@ def read_run(directory: Path) -> Run:
         "lr": config.optim.lr if config else None,
         "config": config_to_dict(config) if config else {},
         **{name: known.get(name) for name in names},
-        "losses": sets,
         "loss_last3": fmean(losses[-3:]) if losses else None,
         "train_loss": fmean(tail) if tail else None,
         "perplexity": math.exp(min(losses[-1], 700)) if losses else None,
@@ -279,6 +281,8 @@ def read_run(directory: Path) -> Run:
         "tokens_per_second": last.get("throughput/tokens_per_second_mean"),
         "peak_memory_bytes": peak * 2**30 or None,
         "updated": records[-1].get("time") if records else None,
+        **{f"loss/{name[len('validation/') : -len('/loss_causal')]}": known[name] for name in sets},
+        **{name: value for name, value in known.items() if name.startswith("tasks/")},
     }
     return Run(row, records)
 
@@ -299,8 +303,7 @@ def _named(runs: Sequence[Run]) -> list[Run]:
     first: dict[str, str] = {}
     for run in runs:
         row, match = run.row, _SEED.fullmatch(run.row["name"])
-        rest = {k: v for k, v in flatten(row["config"]).items() if k not in ("run.name", "run.seed", "run.dir")}
-        key = json.dumps(rest, sort_keys=True) if rest else row["directory"]
+        key = str(sorted(settings(row["config"]).items())) if row["config"] else row["directory"]
         row["arm"] = match[1] if match else first.setdefault(key, row["name"])
         row["seed"] = row["seed"] if row["seed"] is not None else int(match[2]) if match else 0
         parents[row["arm"]].add(Path(row["directory"]).resolve().parent)

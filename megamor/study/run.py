@@ -20,7 +20,7 @@ import torch
 
 from megamor.config import config_to_dict
 from megamor.data.check import find_problems
-from megamor.errors import ConfigError, MegamorError, TrainingError
+from megamor.errors import EXIT_INTERRUPTED, ConfigError, MegamorError, TrainingError
 from megamor.files import parse_json, replace_file
 from megamor.model import build_model
 from megamor.parallel import init_world
@@ -105,6 +105,10 @@ def faster_precision(arm: Arm) -> str:
     took = ", ".join(f"{precision} {duration:.2f} s" for precision, duration in seconds.items())
     print(f"precision: {chosen} for all arms (forward and backward pass of {arm.name}: {took})", flush=True)
     return chosen
+
+
+_current: list[str] = []
+"""The job that this worker is doing, if any."""
 
 
 class StudyRunner:
@@ -198,27 +202,34 @@ def _start_worker(parent: int, threads: int) -> None:
         signal.signal(number, _between_steps)
 
     def watch() -> None:
-        # A parent that was killed leaves its workers training, and holding the locks of their runs.
+        # A parent that was killed would leave its workers training, and holding the locks of their runs.
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
+        while _current:
+            time.sleep(0.1)
+        os._exit(EXIT_INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _between_steps(number: int, frame: object) -> None:
     """A signal while no trainer listens, such as during an evaluation: nothing is lost if that is done again."""
-    raise Interrupted(signal.Signals(number).name)
+    if _current:
+        raise Interrupted(_current[0])
 
 
 def _work(file: Path, root: Path, seeds: int, name: str) -> None:
     """Do the job `name` in this process, with its output in a file of its own."""
-    study = load_study(file, seeds=seeds)
-    job = next(job for job in jobs_of(study) if job.name == name)
-    log = root / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as out:
-        for stream in (1, 2):
-            os.dup2(out.fileno(), stream)
-        world = init_world(replace(job.arm.config.parallel, backend="single"))
-        run_job(study, job, root, world)
+    _current.append(name)
+    try:
+        study = load_study(file, seeds=seeds)
+        job = next(job for job in jobs_of(study) if job.name == name)
+        log = root / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as out:
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
+        run_job(study, job, root, init_world(replace(job.arm.config.parallel, backend="single")))
+    finally:
+        _current.clear()

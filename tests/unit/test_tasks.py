@@ -332,8 +332,9 @@ def test_command(export: Path, directory: Path, tmp_path: Path, capsys: pytest.C
     evaluate.main([*arguments, "--tasks", str(directory / "last_word.yaml"), "--routing", "topk", "--json", str(file)])
     assert json.loads(file.read_text())["tasks"]["routing"] == "topk"
     evaluate.main([*arguments, "--tasks", "last_word", "--fixed-depth", "2", "--json", str(file)])
-    assert json.loads(file.read_text())["fixed_depth"] == 2
-    found = json.loads(file.read_text())["tasks"]
+    report = json.loads(file.read_text())
+    found = report["tasks"]
+    assert report["fixed_depth"] == 2
     # The same model in a sweep, which needs data beside the tasks.
     with ShardWriter(tmp_path / "set", np.dtype("<u2")) as writer:
         writer.add([*range(20)])
