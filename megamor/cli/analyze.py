@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamor.cli import add_exit_options, chosen_exit, command_parser, positive
+from megamor.cli import add_exit_options, chosen_exit, command_parser, output_file, positive
 from megamor.errors import user_errors
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch-size", type=positive, default=16, help="windows per batch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     add_exit_options(parser)
-    add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--json", type=output_file, metavar="FILE", help="write the figures as JSON")
     add("--output", type=Path, metavar="DIR", help="write JSON, plots and an HTML page")
     arguments = parser.parse_args(argv)
     rule = chosen_exit(arguments)
