@@ -68,11 +68,15 @@ def test_runs_of_several_stages(tmp_path: Path) -> None:
 
 def test_a_law_is_drawn_for_each_budget(tmp_path: Path) -> None:
     root = write_study(tmp_path / "s", law={"mor": {"phi": 0.4, "low": 0.3, "high": 0.5}}, differences=[])
+    names = {"vanilla": "w1_single", "mor": "w1_loop", "random": "w2_loop"}
     study = json.loads((root / "results.json").read_text())
+    for one in (*study["arms"], *study["runs"]):
+        key = "name" if "name" in one else "arm"
+        one[key] = names[one[key]]
     study["runs"] += [{**run, "budget": 6e12} for run in study["runs"]]
     (root / "results.json").write_text(json.dumps(study))
     (figure,) = content.law_figures(read_results([root]))
-    for label in ("3e+12 FLOPs, r = 1", "3e+12 FLOPs, r = 3", "6e+12 FLOPs, r = 3", "validation loss (nats/token)"):
+    for label in ("single, 3.00TFLOPs", "loop, 3.00TFLOPs", "loop, 6.00TFLOPs", "validation loss (nats/token)"):
         assert f">{label}</text>" in figure
 
 
@@ -122,7 +126,8 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 SWEEP = {
     "schema": "megamor-sweep/1", "checkpoint": "runs/x", "left_out": ["exit kl: no recursion"],
     "entries": [{"rule": rule, "value": value, "loss": loss, "flops_per_token": flops} for rule, value, loss, flops in (
-        ("own", None, 3.0, 2e6), ("max_depth", 1, 3.4, 1e6), ("max_depth", 2, 3.1, 1.5e6), ("entropy", 1.0, 3.2, 1.4e6))],
+        ("own", None, 3.0, 2e6), ("max_depth", 1, 3.4, 1e6), ("max_depth", 2, 3.1, 1.5e6),
+        ("entropy", 1.0, 3.2, 1.4e6))],
 }  # fmt: skip
 STAGE = {"depths": [0, 30, 70], "correlations": {"position": {"value": -0.2, "low": -0.3, "high": -0.1}},
          "classes": {}, "curves": {}}  # fmt: skip
