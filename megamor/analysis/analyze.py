@@ -105,9 +105,10 @@ def token_counts(shard: TokenShard, block: int = 2**24) -> Array:
 
 
 def unigram_entropy(tokens: Array) -> float:
-    """Entropy of the frequencies of `tokens` [n], in nats: the loss of a model that knows these and nothing else."""
+    """Entropy of `tokens` [n] in nats: the loss of a model that knows how frequent they are and nothing else."""
     p = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    return float(-(p * np.log(p)).sum())
+    # A sample looks less varied than the text that it is from; the second term corrects that (Miller 1955).
+    return float(-(p * np.log(p)).sum() + (len(p) - 1) / (2 * len(tokens)))
 
 
 def refuse_untrained(loaded: LoadedModel, found: Observations) -> None:

@@ -103,8 +103,9 @@ def pieces_of(found: ShardSpans, codec: TextCodec | None) -> Iterator[tuple[int,
     """For each document in the spans: the slot at which it begins, and what `trace` says about it."""
     shard = found.shard
     meta = read_meta(shard.prefix)
-    files = meta.sources if meta and sum(s.get("documents", 0) for s in meta.sources) == shard.num_documents else ()
-    ends = list(accumulate(int(source["documents"]) for source in files))
+    files = meta.sources if meta and not any(source.get("scattered") for source in meta.sources) else ()
+    ends = list(accumulate(int(source.get("documents", 0)) for source in files))
+    files = files if ends[-1:] == [shard.num_documents] else ()
     spans = (found.spans.slots.tolist(), found.spans.starts.tolist(), found.spans.lengths.tolist())
     for slot, start, length in zip(*spans, strict=True):
         first, last = shard.documents_at(np.array([start, start + length - 1])).tolist()

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
@@ -25,10 +26,17 @@ from megamor.errors import DataError, user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "reliability", "scaling"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "reliability", "scaling")),
+]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
+STUDY_SCHEMA = "megamor-study/1"
+STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
+FINDINGS = ("routing", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth")
+"""Studies whose results docs/findings.md tells."""
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 
 
@@ -125,6 +133,35 @@ def quickstart(results: Path) -> Iterator[str]:
         yield from Table(columns, [{"model": model, "loss": loss} for model, loss in rows], notes=(note,)).markdown()
 
 
+def study(name: str, results: Path) -> Iterator[str]:
+    """Markdown of a study: its arms at each budget, its floors, what its intervals allow to say, and where it ran."""
+    report = read_report(results / "studies" / f"{name}.json", STUDY_SCHEMA)
+    columns = [Column(header, text(header), left=header == "arm") for header in STUDY_COLUMNS]
+    yield from Table(columns, [*_study_rows(report)]).markdown()
+    yield from ("", *(f"- {sentence}" for sentence in report["statements"]), "")
+    minutes, machine = report["seconds"] / 60, report["origin"]["machine"]
+    where = f"one of {machine['cores']} cores of {machine['cpu']}; {provenance(report['origin'], 'torch')}"
+    yield f"`{report['command']}` ({minutes:.0f} minutes of training, without the tuning of rates, on {where})"
+
+
+def _study_rows(report: Row) -> Iterator[dict[str, str]]:
+    for budget in report["budgets"]:
+        for arm in report["arms"]:
+            runs = [run for run in report["runs"] if run["arm"] == arm["name"] and run["budget"] == budget]
+            mean = {key: fmean(run[key] for run in runs) for key in ("mean_depth", "flops_per_token", "tokens")}
+            losses = [run["loss"] for run in runs]
+            spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+            accuracy = "" if runs[0]["accuracy"] is None else f"{fmean(run['accuracy'] for run in runs):.2%}"
+            at = f", {budget:.3g}" if len(report["budgets"]) > 1 else ""
+            cells = [f"{fmean(losses):.4f}{spread}", accuracy, f"{mean['mean_depth']:.2f}"]
+            cells += [f"{mean['flops_per_token']:.3g}", f"{mean['tokens']:,.0f}", f"{arm['lr']:g}"]
+            yield dict(zip(STUDY_COLUMNS, (arm["label"] + at, *cells), strict=True))
+    for floor in report["floors"]:
+        loss, accuracy = floor["loss"], floor["accuracy"]
+        shown = "" if loss is None else f"{loss:.4f}", "" if accuracy is None else f"{accuracy:.2%}"
+        yield dict(zip(STUDY_COLUMNS, (floor["name"], *shown, *[""] * 4), strict=True))
+
+
 def reliability(results: Path) -> Iterator[str]:
     """Markdown of the promises: the tests of each, on which backends, with which outcome; the oldest last run."""
     report = read_report(results / "reliability.json", RELIABILITY_SCHEMA)
@@ -164,6 +201,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-serve": partial(measured, "serve_offline_*.json", serve),
     "bench-load": partial(measured, "serve_load_*.json", load),
     "quickstart": quickstart,
+    **{f"study-{name}": partial(study, name) for name in FINDINGS},
     "reliability": reliability,
     "scaling-mor_1b": partial(computed, scaling.strong_scaling, "mor_1b"),
     "scaling-vanilla_1b": partial(computed, scaling.strong_scaling, "vanilla_1b"),

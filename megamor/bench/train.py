@@ -84,11 +84,13 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
     """
     lengths = [[f"data.seq_len={length}", f"model.max_seq_len={length}"] for length in args.seq_len or ()] or [[]]
     modes = [True, False] if args.sizes and args.compile is None else [args.compile]
-    for compiled, size, length in product(modes, args.sizes or [None], lengths):
+    for compiled, size, length, micro_batch in product(
+        modes, args.sizes or [None], lengths, args.micro_batch or [None]
+    ):
         overrides = [f"parallel.backend={args.backend or ('fsdp2' if size else 'single')}", *length, *args.overrides]
         if compiled is not None:
             overrides.append(f"train.compile={str(compiled).lower()}")
-        batch = args.micro_batch or SIZES.get(size or "")
+        batch = micro_batch or SIZES.get(size or "")
         if batch:
             overrides = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}", *overrides]
         if size:

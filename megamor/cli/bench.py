@@ -100,7 +100,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     add("--fill", type=fraction, metavar="F", help="windows that are F full (0.5): padding computed against left out")
     add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
-    add("--micro-batch", type=positive, metavar="N", help="sequences of a step (default: configured, or by size)")
+    add("--micro-batch", type=numbers, metavar="N,M", help="sequences of a step (default: configured, or by size)")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured; with --sizes both, in turn")
     add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
     add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")

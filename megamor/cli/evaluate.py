@@ -12,8 +12,10 @@ better the router has learned to decide without looking ahead.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,17 @@ from megamor.cli import (
     command_parser,
     integers,
     output_file,
+    positive,
 )
 from megamor.cli.evaluate_tasks import add_task_options, measure_tasks, read_tasks
 from megamor.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
+    from megamor.config.exits import ExitRule
+    from megamor.evaluate.sweep import Setting
     from megamor.load import LoadedModel
+    from megamor.model import Transformer
+    from megamor.parallel import World
 
 
 SCHEMA = "megamor-evaluation/1"
@@ -46,6 +53,18 @@ def named_sets(prefixes: Sequence[str]) -> dict[str, str]:
     if len({Path(prefix) for prefix in prefixes}) < len(prefixes):
         raise ConfigError(f"--data names a data set twice: {' '.join(prefixes)}; name each once")
     return dict(zip(short_names(prefixes), prefixes, strict=True)) if prefixes else {}
+
+
+def changed_rules(model: Transformer, arguments: argparse.Namespace) -> list[Setting]:
+    """What `--max-depth`, `--fixed-depth` and `--threshold` ask for; ConfigError if it doesn't fit the model."""
+    from megamor.evaluate.sweep import settings
+
+    names = ("max_depth", "fixed_depth", "threshold")
+    given: dict[str, Any] = {f"{n}s": [] if (v := getattr(arguments, n)) is None else [v] for n in names}
+    chosen, left_out = settings(model, None, **given, exits={}) if any(given.values()) else ([], [])
+    if left_out:
+        raise ConfigError(f"--threshold {arguments.threshold:g} has no effect ({left_out[0]}): leave it out")
+    return chosen
 
 
 def document(loaded: LoadedModel, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,17 +139,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", default=[], nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
     add("--sequences", type=int, help="how many sequences of each set to measure (default: all)")
     add("--batch-size", type=int, default=16, help="sequences per batch (default: %(default)s)")
-    add(
-        "--by-position",
-        action="store_true",
-        help="also means over positions 0, 1, 2–3, 4–7, … of the window or document",
-    )
+    text = "also means over positions 0, 1, 2–3, 4–7, … of the window or document"
+    add("--by-position", action="store_true", help=text)
     add("--by-source", action="store_true", help="also means over the sources that the side file of each set lists")
     budgets = "also decode with at most so many cached keys and values per layer, such as 64,128: loss against bytes"
     add("--kv-budgets", "--kv-budget", type=integers, default=[], metavar="N,N", help=budgets)
     add_cache_options(parser)
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     add_exit_options(parser)
+    add("--max-depth", type=positive, metavar="N", help="at most N recursions of each stage for a token")
+    add("--fixed-depth", type=positive, metavar="N", help="exactly N recursions, whatever the router says")
+    add("--threshold", type=float, metavar="X", help="another threshold of the router, as in `megamor sweep-depth`")
     add_task_options(parser)
     add("--json", type=output_file, metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args(argv)
@@ -140,54 +159,66 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{option.replace('_', '-')} must be at least 1")
     if not (arguments.data or arguments.tasks):
         parser.error("nothing to measure: give --data or --tasks")
-    rule, kept = chosen_exit(arguments), cache_options(arguments, arguments.kv_budgets)
-
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    changes = [name for name in ("max_depth", "fixed_depth", "threshold") if getattr(arguments, name) is not None]
+    if arguments.max_depth and arguments.fixed_depth:
+        parser.error("--max-depth and --fixed-depth exclude each other: give one")
+    if changes and arguments.tasks and arguments.routing == "topk":
+        parser.error(f"--{changes[0].replace('_', '-')} changes the inference rule: leave out --routing topk")
+    rule, names = chosen_exit(arguments), named_sets(arguments.data)
+    cache_options(arguments, arguments.kv_budgets)  # wrong ones are reported before torch is imported
 
     from megamor.config import ParallelConfig
+    from megamor.parallel import close_world, init_world
+    from megamor.ranks import report_errors_once
+
+    world = init_world(ParallelConfig())
+    try:
+        with report_errors_once():
+            measure(arguments, rule, changes, names, world)
+    finally:
+        close_world()
+
+
+def measure(
+    arguments: argparse.Namespace, rule: ExitRule | None, changes: list[str], names: dict[str, str], world: World
+) -> None:
+    """Do what the options ask for. Collective: ranks share the work of tasks; the first does all the rest."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     from megamor.evaluate.loss import dataset_losses
     from megamor.load import load_model
     from megamor.model import CacheBound
-    from megamor.parallel import close_world, init_world
     from megamor.progress import plain_console
-    from megamor.ranks import report_errors_once, run_on_all_ranks
+    from megamor.ranks import run_on_all_ranks
 
+    kept = cache_options(arguments, arguments.kv_budgets)
     bounds = [CacheBound(budget, **kept) for budget in arguments.kv_budgets]
     by: list[Any] = [what for what in ("position", "source") if getattr(arguments, f"by_{what}")]
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
-    names = named_sets(arguments.data)
-    world = init_world(ParallelConfig())
+    loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
+    loaded.model.set_exit(rule)
+    if arguments.tasks:
+        run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
+        tasks = run_on_all_ranks(lambda: read_tasks(arguments))
     # On stderr, on a terminal only, and gone at the end: what remains is the table alone.
     terminal = plain_console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    silent = not (terminal.is_terminal and world.is_main)
-    with report_errors_once(), Progress(*columns, console=terminal, transient=True, disable=silent) as progress:
-        loaded = run_on_all_ranks(lambda: load_model(arguments.checkpoint, arguments.device or str(world.device)))
-        loaded.model.set_exit(rule)
-        if arguments.tasks:
-            run_on_all_ranks(loaded.codec)  # a model without a tokenizer is reported before anything is loaded
-            tasks = run_on_all_ranks(lambda: read_tasks(arguments))
+    bar = Progress(*columns, console=terminal, transient=True, disable=not (terminal.is_terminal and world.is_main))
+    with bar as progress, ExitStack() as stack:
+        for setting in run_on_all_ranks(lambda: changed_rules(loaded.model, arguments)):
+            stack.enter_context(setting.on(loaded.model))
 
         def losses() -> dict[str, Any]:
-            # Ranks share the work of tasks only.
-            options: dict[str, Any] = {"bounds": bounds, "by": by, "watch": progress.track}
+            options: dict[str, Any] = {**size, "bounds": bounds, "by": by, "watch": progress.track}
             sets = names.items() if world.is_main else ()
-            return {
-                name: {"data": prefix, **dataset_losses(loaded, prefix, **size, **options)} for name, prefix in sets
-            }
+            return {name: {"data": prefix, **dataset_losses(loaded, prefix, **options)} for name, prefix in sets}
 
         results = run_on_all_ranks(losses)
         if results:
-            show(results, loaded.origin + (f", causal with exit {rule}" if rule else ""))
-        report = document(loaded, results)
+            told = [f"exit {rule}"] * (rule is not None) + [f"{name} {getattr(arguments, name):g}" for name in changes]
+            show(results, loaded.origin + (f", causal with {', '.join(told)}" if told else ""))
+        report = document(loaded, results) | {name: getattr(arguments, name) for name in changes}
         if arguments.tasks:
-            bars: dict[str, TaskID] = {}
-
-            def watch(what: str, total: int, done: int) -> None:
-                bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
-                progress.update(bars[what], completed=done)
-
-            report["tasks"] = measure_tasks(arguments, loaded, tasks, watch, world.is_main)
+            report["tasks"] = measure_tasks(arguments, loaded, tasks, progress, world.is_main)
     if arguments.json and world.is_main:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    close_world()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from megamor.cli import positive
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from megamor.evaluate.tasks import TaskSet
     from megamor.load import LoadedModel
 
@@ -19,20 +20,28 @@ BOOTSTRAP_SAMPLES = 1000
 """For standard errors of metrics that aren't means; the harness's 100,000 would take longer than the tasks."""
 
 
+def task_names(text: str) -> list[str]:
+    """Names with commas between them, as an argument's type."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """The options of downstream tasks."""
     add = parser.add_argument
-    names = (
-        "downstream tasks: names, groups and tags of lm-evaluation-harness, YAML files, or the sets `paper`, `glue`, "
+    names = "downstream tasks: names, groups and tags of lm-evaluation-harness (`glue`, `mmlu`, `wikitext` …), YAML "
+    names += "files, or the sets `paper`, `superglue` and `ptb`"
+    add(
+        "--tasks",
+        type=lambda text: [name for part in text.split(",") if (name := part.strip())],
+        default=[],
+        metavar="TASK,TASK",
+        help=names,
     )
-    names += "`superglue`, `mmlu`, `wikitext`, `ptb`"
-    add("--tasks", type=lambda text: text.split(","), default=[], metavar="TASK,TASK", help=names)
     add("--task-path", type=Path, metavar="DIR", help="where YAML files of further tasks are")
     add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (default: what the task says)")
     add("--limit", type=positive, metavar="N", help="documents of each task to use, the first ones (default: all)")
     text = "routing in tasks: the inference rule, or that of training, which sees later tokens (default: %(default)s)"
     add("--routing", choices=("causal", "topk"), default="causal", help=text)
-    add("--fixed-depth", type=positive, metavar="N", help="tasks: exactly so many recursions, whatever the router says")
 
 
 def read_tasks(arguments: argparse.Namespace) -> TaskSet:
@@ -46,35 +55,24 @@ def read_tasks(arguments: argparse.Namespace) -> TaskSet:
 
 
 def measure_tasks(
-    arguments: argparse.Namespace,
-    loaded: LoadedModel,
-    tasks: TaskSet,
-    watch: Callable[[str, int, int], None],
-    is_main: bool,
+    arguments: argparse.Namespace, loaded: LoadedModel, tasks: TaskSet, progress: Progress, is_main: bool
 ) -> dict[str, Any]:
     """Evaluate `tasks` and print the harness's table on the first rank; returns what the JSON file says. Collective."""
-    from megamor.config.depth import most_recursions
     from megamor.evaluate.scoring import Scorer
     from megamor.evaluate.tasks import harness_version, paper_average, run_tasks, tables
 
-    depth, model = arguments.fixed_depth, loaded.model
-    most = most_recursions(loaded.config) if model.stages else 0
-    if depth is not None and (depth > most or arguments.routing == "topk"):
-        raise ConfigError(
-            f"--fixed-depth {depth}: the model has {most} recursions, and the depth is one of the inference rule; give "
-            "fewer, and no --routing topk"
-        )
-    dtype = model.embed.weight.dtype
-    scorer = Scorer(
-        model, loaded.device, model, arguments.routing, depth, arguments.batch_size, dtype=dtype, watch=watch
-    )
+    bars: dict[str, TaskID] = {}
+
+    def watch(what: str, total: int, done: int) -> None:
+        bars[what] = bars[what] if what in bars else progress.add_task(what, total=total)
+        progress.update(bars[what], completed=done)
+
+    scorer = Scorer.of(loaded, batch_size=arguments.batch_size, mode=arguments.routing, watch=watch)
     found = run_tasks(scorer, loaded.codec(), tasks, BOOTSTRAP_SAMPLES if is_main else 0)
     paper = paper_average(found["results"])
     if is_main:
         print(f"tasks of {loaded.origin}\n{tables(found)}")
         if paper:
-            print("; ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
-    rule = {"routing": arguments.routing, "fixed_depth": depth, "exit": str(model.exit) if model.exit else None}
-    versions = {"lm_eval": harness_version(), "megamor": __version__}
-    settings = {"checkpoint": loaded.origin, "limit": arguments.limit, **rule, "software": versions}
-    return {**found, **({"paper": paper} if paper else {}), **settings}
+            print("the paper's tasks:", ", ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
+    settings = {"limit": arguments.limit, "routing": arguments.routing, "lm_eval": harness_version()}
+    return {**found, **({"paper": paper} if paper else {}), **settings, "megamor": __version__}

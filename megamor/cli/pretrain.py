@@ -65,6 +65,10 @@ def dry_run(config: Config, processes: int) -> None:
     if problems := find_problems(data, seed=config.run.seed, vocab_size=config.model.vocab_size):
         heading = "the run can't start here (docs/data.md shows how to prepare its data):"
         raise ConfigError("\n  ".join([heading, *problems]))
+    if config.train.eval_tasks:
+        from megamor.train.evaluations import Evaluations
+
+        Evaluations.open(expanded)
     for warning in announce_shared_data(data):
         logging.getLogger("megamor.train").warning(warning)
 

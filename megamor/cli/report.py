@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
     parser.add_argument("--metric", help="what is ranked and compared (default: loss); tasks/<name>, too")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each figure to an SVG file in DIR")
     arguments = parser.parse_args(argv)
     from megamor.report.build import build_page
     from megamor.report.runs import read_results
@@ -55,4 +56,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = arguments.paths[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "report.html"
     page.write(output)
-    print(f"wrote {output}")
+    files = page.save_figures(arguments.figures) if arguments.figures else []
+    print(f"wrote {output}" + (f" and {len(files)} figures in {arguments.figures}" if files else ""))

@@ -8,7 +8,7 @@ examples:
   megamor study report studies/routing.yaml                    # results and page again, from finished runs
 
 A fair comparison of three models on a text of your own is four lines (docs/studies.md):
-  base: configs/quickstart.yaml
+  base: quickstart
   data: {text: [my_book.txt]}
   arms: [vanilla, recursive, mor]
   budget: {flops: 1e13}

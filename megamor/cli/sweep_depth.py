@@ -13,39 +13,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megamor.cli import command_parser, integers, positive
-from megamor.errors import user_errors
+from megamor.cli import command_parser, output_file, positive
+from megamor.cli.evaluate_tasks import add_task_options, read_tasks
+from megamor.errors import ConfigError, user_errors
 
 if TYPE_CHECKING:
     from megamor.data.loader import MicroBatch
     from megamor.evaluate.sweep import Setting
+    from megamor.load import LoadedModel
 
 SCHEMA = "megamor-sweep/1"
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between them, as an argument's type."""
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} are no numbers with commas between them") from error
+def comma_separated(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argument's type: values with commas between them, or `none`."""
+
+    def numbers(text: str) -> list[Any]:
+        return [] if text == "none" else [kind(number) for number in text.split(",")]
+
+    return numbers
 
 
-def or_none(kind: Callable[[str], list[Any]]) -> Callable[[str], list[Any]]:
-    """An argument's type that also takes the word `none`, for an empty list."""
-    return lambda text: [] if text == "none" else kind(text)
-
-
-def exit_values(text: str) -> tuple[str, list[float]]:
+def rule_and_thresholds(text: str) -> tuple[str, list[float]]:
     """`entropy:0.1,0.5`, as an argument's type; `none` for no rule."""
     name, _, values = text.partition(":")
-    if text != "none" and not values:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a rule and thresholds, such as entropy:0.5,1, or none")
-    return name, [] if text == "none" else numbers(values)
+    return name, comma_separated(float)(values if name != "none" else name)
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
@@ -53,84 +49,106 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     from megamor.progress import format_count, plain_console
-    from megamor.report.router import label
 
-    table = Table(padding=(0, 0, 0, 1))
-    table.add_column("rule")
-    for column in ("value", "nats/\ntoken", "top-1", "mean\ndepth", "FLOPs/\ntoken", "of own"):
+    table, own = Table("rule", padding=(0, 0, 0, 1)), entries[0]
+    tasks = [name.replace(" ", "\n") for name in own.get("tasks", ())]
+    for column in ("value", "nats/\ntoken", "top-1", "mean\ndepth", "FLOPs/\ntoken", "of own", *tasks):
         table.add_column(column, justify="right")
-    own = entries[0]["flops_per_token"]
     for row in entries:
         flops, value = row["flops_per_token"], "" if row["value"] is None else f"{row['value']:g}"
         figures = f"{row['loss']:.4f}", f"{row['accuracy']:.1%}", f"{row['mean_depth']:.2f}"
-        table.add_row(label(row["rule"]), value, *figures, format_count(flops), f"{flops / own:.0%}")
+        scores = (f"{score:.4f}" for score in row.get("tasks", {}).values())
+        share = f"{flops / own['flops_per_token']:.0%}"
+        table.add_row(row["label"], value, *figures, format_count(flops), share, *scores)
     plain_console().print(table)
+
+
+def scorer(arguments: argparse.Namespace, loaded: LoadedModel) -> Callable[[], dict[str, float]] | None:
+    """What measures the first metric of each of `--tasks`, by `task metric`; None without any."""
+    if not arguments.tasks:
+        return None
+    from megamor.evaluate.scoring import Scorer
+    from megamor.evaluate.tasks import run_tasks
+
+    tasks, codec, dtype = read_tasks(arguments), loaded.codec(), loaded.model.embed.weight.dtype
+    model = Scorer(loaded.model, loaded.device, loaded.model, batch_size=arguments.batch_size, dtype=dtype)
+
+    def score() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for task, metrics in run_tasks(model, codec, tasks)["results"].items():
+            names = [name for name, value in metrics.items() if isinstance(value, float) and "_stderr" not in name]
+            found |= {f"{task} {name.removesuffix(',none')}": metrics[name] for name in names[:1]}
+        return found
+
+    return score
 
 
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every setting, print the table, and write the files asked for."""
     parser = command_parser("sweep-depth", __doc__)
-    add = parser.add_argument
+    add, floats, depths = parser.add_argument, comma_separated(float), comma_separated(int)
     add("--checkpoint", required=True, help="a checkpoint, `latest`, or the directory of a run or an export")
     add("--data", required=True, nargs="+", metavar="PREFIX", help="data sets: paths of .bin/.idx pairs without suffix")
-    add("--max-depths", type=or_none(integers), metavar="N,N", help="most recursions of a token (default: 1 to all)")
-    add("--fixed-depths", type=or_none(integers), metavar="N,N", help="recursions of every token (default: 1 to all)")
+    add("--max-depths", type=depths, metavar="N,N", help="most recursions of a token (default: 1 to all)")
+    add("--fixed-depths", type=depths, metavar="N,N", help="recursions of every token (default: 1 to all)")
     text = "thresholds of the router at inference: its setting, or, where that is learned, numbers added to the scores"
-    add("--thresholds", type=or_none(numbers), metavar="X,X", help=text)
+    add("--thresholds", type=floats, metavar="X,X", help=text)
     text = "exit rules and their thresholds, such as entropy:0.5,1; `none` leaves a kind out, here and above"
-    add("--exits", type=exit_values, nargs="+", metavar="RULE:X,X", help=text)
+    add("--exits", type=rule_and_thresholds, nargs="+", metavar="RULE:X,X", help=text)
     add("--sequences", type=positive, default=128, help="sequences of each set, evenly spread (default: %(default)s)")
     add("--batch-size", type=positive, default=16, help="sequences per batch (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
-    add("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    add("--plot", type=Path, metavar="FILE.svg", help="also draw them")
+    add_task_options(parser)
+    add("--json", type=output_file, metavar="FILE", help="also write the figures as JSON")
+    add("--plot", type=output_file, metavar="FILE.svg", help="also draw them; scores of tasks in FILE_<task>.svg")
     arguments = parser.parse_args(argv)
+    if arguments.routing == "topk":
+        parser.error("--routing topk sees later tokens, and the sweep is of inference rules: leave it out")
     if arguments.plot and arguments.plot.suffix != ".svg":
         parser.error(f"--plot {arguments.plot}: give a name that ends in .svg")
 
     from megamor.cli.evaluate import named_sets
-    from megamor.config.exits import ExitRule
     from megamor.evaluate.loss import open_validation_set
-    from megamor.evaluate.sweep import deepest, settings, sweep
+    from megamor.evaluate.sweep import measure, settings
     from megamor.load import load_model
     from megamor.origin import describe_origin
     from megamor.progress import ProgressDisplay
     from megamor.report.figures import save
-    from megamor.report.router import label, sweep_figure
+    from megamor.report.router import sweep_figure
 
-    exits = None if arguments.exits is None else dict(arguments.exits)
-    rules = [ExitRule(name, value) for name, values in (exits or {}).items() for value in values]
     data, size = named_sets(arguments.data), {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     loaded = load_model(arguments.checkpoint, arguments.device)
-    deepest(loaded.model)
-    batches = [next(iter(open_validation_set(loaded, prefix).batches(0, 1, 4))) for prefix in data.values()]
+    first, *_ = [next(iter(open_validation_set(loaded, prefix).batches(0, 1, 4))) for prefix in data.values()]
     given = {name: getattr(arguments, name) for name in ("max_depths", "fixed_depths", "thresholds")}
-    chosen, left_out = settings(loaded.model, batches[0], **given, exits=exits)
+    chosen, left_out = settings(loaded.model, first, **given, exits=arguments.exits and dict(arguments.exits))
+    score, entries = scorer(arguments, loaded), []
     with ProgressDisplay("sweep", total=len(chosen), unit="settings") as progress:
 
-        def watch(setting: Setting, batches: Iterable[MicroBatch], total: int) -> Iterable[MicroBatch]:
+        def watch(setting: Setting, batches: Any, total: int, description: str) -> Iterator[MicroBatch]:
             for batch in batches:
                 yield batch
-                shown = label(setting.rule) + ("" if setting.value is None else f" {setting.value:g}")
-                progress.advance(1 / total / len(data), {"rule": shown})
+                progress.advance(1 / total / len(data), {"rule": f"{setting.label} {setting.value:g}"})
 
-        entries, ignored = sweep(loaded, data, chosen, **size, watch=watch)
+        for setting in chosen:
+            try:
+                entries.append(measure(loaded, data, setting, score, **size, watch=partial(watch, setting)))
+            except ConfigError as error:
+                left_out.append(str(error))
     print(f"loss of {loaded.origin} on {', '.join(data)}, causal rule")
     show(entries)
-    for sentence in (*left_out, *ignored):
+    for sentence in left_out:
         print(f"left out: {sentence}")
+    document: dict[str, Any] = {"schema": SCHEMA, "checkpoint": str(loaded.directory), "step": loaded.step}
+    document |= {"origin": describe_origin(loaded.device), "data": data, **size}
     if arguments.json:
-        document = {
-            "schema": SCHEMA,
-            "checkpoint": str(loaded.directory),
-            "step": loaded.step,
-            "origin": describe_origin(loaded.device),
-            "data": data,
-            **size,
-            "entries": entries,
-            "left_out": [*left_out, *ignored],
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({**document, "entries": entries, "left_out": left_out}, indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.plot:
         save(sweep_figure(entries), arguments.plot)
+        for task in entries[0].get("tasks", ()):
+            save(sweep_figure(entries, task), arguments.plot.with_stem(f"{arguments.plot.stem}_{task.split()[0]}"))
+
+
+if __name__ == "__main__":
+    main()

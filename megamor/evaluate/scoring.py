@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,10 @@ from megamor.evaluate.sampling import sample
 from megamor.model import KVCache, ModelOutput, Transformer
 from megamor.model.loss import CHUNK_ELEMENTS, IGNORE
 from megamor.ranks import gather, sum_over_ranks
-from megamor.routing import DepthBounds, Mode
+from megamor.routing import Mode
+
+if TYPE_CHECKING:
+    from megamor.load import LoadedModel
 
 T = TypeVar("T")
 
@@ -44,22 +47,25 @@ class Scorer:
     """A model that scores and continues texts. All methods are collective, and every rank passes the same arguments.
 
     `call` makes a forward pass (the model, wrapped by the backend of a run) inside a new `context()`. `mode` routes
-    likelihoods; continuations follow the inference rule. With `depth` every token takes exactly that many recursions
-    of each stage that has them, whatever the router says. `before_pass` is called on all ranks before each forward
-    pass, and may raise on all of them. `watch` is told how many requests of a kind there are, and how many are done.
+    likelihoods; continuations follow the inference rule. `dtype` is that of cached keys and values. `before_pass` is
+    called on all ranks before each forward pass, and may raise on all of them. `watch` is told how many requests of a
+    kind there are, and how many are done.
     """
 
     model: Transformer
     device: torch.device
     call: Callable[..., ModelOutput]
     mode: Mode = "causal"
-    depth: int | None = None
     batch_size: int = 16
     dtype: torch.dtype = torch.float32
-    """Of cached keys and values."""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     before_pass: Callable[[], None] = lambda: None
     watch: Callable[[str, int, int], None] = lambda what, total, done: None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, **options: Any) -> Scorer:
+        """A scorer of a loaded model, which every rank has whole."""
+        return cls(loaded.model, loaded.device, loaded.model, dtype=loaded.model.embed.weight.dtype, **options)
 
     @torch.no_grad()
     def likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -81,9 +87,10 @@ class Scorer:
             for row, i in enumerate(batch):
                 ids, own = torch.tensor(rows[i]), slice(lengths[row] - len(pairs[i][1]), lengths[row])
                 inputs[row, : lengths[row]], labels[row, own] = ids[:-1], ids[1:][own]
+            labels = labels.to(self.device)
             scores = self.forward(inputs, labels=labels, mode=self.mode, lengths=lengths, score_tokens=True).scores
             assert scores is not None
-            missed = (labels.to(self.device) != IGNORE) & ~scores.correct
+            missed = (labels != IGNORE) & ~scores.correct
             sums, any_missed = scores.nll.double().sum(1), missed.any(1)
             return zip((-sums).tolist(), (~any_missed).tolist(), strict=True)
 
@@ -156,16 +163,9 @@ class Scorer:
         pairs = zip(requests, texts, strict=True)
         return [min((text.split(stop)[0] for stop in r.until), key=len, default=text) for r, text in pairs]
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None, **options: object) -> ModelOutput:
-        """One forward pass over `inputs` [B, S], at the fixed depth if there is one."""
+    def forward(self, inputs: Tensor, **options: object) -> ModelOutput:
+        """One forward pass over `inputs` [B, S] (any device)."""
         self.before_pass()
-        if self.depth is not None:
-            lengths = options.get("lengths")
-            tokens = inputs.numel() if lengths is None else sum(lengths)  # type: ignore[call-overload]
-            depth = torch.full((tokens,), self.depth, device=self.device)
-            options["bounds"] = DepthBounds(depth, depth)
-        if labels is not None:
-            options["labels"] = labels.to(self.device)
         with self.context():
             return self.call(inputs=inputs.to(self.device), **options)
 

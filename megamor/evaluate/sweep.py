@@ -6,7 +6,7 @@ router. Depths are those of each stage where there are several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -31,6 +31,13 @@ EXIT_THRESHOLDS: dict[ExitName, tuple[float, ...]] = {
     "acceleration": (0.05, 0.1, 0.2, 0.4, 0.8),
 }
 FIGURES = ("loss", "accuracy", "mean_depth", "flops_per_token")
+LABELS: dict[str, str] = {
+    "own": "own rule",
+    "max_depth": "at most n recursions",
+    "fixed_depth": "exactly n recursions",
+    "shift": "scores shifted",
+    **{name: f"exit: {name}" for name in EXITS},
+}
 
 
 @dataclass(frozen=True)
@@ -42,44 +49,35 @@ class Setting:
     """
 
     rule: str = "own"
-    value: float | None = None
+    value: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """What the rule is called in a table or a plot."""
+        return LABELS.get(self.rule, f"router.{self.rule}")
 
     @contextmanager
     def on(self, model: Transformer) -> Iterator[None]:
         """Let `model` follow the rule for a while."""
+        bounds, rule = model.depth_bounds, model.exit
         with ExitStack() as stack:
-            if self.value is not None and self.rule in ("max_depth", "fixed_depth"):
-                most = int(self.value)
-                model.depth_bounds = (most if self.rule == "fixed_depth" else 0, most)
-            elif self.value is not None and self.rule in EXITS:
+            if self.rule in ("max_depth", "fixed_depth"):
+                model.depth_bounds = (int(self.value) if self.rule == "fixed_depth" else 0, int(self.value))
+            elif self.rule in EXITS:
                 model.set_exit(ExitRule(self.rule, self.value))
-            elif self.value is not None:
-                for router in (stage.router for stage in model.stages.values()):
-                    if router.threshold_name == self.rule:
-                        stack.enter_context(router.at_threshold(self.value))
+            for router in (stage.router for stage in model.stages.values()):
+                if router.threshold_name == self.rule:
+                    stack.enter_context(router.at_threshold(self.value))
             try:
                 yield
             finally:
-                model.depth_bounds = None
-                model.set_exit(None)
-
-
-def deepest(model: Transformer) -> int:
-    """Recursions of the stage that has most.
-
-    Raises:
-        ConfigError: the model has nothing to sweep.
-    """
-    most = max((stage.router.num_recursions for stage in model.stages.values()), default=0)
-    if most < 2:
-        what = "one recursion" if most else "no recursion (recursion.sharing: none)"
-        raise ConfigError(f"the model has {what}, so its depth can't be swept: give a checkpoint of a recursive model")
-    return most
+                model.depth_bounds = bounds
+                model.set_exit(rule)
 
 
 def settings(
     model: Transformer,
-    batch: MicroBatch,
+    batch: MicroBatch | None = None,
     *,
     max_depths: Sequence[int] | None = None,
     fixed_depths: Sequence[int] | None = None,
@@ -88,30 +86,30 @@ def settings(
 ) -> tuple[list[Setting], list[str]]:
     """The settings to measure, the model's own rule first, and a sentence about each kind that doesn't fit the model.
 
-    None stands for all depths, and for a handful of thresholds and of each exit rule's. `batch` shows the scale of the
-    scores.
+    None stands for all depths, and for a handful of thresholds and of each exit rule's; `batch` then shows the scale
+    of the scores.
 
     Raises:
         ConfigError: the model has nothing to sweep, or a value is out of range.
     """
-    most = deepest(model)
-    found, left_out = [Setting()], []
+    routers, found, left_out = [stage.router for stage in model.stages.values()], [Setting()], []
+    most = max((router.num_recursions for router in routers), default=0)
+    if most < 2:
+        what = "one recursion" if most else "no recursion (recursion.sharing: none)"
+        raise ConfigError(f"the model has {what}, so its depth can't be changed: give a checkpoint of a recursive one")
     for rule, depths in (("max_depth", max_depths), ("fixed_depth", fixed_depths)):
-        for depth in range(1, most + 1) if depths is None else depths:
-            if not 1 <= depth <= most:
-                raise ConfigError(f"{rule} = {depth}: the model has {most} recursions; give 1 to {most}")
-            found.append(Setting(rule, depth))
-    routers = [stage.router for stage in model.stages.values()]
+        found += [Setting(rule, depth) for depth in (range(1, most + 1) if depths is None else depths)]
+        if wrong := [s.value for s in found if s.rule == rule and not 1 <= s.value <= most]:
+            raise ConfigError(f"{rule} = {wrong[0]}: the model has {most} recursions; give 1 to {most}")
     names = dict.fromkeys(name for router in routers if (name := router.threshold_name) is not None)
     if not names and thresholds != []:
         kinds = ", ".join(sorted({type(router).__name__ for router in routers}))
         left_out.append(f"thresholds: {kinds} compares nothing with one at inference")
     for name in names:
-        values = shifts(model, batch) if thresholds is None and name == "shift" else thresholds
-        for value in PROBABILITIES if values is None else values:
-            if name != "shift" and not 0 < value < 1:
-                raise ConfigError(f"{name} = {value}: give a number between 0 and 1")
-            found.append(Setting(name, value))
+        defaults = shifts(model, batch) if thresholds is None and batch and name == "shift" else PROBABILITIES
+        found += [Setting(name, value) for value in (defaults if thresholds is None else thresholds)]
+        if name != "shift" and (wrong := [value for value in thresholds or () if not 0 < value < 1]):
+            raise ConfigError(f"{name} = {wrong[0]}: give a number between 0 and 1")
     for exit_name, values in (EXIT_THRESHOLDS if exits is None else exits).items():
         rules = [ExitRule(exit_name, value) for value in values]
         if rules and rules[0].first >= most:
@@ -123,65 +121,47 @@ def settings(
 
 @torch.no_grad()
 def shifts(model: Transformer, batch: MicroBatch) -> list[float]:
-    """`SHIFTS` in the scale of the model's scores for `batch`, as of the router whose scale is smallest."""
+    """`SHIFTS` in the scale of the model's scores for `batch`: that of the recursion whose margins are smallest.
+
+    None at all if no score decides about anything, since all capacities are 1.
+    """
     # Routers report their margins in training, for the control of a target.
-    with ExitStack() as stack:
-        for router in (stage.router for stage in model.stages.values()):
-            if router.threshold_name == "shift":
-                stack.enter_context(router.at_threshold(0.0))
-        device = model.embed.weight.device
-        totals = model(**batch.arguments(device), mode="train", step=2**31).totals
-    margins = torch.cat([total for name, total in totals.items() if name.endswith("margins") and total.dim() == 2])
-    scale = (margins[:, 1] / margins[:, 0])[margins[:, 0] > 0].min()
-    return [float(f"{factor * scale:.2g}") for factor in SHIFTS]
+    with Setting("shift", 0.0).on(model):
+        totals = model(**batch.arguments(model.embed.weight.device), mode="train", step=2**31).totals
+    rows = [row for name, total in totals.items() if name.endswith("margins") and total.dim() == 2 for row in total]
+    scales = [float(sizes / number) for number, sizes in rows if number]
+    return [float(f"{factor * min(scales):.2g}") for factor in SHIFTS if scales]
 
 
-def sweep(
+def measure(
     loaded: LoadedModel,
     data: Mapping[str, str],
-    chosen: Sequence[Setting],
-    *,
-    sequences: int | None,
-    batch_size: int,
-    watch: Callable[[Setting, Iterable[MicroBatch], int], Iterable[MicroBatch]] = lambda setting, batches, total: (
-        batches
-    ),
-    score: Callable[[LoadedModel], Mapping[str, Any]] | None = None,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure the model under each setting, by the causal rule.
+    setting: Setting,
+    score: Callable[[], Mapping[str, float]] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure the model under `setting`, by the causal rule.
 
     Args:
         data: prefixes of data sets by name.
-        watch: wraps the batches of a set to show progress, given the setting and the number of batches.
-        score: scores the model, such as on tasks.
+        score: scores the model on tasks.
+        options: those of `dataset_losses`.
 
     Returns:
-        For each setting `rule`, `value`, and of `sets` by name and of their mean `loss`, `accuracy`, `mean_depth` and
-        `flops_per_token` of a forward pass, what the head predicts for an exit rule included; `tasks` if `score` is
-        given. And a sentence about each setting that the model doesn't follow.
+        `rule`, `value`, `label`; `FIGURES` of each of the `sets` by name, and their means over the sets (FLOPs of a
+        forward pass, what the head predicts for an exit rule included); and `tasks` if `score` is given.
+
+    Raises:
+        ConfigError: a router doesn't follow the bounds on the depth.
     """
-    entries: list[dict[str, Any]] = []
-    ignored: list[str] = []
-    depths = [stage.router.num_recursions for stage in loaded.model.stages.values()]
-    for setting in chosen:
-        options: Any = {"sequences": sequences, "batch_size": batch_size, "modes": ("causal",)}
-
-        def watched(batches: Iterable[MicroBatch], total: int, description: str, s: Setting = setting) -> Any:
-            return watch(s, batches, total)
-
-        if setting.rule == "max_depth" and setting.value == max(depths) and entries and entries[0]["rule"] == "own":
-            entries.append({**entries[0], "rule": setting.rule, "value": setting.value})
-            continue
-        with setting.on(loaded.model):
-            found = {name: dataset_losses(loaded, prefix, **options, watch=watched) for name, prefix in data.items()}
-            tasks = {"tasks": dict(score(loaded))} if score is not None else {}
-        sets = {name: {key: figures[f"{key}_causal"] for key in FIGURES} for name, figures in found.items()}
-        means = {key: fmean(figures[key] for figures in sets.values()) for key in FIGURES}
-        if setting.rule in ("max_depth", "fixed_depth"):
-            limit = sum(min(depth, setting.value or 0) for depth in depths)
-            missed = abs(means["mean_depth"] - limit) if setting.rule == "fixed_depth" else means["mean_depth"] - limit
-            if missed > 1e-6:
-                ignored.append(f"{setting.rule} = {setting.value}: the router ignores bounds on the depth")
-                continue
-        entries.append({"rule": setting.rule, "value": setting.value, **means, "sets": sets, **tasks})
-    return entries, ignored
+    with setting.on(loaded.model):
+        found = {name: dataset_losses(loaded, prefix, modes=["causal"], **options) for name, prefix in data.items()}
+        tasks = {} if score is None else {"tasks": dict(score())}
+    sets = {name: {key: figures[f"{key}_causal"] for key in FIGURES} for name, figures in found.items()}
+    means = {key: fmean(figures[key] for figures in sets.values()) for key in FIGURES}
+    missing = sum(min(stage.router.num_recursions, setting.value) for stage in loaded.model.stages.values())
+    missing -= means["mean_depth"]
+    if (setting.rule == "fixed_depth" and missing > 1e-6) or (setting.rule.endswith("_depth") and missing < -1e-6):
+        raise ConfigError(f"{setting.rule} = {setting.value}: the router ignores bounds on the depth")
+    value = None if setting.rule == "own" else setting.value
+    return {"rule": setting.rule, "value": value, "label": setting.label, **means, "sets": sets, **tasks}

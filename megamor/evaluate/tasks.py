@@ -169,6 +169,12 @@ def run_tasks(scorer: Scorer, codec: TextCodec, tasks: TaskSet, bootstrap: int =
     return {key: value for key, value in found.items() if key != "configs"}
 
 
+def plain_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """A task's `metric,filter` as `metric`, or `metric_filter` if the filter isn't `none`; without standard errors."""
+    named = {key.removesuffix(",none").replace(",", "_"): value for key, value in found.items() if "," in key}
+    return {name: float(v) for name, v in named.items() if isinstance(v, int | float) and "_stderr" not in name}
+
+
 def gold_bits_per_byte(task: Any) -> float | None:
     """Bits per byte of the right answers of a multiple-choice task that has been evaluated; None if it has none."""
     nats, size = 0.0, 0
@@ -192,6 +198,8 @@ def harness_model(scorer: Scorer, codec: TextCodec) -> Any:
     most = scorer.model.config.model.max_seq_len
 
     class HarnessModel(TemplateLM):  # type: ignore[misc]
+        texts = 0
+
         @property
         def eot_token_id(self) -> int:
             if codec.end_of_text is None:
@@ -206,6 +214,9 @@ def harness_model(scorer: Scorer, codec: TextCodec) -> Any:
             return tuple(codec.encode(text, "a task's text"))
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            self.texts += 1
+            if self.texts % 1000 == 0:
+                scorer.before_pass()  # encoding a large task takes longer than a signal should wait
             return list(self.encoded(string))
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:

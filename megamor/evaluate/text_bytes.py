@@ -18,6 +18,7 @@ from megamor.codec import EndOfText, TextCodec
 from megamor.data.loader import MicroBatch
 
 _BY_CONTEXT = -1
+_REMEMBERED_PAIRS = 2**20
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -34,7 +35,7 @@ class TextBytes:
         byte_level, fallback = (any(kind in state for state in states) for kind in (b'"ByteLevel"', b'"ByteFallback"'))
         alphabet, added = set(ByteLevel.alphabet()), tokenizer.get_added_tokens_decoder()
         self._codec = codec
-        self._known: dict[tuple[int, int], int] = {}
+        self._added = lru_cache(_REMEMBERED_PAIRS)(self._decode_added)
         self._sizes = np.full(vocab_size, _BY_CONTEXT)
         for token in range(vocab_size):
             name = tokenizer.id_to_token(token)
@@ -57,15 +58,13 @@ class TextBytes:
         added = (self._added(*pair) * n for pair, n in zip(found.tolist(), counts.tolist(), strict=True))
         return int(sizes[~unknown].sum() + sum(added))
 
-    def _added(self, before: int, token: int) -> int:
+    def _decode_added(self, before: int, token: int) -> int:
         """Bytes that `token` adds to the text of the token before it, or to a new text."""
-        if (before, token) not in self._known:
-            end = self._codec.end_of_text
-            context = [] if end is not None and before == end.id else [before]
-            texts = (self._codec.decode(ids, skip_special_tokens=False) for ids in (context, [*context, token]))
-            without, whole = (len(text.encode()) for text in texts)
-            self._known[before, token] = whole - without
-        return self._known[before, token]
+        end = self._codec.end_of_text
+        context = [] if end is not None and before == end.id else [before]
+        texts = (self._codec.decode(ids, skip_special_tokens=False) for ids in (context, [*context, token]))
+        without, whole = (len(text.encode()) for text in texts)
+        return whole - without
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from typing import Any
 from megamor.errors import ConfigError
 from megamor.report import content
 from megamor.report.page import Page
-from megamor.report.router import router_plots, sweep_figure
+from megamor.report.router import LOSS, router_plots, sweep_figure
 from megamor.report.runs import Results
 
 
@@ -76,7 +76,7 @@ def add_extra(page: Page, extra: Mapping[str, Any]) -> None:
     schema = extra.get("schema") if isinstance(extra, Mapping) else None
     if schema == "megamor-sweep/1":
         page.section(f"Other depths than its own: {extra['checkpoint']}")
-        page.figures([sweep_figure(extra["entries"])])
+        page.figures([sweep_figure(extra["entries"], what) for what in (LOSS, *extra["entries"][0].get("tasks", ()))])
         page.sentences([f"Left out: {sentence}" for sentence in extra["left_out"]])
     elif schema == "megamor-analysis/1":
         for name, stage in extra["modes"]["causal"]["stages"].items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megamor.config.exits import EXITS
 from megamor.report.figures import COLOURS, Interval, Series, bars, canvas, forest, lines, look
 from megamor.report.page import Page
 
@@ -20,6 +19,7 @@ AXES = {
 }
 SPEARMAN = "Spearman's rank correlation, 95 % interval"
 MEAN = "mean depth, 95 % interval"
+LOSS = "loss (nats/token)"
 BOUNDS = ("value", "low", "high")
 AGREEMENT = ("agreement", "chance", "kappa", "spearman")
 
@@ -40,13 +40,10 @@ def router_plots(stage: Figures) -> dict[str, str]:
             curve = Series("", x, y, low, high)
             title = f"Depth against {name}"
             found[f"depth by {name}"] = lines(title, AXES[name], MEAN, [curve], log_x=name == "frequency")
-    for key, title, unit in (
-        ("lens_loss", "Logit lens of all tokens", "loss (nats/token)"),
-        ("rms", "Hidden states of all tokens", "RMS"),
-    ):
-        if steps := stage.get("recursions"):
+    if steps := stage.get("recursions"):
+        for key, title in (("lens_loss", "Logit-lens loss (nats/token)"), ("rms", "RMS of hidden states")):
             curve = Series("", [step["recursion"] for step in steps], [step[key] for step in steps])
-            found[key] = lines(title, "recursions", unit, [curve])
+            found[key] = lines(f"{title.partition(' (')[0]} of all tokens", "recursions", title, [curve])
     return found | {name: svg for kind in ("gates", "scores") for name, svg in histograms(stage, kind)}
 
 
@@ -66,10 +63,11 @@ def histograms(stage: Figures, kind: str) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(one["name"] for one in stage.get(kind, ())):
         curves = []
         for one in (one for one in stage[kind] if one["name"] == name):
-            middles = [(low + high) / 2 for low, high in zip(one["edges"], one["edges"][1:], strict=False)]
-            fractions = [count / sum(one["counts"]) for count in one["counts"]]
-            curves.append(Series(f"recursion {one['recursion']}", middles, fractions))
-        yield f"{kind} {name}", lines(f"{kind.capitalize()}: {name}", kind[:-1], "fraction of the tokens", curves)
+            low, high = one["edges"][:2]  # all bars have the same width
+            middles = [edge + (high - low) / 2 for edge in one["edges"][:-1]]
+            density = [count / sum(one["counts"]) / (high - low) for count in one["counts"]]
+            curves.append(Series(f"recursion {one['recursion']}", middles, density))
+        yield f"{kind} {name}", lines(f"{kind.capitalize()}: {name}", kind[:-1], "density", curves)
 
 
 def router_page(
@@ -108,27 +106,13 @@ def router_page(
     return page
 
 
-SWEEP_LABELS = {
-    "own": "own rule",
-    "max_depth": "at most n recursions",
-    "fixed_depth": "exactly n recursions",
-    "shift": "scores shifted",
-}
-
-
-def label(rule: str) -> str:
-    """What a rule of a sweep is called in the table and the plot."""
-    return f"exit: {rule}" if rule in EXITS else SWEEP_LABELS.get(rule, f"router.{rule}")
-
-
-def sweep_figure(entries: Sequence[Figures]) -> str:
-    """Loss against executed FLOPs, a curve for each rule and a star for the model's own."""
-    own, *others = entries
-    rules = dict.fromkeys(row["rule"] for row in others)
-    with canvas("Loss against compute", "executed FLOPs per token of a forward pass", "loss (nats/token)") as drawn:
-        for style, rule in enumerate(rules):
-            points = sorted((row["flops_per_token"], row["loss"]) for row in others if row["rule"] == rule)
-            drawn.axes.plot(*zip(*points, strict=True), label=label(rule), **look(style))
-        mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
-        drawn.axes.plot([own["flops_per_token"]], [own["loss"]], label="the model's own rule", **mark)
+def sweep_figure(entries: Sequence[Figures], what: str = LOSS) -> str:
+    """The loss or a task's score against executed FLOPs, a curve for each rule and a star for the model's own."""
+    own, *others = [(row, {LOSS: row["loss"], **row.get("tasks", {})}[what]) for row in entries]
+    mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
+    with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
+        for style, label in enumerate(dict.fromkeys(row["label"] for row, _ in others)):
+            points = sorted((row["flops_per_token"], value) for row, value in others if row["label"] == label)
+            drawn.axes.plot(*zip(*points, strict=True), label=label, **look(style))
+        drawn.axes.plot([own[0]["flops_per_token"]], [own[1]], label="the model's own rule", **mark)
     return drawn.svg

@@ -20,8 +20,10 @@ from megamor.data.loader import open_validation_sets
 from megamor.errors import MegamorError, TrainingError
 from megamor.evaluate.kv_curve import bounded_loss
 from megamor.evaluate.loss import dataset_losses
+from megamor.evaluate.scoring import Scorer
+from megamor.evaluate.tasks import load_tasks, plain_metrics, run_tasks
 from megamor.files import parse_json, replace_file
-from megamor.load import load_model
+from megamor.load import LoadedModel, load_model
 from megamor.metrics import read_jsonl
 from megamor.model.flops import expected_steps, nominal_flops
 from megamor.parallel import World
@@ -244,8 +246,18 @@ def train(study: Study, job: Job, root: Path, world: World) -> dict[str, Any]:
         "peak_memory_bytes": None if peak is None or loaded.device.type == "cpu" else peak * 2**30,
         "kv_bytes_per_token": cached["kv_bytes"] / loaded.config.data.seq_len,
         "precision": loaded.config.train.precision,
+        "tasks": task_scores(study, loaded) if study.tasks else {},
         "config": config_to_dict(loaded.config),
     }
+
+
+def task_scores(study: Study, loaded: LoadedModel) -> dict[str, float]:
+    """The scores of the study's downstream tasks, by task and metric."""
+    wanted = study.tasks
+    tasks = load_tasks(wanted["names"], num_fewshot=wanted.get("num_fewshot"), limit=wanted.get("limit"), quiet=True)
+    scorer = Scorer.of(loaded, batch_size=loaded.config.train.micro_batch_size)
+    found = run_tasks(scorer, loaded.codec(), tasks)["results"]
+    return {f"{task}/{name}": value for task, own in found.items() for name, value in plain_metrics(own).items()}
 
 
 def fit(config: Config, world: World) -> None:

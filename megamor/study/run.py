@@ -14,12 +14,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megamor.config import config_to_dict
 from megamor.data.check import find_problems
-from megamor.errors import ConfigError, MegamorError, TrainingError
-from megamor.files import replace_file
+from megamor.errors import EXIT_INTERRUPTED, ConfigError, MegamorError, TrainingError
+from megamor.files import parse_json, replace_file
 from megamor.model import build_model
 from megamor.parallel import init_world
 from megamor.progress import ProgressDisplay
@@ -46,14 +48,16 @@ def set_up(study: Study, root: Path) -> None:
     Raises:
         DataError, ConfigError: the data are missing or don't fit.
     """
-    path = root / SETUP_FILE
-    wanted = study.file.read_text(encoding="utf-8")
-    copy = root / study.file.name
-    if path.exists() and copy.exists():
-        if _significant(copy.read_text(encoding="utf-8")) != _significant(wanted):
-            raise ConfigError(
-                f"{root} holds results of another version of {study.file}: give another --out, or remove it"
-            )
+    path, wanted = root / SETUP_FILE, fingerprint(study)
+    if path.exists():
+        setup = parse_json(path.read_text(encoding="utf-8"))
+        for name, value in setup["study"].items():  # an arm may be added, but none may change
+            if wanted.get(name) != value:
+                raise ConfigError(
+                    f"{root} holds results of another version of {study.file} ({name} differs): give another --out, or "
+                    "remove them"
+                )
+        replace_file(path, json.dumps({**setup, "study": wanted}, indent=1) + "\n")
         return
     root.mkdir(parents=True, exist_ok=True)
     config = study.arms[0].config
@@ -67,14 +71,18 @@ def set_up(study: Study, root: Path) -> None:
     if precision == "auto":
         largest = max(study.arms, key=lambda arm: arm.parameters[0])
         precision = faster_precision(largest)
-    replace_file(copy, wanted)
-    replace_file(path, json.dumps({"data": data, "precision": precision}, indent=1) + "\n")
+    replace_file(path, json.dumps({"data": data, "precision": precision, "study": wanted}, indent=1) + "\n")
 
 
-def _significant(text: str) -> list[str]:
-    """The lines of a study file that decide what its jobs do: more seeds or another question change no result."""
-    free = ("question", "seeds", "pairs", "expected", "#")
-    return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith(free)]
+def fingerprint(study: Study) -> dict[str, Any]:
+    """Whatever decides the result of a job; more seeds or another question don't."""
+    shared = ("match", "budgets", "pilot", "warmup", "precision", "sequences", "data", "tasks")
+    arms = {
+        f"arms.{arm.name}": [config_to_dict(arm.config), arm.rates, arm.of, arm.exit and str(arm.exit)]
+        for arm in study.arms
+    }
+    plain: dict[str, Any] = json.loads(json.dumps({**{name: getattr(study, name) for name in shared}, **arms}))
+    return plain
 
 
 def faster_precision(arm: Arm) -> str:
@@ -97,6 +105,10 @@ def faster_precision(arm: Arm) -> str:
     took = ", ".join(f"{precision} {duration:.2f} s" for precision, duration in seconds.items())
     print(f"precision: {chosen} for all arms (forward and backward pass of {arm.name}: {took})", flush=True)
     return chosen
+
+
+_current: list[str] = []
+"""The job that this worker is doing, if any."""
 
 
 class StudyRunner:
@@ -190,27 +202,34 @@ def _start_worker(parent: int, threads: int) -> None:
         signal.signal(number, _between_steps)
 
     def watch() -> None:
-        # A parent that was killed leaves its workers training, and holding the locks of their runs.
+        # A parent that was killed would leave its workers training, and holding the locks of their runs.
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
+        while _current:
+            time.sleep(0.1)
+        os._exit(EXIT_INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _between_steps(number: int, frame: object) -> None:
     """A signal while no trainer listens, such as during an evaluation: nothing is lost if that is done again."""
-    raise Interrupted(signal.Signals(number).name)
+    if _current:
+        raise Interrupted(_current[0])
 
 
 def _work(file: Path, root: Path, seeds: int, name: str) -> None:
     """Do the job `name` in this process, with its output in a file of its own."""
-    study = load_study(file, seeds=seeds)
-    job = next(job for job in jobs_of(study) if job.name == name)
-    log = root / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as out:
-        for stream in (1, 2):
-            os.dup2(out.fileno(), stream)
-        world = init_world(replace(job.arm.config.parallel, backend="single"))
-        run_job(study, job, root, world)
+    _current.append(name)
+    try:
+        study = load_study(file, seeds=seeds)
+        job = next(job for job in jobs_of(study) if job.name == name)
+        log = root / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as out:
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
+        run_job(study, job, root, init_world(replace(job.arm.config.parallel, backend="single")))
+    finally:
+        _current.clear()

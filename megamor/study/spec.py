@@ -1,6 +1,6 @@
 """A study file: which models are compared, on what data, at which budget, with how many seeds.
 
-    base: configs/quickstart.yaml        # what the arms have in common
+    base: quickstart                     # what the arms have in common: a configuration file, or this one
     data: {text: [my_book.txt]}          # or a corpus of `megamor fetch-data`, or the data sets of the base
     arms: [vanilla, recursive, mor]      # presets; or names with changes: {wide: {set: {model: {dim: 256}}}}
     budget: {flops: 1e13}                # or {tokens: 1e7}; a list makes a run for each
@@ -26,6 +26,8 @@ from megamor.config.validate import validate
 from megamor.errors import ConfigError
 
 Match = Literal["executed_flops", "tokens", "parameters"]
+DEFAULT_GRID = (0.4, 1.0, 2.5)
+"""Learning rates that are tried, as multiples of the base's: with one rate for all, the arm that it suits wins."""
 PARAMETER_TOLERANCE = 0.02
 """Largest relative difference of unique parameters that counts as matched."""
 _KEYS = (
@@ -78,6 +80,7 @@ class Study:
     tables: tuple[int, ...] = ()
     """Contexts, in tokens, of the count tables whose accuracy is a floor."""
     tasks: Mapping[str, Any] = field(default_factory=dict)
+    """Downstream tasks to evaluate: `names`, `num_fewshot`, `limit`."""
     pairs: tuple[tuple[str, str], ...] = ()
     expected: tuple[Mapping[str, Any], ...] = ()
     law: Mapping[str, Any] = field(default_factory=dict)
@@ -122,7 +125,7 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     layers = [(f"{path}: data", data), (f"{path}: set", given.get("set", {}))]
     length = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
     final = ("budget", {"train": length, "optim": {"warmup_steps": 0}})  # every run sets its own warm-up
-    base_path = path.parent / given["base"] if "base" in given else None
+    base_path = _base(path, given.get("base"))
     base = load_layers(base_path, [*layers, final])
     arms = []
     for name, values in _arms(path, given).items():
@@ -136,7 +139,8 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         changes = [_preset(path, preset, base), *changes] if preset else changes
         config = load_layers(base_path, [*layers, *((f"{path}: arms.{name}", each) for each in changes), final])
         rule = ExitRule(values["exit"], float(values["threshold"])) if "exit" in values else None
-        own = tuple(float(rate) for rate in _listed(values.get("lr", rates))) or (config.optim.lr,)
+        own = tuple(float(rate) for rate in _listed(values.get("lr", rates)))
+        own = own or tuple(float(f"{factor * config.optim.lr:.3g}") for factor in DEFAULT_GRID)
         arms.append(Arm(name, config, tuple(sorted(own)), of, rule, values.get("label", name)))
     study = Study(
         name=path.stem,
@@ -145,7 +149,7 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         budgets=budgets,
         match=match,
         question=" ".join(str(given.get("question", "")).split()),
-        data=given.get("data", {}),
+        data=_located(path, given.get("data", {})),
         pilot=float(given.get("pilot", 0.25)),
         seeds=seeds or int(given.get("seeds", 3)),
         warmup=float(given.get("warmup", 0.05)),
@@ -153,13 +157,20 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         sequences=given.get("sequences"),
         ngrams=tuple(given.get("ngrams", (1, 2, 3))),
         tables=tuple(given.get("tables", ())),
-        tasks=given.get("tasks", {}),
+        tasks=_tasks(path, given.get("tasks", {})),
         pairs=tuple((str(a), str(b)) for a, b in given.get("pairs", ())),
         expected=tuple(given.get("expected", ())),
         law=given.get("law", {}),
     )
     _check(study)
     return replace(study, arms=tuple(_with_weights_of(study, arm) for arm in study.arms))
+
+
+def _base(path: Path, given: str | None) -> Path | None:
+    """The configuration file that `base` names, relative to the study; `quickstart` comes with the package."""
+    if given == "quickstart":
+        return Path(__file__).parents[1] / "cli" / "quickstart.yaml"
+    return None if given is None else path.parent / given
 
 
 def _listed(value: Any) -> list[Any]:
@@ -254,6 +265,25 @@ def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
         )
     layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
     return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
+
+
+def _tasks(path: Path, tasks: Any) -> Mapping[str, Any]:
+    """The key `tasks`, which may be a bare list of names."""
+    tasks = {"names": tasks} if isinstance(tasks, list) else tasks
+    if tasks and (not tasks.get("names") or set(tasks) - {"names", "num_fewshot", "limit"}):
+        raise ConfigError(f"{path}: tasks = {tasks}: give names, or {{names: [...], num_fewshot: N, limit: N}}")
+    found: Mapping[str, Any] = tasks
+    return found
+
+
+def _located(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The key `data`, with files looked for where the study is."""
+    found = dict(data)
+    if "text" in found:
+        found["text"] = [str(path.parent / str(each)) for each in _listed(found["text"])]
+    if found.get("tokenizer", "bpe") not in ("bpe", "char"):
+        found["tokenizer"] = str(path.parent / found["tokenizer"])
+    return found
 
 
 def _with_weights_of(study: Study, arm: Arm) -> Arm:

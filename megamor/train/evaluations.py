@@ -99,18 +99,14 @@ class Evaluations:
     ) -> TaskFigures:
         """Evaluate the tasks by the inference rule; see `measure`."""
         from megamor.evaluate.scoring import Scorer
-        from megamor.evaluate.tasks import run_tasks
+        from megamor.evaluate.tasks import plain_metrics, run_tasks
 
         assert self.tasks is not None
         tasks, codec = self.tasks
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        size, context = self.config.train.micro_batch_size, backend.forward_context
         scorer = Scorer(
-            model,
-            backend.device,
-            backend.model,
-            batch_size=self.config.train.micro_batch_size,
-            dtype=torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32,
-            context=backend.forward_context,
-            before_pass=before_batch,
+            model, backend.device, backend.model, "causal", size, dtype, context=context, before_pass=before_batch
         )
         backend.model.eval()
         try:
@@ -118,11 +114,3 @@ class Evaluations:
         finally:
             backend.model.train()
         return TaskFigures({task: plain_metrics(found) for task, found in results.items()}, suffix)
-
-
-def plain_metrics(found: Mapping[str, object]) -> dict[str, float]:
-    """The harness's `metric,filter` as `metric`, or `metric_filter` if the filter isn't `none`; without errors."""
-    named = {key.removesuffix(",none").replace(",", "_"): value for key, value in found.items() if "," in key}
-    return {
-        name: float(value) for name, value in named.items() if isinstance(value, int | float) and "_stderr" not in name
-    }

@@ -209,7 +209,13 @@ def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     thresholds = [("inference_threshold", 0.2), ("inference_threshold", 0.8)]
     assert rules == [("own", None), *depths, *thresholds, ("entropy", 4.5), ("entropy", 5.5), ("kl", 0.1)]
     assert len(re.findall("^│", shown, re.MULTILINE)) == len(rules)
-    options = {("own", None): [], ("entropy", 5.5): ["--exit", "entropy", "--exit-threshold", "5.5"]}
+    options = {
+        ("own", None): [],
+        ("max_depth", 2): ["--max-depth", "2"],
+        ("fixed_depth", 2): ["--fixed-depth", "2"],
+        ("inference_threshold", 0.2): ["--threshold", "0.2"],
+        ("entropy", 5.5): ["--exit", "entropy", "--exit-threshold", "5.5"],
+    }
     for rule, chosen in options.items():
         evaluate.main([*base, *chosen, "--json", str(tmp_path / "x.json")])
         figures = json.loads((tmp_path / "x.json").read_text())["sets"]["val"]
@@ -222,14 +228,21 @@ def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     axes = {"executed FLOPs per token of a forward pass", "loss (nats per token)"}
     assert labels | axes | {"the model's own rule"} <= words
     for option, told in (
-        (["--exits", "entropy"], "write a rule and thresholds, such as entropy:0.5,1, or none"),
+        (["--exits", "entropy"], "invalid rule_and_thresholds value: 'entropy'"),
         (["--exits", "luck:1"], "exit = luck is unknown"),
         (["--thresholds", "1.5"], "inference_threshold = 1.5: give a number between 0 and 1"),
-        (["--thresholds", "a"], "'a' are no numbers with commas between them"),
+        (["--thresholds", "a"], "invalid numbers value: 'a'"),
         (["--max-depths", "4"], "max_depth = 4: the model has 3 recursions; give 1 to 3"),
         (["--plot", "sweep.png"], "--plot sweep.png: give a name that ends in .svg"),
+        (["--routing", "topk"], "--routing topk sees later tokens"),
     ):
         assert told in refusal(capsys, sweep_depth.main, *base, *option)
+    for option, told in (
+        (["--max-depth", "4"], "max_depth = 4: the model has 3 recursions; give 1 to 3"),
+        (["--max-depth", "2", "--fixed-depth", "2"], "--max-depth and --fixed-depth exclude each other"),
+        (["--threshold", "2"], "inference_threshold = 2.0: give a number between 0 and 1"),
+    ):
+        assert told in refusal(capsys, evaluate.main, *base, *option)
 
 
 def test_loss_against_the_bytes_of_the_cache(moved: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

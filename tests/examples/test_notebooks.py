@@ -57,3 +57,24 @@ def test_getting_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert 1 <= mean_depth <= 3
     assert texts.startswith("def read_lines(path):")
     assert "<svg" in (tmp_path / "runs/getting_started/depth.svg").read_text(encoding="utf-8")
+
+
+def test_what_the_router_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, entropy, correlations, classes, passages, steps, samples = execute(
+        "02_what_the_router_learned",
+        tmp_path,
+        monkeypatch,
+        "causal['loss']",
+        "figures['data']['unigram_entropy']",
+        "stage['correlations']",
+        "[row['at'] for row in stage['classes']['class']]",
+        "list(analysis.passages)",
+        "[step['tokens'] for step in stage['recursions']]",
+        "len(found['samples'])",
+    )
+    assert loss < entropy
+    assert all(-1 <= rho["low"] <= rho["value"] <= rho["high"] <= 1 for rho in correlations.values())
+    assert {"white space", "punctuation", "word start", "continuation"} <= set(classes)
+    assert passages == ["widest", "median", "narrowest"]
+    assert steps == sorted(steps, reverse=True)
+    assert samples == 16

@@ -123,12 +123,18 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert set(LABELS.values()) <= set(re.findall(r">([^<]+)</", page.read_text()))
 
 
+POINTS = (
+    ("own", None, 3.0, 2e6),
+    ("at most n recursions", 1, 3.4, 1e6),
+    ("at most n recursions", 2, 3.1, 1.5e6),
+    ("exit: entropy", 1, 3.2, 1e6),
+)
 SWEEP = {
-    "schema": "megamor-sweep/1", "checkpoint": "runs/x", "left_out": ["exit kl: no recursion"],
-    "entries": [{"rule": rule, "value": value, "loss": loss, "flops_per_token": flops} for rule, value, loss, flops in (
-        ("own", None, 3.0, 2e6), ("max_depth", 1, 3.4, 1e6), ("max_depth", 2, 3.1, 1.5e6),
-        ("entropy", 1.0, 3.2, 1.4e6))],
-}  # fmt: skip
+    "schema": "megamor-sweep/1",
+    "checkpoint": "runs/x",
+    "left_out": ["exit kl: no recursion"],
+    "entries": [dict(zip(("label", "value", "loss", "flops_per_token"), point, strict=True)) for point in POINTS],
+}
 STAGE = {"depths": [0, 30, 70], "correlations": {"position": {"value": -0.2, "low": -0.3, "high": -0.1}},
          "classes": {}, "curves": {}}  # fmt: skip
 ANALYSIS = {"schema": "megamor-analysis/1", "checkpoint": {"name": "x"}, "notes": ["One document."],

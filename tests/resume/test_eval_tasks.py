@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from megamor.config import Config
+from megamor.cli import pretrain
+from megamor.config import Config, config_to_yaml
 from megamor.config.validate import validate as check
 from megamor.errors import ConfigError
 from megamor.evaluate.scoring import Scorer
-from megamor.evaluate.tasks import load_tasks, run_tasks
+from megamor.evaluate.tasks import load_tasks, plain_metrics, run_tasks
 from megamor.load import load_model
 from megamor.train import Trainer
-from megamor.train.evaluations import TASKS, plain_metrics
+from megamor.train.evaluations import TASKS
+from tests.commands import refusal
 from tests.resume.runs import assert_same_run, directory_of, fit, named, tiny_run, trace, until
 from tests.tasks import KINDS, task_tokenizer, write_tasks
 
@@ -82,7 +84,7 @@ def test_figures_and_training(
     assert list(found) == [3, 6, STEPS]
     loaded = load_model(directory_of(config), "cpu")
     tasks = load_tasks(config.train.eval_tasks, limit=2, num_fewshot=1, quiet=True)
-    results = run_tasks(Scorer(loaded.model, loaded.device, loaded.model), loaded.codec(), tasks)["results"]
+    results = run_tasks(Scorer.of(loaded), loaded.codec(), tasks)["results"]
     expected = {f"{TASKS}{task}/{k}": v for task, own in results.items() for k, v in plain_metrics(own).items()}
     assert {f"{TASKS}choose/{k}" for k in ("acc", "acc_norm", "gold_bits_per_byte")} < expected.keys()
     assert f"{TASKS}write/exact_match" in expected
@@ -137,8 +139,13 @@ def test_tasks_that_are_added_later(tmp_path: Path) -> None:
         assert list(task_metrics(config)) == [2 * EVERY, STEPS]
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = task_run(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(config))
+    pretrain.main(["--config", str(file), "--dry-run"])
+    (tmp_path / "tasks" / "questions.jsonl").unlink()
+    assert "the data of task" in refusal(capsys, pretrain.main, "--config", file, "--dry-run")
     with pytest.raises(ConfigError, match=r"train\.eval_tasks = .* needs text: set data\.tokenizer"):
         check(replace(config, data=replace(config.data, tokenizer=None)))
     with pytest.raises(ConfigError, match=r"train\.eval_tasks_limit = 2 without tasks"):

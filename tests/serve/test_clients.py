@@ -101,7 +101,7 @@ def test_tasks_through_the_server_equal_those_in_process(router: str, tmp_path: 
     loaded = load_model(export, "cpu")
     # The first documents fit into the context: of longer ones the client keeps a token less.
     tasks = load_tasks([*KINDS], directory=write_tasks(tmp_path / "tasks"), limit=2, quiet=True)
-    run_tasks(Scorer(loaded.model, loaded.device, loaded.model), loaded.codec(), tasks)
+    run_tasks(Scorer.of(loaded), loaded.codec(), tasks)
     engine: Any = build_engine(parse_arguments(["--checkpoint", str(export)]), loaded)
     engine.codec, engine.gate = loaded.codec(), threading.Event()
     with serving(engine) as running:

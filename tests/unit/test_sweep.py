@@ -15,7 +15,7 @@ from megamor.config.exits import ExitRule
 from megamor.data.loader import MicroBatch
 from megamor.errors import ConfigError
 from megamor.evaluate.loss import dataset_losses, open_validation_set
-from megamor.evaluate.sweep import EXIT_THRESHOLDS, Setting, settings, sweep
+from megamor.evaluate.sweep import EXIT_THRESHOLDS, Setting, measure, settings
 from megamor.load import LoadedModel
 from megamor.model import Transformer, build_model
 from megamor.model.flops import executed_flops
@@ -33,8 +33,8 @@ def batch_of(loaded: LoadedModel, prefix: str) -> MicroBatch:
 
 
 def entry(loaded: LoadedModel, prefix: str, setting: Setting) -> dict[str, Any]:
-    (found,), ignored = sweep(loaded, {"set": prefix}, [setting], sequences=None, batch_size=3)
-    assert ignored == []
+    found = measure(loaded, {"set": prefix}, setting, batch_size=3)
+    assert (found["rule"], found["value"]) == (setting.rule, None if setting.rule == "own" else setting.value)
     assert found["sets"]["set"] == {name: found[name] for name in found["sets"]["set"]}
     return found
 
@@ -117,8 +117,7 @@ def test_thresholds_change_the_depth(tmp_path: Path) -> None:
         loaded = loaded_model(tiny_config(ROUTERS[router]))
         prefix = written(tmp_path, LENGTHS)
         chosen, _ = settings(loaded.model, batch_of(loaded, prefix), max_depths=[], fixed_depths=[], exits={})
-        entries, _ = sweep(loaded, {"set": prefix}, chosen, sequences=None, batch_size=3)
-        own, *depths = (found["mean_depth"] for found in entries)
+        own, *depths = (entry(loaded, prefix, setting)["mean_depth"] for setting in chosen)
         assert sorted(depths, reverse=router in ("monotone", "act_hard")) == depths
         assert depths[0] != depths[-1], router
         assert min(depths) <= own <= max(depths)
@@ -142,17 +141,7 @@ def test_several_stages_and_sets(tmp_path: Path) -> None:
     assert left_out == []
     assert {"inference_threshold", "shift"} <= {setting.rule for setting in chosen}
     chosen = [s for s in chosen if s.rule not in EXIT_THRESHOLDS]
-    seen: list[str] = []
-
-    def watch(setting: Setting, batches: Any, total: int) -> Any:
-        seen.append(setting.rule)
-        assert total == 1
-        return batches
-
-    entries, ignored = sweep(
-        loaded, prefixes, chosen, sequences=None, batch_size=3, watch=watch, score=lambda loaded: {"acc": 0.5}
-    )
-    assert ignored == []
+    entries = [measure(loaded, prefixes, setting, lambda: {"acc": 0.5}, batch_size=3) for setting in chosen]
     fixed = [found for found in entries if found["rule"] == "fixed_depth"]
     assert [found["mean_depth"] for found in fixed] == [3, 6, 8]
     for found in entries:
@@ -160,8 +149,7 @@ def test_several_stages_and_sets(tmp_path: Path) -> None:
             assert found[name] == pytest.approx(np.mean([figures[name] for figures in found["sets"].values()]))
         assert found["tasks"] == {"acc": 0.5}
     whole = next(found for found in entries if (found["rule"], found["value"]) == ("max_depth", 3))
-    assert whole == {**entries[0], "rule": "max_depth", "value": 3}
-    assert len(seen) == 2 * (len(chosen) - 1), "all recursions are the own rule, which isn't measured twice"
+    assert whole["sets"] == entries[0]["sets"]
     separate = dataset_losses(loaded, prefixes["a"])
     assert entries[0]["sets"]["a"]["loss"] == separate["loss_causal"]
 
@@ -184,7 +172,7 @@ def test_values_out_of_range(tmp_path: Path, options: dict[str, Any], told: str)
 def test_nothing_to_sweep(tmp_path: Path) -> None:
     for config in (vanilla_config(), tiny_config(FixedDepthConfig(depth=1))):
         loaded = loaded_model(config)
-        with pytest.raises(ConfigError, match="so its depth can't be swept: give a checkpoint of a recursive model"):
+        with pytest.raises(ConfigError, match="so its depth can't be changed: give a checkpoint of a recursive one"):
             settings(loaded.model, batch_of(loaded, written(tmp_path, LENGTHS)))
 
 
@@ -200,11 +188,18 @@ def test_what_fits_no_router_is_named(tmp_path: Path) -> None:
     assert settings(loaded.model, batch, max_depths=[], fixed_depths=[], thresholds=[], exits={}) == ([Setting()], [])
 
 
+def test_scores_that_decide_about_nothing(tmp_path: Path) -> None:
+    kind = replace(ROUTERS["ema_threshold"], capacity=(1.0, 1.0, 1.0))
+    loaded = loaded_model(tiny_config(kind))
+    chosen, _ = settings(loaded.model, batch_of(loaded, written(tmp_path, LENGTHS)))
+    assert "shift" not in {setting.rule for setting in chosen}
+
+
 def test_a_router_that_ignores_bounds_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loaded_model(tiny_config(ROUTERS["expert_choice"]))
     monkeypatch.setattr("megamor.routing.router.RoutingSession.bounded", lambda self, recursion, chosen, tokens: chosen)
-    chosen = [Setting("max_depth", 1), Setting("fixed_depth", 3)]
-    entries, ignored = sweep(loaded, {"set": written(tmp_path, LENGTHS)}, chosen, sequences=None, batch_size=3)
-    assert entries == []
-    assert ignored[0] == "max_depth = 1: the router ignores bounds on the depth"
-    assert len(ignored) == 2
+    prefix = written(tmp_path, LENGTHS)
+    for setting in (Setting("max_depth", 1), Setting("fixed_depth", 3)):
+        with pytest.raises(ConfigError, match=f"{setting.rule} = {setting.value}: the router ignores bounds"):
+            measure(loaded, {"set": prefix}, setting)
+    assert loaded.model.depth_bounds is None

@@ -10,13 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lm_eval.evaluator import evaluate as harness_evaluate
 
-from megamor.cli import evaluate
+from megamor.cli import evaluate, sweep_depth
 from megamor.config import FixedDepthConfig, ParallelConfig
+from megamor.config.exits import ExitRule
+from megamor.corpus.writer import ShardWriter
 from megamor.errors import ConfigError, DataError, TextError
 from megamor.evaluate import tasks as tasks_module
 from megamor.evaluate.sampling import generate
@@ -38,7 +41,7 @@ Answers = dict[str, list[Any]]
 
 
 def scorer(model: Transformer, **options: Any) -> Scorer:
-    return Scorer(model, CPU, model, **{"dtype": model.embed.weight.dtype, **options})
+    return Scorer(model, CPU, model, dtype=model.embed.weight.dtype, **options)
 
 
 def answers(tasks: TaskSet) -> Answers:
@@ -142,7 +145,7 @@ def by_hand(model: Transformer, context: list[int], continuation: list[int], **o
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("router", [name for name in REPRESENTATIVES if name != "custom"])
 def test_likelihoods(router: str, batch_size: int) -> None:
     model = task_model(ROUTERS[router])
@@ -169,12 +172,25 @@ def test_likelihoods_by_the_routing_of_training() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rule", [ExitRule("entropy", 5.0), ExitRule("kl", 0.3)], ids=str)
+def test_likelihoods_under_an_exit_rule(rule: ExitRule) -> None:
+    model = task_model(ROUTERS["token_choice"], sharing="stages")
+    free = scorer(model, batch_size=3).likelihoods(pairs())
+    assert [score for score, _ in free] == pytest.approx([by_hand(model, *pair)[0] for pair in pairs()], abs=1e-9)
+    model.set_exit(rule)
+    found = scorer(model, batch_size=3).likelihoods(pairs())
+    assert [score for score, _ in found] == pytest.approx([by_hand(model, *pair)[0] for pair in pairs()], abs=1e-9)
+    assert found != free
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_fixed_depth(depth: int) -> None:
     """A recursive model at a fixed depth is the model of that depth; a routed one takes it for every token."""
     whole, shallow = task_model(FixedDepthConfig()), task_model(FixedDepthConfig(depth=depth))
     whole.load_state_dict(shallow.state_dict())
-    fixed = scorer(whole, depth=depth, batch_size=3)
+    whole.depth_bounds = (depth, depth)
+    fixed = scorer(whole, batch_size=3)
     assert [score for score, _ in fixed.likelihoods(pairs())] == pytest.approx(
         [by_hand(shallow, *pair)[0] for pair in pairs()], abs=1e-9
     )
@@ -185,12 +201,13 @@ def test_fixed_depth(depth: int) -> None:
         model = task_model(ROUTERS[name])
         depths: list[Any] = []
         model.register_forward_hook(lambda _, inputs, out, depths=depths: depths.append(out.depth))
-        scorer(model, depth=depth, batch_size=3).likelihoods(pairs())
+        model.depth_bounds = (depth, depth)
+        scorer(model, batch_size=3).likelihoods(pairs())
         assert {int(value) for found in depths for value in found.flatten()} - {-1} == {depth}
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "act_hard", "skip_forward_recurse"])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("router", ["expert_choice", "act_hard", "skip_forward_recurse"])
 def test_continuations(router: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `generate`, up to the first stop text; long prompts, which are read in chunks, lose their beginning."""
     monkeypatch.setattr("megamor.evaluate.scoring.CHUNK_ELEMENTS", 257 * 7)
@@ -308,14 +325,28 @@ def test_command(export: Path, directory: Path, tmp_path: Path, capsys: pytest.C
     assert found["results"]["choose"][GOLD_BITS] == pytest.approx(expected["results"]["choose"][GOLD_BITS])
     assert found["n-samples"]["choose"] == {"original": 3, "effective": 2}
     assert found["n-shot"]["choose"] == 1
-    assert found["software"].keys() == {"lm_eval", "megamor"}
+    assert found.keys() > {"lm_eval", "megamor", "versions"}
     value = f"{expected['results']['choose'][GOLD_BITS]:.4f}"
     assert "|Tasks" in printed.replace(" ", "")
     assert value in printed
     evaluate.main([*arguments, "--tasks", str(directory / "last_word.yaml"), "--routing", "topk", "--json", str(file)])
     assert json.loads(file.read_text())["tasks"]["routing"] == "topk"
     evaluate.main([*arguments, "--tasks", "last_word", "--fixed-depth", "2", "--json", str(file)])
-    assert json.loads(file.read_text())["tasks"]["fixed_depth"] == 2
+    report = json.loads(file.read_text())
+    found = report["tasks"]
+    assert report["fixed_depth"] == 2
+    # The same model in a sweep, which needs data beside the tasks.
+    with ShardWriter(tmp_path / "set", np.dtype("<u2")) as writer:
+        writer.add([*range(20)])
+        writer.commit()
+    files = ["--json", str(file), "--plot", str(tmp_path / "sweep.svg")]
+    options = ["--fixed-depths", "2", "--max-depths", "none", "--thresholds", "none", "--exits", "none"]
+    sweep_depth.main([*arguments, "--data", str(tmp_path / "set"), "--tasks", "last_word", *options, *files])
+    own, second = json.loads(file.read_text())["entries"]
+    name = next(iter(second["tasks"]))
+    assert second["tasks"][name] == found["results"]["last_word"][name.split()[1] + ",none"]
+    assert own["tasks"].keys() == second["tasks"].keys()
+    assert name in (tmp_path / "sweep_last_word.svg").read_text()
 
 
 def test_what_is_refused(
