@@ -42,9 +42,10 @@ def build_page(results: Results, metric: str | None = None, extras: Sequence[Map
             [f["name"], *("" if f[n] is None else f"{f[n]:.4f}" for n in ("loss", "accuracy"))] for f in study["floors"]
         ]
         page.table(["floor", "loss (nats/token)", "accuracy"], rows, caption="What models without a network reach.")
-    page.section("Loss")
-    page.figures(content.loss_figures(results))
-    page.note("Bands span the seeds. The first quarter of the training is left out.")
+    if curves := content.loss_figures(results):
+        page.section("Loss")
+        page.figures(curves)
+        page.note("Bands span the seeds. The first quarter of the training is left out.")
     if several:
         page.section("Leaderboard: " + content.metric_named(metric).label)
         page.table(*content.leaderboard(results, metric))

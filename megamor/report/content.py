@@ -64,10 +64,10 @@ METRICS = {
     "parameters_without_embedding": Metric("unique parameters without embedding", form="count"),
     "tokens": Metric("training tokens", better=0, form="count"),
     "executed_flops": Metric("executed FLOPs", better=0, form="count"),
-    "seconds": Metric("training time", form="time"),
+    "seconds": Metric("training time", "s", form="time"),
     "tokens_per_second": Metric("training speed", "tokens/s", 1, "count"),
-    "peak_memory_bytes": Metric("peak memory", form="bytes"),
-    "kv_bytes_per_token": Metric("keys and values per token", form="bytes"),
+    "peak_memory_bytes": Metric("peak memory", "bytes", form="bytes"),
+    "kv_bytes_per_token": Metric("keys and values per token", "bytes", form="bytes"),
 }
 COMPACT = {"mean_depth": "depth", "tokens": "tokens", "executed_flops": "FLOPs", "parameters": "params",
            "flops_per_token": "forward\nFLOPs/tok", "seconds": "time"}  # fmt: skip

@@ -183,6 +183,8 @@ def read_results(paths: Sequence[Path]) -> Results:
         ConfigError: there is nothing there, or a study is given beside something else.
         CheckpointError: a run's config is damaged.
     """
+    if not paths:
+        raise ConfigError("there is no run or study to report on: give one")
     studies = [path for path in paths if path.suffix == ".json" or (path / collect.RESULTS_FILE).is_file()]
     if studies and len(paths) > 1:
         raise ConfigError(f"{studies[0]} is a study: give one study, or runs")

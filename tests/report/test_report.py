@@ -27,7 +27,8 @@ def headings(page: str) -> list[str]:
 
 def test_a_study_has_every_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     study = write_study(tmp_path / "s")
-    assert status(report.main, study) == 0
+    (study / "results.json").rename(study / "routing.json")
+    assert status(report.main, study / "routing.json") == 0
     assert capsys.readouterr().out == f"wrote {study / 'report.html'}\n"
     page = (study / "report.html").read_text()
     assert headings(page) == SECTIONS
@@ -154,3 +155,4 @@ def test_sweeps_and_analyses_are_added(tmp_path: Path, capsys: pytest.CaptureFix
     for wrong, told in (("[1]", "has the schema None"), ("{", "can't be read")):
         files[0].write_text(wrong)
         assert told in refusal(capsys, report.main, run, files[0])
+    assert "no run or study" in refusal(capsys, report.main, files[1])
