@@ -27,7 +27,9 @@ def execute(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch, *expres
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without their outputs"
     values = f"import json; print(json.dumps([{', '.join(expressions)}]))"
     notebook.cells.append(nbformat.v4.new_code_cell(values))
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": directory}})
+    client = NotebookClient(
+        notebook, timeout=300, startup_timeout=300, kernel_name="python3", resources={"metadata": {"path": directory}}
+    )
     client.execute()
     return json.loads(notebook.cells[-1].outputs[0].text)
 
