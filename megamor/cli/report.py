@@ -19,7 +19,7 @@ from megamor.cli import command_parser
 from megamor.errors import ConfigError, user_errors
 
 
-def read_extra(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     from megamor.files import parse_json
 
@@ -33,24 +33,18 @@ def read_extra(path: Path) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = command_parser("report", __doc__)
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="RUN|STUDY|FILE.json",
-        help="a study, runs or directories of runs, and files",
-    )
+    text = "a study, runs or directories of runs, and files of sweeps and analyses"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|STUDY|FILE.json", help=text)
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
     parser.add_argument("--metric", help="what is ranked and compared (default: loss); tasks/<name>, too")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each figure to an SVG file in DIR")
     arguments = parser.parse_args(argv)
     from megamor.report.build import build_page
     from megamor.report.runs import read_results
-    from megamor.study.collect import RESULTS_FILE
+    from megamor.study.collect import SCHEMA
 
-    extras = {
-        path: read_extra(path) for path in arguments.paths if path.suffix == ".json" and path.name != RESULTS_FILE
-    }
+    known = {path: read_json(path) for path in arguments.paths if path.suffix == ".json"}
+    extras = {path: read for path, read in known.items() if not isinstance(read, dict) or read.get("schema") != SCHEMA}
     results = read_results([path for path in arguments.paths if path not in extras])
     page = build_page(results, arguments.metric, list(extras.values()))
     first = arguments.paths[0]

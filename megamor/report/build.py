@@ -8,7 +8,7 @@ from typing import Any
 from megamor.errors import ConfigError
 from megamor.report import content
 from megamor.report.page import Page
-from megamor.report.router import router_plots, sweep_figure
+from megamor.report.router import LOSS, router_plots, sweep_figure
 from megamor.report.runs import Results
 
 
@@ -42,9 +42,10 @@ def build_page(results: Results, metric: str | None = None, extras: Sequence[Map
             [f["name"], *("" if f[n] is None else f"{f[n]:.4f}" for n in ("loss", "accuracy"))] for f in study["floors"]
         ]
         page.table(["floor", "loss (nats/token)", "accuracy"], rows, caption="What models without a network reach.")
-    page.section("Loss")
-    page.figures(content.loss_figures(results))
-    page.note("Bands span the seeds. The first quarter of the training is left out.")
+    if curves := content.loss_figures(results):
+        page.section("Loss")
+        page.figures(curves)
+        page.note("Bands span the seeds. The first quarter of the training is left out.")
     if several:
         page.section("Leaderboard: " + content.metric_named(metric).label)
         page.table(*content.leaderboard(results, metric))
@@ -76,7 +77,7 @@ def add_extra(page: Page, extra: Mapping[str, Any]) -> None:
     schema = extra.get("schema") if isinstance(extra, Mapping) else None
     if schema == "megamor-sweep/1":
         page.section(f"Other depths than its own: {extra['checkpoint']}")
-        page.figures([sweep_figure(extra["entries"])])
+        page.figures([sweep_figure(extra["entries"], what) for what in (LOSS, *extra["entries"][0].get("tasks", ()))])
         page.sentences([f"Left out: {sentence}" for sentence in extra["left_out"]])
     elif schema == "megamor-analysis/1":
         for name, stage in extra["modes"]["causal"]["stages"].items():

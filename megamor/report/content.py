@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from megamor.progress import format_bytes, format_count, format_duration
 from megamor.report.figures import Interval, Series, bars, forest, lines, radar, stack, strips
 from megamor.report.runs import AXES, MATCHES, Results, Run, flatten, settings
 from megamor.study.statistics import Difference, paired_difference, sentence
@@ -21,31 +21,8 @@ MOST_POINTS = 150
 """Points of a curve that is drawn: more can't be seen, and make pages of megabytes."""
 START = 0.25
 """Curves of losses begin at this fraction of the training: before, they fall so far that nothing else is seen."""
-MOST_PAIRS = 21
+MOST_CURVES, MOST_PAIRS = 16, 21
 UNCORRECTED = "95 % intervals (paired t over seeds), each for its pair alone: not corrected for the number of pairs."
-
-
-def amount(value: float | None, unit: str = "") -> str:
-    """`12.3 M`; four digits, with a decimal prefix."""
-    if value is None:
-        return ""
-    scale = max(0, min(6, int(math.log10(abs(value)) // 3))) if value else 0
-    return f"{value / 1000**scale:.4g} {' kMGTPE'[scale].strip()}{unit}".strip()
-
-
-def duration(seconds: float | None) -> str:
-    """`1 h 05 min`, `3 min 20 s`."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.3g} s"
-
-
-def four_digits(value: float | None) -> str:
-    """`3.2059`."""
-    return "" if value is None else f"{value:.4f}"
 
 
 class Metric(NamedTuple):
@@ -54,41 +31,46 @@ class Metric(NamedTuple):
     label: str
     unit: str = ""
     better: int = -1
-    text: Callable[[float | None], str] = four_digits
+    form: str = ".4f"
+    """A format of numbers, or `count`, `bytes`, `time`."""
 
     @property
     def axis(self) -> str:
+        """Label and unit."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def text(self, value: float | None) -> str:
+        """A value; empty for None."""
+        if value is None:
+            return ""
+        writers = {"count": format_count, "bytes": format_bytes, "time": format_duration}
+        return writers[self.form](value) if self.form in writers else format(value, self.form)
 
 
 METRICS = {
     "loss": Metric("validation loss", "nats/token"),
     "loss_topk": Metric("validation loss, top-k rule", "nats/token"),
-    "loss_last3": Metric("loss, mean of last 3", "nats/token"),
-    "loss_average": Metric("loss of the averaged weights", "nats/token"),
+    "loss_last3": Metric("validation loss, mean of the last 3", "nats/token"),
+    "loss_average": Metric("validation loss of averaged weights", "nats/token"),
     "train_loss": Metric("training loss, last tenth", "nats/token"),
     "bits_per_byte": Metric("bits per byte"),
-    "perplexity": Metric("perplexity", text=lambda v: "" if v is None else f"{v:.4g}"),
+    "perplexity": Metric("perplexity", form=".4g"),
     "accuracy": Metric("accuracy", better=1),
-    "mean_depth": Metric("mean depth", "recursions", 0, lambda v: "" if v is None else f"{v:.2f}"),
-    "mean_depth_topk": Metric("mean depth, top-k", "recursions", 0, lambda v: "" if v is None else f"{v:.2f}"),
-    "flops_per_token": Metric("forward FLOPs per token", "", -1, amount),
-    "flops_per_token_topk": Metric("FLOPs per token, top-k", "", -1, amount),
-    "parameters": Metric("unique parameters", "", -1, amount),
-    "parameters_without_embedding": Metric("unique parameters without embedding", "", -1, amount),
-    "tokens": Metric("training tokens", "", 0, amount),
-    "executed_flops": Metric("executed FLOPs", "", 0, amount),
-    "seconds": Metric("training time", "s", -1, duration),
-    "tokens_per_second": Metric("speed", "tokens/s", 1, amount),
-    "peak_memory_bytes": Metric("peak memory", "bytes", -1, lambda v: amount(v, "B")),
-    "kv_bytes_per_token": Metric("keys and values per token", "bytes", -1, lambda v: amount(v, "B")),
+    "mean_depth": Metric("mean depth", "recursions", 0, ".2f"),
+    "mean_depth_topk": Metric("mean depth, top-k rule", "recursions", 0, ".2f"),
+    "flops_per_token": Metric("forward FLOPs per token", form="count"),
+    "flops_per_token_topk": Metric("forward FLOPs per token, top-k rule", form="count"),
+    "parameters": Metric("unique parameters", form="count"),
+    "parameters_without_embedding": Metric("unique parameters without embedding", form="count"),
+    "tokens": Metric("training tokens", better=0, form="count"),
+    "executed_flops": Metric("executed FLOPs", better=0, form="count"),
+    "seconds": Metric("training time", "s", form="time"),
+    "tokens_per_second": Metric("training speed", "tokens/s", 1, "count"),
+    "peak_memory_bytes": Metric("peak memory", "bytes", form="bytes"),
+    "kv_bytes_per_token": Metric("keys and values per token", "bytes", form="bytes"),
 }
-
-
-COMPACT = {
-    "mean_depth": "depth", "tokens": "tokens", "executed_flops": "FLOPs", "parameters": "params",
-    "flops_per_token": "forward\nFLOPs/tok", "seconds": "time",
-}  # fmt: skip
+COMPACT = {"mean_depth": "depth", "tokens": "tokens", "executed_flops": "FLOPs", "parameters": "params",
+           "flops_per_token": "forward\nFLOPs/tok", "seconds": "time"}  # fmt: skip
 """Columns of `megamor compare` beside the metric, as many as a terminal shows."""
 
 
@@ -103,7 +85,7 @@ def matching(results: Results, by: str | None = None) -> tuple[list[str], list[s
 
     Runs of equal size are matched only if they also have seen equally many tokens.
     """
-    names = {"parameters": ("parameters", "tokens"), None: tuple(MATCHES)}.get(by, (by or "",))
+    names = {None: (*MATCHES,), "parameters": ("parameters", "tokens")}.get(by, (by or "",))
     reasons = {name: results.unmatched(name) for name in names}
     matched = [MATCHES[name] for name, why in reasons.items() if why is None]
     return matched if matched != [MATCHES["parameters"]] else [], [why for why in reasons.values() if why]
@@ -118,21 +100,25 @@ def means(results: Results, metric: str) -> dict[str, Difference]:
     return dict(sorted(found.items(), key=lambda item: (-better or 1) * item[1].mean))
 
 
-def differences(results: Results, metric: str, most: int = MOST_PAIRS) -> list[tuple[str, str, Difference]]:
+def differences(results: Results, metric: str) -> list[tuple[str, str, Difference]]:
     """Pairs of groups with their difference: the pairs of the study, or all (with the best only, if there are many)."""
-    values, arms = results.values(metric), results.arms
-    groups = {(r.row["arm"], r.row.get("budget")): group for group, runs in results.groups().items() for r in runs}
+    values, budgets = results.values(metric), budgets_of(results)
     given = [d for d in results.study.get("differences") or [] if d["metric"] == metric]
     if given:
-        pairs = [(groups[d["a"], d["budget"]], groups[d["b"], d["budget"]]) for d in given if d["a"] in arms]
+        groups = {(r.row["arm"], r.row["budget"]): group for group, runs in results.groups().items() for r in runs}
+        pairs = [(groups[d["a"], d["budget"]], groups[d["b"], d["budget"]]) for d in given]
     else:
-        budget = {group: budget for (_, budget), group in groups.items()}
-        ranked = list(means(results, metric))
-        pairs = [(a, b) for a, b in combinations(ranked, 2) if budget[a] == budget[b]]
-        if len(pairs) > most:
-            pairs = [(a, b) for i, (a, b) in enumerate(pairs) if a not in {first for _, first in pairs[:i]}]
+        pairs = [(a, b) for a, b in combinations(means(results, metric), 2) if budgets[a] == budgets[b]]
+        if len(pairs) > MOST_PAIRS:
+            best = {budgets[a]: a for a, _ in reversed(pairs)}
+            pairs = [(a, b) for a, b in pairs if a == best[budgets[a]]]
     common = [(a, b) for a, b in pairs if values.get(a, {}).keys() & values.get(b, {}).keys()]
     return [(a, b, paired_difference(values[a], values[b])) for a, b in common]
+
+
+def budgets_of(results: Results) -> dict[str, float | None]:
+    """The budget of each group."""
+    return {group: runs[0].row.get("budget") for group, runs in results.groups().items()}
 
 
 def mean_of(runs: Sequence[Run], name: str) -> float | None:
@@ -167,27 +153,24 @@ def compact_table(results: Results, metric: str) -> Table:
 def deviation(runs: Sequence[Run], name: str) -> str:
     """` ± 0.0123`, the standard deviation over the runs, of figures that a seed changes; empty for one run."""
     values = [value for run in runs if (value := run.figure(name)) is not None]
-    return f" ± {stdev(values):.4f}" if len(values) > 1 and metric_named(name).text is four_digits else ""
+    return f" ± {stdev(values):.4f}" if len(values) > 1 and metric_named(name).form == ".4f" else ""
 
 
 def leaderboard(results: Results, metric: str) -> Table:
-    """Groups by the mean of `metric`, each with its paired difference from the first, which may not be resolved."""
-    shown, rows, values = metric_named(metric), [], results.values(metric)
-    ranked = means(results, metric)
-    best = next(iter(ranked))
-    for place, (group, mean) in enumerate(ranked.items(), 1):
-        behind = ""
-        if group != best and values[group].keys() & values[best].keys():
-            d = paired_difference(values[group], values[best])
-            behind = f"{d.mean:+.4g}" + (f" [{d.low:+.4g}, {d.high:+.4g}]" if d.n > 1 else "")
-            behind += {"not resolved": ", not resolved"}.get(d.verdict, "") if d.n > 1 else ", one seed"
-        rows.append([group, str(place), shown.text(mean.mean), interval(mean), str(mean.n), behind])
+    """Groups by the mean of `metric`, at each budget; matched ones with their paired difference from the first."""
+    shown, values, budgets = metric_named(metric), results.values(metric), budgets_of(results)
+    ranked, matched, rows = means(results, metric), bool(matching(results)[0]), []
+    for budget in dict.fromkeys(budgets.values()):
+        best, *_ = groups = [group for group in ranked if budgets[group] == budget] or [""]
+        for place, group in enumerate(filter(None, groups), 1):
+            mean, behind = ranked[group], ""
+            if matched and place > 1 and values[group].keys() & values[best].keys():
+                d = paired_difference(values[group], values[best])
+                interval = f"[{d.low:+.4f}, {d.high:+.4f}]" + ", not resolved" * (d.verdict == "not resolved")
+                behind = f"{d.mean:+.4f} {interval if d.n > 1 else '(one seed)'}"
+            bounds = f"[{mean.low:.4g}, {mean.high:.4g}]" if mean.n > 1 else ""
+            rows.append([group, str(place), shown.text(mean.mean), bounds, str(mean.n), behind])
     return ["arm", "rank", shown.axis, "95 % interval of the mean", "seeds", "difference from the first"], rows
-
-
-def interval(d: Difference) -> str:
-    """`[4.10, 4.20]`; empty for a single seed."""
-    return f"[{d.low:.4g}, {d.high:.4g}]" if d.n > 1 else ""
 
 
 def statistics_figures(results: Results, metric: str) -> list[str]:
@@ -220,12 +203,11 @@ def statements(results: Results, metric: str = "loss") -> list[str]:
         shown = metric_named(metric)
         pairs = differences(results, metric) if shown.better else []
         if pairs and all(d.n == 1 for _, _, d in pairs):
-            shown_means = ", ".join(f"{group} {shown.text(d.mean)}" for group, d in means(results, metric).items())
-            found.append(f"One seed allows no interval, so no difference is resolved ({shown.label}: {shown_means}).")
-        else:
-            found += [
-                sentence(a, b, d, shown.unit or shown.label, lower_is_better=shown.better < 0) for a, b, d in pairs
-            ]
+            listed = ", ".join(f"{group} {shown.text(d.mean)}" for group, d in means(results, metric).items())
+            found.append(f"One seed allows no interval, so no difference is resolved ({shown.label}: {listed}).")
+            pairs = []
+        unit = shown.unit or shown.label
+        found += [sentence(a, b, d, unit, lower_is_better=shown.better < 0) for a, b, d in pairs]
     found += results.differing_seeds()
     values = {group: fmean(v.values()) for group, v in results.values(metric).items()} if metric == "loss" else {}
     for floor in results.study.get("floors") or []:
@@ -243,9 +225,11 @@ def styles_of(results: Results) -> dict[str, int]:
 def curve_figure(results: Results, metric: str, axis: str, title: str, y: str, start: float = 0.0) -> str | None:
     """`metric` of each group over training: the mean over seeds, in a band from the lowest to the highest.
 
-    The part before `start` (a fraction of the longest run) is left out. None if no run has two points.
+    The part before `start` (a fraction of the run) is left out. None if no run has two points, or there are too many.
     """
     series = []
+    if len(results.groups()) > MOST_CURVES:
+        return None
     for (group, runs), style in zip(results.groups().items(), styles_of(results).values(), strict=True):
         curves = [(x, y) for run in runs if len((c := run.curve(metric, axis))[0]) > 1 for x, y in [c]]
         if not curves:
@@ -326,36 +310,25 @@ def tuning_figures(results: Results) -> list[str]:
 
 
 def law_figures(results: Results) -> list[str]:
-    """Loss against size at each budget, for each number of recursions: the curves behind a law."""
-    if not results.study.get("law"):
-        return []
+    """Loss against size at each budget, for each family of arms: the curves behind a law."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for runs in results.groups().values():
-        config = results.arms[runs[0].row["arm"]].get("config") or {}
-        shared = (config.get("recursion") or {}).get("sharing", "none") != "none"
-        recursions = config["recursion"]["num_recursions"] if shared else 1
-        label = f"{runs[0].row['budget']:.2g} FLOPs, r = {recursions}"
-        size, losses = runs[0].figure("parameters_without_embedding"), [run.row["loss"] for run in runs]
-        points.setdefault(label, []).append((size or math.nan, fmean(losses)))
-    series = [
-        Series(label, [x for x, _ in sorted(at)], [y for _, y in sorted(at)]) for label, at in sorted(points.items())
-    ]
-    x = "unique parameters without embedding"
-    return [lines("Loss at equal executed FLOPs", x, "validation loss (nats/token)", series, log_x=True)]
+    for runs in results.groups().values() if results.study.get("law") else ():
+        label = f"{runs[0].row['arm'].partition('_')[2]}, {format_count(runs[0].row['budget'])}FLOPs"
+        size = runs[0].row["parameters_without_embedding"]
+        points.setdefault(label, []).append((size, fmean(run.row["loss"] for run in runs)))
+    ordered = {name: sorted(found) for name, found in sorted(points.items())}
+    series = [Series(name, [x for x, _ in found], [y for _, y in found]) for name, found in ordered.items()]
+    axes = METRICS["parameters_without_embedding"].axis, METRICS["loss"].axis
+    return [lines("Loss at equal executed FLOPs", *axes, series, log_x=True)] if series else []
 
 
 def efficiency_figures(results: Results, metric: str) -> list[str]:
     """The metric against what a token costs, and bars of speed, memory and sizes."""
-    groups, styles = results.groups(), styles_of(results)
-
+    groups, styles, shown = results.groups(), styles_of(results), metric_named(metric)
     points = {g: (mean_of(runs, "flops_per_token"), mean_of(runs, metric)) for g, runs in groups.items()}
     series = [Series(g, [x], [y], style=styles[g]) for g, (x, y) in points.items() if x is not None and y is not None]
-    shown = metric_named(metric)
-    found = (
-        [lines(f"{shown.label.capitalize()} against cost", "forward FLOPs per token", shown.axis, series)]
-        if series
-        else []
-    )
+    title = f"{shown.label.capitalize()} against cost"
+    found = [lines(title, METRICS["flops_per_token"].axis, shown.axis, series)] if series else []
     for name in ("tokens_per_second", "peak_memory_bytes", "parameters", "kv_bytes_per_token"):
         known = {g: v for g, runs in groups.items() if (v := mean_of(runs, name)) is not None}
         rows = [Interval(g, v, note=METRICS[name].text(v), style=styles[g]) for g, v in known.items()]
@@ -364,23 +337,20 @@ def efficiency_figures(results: Results, metric: str) -> list[str]:
     return found
 
 
-RADAR = {
-    "model.dim": "width", "model.num_layers": "layers", "recursion.num_recursions": "recursions",
-}  # fmt: skip
+RADAR = {"model.dim": "width", "model.num_layers": "layers", "recursion.num_recursions": "recursions",
+         "parameters": "parameters", "flops_per_token": "FLOPs/token", "mean_depth": "mean depth"}  # fmt: skip
 
 
 def radar_figures(results: Results) -> list[str]:
     """The shapes of the arms and what they cost, each relative to the largest."""
     values: dict[str, dict[str, float]] = {}
     for group, runs in results.groups().items():
-        config = flatten(results.arms[runs[0].row["arm"]].get("config") or {})
-        shape = {label: float(config[key]) for key, label in RADAR.items() if key in config}
-        costs = {"parameters": "parameters", "flops_per_token": "FLOPs/token", "mean_depth": "mean depth"}
-        values[group] = shape | {label: v for n, label in costs.items() if (v := runs[0].figure(n)) is not None}
-    common = [axis for axis in next(iter(values.values()), {}) if all(v.get(axis) is not None for v in values.values())]
-    top = {axis: max(v[axis] for v in values.values()) or 1.0 for axis in common}
-    series = {group: [v[axis] / top[axis] for axis in common] for group, v in values.items()}
-    names = [f"{axis} ({amount(top[axis])})" for axis in common]
+        known = {**flatten(results.arms[runs[0].row["arm"]].get("config") or {}), **runs[0].row}
+        values[group] = {label: known[name] for name, label in RADAR.items() if known.get(name) is not None}
+    common = [axis for axis in RADAR.values() if all(axis in own for own in values.values())]
+    top = {axis: max(own[axis] for own in values.values()) or 1.0 for axis in common}
+    series = {group: [own[axis] / top[axis] for axis in common] for group, own in values.items()}
+    names = [f"{axis} ({format_count(top[axis])})" for axis in common]
     return [radar("Relative to the largest", names, series)] if len(common) > 2 else []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from megamor.errors import MegamorError
 from megamor.report import content
 from megamor.report.figures import fixed
-from megamor.report.runs import Results, find_runs, find_studies, read_results
+from megamor.report.runs import Results, find_runs, read_results
 
 # Environment variables: the directory to watch, and the seconds between two looks at it.
 RUNS, REFRESH = "MEGAMOR_RUNS", "MEGAMOR_REFRESH"
@@ -28,7 +28,7 @@ def show(root: Path, seconds: float) -> None:
 
     st.set_page_config("megamor", layout="wide")
     st.title("megamor")
-    studies = {str(path.relative_to(root)): path for path in find_studies(root)}
+    studies = {str(path.parent.relative_to(root)): path.parent for path in sorted(root.glob("**/results.json"))}
     choice = st.sidebar.selectbox("Study", [*studies, ALL_RUNS])
     if choice in studies:
         paths = [studies[choice]]

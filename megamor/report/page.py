@@ -36,7 +36,8 @@ code, pre { font: .86rem/1.45 ui-monospace, monospace; white-space: pre-wrap; } 
   td::before { content: attr(data-label); color: var(--soft); text-align: left; }
 }
 @media print { body { font-size: 10.5pt; max-width: none; padding: 0; } .figures { grid-template-columns: 1fr 1fr; }
-  h2 { break-after: avoid; } tr { break-inside: avoid; } table { font-size: 8pt; } @page { margin: 14mm; } }
+  h2 { break-after: avoid; }
+  tr { break-inside: avoid; } table, .note, figcaption, caption { font-size: 8pt; } @page { margin: 14mm; } }
 """
 
 

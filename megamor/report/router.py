@@ -19,6 +19,7 @@ AXES = {
 }
 SPEARMAN = "Spearman's rank correlation, 95 % interval"
 MEAN = "mean depth, 95 % interval"
+LOSS = "loss (nats/token)"
 BOUNDS = ("value", "low", "high")
 AGREEMENT = ("agreement", "chance", "kappa", "spearman")
 
@@ -105,9 +106,9 @@ def router_page(
     return page
 
 
-def sweep_figure(entries: Sequence[Figures], what: str = "loss (nats/token)") -> str:
+def sweep_figure(entries: Sequence[Figures], what: str = LOSS) -> str:
     """The loss or a task's score against executed FLOPs, a curve for each rule and a star for the model's own."""
-    own, *others = [(row, {"loss (nats/token)": row["loss"], **row.get("tasks", {})}[what]) for row in entries]
+    own, *others = [(row, {LOSS: row["loss"], **row.get("tasks", {})}[what]) for row in entries]
     mark: Any = {"linestyle": "", "marker": "*", "markersize": 13, "color": COLOURS["ink"][0], "zorder": 5}
     with canvas("Quality against compute", "executed FLOPs per token of a forward pass", what) as drawn:
         for style, label in enumerate(dict.fromkeys(row["label"] for row, _ in others)):

@@ -77,14 +77,14 @@ class Run:
     def alarms(self) -> list[str]:
         """What in the metrics should make a reader careful."""
         last = {name: value for record in self.records for name, value in record.items()}
-        dead = round(100 * (last.get("routing/dead_depths") or 0))
+        failed = sum(not math.isfinite(record.get("train/loss") or 0.0) for record in self.records)
+        left_out = self.row.get("loss") is not None and self.figure("loss") is None
         found = {
-            " steps with a loss that isn't finite": sum(
-                not math.isfinite(r.get("train/loss") or 0.0) for r in self.records
-            ),
+            " validation loss that isn't finite (left out of the means)": left_out,
+            " steps with a loss that isn't finite": failed,
             " steps skipped": last.get("guard/skipped_steps"),
             " rollbacks": last.get("guard/rollbacks"),
-            "% of the depths are taken by no token": dead,
+            "% of the depths are taken by no token": round(100 * (last.get("routing/dead_depths") or 0)),
         }
         return [f"{self.row['name']}: {count:g}{what}." for what, count in found.items() if count]
 
@@ -160,12 +160,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "", point: str = ".") -> di
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a config that make a model and its training what they are, by dotted name, as text."""
-    flat = flatten(config).items()
+    """The settings by dotted name, as text, without those that tell an arm's seeds apart."""
+    flat = {key: value for key, value in flatten(config).items() if key not in ("run.name", "run.seed", "run.dir")}
     return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in flat
-        if key not in ("run.name", "run.seed", "run.dir")
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in flat.items()
     }
 
 
@@ -178,11 +176,6 @@ def find_runs(root: Path) -> Iterator[Path]:
         below[:] = sorted(name for name in below if not name.startswith("tune_"))
 
 
-def find_studies(root: Path) -> list[Path]:
-    """Directories below `root` with a study's results."""
-    return sorted(path.parent for path in root.glob(f"**/{collect.RESULTS_FILE}"))
-
-
 def read_results(paths: Sequence[Path]) -> Results:
     """Read one study (its directory or results.json), or any number of runs and directories of runs.
 
@@ -190,6 +183,8 @@ def read_results(paths: Sequence[Path]) -> Results:
         ConfigError: there is nothing there, or a study is given beside something else.
         CheckpointError: a run's config is damaged.
     """
+    if not paths:
+        raise ConfigError("there is no run or study to report on: give one")
     studies = [path for path in paths if path.suffix == ".json" or (path / collect.RESULTS_FILE).is_file()]
     if studies and len(paths) > 1:
         raise ConfigError(f"{studies[0]} is a study: give one study, or runs")
@@ -199,9 +194,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     for path in paths:
         directories += find_runs(path)
         if not directories or path not in (directories[-1], *directories[-1].parents):
-            raise ConfigError(
-                f"{path} has no {METRICS_FILE}: give the directory of a study, of a run, or of several runs"
-            )
+            raise ConfigError(f"{path} has no {METRICS_FILE}: give directories of runs, or of one study")
     runs = _named([read_run(directory) for directory in dict.fromkeys(directories)])
     arms: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -253,15 +246,7 @@ def read_run(directory: Path) -> Run:
     peak = max((record.get("memory/peak_gib") or 0.0 for record in records), default=0.0)
     tail = [r["train/loss"] for r in logged[-max(1, len(logged) // 10) :] if r.get("train/loss") is not None]
     sets = [name for name in known if name.startswith("validation/") and name.endswith("/loss_causal")]
-    names = (
-        "loss",
-        "loss_topk",
-        "loss_average",
-        "mean_depth",
-        "mean_depth_topk",
-        "flops_per_token",
-        "flops_per_token_topk",
-    )
+    figures = [f"{name}{rule}" for name in ("loss", "mean_depth", "flops_per_token") for rule in ("", "_topk")]
     row = {
         "name": directory.name,
         "directory": str(directory),
@@ -269,7 +254,7 @@ def read_run(directory: Path) -> Run:
         "budget": None,
         "lr": config.optim.lr if config else None,
         "config": config_to_dict(config) if config else {},
-        **{name: known.get(name) for name in names},
+        **{name: known.get(name) for name in (*figures, "loss_average")},
         "loss_last3": fmean(losses[-3:]) if losses else None,
         "train_loss": fmean(tail) if tail else None,
         "perplexity": math.exp(min(losses[-1], 700)) if losses else None,
@@ -278,7 +263,7 @@ def read_run(directory: Path) -> Run:
         "tokens": last.get(TOKENS),
         "executed_flops": last.get(FLOPS),
         "seconds": last.get(SECONDS),
-        "tokens_per_second": last.get("throughput/tokens_per_second_mean"),
+        "tokens_per_second": last[TOKENS] / last[SECONDS] if last.get(SECONDS) else None,
         "peak_memory_bytes": peak * 2**30 or None,
         "updated": records[-1].get("time") if records else None,
         **{f"loss/{name[len('validation/') : -len('/loss_causal')]}": known[name] for name in sets},

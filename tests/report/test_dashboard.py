@@ -69,10 +69,10 @@ def test_runs_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         table = open_tab(shown, "Leaderboard").dataframe[1].value.to_numpy().tolist()
         return [row[1] for row in table if row[0] == "training tokens"]
 
-    assert tokens() == ["8.192 k"]
+    assert tokens() == ["8.2k"]
     assert "validation loss (nats/token)" not in shown.selectbox(key="metric").options
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of("mor", 0, 40)))
-    assert tokens() == ["81.92 k"]
+    assert tokens() == ["81.9k"]
     assert shown.selectbox(key="metric").options[0] == "validation loss (nats/token)"
 
 

@@ -27,7 +27,8 @@ def headings(page: str) -> list[str]:
 
 def test_a_study_has_every_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     study = write_study(tmp_path / "s")
-    assert status(report.main, study) == 0
+    (study / "results.json").rename(study / "routing.json")
+    assert status(report.main, study / "routing.json") == 0
     assert capsys.readouterr().out == f"wrote {study / 'report.html'}\n"
     page = (study / "report.html").read_text()
     assert headings(page) == SECTIONS
@@ -68,11 +69,15 @@ def test_runs_of_several_stages(tmp_path: Path) -> None:
 
 def test_a_law_is_drawn_for_each_budget(tmp_path: Path) -> None:
     root = write_study(tmp_path / "s", law={"mor": {"phi": 0.4, "low": 0.3, "high": 0.5}}, differences=[])
+    names = {"vanilla": "w1_single", "mor": "w1_loop", "random": "w2_loop"}
     study = json.loads((root / "results.json").read_text())
+    for one in (*study["arms"], *study["runs"]):
+        key = "name" if "name" in one else "arm"
+        one[key] = names[one[key]]
     study["runs"] += [{**run, "budget": 6e12} for run in study["runs"]]
     (root / "results.json").write_text(json.dumps(study))
     (figure,) = content.law_figures(read_results([root]))
-    for label in ("3e+12 FLOPs, r = 1", "3e+12 FLOPs, r = 3", "6e+12 FLOPs, r = 3", "validation loss (nats/token)"):
+    for label in ("single, 3.00TFLOPs", "loop, 3.00TFLOPs", "loop, 6.00TFLOPs", "validation loss (nats/token)"):
         assert f">{label}</text>" in figure
 
 
@@ -150,3 +155,4 @@ def test_sweeps_and_analyses_are_added(tmp_path: Path, capsys: pytest.CaptureFix
     for wrong, told in (("[1]", "has the schema None"), ("{", "can't be read")):
         files[0].write_text(wrong)
         assert told in refusal(capsys, report.main, run, files[0])
+    assert "no run or study" in refusal(capsys, report.main, files[1])

@@ -43,7 +43,12 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert run.figure("loss_last3") == pytest.approx(fmean(loss_at(step, "mor", 1) for step in (80, 100, 120)))
     assert run.figure("perplexity") == pytest.approx(math.exp(final))
     expected = {"tokens": STEPS * TOKENS_PER_STEP, "executed_flops": STEPS * FLOPS_PER_STEP, "seconds": STEPS * 0.4}
-    expected |= {"flops_per_token": 2.4e6, "mean_depth": 2.1, "peak_memory_bytes": 2**29, "tokens_per_second": 5000}
+    expected |= {
+        "flops_per_token": 2.4e6,
+        "mean_depth": 2.1,
+        "peak_memory_bytes": 2**29,
+        "tokens_per_second": TOKENS_PER_STEP / 0.4,
+    }
     assert {name: run.figure(name) for name in expected} == pytest.approx(expected)
     places, losses = run.curve("loss", "executed_flops")
     assert places == [step * FLOPS_PER_STEP for step in range(20, 121, 20)], "validation takes the step's place"
@@ -160,6 +165,9 @@ def test_budgets_are_kept_apart(tmp_path: Path) -> None:
     assert len(results.groups()) == 6
     assert results.unmatched("executed_flops") is None, "within each budget"
     assert all(a[-5:] == b[-5:] for a, b, _ in content.differences(results, "loss"))
+    _, rows = content.leaderboard(results, "loss")
+    assert [row[1] for row in rows] == ["1", "2", "3"] * 2
+    assert [row[5] == "" for row in rows] == [True, False, False] * 2
 
 
 def test_compare_prints_a_table_of_80_columns(
@@ -187,6 +195,7 @@ def test_unmatched_runs_are_refused_with_the_two_numbers(tmp_path: Path, capsys:
     shown = capsys.readouterr().out
     assert "The runs are not matched, so their differences say nothing" in " ".join(shown.split())
     assert "better" not in shown
+    assert not any(row[5] for row in content.leaderboard(read_results([tmp_path]), "loss")[1])
     # Runs of one size are no comparison if one of them is half-trained.
     assert content.matching(read_results([tmp_path / "vanilla_seed0", tmp_path / "short_seed0"]))[0] == []
 
@@ -230,8 +239,12 @@ def test_alarms(tmp_path: Path) -> None:
     lines = lines_of("mor", 0, 20)
     lines[3]["train/loss"] = "nan"
     lines[-2] |= {"guard/skipped_steps": 2, "routing/dead_depths": 1 / 3}
-    results = read_results([write_run(tmp_path / "x", config_of("mor", 0), lines)])
-    assert content.statements(results) == [
+    lines[-1] |= {"validation/b/loss_causal": "inf"}
+    write_run(tmp_path / "y", config_of("vanilla", 0), lines_of("vanilla", 0, 20))
+    results = read_results([write_run(tmp_path / "x", config_of("mor", 0), lines), tmp_path / "y"])
+    assert results.values("loss").keys() == {"y"}
+    assert content.statements(results)[1:] == [
+        "x: 1 validation loss that isn't finite (left out of the means).",
         "x: 1 steps with a loss that isn't finite.",
         "x: 2 steps skipped.",
         "x: 33% of the depths are taken by no token.",
