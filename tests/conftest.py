@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("MEGAMOR_MEGATRON names no checkout", not os.environ.get("MEGAMOR_MEGATRON")),
     ("MEGAMOR_NEOX names no checkout", not os.environ.get("MEGAMOR_NEOX")),
     ("MEGAMOR_TEXTS names no directory", not Path(os.environ.get("MEGAMOR_TEXTS", "../shared/data")).exists()),
+    ("ipykernel and nbclient aren't installed", not (find_spec("ipykernel") and find_spec("nbclient"))),
     ("no browser", shutil.which("chromium") is None),
     ("slurm isn't installed", bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM")),
     ("needs a CUDA device", not torch.cuda.is_available()),

@@ -31,7 +31,7 @@ from pathlib import Path
 from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
-from megamor.cli import command_parser, positive
+from megamor.cli import command_parser, output_file, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         sub.epilog = "`megamor bench --help` has examples."
         if what in CONFIGURED:
             sub.epilog += " Further arguments, such as model.dim=256, change settings of the configuration."
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+        sub.add_argument("--json", type=output_file, metavar="FILE", help="write the report to this file")
         sub.add_argument("--revision", metavar="REV", help="commit to record where there is no git checkout")
     # Subparsers can't intermix options and positional words, so the overrides are what argparse leaves over.
     args: argparse.Namespace

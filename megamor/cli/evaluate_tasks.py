@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def measure_tasks(
 ) -> dict[str, Any]:
     """Evaluate `tasks` and print the harness's table on the first rank; returns what the JSON file says. Collective."""
     from megamor.evaluate.scoring import Scorer
-    from megamor.evaluate.tasks import harness_version, paper_average, run_tasks, tables
+    from megamor.evaluate.tasks import paper_average, run_tasks, tables
 
     bars: dict[str, TaskID] = {}
 
@@ -74,5 +75,5 @@ def measure_tasks(
         print(f"tasks of {loaded.origin}\n{tables(found)}")
         if paper:
             print("the paper's tasks:", ", ".join(f"{name} {100 * value:.1f} %" for name, value in paper.items()))
-    settings = {"limit": arguments.limit, "routing": arguments.routing, "lm_eval": harness_version()}
+    settings = {"limit": arguments.limit, "routing": arguments.routing, "lm_eval": metadata.version("lm_eval")}
     return {**found, **({"paper": paper} if paper else {}), **settings, "megamor": __version__}

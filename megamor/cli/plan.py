@@ -17,9 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from megamor.cli import command_parser, positive
+from megamor.cli import command_parser, output_file, positive
 from megamor.errors import ConfigError, user_errors
 from megamor.metrics.gpus import GPUS
 
@@ -40,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mfu", type=float, default=0.35, metavar="X", help="model FLOPs utilisation for the hours (default: 0.35)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     args = parser.parse_intermixed_args(argv)
     if args.recommend and args.config is None and (args.parameters is None or args.overrides):
         parser.error("--recommend needs --config or --parameters; key=value needs --config")

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show arms, runs and cost, and stop")
     parser.add_argument("--slurm", action="store_true", help="submit arrays of jobs instead of running here")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="with --slurm: further options of sbatch")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if (arguments.action == "job") != (arguments.job is not None):
         parser.error("give the name of a job to `megamor study job FILE NAME`, and to nothing else")
     from megamor.study import load_study

@@ -16,7 +16,6 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -274,8 +273,3 @@ def tables(found: Mapping[str, Any]) -> str:
 
     parts = [make_table(found)] + ([make_table(found, "groups")] if "groups" in found else [])
     return "\n".join(parts)
-
-
-def harness_version() -> str:
-    """The version of lm-evaluation-harness."""
-    return metadata.version("lm_eval")

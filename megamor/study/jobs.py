@@ -99,7 +99,7 @@ def executed_so_far(root: Path, job: Job) -> float:
             if (directory / METRICS_FILE).exists()
             else open("/dev/null", "rb") as f
         ):
-            f.seek(max(0, f.seek(0, 2) - 4096))
+            f.seek(max(0, f.seek(0, 2) - 2**17))
             for line in reversed(f.read().splitlines()):
                 if line.startswith(b'{"step"') and b"executed_flops" in line and line.endswith(b"}"):
                     found += float(json.loads(line)["throughput/executed_flops"])

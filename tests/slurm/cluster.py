@@ -112,6 +112,10 @@ class Cluster:
         """Signal a job's script, as Slurm does before the time limit."""
         self._run("scancel", f"--signal={name}", "--batch", number)
 
+    def signal_steps(self, number: str, name: str) -> None:
+        """Signal what a job's script started, as Slurm does where `--signal` doesn't name the script."""
+        self._run("scancel", f"--signal={name}", number)
+
     def cancel(self, number: str) -> None:
         """Cancel a job as a user does."""
         self._run("scancel", number)
