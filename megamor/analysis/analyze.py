@@ -81,7 +81,10 @@ def analyze(
     figures = {
         "schema": SCHEMA,
         "origin": describe_origin(loaded.device),
-        "checkpoint": {"name": loaded.name, "directory": str(loaded.directory), "step": loaded.step},
+        "checkpoint": {
+            "name": loaded.name, "directory": str(loaded.directory), "step": loaded.step,
+            "exit": None if loaded.model.exit is None else str(loaded.model.exit),
+        },
         "data": {
             "prefix": prefix, "frequencies": frequencies or prefix, "windows": int(causal.window[-1]) + 1,
             "tokens": len(causal.ids), "documents": sample.documents, "resamples": resamples,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from megamor.analysis.statistics import Array
 from megamor.data.loader import MicroBatch, ValidationSet
+from megamor.evaluate.groups import context_lengths
 from megamor.model import Transformer
 from megamor.model.loss import CHUNK_ELEMENTS
 from megamor.model.recursion import combine
@@ -160,7 +161,7 @@ def observe(
             assert scores is not None
             row, column = (x.numpy() for x in inside.nonzero(as_tuple=True))
             window, first = first + row, first + batch_size
-            position = column if batch.documents is None else since_change(batch.documents[inside].numpy())
+            position = context_lengths(batch)[inside].numpy()
             document = data.shard.documents_at(starts[window] + column)
             nll, entropy = (as_array(x.cpu()[inside].double()) for x in (scores.nll, scores.entropy))
             ids = batch.inputs[inside].numpy()
@@ -168,12 +169,6 @@ def observe(
     names = ("ids", "labels", "window", "document", "position", "nll", "entropy")
     columns = {name: np.concatenate(parts) for name, *parts in zip(names, *rows, strict=True)}
     return Observations(**columns, stages=views)
-
-
-def since_change(numbers: Array) -> Array:
-    """For each of `numbers` [n], how many equal ones come directly before it."""
-    begins = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
-    return np.arange(len(numbers)) - np.repeat(begins, np.diff(np.append(begins, len(numbers))))
 
 
 @contextmanager

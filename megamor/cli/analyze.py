@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamor.cli import add_exit_options, chosen_exit, command_parser, output_file, positive
-from megamor.errors import user_errors
+from megamor.errors import ConfigError, user_errors
 
 
 def show(figures: Mapping[str, Any]) -> None:
@@ -58,13 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, metavar="DIR", help="write JSON, plots and an HTML page")
     arguments = parser.parse_args(argv)
     rule = chosen_exit(arguments)
+    if output := arguments.output:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"can't write to --output {output}: {error.strerror}; give another directory") from error
 
     from megamor.analysis.analyze import analyze
     from megamor.load import load_model
     from megamor.progress import plain_console
 
     loaded, *against = (load_model(path, arguments.device) for path in (arguments.checkpoint, *arguments.against))
-    loaded.model.set_exit(rule)
+    for model in (loaded, *against):
+        model.model.set_exit(rule)
     size = {"sequences": arguments.sequences, "batch_size": arguments.batch_size}
     found = analyze(loaded, arguments.data, against=against, frequencies=arguments.frequencies, **size)
     show(found.figures)
@@ -74,11 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(found.figures, indent=1) + "\n"
     if arguments.json:
         arguments.json.write_text(text, encoding="utf-8")
-    if output := arguments.output:
+    if output:
         from megamor.report.figures import save
         from megamor.report.router import router_page, router_plots
 
-        output.mkdir(parents=True, exist_ok=True)
         (output / "analysis.json").write_text(text, encoding="utf-8")
         stages = found.figures["modes"]["causal"]["stages"]
         plots = {name: router_plots(stage) for name, stage in stages.items()}

@@ -60,13 +60,18 @@ def by_position(seq_len: int) -> TokenGroups:
     names = [{"first": a, "last": b - 1} for a, b in zip(limits, [*limits[1:], seq_len], strict=True)]
 
     def group_of(batch: MicroBatch) -> Tensor:
-        positions = torch.arange(batch.labels.shape[1]).repeat(len(batch.labels), 1)
-        if batch.documents is not None:
-            begins = F.pad(batch.documents[:, 1:] != batch.documents[:, :-1], (1, 0), value=True)
-            positions = positions - torch.where(begins, positions, 0).cummax(1).values
-        return torch.bucketize(positions, torch.tensor(limits[1:]), right=True)
+        return torch.bucketize(context_lengths(batch), torch.tensor(limits[1:]), right=True)
 
     return TokenGroups(names, group_of)
+
+
+def context_lengths(batch: MicroBatch) -> Tensor:
+    """How many tokens before it each token can look back at, [B, S]."""
+    positions = torch.arange(batch.labels.shape[1]).repeat(len(batch.labels), 1)
+    if batch.documents is not None:
+        begins = F.pad(batch.documents[:, 1:] != batch.documents[:, :-1], (1, 0), value=True)
+        positions = positions - torch.where(begins, positions, 0).cummax(1).values
+    return positions
 
 
 def by_source(prefix: str, data: ValidationSet, sequences: int | None) -> TokenGroups:

@@ -61,7 +61,7 @@ class Browser:
         """The value of a JavaScript expression."""
         return self.command("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 15.0) -> None:
+    def wait(self, script: str, seconds: float = 120.0) -> None:
         """Wait until the expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(script):
@@ -80,7 +80,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self.command("Page.printToPDF", preferCSSPageSize=True)["data"]))
 
 
-def poll(found: Callable[[], bool], seconds: float = 15.0) -> None:
+def poll(found: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait until `found`."""
     deadline = time.monotonic() + seconds
     while not found():

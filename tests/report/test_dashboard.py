@@ -99,23 +99,24 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 @needs_streamlit
 @pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
 def test_the_app_in_a_browser(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     write_runs(root)
     port = free_port()
-    words = [sys.executable, "-m", "megamor", "dashboard", str(root), "--port", str(port), "--refresh", "1"]
+    words = [sys.executable, "-m", "megamor", "dashboard", str(root), "--port", str(port), "--refresh", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     log = tmp_path / "log"
     with log.open("w") as output, subprocess.Popen(words, env=environment, stdout=output, stderr=output) as server:
         try:
-            poll(lambda: "started on 127.0.0.1" in log.read_text(), 30)
+            poll(lambda: "started on 127.0.0.1" in log.read_text())
             with browsing(tmp_path / "profile") as browser:
                 browser.look(1280, dark=True)
                 browser.open(f"http://127.0.0.1:{port}")
-                browser.wait("document.querySelectorAll('[role=tab]').length == 6", 30)
-                browser.wait("[...document.images].filter(i => i.complete && i.naturalWidth > 300).length > 5", 30)
+                browser.wait("document.querySelectorAll('[role=tab]').length == 6")
+                browser.wait("[...document.images].filter(i => i.complete && i.naturalWidth > 300).length > 5")
                 browser.evaluate("[...document.querySelectorAll('[role=tab]')].at(-1).click()")
                 browser.wait("document.body.innerText.includes('mor is better than vanilla by 0.0540')")
                 with (root / "mor_seed0" / "metrics.jsonl").open("a") as file:  # which is now longer than the others

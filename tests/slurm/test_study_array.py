@@ -27,6 +27,7 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_study_as_arrays_of_jobs(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,9 +43,9 @@ def test_a_study_as_arrays_of_jobs(
 
     found = re.search(r"train: 2 jobs, array (\d+)", capsys.readouterr().out)
     assert found is not None
-    wait_until(lambda: (root / "recursive_seed0/metrics.jsonl").exists(), "the first run begins", timeout=240)
+    wait_until(lambda: (root / "recursive_seed0/metrics.jsonl").exists(), "the first run begins", timeout=400)
     cluster.signal_steps(f"{found[1]}_0", "USR1")
-    wait_until(lambda: (root / "report.html").exists(), "the report is written", timeout=240)
+    wait_until(lambda: (root / "report.html").exists(), "the report is written", timeout=400)
     results = json.loads((root / "results.json").read_text(encoding="utf-8"))
     assert [run["arm"] for run in results["runs"]] == ["recursive", "mor"]
     assert all(len(arm["tuning"]) >= 2 for arm in results["arms"])

@@ -371,6 +371,8 @@ def test_untrained_models_are_refused(run: Config, tmp_path: Path, capsys: pytes
     assert 4 < loss < 6  # ln 128 is 4.85
     assert 2 < entropy < 2.5  # ln 12 is 2.48
     assert not (tmp_path / "x.json").exists()
+    (tmp_path / "file").touch()
+    assert "can't write to --output" in refusal(capsys, command.main, *arguments, "--output", tmp_path / "file" / "o")
 
 
 def test_without_recursion_there_is_nothing_to_correlate(run: Config, data: ValidationSet) -> None:
