@@ -121,14 +121,11 @@ def floors(study: Study, runs: list[dict[str, Any]], found: Mapping[str, Any]) -
         # Tables of counts know no windows: the whole sets, one token after the other.
         prefixes = config.data.train[0].prefix, next(iter(config.data.validation.values()))
         train_ids, test_ids = (TokenShard.open(expand_path(prefix, "data")).tokens for prefix in prefixes)
-        rows += [
-            {
-                "name": f"table of {n} tokens",
-                "loss": None,
-                "accuracy": count_table_accuracy(train_ids, test_ids, n, vocab_size),
-            }
-            for n in study.tables
-        ]
+        tables = [(n, False) for n in study.tables] + [(max(study.tables), True)]
+        for n, back_off in tables:
+            accuracy = count_table_accuracy(train_ids, test_ids, n, vocab_size, back_off)
+            name = f"table of {n} tokens" + (", backing off" if back_off else "")
+            rows.append({"name": name, "loss": None, "accuracy": accuracy})
     return rows
 
 

@@ -24,10 +24,13 @@ from megamor.config.exits import ExitRule
 from megamor.config.load import load_layers
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
+from megamor.model.flops import expected_steps
 
 Match = Literal["executed_flops", "tokens", "parameters"]
 DEFAULT_GRID = (0.4, 1.0, 2.5)
 """Learning rates that are tried, as multiples of the base's: with one rate for all, the arm that it suits wins."""
+FEWEST_STEPS = 50
+"""Of a run: with fewer, the last step alone could be more than the 2 % by which runs may differ."""
 PARAMETER_TOLERANCE = 0.02
 """Largest relative difference of unique parameters that counts as matched."""
 _KEYS = (
@@ -301,6 +304,16 @@ def _check(study: Study) -> None:
             validate(arm.config)
         except ConfigError as error:
             raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
+        train = replace(arm.config.train, max_flops=study.budgets[0])
+        if (
+            study.match == "executed_flops"
+            and (steps := expected_steps(replace(arm.config, train=train))) < FEWEST_STEPS
+        ):
+            raise ConfigError(
+                f"{study.file}: budget.flops = {study.budgets[0]:.3g} are {steps} steps of {arm.name}, and runs end "
+                f"with whole steps: give at least {study.budgets[0] * FEWEST_STEPS / steps:.2g}, or lower "
+                "train.global_batch_size"
+            )
     for key in ("seq_len", "vocab_size"):
         values = {
             getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms

@@ -78,6 +78,7 @@ def test_presets_change_the_router_and_the_sharing_alone(tmp_path: Path) -> None
         ({"arms": {"a": {"set": {"model": {"vocab_size": 128}}}, "mor": None}}, "vocab_size is 128 in a and 96 in mor"),
         ({"budget": {"steps": 3}}, "give {flops: NUMBER} or {tokens: NUMBER}"),
         ({"budget": {"flops": -1}}, "budget.flops = -1"),
+        ({"budget": {"flops": 1e8}}, r"budget.flops = 1e\+08 are [0-9]+ steps of vanilla, .* give at least"),
         ({"match": "parameters"}, "match = 'parameters' doesn't fit a budget of flops"),
         ({"match": "parameters", "budget": {"tokens": 1e4}}, "recursive has 10,384 and vanilla has 20,752 unique"),
         ({"pairs": [["mor", "x"]]}, "pairs: there is no arm 'x'"),
@@ -105,15 +106,15 @@ def test_axes_make_all_combinations(tmp_path: Path) -> None:
         "width": {"w16": {}, "w32": {"set": {"model": {"dim": 32}}}},
         "kind": {"mor": {}, "loop": {"preset": "recursive"}},
     }
-    study = load_study(study_file(tmp_path, arms=None, axes=axes, budget={"flops": [2e9, 1e9]}, seeds=2))
+    study = load_study(study_file(tmp_path, arms=None, axes=axes, budget={"flops": [8e9, 4e9]}, seeds=2))
 
     assert [arm.name for arm in study.arms] == ["w16_mor", "w16_loop", "w32_mor", "w32_loop"]
     assert study.arm("w32_loop").config.model.dim == 32
     assert study.arm("w32_loop").config.router.kind == "fixed"
-    assert study.budgets == (1e9, 2e9)
+    assert study.budgets == (4e9, 8e9)
     names = [job.name for job in jobs_of(study)]
     assert len(names) == len(set(names)) == 4 + 4 * 2 * 2  # tuning, then arms x budgets x seeds
-    assert "w16_mor_1e09_seed0" in names
+    assert "w16_mor_4e09_seed0" in names
 
 
 def test_jobs_come_after_what_they_need(tmp_path: Path) -> None:
@@ -310,6 +311,9 @@ def test_a_study_from_text_to_results_through_a_kill(tmp_path: Path) -> None:
     [difference] = [pair for pair in results["differences"] if pair["metric"] == "loss"]
     expected = np.mean([mine["recursive", seed] - mine["mor", seed] for seed in (0, 1)])
     assert difference["mean"] == pytest.approx(expected)
-    assert [floor["name"] for floor in results["floors"]][-1] == "table of 2 tokens"
+    assert [floor["name"] for floor in results["floors"]][-2:] == [
+        "table of 2 tokens",
+        "table of 2 tokens, backing off",
+    ]
     assert "95 %" in results["statements"][0]
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
