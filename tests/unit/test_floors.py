@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ RAMP = (RampConfig(until_step=2, global_batch_size=1, seq_len=4),)
 def test_windows_are_what_the_run_has_read(packing: str, ramp: tuple[RampConfig, ...], tmp_path: Path) -> None:
     config = config_for(write_documents(tmp_path / "a", LENGTHS), packing, ramp)
     windows = seen_windows(config, 4)
-    pairs = Counter((a, b) for row in windows.tolist() for a, b in zip(row, row[1:], strict=False) if b != -100)
+    pairs = Counter((a, b) for row in windows.tolist() for a, b in pairwise(row) if b != -100)
     assert pairs == read_pairs(config, 4)
 
 
