@@ -6,20 +6,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamor.config import Config
-from megamor.data.dataset import TrainingData
-from megamor.data.loader import ValidationSet
+from megamor.config.batches import BatchSchedule
+from megamor.data.dataset import IGNORED_LABEL, TrainingData
+from megamor.data.loader import TrainingLoader, ValidationSet
+from megamor.data.shard import TokenShard
 
 
 def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
-    """Return the training windows [n, S + 1] of the first `steps` optimizer steps."""
+    """Return the text that the first `steps` optimizer steps have read, each window [n, S + 1] once.
+
+    A window has no gap, so samples that are packed from several texts are several windows; -100 follows short ones.
+    """
     data = TrainingData.open(config.data, seed=config.run.seed, vocab_size=config.model.vocab_size)
-    rows = data.samples(0, steps * config.train.global_batch_size)
-    return np.concatenate((rows.inputs[:, :1], rows.labels), axis=1)
+    loader = TrainingLoader(data, rank=0, world_size=1, batches=BatchSchedule.of(config))
+    loader.skip(steps)
+    order, seen = loader.order, dict[TokenShard, list[NDArray[np.int64]]]()
+    starts = [phase.first_sample for phase in order.phases]
+    for first, end in zip(starts, [*starts[1:], loader.consumed_samples], strict=True):
+        for found in data.find(first, end - first, order.seq_len_at(first), order) if end > first else ():
+            seen.setdefault(found.shard, []).append(np.stack((found.spans.starts, found.spans.lengths), 1))
+    texts = [
+        shard.tokens[start : start + length + 1]
+        for shard, spans in seen.items()
+        for start, length in np.unique(np.concatenate(spans), axis=0).tolist()
+    ]
+    windows = np.full((len(texts), max(map(len, texts))), IGNORED_LABEL, np.int64)
+    for window, text in zip(windows, texts, strict=True):
+        window[: len(text)] = text
+    return windows
 
 
 def validation_windows(data: ValidationSet, sequences: int) -> NDArray[np.int64]:
-    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures."""
+    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures; -100 follows a short last one."""
     batches = data.batches(0, 1, 1, sequences)
-    windows = np.concatenate([np.concatenate((b.inputs[:, :1], b.labels), axis=1) for b in batches])
-    # A short last window is padded with -100, which the n-gram models don't know.
-    return windows[(windows >= 0).all(1)]
+    return np.concatenate([np.concatenate((b.inputs[:, :1], b.labels), axis=1) for b in batches]).astype(np.int64)

@@ -21,6 +21,8 @@ from megamor.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+PADDING = -100
+"""What follows a window that is shorter than the others."""
 Windows = npt.NDArray[np.integer] | Iterable[npt.NDArray[np.integer]]
 
 
@@ -70,8 +72,9 @@ class NGramModel:
         """Estimate from `windows` [n, seq_len + 1] of token ids.
 
         Counts the tokens that a network predicts, positions 1 to seq_len of each window, each with up to `order - 1`
-        tokens before it in the same window. Neighbouring windows overlap by one token: it is a target in one and only
-        context in the other. Pass each window once, even if the network has seen it in two epochs.
+        tokens before it in the same window; -100 follows a window that is shorter. Neighbouring windows overlap by one
+        token: it is a target in one and only context in the other. Pass each window once, even if the network has seen
+        it in two epochs.
 
         Raises:
             DataError: there are no windows, they are too short, or a token lies outside the vocabulary.
@@ -98,7 +101,7 @@ class NGramModel:
     def nll(self, windows: Windows) -> float:
         """Mean nats per predicted token over `windows` [n, seq_len + 1]: positions 1 to seq_len, as in `fit`."""
         checked = _checked(windows, self.vocab_size)
-        return self._nll_sum(checked) / float(len(checked) * (checked.shape[1] - 1))
+        return self._nll_sum(checked) / float((checked[:, 1:] != PADDING).sum())
 
     def _nll_sum(self, windows: IntArray) -> float:
         nats = -float(np.log(self._probabilities(_grams(windows, self.order, self.vocab_size))).sum())
@@ -161,7 +164,8 @@ def _checked(windows: Windows, vocab_size: int) -> IntArray:
             f"an n-gram model needs windows [n >= 1, seq_len + 1 >= 2], found shape {array.shape}: "
             "check that the data set has at least one whole window"
         )
-    return _in_vocabulary(array, vocab_size)
+    _in_vocabulary(array[array != PADDING], vocab_size)
+    return array
 
 
 def _in_vocabulary(ids: IntArray, vocab_size: int) -> IntArray:
@@ -184,7 +188,7 @@ def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:
     for offset in range(order):
         start = first - order + 1 + offset
         grams = grams * vocab_size + windows[:, start : start + width]
-    return grams.ravel()
+    return grams[windows[:, first:] != PADDING]
 
 
 def _discounts(counts: IntArray) -> FloatArray:

@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megamor.config import config_from_dict
@@ -21,7 +22,7 @@ from megamor.evaluate.floors import seen_windows, validation_windows
 from megamor.evaluate.ngram import NGramModel, count_table_accuracy
 from megamor.files import parse_json, replace_file
 from megamor.origin import describe_origin
-from megamor.study.jobs import Job, jobs_of, read_result
+from megamor.study.jobs import SETUP_FILE, Job, check_version, jobs_of, read_result
 from megamor.study.laws import fit_families
 from megamor.study.spec import Study
 from megamor.study.statistics import paired_difference, sentence
@@ -38,7 +39,10 @@ def collect(study: Study, root: Path) -> dict[str, Any]:
 
     Raises:
         TrainingError: a job isn't finished, or the runs of a budget used different amounts of it.
+        ConfigError: the study has changed since its jobs ran.
     """
+    if (root / SETUP_FILE).exists():
+        check_version(study, root)
     jobs = jobs_of(study)
     found = {job.name: read_result(root, job.name) for job in jobs}
     if missing := [name for name, result in found.items() if result is None]:
@@ -118,8 +122,9 @@ def floors(study: Study, runs: list[dict[str, Any]], found: Mapping[str, Any]) -
     ]
     if study.tables:
         # Tables of counts know no windows: the whole sets, one token after the other.
-        prefixes = config.data.train[0].prefix, next(iter(config.data.validation.values()))
-        train_ids, test_ids = (TokenShard.open(expand_path(prefix, "data")).tokens for prefix in prefixes)
+        prefixes = *(source.prefix for source in config.data.train), next(iter(config.data.validation.values()))
+        *train, test_ids = (TokenShard.open(expand_path(prefix, "data")).tokens for prefix in prefixes)
+        train_ids = np.concatenate(train)
         tables = [(n, False) for n in study.tables] + [(max(study.tables), True)]
         for n, back_off in tables:
             accuracy = count_table_accuracy(train_ids, test_ids, n, vocab_size, back_off)

@@ -89,9 +89,10 @@ def _write_split(texts: Sequence[str], data: Mapping[str, Any], root: Path) -> l
     fraction = float(data.get("validation", VALIDATION_FRACTION))
     every = max(2, round(1 / fraction))
     if len(texts) >= 10 * every:
-        parts = [[t for i, t in enumerate(texts) if i % every], [*texts[::every]]]
+        held_out = set(texts[::every])  # without copies of them in training
+        parts = [[t for t in texts if t not in held_out], [*texts[::every]]]
     else:
-        cuts = [text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 for text in texts]
+        cuts = [_cut(text, int(len(text) * (1 - fraction))) for text in texts]
         pairs = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
         parts = [[first for first, _ in pairs], [second for _, second in pairs]]
     paths = [root / "train.jsonl", root / "validation.jsonl"]
@@ -100,6 +101,12 @@ def _write_split(texts: Sequence[str], data: Mapping[str, Any], root: Path) -> l
             raise DataError(f"data.text: the text is too short to keep {fraction:.0%} of it for validation: add text")
         replace_file(path, "".join(json.dumps({"text": text}) + "\n" for text in part if text.strip()))
     return paths
+
+
+def _cut(text: str, end: int) -> int:
+    """Where to cut `text` in two: after the last line break before `end` or, if lines are long, there."""
+    line = text.rfind("\n", max(0, 2 * end - len(text)), end) + 1
+    return line or end
 
 
 def _texts(files: FileInput) -> Iterator[str]:

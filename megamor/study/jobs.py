@@ -17,7 +17,7 @@ from megamor.config import Config, SourceConfig, literal
 from megamor.config.convert import config_to_dict
 from megamor.config.validate import validate
 from megamor.data.loader import open_validation_sets
-from megamor.errors import MegamorError, TrainingError
+from megamor.errors import ConfigError, MegamorError, TrainingError
 from megamor.evaluate.kv_curve import bounded_loss
 from megamor.evaluate.loss import dataset_losses
 from megamor.evaluate.scoring import Scorer
@@ -118,6 +118,28 @@ def expected_flops(study: Study, job: Job) -> float:
     return runs * job.budget / config.data.seq_len * nominal_flops(config).training
 
 
+def fingerprint(study: Study) -> dict[str, Any]:
+    """Whatever decides the result of a job; more seeds or another question don't."""
+    shared = ("match", "budgets", "pilot", "warmup", "precision", "sequences", "data", "tasks")
+    arms = {
+        f"arms.{arm.name}": [config_to_dict(arm.config), arm.rates, arm.of, arm.exit and str(arm.exit)]
+        for arm in study.arms
+    }
+    plain: dict[str, Any] = json.loads(json.dumps({**{name: getattr(study, name) for name in shared}, **arms}))
+    return plain
+
+
+def check_version(study: Study, root: Path) -> None:
+    """Raises ConfigError if the study, or its base, isn't what `root` was set up for; an arm may be added."""
+    wanted = fingerprint(study)
+    for name, value in parse_json((root / SETUP_FILE).read_text(encoding="utf-8"))["study"].items():
+        if wanted.get(name) != value:
+            raise ConfigError(
+                f"{root} holds results of another version of {study.file} ({name} differs): give another --out, or "
+                "remove them"
+            )
+
+
 def run_config(study: Study, job: Job, rate: float, root: Path, name: str) -> Config:
     """The complete configuration of one training run of `job`."""
     setup = parse_json((root / SETUP_FILE).read_text(encoding="utf-8"))
@@ -155,8 +177,9 @@ def run_job(study: Study, job: Job, root: Path, world: World) -> dict[str, Any]:
 
     Raises:
         Interrupted: it was asked to stop; the next call resumes.
-        MegamorError: it can't run.
+        MegamorError: it can't run, or the study has changed since it was set up.
     """
+    check_version(study, root)
     if (found := read_result(root, job.name)) is not None:
         return found
     result = tune(study, job, root, world) if job.is_tuning else train(study, job, root, world)
@@ -221,7 +244,7 @@ def train(study: Study, job: Job, root: Path, world: World) -> dict[str, Any]:
     data = next(iter(open_validation_sets(settings, vocab_size=loaded.config.model.vocab_size).values()))
     cached = bounded_loss(loaded.model, data.batches(0, 1, _CACHE_SEQUENCES, _CACHE_SEQUENCES), None)
     metrics = [record for record in read_jsonl(root / source / METRICS_FILE) if "train/loss" in record]
-    seconds = sum(record["throughput/step_seconds"] or 0.0 for record in metrics)
+    seconds = metrics[-1]["throughput/training_seconds"]
     tokens, peak = metrics[-1]["train/tokens_seen"], metrics[-1].get("memory/peak_gib")
     return {
         "arm": job.arm.name,
@@ -267,11 +290,9 @@ def fit(config: Config, world: World) -> None:
 
 
 def final_loss(directory: Path) -> float:
-    """The last validation loss of a run under the causal rule."""
-    found = [
-        value
-        for record in read_jsonl(directory / METRICS_FILE)
-        for name, value in record.items()
-        if name.startswith("validation/") and name.endswith("/loss_causal")
-    ]
-    return float(found[-1]) if found and math.isfinite(found[-1]) else math.inf
+    """The last loss of a run under the causal rule on its first validation set, by which arms are compared."""
+    found: dict[str, float] = {}
+    for record in read_jsonl(directory / METRICS_FILE):
+        found |= {k: v for k, v in record.items() if k.startswith("validation/") and k.endswith("/loss_causal")}
+    loss = next(iter(found.values()), math.inf)
+    return float(loss) if math.isfinite(loss) else math.inf

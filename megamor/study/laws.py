@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamor.config import Config, config_from_dict
-from megamor.config.derive import layer_parameters
+from megamor.config.derive import layer_parameters, recursion_parameters
 from megamor.config.segments import segments
 
 Array = NDArray[np.float64]
@@ -79,21 +79,26 @@ def fit(points: Points, starts: Sequence[tuple[float, ...]] = _STARTS) -> Law:
 def interval(points: Points, law: Law, rounds: int = _ROUNDS, seed: int = 0) -> tuple[float, float]:
     """Bounds of phi's 90 % interval: percentiles over fits to runs drawn with replacement."""
     generator = np.random.default_rng(seed)
-    n = len(points.loss)
+    n, loops = len(points.loss), np.abs(points.recursions - 1) > 1e-3
+    if loops.all() or not loops.any():
+        return _BOUNDS[0]  # the runs say nothing about phi
     found: list[float] = []
     while len(found) < rounds:
         chosen = generator.integers(n, size=n)
-        if len(np.unique(points.recursions[chosen] > 1.001)) == 2:  # both kinds, or phi means nothing
+        if len(np.unique(loops[chosen])) == 2:  # both kinds, or phi means nothing
             found.append(fit(points[chosen], [(law.phi, law.alpha, law.beta)]).phi)
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def split_parameters(config: Config) -> tuple[int, int]:
-    """Parameters outside (blocks and the final norm) and inside shared cores, without embedding and routers."""
-    blocks = layer_parameters(config.model)
-    once = sum(segment.num_blocks for segment in segments(config) if not segment.schedule) * blocks + config.model.dim
-    return once, sum(segment.num_blocks for segment in segments(config) if segment.schedule) * blocks
+    """Parameters outside and inside shared cores, without embedding and routers: what each recursion has of its own
+    (norms, low-rank updates) is outside."""
+    blocks, once, shared = layer_parameters(config.model), config.model.dim, 0  # the final norm
+    for segment in segments(config):
+        once += segment.num_blocks * (recursion_parameters(segment.config) if segment.schedule else blocks)
+        shared += segment.num_blocks * blocks if segment.schedule else 0
+    return once, shared
 
 
 def points_of(runs: Sequence[Mapping[str, Any]], configs: Mapping[str, Mapping[str, Any]]) -> Points:

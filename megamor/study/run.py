@@ -14,11 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megamor.config import config_to_dict
 from megamor.data.check import find_problems
 from megamor.errors import EXIT_INTERRUPTED, ConfigError, MegamorError, TrainingError
 from megamor.files import parse_json, replace_file
@@ -30,8 +28,10 @@ from megamor.study.jobs import (
     SETUP_FILE,
     Interrupted,
     Job,
+    check_version,
     executed_so_far,
     expected_flops,
+    fingerprint,
     jobs_of,
     needs,
     read_result,
@@ -46,17 +46,12 @@ def set_up(study: Study, root: Path) -> None:
     """Prepare data and choose the precision, once. All jobs read both from `setup.json`.
 
     Raises:
-        DataError, ConfigError: the data are missing or don't fit.
+        DataError, ConfigError: the data are missing or don't fit, or what `check_version` raises.
     """
     path, wanted = root / SETUP_FILE, fingerprint(study)
     if path.exists():
+        check_version(study, root)
         setup = parse_json(path.read_text(encoding="utf-8"))
-        for name, value in setup["study"].items():  # an arm may be added, but none may change
-            if wanted.get(name) != value:
-                raise ConfigError(
-                    f"{root} holds results of another version of {study.file} ({name} differs): give another --out, or "
-                    "remove them"
-                )
         replace_file(path, json.dumps({**setup, "study": wanted}, indent=1) + "\n")
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -72,17 +67,6 @@ def set_up(study: Study, root: Path) -> None:
         largest = max(study.arms, key=lambda arm: arm.parameters[0])
         precision = faster_precision(largest)
     replace_file(path, json.dumps({"data": data, "precision": precision, "study": wanted}, indent=1) + "\n")
-
-
-def fingerprint(study: Study) -> dict[str, Any]:
-    """Whatever decides the result of a job; more seeds or another question don't."""
-    shared = ("match", "budgets", "pilot", "warmup", "precision", "sequences", "data", "tasks")
-    arms = {
-        f"arms.{arm.name}": [config_to_dict(arm.config), arm.rates, arm.of, arm.exit and str(arm.exit)]
-        for arm in study.arms
-    }
-    plain: dict[str, Any] = json.loads(json.dumps({**{name: getattr(study, name) for name in shared}, **arms}))
-    return plain
 
 
 def faster_precision(arm: Arm) -> str:

@@ -22,6 +22,7 @@ from megamor.config.convert import ROUTERS
 from megamor.config.derive import derive
 from megamor.config.exits import ExitRule
 from megamor.config.load import load_layers
+from megamor.config.segments import stages
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
 from megamor.model.flops import expected_steps
@@ -37,7 +38,10 @@ _KEYS = (
     "question", "base", "set", "data", "arms", "axes", "match", "budget", "lr", "pilot", "seeds", "warmup", "precision",
     "sequences", "ngrams", "tables", "tasks", "pairs", "expected", "law",
 )  # fmt: skip
-_FIXED = ("run", "data", "train.global_batch_size", "train.max_steps", "train.max_tokens", "train.max_flops")
+_FIXED = (
+    "run", "data", "train.global_batch_size", "train.ramp", "train.max_steps", "train.max_tokens", "train.max_flops",
+    "train.stop_at_step",
+)  # fmt: skip
 """Settings that arms can't have of their own, since they would see other data, or another budget."""
 
 
@@ -124,7 +128,6 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     data = _data_layer(path, given.get("data", {}))
     rates = tuple(float(rate) for rate in _listed(given.get("lr", ())))
     limit = "max_flops" if match == "executed_flops" else "max_tokens"
-    final = ("budget", {"train": {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}})
     layers = [(f"{path}: data", data), (f"{path}: set", given.get("set", {}))]
     length = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
     final = ("budget", {"train": length, "optim": {"warmup_steps": 0}})  # every run sets its own warm-up
@@ -137,14 +140,20 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
             raise ConfigError(f"{path}: arms.{name}.{min(unknown)}: unknown key; changes of settings belong in `set`")
         changes = [_checked_changes(path, name, each) for each in _listed(values.get("set", []))]
         preset, of = values.get("preset", name if name in PRESETS else None), values.get("of")
-        if of is not None and changes:
-            raise ConfigError(f"{path}: arms.{name}: an arm `of` another one has that one's settings; leave out `set`")
+        if of is not None and {"set", "preset", "lr"} & set(values):
+            raise ConfigError(
+                f"{path}: arms.{name}: an arm `of` another one has that one's settings; leave out `set`, `preset`, `lr`"
+            )
+        if ("exit" in values) != ("threshold" in values):
+            raise ConfigError(f"{path}: arms.{name}: give both, exit and threshold, or neither")
         changes = [_preset(path, preset, base), *changes] if preset else changes
         config = load_layers(base_path, [*layers, *((f"{path}: arms.{name}", each) for each in changes), final])
         rule = ExitRule(values["exit"], float(values["threshold"])) if "exit" in values else None
         own = tuple(float(rate) for rate in _listed(values.get("lr", rates)))
         own = own or tuple(float(f"{factor * config.optim.lr:.3g}") for factor in DEFAULT_GRID)
-        arms.append(Arm(name, config, tuple(sorted(own)), of, rule, values.get("label", name)))
+        if min(own) <= 0 or len({f"{rate:.3g}" for rate in own}) < len(set(own)):
+            raise ConfigError(f"{path}: lr of {name} = {own}: give positive rates that differ in three digits")
+        arms.append(Arm(name, config, tuple(sorted(set(own))), of, rule, values.get("label", name)))
     study = Study(
         name=path.stem,
         file=path,
@@ -165,8 +174,9 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         expected=tuple(given.get("expected", ())),
         law=given.get("law", {}),
     )
+    study = replace(study, arms=tuple(_with_weights_of(study, arm) for arm in study.arms))
     _check(study)
-    return replace(study, arms=tuple(_with_weights_of(study, arm) for arm in study.arms))
+    return study
 
 
 def _base(path: Path, given: str | None) -> Path | None:
@@ -197,7 +207,9 @@ def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, 
     budgets = tuple(float(each) if unit == "flops" else int(float(each)) for each in _listed(value))
     if min(budgets) <= 0:
         raise ConfigError(f"{path}: budget.{unit} = {value}: give positive numbers")
-    return match or implied, tuple(sorted(budgets))
+    if len({f"{each:.2g}" for each in budgets}) < len(set(budgets)):
+        raise ConfigError(f"{path}: budget.{unit} = {value}: give numbers that differ in two digits")
+    return match or implied, tuple(sorted(set(budgets)))
 
 
 def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -211,7 +223,9 @@ def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             arms["_".join(str(name) for name, _ in choice)] = merged
         return arms
     arms = given["arms"]
-    found = {name: {} for name in arms} if isinstance(arms, list) else {k: v or {} for k, v in arms.items()}
+    if isinstance(arms, list) and (wrong := [name for name in arms if not isinstance(name, str)]):
+        raise ConfigError(f"{path}: arms has {wrong[0]!r}: write arms with changes as NAME: {{...}}, not in a list")
+    found = {name: {} for name in arms} if isinstance(arms, list) else {str(k): v or {} for k, v in arms.items()}
     for name, values in found.items():
         if not values and name not in PRESETS:
             near = get_close_matches(str(name), PRESETS, n=1)
@@ -266,6 +280,8 @@ def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: data: give `text` (files) or `corpus` (a name), and if you like tokenizer, vocab_size, "
             f"validation, validation_split or from; found {', '.join(data)}"
         )
+    if data and not 0 < (fraction := float(data.get("validation", 0.03))) <= 0.5:
+        raise ConfigError(f"{path}: data.validation = {fraction}: give the fraction to keep, at most 0.5")
     layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
     return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
 
@@ -290,20 +306,27 @@ def _located(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_weights_of(study: Study, arm: Arm) -> Arm:
-    trained = study.trained(arm)
-    return arm if arm.of is None else replace(arm, config=trained.config, rates=trained.rates)
+    if arm.of is None:
+        return arm
+    if (trained := next((each for each in study.arms if (each.name, each.of) == (arm.of, None)), None)) is None:
+        raise ConfigError(
+            f"{study.file}: arms.{arm.name}.of = {arm.of!r}: there is no such arm with weights of its own"
+        )
+    return replace(arm, config=trained.config, rates=trained.rates)
 
 
 def _check(study: Study) -> None:
     """Raises ConfigError if an arm can't run, or the arms aren't matched."""
     names = [arm.name for arm in study.arms]
     for arm in study.arms:
-        if arm.of is not None and arm.of not in names:
-            raise ConfigError(f"{study.file}: arms.{arm.name}.of = {arm.of!r}: there is no such arm")
         try:
-            validate(arm.config)
+            validate(replace(arm.config, run=replace(arm.config.run, name=arm.name)))  # runs have it in their names
         except ConfigError as error:
             raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
+        if arm.exit and not any(len(stage.schedule) > arm.exit.first for stage in stages(arm.config)):
+            raise ConfigError(f"{study.file}: the arm {arm.name} has too few recursions for exit = {arm.exit.name}")
+        if study.law and len(stages(arm.config)) > 1:
+            raise ConfigError(f"{study.file}: law: {arm.name} has several stages, and the law knows one depth only")
         train = replace(arm.config.train, max_flops=study.budgets[0])
         if (
             study.match == "executed_flops"
@@ -314,6 +337,11 @@ def _check(study: Study) -> None:
                 f"with whole steps: give at least {study.budgets[0] * FEWEST_STEPS / steps:.2g}, or lower "
                 "train.global_batch_size"
             )
+    if len({arm.label for arm in study.arms}) < len(names):
+        raise ConfigError(f"{study.file}: two arms have the same label, and tables would mix them: rename one")
+    for ending in (study.law.get("baseline"), *study.law.get("families", (None,))) if study.law else ():
+        if not any(name.endswith(f"_{ending}") for name in names):
+            raise ConfigError(f"{study.file}: law: give baseline and families; no arm's name ends with _{ending}")
     for key in ("seq_len", "vocab_size"):
         values = {
             getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms

@@ -20,12 +20,22 @@ from scipy import stats
 from megamor.config import ExpertChoiceConfig, RandomConfig
 from megamor.errors import ConfigError, TrainingError
 from megamor.model.flops import expected_steps
+from megamor.parallel import init_world
 from megamor.study import load_study
-from megamor.study.collect import check_matched
-from megamor.study.data import prepare
-from megamor.study.jobs import expected_flops, grid, jobs_of, needs, run_config
+from megamor.study.collect import check_matched, collect
+from megamor.study.data import _write_split, prepare
+from megamor.study.jobs import (
+    expected_flops,
+    final_loss,
+    fingerprint,
+    grid,
+    jobs_of,
+    needs,
+    run_config,
+    run_job,
+)
 from megamor.study.laws import Points, fit, interval, split_parameters
-from megamor.study.run import fingerprint, set_up
+from megamor.study.run import set_up
 from megamor.study.statistics import paired_difference, sentence
 
 BASE: dict[str, Any] = {
@@ -74,6 +84,20 @@ def test_presets_change_the_router_and_the_sharing_alone(tmp_path: Path) -> None
         ({"arms": {"a": {"set": {"data": {"seq_len": 16}}}}}, "arms.a.set has data: .* aren't matched"),
         ({"arms": {"a": {"of": "b"}}}, "arms.a.of = 'b': there is no such arm"),
         ({"arms": {"mor": None, "a": {"of": "mor", "set": {"optim": {"lr": 1}}}}}, "leave out `set`"),
+        ({"arms": {"mor": None, "a": {"of": "mor", "lr": 1e-3}}}, "leave out .*`lr`"),
+        ({"arms": {"mor": None, "a": {"of": "mor"}, "b": {"of": "a"}}}, "arms.b.of = 'a': there is no such arm"),
+        ({"arms": {"mor": None, "a": {"of": "mor", "exit": "kl"}}}, "arms.a: give both, exit and threshold"),
+        ({"arms": {"vanilla": None, "a": {"of": "vanilla", "exit": "kl", "threshold": 1}}}, "a has too few recursions"),
+        ({"arms": ["mor", {"a": {}}]}, "write arms with changes as NAME"),
+        ({"arms": {"a/b": {"preset": "mor"}}}, "(?s)the arm a/b: .*without slashes"),
+        ({"arms": {"mor": {"label": "x"}, "act": {"label": "x"}}}, "the same label"),
+        ({"arms": {"mor": {"set": {"train": {"ramp": []}}}}}, "arms.mor.set has train.ramp"),
+        ({"arms": {"mor": {"set": {"train": {"stop_at_step": 3}}}}}, "arms.mor.set has train.stop_at_step"),
+        ({"arms": {"mor": {"lr": [0, 1e-3]}}}, "lr of mor = .* positive rates"),
+        ({"lr": [1.0001e-3, 1.0002e-3]}, "differ in three digits"),
+        ({"budget": {"flops": [1e9, 1.01e9]}}, "differ in two digits"),
+        ({"law": {"baseline": "x", "families": []}}, "no arm's name ends with _x"),
+        ({"law": {}, "data": {"text": ["a.txt"], "validation": 0}}, "data.validation = 0.0"),
         ({"arms": {"a": {"set": {"model": {"dim": 15}}}}}, "(?s)the arm a: .*dim"),
         ({"arms": {"a": {"set": {"model": {"vocab_size": 128}}}, "mor": None}}, "vocab_size is 128 in a and 96 in mor"),
         ({"budget": {"steps": 3}}, "give {flops: NUMBER} or {tokens: NUMBER}"),
@@ -142,6 +166,35 @@ def test_runs_differ_in_seed_and_rate_alone(tmp_path: Path) -> None:
     assert (first.run.seed, second.run.seed) == (0, 1)
     assert (first.train.max_flops, first.train.precision, first.optim.lr) == (4e9, "bf16", 2e-3)
     assert first.optim.warmup_steps == round(0.05 * expected_steps(first))
+
+
+def test_rates_and_budgets_that_are_given_twice_count_once(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, lr=[2e-3, 1e-3, 2e-3], budget={"flops": [2e9, 1e9, 2e9]}))
+    assert study.arms[0].rates == (1e-3, 2e-3)
+    assert study.budgets == (1e9, 2e9)
+
+
+def test_an_arm_of_another_has_its_parameters(tmp_path: Path) -> None:
+    """Those count for matching, not the base's."""
+    arms = {"big": {"preset": "recursive", "set": {"model": {"dim": 32}}}}
+    arms |= {"exit": {"of": "big", "exit": "entropy", "threshold": 1.0}}
+    study = load_study(study_file(tmp_path, arms=arms, match="parameters", budget={"tokens": 1e4}))
+    assert study.arms[0].parameters == study.arms[1].parameters
+
+
+def test_a_rate_is_chosen_by_the_last_loss_on_the_first_set(tmp_path: Path) -> None:
+    def loss_of(*records: dict[str, Any]) -> float:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return final_loss(tmp_path)
+
+    first, last = (
+        {"step": step, "validation/a/loss_causal": loss, "validation/a/loss_topk": 0.5, "validation/b/loss_causal": 9.0}
+        for step, loss in ((1, 3.0), (2, 2.0))
+    )
+    average = {"step": 2, "validation/a/loss_causal_average": 1.0}
+    assert loss_of(first, last, average) == 2.0
+    assert loss_of(first, {**last, "validation/a/loss_causal": "nan"}) == np.inf
+    assert loss_of({"step": 1, "train/loss": 1.0}) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -214,6 +267,16 @@ def test_parameters_inside_and_outside_the_core(tmp_path: Path) -> None:
     block = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
     assert split_parameters(arms["mor"]) == (2 * block + 16, 2 * block)
     assert split_parameters(arms["vanilla"]) == (8 * block + 16, 0)
+    for changes in ({"separate_norms": True}, {"lora_rank": 2}, {"sharing": "cycle", "num_recursions": 4}):
+        arms = {"a": {"preset": "recursive", "set": {"recursion": changes}}}
+        [arm] = load_study(study_file(tmp_path, arms=arms)).arms
+        assert sum(split_parameters(arm.config)) == arm.parameters[1]  # fixed loops have no router
+
+
+def test_without_single_or_looped_runs_phi_can_be_anything() -> None:
+    points = law_runs(0.46, 0.0, 0)
+    for kind in (1, 3):
+        assert interval(points[np.flatnonzero(points.recursions == kind)], fit(points)) == (-1.0, 2.0)
 
 
 def test_runs_that_used_different_amounts_are_refused(tmp_path: Path) -> None:
@@ -239,11 +302,23 @@ def test_a_text_is_split_by_document_or_at_a_line(tmp_path: Path) -> None:
     assert prepare({"text": [str(book)], "tokenizer": "char"}, tmp_path / "a", 96) == settings
     assert (tmp_path / "a" / "train.bin").stat().st_mtime_ns == before
 
+    pages = ["x" * 99 + "\n" + "y" * 900, "z" * 1000]  # long lines are cut, or most of the text would be held out
+    parts = [[json.loads(line)["text"] for line in path.read_text().splitlines()] for path in split(pages, tmp_path)]
+    assert [len(text) for text in parts[0]] == [970, 970]
+    assert [a + b for a, b in zip(*parts, strict=True)] == pages
+    copies = [str(i % 200) for i in range(400)]
+    parts = [[json.loads(line)["text"] for line in path.read_text().splitlines()] for path in split(copies, tmp_path)]
+    assert not set(parts[0]) & set(parts[1])
+
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(400)), encoding="utf-8")
     prepare({"text": [str(many)], "tokenizer": "char"}, tmp_path / "b", 96)
     kept = [json.loads(line)["text"] for line in (tmp_path / "b" / "validation.jsonl").read_text().splitlines()]
     assert kept == [f"document {i}" for i in range(0, 400, 33)]
+
+
+def split(texts: list[str], directory: Path) -> list[Path]:
+    return _write_split(texts, {}, directory)
 
 
 def test_results_of_another_version_of_a_study_are_kept(tmp_path: Path) -> None:
@@ -257,6 +332,10 @@ def test_results_of_another_version_of_a_study_are_kept(tmp_path: Path) -> None:
     assert fingerprint(changed) != fingerprint(first)
     with pytest.raises(ConfigError, match=r"another version of .*mine.yaml \(arms.mor differs\)"):
         set_up(changed, tmp_path / "out")
+    with pytest.raises(ConfigError, match="another version"):
+        collect(changed, tmp_path / "out")
+    with pytest.raises(ConfigError, match="another version"):
+        run_job(changed, jobs_of(changed)[0], tmp_path / "out", init_world(changed.arms[0].config.parallel))
 
 
 def run_study(directory: Path, *options: str) -> subprocess.Popen[str]:
