@@ -24,13 +24,12 @@ from megamor.files import parse_json, replace_file
 from megamor.origin import describe_origin
 from megamor.study.jobs import Job, jobs_of, read_result
 from megamor.study.laws import fit_families
+from megamor.study.spec import MATCH_TOLERANCE as TOLERANCE
 from megamor.study.spec import Study
 from megamor.study.statistics import paired_difference, sentence
 
 SCHEMA = "megamor-study/1"
 RESULTS_FILE = "results.json"
-TOLERANCE = 0.02
-"""Largest relative difference in tokens or executed FLOPs between runs that count as matched."""
 ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 

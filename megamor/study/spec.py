@@ -24,11 +24,14 @@ from megamor.config.exits import ExitRule
 from megamor.config.load import load_layers
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
+from megamor.model.flops import nominal_flops
 from megamor.study.keys import checked_keys
 
 Match = Literal["executed_flops", "tokens", "parameters"]
 DEFAULT_GRID = (0.4, 1.0, 2.5)
 """Learning rates that are tried, as multiples of the base's: with one rate for all, the arm that it suits wins."""
+MATCH_TOLERANCE = 0.02
+"""Largest relative difference in tokens or executed FLOPs between runs that count as matched."""
 PARAMETER_TOLERANCE = 0.02
 """Largest relative difference of unique parameters that counts as matched."""
 _FIXED = ("run", "data", "train.global_batch_size", "train.max_steps", "train.max_tokens", "train.max_flops")
@@ -274,6 +277,13 @@ def _check(study: Study) -> None:
             validate(arm.config)
         except ConfigError as error:
             raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
+        step = nominal_flops(arm.config).training * arm.config.train.global_batch_size
+        if study.match == "executed_flops" and step > MATCH_TOLERANCE * study.budgets[0]:
+            raise ConfigError(
+                f"{study.file}: budget.flops = {study.budgets[0]:.3g}: a step of {arm.name} takes {step:.3g} FLOPs, "
+                f"and the last one may exceed the budget by more than {MATCH_TOLERANCE:.0%}: give at least "
+                f"{step / MATCH_TOLERANCE:.2g}, or lower train.global_batch_size"
+            )
     for key in ("seq_len", "vocab_size"):
         values = {
             getattr(arm.config.data if key == "seq_len" else arm.config.model, key): arm.name for arm in study.arms
