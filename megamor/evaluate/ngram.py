@@ -188,7 +188,7 @@ def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:
     for offset in range(order):
         start = first - order + 1 + offset
         grams = grams * vocab_size + windows[:, start : start + width]
-    return grams[windows[:, first:] != PADDING]
+    return np.asarray(grams[windows[:, first:] != PADDING])
 
 
 def _discounts(counts: IntArray) -> FloatArray:
