@@ -176,6 +176,8 @@ def _state(task: Task, unit: str) -> list[str]:
 def _amount(done: float, total: float | None, unit: str) -> str:
     if unit == "bytes":
         return f"{done / total:.1%} of {format_bytes(total)}" if total else format_bytes(done)
+    if total is not None and total >= 1e6:
+        return f"{format_count(done)}/{format_count(total)} {unit}"
     return f"{done:.0f} {unit}" if total is None else f"{done:.0f}/{total:.0f} {unit}"
 
 

@@ -35,7 +35,7 @@ BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 STUDY_SCHEMA = "megamor-study/1"
 STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
-FINDINGS = ("routing", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth")
+FINDINGS = ("routing", "routing_code", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth")
 """Studies whose results docs/findings.md tells."""
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 

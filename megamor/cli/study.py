@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamor.cli import command_parser, positive
-from megamor.errors import EXIT_INTERRUPTED, ConfigError, user_errors
+from megamor.errors import EXIT_INTERRUPTED, ConfigError, MegamorError, user_errors
 
 if TYPE_CHECKING:
     from megamor.study import Study
@@ -154,6 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.action == "run":
         show_plan(study)
         if arguments.dry_run:
+            from megamor.study.run import check_data
+
+            try:
+                check_data(study)
+            except MegamorError as error:
+                print(f"missing: {error}")
             return
         if arguments.slurm:
             from megamor.study.run import set_up

@@ -188,7 +188,8 @@ def _grams(windows: IntArray, order: int, vocab_size: int) -> IntArray:
     for offset in range(order):
         start = first - order + 1 + offset
         grams = grams * vocab_size + windows[:, start : start + width]
-    return np.asarray(grams[windows[:, first:] != PADDING])
+    found: IntArray = grams[windows[:, first:] != PADDING]
+    return found
 
 
 def _discounts(counts: IntArray) -> FloatArray:

@@ -214,7 +214,8 @@ def statements(results: Results, metric: str = "loss") -> list[str]:
         behind = [group for group, loss in values.items() if floor["loss"] is not None and loss >= floor["loss"]]
         if behind:
             found.append(f"Behind the floor {floor['name']} ({floor['loss']:.4f} nats/token): {', '.join(behind)}.")
-    return found + [alarm for run in results.runs for alarm in run.alarms]
+    kinds = {name: ((arm.get("config") or {}).get("router") or {}).get("kind") for name, arm in results.arms.items()}
+    return found + [alarm for run in results.runs for alarm in run.alarms(kinds.get(run.row["arm"]) != "fixed")]
 
 
 def styles_of(results: Results) -> dict[str, int]:

@@ -73,10 +73,10 @@ class Run:
         value = self.row.get(name)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
-    @property
-    def alarms(self) -> list[str]:
-        """What in the metrics should make a reader careful."""
+    def alarms(self, routed: bool) -> list[str]:
+        """What in the metrics should make a reader careful; `routed` if a router chooses between depths."""
         last = {name: value for record in self.records for name, value in record.items()}
+        dead = last.get("routing/dead_depths") or 0
         failed = sum(not math.isfinite(record.get("train/loss") or 0.0) for record in self.records)
         left_out = self.row.get("loss") is not None and self.figure("loss") is None
         found = {
@@ -84,7 +84,7 @@ class Run:
             " steps with a loss that isn't finite": failed,
             " steps skipped": last.get("guard/skipped_steps"),
             " rollbacks": last.get("guard/rollbacks"),
-            "% of the depths are taken by no token": round(100 * (last.get("routing/dead_depths") or 0)),
+            "% of the depths are taken by no token": round(100 * dead) if routed else 0,
         }
         return [f"{self.row['name']}: {count:g}{what}." for what, count in found.items() if count]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -58,7 +57,7 @@ def collect(study: Study, root: Path) -> dict[str, Any]:
         "question": study.question,
         "match": study.match,
         "budgets": study.budgets,
-        "command": shlex.join(["megamor", *sys.argv[1:]]),
+        "command": shlex.join(["megamor", "study", "run", str(study.file), "--seeds", str(study.seeds)]),
         "origin": describe_origin(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "seconds": sum(run["seconds"] for run in runs if study.arm(run["arm"]).of is None),
         "arms": [*_arms(study, jobs, found)],

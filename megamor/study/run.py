@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch
 
+from megamor.corpus.corpora import CORPORA
+from megamor.corpus.text import find_files
 from megamor.data.check import find_problems
-from megamor.errors import EXIT_INTERRUPTED, ConfigError, MegamorError, TrainingError
+from megamor.errors import EXIT_INTERRUPTED, ConfigError, DataError, MegamorError, TrainingError
 from megamor.files import parse_json, replace_file
 from megamor.model import build_model
 from megamor.parallel import init_world
 from megamor.progress import ProgressDisplay
-from megamor.study.data import prepare
+from megamor.study.data import STDLIB, prepare
 from megamor.study.jobs import (
     SETUP_FILE,
     Interrupted,
@@ -56,17 +58,28 @@ def set_up(study: Study, root: Path) -> None:
         return
     root.mkdir(parents=True, exist_ok=True)
     config = study.arms[0].config
+    check_data(study)
     data = prepare(study.data, root / "data", config.model.vocab_size) if study.data else None
-    if data is None:
-        if not config.data.validation:
-            raise ConfigError(f"{study.file}: there is no validation set: give `data`, or a base with data.validation")
-        if problems := find_problems(config.data, seed=0, vocab_size=config.model.vocab_size):
-            raise ConfigError("\n  ".join([f"{study.file}: the base's data aren't usable:", *problems]))
     precision = study.precision
     if precision == "auto":
         largest = max(study.arms, key=lambda arm: arm.parameters[0])
         precision = faster_precision(largest)
     replace_file(path, json.dumps({"data": data, "precision": precision, "study": wanted}, indent=1) + "\n")
+
+
+def check_data(study: Study) -> None:
+    """Raises DataError or ConfigError if the data that the study names aren't there."""
+    config, data = study.arms[0].config, study.data
+    if "text" in data:
+        find_files(data["text"], option="data.text")
+    if data.get("corpus", STDLIB) not in (STDLIB, *CORPORA):
+        raise ConfigError(f"{study.file}: data.corpus = {data['corpus']}: give one of {', '.join((STDLIB, *CORPORA))}")
+    if (kind := data.get("tokenizer", "bpe")) not in ("bpe", "char") and not Path(kind).is_file():
+        raise DataError(f"{study.file}: data.tokenizer: there is no file {kind}; give bpe, char or a tokenizer.json")
+    if not data and not config.data.validation:
+        raise ConfigError(f"{study.file}: there is no validation set: give `data`, or a base with data.validation")
+    if not data and (problems := find_problems(config.data, seed=0, vocab_size=config.model.vocab_size)):
+        raise ConfigError("\n  ".join([f"{study.file}: the base's data aren't usable:", *problems]))
 
 
 def faster_precision(arm: Arm) -> str:
@@ -114,14 +127,14 @@ class StudyRunner:
         finished = {job.name for job in self.jobs} - {job.name for job in waiting}
         failed: dict[str, BaseException] = {}
         running: dict[Future[None], Job] = {}
-        total = sum(self.expected.values()) / 1e12
+        total = sum(self.expected.values())
         pool = ProcessPoolExecutor(
             self.at_once, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(), self.threads)
         )
         with (
             pool,
             self._signals(pool),
-            ProgressDisplay(self.study.name, total, unit="TFLOPs", log_first=True) as display,
+            ProgressDisplay(self.study.name, total, unit="FLOPs", log_first=True) as display,
         ):
             while (waiting or running) and not (self.asked_to_stop and not running):
                 for job in [job for job in waiting if self._is_ready(job, finished)]:
@@ -156,7 +169,7 @@ class StudyRunner:
         done = sum(self.expected[name] for name in finished)
         done += sum(min(self.expected[job.name], executed_so_far(self.root, job)) for job in running.values())
         names = ", ".join(job.name for job in running.values())
-        display.update(done / 1e12, {"jobs": f"{len(finished)}/{len(self.jobs)}", "running": names or "none"})
+        display.update(done, {"jobs": f"{len(finished)}/{len(self.jobs)}", "running": names or "none"})
 
     @contextmanager
     def _signals(self, pool: ProcessPoolExecutor) -> Iterator[None]:

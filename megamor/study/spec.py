@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from megamor.config import Config, ScoredConfig, read_mapping
+from megamor.config import Config, ScoredConfig
 from megamor.config.convert import ROUTERS
 from megamor.config.derive import derive
 from megamor.config.exits import ExitRule
@@ -26,6 +26,7 @@ from megamor.config.segments import stages
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
 from megamor.model.flops import expected_steps
+from megamor.study.keys import checked_keys
 
 Match = Literal["executed_flops", "tokens", "parameters"]
 DEFAULT_GRID = (0.4, 1.0, 2.5)
@@ -34,10 +35,6 @@ FEWEST_STEPS = 50
 """Of a run: with fewer, the last step alone could be more than the 2 % by which runs may differ."""
 PARAMETER_TOLERANCE = 0.02
 """Largest relative difference of unique parameters that counts as matched."""
-_KEYS = (
-    "question", "base", "set", "data", "arms", "axes", "match", "budget", "lr", "pilot", "seeds", "warmup", "precision",
-    "sequences", "ngrams", "tables", "tasks", "pairs", "expected", "law",
-)  # fmt: skip
 _FIXED = (
     "run", "data", "train.global_batch_size", "train.ramp", "train.max_steps", "train.max_tokens", "train.max_flops",
     "train.stop_at_step",
@@ -114,19 +111,17 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
             matched (the message gives the two numbers).
     """
     path = Path(path)
-    given = read_mapping(path)
-    for key in given:
-        if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, n=1)
-            raise ConfigError(
-                f"{path}: {key}: unknown key; {f'did you mean {near[0]}?' if near else f'known: {_KEYS}'}"
-            )
+    given = checked_keys(path)
     for key in ("arms" if "axes" not in given else "axes", "budget"):
         if not given.get(key):
             raise ConfigError(f"{path}: {key} is missing; see docs/studies.md")
+    if "arms" in given and "axes" in given:
+        raise ConfigError(f"{path}: give either arms or axes")
+    for key in ("max_steps", "max_tokens", "max_flops"):
+        if key in (given.get("set", {}).get("train") or {}):
+            raise ConfigError(f"{path}: set.train.{key}: the `budget` says how long to train; leave this out")
     match, budgets = _budgets(path, given)
     data = _data_layer(path, given.get("data", {}))
-    rates = tuple(float(rate) for rate in _listed(given.get("lr", ())))
     limit = "max_flops" if match == "executed_flops" else "max_tokens"
     layers = [(f"{path}: data", data), (f"{path}: set", given.get("set", {}))]
     length = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
@@ -135,10 +130,7 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     base = load_layers(base_path, [*layers, final])
     arms = []
     for name, values in _arms(path, given).items():
-        unknown = set(values) - {"set", "preset", "of", "exit", "threshold", "lr", "label"}
-        if unknown:
-            raise ConfigError(f"{path}: arms.{name}.{min(unknown)}: unknown key; changes of settings belong in `set`")
-        changes = [_checked_changes(path, name, each) for each in _listed(values.get("set", []))]
+        changes = [_checked_changes(path, name, each) for each in values.get("set", [])]
         preset, of = values.get("preset", name if name in PRESETS else None), values.get("of")
         if of is not None and {"set", "preset", "lr"} & set(values):
             raise ConfigError(
@@ -148,29 +140,29 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
             raise ConfigError(f"{path}: arms.{name}: give both, exit and threshold, or neither")
         changes = [_preset(path, preset, base), *changes] if preset else changes
         config = load_layers(base_path, [*layers, *((f"{path}: arms.{name}", each) for each in changes), final])
-        rule = ExitRule(values["exit"], float(values["threshold"])) if "exit" in values else None
-        own = tuple(float(rate) for rate in _listed(values.get("lr", rates)))
-        own = own or tuple(float(f"{factor * config.optim.lr:.3g}") for factor in DEFAULT_GRID)
-        if min(own) <= 0 or len({f"{rate:.3g}" for rate in own}) < len(set(own)):
-            raise ConfigError(f"{path}: lr of {name} = {own}: give positive rates that differ in three digits")
-        arms.append(Arm(name, config, tuple(sorted(set(own))), of, rule, values.get("label", name)))
+        rule = ExitRule(values["exit"], values["threshold"]) if "exit" in values else None
+        own = values.get("lr", given.get("lr", ()))
+        own = own or [float(f"{factor * config.optim.lr:.3g}") for factor in DEFAULT_GRID]
+        if len({f"{rate:.3g}" for rate in own}) < len({*own}):
+            raise ConfigError(f"{path}: lr of {name} = {own}: give rates that differ in three digits")
+        arms.append(Arm(name, config, tuple(sorted({*own})), of, rule, values.get("label", name)))
     study = Study(
         name=path.stem,
         file=path,
         arms=tuple(arms),
         budgets=budgets,
         match=match,
-        question=" ".join(str(given.get("question", "")).split()),
+        question=" ".join(given.get("question", "").split()),
         data=_located(path, given.get("data", {})),
-        pilot=float(given.get("pilot", 0.25)),
-        seeds=seeds or int(given.get("seeds", 3)),
-        warmup=float(given.get("warmup", 0.05)),
+        pilot=given.get("pilot", 0.25),
+        seeds=seeds or given.get("seeds", 3),
+        warmup=given.get("warmup", 0.05),
         precision=given.get("precision"),
         sequences=given.get("sequences"),
         ngrams=tuple(given.get("ngrams", (1, 2, 3))),
         tables=tuple(given.get("tables", ())),
-        tasks=_tasks(path, given.get("tasks", {})),
-        pairs=tuple((str(a), str(b)) for a, b in given.get("pairs", ())),
+        tasks=given.get("tasks", {}),
+        pairs=tuple(given.get("pairs", ())),
         expected=tuple(given.get("expected", ())),
         law=given.get("law", {}),
     )
@@ -186,17 +178,11 @@ def _base(path: Path, given: str | None) -> Path | None:
     return None if given is None else path.parent / given
 
 
-def _listed(value: Any) -> list[Any]:
-    return [*value] if isinstance(value, list | tuple) else [value]
-
-
 def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, ...]]:
     """What arms are matched by, and the budgets."""
     budget, match = given["budget"], given.get("match")
-    if not isinstance(budget, Mapping) or set(budget) not in ({"flops"}, {"tokens"}):
-        raise ConfigError(
-            f"{path}: budget = {budget!r}: give {{flops: NUMBER}} or {{tokens: NUMBER}}, or lists of them"
-        )
+    if len(budget) != 1:
+        raise ConfigError(f"{path}: budget = {budget!r}: give either flops or tokens")
     unit, value = next(iter(budget.items()))
     implied: Match = "executed_flops" if unit == "flops" else "tokens"
     if match not in (None, implied, "parameters" if unit == "tokens" else implied):
@@ -204,12 +190,9 @@ def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, 
             f"{path}: match = {match!r} doesn't fit a budget of {unit}: budgets of flops match executed_flops, those "
             "of tokens match tokens or parameters"
         )
-    budgets = tuple(float(each) if unit == "flops" else int(float(each)) for each in _listed(value))
-    if min(budgets) <= 0:
-        raise ConfigError(f"{path}: budget.{unit} = {value}: give positive numbers")
-    if len({f"{each:.2g}" for each in budgets}) < len(set(budgets)):
+    if len({f"{each:.2g}" for each in value}) < len({*value}):
         raise ConfigError(f"{path}: budget.{unit} = {value}: give numbers that differ in two digits")
-    return match or implied, tuple(sorted(set(budgets)))
+    return match or implied, tuple(sorted({*value}))
 
 
 def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -219,13 +202,10 @@ def _arms(path: Path, given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         for choice in product(*(values.items() for values in given["axes"].values())):
             merged: dict[str, Any] = {}
             for _, value in choice:
-                merged = {**merged, **value, "set": [*merged.get("set", ()), *_listed(value.get("set", []))]}
+                merged = {**merged, **value, "set": [*merged.get("set", ()), *value.get("set", ())]}
             arms["_".join(str(name) for name, _ in choice)] = merged
         return arms
-    arms = given["arms"]
-    if isinstance(arms, list) and (wrong := [name for name in arms if not isinstance(name, str)]):
-        raise ConfigError(f"{path}: arms has {wrong[0]!r}: write arms with changes as NAME: {{...}}, not in a list")
-    found = {name: {} for name in arms} if isinstance(arms, list) else {str(k): v or {} for k, v in arms.items()}
+    found: dict[str, Mapping[str, Any]] = given["arms"]
     for name, values in found.items():
         if not values and name not in PRESETS:
             near = get_close_matches(str(name), PRESETS, n=1)
@@ -249,7 +229,10 @@ def _preset(path: Path, name: str, base: Config) -> dict[str, Any]:
     if name == "vanilla":
         return {"recursion": {"num_recursions": 1, "sharing": "none"}, "router": {"kind": "fixed"}}
     if base.recursion.num_recursions < 2:
-        raise ConfigError(f"{path}: the arm {name} needs a base with recursion.num_recursions of 2 or more")
+        raise ConfigError(
+            f"{path}: the arm {name} needs recursion.num_recursions of 2 or more: name a `base` that has it, such as "
+            "quickstart, or set it in `set`"
+        )
     if name == "recursive":
         return {"router": {"kind": "fixed"}}
     kind = "expert_choice" if name == "mor" else name
@@ -274,32 +257,19 @@ def _checked_changes(path: Path, name: str, changes: Mapping[str, Any]) -> Mappi
 
 def _data_layer(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that `data.prepare` fulfils; empty where the base's own data are used."""
-    unknown = set(data) - {"text", "corpus", "from", "tokenizer", "vocab_size", "validation", "validation_split"}
-    if unknown or ("text" in data) + ("corpus" in data) != (1 if data else 0):
-        raise ConfigError(
-            f"{path}: data: give `text` (files) or `corpus` (a name), and if you like tokenizer, vocab_size, "
-            f"validation, validation_split or from; found {', '.join(data)}"
-        )
-    if data and not 0 < (fraction := float(data.get("validation", 0.03))) <= 0.5:
-        raise ConfigError(f"{path}: data.validation = {fraction}: give the fraction to keep, at most 0.5")
-    layer = {"model": {"vocab_size": int(data["vocab_size"])}} if "vocab_size" in data else {}
+    if ("text" in data) + ("corpus" in data) != (1 if data else 0):
+        raise ConfigError(f"{path}: data: give `text` (files) or `corpus` (a name); found {', '.join(data)}")
+    if data and data.get("validation", 0.03) > 0.5:
+        raise ConfigError(f"{path}: data.validation = {data['validation']}: give the fraction to keep, at most 0.5")
+    layer = {"model": {"vocab_size": data["vocab_size"]}} if "vocab_size" in data else {}
     return {**layer, "data": {"train": [], "validation": {}, "tokenizer": None}} if data else {}
-
-
-def _tasks(path: Path, tasks: Any) -> Mapping[str, Any]:
-    """The key `tasks`, which may be a bare list of names."""
-    tasks = {"names": tasks} if isinstance(tasks, list) else tasks
-    if tasks and (not tasks.get("names") or set(tasks) - {"names", "num_fewshot", "limit"}):
-        raise ConfigError(f"{path}: tasks = {tasks}: give names, or {{names: [...], num_fewshot: N, limit: N}}")
-    found: Mapping[str, Any] = tasks
-    return found
 
 
 def _located(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """The key `data`, with files looked for where the study is."""
     found = dict(data)
     if "text" in found:
-        found["text"] = [str(path.parent / str(each)) for each in _listed(found["text"])]
+        found["text"] = [str(path.parent / each) for each in found["text"]]
     if found.get("tokenizer", "bpe") not in ("bpe", "char"):
         found["tokenizer"] = str(path.parent / found["tokenizer"])
     return found
@@ -319,6 +289,8 @@ def _check(study: Study) -> None:
     """Raises ConfigError if an arm can't run, or the arms aren't matched."""
     names = [arm.name for arm in study.arms]
     for arm in study.arms:
+        if arm.of is not None and (arm.of not in names or study.arm(arm.of).of is not None):
+            raise ConfigError(f"{study.file}: arms.{arm.name}.of = {arm.of!r}: there is no such arm that is trained")
         try:
             validate(replace(arm.config, run=replace(arm.config.run, name=arm.name)))  # runs have it in their names
         except ConfigError as error:
@@ -358,10 +330,13 @@ def _check(study: Study) -> None:
                 "(no embedding): change their shapes, or match tokens or executed_flops"
             )
     for pair in study.pairs:
+        if pair[0] == pair[1]:
+            raise ConfigError(f"{study.file}: pairs: {pair[0]} is paired with itself")
         for name in pair:
             if name not in names:
                 raise ConfigError(f"{study.file}: pairs: there is no arm {name!r}")
-    if not 0 < study.pilot <= 1 or study.seeds < 1:
-        raise ConfigError(f"{study.file}: pilot = {study.pilot}, seeds = {study.seeds}: give (0, 1], and at least 1")
-    if study.precision not in (None, "auto", "bf16", "fp32"):
-        raise ConfigError(f"{study.file}: precision = {study.precision!r}: give auto, bf16 or fp32")
+    for family in (study.law["baseline"], *study.law["families"]) if study.law else ():
+        if not any(name.endswith(f"_{family}") for name in names):
+            raise ConfigError(f"{study.file}: law: the name of no arm ends with _{family}: {', '.join(names)}")
+    if len({f"{budget:.2g}" for budget in study.budgets}) < len(study.budgets):
+        raise ConfigError(f"{study.file}: budget = {[*study.budgets]}: two of them are equal in two digits")

@@ -225,7 +225,7 @@ def test_sweep_depth(moved: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
     drawn = ElementTree.parse(tmp_path / "sweep.svg").getroot()
     words = {text.strip() for text in drawn.itertext()}
     labels = {"at most n recursions", "exactly n recursions", "router.inference_threshold", "exit: entropy", "exit: kl"}
-    axes = {"executed FLOPs per token of a forward pass", "loss (nats per token)"}
+    axes = {"executed FLOPs per token of a forward pass", "loss (nats/token)"}
     assert labels | axes | {"the model's own rule"} <= words
     for option, told in (
         (["--exits", "entropy"], "invalid rule_and_thresholds value: 'entropy'"),

@@ -240,7 +240,9 @@ def test_alarms(tmp_path: Path) -> None:
     lines[3]["train/loss"] = "nan"
     lines[-2] |= {"guard/skipped_steps": 2, "routing/dead_depths": 1 / 3}
     lines[-1] |= {"validation/b/loss_causal": "inf"}
-    write_run(tmp_path / "y", config_of("vanilla", 0), lines_of("vanilla", 0, 20))
+    fixed = lines_of("vanilla", 0, 20)
+    fixed[-1] |= {"routing/dead_depths": 2 / 3}  # which a fixed depth is meant to have
+    write_run(tmp_path / "y", config_of("vanilla", 0), fixed)
     results = read_results([write_run(tmp_path / "x", config_of("mor", 0), lines), tmp_path / "y"])
     assert results.values("loss").keys() == {"y"}
     assert content.statements(results)[1:] == [
