@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from megamor.config import ExpertChoiceConfig, RandomConfig
+from megamor.config import Config, ExpertChoiceConfig, RandomConfig
 from megamor.errors import ConfigError, TrainingError
 from megamor.model.flops import expected_steps
 from megamor.parallel import init_world
-from megamor.study import load_study
-from megamor.study.collect import check_matched, collect
+from megamor.study import Study, jobs, load_study
+from megamor.study.collect import _differences, check_matched, collect, statements
 from megamor.study.data import _write_split, prepare
 from megamor.study.jobs import (
     expected_flops,
@@ -33,6 +34,7 @@ from megamor.study.jobs import (
     needs,
     run_config,
     run_job,
+    weights_job,
 )
 from megamor.study.laws import Points, fit, interval, split_parameters
 from megamor.study.run import set_up
@@ -158,6 +160,7 @@ def test_jobs_come_after_what_they_need(tmp_path: Path) -> None:
     assert names[0] == "tune_recursive"
     for job in jobs:
         assert all(names.index(other) < names.index(job.name) for other in needs(study, job))
+    assert weights_job(study, jobs[-1]) == "recursive_seed1"
     assert needs(study, jobs[-1]) == ["tune_recursive", "recursive_seed1"]
     assert sum(expected_flops(study, job) for job in jobs) == pytest.approx(4e9 * (2 * 0.25 + 2))
 
@@ -295,6 +298,81 @@ def test_runs_that_used_different_amounts_are_refused(tmp_path: Path) -> None:
         check_matched(study, [*runs, {"budget": 4e9, "executed_flops": 4.4e9, "directory": "run1.1"}])
 
 
+def rows(study: Study, **figures: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    """Runs at the study's first budget; `figures` are each metric's by arm, a value for each seed."""
+    names = next(iter(figures.values()))
+    found = [
+        {"arm": arm, "seed": seed, "budget": study.budgets[0], **{m: of[arm][seed] for m, of in figures.items()}}
+        for arm, values in names.items()
+        for seed in range(len(values))
+    ]
+    return [{"loss": 1.0, "accuracy": None, "bits_per_byte": None, **row} for row in found]
+
+
+def test_differences_are_within_a_seed_and_a_budget(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, arms=["mor", "act"], budget={"flops": [2e9, 4e9]}))
+    loss = {"mor": [1.0, 2.0, 3.0], "act": [1.5, 2.51, 3.49]}
+    accuracy = {"mor": [0.5, 0.6, 0.7], "act": [0.4, 0.501, 0.599]}
+    first = rows(study, loss=loss, accuracy=accuracy)
+    second = [{**row, "budget": 4e9, "loss": 7.0, "accuracy": 0.5} for row in first]
+    found = {(d["metric"], d["budget"]): d for d in _differences(study, first + second)}
+    assert found.keys() == {(metric, budget) for metric in ("loss", "accuracy") for budget in study.budgets}
+    reference = stats.ttest_rel(loss["mor"], loss["act"]).confidence_interval(0.95)
+    one = found["loss", 2e9]
+    assert (one["low"], one["high"]) == pytest.approx((reference.low, reference.high))
+    assert (one["a"], one["b"], one["mean"], one["seeds"]) == ("mor", "act", pytest.approx(-0.5), 3)
+    assert (one["level"], one["verdict"]) == (0.95, "a")
+    assert found["accuracy", 2e9]["verdict"] == "a"  # more is better
+    same = found["loss", 4e9]
+    assert (same["mean"], same["low"], same["high"], same["verdict"]) == (0, 0, 0, "not resolved")
+    told = {"runs": first + second, "differences": [*found.values()], "arms": [], "law": None}
+    assert [sentence.partition(" (")[0] for sentence in statements(study, told)] == [
+        "At 2e+09 flops: mor is better than act by 0.5000 nats/token",
+        "At 4e+09 flops: mor against act: not resolved",
+    ]
+
+
+def test_which_pairs_are_compared(tmp_path: Path) -> None:
+    def compared(arms: list[str], **keys: Any) -> list[tuple[str, str]]:
+        study = load_study(study_file(tmp_path, arms=arms, **keys))
+        return [(d["a"], d["b"]) for d in _differences(study, rows(study, loss={name: [1.0] for name in arms}))]
+
+    four = ["vanilla", "recursive", "mor", "act"]
+    assert compared(four) == [*combinations(four, 2)]
+    assert compared([*four, "random"]) == [(name, "vanilla") for name in ("recursive", "mor", "act", "random")]
+    assert compared(four, pairs=[["act", "mor"]]) == [("act", "mor")]
+    study = load_study(study_file(tmp_path, arms=["mor", "act"]))
+    [single] = _differences(study, rows(study, loss={"mor": [1.0], "act": [2.0]}))
+    assert (single["low"], single["high"], single["verdict"]) == (None, None, "not resolved")
+    told = {"runs": [], "differences": [], "law": {"loop": {"phi": 0.5, "low": 0.25, "high": 0.75, "runs": 9}}}
+    told["arms"] = [{"name": name, "lr": 2e-3, "lr_at_edge": name == "act"} for name in ("mor", "act")]
+    assert [*statements(study, told)] == [
+        "The learning rate of act, 0.002, lies at the edge of its grid: a better one may exist.",
+        "phi of loop is 0.50 (90 % interval 0.25 to 0.75, 9 runs).",
+    ]
+
+
+def test_a_rate_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(study_file(tmp_path, arms=["mor"], lr=[1e-3, 2e-3, 4e-3]))
+    (tmp_path / "setup.json").write_text(json.dumps({"data": None, "precision": None}), encoding="utf-8")
+    found = {1e-3: 3.0, 2e-3: 2.0, 4e-3: np.inf}
+
+    def train(config: Config, world: object) -> None:
+        assert (config.run.seed, config.train.max_flops) == (1000, 1e9)  # a quarter of the budget
+        if not np.isfinite(found[config.optim.lr]):
+            raise TrainingError("diverged")
+
+    monkeypatch.setattr(jobs, "fit", train)
+    monkeypatch.setattr(jobs, "final_loss", lambda directory: found[float(directory.name.partition("_lr")[2])])
+    [job, *_] = jobs_of(study)
+    chosen = jobs.tune(study, job, tmp_path, init_world(job.arm.config.parallel))
+    tried = [{"lr": 1e-3, "loss": 3.0}, {"lr": 2e-3, "loss": 2.0}, {"lr": 4e-3, "loss": None}]
+    assert chosen == {"lr": 2e-3, "lr_at_edge": False, "tuning": tried}
+    found |= {1e-3: 1.0, 5e-4: 0.9, 2.5e-4: 0.8, 1.25e-4: 0.7}
+    chosen = jobs.tune(study, job, tmp_path, init_world(job.arm.config.parallel))
+    assert (chosen["lr"], chosen["lr_at_edge"], len(chosen["tuning"])) == (1.25e-4, True, 6)
+
+
 def test_a_text_is_split_by_document_or_at_a_line(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("".join(f"line {i}\n" for i in range(500)), encoding="utf-8")
@@ -394,6 +472,7 @@ def test_a_study_from_text_to_results_through_a_kill(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (out / run["directory"] / "metrics.jsonl").read_text().splitlines()]
         assert run["executed_flops"] == lines[-1].get("throughput/executed_flops", run["executed_flops"]) >= 2e9
         assert 0 < run["accuracy"] < 1
+        assert run["seconds"] == max(line.get("throughput/training_seconds", 0.0) for line in lines)
     mine = {(run["arm"], run["seed"]): run["loss"] for run in results["runs"]}
     [difference] = [pair for pair in results["differences"] if pair["metric"] == "loss"]
     expected = np.mean([mine["recursive", seed] - mine["mor", seed] for seed in (0, 1)])
