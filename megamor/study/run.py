@@ -178,7 +178,7 @@ class StudyRunner:
         def stop(number: int, frame: object) -> None:
             self.asked_to_stop = True
             for process in [*(pool._processes or {}).values()]:
-                if number != signal.SIGINT and process.pid is not None:  # a terminal's Ctrl-C has reached them
+                if process.pid is not None:  # a terminal's Ctrl-C has reached them already; saving twice does no harm
                     os.kill(process.pid, signal.SIGTERM)
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
