@@ -23,7 +23,7 @@ from megamor.evaluate.ngram import NGramModel, count_table_accuracy
 from megamor.files import parse_json, replace_file
 from megamor.origin import describe_origin
 from megamor.study.jobs import SETUP_FILE, Job, check_version, jobs_of, read_result
-from megamor.study.laws import fit_families
+from megamor.study.laws import PHI_BOUNDS, fit_families
 from megamor.study.spec import Study
 from megamor.study.statistics import paired_difference, sentence
 
@@ -172,7 +172,13 @@ def statements(study: Study, results: Mapping[str, Any]) -> Iterator[str]:
             yield f"The learning rate of {arm['name']}, {arm['lr']:g}, {at_edge}."
     for family, law in (results["law"] or {}).items():
         interval = f"90 % interval {law['low']:.2f} to {law['high']:.2f}, {law['runs']} runs"
-        yield f"phi of {family} is {law['phi']:.2f} ({interval})."
+        if min(abs(law["phi"] - bound) for bound in PHI_BOUNDS) < 1e-3:
+            yield (
+                f"phi of {family} isn't determined: the fit ends at the bound {law['phi']:.2f} of its search, with a "
+                f"residual of {law['residual']:.3f} nats; the law doesn't describe these {law['runs']} runs."
+            )
+        else:
+            yield f"phi of {family} is {law['phi']:.2f} ({interval}; residual {law['residual']:.3f} nats)."
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ Array = NDArray[np.float64]
 LEVEL = 0.9
 _ROUNDS = 200
 _STARTS = [(phi, alpha, beta) for phi in (0.2, 0.8) for alpha in (0.2, 0.5) for beta in (0.2, 0.5)]
-_BOUNDS = [(-1.0, 2.0), (0.05, 1.5), (0.05, 1.5)]
+PHI_BOUNDS = (-1.0, 2.0)
+_BOUNDS = [PHI_BOUNDS, (0.05, 1.5), (0.05, 1.5)]
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,14 @@ def test_the_interval_contains_the_truth_and_not_everything() -> None:
     assert interval(points, fit(points), rounds=5) == interval(points, fit(points), rounds=5)
 
 
+def test_a_fit_at_the_bound_is_called_undetermined(tmp_path: Path) -> None:
+    law = {"phi": -1.0, "low": -1.0, "high": -1.0, "runs": 18, "residual": 0.05}
+    results = {"runs": [], "differences": [], "arms": [], "law": {"loop": law, "mor": {**law, "phi": 0.4}}}
+    found = [*statements(load_study(study_file(tmp_path)), results)]
+    assert found[0].startswith("phi of loop isn't determined: the fit ends at the bound -1.00")
+    assert found[1].startswith("phi of mor is 0.40 (90 % interval -1.00 to -1.00, 18 runs")
+
+
 def test_parameters_inside_and_outside_the_core(tmp_path: Path) -> None:
     arms = {arm.name: arm.config for arm in load_study(study_file(tmp_path)).arms}
     block = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
