@@ -116,11 +116,17 @@ def positive(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
-    """A file that a command writes at its end, as an argument's type: what is wrong with it is said at the start."""
+    """A file that a command writes at its end, as an argument's type. Its directory is made now, at the start, where
+    whatever is wrong with it is said."""
     path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        fault = "is a directory" if path.is_dir() else "can't be written: create its directory, or give another file"
-        raise argparse.ArgumentTypeError(f"{text} {fault}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written ({error}): give another file") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be written: give another file")
     return path
 
 

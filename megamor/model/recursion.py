@@ -57,6 +57,9 @@ class StageOutput(NamedTuple):
 class RecursionStage(nn.Module):
     """Shared blocks and their router; see the module docstring."""
 
+    observe: Callable[[RoutingSession, Tensor], RoutingSession] | None = None
+    """Given the session of a forward pass and the stage's input, returns one that passes its results on."""
+
     def __init__(self, segment: Segment) -> None:
         super().__init__()
         config = segment.config
@@ -81,8 +84,6 @@ class RecursionStage(nn.Module):
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
         self.exit: Exit | None = None
-        self.observe: Callable[[RoutingSession, Tensor], RoutingSession] | None = None
-        """Given the session of a forward pass and the stage's input, returns one that passes its results on."""
 
     def forward(
         self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None

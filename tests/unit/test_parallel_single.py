@@ -8,6 +8,7 @@ from torch import nn
 
 from megamor.config import Config, OptimConfig, ParallelConfig, TrainConfig
 from megamor.errors import ConfigError
+from megamor.model import ParallelPlan
 from megamor.optim import build_adamw
 from megamor.parallel import World, close_world, init_world
 from megamor.parallel.backend import Backend, allocate_optimizer_state, clip_gradients, set_group_lr
@@ -66,7 +67,7 @@ def test_one_gradient_that_is_not_finite_leaves_weights_and_moments(value: float
     """Clipping turns an infinite norm into gradients of 0 and NaN: there must be no update, whichever it was."""
     model, config = small_model(), Config(train=TrainConfig(precision="fp32"))
     backend = Backend(
-        model, None, config, World(0, 1, 0, torch.device("cpu")), lambda module: build_adamw(module, OPTIM)
+        model, ParallelPlan([]), config, World(0, 1, 0, torch.device("cpu")), lambda module: build_adamw(module, OPTIM)
     )
     give_gradients(model)
     backend.step(1.0)
