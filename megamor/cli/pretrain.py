@@ -68,7 +68,7 @@ def dry_run(config: Config, processes: int) -> None:
     if config.train.eval_tasks:
         from megamor.train.evaluations import Evaluations
 
-        Evaluations.open(expanded)
+        Evaluations.of(expanded)
     for warning in announce_shared_data(data):
         logging.getLogger("megamor.train").warning(warning)
 

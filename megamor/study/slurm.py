@@ -67,7 +67,7 @@ def _sbatch(study: Study, root: Path, kind: str, jobs: list[Job], options: str, 
     # With `afterok`, a failed run would leave the rest waiting for ever.
     words += [f"--dependency=afterany:{after}"] if after else []
     try:
-        done = subprocess.run([*words, str(script)], check=True, capture_output=True, text=True)
+        done = subprocess.run([*words, str(script)], check=True, capture_output=True, encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("--slurm: there is no sbatch on this machine; run the study without it") from None
     except subprocess.CalledProcessError as error:

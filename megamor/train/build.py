@@ -178,7 +178,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
         batches=BatchSchedule.of(config),
         pinned=world.device.type == "cuda",
     )
-    evaluations = Evaluations.open(config)
+    evaluations = Evaluations.of(config)
     # Read once, so that changing or deleting the file during the run does no harm.
     tokenizer = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer else None
     return Inputs(loader, evaluations, tokenizer, Origin(data.fingerprints()))

@@ -52,7 +52,7 @@ class Evaluations:
     done: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, config: Config) -> Evaluations:
+    def of(cls, config: Config) -> Evaluations:
         """Open the validation sets, and load the tasks' documents: errors are found before training.
 
         `config` has expanded paths.

@@ -22,6 +22,7 @@ from tests.resume.runs import LOSS_FREE, tiny_run, until
 # Class and attribute (or all attributes) of state that changes and isn't saved, with the reason.
 NOT_SAVED = {
     ("Trainer", "data_wait"): "a measurement of the latest step",
+    ("Backend", "router_square"): "a measurement of the latest step",
     ("Evaluations", "done"): "read from the metrics at a restart",
     ("Trainer", "saved_step"): "the restored step, at a restart",
     ("LaunchSummary", "*"): "sums over this launch",

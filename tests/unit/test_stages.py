@@ -203,7 +203,7 @@ BACKENDS = [
     pytest.param(ParallelConfig("fsdp2"), "bf16", id="fsdp2"),
     pytest.param(ParallelConfig("ddp"), "fp32", marks=SLOW, id="ddp"),
     pytest.param(ParallelConfig("deepspeed", zero_stage=2), "bf16", marks=SLOW, id="zero 2"),
-    pytest.param(ParallelConfig("deepspeed", zero_stage=3), "bf16", id="zero 3"),
+    pytest.param(ParallelConfig("deepspeed", zero_stage=3), "bf16", id="zero 3", marks=pytest.mark.slow),
 ]
 
 
