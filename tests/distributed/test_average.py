@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero 3": ({"backend": "deepspeed", "zero_stage": 3}, 2),
     "zero 3 in bf16": ({"backend": "deepspeed", "zero_stage": 3, "precision": "bf16"}, 2),
 }
-FAST = ("single", "fsdp2 in bf16", "zero 3")
+FAST = ("single", "zero 3")
 CASES_OR_SLOW = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
 
 
