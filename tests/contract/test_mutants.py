@@ -61,6 +61,7 @@ def test_names_are_unique_and_known() -> None:
         select([MUTANT], ["nothing"])
 
 
+@pytest.mark.slow
 def test_the_campaign_tells_what_is_noticed(tmp_path: Path) -> None:
     """The tests of the schedule notice a fault of the schedule and none of the optimizer, in a copy of the checkout."""
     before = (ROOT / MUTANT.file).read_bytes()

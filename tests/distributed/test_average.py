@@ -126,6 +126,7 @@ def copied(config: Config, source: Path, target: Path) -> None:
     save(backend, target)
 
 
+@pytest.mark.slow
 def test_the_average_passes_through_backends_and_may_begin_or_end_at_a_resume(tmp_path: Path) -> None:
     run_ranks(three_steps, averaged(backend="fsdp2"), tmp_path, world_size=2)
     written, source = stored_tensors(tmp_path / "2"), tmp_path / "2"

@@ -171,7 +171,9 @@ def test_ponder_cost_lowers_the_depth() -> None:
     assert expensive < cheap - 0.3
 
 
-@pytest.mark.parametrize("target", [0.7, 1.5, 2.2])
+@pytest.mark.parametrize(
+    "target", [pytest.param(0.7, marks=pytest.mark.slow), 1.5, pytest.param(2.2, marks=pytest.mark.slow)]
+)
 def test_target_depth_is_held(target: float) -> None:
     config = SkipForwardRecurseConfig(hidden=16, depth_coeff=10.0, target_depth=target)
     assert trained_depth(config) == pytest.approx(target, abs=0.35)
