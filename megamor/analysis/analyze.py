@@ -1,4 +1,4 @@
-"""Figures of a trained router: how deep tokens go, what that goes along with, and what each recursion does to them."""
+"""Figures of a trained router: how deep tokens go, what depth correlates with, and what each recursion does to them."""
 
 from __future__ import annotations
 

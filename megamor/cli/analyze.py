@@ -1,4 +1,4 @@
-"""Show what a trained router has learned: how deep tokens go, and what that goes along with.
+"""Show what a trained router has learned: how deep tokens go, and what depth correlates with.
 
 examples:
   megamor analyze --checkpoint runs/quickstart --data runs/quickstart/data/stdlib_val --output analysis

@@ -31,7 +31,7 @@ def router_plots(stage: Figures) -> dict[str, str]:
         found["halting"] = bars("Recursions until halting", "fraction of the tokens", shares(stage["halting"]))
     correlated = [interval(name, rho) for name, rho in stage["correlations"].items() if rho["value"] is not None]
     if correlated:
-        found["correlations"] = forest("What depth goes along with", SPEARMAN, correlated)
+        found["correlations"] = forest("What depth correlates with", SPEARMAN, correlated)
         for name, groups in stage["classes"].items():
             means = [interval(group["at"] or "no word", group, f"({group['tokens']:,})") for group in groups]
             found[name.partition(" (")[0]] = forest(f"Depth by {name}", MEAN, means, zero=False)

@@ -96,11 +96,17 @@ def _arms(study: Study, jobs: list[Job], found: Mapping[str, Any]) -> Iterator[d
             "label": arm.label,
             "parameters": with_embedding,
             "parameters_without_embedding": without,
-            "config": config,
+            "config": portable(config),
             "of": arm.of,
             "exit": None if arm.exit is None else {arm.exit.name: arm.exit.threshold},
             **tuning,
         }
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an arm without what is this machine's or one run's: names, and where files are."""
+    data = {name: value for name, value in config["data"].items() if name not in ("train", "validation", "tokenizer")}
+    return {**{name: section for name, section in config.items() if name != "run"}, "data": data}
 
 
 def floors(study: Study, runs: list[dict[str, Any]], found: Mapping[str, Any]) -> list[dict[str, Any]]:

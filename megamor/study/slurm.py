@@ -64,7 +64,7 @@ def _sbatch(study: Study, root: Path, kind: str, jobs: list[Job], options: str, 
     replace_file(script, text)
     words = ["sbatch", "--parsable", *shlex.split(options)]
     words += [f"--array=0-{len(jobs) - 1}"] if jobs else []
-    # With `afterok`, a failed run would leave the rest waiting for ever.
+    # With `afterok`, a failed run would leave the rest waiting indefinitely.
     words += [f"--dependency=afterany:{after}"] if after else []
     try:
         done = subprocess.run([*words, str(script)], check=True, capture_output=True, encoding="utf-8")

@@ -352,11 +352,12 @@ def test_which_pairs_are_compared(tmp_path: Path) -> None:
     study = load_study(study_file(tmp_path, arms=["mor", "act"]))
     [single] = _differences(study, rows(study, loss={"mor": [1.0], "act": [2.0]}))
     assert (single["low"], single["high"], single["verdict"]) == (None, None, "not resolved")
-    told = {"runs": [], "differences": [], "law": {"loop": {"phi": 0.5, "low": 0.25, "high": 0.75, "runs": 9}}}
+    law = {"phi": 0.5, "low": 0.25, "high": 0.75, "runs": 9, "residual": 0.01}
+    told = {"runs": [], "differences": [], "law": {"loop": law}}
     told["arms"] = [{"name": name, "lr": 2e-3, "lr_at_edge": name == "act"} for name in ("mor", "act")]
     assert [*statements(study, told)] == [
         "The learning rate of act, 0.002, lies at the edge of its grid: a better one may exist.",
-        "phi of loop is 0.50 (90 % interval 0.25 to 0.75, 9 runs).",
+        "phi of loop is 0.50 (90 % interval 0.25 to 0.75, 9 runs; residual 0.010 nats).",
     ]
 
 
@@ -473,6 +474,7 @@ def test_a_study_from_text_to_results_through_a_kill(tmp_path: Path) -> None:
     assert (out / "tune_recursive/result.json").stat().st_mtime_ns == tuned
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["schema"] == "megamor-study/1"
+    assert str(tmp_path) not in (out / "results.json").read_text(encoding="utf-8")  # it may be published
     assert [(run["arm"], run["seed"]) for run in results["runs"]] == [
         (a, s) for s in (0, 1) for a in ("recursive", "mor")
     ]
