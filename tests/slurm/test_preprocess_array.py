@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +20,6 @@ pytestmark = pytest.mark.skipif(
     bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM"),
     reason="slurm isn't installed: apt-get install --no-install-recommends slurm-wlm munge",
 )
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm") as directory, Cluster(Path(directory)) as cluster:
-        yield cluster
 
 
 def options(folder: Path, prefix: str) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +30,6 @@ pytestmark = pytest.mark.skipif(
     bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM"),
     reason="slurm isn't installed: apt-get install --no-install-recommends slurm-wlm munge",
 )
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm") as directory, Cluster(Path(directory)) as cluster:
-        yield cluster
 
 
 @pytest.fixture

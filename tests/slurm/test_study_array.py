@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,6 @@ pytestmark = pytest.mark.skipif(
     bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM"),
     reason="slurm isn't installed: apt-get install --no-install-recommends slurm-wlm munge",
 )
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm") as directory, Cluster(Path(directory)) as cluster:
-        yield cluster
 
 
 @pytest.mark.slow
