@@ -359,7 +359,9 @@ def test_what_is_refused(
 
     assert "give --data or --tasks" in refused()
     # Before any work: these don't even look for the model.
-    assert "create its directory" in refused("--tasks", "choose", "--json", tmp_path / "none" / "x", model=Path("none"))
+    file = tmp_path / "file"
+    file.touch()
+    assert "can't be written" in refused("--tasks", "choose", "--json", file / "x", model=Path("none"))
     assert f"{tmp_path} is a directory" in refused("--tasks", "choose", "--json", tmp_path, model=Path("none"))
     assert "--num-fewshot -1 is negative" in refused(*options, "--tasks", "choose", "--num-fewshot", "-1")
     assert "the model has 3 recursions" in refused(*options, "--tasks", "choose", "--fixed-depth", "4")
