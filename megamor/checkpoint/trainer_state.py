@@ -31,6 +31,9 @@ class TrainerState:
         run_directory: where the run was, by which a copy is told from the original: see `directory_identity`.
         resumed_from: the last `checkpoint.resume_step` that the run followed.
         recursions: the most recursions that a growing schedule has reached; None without one.
+        started_from: what the weights came from before this run: `kind` (init, branch, import, convert-depth, merge),
+            `source`, `step` if it has one, `sha256` of its weights or manifest, and its own `started_from` if it has
+            one. Empty for weights drawn at random.
         data_fingerprints: fingerprints of the data sets and the tokenizer, by name.
         code_revision, world_size, backend, versions: how the checkpoint was made. Shown to people; resuming doesn't
             depend on them.
@@ -49,6 +52,7 @@ class TrainerState:
     run_directory: dict[str, Any] = field(default_factory=dict)
     resumed_from: int | None = None
     recursions: int | None = None
+    started_from: dict[str, Any] = field(default_factory=dict)
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     code_revision: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)

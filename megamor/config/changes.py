@@ -30,13 +30,16 @@ class Effect(Enum):
     ARITHMETIC = "how a step is computed: results agree within rounding"
     EVALUATION = "validation losses may not be comparable with earlier ones"
     WATCH = "used to judge the steps to come"
+    START = "matters at the first start of a run only"
     NONE = "doesn't change the training"
 
 
 _CLASSES: dict[Effect, str] = {
     Effect.FUNCTION: """
         model.vocab_size model.dim model.num_layers model.num_heads model.num_kv_heads model.ffn_dim model.max_seq_len
-        model.rope_theta model.norm_eps model.qk_norm model.document_positions model.attention model.attention_window
+        model.head_width model.ffn_activation model.tied_head model.scale_embedding model.sandwich_norms
+        model.rope_theta model.rope_scaling model.sliding_window model.sliding_layers model.sliding_rope_theta
+        model.norm_eps model.qk_norm model.document_positions model.attention model.attention_window
         model.attention_block
         recursion.num_recursions recursion.sharing recursion.kv_policy recursion.recursion_embedding
         recursion.separate_norms recursion.lora_rank recursion.input_injection recursion.residual_scaling
@@ -61,7 +64,7 @@ _CLASSES: dict[Effect, str] = {
         optim.router_lr_multiplier
         optim.average_decay optim.muon_lr_multiplier optim.muon_momentum optim.muon_nesterov optim.muon_steps
         recursion.schedule recursion.schedule_start recursion.schedule_steps recursion.backprop_recursions
-        train.z_loss_coeff""",
+        train.z_loss_coeff distill.from distill.weight distill.temperature distill.top_k""",
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
         train.add_shared_gradients_in_fp32 train.compile
@@ -76,6 +79,8 @@ _CLASSES: dict[Effect, str] = {
         diagnosis.steps diagnosis.dead_router diagnosis.pinned_depth diagnosis.pinned_share diagnosis.unigram_plateau
         diagnosis.plateau_margin diagnosis.plateau_after_step diagnosis.exploding_norm diagnosis.norm_factor
         diagnosis.stream_norm diagnosis.stream_factor""",
+    Effect.START: """
+        init.from init.allow_missing init.router init.lora init.average init.convert init.branch_from""",
     Effect.NONE: """
         run.name run.dir model.init_std data.prefetch_steps
         train.stop_at_step train.fail_on_recompile_after train.hang_timeout_seconds

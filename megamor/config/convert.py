@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from megamor.config.constraints import ByKind
 from megamor.config.routers import FixedDepthConfig, RouterConfig
-from megamor.config.schema import Config, DepthStep, RampConfig, SourceConfig, StageConfig
+from megamor.config.schema import Config, DepthStep, RampConfig, RopeScalingConfig, SourceConfig, StageConfig
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 ROUTERS: dict[str, type] = {router.kind: router for router in get_args(RouterConfig)}
 """`router.kind` -> its settings."""
-_ITEMS: dict[Any, str] = {SourceConfig: " or a bare prefix", RampConfig: "", StageConfig: "", DepthStep: ""}
-"""Dataclasses that are items of lists, and what may be written instead."""
+_ITEMS: dict[Any, str] = {
+    SourceConfig: " or a bare prefix",
+    RampConfig: "",
+    StageConfig: "",
+    DepthStep: "",
+    RopeScalingConfig: "",
+}
+"""Dataclasses that are values of settings or items of lists, and what may be written instead."""
 _WORDS: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -68,8 +74,13 @@ def config_from_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Confi
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The nested dicts, lists and scalars from which `config_from_dict` builds an equal configuration."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return values
+    values: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(config)))
+    return {section: {setting_name(name): value for name, value in own.items()} for section, own in values.items()}
+
+
+def setting_name(field: str) -> str:
+    """The setting that a field of the schema declares: `from_` is `from`, which Python reserves."""
+    return field.removesuffix("_")
 
 
 @cache
@@ -132,6 +143,11 @@ def _collections() -> dict[str, Any]:
 def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with what may be abbreviated written in full: the default kind of router, and bare training sources."""
     result = dict(values)
+    for name, section in field_types(Config).items():
+        reserved = [field for field in field_types(section) if field != setting_name(field)] if name != "router" else []
+        if reserved and isinstance(own := values.get(name), Mapping):
+            fields = {setting_name(field): field for field in reserved}
+            result[name] = {fields.get(setting, setting): value for setting, value in own.items()}
     router = values.get("router", {})
     if isinstance(router, Mapping):
         router = result["router"] = {"kind": FixedDepthConfig.kind, **router}
@@ -227,7 +243,7 @@ def _locate(location: Sequence[Any]) -> tuple[str, Any, Any]:
         if hint == RouterConfig:
             hint = ROUTERS[item]
         elif is_dataclass(hint):
-            key, section = _join(key, item), hint
+            key, section = _join(key, setting_name(item)), hint
             hint = field_types(section).get(item)
         elif get_origin(hint) is tuple:
             key, hint = f"{key}[{item}]", get_args(hint)[0]
@@ -256,14 +272,14 @@ def _suggest(name: Any, section: Any, key: str) -> str:
     if section in ROUTERS.values() and owners:
         return f"it belongs to router.kind {' or '.join(owners)}, but router.kind = {section.kind}"
     prefix = key[: -len(str(name))]
-    if close := _closest(name, field_types(section)):
+    if close := _closest(name, map(setting_name, field_types(section))):
         return f"did you mean {prefix}{close}?"
     elsewhere = {
-        inner: f"{outer}.{inner}"
+        setting_name(inner): f"{outer}.{setting_name(inner)}"
         for outer, hint in field_types(Config).items()
         for member in (ROUTERS.values() if outer == "router" else [hint])
         for inner in field_types(member)
     }
     if close := _closest(name, elsewhere, cutoff=0.8):  # among so many keys a loose match would be chance
         return f"did you mean {elsewhere[close]}?"
-    return f"the keys here are {', '.join(field_types(section))}"
+    return f"the keys here are {', '.join(map(setting_name, field_types(section)))}"

@@ -14,11 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megamor.config.convert import ROUTERS, describe_type, field_types
-from megamor.config.schema import Config, DepthStep, RampConfig, SourceConfig, StageConfig
+from megamor.config.convert import ROUTERS, describe_type, field_types, setting_name
+from megamor.config.schema import Config, DepthStep, RampConfig, RopeScalingConfig, SourceConfig, StageConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 ITEMS: dict[tuple[str, str], type] = {
+    ("model", "rope_scaling"): RopeScalingConfig,
     ("recursion", "schedule_steps"): DepthStep,
     ("recursion", "stages"): StageConfig,
     ("data", "train"): SourceConfig,
@@ -65,7 +66,7 @@ def _part(heading: str, section: Any) -> str:
     for item in fields(section):
         if item.name != "kind" or "router.kind" not in heading:  # which says it
             value = describe_type(field_types(section)[item.name])
-            rows.append(f"| `{item.name}` | {value} | {_default(item)} | {meanings[item.name]} |")
+            rows.append(f"| `{setting_name(item.name)}` | {value} | {_default(item)} | {meanings[item.name]} |")
     return "\n\n".join([heading, inspect.cleandoc(section.__doc__ or ""), "\n".join(rows)])
 
 

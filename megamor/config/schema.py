@@ -1,8 +1,9 @@
 """Every setting of a run, as frozen dataclasses. Defaults follow the recipe of arXiv 2507.10524 where it has one.
 
-The string below a field is its documentation: docs/settings.md is generated from it. `load.py` reads configuration
-files, `convert.py` checks them against the types declared here, `validate.py` checks the rules between settings, and
-`derive.py` computes what follows from them.
+The string below a field is its documentation: docs/settings.md is generated from it. A setting whose name is a keyword
+of Python has an underscore after it here (`convert.setting_name`). `load.py` reads configuration files, `convert.py`
+checks them against the types declared here, `validate.py` checks the rules between settings, and `derive.py` computes
+what follows from them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,60 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from: by default weights drawn from `run.seed`. A run that has a checkpoint resumes from
+    that and reads nothing of this section; see [Starting from weights](weights.md)."""
+
+    from_: PathName | None = None
+    """Weights to start from: a checkpoint of any backend, a run, an export, or a dense model in Hugging Face format
+    (its directory, or `hf:` and its name). Optimizer, schedule, data and step count begin anew."""
+    allow_missing: tuple[str, ...] = ()
+    """Weights of this model that the source may lack or have in another shape, by name or by the beginning of a name
+    (`stage.router`); they are drawn anew."""
+    router: Literal["load", "weights", "fresh"] = "load"
+    """Routers: `load` all of their state, only their `weights` (thresholds, biases and averages begin anew), or none of
+    it."""
+    lora: Literal["load", "fresh"] = "load"
+    """Low-rank updates of the recursions: `load`, or begin anew (`fresh`)."""
+    average: bool = False
+    """Take the source's moving average (`optim.average_decay`) in place of its weights."""
+    convert: str | None = None
+    """How a dense source becomes a model with shared layers: stepwise, average, lower, upper, or svd_lora with an
+    optional rank (`svd_lora:64`); see `megamor convert-depth`."""
+    branch_from: PathName | None = None
+    """Continue another run from one of its checkpoints, RUN@STEP, with this run's schedule: optimizer, data and step
+    count go on. RUN is the run's directory."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A teacher whose predictions are learned beside the data's next tokens."""
+
+    from_: PathName | None = None
+    """The teacher: what `init.from` may be. It has the same vocabulary; every process holds all of it."""
+    weight: Positive = 1.0
+    """Factor on the Kullback-Leibler divergence of the student's predictions from the teacher's, in nats per token."""
+    temperature: Positive = 1.0
+    """Divides the logits of both; the divergence is multiplied by its square (arXiv 1503.02531)."""
+    top_k: PositiveInt | None = None
+    """Compare the teacher's so many likeliest tokens and, as one more, all others together; null: every token."""
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """Llama 3's stretching of RoPE to longer contexts: low frequencies are divided by `factor`, high ones kept."""
+
+    factor: Positive
+    """By how much the context grew."""
+    low_freq_factor: Positive = 1.0
+    """Frequencies of fewer turns than this in `original_max_seq_len` positions are divided."""
+    high_freq_factor: Positive = 4.0
+    """Frequencies of more turns than this are kept; those between are interpolated."""
+    original_max_seq_len: PositiveInt = 8192
+    """The context that the model was first trained with."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Llama backbone (paper section 3): no biases, no dropout, output head tied to the embedding."""
 
@@ -54,15 +109,34 @@ class ModelConfig:
     """Effective depth: the number of blocks that a token passes through at full depth. With `recursion.stages` or
     `recursion.router_layers`: the number of unique blocks."""
     num_heads: PositiveInt = 9
-    """Query heads; `dim` is split evenly among them."""
+    """Query heads; `dim` is split evenly among them unless `head_width` is given."""
     num_kv_heads: PositiveInt = 3
     """Key and value heads (grouped-query attention); a divisor of `num_heads`."""
+    head_width: PositiveInt | None = None
+    """Width of an attention head; null: `dim` / `num_heads`."""
     ffn_dim: PositiveInt = 1536
-    """Width of the SwiGLU hidden layer."""
+    """Width of the feed-forward network's hidden layer."""
+    ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Activation of its gate: SwiGLU (`silu`), or GeGLU with GELU's tanh approximation, as in Gemma."""
+    tied_head: bool = True
+    """Whether the output head is the embedding, or a matrix of its own."""
+    scale_embedding: bool = False
+    """Multiply embedded tokens by the square root of `dim`, as Gemma does."""
+    sandwich_norms: bool = False
+    """Normalise what attention and feed-forward add to the stream too, as Gemma 3 does."""
     max_seq_len: PositiveInt = 2048
     """Longest sequence that the model accepts."""
     rope_theta: Positive = 10000.0
     """Base of the rotary position embeddings."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama 3's stretching of RoPE; null: none."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a block of `sliding_layers` sees, its own included."""
+    sliding_layers: tuple[NonNegativeInt, ...] = ()
+    """Layers (from 0) whose attention is limited to `sliding_window`. A shared block is limited in all its applications
+    if it first runs as one of them."""
+    sliding_rope_theta: Positive | None = None
+    """Base of the rotary position embeddings there, without `rope_scaling`; null: `rope_theta`, with it."""
     norm_eps: Positive = 1e-5
     """Epsilon of RMSNorm."""
     init_std: Positive = 0.02
@@ -83,7 +157,7 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.num_heads
+        return self.head_width or self.dim // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -442,12 +516,14 @@ class Config:
     """All settings of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     router: Annotated[RouterConfig, ByKind()] = field(default_factory=FixedDepthConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megamor.config.routers import RouterConfig
-from megamor.config.schema import Config, DataConfig, DepthStep, ModelConfig, RecursionConfig
+from megamor.config.schema import Config, DataConfig, DepthStep, ModelConfig, RecursionConfig, RopeScalingConfig
 from megamor.model import KVCache, Transformer
 from megamor.model.loss import IGNORE
 
@@ -127,9 +127,10 @@ def settings(sections: Mapping[str, Mapping[str, Any]]) -> Config:
         for section, fields in sections.items()
     }
     steps = tuple(DepthStep(**item) for item in values["recursion"].get("schedule_steps", ()))
+    scaling = values["model"].get("rope_scaling")
     routers = {router.kind: router for router in get_args(RouterConfig) if hasattr(router, "kind")}
     return Config(
-        model=ModelConfig(**values["model"]),
+        model=ModelConfig(**{**values["model"], "rope_scaling": scaling and RopeScalingConfig(**scaling)}),
         recursion=RecursionConfig(**{**values["recursion"], "schedule_steps": steps}),
         router=routers[values["router"]["kind"]](**values["router"]),
         data=DataConfig(**values["data"]),

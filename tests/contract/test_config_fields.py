@@ -18,9 +18,15 @@ import pytest
 
 from megamor.config import Config, DepthStep, RampConfig, SourceConfig, reference
 from megamor.config.changes import SETTINGS
+from megamor.config.schema import RopeScalingConfig
 
 ROOT = Path(__file__).parents[2]
-NESTED: dict[str, list[Any]] = {"recursion": [DepthStep], "data": [SourceConfig], "train": [RampConfig]}
+NESTED: dict[str, list[Any]] = {
+    "model": [RopeScalingConfig],
+    "recursion": [DepthStep],
+    "data": [SourceConfig],
+    "train": [RampConfig],
+}
 NOT_READERS = {"schema.py", "routers.py", "load.py", "convert.py", "validate.py", "reference.py", "__init__.py"}
 
 

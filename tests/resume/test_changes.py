@@ -12,6 +12,7 @@ import pytest
 
 from megamor.config import CheckpointConfig, Config, OptimConfig, config_from_dict, config_to_dict, config_to_yaml
 from megamor.config.changes import SETTINGS, Effect, changes
+from megamor.config.convert import setting_name
 from megamor.errors import ConfigError
 from megamor.parallel import init_world
 from megamor.train import build_trainer
@@ -72,7 +73,7 @@ def test_every_setting_is_classified_once() -> None:
     names = []
     for section, hint in get_type_hints(Config).items():
         kinds = [hint] if is_dataclass(hint) else get_args(hint)
-        names += dict.fromkeys(f"{section}.{item.name}" for kind in kinds for item in fields(kind))
+        names += dict.fromkeys(f"{section}.{setting_name(item.name)}" for kind in kinds for item in fields(kind))
     assert sorted(SETTINGS) == sorted(names), "say in megamor/config/changes.py what a change of it does to a run"
 
 
