@@ -78,13 +78,6 @@ HARMLESS = frozenset({
 VISION = (
     "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
 )  # fmt: skip
-    "text_config",
-    "vision_config",
-    "mm_tokens_per_image",
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-)
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_SETTINGS = {
     "default": (),
