@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +24,15 @@ from megamor.files import parse_json
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
+
+
+class StoredWeights(NamedTuple):
+    """Full CPU tensors by name, the configuration of their model, and where they are; `step` is None for an export."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    directory: Path
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,7 @@ class LoadedModel:
         Raises:
             CheckpointError: the model was saved without a tokenizer.
         """
-        original = self.directory / ORIGINAL_TOKENIZER_FILE
-        return stored_file(self.directory, ORIGINAL_TOKENIZER_FILE if os.path.lexists(original) else TOKENIZER_FILE)
+        return stored_file(self.directory, tokenizer_path(self.directory).name)
 
     @property
     def end_of_text(self) -> EndOfText | None:
@@ -107,18 +116,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
             hasn't allowed.
     """
     target = usable_device(device)
-    if is_export(Path(path)):
-        directory, step = Path(path).resolve(), None
-        config, weights = read_export(directory)
-    else:
-        checkpoint = open_checkpoint(path)
-        directory, step = checkpoint.directory, checkpoint.step
-        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
-        if grows(config):
-            # Recursions that training hasn't reached would run with parameters that have learned nothing.
-            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
+    config, weights, directory, step = read_weights(path)
     refuse_unknown_router(config, directory)
-    config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     try:
         model = cast(build_model(config, device="meta"), dtype)
@@ -129,6 +128,31 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     model.to_empty(device=target)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def read_weights(path: str | Path) -> StoredWeights:
+    """Read what `load_model` builds a model of.
+
+    Raises:
+        CheckpointError: there is no intact checkpoint.
+    """
+    if is_export(Path(path)):
+        directory, step = Path(path).resolve(), None
+        config, weights = read_export(directory)
+    else:
+        checkpoint = open_checkpoint(path)
+        directory, step = checkpoint.directory, checkpoint.step
+        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+        if grows(config):
+            # Recursions that training hasn't reached would run with parameters that have learned nothing.
+            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
+    return StoredWeights(as_trained(config, weights), weights, directory, step)
+
+
+def tokenizer_path(directory: Path) -> Path:
+    """Where a checkpoint or an export has the tokenizer that its model was trained with, if it has one."""
+    original = directory / ORIGINAL_TOKENIZER_FILE
+    return original if os.path.lexists(original) else directory / TOKENIZER_FILE
 
 
 def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
