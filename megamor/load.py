@@ -8,21 +8,32 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
-from megamor.files import parse_json
-from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
+from megamor.files import parse_json, sha256_of_file
+from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, WEIGHTS_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
+
+
+class Source(NamedTuple):
+    """Weights on the CPU by name, the configuration of their model, further files of a checkpoint by their names there
+    (tokenizer, end of text), and `TrainerState.started_from` for what starts from them."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    files: dict[str, Path]
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,18 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     model.to_empty(device=target)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def read_source(path: str) -> Source:
+    """Read a model to start from or to learn from. Raises what `load_model` does."""
+    loaded = load_model(path, "cpu")
+    directory = loaded.directory
+    files = {name: directory / name for name in (TOKENIZER_FILE, END_OF_TEXT_FILE) if (directory / name).is_file()}
+    if (directory / ORIGINAL_TOKENIZER_FILE).is_file():
+        files[TOKENIZER_FILE] = directory / ORIGINAL_TOKENIZER_FILE
+    hashed = directory / (MANIFEST_FILE if loaded.step is not None else WEIGHTS_FILE)
+    origin = {"source": str(directory), "sha256": sha256_of_file(hashed)}
+    return Source(loaded.config, loaded.model.state_dict(), files, origin)
 
 
 def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:

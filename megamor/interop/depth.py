@@ -178,6 +178,15 @@ def is_checked(blocks: Sequence[UniqueBlock]) -> bool:
     return all(block.layers for block in blocks)
 
 
+def describe_check(dense_config: Config, config: Config) -> str:
+    """What `convert_depth` has checked, in words."""
+    if is_checked(unique_blocks(config, dense_config.model.num_layers)):
+        return "checked: before sharing, the hidden states of every layer equal the original's"
+    return (
+        "not checked: with another number of applications than the original's layers, hidden states can't be compared"
+    )
+
+
 def mean_of(layers: Sequence[Mapping[str, Tensor]], chosen: Sequence[int]) -> dict[str, Tensor]:
     """The mean of the weights of some layers; those of a single one as they are."""
     if len(chosen) == 1:
