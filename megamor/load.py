@@ -6,21 +6,23 @@ The directory is a checkpoint written by training with any backend, or an export
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.checkpoint import check_same_model, open_checkpoint, origin_of, stored_file
+from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
+from megamor.interop.dense import is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
@@ -33,6 +35,19 @@ class StoredWeights(NamedTuple):
     weights: dict[str, Tensor]
     directory: Path
     step: int | None
+
+
+class Source(NamedTuple):
+    """A model to start from or to learn from: full CPU tensors by name and their configuration.
+
+    `files` are the texts that go with it (tokenizer, end of text, chat template) by their names in a checkpoint.
+    `origin` is `TrainerState.started_from` for what starts from it, `kind` and all.
+    """
+
+    config: Config
+    weights: dict[str, Tensor]
+    files: Mapping[str, str | Path]
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,22 @@ def read_weights(path: str | Path) -> StoredWeights:
             # Recursions that training hasn't reached would run with parameters that have learned nothing.
             config = with_recursions(config, checkpoint.recursions or final_recursions(config))
     return StoredWeights(as_trained(config, weights), weights, directory, step)
+
+
+def read_source(path: str | Path, kind: str = "init") -> Source:
+    """The model of a checkpoint, a run, an export, or a dense model in Hugging Face format.
+
+    Raises what `read_weights` and `read_dense` do.
+    """
+    if is_dense(path):
+        dense = read_dense(path)
+        return Source(dense.config, dense.weights, dense.files, {"kind": kind, **dense.origin})
+    config, weights, directory, _ = read_weights(path)
+    names = (TOKENIZER_FILE, END_OF_TEXT_FILE, CHAT_TEMPLATE_FILE)
+    files = {name: directory / name for name in names if (directory / name).is_file()}
+    if TOKENIZER_FILE in files:
+        files[TOKENIZER_FILE] = tokenizer_path(directory)
+    return Source(config, weights, files, origin_of(kind, directory))
 
 
 def tokenizer_path(directory: Path) -> Path:
