@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.checkpoint import iterate_state, open_checkpoint, origin_of, state_shapes
     from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
     from megamor.checkpoint.state import AVERAGE_PREFIX, MODEL_PREFIX
-    from megamor.interop.official import refuse_occupied, save_weights
+    from megamor.interop.weights import refuse_occupied, save_weights
 
     refuse_occupied(args.out)
     found = [open_checkpoint(path) for path in args.checkpoints]
