@@ -83,7 +83,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
 
     model = build_model(config, device=world.device)
     # A run that has begun needs its source no more.
-    started_from, started = warm_start(model, expanded, inputs.tokenizer) if manager.is_empty() else ({}, [])
+    started_from, started = warm_start(model, config) if manager.is_empty() else ({}, [])
     # Taken before the backend shards the model: checkpoints are compared by whole shapes.
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.

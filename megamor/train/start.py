@@ -21,6 +21,7 @@ from megamor.checkpoint.state import AVERAGE_PREFIX
 from megamor.codec import read_tokenizer
 from megamor.config import Config
 from megamor.config.changes import Effect, changes
+from megamor.config.paths import expand_paths
 from megamor.errors import ConfigError
 from megamor.interop.export import is_export
 from megamor.load import StoredWeights, read_weights, tokenizer_path
@@ -32,10 +33,8 @@ _OF_RECURSION = re.compile(r"\.(?:others|down|up|recursion_embedding|injection|h
 """A parameter of one recursion, and its number."""
 
 
-def warm_start(model: Transformer, config: Config, tokenizer: bytes | None) -> tuple[dict[str, Any], list[str]]:
+def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list[str]]:
     """Give the whole `model`, freshly built, the weights that `init.from` names. Collective.
-
-    `config` has expanded paths; `tokenizer` is the content of `data.tokenizer`.
 
     Returns:
         `TrainerState.started_from`, which is empty without `init.from`, and what the user should be told.
@@ -43,11 +42,12 @@ def warm_start(model: Transformer, config: Config, tokenizer: bytes | None) -> t
     Raises:
         ConfigError, CheckpointError: on every rank, if the source can't be read or its weights don't fit.
     """
-    if (source := config.init.from_) is None:
+    if config.init.from_ is None:
         return {}, ["starting from the beginning"]
+    expanded = run_on_all_ranks(lambda: expand_paths(config))
     # Only one rank looks, so that all read the same checkpoint of a run that may still be training.
-    origin = from_first_rank(lambda: _locate(source))
-    told = run_on_all_ranks(lambda: _load(model, config, tokenizer, origin["source"]))
+    origin = from_first_rank(lambda: _locate(str(expanded.init.from_)))
+    told = run_on_all_ranks(lambda: _load(model, expanded, origin["source"]))
     return origin, [f"starting from {describe_origin(origin)}", *told]
 
 
@@ -58,10 +58,10 @@ def _locate(source: str) -> dict[str, Any]:
     return origin_of("init", open_checkpoint(source, full=True).directory)
 
 
-def _load(model: Transformer, config: Config, tokenizer: bytes | None, directory: str) -> list[str]:
+def _load(model: Transformer, config: Config, directory: str) -> list[str]:
     """Copy the weights in `directory` into `model`; returns what should be told."""
     source = read_weights(directory)
-    _check_tokenizer(source.directory, config, tokenizer)
+    _check_tokenizer(source.directory, config)
     weights = source.weights | (_averages(source) if config.init.average else {})
     selection = Selection.of(weights, source.config, model, config)
     own = model.state_dict()
@@ -201,17 +201,17 @@ def _warnings(source: StoredWeights, config: Config) -> Iterator[str]:
             yield f"warning: the source was trained with another {change}"
 
 
-def _check_tokenizer(directory: Path, config: Config, content: bytes | None) -> None:
+def _check_tokenizer(directory: Path, config: Config) -> None:
     """Refuse another tokenizer than the source's: its ids would mean other tokens.
 
     Two files are the same tokenizer if they give a text the same ids; decoders and templates may differ.
     """
     path = tokenizer_path(directory)
-    if not path.is_file() or config.data.tokenizer is None or path.read_bytes() == content:
+    if not path.is_file() or config.data.tokenizer is None or "data.tokenizer" in config.checkpoint.allow_changes:
         return
     old, new = (json.loads(read_tokenizer(each).to_str()) for each in (path, config.data.tokenizer))
     differ = [key for key in ("model", "added_tokens", "normalizer", "pre_tokenizer") if old[key] != new[key]]
-    if differ and "data.tokenizer" not in config.checkpoint.allow_changes:
+    if differ:
         raise ConfigError(
             f"data.tokenizer = {config.data.tokenizer} isn't the tokenizer that the weights were trained with, {path}: "
             f"{', '.join(differ)} differ. Preprocess with that one, or allow it: "
