@@ -83,7 +83,7 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
     def _init_weights(self, module: Any) -> None:
         """Initialise the rows that `resize_token_embeddings` adds; `__init__` has initialised everything else."""
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or module is self.model.head:
             nn.init.normal_(module.weight, std=self.model.config.model.init_std)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
@@ -109,8 +109,11 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def set_input_embeddings(self, value: Any) -> None:
         self.model.embed = value
 
-    def get_output_embeddings(self) -> None:
-        return None  # the embedding itself is the head; there is no second module to tie
+    def get_output_embeddings(self) -> Any:
+        return self.model.head  # None: the embedding itself is the head, and there is no second module to tie
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.model.head = new_embeddings
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """An empty cache for `batch` sequences of `capacity` tokens, or as many as the model was made for."""
@@ -231,7 +234,7 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             if num_items_in_batch is not None:
                 loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         hidden = None if states is None else tuple(states)
-        output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden)
         return output.to_tuple() if return_dict is False else output
 
     def checked_inputs(
