@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,15 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> None:
     damage = find_damage(checkpoint, hashes=hashes)
     if damage:
         raise CheckpointError(f"{checkpoint} is damaged: {summary(damage)}")
+
+
+def weights_sha256(directory: Path) -> str:
+    """A hash that identifies the weights in `directory`: that of a checkpoint's manifest, which has those of all files;
+    elsewhere that of the safetensors file or, with several, of their sorted hashes, one a line."""
+    if (directory / MANIFEST_FILE).is_file():
+        return sha256_of_file(directory / MANIFEST_FILE)
+    hashes = sorted(map(sha256_of_file, directory.glob("*.safetensors")))
+    return hashes[0] if len(hashes) == 1 else sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def summary(lines: Sequence[str], limit: int = 5) -> str:

@@ -44,18 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.config import config_to_yaml, load_config
     from megamor.config.convert import config_to_dict
     from megamor.interop.depth import convert_depth, describe_check, router_names
-    from megamor.interop.official import refuse_occupied, save_weights
+    from megamor.interop.weights import refuse_occupied, save_weights
     from megamor.load import read_source
     from megamor.model import build_model
 
     refuse_occupied(arguments.output)
-    dense = read_source(arguments.source)
+    dense = read_source(arguments.source, "convert-depth")
     backbone = {"model": config_to_dict(dense.config)["model"]}
     config = load_config(arguments.to, arguments.overrides, under=[(arguments.source, backbone)])
     converted = convert_depth(dense.config, dense.weights, config, arguments.init)
     drawn = {name: weight for name, weight in build_model(config).state_dict().items() if name in router_names(config)}
     weights = {MODEL_PREFIX + name: weight for name, weight in (converted | drawn).items()}
-    origin = {**dense.origin, "kind": "convert-depth", "method": arguments.init}
+    origin = {**dense.origin, "method": arguments.init}
     files: dict[str, str | bytes | Path] = {**dense.files, CONFIG_FILE: config_to_yaml(config)}
     written = save_weights(arguments.output, weights, files, started_from=origin)
     print(

@@ -22,7 +22,7 @@ from megamor.codec import TextCodec
 from megamor.config import Config, CustomRouterConfig
 from megamor.errors import CheckpointError, ConfigError
 from megamor.interop.export import code_files, export_huggingface
-from megamor.interop.official import Imported, save_imported
+from megamor.interop.weights import Imported, save_imported
 from megamor.load import load_model
 from megamor.model import Transformer
 from tests.combinations import (
