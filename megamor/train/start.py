@@ -15,16 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from megamor.checkpoint import describe_origin, iterate_state, open_checkpoint, origin_of, state_shapes
-from megamor.checkpoint.layout import MANIFEST_FILE
+from megamor.checkpoint import describe_origin, iterate_state, open_checkpoint, state_shapes
+from megamor.checkpoint.layout import TOKENIZER_FILE
 from megamor.checkpoint.state import AVERAGE_PREFIX
 from megamor.codec import read_tokenizer
 from megamor.config import Config
 from megamor.config.changes import Effect, changes
 from megamor.config.paths import expand_paths
 from megamor.errors import ConfigError
+from megamor.interop.dense import is_dense
 from megamor.interop.export import is_export
-from megamor.load import StoredWeights, read_weights, tokenizer_path
+from megamor.load import Source, read_source
 from megamor.model import Transformer
 from megamor.ranks import from_first_rank, run_on_all_ranks
 
@@ -46,22 +47,22 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
         return {}, ["starting from the beginning"]
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     # Only one rank looks, so that all read the same checkpoint of a run that may still be training.
-    origin = from_first_rank(lambda: _locate(str(expanded.init.from_)))
-    told = run_on_all_ranks(lambda: _load(model, expanded, origin["source"]))
-    return origin, [f"starting from {describe_origin(origin)}", *told]
+    path = from_first_rank(lambda: _locate(str(expanded.init.from_)))
+    source = run_on_all_ranks(lambda: read_source(path))
+    told = run_on_all_ranks(lambda: _load(model, expanded, source))
+    return source.origin, [f"starting from {describe_origin(source.origin)}", *told]
 
 
-def _locate(source: str) -> dict[str, Any]:
-    """The provenance of `source`: a checkpoint, compared with all hashes of its manifest, or an export."""
-    if is_export(Path(source)):
-        return origin_of("init", Path(source).resolve())
-    return origin_of("init", open_checkpoint(source, full=True).directory)
+def _locate(source: str) -> str:
+    """`source`, or the checkpoint that it means, after a comparison with all hashes of its manifest."""
+    if is_dense(source) or is_export(Path(source)):
+        return source
+    return str(open_checkpoint(source, full=True).directory)
 
 
-def _load(model: Transformer, config: Config, directory: str) -> list[str]:
-    """Copy the weights in `directory` into `model`; returns what should be told."""
-    source = read_weights(directory)
-    _check_tokenizer(source.directory, config)
+def _load(model: Transformer, config: Config, source: Source) -> list[str]:
+    """Copy weights of `source` into `model`; returns what should be told."""
+    _check_tokenizer(source, config)
     weights = source.weights | (_averages(source) if config.init.average else {})
     selection = Selection.of(weights, source.config, model, config)
     own = model.state_dict()
@@ -185,35 +186,36 @@ def _refusal(refused: list[str], given: Mapping[str, Tensor], needed: Mapping[st
     )
 
 
-def _averages(source: StoredWeights) -> dict[str, Tensor]:
+def _averages(source: Source) -> dict[str, Tensor]:
     """The moving averages of a checkpoint's weights, by name. Raises ConfigError if it has none."""
-    stored = state_shapes(source.directory) if (source.directory / MANIFEST_FILE).is_file() else {}
+    directory = Path(source.origin["source"])
+    stored = state_shapes(directory) if "step" in source.origin else {}
     names = [name for name in stored if name.startswith(AVERAGE_PREFIX) and name != f"{AVERAGE_PREFIX}updates"]
     if not names:
-        raise ConfigError(f"init.average: {source.directory} has no moving average (optim.average_decay): set false")
-    return {name.removeprefix(AVERAGE_PREFIX): tensor for name, tensor in iterate_state(source.directory, names=names)}
+        raise ConfigError(f"init.average: {directory} has no moving average (optim.average_decay): set false")
+    return {name.removeprefix(AVERAGE_PREFIX): tensor for name, tensor in iterate_state(directory, names=names)}
 
 
-def _warnings(source: StoredWeights, config: Config) -> Iterator[str]:
+def _warnings(source: Source, config: Config) -> Iterator[str]:
     """What the source's weights were trained with and this run changes, as far as it changes their function."""
     for change in changes(source.config, config):
         if change.effect is Effect.FUNCTION and change.name != "data.tokenizer":
             yield f"warning: the source was trained with another {change}"
 
 
-def _check_tokenizer(directory: Path, config: Config) -> None:
+def _check_tokenizer(source: Source, config: Config) -> None:
     """Refuse another tokenizer than the source's: its ids would mean other tokens.
 
     Two files are the same tokenizer if they give a text the same ids; decoders and templates may differ.
     """
-    path = tokenizer_path(directory)
-    if not path.is_file() or config.data.tokenizer is None or "data.tokenizer" in config.checkpoint.allow_changes:
+    path, own = source.files.get(TOKENIZER_FILE), config.data.tokenizer
+    if path is None or own is None or "data.tokenizer" in config.checkpoint.allow_changes:
         return
-    old, new = (json.loads(read_tokenizer(each).to_str()) for each in (path, config.data.tokenizer))
+    old, new = (json.loads(read_tokenizer(each).to_str()) for each in (path, own))
     differ = [key for key in ("model", "added_tokens", "normalizer", "pre_tokenizer") if old[key] != new[key]]
     if differ:
         raise ConfigError(
-            f"data.tokenizer = {config.data.tokenizer} isn't the tokenizer that the weights were trained with, {path}: "
+            f"data.tokenizer = {own} isn't the tokenizer that the weights were trained with, {path}: "
             f"{', '.join(differ)} differ. Preprocess with that one, or allow it: "
             "checkpoint.allow_changes=[data.tokenizer]"
         )
