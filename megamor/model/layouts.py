@@ -72,7 +72,7 @@ class Geometry:
         positions = order
         if begins is not None and config.document_positions == "restart":
             positions = everything.rows(device) - begins
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
+        angles = rotary_angles(positions, config, dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         bounds, scales, kernel = None, None, has_packed_kernel(device, dtype, config.head_dim)

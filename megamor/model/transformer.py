@@ -1,10 +1,10 @@
-"""The model: embedding, segments, final norm, tied head.
+"""The model: embedding, segments, final norm, head.
 
 One token's way through it: its id becomes a row [dim] of the stream (`embed`); the segments update the row one after
-another; the final norm follows; the row times the embedding's transpose gives the logits of the next token. A segment
-is either unshared blocks, in which the token attends to all earlier ones, or a recursion stage, which applies its
-shared blocks to it as often as the router decides (`model/recursion.py`). Most models have a prelude, one stage and a
-coda.
+another; the final norm follows; the row times the head's transpose gives the logits of the next token. The head is the
+embedding, unless the model has one of its own. A segment is either unshared blocks, in which the token attends to all
+earlier ones, or a recursion stage, which applies its shared blocks to it as often as the router decides
+(`model/recursion.py`). Most models have a prelude, one stage and a coda.
 
 The model knows one device and no parallelism. It exports a `ParallelPlan` that says what may be sharded as one unit;
 `megamor/parallel` applies it from outside.
@@ -73,7 +73,7 @@ class ParallelPlan:
     """How the model may be sharded and compiled.
 
     `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
-    weights are gathered once per pass; embedding and final norm stay with the root. `stages` are the modules whose
+    weights are gathered once per pass; embedding, norm and head stay with the root. `stages` are the modules whose
     loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
     `routers` compute with fp32 weights whatever the precision.
     """
@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         if not self.stages:
             self.stage = None
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
+        own_head = None if config.model.tied_head else nn.Linear(config.model.dim, config.model.vocab_size, bias=False)
+        self.head: nn.Linear | None = own_head
         self.recomputation = Recomputation()
         self.exit: ExitRule | None = None
         self.depth_bounds: tuple[int, int] | None = None
@@ -116,6 +118,21 @@ class Transformer(nn.Module):
         self.recursions = most or final_recursions(self.config)
         for stage in self.stages.values():
             stage.limit_recursions(self.recursions)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [vocab, dim]: the embedding's weight, or the head's own."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on embedded tokens."""
+        return self.config.model.dim**0.5 if self.config.model.scale_embedding else 1.0
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Token ids [N] as rows of the stream, [N, dim]."""
+        rows: Tensor = self.embed(ids)
+        return rows * self.embedding_scale if self.config.model.scale_embedding else rows
 
     @property
     def stages(self) -> dict[str, RecursionStage]:
@@ -178,7 +195,7 @@ class Transformer(nn.Module):
             begins=geometry.begins,
             memory=None if cache is None else cache.memory,
         )
-        x, outputs = self.embed(window.unpad(inputs)), {}
+        x, outputs = self.embedded(window.unpad(inputs)), {}
         for segment in self.segments:
             if segment.schedule:
                 outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache)
@@ -190,13 +207,13 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.embed.weight))
+            logits = window.pad(F.linear(x, self.head_weight))
         else:
             labels = window.unpad(labels)
             if score_tokens:
-                scores = TokenScores(*map(window.pad, token_scores(x, self.embed.weight, labels)))
+                scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
+            loss_sum, z_loss_sum = linear_cross_entropy(x, self.head_weight, labels, z_coeff)
             z_loss_sum = z_loss_sum if z_coeff else None
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
@@ -251,6 +268,8 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all parameters: Normal(0, init_std) for matrices (projections, embedding, routers), one for norms.
 
+        An embedding that is scaled has this deviation after scaling, so that a tied head's first logits stay small.
+
         Buffers and recursion embeddings become zero; routers initialise whatever else they have (`Router.reset`).
         """
         for buffer in self.buffers():
@@ -259,7 +278,8 @@ class Transformer(nn.Module):
             if isinstance(module, ZeroLinear):
                 module.weight.zero_()
             elif isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.model.init_std, generator=generator)
+                scale = self.embedding_scale if module is self.embed else 1.0
+                module.weight.normal_(0.0, self.config.model.init_std / scale, generator=generator)
             elif isinstance(module, RMSNorm):
                 for weight in (module.weight, *module.others):
                     weight.fill_(1.0)
@@ -278,7 +298,7 @@ class Transformer(nn.Module):
 
     def readout(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.norm(x), self.embed.weight)
+        logits = F.linear(self.norm(x), self.head_weight)
         # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -309,7 +329,7 @@ class Transformer(nn.Module):
         return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
 
     def num_parameters(self) -> int:
-        """Unique parameters, embedding (tied with the head) included."""
+        """Unique parameters, embedding and head included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
