@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ def draft_for(path: Path) -> Iterator[Path]:
             sync_directory(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of a file; of several, that of their sorted hashes, one on each line."""
+    hashes = sorted(map(sha256_of_file, paths))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -6,23 +6,48 @@ The directory is a checkpoint written by training with any backend, or an export
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megamor.checkpoint import check_same_model, open_checkpoint, stored_file
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.checkpoint import check_same_model, open_checkpoint, origin_of, stored_file
+from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
+from megamor.interop.dense import is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
+
+
+class StoredWeights(NamedTuple):
+    """Full CPU tensors by name, the configuration of their model, and where they are; `step` is None for an export."""
+
+    config: Config
+    weights: dict[str, Tensor]
+    directory: Path
+    step: int | None
+
+
+class Source(NamedTuple):
+    """A model to start from or to learn from: full CPU tensors by name and their configuration.
+
+    `files` are the texts that go with it (tokenizer, end of text, chat template) by their names in a checkpoint.
+    `origin` is `TrainerState.started_from` for what starts from it, `kind` and all.
+    """
+
+    config: Config
+    weights: dict[str, Tensor]
+    files: Mapping[str, str | Path]
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +78,7 @@ class LoadedModel:
         Raises:
             CheckpointError: the model was saved without a tokenizer.
         """
-        original = self.directory / ORIGINAL_TOKENIZER_FILE
-        return stored_file(self.directory, ORIGINAL_TOKENIZER_FILE if os.path.lexists(original) else TOKENIZER_FILE)
+        return stored_file(self.directory, tokenizer_path(self.directory).name)
 
     @property
     def end_of_text(self) -> EndOfText | None:
@@ -107,18 +131,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
             hasn't allowed.
     """
     target = usable_device(device)
-    if is_export(Path(path)):
-        directory, step = Path(path).resolve(), None
-        config, weights = read_export(directory)
-    else:
-        checkpoint = open_checkpoint(path)
-        directory, step = checkpoint.directory, checkpoint.step
-        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
-        if grows(config):
-            # Recursions that training hasn't reached would run with parameters that have learned nothing.
-            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
+    config, weights, directory, step = read_weights(path)
     refuse_unknown_router(config, directory)
-    config = as_trained(config, weights)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     try:
         model = cast(build_model(config, device="meta"), dtype)
@@ -129,6 +143,47 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     model.to_empty(device=target)
     model.load_state_dict(weights)
     return LoadedModel(model.eval(), config, directory, step, target)
+
+
+def read_weights(path: str | Path) -> StoredWeights:
+    """Read what `load_model` builds a model of.
+
+    Raises:
+        CheckpointError: there is no intact checkpoint.
+    """
+    if is_export(Path(path)):
+        directory, step = Path(path).resolve(), None
+        config, weights = read_export(directory)
+    else:
+        checkpoint = open_checkpoint(path)
+        directory, step = checkpoint.directory, checkpoint.step
+        config, weights = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)), checkpoint.weights()
+        if grows(config):
+            # Recursions that training hasn't reached would run with parameters that have learned nothing.
+            config = with_recursions(config, checkpoint.recursions or final_recursions(config))
+    return StoredWeights(as_trained(config, weights), weights, directory, step)
+
+
+def read_source(path: str | Path, kind: str = "init") -> Source:
+    """The model of a checkpoint, a run, an export, or a dense model in Hugging Face format.
+
+    Raises what `read_weights` and `read_dense` do.
+    """
+    if is_dense(path):
+        dense = read_dense(path)
+        return Source(dense.config, dense.weights, dense.files, {"kind": kind, **dense.origin})
+    config, weights, directory, _ = read_weights(path)
+    names = (TOKENIZER_FILE, END_OF_TEXT_FILE, CHAT_TEMPLATE_FILE)
+    files = {name: directory / name for name in names if (directory / name).is_file()}
+    if TOKENIZER_FILE in files:
+        files[TOKENIZER_FILE] = tokenizer_path(directory)
+    return Source(config, weights, files, origin_of(kind, directory))
+
+
+def tokenizer_path(directory: Path) -> Path:
+    """Where a checkpoint or an export has the tokenizer that its model was trained with, if it has one."""
+    original = directory / ORIGINAL_TOKENIZER_FILE
+    return original if os.path.lexists(original) else directory / TOKENIZER_FILE
 
 
 def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:

@@ -135,10 +135,10 @@ def raise_on_all_ranks(failure: MegamorError | None) -> None:
 
 
 def from_first_rank(action: Callable[[], T]) -> T:
-    """Result of `action` on rank 0, on every rank; plain data. Collective."""
+    """Result of `action` on rank 0, on every rank; plain data. A failure there is one everywhere. Collective."""
     if not dist.is_initialized():
         return action()
-    result: list[Any] = [action() if dist.get_rank() == 0 else None]
+    result: list[Any] = [run_on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(result, src=0)
     return cast(T, result[0])
 

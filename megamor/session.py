@@ -26,6 +26,7 @@ from megamor.config.changes import SETTINGS
 from megamor.config.depth import grows
 from megamor.config.derive import Consumed
 from megamor.config.paths import expand_paths
+from megamor.config.schema import InitConfig
 from megamor.config.segments import max_depth, stages
 from megamor.config.validate import validate
 from megamor.data.dataset import TrainingData
@@ -40,6 +41,7 @@ from megamor.parallel import World, build_backend, init_world, resolve_backend
 from megamor.ranks import run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
 from megamor.train.run_state import checkpoint_files
+from megamor.train.start import warm_start
 from megamor.train.step_statistics import StepStatistics
 
 
@@ -113,7 +115,12 @@ class Session:
     def __init__(self, config: Config) -> None:
         self.config, self.budget = config, Budget(config)
         self.world: World = init_world(config.parallel)
+        if config.init.branch_from is not None:
+            raise ConfigError("init.branch_from is for `megamor pretrain`: Session.load continues from a checkpoint")
         self.model = build_model(config, device=self.world.device)
+        self.started_from, told = warm_start(self.model, config)
+        if self.world.is_main and self.started_from:
+            print("\n".join(told), flush=True)
         self.backend = build_backend(self.model, config, self.world, lambda model: build_optimizer(model, config))
         self.done = Consumed()
         self.loaded: dict[str, bytes] = {}
@@ -219,6 +226,7 @@ class Session:
             backend=resolve_backend(self.config.parallel, self.world.size),
             flops=self.done.flops,
             recursions=self.model.recursions if grows(self.config) and self.step else None,
+            started_from=self.started_from,
             code_revision=code_revision(),
             versions=library_versions(),
         )
@@ -237,11 +245,14 @@ class Session:
     def load(cls, path: str | Path) -> Session:
         """A session that continues from a checkpoint, its directory or its `latest`. Collective."""
         checkpoint = open_checkpoint(path)
-        session = cls(config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)))
+        config = config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory))
+        session = cls(replace(config, init=InitConfig()))  # its weights are here, and their source may be gone
+        session.config = config
         session.backend.load(checkpoint.directory)
         kept = (checkpoint.directory / name for name in (TOKENIZER_FILE, END_OF_TEXT_FILE))
         session.loaded = {file.name: file.read_bytes() for file in kept if file.is_file()}
         state = TrainerState.read(checkpoint.directory)
+        session.started_from = state.started_from
         session.done = Consumed(state.step, state.tokens_seen, state.flops or 0.0)
         session.model.limit_recursions(state.recursions)
         return session

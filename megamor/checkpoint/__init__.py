@@ -6,7 +6,13 @@ from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint, stored_file
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
-from megamor.checkpoint.trainer_state import TrainerState, code_revision, library_versions
+from megamor.checkpoint.trainer_state import (
+    TrainerState,
+    code_revision,
+    describe_origin,
+    library_versions,
+    origin_of,
+)
 
 __all__ = [
     "BackgroundSave",
@@ -15,11 +21,13 @@ __all__ = [
     "TrainerState",
     "check_same_model",
     "code_revision",
+    "describe_origin",
     "find_damage",
     "iterate_state",
     "library_versions",
     "load_weights",
     "open_checkpoint",
+    "origin_of",
     "reseed",
     "restore_rng",
     "rng_states",

@@ -8,7 +8,7 @@ checkpoints/
   step_00000200/
     state/                         weights, moments and step counts: see `state`
     rng/rank_00000.pt              random states, one file for each rank
-    config.yaml  tokenizer.json  end_of_text.json  trainer.json
+    config.yaml  tokenizer.json  end_of_text.json  chat_template.jinja  trainer.json
     manifest.json                  every other file with its size and SHA-256; a directory without it is no checkpoint
   set_aside/                       what a run left behind, kept for people; nothing here is ever resumed or deleted
     after_step_00000100/           checkpoints, losses and metrics after step 100, from which `checkpoint.resume_step`
@@ -30,6 +30,7 @@ RNG_DIR = "rng"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT_FILE = "end_of_text.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TRAINER_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"

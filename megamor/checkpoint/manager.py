@@ -109,6 +109,10 @@ class CheckpointManager:
         self.on_stage("done")
         return final
 
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint, whole or damaged."""
+        return not self._candidates()
+
     def latest_valid(self, at_most: int | None = None) -> Path | None:
         """The checkpoint to resume from: the one that `latest` names or, if it is damaged, the newest whole one before.
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
-from megamor.files import parse_json, sha256_of_file
+from megamor.files import parse_json, sha256_of_file, sha256_of_files
 from megamor.ranks import Ranks
 
 FORMAT = 1
@@ -117,6 +117,13 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> None:
     damage = find_damage(checkpoint, hashes=hashes)
     if damage:
         raise CheckpointError(f"{checkpoint} is damaged: {summary(damage)}")
+
+
+def weights_sha256(directory: Path) -> str:
+    """A hash that identifies the weights in `directory`: that of a checkpoint's manifest, which has those of all files,
+    or of an export's weights."""
+    manifest = directory / MANIFEST_FILE
+    return sha256_of_files([manifest] if manifest.is_file() else directory.glob("*.safetensors"))
 
 
 def summary(lines: Sequence[str], limit: int = 5) -> str:

@@ -55,7 +55,8 @@ def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     stored = {name: shape for name, shape in state_shapes(checkpoint).items() if not name.startswith(AVERAGE_PREFIX)}
     if not any(name.startswith(OPTIMIZER_PREFIX) for name in stored):
         raise CheckpointError(
-            f"{checkpoint} has weights without optimizer state: it can be evaluated or exported, not resumed"
+            f"{checkpoint} has weights without optimizer state: it can't be resumed, but a run can start from it "
+            "(init.from)"
         )
     check_same_model(checkpoint, stored, {name: tensor.size() for name, tensor in tensors.items()})
     _load(checkpoint, tensors, no_dist=not dist.is_initialized())

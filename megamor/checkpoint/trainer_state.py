@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megamor.checkpoint.layout import TRAINER_FILE
+from megamor.checkpoint.manifest import weights_sha256
 from megamor.errors import CheckpointError
 from megamor.files import parse_json
 
@@ -83,6 +84,27 @@ class TrainerState:
                 f"{path} is from another version of megamor: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         return cls(**content)
+
+
+def origin_of(kind: str, directory: Path, source: str | None = None) -> dict[str, Any]:
+    """What `TrainerState.started_from` says of weights from `directory`, known to the user as `source`.
+
+    Raises:
+        CheckpointError: `trainer.json` is damaged.
+    """
+    found: dict[str, Any] = {"kind": kind, "source": source or str(directory), "sha256": weights_sha256(directory)}
+    if (directory / TRAINER_FILE).is_file():
+        state = TrainerState.read(directory)
+        found |= {"step": state.step} | ({"started_from": state.started_from} if state.started_from else {})
+    return found
+
+
+def describe_origin(started_from: Mapping[str, Any]) -> str:
+    """`TrainerState.started_from`, which isn't empty, in words."""
+    step = f"step {started_from['step']}, " if "step" in started_from else ""
+    before = started_from.get("started_from")
+    earlier = f", which started from {describe_origin(before)}" if before else ""
+    return f"{started_from['source']} ({started_from['kind']}, {step}sha256 {started_from['sha256']}){earlier}"
 
 
 def directory_identity(directory: Path) -> dict[str, Any]:

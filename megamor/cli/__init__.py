@@ -45,6 +45,7 @@ COMMANDS: dict[str, str] = {
     "export-hf": "export a checkpoint to Hugging Face format",
     "merge": "merge checkpoints into one with averaged weights",
     "import": "import a checkpoint of the paper's authors",
+    "convert-depth": "make a dense model recursive, to train it further",
     "convert-checkpoint": "convert a checkpoint to one safetensors file",
     "verify-checkpoint": "check that a checkpoint is intact and loads",
     "verify-resume": "check that a run resumes bitwise on this machine",

@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--average", action="store_true", help="take the moving averages in place of the weights")
     args = parser.parse_args(argv)
 
-    from megamor.checkpoint import iterate_state, open_checkpoint, state_shapes
+    from megamor.checkpoint import iterate_state, open_checkpoint, origin_of, state_shapes
     from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
     from megamor.checkpoint.state import AVERAGE_PREFIX, MODEL_PREFIX
-    from megamor.interop.official import refuse_occupied, save_weights
+    from megamor.interop.weights import refuse_occupied, save_weights
 
     refuse_occupied(args.out)
     found = [open_checkpoint(path) for path in args.checkpoints]
@@ -67,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = {"merge": {"average": args.average, "parts": parts}}
     reached = [checkpoint.recursions for checkpoint in found if checkpoint.recursions]  # while a schedule grows
     depth = max(reached) if len(reached) == len(found) else None
-    written = save_weights(args.out, merged, files, components=origin, recursions=depth)
+    last = origin_of("merge", found[-1].directory)
+    written = save_weights(args.out, merged, files, components=origin, recursions=depth, started_from=last)
     for part in parts:
         print(f"{part['weight']:.4f} x {part['checkpoint']}{' (moving average)' if args.average else ''}")
-    print(f"{written}: weights only; it can be evaluated, served and exported, not resumed")
+    print(f"{written}: weights only; it can be evaluated, served, exported and started from (init.from), not resumed")
 
 
 def merge_weights(given: str, steps: Sequence[int]) -> list[float]:

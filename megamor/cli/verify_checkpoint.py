@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="check every checkpoint of the run, not the latest only")
     parser.add_argument("--quick", action="store_true", help="compare sizes instead of checksums, and load nothing")
     args = parser.parse_args(argv)
+
+    from megamor.checkpoint import TrainerState, describe_origin
+
     any_faults = False
     for checkpoint in checkpoints_at(args.checkpoint, all_of_them=args.all):
         faults = list(faults_of(checkpoint, quick=args.quick))
@@ -48,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{checkpoint}: {counted(len(faults), 'fault') if faults else 'whole'}")
         for fault in faults:
             print(f"  {fault}")
+        if not faults and (origin := TrainerState.read(checkpoint).started_from):
+            print(f"  started from {describe_origin(origin)}")
     if any_faults:
         raise SystemExit(EXIT_USER_ERROR)
 

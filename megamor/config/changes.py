@@ -56,7 +56,8 @@ _CLASSES: dict[Effect, str] = {
     Effect.STATE: "optim.kind",
     Effect.LENGTH: """
         train.max_steps train.max_tokens train.max_flops
-        optim.lr optim.schedule optim.warmup_steps optim.decay_fraction optim.min_lr_ratio""",
+        optim.lr optim.schedule optim.warmup_steps optim.decay_fraction optim.decay_steps
+        optim.min_lr_ratio""",
     Effect.BATCH: "train.global_batch_size train.ramp data.seq_len",
     Effect.DATA: "data.train data.blend_temperature data.on_exhausted",
     Effect.OPTIMIZER: """

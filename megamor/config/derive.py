@@ -160,9 +160,11 @@ def is_estimate(config: Config) -> bool:
 def decay_steps(optim: OptimConfig, steps: int) -> int:
     """Steps at the end of a run of `steps` over which the learning rate falls.
 
-    `wsd` decays over the last int(decay_fraction * steps) steps (arXiv 2507.10524, appendix B), `cosine` over all steps
-    after the warm-up, `constant` never.
+    `wsd` decays over the last int(decay_fraction * steps) steps (arXiv 2507.10524, appendix B) or `decay_steps`,
+    `cosine` over all steps after the warm-up, `constant` never.
     """
+    if optim.schedule == "wsd" and optim.decay_steps is not None:
+        return optim.decay_steps
     decay = {"wsd": int(optim.decay_fraction * steps), "cosine": steps - optim.warmup_steps, "constant": 0}
     return decay[optim.schedule]
 

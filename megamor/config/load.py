@@ -27,16 +27,22 @@ from megamor.config.validate import validate
 from megamor.errors import ConfigError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    under: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> Config:
     """Read a YAML file with what it extends, apply `a.b.c=value` overrides, and validate for `world_size` processes.
 
-    Without `world_size`, rules that depend on the number of processes aren't checked.
+    Without `world_size`, rules that depend on the number of processes aren't checked. `under` are layers of (source,
+    values) that the file overrides.
 
     Raises:
         ConfigError: a file can't be read; or keys, types and ranges are wrong (all of them in one message); or rules
             between settings are broken (all of them in one message).
     """
-    config = config_from_layers([*_layers(Path(path), chain=()), ("override", _parse_overrides(overrides))])
+    config = config_from_layers([*under, *_layers(Path(path), chain=()), ("override", _parse_overrides(overrides))])
     validate(config, world_size)
     return config
 

@@ -52,8 +52,8 @@ class InitConfig:
     """Weights to start from: a checkpoint of any backend, a run, an export, or a dense model in Hugging Face format
     (its directory, or `hf:` and its name). Optimizer, schedule, data and step count begin anew."""
     allow_missing: tuple[str, ...] = ()
-    """Weights of this model that the source may lack or have in another shape, by name or by the beginning of a name
-    (`stage.router`); they are drawn anew."""
+    """Weights that only one of the models has, or has in another shape, by name or by the beginning of a name
+    (`stage.router`). Those of this run's model are drawn anew, but a larger vocabulary keeps the source's rows."""
     router: Literal["load", "weights", "fresh"] = "load"
     """Routers: `load` all of their state, only their `weights` (thresholds, biases and averages begin anew), or none of
     it."""
@@ -65,8 +65,8 @@ class InitConfig:
     """How a dense source becomes a model with shared layers: stepwise, average, lower, upper, or svd_lora with an
     optional rank (`svd_lora:64`); see `megamor convert-depth`."""
     branch_from: PathName | None = None
-    """Continue another run from one of its checkpoints, RUN@STEP, with this run's schedule: optimizer, data and step
-    count go on. RUN is the run's directory."""
+    """Continue another run from one of its checkpoints, RUN@STEP or RUN@latest, with this run's schedule: optimizer,
+    data and step count go on. RUN is the run's directory."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +305,8 @@ class OptimConfig:
     """Steps over which the learning rate rises linearly from 0."""
     decay_fraction: Fraction = 0.2
     """Fraction of the run over which `wsd` decays."""
+    decay_steps: NonNegativeInt | None = None
+    """The same as a number of steps, in place of `decay_fraction`; such as those of a cool-down."""
     min_lr_ratio: Fraction = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
     router_lr_multiplier: Positive = 1.0

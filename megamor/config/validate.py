@@ -6,6 +6,7 @@ Types and ranges of single settings are declared in the schema and checked when 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,7 +14,7 @@ from itertools import pairwise
 from megamor.config.batches import BatchSchedule
 from megamor.config.changes import SETTINGS
 from megamor.config.depth import most_recursions
-from megamor.config.derive import decay_steps, total_steps
+from megamor.config.derive import decay_steps, is_estimate, total_steps
 from megamor.config.routers import (
     CapacityConfig,
     CustomRouterConfig,
@@ -23,7 +24,7 @@ from megamor.config.routers import (
     SkipForwardRecurseConfig,
     TargetConfig,
 )
-from megamor.config.schema import Config, ModelConfig
+from megamor.config.schema import Config, InitConfig, ModelConfig, OptimConfig
 from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
@@ -36,6 +37,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     """
     problems = [
         *_names(config),
+        *_init(config),
         *_sources(config),
         *_model(config),
         *_sharing(config),
@@ -63,6 +65,18 @@ def _names(config: Config) -> Iterator[str]:
     for setting in ("eval_tasks_every", "eval_tasks_limit", "eval_tasks_fewshot"):
         if not config.train.eval_tasks and (value := getattr(config.train, setting)) is not None:
             yield f"train.{setting} = {value} without tasks: set train.eval_tasks, or leave it out"
+
+
+def _init(config: Config) -> Iterator[str]:
+    init = config.init
+    if init.from_ is not None and init.branch_from is not None:
+        given = f"init.from = {init.from_} and init.branch_from = {init.branch_from}"
+        yield f"{given}: give the first to take weights alone, or the second to continue a run"
+    for name in ("allow_missing", "router", "lora", "average", "convert"):
+        if init.from_ is None and (value := getattr(init, name)) != getattr(InitConfig, name):
+            yield f"init.{name} = {value} is about the weights of init.from, which is null: set it, or leave this out"
+    if init.branch_from is not None and not re.fullmatch(r".+@(\d+|latest)", init.branch_from):
+        yield f"init.branch_from = {init.branch_from} names no checkpoint of a run: write RUN@STEP, such as runs/x@1000"
 
 
 def _sources(config: Config) -> Iterator[str]:
@@ -316,6 +330,13 @@ def _length(config: Config) -> Iterator[str]:
         given = " and ".join(found) or "none"
         yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
         return
+    if (decay := config.optim.decay_steps) is not None:
+        if config.optim.decay_fraction != OptimConfig.decay_fraction:
+            given = f"optim.decay_fraction = {config.optim.decay_fraction}"
+            yield f"optim.decay_steps = {decay} and {given} say the same thing: give one of them"
+        if config.optim.schedule != "wsd" or is_estimate(config):
+            given = f"optim.schedule = {config.optim.schedule} and {found[0]}"
+            yield f"optim.decay_steps = {decay} needs wsd and a known number of steps, but {given}: use decay_fraction"
     # How many steps max_flops allows is known where the model is known.
     if (steps := total_steps(config)) is not None:
         yield from _schedule(config, steps)
@@ -343,7 +364,8 @@ def _schedule(config: Config, steps: int) -> Iterator[str]:
     if warmup > steps:
         yield f"optim.warmup_steps = {warmup} is more than the run's {steps} steps: shorten it or train longer"
     elif warmup + decay > steps:
-        decaying = f"a decay of {decay} steps (optim.decay_fraction = {config.optim.decay_fraction})"
+        name = "decay_fraction" if config.optim.decay_steps is None else "decay_steps"
+        decaying = f"a decay of {decay} steps (optim.{name} = {getattr(config.optim, name)})"
         given = f"optim.warmup_steps = {warmup} and {decaying} don't fit into the run's {steps} steps"
         yield f"{given}: shorten one of them or train longer"
     if train.ramp and train.ramp[-1].until_step >= steps:

@@ -12,87 +12,24 @@ shared layer once for every application, whether the copies are tied or not:
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, layout, library_versions
-from megamor.checkpoint.layout import CONFIG_FILE, TOKENIZER_FILE, TRAINER_FILE
-from megamor.checkpoint.state import MODEL_PREFIX, write_state
-from megamor.config import Config, ExpertChoiceConfig, config_to_yaml
+from megamor.config import Config, ExpertChoiceConfig
 from megamor.config.segments import segments
-from megamor.errors import CheckpointError, ConfigError
+from megamor.errors import CheckpointError
 from megamor.interop.official_config import Settings, Shape, config_of
-from megamor.lock import WriteLock
+from megamor.interop.weights import BLOCK_WEIGHTS, EMBEDDING, NORM, Imported, check_names, fp32
 from megamor.model import build_model
 
 Untied = Literal["first", "mean"]
 
-BLOCK_WEIGHTS = {
-    "attention_norm": "input_layernorm",
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj",
-    "attention.o_proj": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.gate_proj": "mlp.gate_proj",
-    "ffn.up_proj": "mlp.up_proj",
-    "ffn.down_proj": "mlp.down_proj",
-}
-"""Weights of a block: megamor's name → the released code's."""
-
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 BALANCING_BIAS = "stage.router.bias"
-FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A model from a released checkpoint.
-
-    `weights` are fp32 and named as in `Transformer.state_dict()`; `untied` names those whose copies differed and were
-    reduced to one.
-    """
-
-    config: Config
-    weights: dict[str, Tensor]
-    untied: tuple[str, ...] = ()
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Weights of a `.safetensors` or PyTorch file, or of the directory that holds `model.safetensors` or
-    `pytorch_model.bin`.
-
-    Raises:
-        CheckpointError: there is no such file, or it contains something else.
-    """
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
-        if not found:
-            raise CheckpointError(f"{path} contains neither {' nor '.join(FILES)}: give the file itself")
-        path = found[0]
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's message is long, and advises to switch the check off
-        raise CheckpointError(f"{path} holds something else than tensors, which was not run") from error
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SafetensorError) as error:
-        raise CheckpointError(f"can't read the weights in {path}: {error}") from error
-    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a state dict (a mapping from names to tensors)")
-    return dict(state)
 
 
 def import_official(
@@ -119,12 +56,9 @@ def import_official(
     weights: dict[str, Tensor] = {}
     reduced: list[str] = []
     for name, keys in sources.items():
-        copies = [state[key].float() for key in keys]
-        for key, copy in zip(keys, copies, strict=True):
-            if copy.shape != expected[name]:
-                raise CheckpointError(f"{key} has shape {tuple(copy.shape)} instead of {tuple(expected[name])}")
+        copies = [fp32(state, key, expected[name]) for key in keys]
         if all(torch.equal(copy, copies[0]) for copy in copies):
-            weights[name] = copies[0].clone()
+            weights[name] = copies[0]
         else:
             weights[name] = reduce_copies(name, keys, copies, untied)
             reduced.append(name)
@@ -223,25 +157,6 @@ def router_sources(config: Config, routing: str) -> dict[str, list[str]]:
     }
 
 
-def check_names(state: Mapping[str, Tensor], wanted: set[str]) -> None:
-    """Refuse a state dict that lacks a copy, has anything else, or has a head that isn't the embedding."""
-    missing = sorted(wanted - state.keys())
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{missing[0]} is missing{more}: the weights are from another run than the config describes"
-        )
-    extra = [key for key in state if key not in wanted | {HEAD} and not key.endswith("rotary_emb.inv_freq")]
-    if extra:
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise CheckpointError(f"{extra[0]}{more} is not in the model that the run config describes")
-    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
-        raise CheckpointError(
-            f"{HEAD} differs from {EMBEDDING}: this model has an output head of its own (as the released recursive "
-            "baseline does) and can't be imported; megamor's head is tied to the embedding, as in the paper"
-        )
-
-
 def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Untied | None) -> Tensor:
     """One weight from copies that differ. Only attention weights may, and only if the user allows it.
 
@@ -261,55 +176,4 @@ def reduce_copies(name: str, keys: list[str], copies: list[Tensor], untied: Unti
             "paper says (360M with 3 recursions: 167M instead of 118M) and no exact counterpart in megamor. To import "
             "an approximation to train further, pass --untied first (weights of the first recursion) or --untied mean"
         )
-    return copies[0].clone() if untied == "first" else torch.stack(copies).mean(0)
-
-
-def save_imported(imported: Imported, directory: Path, tokenizer: Path | None = None) -> Path:
-    """Write the checkpoint with a `tokenizer.json`. Raises ConfigError if there is none, else as `save_weights`."""
-    if tokenizer is not None and not tokenizer.is_file():
-        raise ConfigError(f"{tokenizer} is not a file: give a tokenizer.json")
-    files: dict[str, str | bytes | Path] = {CONFIG_FILE: config_to_yaml(imported.config)}
-    if tokenizer is not None:
-        files[TOKENIZER_FILE] = tokenizer
-    return save_weights(directory, {MODEL_PREFIX + name: weight for name, weight in imported.weights.items()}, files)
-
-
-def refuse_occupied(directory: Path) -> None:
-    """Raise ConfigError unless `directory` is new or empty, and can be made."""
-    found = next(path for path in (directory, *directory.parents) if path.exists())
-    if not found.is_dir() or (found == directory and any(found.iterdir())):
-        raise ConfigError(f"{found} exists and is not an empty directory: give another output")
-
-
-def save_weights(
-    directory: Path,
-    weights: Mapping[str, Tensor],
-    files: Mapping[str, str | bytes | Path],
-    **record: Any,
-) -> Path:
-    """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
-
-    The new or empty `directory` will contain the checkpoint `step_00000000` and `latest`. `weights` have stored names,
-    `files` are configuration and tokenizer, and `record` are further fields of `TrainerState`.
-
-    Raises:
-        ConfigError: `directory` is in use.
-        CheckpointError: it can't be written.
-    """
-    refuse_occupied(directory)
-    trainer = TrainerState(
-        step=0,
-        tokens_seen=0,
-        data={},
-        world_size=1,
-        backend="single",
-        **record,
-        code_revision=code_revision(),
-        versions=library_versions(),
-    )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with WriteLock(directory, str(directory), "give another output"):
-        if layout.published_steps(directory):
-            raise ConfigError(f"another process has just written a checkpoint to {directory}: give another output")
-        writers = [partial(write_state, tensors=weights)]
-        return CheckpointManager(directory, keep_last=1).save(0, writers, {**files, TRAINER_FILE: trainer.to_json()})
+    return copies[0] if untied == "first" else torch.stack(copies).mean(0)

@@ -43,6 +43,7 @@ from megamor.train.diagnosis import Diagnosis
 from megamor.train.evaluations import TASKS, Evaluations
 from megamor.train.guard import Guard
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
+from megamor.train.start import warm_start
 from megamor.train.stop import StopRequest
 from megamor.train.summary import LaunchSummary
 from megamor.train.trainer import Trainer
@@ -81,6 +82,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
     )
 
     model = build_model(config, device=world.device)
+    # A run that has begun needs its source no more.
+    started_from, started = warm_start(model, config) if manager.is_empty() else ({}, [])
     # Taken before the backend shards the model: checkpoints are compared by whole shapes.
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
@@ -100,16 +103,15 @@ def build_trainer(config: Config, world: World) -> Trainer:
         components,
     )
     restored = checkpoints.resume()
-    progress, resumption, told = restored or (RunProgress(), None, [])
+    progress, resumption, told = restored or (RunProgress(started_from=started_from), None, started)
     budget = Budget(config)
     total_steps = budget.total_steps(progress)
     derived = derive(config, world.size, progress, total_steps)
     if world.is_main:
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
-        begin = f"resuming after step {progress.step}" if restored else "starting from the beginning"
-        lines = [f"{config.run.name}: {begin}", *told, derived.describe(), *inputs.loader.describe(total_steps)]
-        print("\n".join(lines), flush=True)
+        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps)])
+        print(f"{config.run.name}: {begin}", flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
     for prefix in (VALIDATION, TASKS) if restored else ():

@@ -30,9 +30,18 @@ class Resumption:
     checkpoints: Path
     returns: bool
     """Whether the run goes back to an earlier step, because `checkpoint.resume_step` asks for it."""
+    branch: str | None = None
+    """The value of `init.branch_from`, if the checkpoint is another run's."""
 
     @classmethod
-    def of(cls, checkpoint: Path, config: Config, files: Mapping[str, str | bytes], returns: bool) -> Resumption:
+    def of(
+        cls,
+        checkpoint: Path,
+        config: Config,
+        files: Mapping[str, str | bytes],
+        returns: bool,
+        branch: str | None = None,
+    ) -> Resumption:
         """Compare the configuration and the tokenizer of `checkpoint` with those of this launch.
 
         Raises:
@@ -47,11 +56,14 @@ class Resumption:
             raise CheckpointError(f"can't read {path}: {error}") from error
         found = [change for change in changes(old, config) if change.name != "data.tokenizer"]
         found += _tokenizer(checkpoint, old, config, files)
+        another = "start a new run with another run.name"
+        if branch is not None:  # names and directories always differ
+            found = [change for change in found if change.effect not in (Effect.NONE, Effect.START)]
+            another = "take only the weights by init.from in place of init.branch_from"
         for change in found:
             if change.effect is Effect.STATE:
                 raise ConfigError(
-                    f"{change}: {change.effect.value} ({checkpoint}). Restore the old value, or start a new run with "
-                    "another run.name"
+                    f"{change}: {change.effect.value} ({checkpoint}). Restore the old value, or {another}"
                 )
         allowed = config.checkpoint.allow_changes
         refused = [change for change in found if change.effect is Effect.FUNCTION and change.name not in allowed]
@@ -59,17 +71,22 @@ class Resumption:
             names = ",".join(dict.fromkeys([*allowed, *(change.name for change in refused)]))
             raise ConfigError(
                 "\n  ".join([f"the weights in {checkpoint} belong to another model:", *map(str, refused)])
-                + "\nRestore the old values, or start a new run with another run.name. To continue all the same, allow "
+                + f"\nRestore the old values, or {another}. To continue all the same, allow "
                 f"the changes by name: checkpoint.allow_changes=[{names}]"
             )
-        return cls(old, config, found, checkpoint.parent, returns)
+        return cls(old, config, found, checkpoint.parent, returns, branch)
 
     def check_not_finished(self, done: Consumed) -> None:
         """Refuse to end at once, with the results of another configuration.
 
         Raises:
-            ConfigError: the run is finished, and this launch asks for a different one.
+            ConfigError: the run is finished, and this launch asks for a different one or is to branch off it.
         """
+        if self.branch is not None:
+            raise ConfigError(
+                f"init.branch_from = {self.branch} is at step {done.step}, where this run ends "
+                f"({Budget(self.new).describe()}): raise its limit, which counts from the other run's beginning"
+            )
         found = [change for change in self.changes if change.effect not in HARMLESS]
         if found:
             finished = f"{self.checkpoints.parent} is finished at step {done.step}, with other settings:"
@@ -112,10 +129,10 @@ class Resumption:
                 earlier = Consumed(state.step, state.tokens_seen, state.flops or 0.0)
                 rates = Budget(self.old).lr(earlier), Budget(self.new).lr(earlier)
                 if step < done.step and math.isclose(*rates, rel_tol=1e-3):
-                    return (
-                        f"{rise}. To continue from before the decay, where both schedules agree, set "
-                        f"checkpoint.resume_step={step}; the later checkpoints are kept"
-                    )
+                    fix = f"checkpoint.resume_step={step}; the later checkpoints are kept"
+                    if self.branch is not None:
+                        fix = f"init.branch_from={self.branch.rpartition('@')[0]}@{step}"
+                    return f"{rise}. To continue from before the decay, where both schedules agree, set {fix}"
         return (
             f"{rise}, and no checkpoint is left of a step at which both schedules agree (checkpoint.keep_every keeps "
             "some; checkpoint.resume_step resumes from one)"

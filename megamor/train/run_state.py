@@ -15,24 +15,37 @@ from megamor.checkpoint import (
     TrainerState,
     check_same_model,
     code_revision,
+    describe_origin,
     library_versions,
+    open_checkpoint,
+    origin_of,
     restore_rng,
     rng_states,
     weight_shapes,
     write_rng,
 )
-from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE, published_steps
+from megamor.checkpoint.layout import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    END_OF_TEXT_FILE,
+    LATEST,
+    TOKENIZER_FILE,
+    TRAINER_FILE,
+    published_steps,
+    step_name,
+)
 from megamor.checkpoint.state import write_state
 from megamor.checkpoint.trainer_state import directory_identity, is_copy
 from megamor.config import Config, DataConfig, config_to_yaml
 from megamor.config.changes import Effect
 from megamor.config.derive import Consumed
+from megamor.config.paths import expand_path
 from megamor.config.segments import stages
 from megamor.data.loader import TrainingLoader
 from megamor.data.meta import end_of_text
-from megamor.errors import ConfigError, DataError, MegamorError
+from megamor.errors import CheckpointError, ConfigError, DataError, MegamorError
 from megamor.parallel import Backend, resolve_backend
-from megamor.ranks import run_on_all_ranks
+from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.routing import draws_random
 from megamor.train.resume import Resumption
 
@@ -58,6 +71,7 @@ class RunProgress(Consumed):
     resumed_from: int | None = None
     recursions: int | None = None
     """The most recursions that a growing schedule has reached; None without one."""
+    started_from: dict[str, Any] = field(default_factory=dict)
 
 
 class Stateful(Protocol):
@@ -142,7 +156,8 @@ class RunCheckpoints:
         run_on_all_ranks(lambda: self.manager.record_loss(step, loss) if self.backend.rank == 0 else None)
 
     def resume(self) -> tuple[RunProgress, Resumption, list[str]] | None:
-        """Restore the checkpoint that this launch resumes from; None if there is none. Collective.
+        """Restore the checkpoint that this launch resumes from or, with `init.branch_from`, the other run's that it
+        branches off; None if there is neither. Collective.
 
         Nothing on disk changes.
 
@@ -151,19 +166,26 @@ class RunCheckpoints:
 
         Raises:
             ConfigError: this launch would change the model's function.
-            CheckpointError: it belongs to another model, no checkpoint is whole, or that of `checkpoint.resume_step`
-                isn't there.
+            CheckpointError: it belongs to another model, no checkpoint is whole, or that of `checkpoint.resume_step` or
+                `init.branch_from` isn't there.
         """
         wanted = self.config.checkpoint.resume_step
         # Done once only: a job that is requeued has the same command and must not fall back again.
         returns = wanted is not None and self.manager.resumed_from() != wanted
         # Every file is checked against the manifest; a damaged checkpoint is skipped in favour of the one before.
         directory = self.manager.valid(wanted) if wanted and returns else self.manager.latest_valid()
+        branch = self.config.init.branch_from if directory is None else None
+        if branch is not None:
+            directory = from_first_rank(lambda: branch_point(expand_path(branch, "init.branch_from")))
         if directory is None:
             return None
-        resumption = run_on_all_ranks(lambda: Resumption.of(directory, self.config, self.files, returns))
+        resumption = run_on_all_ranks(lambda: Resumption.of(directory, self.config, self.files, returns, branch))
         progress, state = self._restore(directory)
-        lines = []
+        lines = [f"resuming after step {state.step}"]
+        if branch is not None:
+            origin = from_first_rank(lambda: origin_of("branch", directory))
+            progress = replace(progress, run_ids={}, resumed_from=None, started_from=origin)
+            lines = [f"branching after step {state.step} from {describe_origin(origin)}"]
         if state.world_size != self.backend.world_size:
             lines.append(f"processes: {state.world_size} -> {self.backend.world_size} ({Effect.ARITHMETIC.value})")
         for name in state.versions.keys() & self.origin.versions.keys():
@@ -176,7 +198,7 @@ class RunCheckpoints:
         # Checkpoints of earlier versions don't say where they were, but under which name.
         origin = state.run_directory.get("path", resumption.old.run.name)
         renamed = not state.run_directory and origin != self.config.run.name
-        if renamed or is_copy(self.manager.directory.parent, state.run_directory):
+        if branch is None and (renamed or is_copy(self.manager.directory.parent, state.run_directory)):
             lines.append(f"this is a copy of the run {origin}: new ids in experiment trackers")
             progress.run_ids = {}
         newer = [step for step in published_steps(self.manager.directory) if step > state.step]
@@ -240,6 +262,24 @@ class RunCheckpoints:
                 f"{stored} says that texts end with {before.strip()}, the data's side files say {now.strip()}: "
                 "preprocess the data with the --eod-token of the run's first data"
             )
+
+
+def branch_point(branch_from: str) -> Path:
+    """The checkpoint RUN@STEP, or RUN@latest, of a run that may still be training; nothing is written there.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    run, _, step = branch_from.rpartition("@")
+    root = Path(run) / CHECKPOINTS_DIR if (Path(run) / CHECKPOINTS_DIR).is_dir() else Path(run)
+    if step == LATEST:
+        return open_checkpoint(root, full=True).directory
+    if int(step) not in (steps := published_steps(root)):
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(
+            f"init.branch_from = {branch_from}: {root} has no such checkpoint; its steps are: {there}"
+        )
+    return open_checkpoint(root / step_name(int(step)), full=True).directory
 
 
 def checkpoint_files(config: Config, data: DataConfig, tokenizer: bytes | None) -> dict[str, str | bytes]:

@@ -40,11 +40,13 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},
     "train": {
         "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate", "files",
-        "ranks", "progress", "lock", "codec",
+        "ranks", "progress", "lock", "codec", "load", "interop",
     },
 }  # fmt: skip
-ALLOWED["session"] = {*ALLOWED["train"], "train"} - {"metrics", "files", "progress", "lock", "routing"}
-ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate", "codec"}
+ALLOWED["session"] = {*ALLOWED["train"], "train"} - {
+    "metrics", "files", "progress", "lock", "routing", "interop", "load",
+}  # fmt: skip
+ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate", "codec", "interop", "load"}
 ALLOWED["study"] = {
     "origin", "config", "model", "data", "corpus", "parallel", "metrics", "load", "evaluate", "train", "files",
     "progress", "codec",

@@ -22,7 +22,7 @@ from megamor.corpus.tokenizer import TextEncoder, byte_tokenizer, char_tokenizer
 from megamor.data.meta import end_of_text, meta_path
 from megamor.data.shard import TokenShard
 from megamor.errors import DataError, TextError
-from megamor.interop.official import Imported, save_imported
+from megamor.interop.weights import Imported, save_imported
 from megamor.load import LoadedModel, load_model
 from megamor.serve.engine.request import RequestOutput, SamplingParams, TokenLogprob
 from tests.combinations import ROUTERS, lively_model, tiny_config

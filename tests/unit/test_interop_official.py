@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megamor.cli import import_weights as tool
 from megamor.errors import CheckpointError, ConfigError
-from megamor.interop.official import import_official, read_state_dict, save_imported
+from megamor.interop.official import import_official
+from megamor.interop.weights import read_state_dict, save_imported
 from megamor.load import load_model
 from megamor.model import build_model
 from tests.commands import refusal
