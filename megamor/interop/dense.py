@@ -192,18 +192,26 @@ def _refusal(source: str, name: str, value: Any, reason: str) -> ConfigError:
 
 
 def config_of(family: str, known: Mapping[str, Any], source: str) -> Config:
-    """The configuration of the settings that `known_settings` returns.
+    """The configuration of the settings that `known_settings` returns; raises ConfigError as `model_section`."""
+    sections = {
+        "model": model_section(family, known, source),
+        "data": {"seq_len": min(2048, known["max_position_embeddings"])},
+        "train": {"max_steps": 1},
+        "optim": {"warmup_steps": 0},
+    }
+    config = config_from_dict(sections, source)
+    validate(config)
+    return config
 
-    Raises:
-        ConfigError: a value has no counterpart, or contradicts another.
-    """
+
+def model_section(family: str, known: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The section `model` of a configuration. Raises ConfigError for a value that has no counterpart."""
     activation = known.get("hidden_activation", known["hidden_act"])
     if activation not in ACTIVATIONS:
         raise _refusal(source, "hidden_act", activation, f"supported are {', '.join(ACTIVATIONS)}")
-    heads, longest = known["num_attention_heads"], known["max_position_embeddings"]
+    heads, gemma = known["num_attention_heads"], family == "gemma3_text"
     width = known["head_dim"] or known["hidden_size"] // max(heads, 1)
-    gemma = family == "gemma3_text"
-    model = {
+    return {
         "vocab_size": known["vocab_size"],
         "dim": known["hidden_size"],
         "num_layers": known["num_hidden_layers"],
@@ -213,7 +221,7 @@ def config_of(family: str, known: Mapping[str, Any], source: str) -> Config:
         "ffn_dim": known["intermediate_size"],
         "ffn_activation": ACTIVATIONS[activation],
         "tied_head": known["tie_word_embeddings"],
-        "max_seq_len": longest,
+        "max_seq_len": known["max_position_embeddings"],
         "norm_eps": known["rms_norm_eps"],
         "qk_norm": family in ("qwen3", "gemma3_text"),
         "scale_embedding": gemma,
@@ -221,15 +229,6 @@ def config_of(family: str, known: Mapping[str, Any], source: str) -> Config:
         **_rope(known, source),
         **_windows(family, known, source),
     }
-    sections = {
-        "model": model,
-        "data": {"seq_len": min(2048, longest)},
-        "train": {"max_steps": 1},
-        "optim": {"warmup_steps": 0},
-    }
-    config = config_from_dict(sections, source)
-    validate(config)
-    return config
 
 
 def _rope(known: Mapping[str, Any], source: str) -> dict[str, Any]:
