@@ -67,8 +67,6 @@ MODELS = {
         "Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}
     ),
     "Qwen3": DenseModel("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
-}
-SLIDING = {
     "Mistral, sliding window": DenseModel("Mistral", {"sliding_window": 7}),
     "Qwen3, sliding window in upper layers": DenseModel(
         "Qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
