@@ -140,14 +140,13 @@ def backbone(settings: Settings, shape: Shape, seq_len: int) -> dict[str, Any]:
     """The backbone, from the weights, `model_config` and the name of the published model."""
     given = dict(settings.get("model_config", {}))
     name = str(settings.get("model_name_or_path", "")).rpartition("/")[2]
-    num_heads = given.get("num_attention_heads")
-    if num_heads is None and name not in NUM_HEADS:
+    num_heads = int(given.get("num_attention_heads") or NUM_HEADS.get(name, 0))
+    if not num_heads:
         raise ConfigError(
             f"official run config: the number of attention heads is unknown. It can't be read from the weights, and "
             f"model_name_or_path = {name or None} is none of {', '.join(NUM_HEADS)}: give "
             "model_config.num_attention_heads (and rope_theta, rms_norm_eps unless they are 10000 and 1e-5)"
         )
-    num_heads = int(NUM_HEADS[name] if num_heads is None else num_heads)
     if shape.dim % num_heads or shape.kv_dim % (shape.dim // num_heads):
         reason = f"it doesn't divide the widths {shape.dim} and {shape.kv_dim}"
         raise refusal("model_config.num_attention_heads", num_heads, reason)

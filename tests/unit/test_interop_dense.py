@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE
 from megamor.cli import import_weights as tool
 from megamor.codec import EndOfText
 from megamor.config.schema import RopeScalingConfig
+from megamor.corpus.tokenizer import TextEncoder
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import sha256_of_file
 from megamor.interop.dense import FAMILIES, config_of, is_dense, known_settings, read_dense
 from megamor.load import load_model
+from megamor.train.run_state import checkpoint_files
 from tests.commands import refusal
 from tests.dense_models import MODELS, REAL, SIZES, import_error, logits_after_import, real_model, sample
 
@@ -245,7 +248,11 @@ def test_the_end_of_text(
     assert ("note:" in printed) == bool(note)
     assert re.search(note, printed)
     names = {1: "<eos>", 2: "<turn>"}
-    assert load_model(tmp_path / "out").codec().end_of_text == (first and EndOfText(names[first], first))
+    loaded = load_model(tmp_path / "out", "cpu")
+    assert loaded.codec().end_of_text == (first and EndOfText(names[first], first))
+    # Documents end as the model's do.
+    assert TextEncoder.load(str(loaded.tokenizer_path)).eod_id == first
+    assert TextEncoder.load(str(loaded.tokenizer_path), eod_token="a").eod_id == 0
 
 
 def test_the_chat_template_comes_along(saved: Path, tmp_path: Path) -> None:
@@ -256,7 +263,10 @@ def test_the_chat_template_comes_along(saved: Path, tmp_path: Path) -> None:
     assert read_dense(directory).files[CHAT_TEMPLATE_FILE] == "{{ one }}"
     (directory / "chat_template.jinja").write_text("{{ own }}")
     tool.main(["--from", str(directory), "--output", str(tmp_path / "out")])
-    assert (load_model(tmp_path / "out").directory / CHAT_TEMPLATE_FILE).read_text() == "{{ own }}"
+    loaded = load_model(tmp_path / "out", "cpu")
+    assert (loaded.directory / CHAT_TEMPLATE_FILE).read_text() == "{{ own }}"
+    data = replace(loaded.config.data, tokenizer=str(loaded.tokenizer_path))
+    assert checkpoint_files(loaded.config, data, b"tokenizer")[CHAT_TEMPLATE_FILE] == b"{{ own }}"
 
 
 @pytest.mark.slow
