@@ -114,7 +114,7 @@ class Geometry:
             there = replace(config, rope_theta=config.sliding_rope_theta, rope_scaling=None)
             angles = rotary_angles(positions, there, weights)
         slid = replace(geometry, angles=angles)
-        if config.sliding_window < start + everything.max_length:
+        if isinstance(start, Tensor) or config.sliding_window < start + everything.max_length:
             windows = everything.rows(device) - (config.sliding_window - 1)
             windows = torch.maximum(windows, sequence_begins if begins is None else begins)
             bounds = bounds if kernel and KERNEL_TAKES_WINDOWS else None
@@ -243,9 +243,9 @@ class Geometry:
         return (lengths * (lengths + 1) / 2).sum()
 
 
-def fine_chunks(length: int, reach: int) -> int:
-    """In how many chunks `length` queries are computed that see keys up to `reach` before them."""
-    return max(1, min(MAX_FINE_CHUNKS, length // max(ROWS_PER_CHUNK, reach // 4)))
+def fine_chunks(length: int, back: int) -> int:
+    """In how many chunks `length` queries are computed whose keys are up to `back` rows before them."""
+    return max(1, min(MAX_FINE_CHUNKS, length // max(ROWS_PER_CHUNK, back // 4)))
 
 
 def reads_freely(device: torch.device) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +21,10 @@ from megamor.config.schema import RopeScalingConfig
 from megamor.config.segments import segments
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
-from megamor.model import Transformer, build_model, layouts
+from megamor.interop.dense import read_dense
+from megamor.interop.export import export_huggingface
+from megamor.load import load_model
+from megamor.model import KVCache, build_model, layouts
 from megamor.model.blocks import rotary_angles
 from megamor.model.flops import executed_flops, full_work, nominal_flops
 from megamor.model.layouts import Geometry
@@ -33,6 +38,7 @@ from tests.causality.test_causality import CUT, change_future, logits, modes
 from tests.causality.test_documents import check as check_documents
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
+from tests.decoding.test_cached_decoding import decode
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import StepResult, fresh_run, preload_deepspeed, relative_differences
 from tests.distributed.runs import tiny as tiny_run
@@ -62,7 +68,7 @@ def with_options(config: Config, **options: Any) -> Config:
     return replace(config, model=replace(config.model, **(options or OPTIONS)))
 
 
-def shaken(model: Transformer) -> Transformer:
+def shaken(model: Any) -> Any:
     """Give norms values that differ from their initial ones, each its own."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -72,74 +78,48 @@ def shaken(model: Transformer) -> Transformer:
     return model
 
 
-NAMES = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention": "self_attn",
-    "ffn": "mlp",
-    "embed": "model.embed_tokens",
-    "prelude": "model.layers",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-GEMMA_NAMES = {"attention_out_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
-GEMMA_NAMES |= {"ffn_out_norm": "post_feedforward_layernorm"}
-
-
-def family(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny random model of transformers, and the settings of ours that it corresponds to."""
+def dense_model(family: str) -> Any:
+    """A tiny random model of transformers."""
     import transformers
 
     common: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     common |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 12}
-    if name == "llama":
-        rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
+    if family == "llama":
+        rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
         config: Any = transformers.LlamaConfig(**common, rope_parameters=rope, tie_word_embeddings=False)
-        settings = {"rope_scaling": SCALING, "rope_theta": 500.0, "tied_head": False, "norm_eps": 1e-6}
-        return transformers.LlamaForCausalLM(config), settings
-    if name == "qwen3":
+        return transformers.LlamaForCausalLM(config)
+    if family == "qwen3":
         config = transformers.Qwen3Config(**common, tie_word_embeddings=True, rope_parameters={"rope_theta": 500.0})
-        return transformers.Qwen3ForCausalLM(config), {"qk_norm": True, "rope_theta": 500.0, "norm_eps": 1e-6}
+        return transformers.Qwen3ForCausalLM(config)
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1000.0}}
     rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 100.0}
     own = {"layer_types": types, "rope_parameters": rope, "sliding_window": 8, "query_pre_attn_scalar": 20}
-    config = transformers.Gemma3TextConfig(**common, **own)
-    settings = {**GEMMA, "qk_norm": True, "rope_theta": 1000.0, "norm_eps": 1e-6}
-    settings |= {"sliding_window": 8, "sliding_layers": (0, 2), "sliding_rope_theta": 100.0}
-    return transformers.Gemma3ForCausalLM(config), settings
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**common, **own))
 
 
-def renamed(name: str, gemma: bool) -> str:
-    """The name in transformers of one of our parameters."""
-    names = {**NAMES, **GEMMA_NAMES} if gemma else NAMES
-    return ".".join(names.get(part, part) for part in name.split("."))
-
-
-def corresponding(name: str) -> tuple[Any, Transformer]:
-    """A tiny random model of transformers, and ours with its weights."""
-    theirs, settings = family(name)
-    shaken(theirs)
-    shape = {"dim": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "head_width": 12, "max_seq_len": 64}
-    config = with_options(vanilla_config(3), **shape, **settings)
-    ours, stored = build_model(config), theirs.state_dict()
-    with torch.no_grad():
-        for own, parameter in ours.named_parameters():
-            value = stored[renamed(own, name == "gemma3")]
-            if name == "gemma3" and "norm" in own:
-                value = (value + 1) * (math.sqrt(12 / 20) if "q_norm" in own else 1)
-            parameter.copy_(value)
-    return theirs.eval(), ours
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_logits_are_those_of_transformers(name: str) -> None:
-    theirs, ours = corresponding(name)
-    ids = tokens(length=40)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_scaling": SCALING, "tied_head": False, "head_width": 12}),
+        ("qwen3", {"qk_norm": True, "tied_head": True, "head_width": 12}),
+        ("gemma3", {**GEMMA, "sliding_window": 8, "sliding_layers": (0, 2), "sliding_rope_theta": 100.0}),
+    ],
+)
+def test_logits_are_those_of_transformers(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """In one pass, and decoded step by step."""
+    theirs, ids = shaken(dense_model(family)).eval(), tokens(length=40)
+    theirs.save_pretrained(tmp_path)
+    imported = read_dense(tmp_path)
+    assert {name: getattr(imported.config.model, name) for name in settings} == settings
+    ours = build_model(imported.config)
+    ours.load_state_dict(imported.weights)
     with torch.no_grad():
         want, got = theirs(ids).logits, ours(ids, mode="causal").logits
+    stepwise, _, _ = decode(ours, ids, [20] + [1] * 20)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert (stepwise - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_rope_scaling_by_hand() -> None:
@@ -420,3 +400,30 @@ def test_backends_agree_with_one_process(backend: str, stage: int, monkeypatch: 
     losses, norms = relative_differences(train(single), train(parallel))
     assert losses < 1e-6
     assert norms < 2e-6  # see tests/distributed/test_zero.py
+
+
+def test_an_export_is_read_back(tmp_path: Path) -> None:
+    model = shaken(lively_model(with_options(tiny_config(ROUTERS["expert_choice"])), dtype=torch.float32))
+    export_huggingface(model, tmp_path)
+    again = load_model(tmp_path).model
+    assert again.config.model == model.config.model
+    assert again.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(again(tokens(), mode="causal").logits, model(tokens(), mode="causal").logits)
+
+
+def test_prompts_of_different_lengths_are_decoded_as_if_alone() -> None:
+    """A window is one of each sequence's own positions."""
+    model, ids = shaken(lively_model(config_of("ema_threshold", "hybrid", "middle_cycle"))), tokens()
+    lengths, steps = (10, 3, 7), 9
+    prompts = torch.stack([F.pad(row[:n], (10 - n, 0)) for row, n in zip(ids, lengths, strict=True)])
+    cache = KVCache(model.config.model, BATCH, SEQ_LEN, torch.float64)
+    with torch.no_grad():
+        columns = tuple(10 - n for n in lengths)
+        found = [model(prompts, mode="causal", cache=cache, lengths=lengths, columns=columns).logits[:, -1]]
+        for step in range(steps):
+            following = torch.stack([row[n + step] for row, n in zip(ids, lengths, strict=True)]).unsqueeze(1)
+            found.append(model(following, mode="causal", cache=cache).logits[:, -1])
+        for row, n, got in zip(ids, lengths, torch.stack(found, 1), strict=True):
+            alone = model(row[None, : n + steps], mode="causal").logits[0, n - 1 :]
+            torch.testing.assert_close(got, alone, atol=1e-10, rtol=0)
