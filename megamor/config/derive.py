@@ -43,7 +43,7 @@ class Derived:
     """Quantities printed at the start of a launch.
 
     `unique_parameters` counts each parameter once; `effective_parameters` counts a shared block once per recursion.
-    Like the paper's tables, both leave out the embedding, whose weights are also the output head.
+    Like the paper's tables, both leave out the embedding and the output head.
     """
 
     config: Config
@@ -134,7 +134,7 @@ def derive(config: Config, world_size: int, done: Consumed | None = None, expect
         decay_steps=decay_steps(config.optim, steps or 0),
         segments=found,
         unique_parameters=unique_parameters,
-        unique_parameters_with_embedding=unique_parameters + config.model.vocab_size * config.model.dim,
+        unique_parameters_with_embedding=unique_parameters + embedding_parameters(config.model),
         effective_parameters=sum(segment.num_applications for segment in found) * per_layer + outside_layers,
     )
 
@@ -171,13 +171,18 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
 
 def layer_parameters(model: ModelConfig) -> int:
     """Parameters of one block: query and output projections, keys and values, SwiGLU, norms."""
-    kv_dim = model.num_kv_heads * model.head_dim
-    return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + norm_parameters(model)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    return model.dim * heads + 3 * model.dim * model.ffn_dim + norm_parameters(model)
+
+
+def embedding_parameters(model: ModelConfig) -> int:
+    """Parameters of embedding and head, which may be the same matrix."""
+    return (1 if model.tied_head else 2) * model.vocab_size * model.dim
 
 
 def norm_parameters(model: ModelConfig) -> int:
-    """Parameters of a block's norms: two of the stream, and with `qk_norm` two of a head."""
-    return 2 * model.dim + (2 * model.head_dim if model.qk_norm else 0)
+    """Parameters of a block's norms: two of the stream (four with `sandwich_norms`), two of a head with `qk_norm`."""
+    return (4 if model.sandwich_norms else 2) * model.dim + (2 * model.head_dim if model.qk_norm else 0)
 
 
 def stage_parameters(stage: Segment) -> int:
@@ -194,9 +199,9 @@ def recursion_parameters(config: Config) -> int:
     A low-rank update of an n x m matrix has rank * (n + m) parameters (arXiv 2410.20672).
     """
     model, recursion = config.model, config.recursion
-    kv_dim = model.num_kv_heads * model.head_dim
     # n + m of each matrix: query and output, key and value, the three of SwiGLU.
-    sides = 2 * (model.dim + model.dim) + 2 * (model.dim + kv_dim) + 3 * (model.dim + model.ffn_dim)
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    sides = 4 * model.dim + heads + 3 * (model.dim + model.ffn_dim)
     # The block's own norms serve the first recursion.
     norms = (recursion.num_recursions - 1) * norm_parameters(model) if recursion.separate_norms else 0
     return norms + recursion.num_recursions * recursion.lora_rank * sides

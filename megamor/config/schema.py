@@ -99,7 +99,7 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Llama backbone (paper section 3): no biases, no dropout, output head tied to the embedding."""
+    """Llama backbone (paper section 3), without biases and dropout, and what related families do differently."""
 
     vocab_size: PositiveInt = 49152
     """Rows of the embedding; at least the size of the tokenizer's vocabulary."""

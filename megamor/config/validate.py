@@ -94,14 +94,20 @@ def _sources(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model = config.model
-    if model.dim % (2 * model.num_heads):
+    if model.head_width is not None and model.head_width % 2:
+        pairs = f"model.head_width = {model.head_width} is odd, and rotary embeddings need pairs"
+        yield f"{pairs}: use head_width {_multiples_around(model.head_width, 2)}"
+    elif model.head_width is None and model.dim % (2 * model.num_heads):
         widths = f"model.dim = {model.dim} can't be split into model.num_heads = {model.num_heads} heads of even width"
         fix = f"use dim {_multiples_around(model.dim, 2 * model.num_heads)}"
-        yield f"{widths} (rotary embeddings need pairs): {fix}"
+        yield f"{widths} (rotary embeddings need pairs): {fix}, or give head_width"
     if model.num_heads % model.num_kv_heads:
         divisors = _either([n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0])
         heads = f"model.num_heads = {model.num_heads} isn't divisible by model.num_kv_heads = {model.num_kv_heads}"
         yield f"{heads}: use num_kv_heads {divisors}"
+    if (scaling := model.rope_scaling) is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+        low = f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor}"
+        yield f"{low} isn't below high_freq_factor = {scaling.high_freq_factor}: lower it"
     if config.data.seq_len > model.max_seq_len:
         lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
         yield f"{lengths}: lower seq_len or raise max_seq_len"

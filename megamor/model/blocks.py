@@ -1,5 +1,7 @@
 """The Llama block on flat rows: RMSNorm, grouped-query attention with RoPE, SwiGLU (paper section 3 and appendix B).
 
+Settings make it that of Qwen3 (normalised queries and keys) or Gemma 3 (also norms behind each branch, and GeGLU).
+
 The caller tells a block which keys and values to attend to (`KeysValues`) and who sees whom (`AttentionLayout`). The
 same block code therefore serves every KV policy, activation checkpointing, cached decoding and serving.
 """
@@ -7,7 +9,9 @@ same block code therefore serves every KV policy, activation checkpointing, cach
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +43,18 @@ class RotaryAngles:
         return self if rows is None else RotaryAngles(self.cos[rows], self.signed_sin[rows])
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> RotaryAngles:
+def rotary_angles(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> RotaryAngles:
     """Angles of `positions` [N], in fp64 for fp64 models and fp32 otherwise."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
-    angles = torch.outer(positions.to(dtype), 1.0 / theta**exponents).unsqueeze(1)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if (scaling := config.rope_scaling) is not None:
+        # Llama 3: `kept` is 1 for frequencies that turn often in the context of old, 0 for those that hardly do.
+        turns = frequencies * (scaling.original_max_seq_len / (2 * math.pi))
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    angles = torch.outer(positions.to(dtype), frequencies).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     return RotaryAngles(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
@@ -153,12 +164,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, differences: Differences) -> None:
         super().__init__()
-        kv_dim = config.num_kv_heads * config.head_dim
+        q_dim, kv_dim = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         self.head_dim = config.head_dim
-        self.q_proj = SharedLinear(config.dim, config.dim, differences)
+        self.q_proj = SharedLinear(config.dim, q_dim, differences)
         self.k_proj = SharedLinear(config.dim, kv_dim, differences)
         self.v_proj = SharedLinear(config.dim, kv_dim, differences)
-        self.o_proj = SharedLinear(config.dim, config.dim, differences)
+        self.o_proj = SharedLinear(q_dim, config.dim, differences)
         self.q_norm, self.k_norm = (
             RMSNorm(config.head_dim, config.norm_eps, differences.num_norms) if config.qk_norm else None for _ in "qk"
         )
@@ -184,22 +195,24 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU or GeGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, differences: Differences) -> None:
         super().__init__()
+        gelu = partial(F.gelu, approximate="tanh")
+        self.activation: Callable[[Tensor], Tensor] = F.silu if config.ffn_activation == "silu" else gelu
         self.gate_proj = SharedLinear(config.dim, config.ffn_dim, differences)
         self.up_proj = SharedLinear(config.dim, config.ffn_dim, differences)
         self.down_proj = SharedLinear(config.ffn_dim, config.dim, differences)
 
     def forward(self, x: Tensor, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
-        hidden = F.silu(self.gate_proj(x, recursion)) * self.up_proj(x, recursion)
+        hidden = self.activation(self.gate_proj(x, recursion)) * self.up_proj(x, recursion)
         return self.down_proj(hidden, recursion)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual."""
+    """Pre-norm attention and feed-forward, each with its residual, and with a norm of what it adds if configured."""
 
     def __init__(self, config: ModelConfig, differences: Differences | None = None) -> None:
         super().__init__()
@@ -209,6 +222,10 @@ class Block(nn.Module):
         self.attention = Attention(config, differences)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, differences.num_norms)
         self.ffn = FeedForward(config, differences)
+        self.attention_out_norm, self.ffn_out_norm = (
+            RMSNorm(config.dim, config.norm_eps, differences.num_norms) if config.sandwich_norms else None
+            for _ in range(2)
+        )
         self.recomputation = Recomputation()
 
     def forward(
@@ -224,5 +241,10 @@ class Block(nn.Module):
         """The forward pass that `recomputation` may run a second time."""
         normed = self.attention_norm(x, recursion)
         attended, merged = self.attention(normed, angles, layout, keys_values, recursion)
+        if self.attention_out_norm is not None:
+            attended = self.attention_out_norm(attended, recursion)
         x = torch.add(x, attended, alpha=self.branch_scale)
-        return torch.add(x, self.ffn(self.ffn_norm(x, recursion), recursion), alpha=self.branch_scale), merged
+        hidden = self.ffn(self.ffn_norm(x, recursion), recursion)
+        if self.ffn_out_norm is not None:
+            hidden = self.ffn_out_norm(hidden, recursion)
+        return torch.add(x, hidden, alpha=self.branch_scale), merged

@@ -148,7 +148,7 @@ def untracked_recursions(config: Config, work: Work) -> int:
 
 def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: int = 0) -> float:
     """Projections of one block and their low-rank updates, for one token."""
-    shapes = [(model.dim, model.dim)] * 2 + [(model.dim, model.ffn_dim)] * 3
+    shapes = [(model.dim, model.num_heads * model.head_dim)] * 2 + [(model.dim, model.ffn_dim)] * 3
     if projects_kv:
         shapes += [(model.dim, model.num_kv_heads * model.head_dim)] * 2
     return 2.0 * sum(inner * outer + lora_rank * (inner + outer) for inner, outer in shapes)
@@ -166,7 +166,7 @@ def dense_pairs(model: ModelConfig, seq_len: int) -> float:
 
 def attention_flops(model: ModelConfig, pairs: float) -> float:
     """Scores and weighted values of one block's `pairs` of a query and a key."""
-    return 4 * model.dim * pairs
+    return 4 * model.num_heads * model.head_dim * pairs
 
 
 def end_flops(model: ModelConfig, lora_rank: int = 0) -> float:

@@ -24,9 +24,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "torch_attn::_varlen_attn",
     ),
     "mm": ("aten::mm",),
-    "silu": ("aten::silu",),
+    "silu": ("aten::silu", "aten::gelu"),
 }
-"""torch's operators by the names of `train.selective_ops`: all attention kernels, projections, SwiGLU's activation."""
+"""torch's operators by the names of `train.selective_ops`: attention kernels, projections, the gate's activation."""
 
 # Nothing in a block draws random numbers, so generator states need not be saved and restored.
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

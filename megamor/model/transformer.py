@@ -1,10 +1,10 @@
-"""The model: embedding, segments, final norm, tied head.
+"""The model: embedding, segments, final norm, head.
 
 One token's way through it: its id becomes a row [dim] of the stream (`embed`); the segments update the row one after
-another; the final norm follows; the row times the embedding's transpose gives the logits of the next token. A segment
-is either unshared blocks, in which the token attends to all earlier ones, or a recursion stage, which applies its
-shared blocks to it as often as the router decides (`model/recursion.py`). Most models have a prelude, one stage and a
-coda.
+another; the final norm follows; the row times the head's transpose gives the logits of the next token. The head is the
+embedding, unless the model has one of its own. A segment is either unshared blocks, in which the token attends to all
+earlier ones, or a recursion stage, which applies its shared blocks to it as often as the router decides
+(`model/recursion.py`). Most models have a prelude, one stage and a coda.
 
 The model knows one device and no parallelism. It exports a `ParallelPlan` that says what may be sharded as one unit;
 `megamor/parallel` applies it from outside.
@@ -30,7 +30,7 @@ from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage, StageOutput
+from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
@@ -73,7 +73,7 @@ class ParallelPlan:
     """How the model may be sharded and compiled.
 
     `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
-    weights are gathered once per pass; embedding and final norm stay with the root. `stages` are the modules whose
+    weights are gathered once per pass; embedding, norm and head stay with the root. `stages` are the modules whose
     loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
     `routers` compute with fp32 weights whatever the precision.
     """
@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         if not self.stages:
             self.stage = None
         self.norm = RMSNorm(config.model.dim, config.model.norm_eps)
+        own_head = None if config.model.tied_head else nn.Linear(config.model.dim, config.model.vocab_size, bias=False)
+        self.head: nn.Linear | None = own_head
         self.recomputation = Recomputation()
         self.exit: ExitRule | None = None
         self.depth_bounds: tuple[int, int] | None = None
@@ -116,6 +118,21 @@ class Transformer(nn.Module):
         self.recursions = most or final_recursions(self.config)
         for stage in self.stages.values():
             stage.limit_recursions(self.recursions)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [vocab, dim]: the embedding's weight, or the head's own."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on embedded tokens."""
+        return self.config.model.dim**0.5 if self.config.model.scale_embedding else 1.0
+
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Token ids [N], or their rows [N, dim] of the embedding, as rows of the stream, [N, dim]."""
+        rows: Tensor = inputs if inputs.is_floating_point() else self.embed(inputs)
+        return rows * self.embedding_scale if self.config.model.scale_embedding else rows
 
     @property
     def stages(self) -> dict[str, RecursionStage]:
@@ -140,6 +157,9 @@ class Transformer(nn.Module):
         lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
         score_tokens: bool = False,
+        columns: tuple[int, ...] | None = None,
+        keep: slice | Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -147,18 +167,22 @@ class Transformer(nn.Module):
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
-        token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
-        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
-        the number of the first sequence in the batch of the step, over all ranks and micro-batches. `score_tokens` adds
-        the `scores` of single labels, without gradients.
+        token, in the causal mode. Of sequence b, only `lengths[b]` tokens are real (None: all are): those from
+        `columns[b]` on (None: the first; with a cache they must be the last). The rest is padding: it isn't computed,
+        its logits are 0 and it has no influence on anything. `first_sequence` is the number of the first sequence in
+        the batch of the step, over all ranks and micro-batches. `score_tokens` adds the `scores` of single labels,
+        without gradients. `inputs` may also be rows of the embedding [B, S, dim], unless a router reads the text.
+        `keep` are the columns whose logits are wanted (None: all). `states` receives the stream [B, S, dim] after the
+        embedding and after each unshared block and each recursion; instead of the last one, that after the final norm.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
-        assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
+            assert cache is None, "nothing but padding to decode"
             return self.run_nothing(inputs, labels, mode, step, score_tokens)
-        start = 0 if cache is None else cache.num_tokens
-        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
+        start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
+        dtype = self.embed.weight.dtype
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":
@@ -178,25 +202,30 @@ class Transformer(nn.Module):
             begins=geometry.begins,
             memory=None if cache is None else cache.memory,
         )
-        x, outputs = self.embed(window.unpad(inputs)), {}
+        x, outputs = self.embedded(window.unpad(inputs)), {}
+        add_state(states, window, x)
         for segment in self.segments:
             if segment.schedule:
-                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache)
+                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache, states)
                 x = outputs[segment.prefix].stream
                 context = replace(context, stage=context.stage + 1)
             else:
-                x = self.run_unshared(segment.name, x, geometry, cache)
+                x = self.run_unshared(segment.name, x, geometry, cache, states)
         x = self.norm(x)
+        if states:
+            states[-1] = window.pad(x)
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.embed.weight))
+            kept = x if keep is None else window.pad(x)[:, keep]
+            logits = F.linear(kept, self.embed.weight) if self.head is None else self.head(kept)
+            logits = window.pad(logits) if keep is None else logits
         else:
             labels = window.unpad(labels)
             if score_tokens:
-                scores = TokenScores(*map(window.pad, token_scores(x, self.embed.weight, labels)))
+                scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss_sum = linear_cross_entropy(x, self.embed.weight, labels, z_coeff)
+            loss_sum, z_loss_sum = linear_cross_entropy(x, self.head_weight, labels, z_coeff)
             z_loss_sum = z_loss_sum if z_coeff else None
             num_tokens = (labels != IGNORE).sum()
             pairs = geometry.visible_pairs(everything, everything)
@@ -214,7 +243,9 @@ class Transformer(nn.Module):
             return text_keys(geometry.window.unpad(inputs), order)
         whole = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
         order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
-        return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
+        if cache.padding is not None:
+            order = (order - cache.padding.unsqueeze(1)).clamp_min(0)
+        return geometry.window.unpad(text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :])
 
     def run_nothing(
         self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool
@@ -237,7 +268,9 @@ class Transformer(nn.Module):
             scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 
-    def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+    def run_unshared(
+        self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None, states: list[Tensor] | None = None
+    ) -> Tensor:
         """x [T, dim] through the unshared blocks of the segment `group`, which see every token."""
         everything = geometry.everything
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
@@ -245,11 +278,14 @@ class Transformer(nn.Module):
             if cache is not None:
                 keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
             x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
+            add_state(states, geometry.window, x)
         return x
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all parameters: Normal(0, init_std) for matrices (projections, embedding, routers), one for norms.
+
+        An embedding that is scaled has this deviation after scaling, so that a tied head's first logits stay small.
 
         Buffers and recursion embeddings become zero; routers initialise whatever else they have (`Router.reset`).
         """
@@ -259,7 +295,8 @@ class Transformer(nn.Module):
             if isinstance(module, ZeroLinear):
                 module.weight.zero_()
             elif isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.model.init_std, generator=generator)
+                scale = self.embedding_scale if module is self.embed else 1.0
+                module.weight.normal_(0.0, self.config.model.init_std / scale, generator=generator)
             elif isinstance(module, RMSNorm):
                 for weight in (module.weight, *module.others):
                     weight.fill_(1.0)
@@ -278,7 +315,7 @@ class Transformer(nn.Module):
 
     def readout(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.norm(x), self.embed.weight)
+        logits = F.linear(self.norm(x), self.head_weight)
         # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -309,7 +346,7 @@ class Transformer(nn.Module):
         return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
 
     def num_parameters(self) -> int:
-        """Unique parameters, embedding (tied with the head) included."""
+        """Unique parameters, embedding and head included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

@@ -103,6 +103,11 @@ class BlockRows:
         return self.count * self.config.model.dim * self.sizes.stream
 
     @property
+    def heads(self) -> int:
+        """Width of all query heads together."""
+        return self.config.model.num_heads * self.config.model.head_dim
+
+    @property
     def keys_values(self) -> float:
         """Bytes of the keys and values that the rows attend to."""
         model = self.config.model
@@ -120,18 +125,22 @@ class BlockRows:
         # and up instead; share-first computes no keys and values, which leaves three.
         autocast = size < self.sizes.stream
         normed = 2 if not autocast else 3 if self.shares == "share_first" else 5
-        width = (normed + 2) * model.dim + 4 * model.ffn_dim  # + 2: queries, and attention's output
+        width = normed * model.dim + 2 * self.heads + 4 * model.ffn_dim  # twice: queries, and attention's output
         statistics = (2 + model.num_heads) * STATISTIC
+        if model.sandwich_norms:
+            # What the branches add, before it is normalised; on a CPU, autocast keeps two copies of it in fp32.
+            width += 2 * model.dim * (4 if autocast and not self.sizes.on_gpu else 1)
+            statistics += 2 * STATISTIC
         saved = 2 * self.stream + self.count * (width * size + statistics)
         if model.qk_norm:
             # Queries and keys before they are normalised; on a CPU, autocast keeps two copies of them in fp32.
-            heads = self.count * model.dim * size + self.fresh / 2
+            heads = self.count * self.heads * size + self.fresh / 2
             saved += heads * (4 if autocast and not self.sizes.on_gpu else 1) + self.count * model.num_heads * STATISTIC
         if self.shares != "share_first":
             saved += self.keys_values
         if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
-            saved += 2 * self.keys * model.dim * size
+            saved += 2 * self.keys * self.heads * size
         if model.attention == "multi_scale":
             # Each chunk of queries copies the keys and values that it sees; on a GPU, once for each query head.
             heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
@@ -139,7 +148,7 @@ class BlockRows:
         if (not self.sizes.on_gpu and (self.uneven or self.shares)) or model.attention == "multi_scale":
             # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together. So
             # does that of chunks.
-            saved += self.count * model.dim * size
+            saved += self.count * self.heads * size
         return saved
 
     def chunked_keys(self) -> float:
@@ -161,15 +170,18 @@ class BlockRows:
             again -= sum(results[op] for op in train.selective_ops)
             if "mm" in train.selective_ops:
                 # The policy keeps every product, also the last of attention and of SwiGLU, which backward doesn't need.
-                kept += 2 * self.count * self.config.model.dim * self.sizes.products
+                # Norms behind the branches need them.
+                unused = 0 if self.config.model.sandwich_norms else 2
+                kept += unused * self.count * self.config.model.dim * self.sizes.products
         return kept, again
 
     def _results(self) -> dict[str, float]:
         """Bytes of a block's results that the backward pass needs, by operation as in `train.selective_ops`."""
         model, size = self.config.model, self.sizes.products
         return {
-            "mm": self.count * (model.dim + 2 * model.ffn_dim) * size + self.fresh,
-            "sdpa": self.count * (model.dim * size + model.num_heads * STATISTIC),
+            "mm": self.count * (self.heads + 2 * model.dim * model.sandwich_norms + 2 * model.ffn_dim) * size
+            + self.fresh,
+            "sdpa": self.count * (self.heads * size + model.num_heads * STATISTIC),
             "silu": self.count * model.ffn_dim * size,
         }
 

@@ -182,11 +182,13 @@ def memory_during_step(
     # in the forward pass and made again for one span at a time.
     if config.train.activation_checkpointing == "none":
         always, copies = in_forward, 0.0
-    # The head's gradient waits until the end for that of the embedding, with which it shares its weights.
-    head = config.model.vocab_size * config.model.dim * sizes.products
+    # A tied head's gradient waits until the end for that of the embedding; a head of its own is done with its own.
+    weight = config.model.vocab_size * config.model.dim
+    head = weight * sizes.products if config.model.tied_head else 0
     hidden = config.train.micro_batch_size * config.data.seq_len * config.model.dim
-    yield replace(always, activations=activations, loss=loss + head + hidden * sizes.products)
-    gradients = always.gradients
+    yield replace(always, activations=activations, loss=loss + weight * sizes.products + hidden * sizes.products)
+    own_head = 0 if config.model.tied_head else weight
+    gradients = always.gradients + held.gradients * own_head
     left: dict[str, float] = dict(counts)
     # Backward: what a span holds while it is at work, then what remains while its finished unit is reduced.
     for index, span in reversed(list(enumerate(parts))):
@@ -206,7 +208,7 @@ def memory_during_step(
         if is_done:
             gathered += held.reduced * size
             yield replace(always, gradients=gradients, gathered=gathered, activations=activations, loss=head)
-    gradients += held.gradients * root
+    gradients += held.gradients * (root - own_head)
     yield replace(always, gradients=gradients, loss=head)
     if matrices := muon_parameters(config):
         # Muon's update: momenta with the gradient added, results, and three copies of a batch in Newton-Schulz.

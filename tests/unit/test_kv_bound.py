@@ -116,7 +116,7 @@ def test_scores_are_the_attention_received() -> None:
     with torch.no_grad():
         normed = block.attention_norm(model.embed(ids))
         q, k = (block.attention.heads(p(normed)) for p in (block.attention.q_proj, block.attention.k_proj))
-        angles = rotary_angles(torch.arange(SEQ_LEN), config.model.head_dim, config.model.rope_theta, q.dtype)
+        angles = rotary_angles(torch.arange(SEQ_LEN), config.model, q.dtype)
         q, k = (torch.stack([angles.rotate(row) for row in x]).transpose(1, 2) for x in (q, k))
         scores = q @ k.repeat_interleave(2, 1).mT / config.model.head_dim**0.5
         future = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).triu(1)

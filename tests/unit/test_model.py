@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.config import ModelConfig
 from megamor.config.derive import derive
 from megamor.config.segments import segments
 from megamor.model import Transformer, build_model, elementwise
@@ -324,7 +325,8 @@ def test_hand_written_gradients(function: str) -> None:
         assert torch.autograd.gradcheck(lambda x, w: elementwise.rms_norm(x, w, 1e-5), arguments)
         found, wanted = elementwise.rms_norm(*arguments, 1e-5), F.rms_norm(arguments[0], (12,), arguments[1], 1e-5)
     else:
-        x, angles = random(5, 3, 8), rotary_angles(torch.arange(5), 8, 10.0, torch.float64)
+        shape = ModelConfig(head_width=8, rope_theta=10.0)
+        x, angles = random(5, 3, 8), rotary_angles(torch.arange(5), shape, torch.float64)
         assert torch.autograd.gradcheck(angles.rotate, (x,))
         found = angles.rotate(x)
         wanted = x * angles.cos + torch.cat((x[..., 4:], x[..., :4]), -1) * angles.signed_sin

@@ -78,11 +78,10 @@ class BatchGraphs:
     def make(self, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, numbers: Tensor) -> RecordedGraph:
         """Record the blocks on x [width, dim] with `numbers`, all of padding rows."""
         numbers = numbers.contiguous()
-        head_dim, theta = self.config.head_dim, self.config.rope_theta
 
         def run() -> Tensor:
             (positions, addresses, ends), tables = numbers[:3].unbind(), numbers[3:].T
-            angles = rotary_angles(positions, head_dim, theta, x.dtype)
+            angles = rotary_angles(positions, self.config, x.dtype)
             layout = single_rows_layout(tables, ends, self.page_size, x.dtype)
             y = x
             for block, (k, v) in zip(blocks, stores, strict=True):

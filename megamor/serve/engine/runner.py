@@ -135,7 +135,7 @@ class Runner:
         """Embedding, prelude and routing; returns the rows of each chunk that take the first recursion."""
         slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.length]]
-        x = self.run_edge("prelude", self.model.embed(self.tensor(ids)), chunks, first_layer=0)
+        x = self.run_edge("prelude", self.model.embedded(self.tensor(ids)), chunks, first_layer=0)
         self.put("stream", slots, x)
         stage = self.model.stage
         if stage is None:
@@ -236,9 +236,8 @@ class Runner:
     def block_call(self, rows: KVRows) -> BlockCall:
         """How blocks are called on `rows`."""
         writers = [row for row, address in enumerate(rows.addresses) if address is not None]
-        config = self.model.config.model
         return BlockCall(
-            rotary_angles(self.tensor(rows.positions), config.head_dim, config.rope_theta, self.dtype),
+            rotary_angles(self.tensor(rows.positions), self.model.config.model, self.dtype),
             paged_layout(rows.views, self.page_size, self.dtype, self.device),
             self.tensor([rows.addresses[row] for row in writers]),
             None if len(writers) == len(rows.addresses) else self.tensor(writers),
