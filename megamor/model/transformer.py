@@ -28,7 +28,7 @@ from megamor.errors import ConfigError
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -44,7 +44,8 @@ class ModelOutput(NamedTuple):
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
     sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
-    `scores` [B, S] exist where they were asked for.
+    `scores` [B, S] exist where they were asked for. With a teacher, `distill_loss_sum` is the loss of learning from
+    it, whose gradient `loss_sum` has. `hidden` [T, dim] are the rows that the head would be given.
     With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
     names of `ratios` and `totals` begin with `Segment.prefix`.
     """
@@ -60,6 +61,8 @@ class ModelOutput(NamedTuple):
     pairs: Tensor | None = None
     z_loss_sum: Tensor | None = None
     scores: TokenScores | None = None
+    distill_loss_sum: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def probes(self) -> Tensor:
@@ -157,6 +160,8 @@ class Transformer(nn.Module):
         lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
         score_tokens: bool = False,
+        teacher: Teacher | None = None,
+        predict: bool = True,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -167,13 +172,14 @@ class Transformer(nn.Module):
         token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
         follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
         the number of the first sequence in the batch of the step, over all ranks and micro-batches. `score_tokens` adds
-        the `scores` of single labels, without gradients.
+        the `scores` of single labels, without gradients. The loss has a `teacher`'s too, whose rows are this pass's
+        real tokens. Without `predict`, the result is `hidden` instead of logits.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
-            return self.run_nothing(inputs, labels, mode, step, score_tokens)
+            return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
         start = 0 if cache is None else cache.num_tokens
         geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
@@ -204,24 +210,27 @@ class Transformer(nn.Module):
             else:
                 x = self.run_unshared(segment.name, x, geometry, cache)
         x = self.norm(x)
-        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
         if labels is None:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.head_weight))
+            logits = window.pad(F.linear(x, self.head_weight)) if predict else None
         else:
             labels = window.unpad(labels)
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss_sum = linear_cross_entropy(x, self.head_weight, labels, z_coeff)
-            z_loss_sum = z_loss_sum if z_coeff else None
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            z_loss_sum = z_loss if z_coeff else None
+            distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()
+        if labels is not None or not predict:
             pairs = geometry.visible_pairs(everything, everything)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
             cache.advance(depth, inputs.shape[1])
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores)
+        found = logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores
+        return ModelOutput(*found, distill_loss_sum, None if predict else x)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -234,7 +243,7 @@ class Transformer(nn.Module):
         return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
 
     def run_nothing(
-        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool
+        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool, distills: bool
     ) -> ModelOutput:
         """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
 
@@ -251,6 +260,7 @@ class Transformer(nn.Module):
             depth=None if one.depth is None else one.depth.new_full(inputs.shape, -1),
             work=None if one.work is None else 0 * one.work,
             pairs=None if one.pairs is None else 0 * one.pairs,
+            distill_loss_sum=0 * one.loss_sum.detach() if distills and one.loss_sum is not None else None,
             scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 

@@ -47,13 +47,13 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
         return {}, ["starting from the beginning"]
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     # Only one rank looks, so that all read the same checkpoint of a run that may still be training.
-    path = from_first_rank(lambda: _locate(str(expanded.init.from_)))
+    path = from_first_rank(lambda: locate(str(expanded.init.from_)))
     source = run_on_all_ranks(lambda: read_source(path))
     told = run_on_all_ranks(lambda: _load(model, expanded, source))
     return source.origin, [f"starting from {describe_origin(source.origin)}", *told]
 
 
-def _locate(source: str) -> str:
+def locate(source: str) -> str:
     """`source`, or the checkpoint that it means, after a comparison with all hashes of its manifest."""
     if is_dense(source) or is_export(Path(source)):
         return source
@@ -62,7 +62,7 @@ def _locate(source: str) -> str:
 
 def _load(model: Transformer, config: Config, source: Source) -> list[str]:
     """Copy weights of `source` into `model`; returns what should be told."""
-    _check_tokenizer(source, config)
+    check_tokenizer(source, config)
     weights = source.weights | (_averages(source) if config.init.average else {})
     selection = Selection.of(weights, source.config, model, config)
     own = model.state_dict()
@@ -203,7 +203,7 @@ def _warnings(source: Source, config: Config) -> Iterator[str]:
             yield f"warning: the source was trained with another {change}"
 
 
-def _check_tokenizer(source: Source, config: Config) -> None:
+def check_tokenizer(source: Source, config: Config) -> None:
     """Refuse another tokenizer than the source's: its ids would mean other tokens.
 
     Two files are the same tokenizer if they give a text the same ids; decoders and templates may differ.
