@@ -148,7 +148,11 @@ def observe(
     batch_size: int = 16,
     watch: Progress = lambda batches, total, description: batches,
 ) -> Observations:
-    """Run `sequences` windows of `data` (None: all), evenly spread, through the model; `watch` as in evaluation."""
+    """Run `sequences` windows of `data` (None: all), evenly spread, through the model; `watch` as in evaluation.
+
+    Routers see all tokens, so those that a loss mask leaves out are observed too.
+    """
+    data = data.all_tokens
     starts, device, first, rows = data.starts(sequences), model.embed.weight.device, 0, []
     labels = torch.empty(0)
     with watching(model, lambda: labels) as views:

@@ -86,6 +86,7 @@ def describe(shard: TokenShard, meta: ShardMeta | None) -> dict[str, Any]:
         "longest_sequence": int(lengths.max()) if len(lengths) else 0,
         "median_sequence": int(np.median(lengths)) if len(lengths) else 0,
         "empty_sequences": int((lengths == 0).sum()),
+        "counted_tokens": None if shard.loss_mask is None else int(np.count_nonzero(shard.loss_mask)),
         "tokenizer": meta and {"name": meta.tokenizer_name, "sha256": meta.tokenizer_sha256},
         "vocab_size": meta and meta.vocab_size,
         "end_of_document": meta and {"token": meta.eod_token, "id": meta.eod_id, "appended": meta.eod_appended},
@@ -100,6 +101,8 @@ def first_documents(
 
     Raises DataError if `tokenizer` is not the one that wrote the data.
     """
+    import numpy as np
+
     if tokenizer and meta and not meta.written_with(tokenizer):
         raise DataError(f"{tokenizer} is not the tokenizer that wrote {shard.prefix}; give that one")
     if not tokenizer and meta and meta.tokenizer_name:
@@ -111,12 +114,16 @@ def first_documents(
         from megamor.corpus.tokenizer import TextEncoder
 
         decode = TextEncoder.load(tokenizer).tokenizer.decode
-    documents = []
+    documents: list[dict[str, Any]] = []
     for number in range(min(count, shard.num_documents)):
         ids = shard.document(number)
         shown = ids[:_DOCUMENT_TOKENS_SHOWN].tolist()
         text = decode(shown, skip_special_tokens=False) if decode else None
         documents.append({"tokens": len(ids), "ids": shown, "text": text})
+        if shard.loss_mask is not None:
+            start = int(shard.starts_of(np.array([number]))[0])
+            counted_ids = ids[shard.loss_mask[start : start + len(ids)] != 0][:_DOCUMENT_TOKENS_SHOWN].tolist()
+            documents[-1]["counted"] = decode(counted_ids, skip_special_tokens=False) if decode else counted_ids
     return documents
 
 
@@ -130,6 +137,8 @@ def print_report(report: dict[str, Any]) -> None:
         ("tokens", f"{report['tokens']:,} ({report['dtype']}; {report['bytes'] / 1e6:,.1f} MB with the index)"),
         ("sequences", f"{report['sequences']:,}: {lengths}{empty}"),
     ]
+    if (labels := report["counted_tokens"]) is not None:
+        rows.append(("loss mask", f"{labels:,} of {report['tokens']:,} tokens count in the loss"))
     tokenizer, eod = report["tokenizer"], report["end_of_document"]
     if tokenizer is None:
         rows.append(("tokenizer", "unknown: no side file (data of Megatron-LM or GPT-NeoX)"))
@@ -144,7 +153,8 @@ def print_report(report: dict[str, Any]) -> None:
             rows.append(("source", f"{source['name']}: {size}"))
     for number, document in enumerate(report["first_documents"]):
         start = str(document["ids"]) if document["text"] is None else repr(document["text"])
-        rows.append((f"document {number}", f"{counted(document['tokens'], 'token')}: {start}"))
+        marked = f"; counted: {document['counted']!r}" if "counted" in document else ""
+        rows.append((f"document {number}", f"{counted(document['tokens'], 'token')}: {start}{marked}"))
     read = "and tokens" if report["contents_verified"] else "not the tokens (large; --verify reads them)"
     rows.append(("intact", f"sizes, index {read}"))
     # A pipe into grep gets whole lines.

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING
 
 from megamor.cli import INPUT_KINDS, command_parser, counted, parse_separator
 from megamor.corpus import ACCELERATORS, BUILT_IN_TOKENIZERS, DEFAULT_EOD_TOKENS
-from megamor.errors import ConfigError, user_errors
+from megamor.errors import ConfigError, DataError, user_errors
 
 if TYPE_CHECKING:
     from megamor.corpus.encode import EncodeOptions
@@ -88,6 +88,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("argument --eod-token: the token is empty; leave the option out for the default")
     if args.document_separator == []:  # what argparse makes of `--separator=--`
         parser.error(r"argument --document-separator: write -- as '\x2d\x2d'")
+    if (args.prompt_key is None) != (args.answer_key is None):
+        parser.error("--prompt-key and --answer-key go together: give both or none")
+    if args.prompt_key is not None:
+        if args.document_separator or args.hf_dataset:
+            parser.error("--prompt-key reads JSON lines (--input), one document each: no --document-separator")
+        args.json_key = args.prompt_key
     return args
 
 
@@ -114,6 +120,13 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--json-key", default="text", metavar="KEY", help="key or column of the text, such as meta.text (default: text)"
     )
+    group.add_argument(
+        "--prompt-key",
+        metavar="KEY",
+        help="for supervised fine-tuning: key of the prompt in JSON lines. It is joined with the answer as it is, and "
+        "only the answer's tokens count in the loss, which PREFIX.loss_mask says (docs/finetuning.md)",
+    )
+    group.add_argument("--answer-key", metavar="KEY", help="key of the answer, with the space that it begins with")
     group.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
@@ -173,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.shard and not texts.size:
         raise ConfigError("--shard needs an input of known size; leave out --hf-streaming")
     tokenizer = open_tokenizer(args, texts)
+    keys = (args.json_key, args.document_separator, args.answer_key)
     options = EncodeOptions(
         json_key=args.json_key,
         separator=args.document_separator,
@@ -181,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         skip_bad=args.on_bad_line == "skip",
         min_tokens=args.min_length,
         hashes=args.deduplicate,
-        **({"held_out": read_held_out(args.holdout, args.json_key, args.document_separator)} if args.holdout else {}),
+        answer_key=args.answer_key,
+        **({"held_out": read_held_out(args.holdout, *keys)} if args.holdout else {}),
     )
     encode, accelerator = choose_encoder(args.accelerator, tokenizer.encoder)
     print(f"accelerator: {accelerator}", flush=True)
@@ -228,10 +243,14 @@ def parse_fractions(split: str | None) -> tuple[float, ...]:
 
 def open_input(args: argparse.Namespace) -> TextInput:
     """The texts that the command line names. Raises DataError if they can't be opened."""
-    from megamor.corpus.text import find_files
+    from megamor.corpus.text import find_files, kind_of
 
     if args.input:
-        return find_files(args.input, args.json_key, args.document_separator)
+        found = find_files(args.input, args.json_key, args.document_separator)
+        wrong = [path for path in found.paths if args.prompt_key and kind_of(path) not in ("jsonl", "json")]
+        if wrong:
+            raise DataError(f"--input {wrong[0]}: --prompt-key and --answer-key need JSON lines; convert the file")
+        return found
     from megamor.corpus.hub import DatasetInput
 
     name, config, split, revision = args.hf_dataset, args.hf_config, args.hf_split, args.hf_revision
@@ -270,7 +289,9 @@ def _all_texts(args: argparse.Namespace, texts: TextInput) -> Iterator[str]:
 
     tell("reading all of the input for its characters")
     for chunk in texts.chunks():
-        yield from parse_chunk(chunk, args.json_key, args.document_separator, skip_bad=args.on_bad_line == "skip").texts
+        skip, answer_key = args.on_bad_line == "skip", args.answer_key
+        found = parse_chunk(chunk, args.json_key, args.document_separator, skip_bad=skip, answer_key=answer_key)
+        yield from found.texts
 
 
 def make_job(

@@ -67,7 +67,7 @@ class HashLog:
         self._file.write(hashes[new].astype("<u8").tobytes())
         if not new.all():
             chunk.tokens[split] = chunk.tokens[split][np.repeat(new, lengths)]
-            chunk.lengths[split] = lengths[new]
+            chunk.lengths[split], chunk.prompts[split] = lengths[new], chunk.prompts[split][new]
         return int(np.count_nonzero(~new))
 
     def sync(self) -> None:
@@ -108,22 +108,25 @@ class SeenHashes:
         return new
 
 
-def read_held_out(path: str, key: str, separator: str | None = None) -> NDArray[np.uint64]:
+def read_held_out(
+    path: str, key: str, separator: str | None = None, answer_key: str | None = None
+) -> NDArray[np.uint64]:
     """Sorted hashes [n] of the documents to leave out.
 
     `path` holds the documents themselves, in any form that is accepted as input, or under another name (`.hashes`, say)
     one hash per line: 16 hexadecimal digits as printed by `b2sum --length 64`. Raises DataError for anything else.
     """
-    hashes = _hashes_of_texts(path, key, separator) if path.lower().endswith(SUFFIXES) else _hashes_of_lines(path)
+    texts = path.lower().endswith(SUFFIXES)
+    hashes = _hashes_of_texts(path, key, separator, answer_key) if texts else _hashes_of_lines(path)
     found = np.unique(np.fromiter(hashes, np.uint64))
     if not len(found):
         raise DataError(f"--holdout {path} names no document; give texts or hashes, or leave the option out")
     return found
 
 
-def _hashes_of_texts(path: str, key: str, separator: str | None) -> Iterator[int]:
+def _hashes_of_texts(path: str, key: str, separator: str | None, answer_key: str | None) -> Iterator[int]:
     for chunk in find_files([path], key, separator, option="--holdout").chunks():
-        yield from map(document_hash, parse_chunk(chunk, key, separator).encoded)
+        yield from map(document_hash, parse_chunk(chunk, key, separator, answer_key=answer_key).encoded)
 
 
 def _hashes_of_lines(path: str) -> Iterator[int]:

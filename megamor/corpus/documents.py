@@ -7,7 +7,7 @@ is parsed again by `json`, which accepts a little more and has error messages fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
@@ -49,12 +49,19 @@ class Counts:
 @dataclass
 class Documents:
     """The texts of a chunk as strings and as UTF-8, the number of each one's record, and the counts of what was left
-    out."""
+    out. Of records with an answer also the `prompts`, with which the texts begin."""
 
     texts: list[str] = field(default_factory=list)
     encoded: list[bytes] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+
+    def chosen(self, indices: Sequence[int]) -> Documents:
+        """Those at `indices`, with the same counts."""
+        rows = [(self.texts[i], self.encoded[i], self.numbers[i]) for i in indices]
+        prompts = [self.prompts[i] for i in indices] if self.prompts else []
+        return Documents([t for t, _, _ in rows], [e for _, e, _ in rows], [n for *_, n in rows], prompts, self.counts)
 
 
 def document_hash(encoded: bytes) -> int:
@@ -63,12 +70,20 @@ def document_hash(encoded: bytes) -> int:
 
 
 def parse_chunk(
-    chunk: TextChunk, key: str, separator: str | None = None, *, skip_bad: bool = False, keep_empty: bool = False
+    chunk: TextChunk,
+    key: str,
+    separator: str | None = None,
+    *,
+    skip_bad: bool = False,
+    keep_empty: bool = False,
+    answer_key: str | None = None,
 ) -> Documents:
     """The documents of `chunk`. JSON objects hold them under `key`; `separator` comes between documents in a text.
 
     `a.b` is the key `b` of the object `a`, unless there is a key `a.b`. Documents without text are left out unless
-    `keep_empty`. Raises DataError naming file and line of the first bad record, unless such records are skipped.
+    `keep_empty`. With `answer_key`, `key` is that of a prompt, and a text is the prompt followed by the answer; white
+    space between them belongs to the answer, as in lm-eval. Raises DataError naming file and line of the first bad
+    record, unless such records are skipped.
     """
     found = Documents()
     if separator and isinstance(chunk.data, bytes) and chunk.kind == "txt":
@@ -78,7 +93,12 @@ def parse_chunk(
             found.counts.blank += 1
             continue
         try:
-            text = _parse(record, chunk.kind, key)
+            text = prompt = _parse(record, chunk.kind, key)
+            if answer_key is not None:
+                answer = _parse(record, chunk.kind, answer_key)
+                if not answer or answer.isspace():
+                    raise ValueError(f"the answer {answer_key!r} is empty, so no token of it would count")
+                prompt, text = prompt.rstrip(), prompt + answer
             texts = [text] if not separator or chunk.kind == "txt" else _split(text, separator)
             encoded = [_encode(each) for each in texts]
         except ValueError as error:
@@ -96,6 +116,7 @@ def parse_chunk(
                 found.texts.append(text)
                 found.encoded.append(data)
                 found.numbers.append(number)
+                found.prompts += [prompt] if answer_key is not None else []
     return found
 
 
@@ -158,7 +179,8 @@ def _look_up(record: Any, key: str) -> Any:
     if rest and isinstance(record, dict) and isinstance(record.get(head), dict):
         return _look_up(record[head], rest)
     keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
-    raise ValueError(f"no key {key!r} (found: {keys}); name the right one with --json-key")
+    options = "--json-key (or --prompt-key, --answer-key)"
+    raise ValueError(f"no key {key!r} (found: {keys}); name the right one with {options}")
 
 
 def _require_text(value: Any, key: str) -> str:

@@ -134,7 +134,7 @@ class EncodeOptions:
     """What happens to a document. `fractions` are those of the splits and add up to 1.
 
     `held_out` are sorted hashes [n] of documents to leave out. `min_tokens` doesn't count the end-of-document token.
-    `hashes` asks for the hash of every document.
+    `hashes` asks for the hash of every document. With `answer_key`, `json_key` is that of the prompts.
     """
 
     json_key: str = "text"
@@ -145,17 +145,22 @@ class EncodeOptions:
     min_tokens: int = 0
     held_out: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     hashes: bool = False
+    answer_key: str | None = None
 
 
 @dataclass
 class EncodedChunk:
-    """The documents of a chunk: for each split the concatenated ids, the lengths, and the hashes if asked for."""
+    """The documents of a chunk: for each split the concatenated ids, the lengths, and the hashes if asked for.
+
+    `prompts` are the tokens of each document that don't count in the loss; 0 without `EncodeOptions.answer_key`.
+    """
 
     chunk: TextChunk
     counts: Counts
     tokens: list[NDArray[Any]] = field(default_factory=list)
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
     hashes: list[NDArray[np.uint64]] = field(default_factory=list)
+    prompts: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 class ChunkEncoder:
@@ -173,7 +178,9 @@ class ChunkEncoder:
     def encode(self, chunk: TextChunk) -> EncodedChunk:
         """The ids of `chunk`. Raises DataError naming the file for a bad record, unless those are skipped."""
         options = self._options
-        documents = parse_chunk(chunk, options.json_key, options.separator, skip_bad=options.skip_bad)
+        documents = parse_chunk(
+            chunk, options.json_key, options.separator, skip_bad=options.skip_bad, answer_key=options.answer_key
+        )
         result = EncodedChunk(chunk, documents.counts)
         hashes = np.array([document_hash(data) for data in documents.encoded if self._needs_hashes], np.uint64)
         if len(options.held_out):
@@ -181,18 +188,40 @@ class ChunkEncoder:
             nearest = np.minimum(np.searchsorted(options.held_out, hashes), len(options.held_out) - 1)
             kept = np.flatnonzero(options.held_out[nearest] != hashes)
             result.counts.held_out = len(hashes) - len(kept)
-            documents.texts = [documents.texts[number] for number in kept]
-            documents.encoded = [documents.encoded[number] for number in kept]
-            documents.numbers = [documents.numbers[number] for number in kept]
+            documents = documents.chosen(kept.tolist())
             hashes = hashes[kept]
         result.counts.text_bytes = sum(map(len, documents.encoded))
-        ids = self._encode_documents(chunk, documents)
+        ids, prompts = self._encode_documents(chunk, documents), np.zeros(len(documents.texts), np.int64)
+        if options.answer_key is not None:
+            ids, prompts = self._join_answers(chunk, documents, ids)
         if options.min_tokens:
             long = [number for number, own in enumerate(ids) if len(own) >= options.min_tokens]
             result.counts.short = len(ids) - len(long)
-            ids, hashes = [ids[number] for number in long], hashes[long] if self._needs_hashes else hashes
-        self._split(ids, hashes, result)
+            ids, prompts = [ids[number] for number in long], prompts[long]
+            hashes = hashes[long] if self._needs_hashes else hashes
+        self._split(ids, prompts, hashes, result)
         return result
+
+    def _join_answers(
+        self, chunk: TextChunk, documents: Documents, whole: Sequence[NDArray[Any]]
+    ) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
+        """Ids of prompts and answers and the prompts' lengths [n], from the ids of prompt and answer in one (`whole`).
+
+        As lm-eval scores them: a prompt is encoded alone, as it is when the model is asked, and its answer is the ids
+        that `whole` has beyond that length. Raises DataError where that is none.
+        """
+        encoded = [prompt.encode() for prompt in documents.prompts]
+        prompts = self._encode_documents(chunk, Documents(documents.prompts, encoded, documents.numbers))
+        # Some tokenizers have a token for an empty text. No prompt is none.
+        sizes = np.array([len(ids) if data else 0 for ids, data in zip(prompts, encoded, strict=True)], np.int64)
+        for number, ids, size in zip(documents.numbers, whole, sizes, strict=True):
+            if len(ids) <= size:
+                raise DataError(
+                    f"{chunk.name}, {UNITS[chunk.kind]} {number}: the tokenizer joins the answer with the end of its "
+                    "prompt, so it has no token of its own; let the answer begin with a space or a line feed"
+                )
+        joined = [np.concatenate((p[:n], ids[n:])) for p, ids, n in zip(prompts, whole, sizes, strict=True)]
+        return joined, sizes
 
     def _encode_documents(self, chunk: TextChunk, documents: Documents) -> list[NDArray[Any]]:
         try:
@@ -207,7 +236,13 @@ class ChunkEncoder:
                         raise DataError(f"{chunk.name}, {UNITS[chunk.kind]} {number}: {own}") from own
             raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
 
-    def _split(self, ids: Sequence[NDArray[Any]], hashes: NDArray[np.uint64], result: EncodedChunk) -> None:
+    def _split(
+        self,
+        ids: Sequence[NDArray[Any]],
+        prompts: NDArray[np.int64],
+        hashes: NDArray[np.uint64],
+        result: EncodedChunk,
+    ) -> None:
         everything = np.arange(len(ids))
         # A hash divided by 2^64 is uniform in [0, 1), and the same for all copies of a text.
         splits = np.searchsorted(self._bounds, hashes / 2**64, side="right") if len(self._bounds) else 0 * everything
@@ -218,6 +253,7 @@ class ChunkEncoder:
             arrays = [array for document in own for array in (document, self._eod)]
             joined = np.concatenate(arrays, dtype=self._dtype, casting="unsafe") if arrays else self._eod[:0]
             result.tokens.append(joined)
+            result.prompts.append(prompts[chosen])
             result.lengths.append(np.array([len(document) + len(self._eod) for document in own], np.int64))
             result.hashes.append(hashes[chosen] if self._options.hashes else hashes[:0])
 

@@ -19,7 +19,8 @@ from megamor.data.shard import HEADER, TokenShard, read_blocks
 from megamor.errors import DataError
 
 # Fields that describe a shard itself. All others describe how it was made, which must be the same for all shards.
-_OWN_FIELDS = {"sources", "dtype", "documents", "tokens", "idx_sha256", "bin_block_bytes", "bin_block_sha256"}
+_OWN_FIELDS = {"sources", "dtype", "documents", "tokens"}
+_OWN_FIELDS |= {"idx_sha256", "bin_block_bytes", "bin_block_sha256", "loss_mask_sha256"}
 # The name of the tokenizer's file doesn't matter: its hash must be the same.
 _IGNORED_FIELDS = {"tokenizer_name"}
 _ENTRIES = 2**20
@@ -34,6 +35,8 @@ def merge_shards(
 ) -> TokenShard:
     """Write the documents of `prefixes`, in that order, as one data set that appears only when complete.
 
+    If any of them has a loss mask, so has the result, in which all tokens of those without one count.
+
     With `assume_same_tokenizer`, foreign pairs, which have no side file, may be joined to pairs that have one.
     `advance` is called with the bytes of tokens just copied. Raises DataError if a shard is damaged (even if only found
     while copying; nothing is left then), if one of a set is missing, or if they weren't made in the same way.
@@ -47,7 +50,8 @@ def merge_shards(
         _require_mergeable(shard, shards[0])
         # The index is checked before anything is written; the tokens, whose hashes need a pass, while they are copied.
         verify_index(shard, own)
-    with ShardWriter(output_prefix, shards[0].dtype) as writer:
+    masked = any(shard.loss_mask is not None for shard in shards)
+    with ShardWriter(output_prefix, shards[0].dtype, loss_mask=masked) as writer:
         for shard, own in zip(shards, metas, strict=True):
             _append(writer, shard, own, advance)
         writer.commit(meta, _document_starts(shards))
@@ -125,9 +129,10 @@ def _append(writer: ShardWriter, shard: TokenShard, meta: ShardMeta | None, adva
     # Offsets aren't copied: `finish` computes them anew from the lengths.
     for lengths in read_blocks(f"{shard.prefix}.idx", "<i4", shard.num_sequences, HEADER.size):
         writer.add_lengths(lengths)
-    hasher = BlockHasher(meta.bin_block_bytes) if meta else None
+    hasher, before = BlockHasher(meta.bin_block_bytes) if meta else None, writer.num_tokens
     for tokens in read_blocks(f"{shard.prefix}.bin", shard.dtype, shard.num_tokens):
-        writer.add_tokens(tokens)
+        done = writer.num_tokens - before
+        writer.add_tokens(tokens, None if shard.loss_mask is None else shard.loss_mask[done : done + len(tokens)])
         if hasher:
             hasher.update(tokens.view(np.uint8).data)
         advance(tokens.nbytes)

@@ -198,7 +198,9 @@ class PreprocessRun:
 
     def _open(self, stack: ExitStack) -> None:
         for prefix in self._job.prefixes:
-            self._writers.append(stack.enter_context(ShardWriter(prefix, self._job.dtype, resume=True)))
+            mask = self._job.options.answer_key is not None
+            writer = ShardWriter(prefix, self._job.dtype, resume=True, loss_mask=mask)
+            self._writers.append(stack.enter_context(writer))
         for prefix in self._job.prefixes if self._job.options.hashes else ():
             self._logs.append(stack.enter_context(HashLog(prefix)))
 
@@ -242,8 +244,8 @@ class PreprocessRun:
         # Here and not in the threads, so that the first copy in the order of the input is the one that is kept.
         for split, log in enumerate(self._logs):
             chunk.counts.duplicates += log.drop_seen(chunk, split)
-        for writer, tokens, lengths in zip(self._writers, chunk.tokens, chunk.lengths, strict=True):
-            writer.add_documents(tokens, lengths)
+        for writer, *documents in zip(self._writers, chunk.tokens, chunk.lengths, chunk.prompts, strict=True):
+            writer.add_documents(*documents)
         self.totals.add(chunk)
         self._next = ChunkId(chunk.chunk.id.source, chunk.chunk.id.number + 1)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megamor.data.meta import BlockHasher, ShardMeta
-from megamor.data.shard import HEADER, TokenShard, read_blocks
+from megamor.data.shard import HEADER, TokenShard, mask_path, read_blocks
 from megamor.errors import DataError
 from megamor.files import sha256_of_file
 
@@ -25,7 +25,10 @@ def verify_index(shard: TokenShard, meta: ShardMeta | None) -> None:
 
 
 def index_faults(shard: TokenShard, meta: ShardMeta | None) -> Iterator[str]:
-    """What is wrong with the `.idx`: lengths, running sum of offsets, order of documents; its hash and counts."""
+    """What is wrong with the `.idx`: lengths, running sum of offsets, order of documents; its hash and counts.
+
+    The loss mask, where there is one, is compared with its hash.
+    """
     yield from _length_and_offset_faults(shard)
     yield from _document_faults(shard)
     if meta is None:
@@ -38,6 +41,8 @@ def index_faults(shard: TokenShard, meta: ShardMeta | None) -> Iterator[str]:
             f"{meta.documents}, {meta.tokens} of {meta.dtype}; they don't belong together: copy the data again"
         )
     if sha256_of_file(path) != meta.idx_sha256:
+        yield f"{path} is not the file that {shard.prefix}.meta.json describes (SHA-256); copy the data again"
+    if meta.loss_mask_sha256 and sha256_of_file(path := mask_path(shard.prefix)) != meta.loss_mask_sha256:
         yield f"{path} is not the file that {shard.prefix}.meta.json describes (SHA-256); copy the data again"
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megamor.data.meta import BlockHasher, ShardMeta, meta_path
-from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megamor.data.packing import ranges
+from megamor.data.shard import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, mask_path
 from megamor.errors import DataError, InUseError
-from megamor.files import sha256_of_file, sync_directory
+from megamor.files import parse_json, sha256_of_file, sync_directory
 from megamor.lock import WriteLock
 
 MAX_SEQUENCE_TOKENS = 2**31 - 1
@@ -33,7 +34,9 @@ class ShardWriter:
     files, unless `keep_partial` is reset. It must `rewind` to a synced point before anything is added.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False) -> None:
+    def __init__(
+        self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, resume: bool = False, loss_mask: bool = False
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODE_OF_DTYPE:
@@ -50,6 +53,7 @@ class ShardWriter:
                 self._lock.take()
                 self._bin = self._open(f"{self.prefix}.bin.partial")
                 self._idx = self._open(f"{self.prefix}.idx.partial")
+                self._mask = self._open(f"{mask_path(self.prefix)}.partial") if loss_mask else None
             if not resume:
                 self.rewind(0, 0)
         except (DataError, InUseError) as error:
@@ -67,22 +71,31 @@ class ShardWriter:
         ids = np.asarray(tokens)
         self.add_documents(ids if ids.size else ids.astype(self.dtype), np.array([ids.size]))
 
-    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """Append several documents: their concatenated ids [sum(lengths)], and their lengths [n]."""
+    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any], prompts: NDArray[Any] | None = None) -> None:
+        """Append several documents: their concatenated ids [sum(lengths)], and their lengths [n].
+
+        The first `prompts` [n] tokens of each don't count in the loss; None: all count.
+        """
         assert lengths.sum() == len(tokens), "lengths must add up to the tokens"
         if len(lengths) and lengths.max() > MAX_SEQUENCE_TOKENS:
             raise DataError(
                 f"a document of {lengths.max()} tokens is too long for {self.prefix}.idx (at most "
                 f"{MAX_SEQUENCE_TOKENS}); split it"
             )
-        self.add_tokens(tokens)
+        mask = None if prompts is None else ranges(0 * lengths, lengths)[1] >= np.repeat(prompts, lengths)
+        self.add_tokens(tokens, mask)
         self.add_lengths(lengths)
 
-    def add_tokens(self, tokens: NDArray[Any]) -> None:
-        """Append ids [n] to the stream. `add_lengths`, called before or after, says how they are cut into sequences."""
+    def add_tokens(self, tokens: NDArray[Any], mask: NDArray[Any] | None = None) -> None:
+        """Append ids [n] to the stream. `add_lengths`, called before or after, says how they are cut into sequences.
+
+        A token counts in the loss where `mask` [n] isn't 0; None: all count. Only a writer with `loss_mask` keeps it.
+        """
         data = np.ascontiguousarray(self._narrow(tokens)).view(np.uint8).data
         with _write_errors(self.prefix):
             self._bin.write(data)
+            if self._mask is not None:
+                self._mask.write((np.ones(len(tokens)) if mask is None else mask != 0).astype(np.uint8).data)
         # Hashed on the way: the hashes of the side file then need no second pass over the tokens.
         self._hasher.update(data)
         self.num_tokens += len(tokens)
@@ -99,7 +112,8 @@ class ShardWriter:
         Reads the tokens that remain, to hash them.
         """
         # At this stage the index holds its header and lengths only; `finish` writes the rest.
-        files = ((self._idx, HEADER.size + 4 * num_sequences), (self._bin, num_tokens * self.dtype.itemsize))
+        files = [(self._idx, HEADER.size + 4 * num_sequences), (self._bin, num_tokens * self.dtype.itemsize)]
+        files += [(self._mask, num_tokens)] if self._mask is not None else []
         if num_sequences and any(os.fstat(file.fileno()).st_size < size for file, size in files):
             return False
         with _write_errors(self.prefix):
@@ -113,13 +127,15 @@ class ShardWriter:
             self._hasher = BlockHasher()
             while block := self._bin.read(2**20):
                 self._hasher.update(memoryview(block))
+            if self._mask is not None:
+                self._mask.seek(num_tokens)
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
         return True
 
     def sync(self) -> None:
         """Wait until everything added is on disk."""
         with _write_errors(self.prefix):
-            for file in (self._bin, self._idx):
+            for file in self._files:
                 _sync(file)
 
     def commit(self, meta: ShardMeta | None = None, document_starts: Iterable[NDArray[Any]] | None = None) -> None:
@@ -146,6 +162,7 @@ class ShardWriter:
                 tokens=self.num_tokens,
                 idx_sha256=sha256_of_file(self._idx.name),
                 bin_block_sha256=self._hasher.digests(),
+                loss_mask_sha256=None if self._mask is None else sha256_of_file(self._mask.name),
             )
             with open(self._partial_meta, "wb") as side_file:
                 side_file.write(meta.to_json().encode())
@@ -217,6 +234,12 @@ def publish_finished(prefix: str) -> None:
         for path in (f"{prefix}.bin", str(meta_path(prefix))):
             if os.path.exists(f"{path}.partial"):
                 os.replace(f"{path}.partial", path)
+        mask = mask_path(prefix)
+        if not parse_json(meta_path(prefix).read_text(encoding="utf-8")).get("loss_mask_sha256"):
+            for path in (mask, f"{mask}.partial"):  # what an earlier data set or attempt left
+                Path(path).unlink(missing_ok=True)
+        elif os.path.exists(f"{mask}.partial"):
+            os.replace(f"{mask}.partial", mask)
         os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
         sync_directory(Path(prefix).parent)
 

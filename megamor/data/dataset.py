@@ -93,7 +93,7 @@ class BatchArrays:
 
     Equal document numbers in a row mean the same document; numbers ascend through the rows and have no other meaning.
     `lengths` [n] are the real tokens of each row. Padding follows them: input 0, label -100, a document number of its
-    own. The lengths alone tell padding from tokens without a label.
+    own. Labels that the shard's loss mask leaves out are -100 too: the lengths alone tell padding from such tokens.
     """
 
     inputs: NDArray[np.int64]
@@ -271,9 +271,7 @@ def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int)
     for each in found:
         np.add.at(lengths, each.spans.slots // seq_len, each.spans.lengths)
     for each in found:
-        # Plain integers: slicing with NumPy scalars would take most of the time of short spans.
-        columns = (each.spans.slots.tolist(), each.spans.starts.tolist(), each.spans.lengths.tolist())
-        for slot, start, length in zip(*columns, strict=True):
+        for slot, start, length in each.spans.rows():
             inputs[slot : slot + length] = each.shard.tokens[start : start + length]
             labels[slot : slot + length] = each.shard.tokens[start + 1 : start + length + 1]
     # 0 is a valid id for the check below, whatever the vocabulary.
@@ -284,6 +282,10 @@ def fill_batch(batch: BatchArrays, found: Sequence[ShardSpans], vocab_size: int)
     # Only now, since -100 is no token id.
     for row, length in short:
         batch.labels[row, length:] = IGNORED_LABEL
+    for each in found:
+        if (mask := each.shard.loss_mask) is not None:
+            for slot, start, length in each.spans.rows():
+                labels[slot : slot + length][mask[start + 1 : start + length + 1] == 0] = IGNORED_LABEL
     if batch.documents is not None:
         _number_documents(batch.documents, found)
     if batch.lengths is not None:
@@ -406,5 +408,10 @@ def describe_use(uses: Sequence[SourceUse], data: TrainingData) -> list[str]:
                 f"warning: the run ends early, after step {last:,}, because {name} is used up (data.on_exhausted: "
                 f"stop; all steps would read it {use.epochs:.2f} times). The learning rate won't have finished its "
                 f"schedule by then unless train.max_steps is {last}"
+            )
+        if source.shard.loss_mask is not None and not packed:
+            warnings.append(
+                f"warning: {name} has a loss mask, and data.packing: stream cuts documents anywhere, so that answers "
+                "may be in another window than their prompts; best_fit and document keep them together"
             )
     return lines + warnings

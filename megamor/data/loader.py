@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -225,7 +226,8 @@ class TrainingLoader:
 class ValidationSet:
     """A shard read in order in windows of `seq_len`, for evaluation. Every token but the first is a label once.
 
-    Packing doesn't apply. The last window may be short; padding follows it.
+    Packing doesn't apply. The last window may be short; padding follows it. Where the shard has a loss mask, only the
+    tokens that count are labels; `all_tokens` is the same set without the mask.
     """
 
     def __init__(
@@ -238,6 +240,12 @@ class ValidationSet:
         self._document_mask = document_mask
         if shard.num_tokens < 2:
             raise DataError(f"{shard.prefix} has {shard.num_tokens} tokens, too few to predict any; add data")
+
+    @property
+    def all_tokens(self) -> ValidationSet:
+        found = copy(self)
+        found.shard = replace(self.shard, loss_mask=None)
+        return found
 
     @property
     def num_sequences(self) -> int:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from megamor.codec import EndOfText
-from megamor.data.shard import TokenShard
+from megamor.data.shard import TokenShard, mask_path
 from megamor.errors import DataError
 from megamor.files import parse_json, sha256_of_file
 
@@ -34,7 +34,7 @@ class ShardMeta:
 
     None means unknown, such as the tokenizer of merged foreign data. `sources` lists the texts in order, each with at
     least a `name`. `bin_block_sha256` has one SHA-256 for each `bin_block_bytes` bytes of the `.bin` file, the last
-    block shorter.
+    block shorter. `loss_mask_sha256` is that of the loss mask; None if there is none.
     """
 
     tokenizer_name: str | None = None
@@ -50,11 +50,15 @@ class ShardMeta:
     idx_sha256: str = ""
     bin_block_bytes: int = BLOCK_BYTES
     bin_block_sha256: Sequence[str] = ()
+    loss_mask_sha256: str | None = None
     format: str = field(default=FORMAT)
 
     def to_json(self) -> str:
         """The text of the side file. It depends on the contents alone, so equal data gives equal bytes."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        content = asdict(self)
+        if self.loss_mask_sha256 is None:  # as before there were masks, so that the same data keeps its fingerprint
+            del content["loss_mask_sha256"]
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def written_with(self, tokenizer: str | Path) -> bool:
         """Whether the tokenizer file `tokenizer` wrote the data; true if unknown. DataError if it can't be read."""
@@ -69,8 +73,8 @@ def meta_path(prefix: str) -> Path:
 def read_meta(prefix: str) -> ShardMeta | None:
     """Read `<prefix>.meta.json`, or None for a foreign pair that has no such file.
 
-    Raises DataError if the file is there but isn't a megamor side file. Unknown keys are ignored, so that files of a
-    later version can still be read.
+    Raises DataError if the file is there but isn't a megamor side file, or if it describes a loss mask that isn't there
+    or the other way round. Unknown keys are ignored, so that files of a later version can still be read.
     """
     path = meta_path(prefix)
     try:
@@ -86,9 +90,13 @@ def read_meta(prefix: str) -> ShardMeta | None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a megamor side file; delete it to treat the pair as foreign data")
     try:
-        return msgspec.convert(content, ShardMeta)
+        meta = msgspec.convert(content, ShardMeta)
     except msgspec.ValidationError as error:
         raise DataError(f"{path} is damaged ({error}); delete it to treat the pair as foreign data") from error
+    if (meta.loss_mask_sha256 is not None) != os.path.exists(mask := mask_path(prefix)):
+        fault = f"is missing, but {path} describes it; copy it too" if meta.loss_mask_sha256 else "is of other data"
+        raise DataError(f"{mask} {fault}, or preprocess the data again")
+    return meta
 
 
 def end_of_text(prefixes: Iterable[str], *, contained: bool = False) -> EndOfText | None:
@@ -155,16 +163,17 @@ class BlockHasher:
 def fingerprint(shard: TokenShard) -> str:
     """Identify the contents of a shard, wherever its files are, in bounded time.
 
-    SHA-256 over the side file, which has the hashes of everything, and over size and contents of `.idx` and `.bin`: all
-    of a file up to 4 MiB; of a larger one 1,024 blocks of 4 KiB spread evenly, the first and last ones included. Data
-    that was written anew differs in nearly every block. A change in place of more than a thousandth of a file is always
-    found, a smaller one may lie between the blocks: `megamor inspect-data --verify` reads everything.
+    SHA-256 over the side file, which has the hashes of everything, and over size and contents of `.idx`, `.bin` and a
+    loss mask: all of a file up to 4 MiB; of a larger one 1,024 blocks of 4 KiB spread evenly, the first and last ones
+    included. Data that was written anew differs in nearly every block. A change in place of more than a thousandth of a
+    file is always found, a smaller one may lie between the blocks: `megamor inspect-data --verify` reads everything.
     """
     side_file = meta_path(shard.prefix)
     digests = [
         sha256_of_file(side_file) if side_file.exists() else "no side file",
         _sampled_sha256(f"{shard.prefix}.idx"),
         _sampled_sha256(f"{shard.prefix}.bin"),
+        *([_sampled_sha256(mask_path(shard.prefix))] if shard.loss_mask is not None else []),
     ]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

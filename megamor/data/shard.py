@@ -38,13 +38,18 @@ def dtype_for_vocab(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
+def mask_path(prefix: str) -> str:
+    """Path of the loss mask of `prefix`: one byte for each token, in the order of `.bin`."""
+    return f"{prefix}.loss_mask"
+
+
 @dataclass(frozen=True, eq=False)
 class TokenShard:
     """A memory-mapped data set.
 
     `tokens` [T] is the whole stream in the dtype of the file, `lengths` [S] in tokens, `offsets` [S] in bytes.
     `document_index` [D] is None where each sequence is a document (also for GPT-NeoX's merged files, whose index is
-    just `[0]`).
+    just `[0]`). `loss_mask` [T] is 0 where a token has no loss as a label; None means that every token counts.
     """
 
     prefix: str
@@ -52,10 +57,13 @@ class TokenShard:
     lengths: NDArray[np.int32]
     offsets: NDArray[np.int64]
     document_index: NDArray[np.int64] | None
+    loss_mask: NDArray[np.uint8] | None = None
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> TokenShard:
-        """Map `<prefix>.bin` and `<prefix>.idx`. Constant time: only sizes and the ends of the index are checked.
+        """Map `<prefix>.bin`, `<prefix>.idx` and, where there is one, `<prefix>.loss_mask`.
+
+        Constant time: only sizes and the ends of the index are checked.
 
         Raises DataError naming the file if either is missing, of another format, or not of the size the index says.
         """
@@ -76,7 +84,13 @@ class TokenShard:
         # Dropped if it says nothing: an array of a billion entries is then never read.
         one_each = short or index_length == num_sequences + 1
         tokens = _map_tokens(prefix, dtype, lengths, offsets)
-        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index)
+        path = mask_path(prefix)
+        mask = _map_bytes(path, prefix) if os.path.exists(path) else None
+        if mask is not None and len(mask) != len(tokens):
+            raise DataError(
+                f"{path} has {len(mask)} bytes, {prefix}.bin {len(tokens)} tokens; copy or preprocess the data again"
+            )
+        return cls(prefix, tokens, lengths, offsets, None if one_each else document_index, mask)
 
     @property
     def dtype(self) -> np.dtype:

@@ -11,6 +11,7 @@ What a chunk is depends on the packing: a range of the data set as it is on disk
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -36,6 +37,11 @@ class Spans:
     slots: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Slot, start and length of each."""
+        # Plain integers: slicing with NumPy scalars would take most of the time of short spans.
+        return zip(self.slots.tolist(), self.starts.tolist(), self.lengths.tolist(), strict=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from megamor.config.batches import BatchSchedule
 from megamor.data.dataset import IGNORED_LABEL, TrainingData
 from megamor.data.loader import TrainingLoader, ValidationSet
 from megamor.data.shard import TokenShard
+from megamor.errors import DataError
 
 
 def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
@@ -37,6 +38,12 @@ def seen_windows(config: Config, steps: int) -> NDArray[np.int64]:
 
 
 def validation_windows(data: ValidationSet, sequences: int) -> NDArray[np.int64]:
-    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures; -100 follows a short last one."""
+    """Return the windows [n, S + 1] that `megamor evaluate --sequences` measures; -100 follows a short last one.
+
+    Raises:
+        DataError: only some tokens count, and a model of counts would be measured on others than the network.
+    """
+    if data.shard.loss_mask is not None:
+        raise DataError(f"{data.shard.prefix} has a loss mask, and n-gram floors are of all tokens: ask for no floors")
     batches = data.batches(0, 1, 1, sequences)
     return np.concatenate([np.concatenate((b.inputs[:, :1], b.labels), axis=1) for b in batches]).astype(np.int64)

@@ -48,13 +48,13 @@ def summed_loss(
 ) -> Tensor:
     """Sums over all tokens in fp64 on `device`, from which `mean_figures` makes means.
 
-    These are sums, not means, so that results of several ranks or batches can be added. [5]: negative log-likelihood in
-    nats, tokens, recursions taken, query-key pairs of a block that sees every token, rows predicted for an exit rule.
-    For a model with recursion stages [5 + 4·Nr]: also their `work` [Nr, 2], and for each recursion the sum and the
-    number of its gates. Each forward pass runs inside a new `context()`, such as autocast. `watch` is given each batch
-    and its result, whose `scores` cost a second product of the head.
+    These are sums, not means, so that results of several ranks or batches can be added. [6]: negative log-likelihood in
+    nats, labels, recursions that they took, query-key pairs of a block that sees every token, rows predicted for an
+    exit rule, tokens with or without a label. For a model with recursion stages [6 + 4·Nr]: also their `work` [Nr, 2],
+    and for each recursion the sum and the number of its gates. Each forward pass runs inside a new `context()`, such as
+    autocast. `watch` is given each batch and its result, whose `scores` cost a second product of the head.
     """
-    total = torch.zeros(5, dtype=torch.float64, device=device)
+    total = torch.zeros(6, dtype=torch.float64, device=device)
     for batch in batches:
         with context():
             arguments = batch.arguments(device)
@@ -68,7 +68,8 @@ def summed_loss(
             recursions = (out.depth * (arguments["labels"] != IGNORE)).sum()
             gates = [ratio for name, ratio in out.ratios.items() if re.search(r"(^|/)gate_\d+$", name)]
             stage = [*out.work.flatten(), *(part for gate in gates for part in (gate.numerator, gate.denominator))]
-        found = (out.loss_sum, out.num_tokens, recursions, out.pairs, out.probes, *stage)
+        tokens = torch.tensor(batch.num_tokens)
+        found = (out.loss_sum, out.num_tokens, recursions, out.pairs, out.probes, tokens, *stage)
         sums = torch.stack([x.to(device, torch.float64) for x in found])
         total = sums + (total if len(total) == len(sums) else 0.0)
         if watch is not None:
@@ -81,15 +82,21 @@ def mean_figures(config: Config, sums: Tensor) -> dict[str, float]:
 
     Returns:
         `loss` in nats, `mean_depth` in recursions, `flops_per_token` executed in a forward pass, and `gate_<r>`, the
-        mean gate of the tokens that take recursion r (from 1), where any does.
+        mean gate of the tokens that take recursion r (from 1), where any does. Loss and `mean_depth` are of the tokens
+        that a loss mask lets count, the others of all tokens.
+
+    Raises:
+        DataError: no token counts.
     """
-    loss, tokens, recursions, pairs, probes, *stage = sums.tolist()
+    loss, labels, recursions, pairs, probes, tokens, *stage = sums.tolist()
+    if not labels:
+        raise DataError("no token of the windows measured counts in the loss (loss mask): measure more of the data set")
     half = len(stage) // 2
     work, gates = (list(zip(part[::2], part[1::2], strict=True)) for part in (stage[:half], stage[half:]))
     flops = executed_flops(config, tokens, work, seq_len=1, pairs=pairs, probes=probes).forward
     return {
-        "loss": loss / tokens,
-        "mean_depth": recursions / tokens,
+        "loss": loss / labels,
+        "mean_depth": recursions / labels,
         "flops_per_token": flops / tokens,
         **stage_depths(config, tokens, work),
         **{name: total / count for name, (total, count) in zip(gate_names(config), gates, strict=True) if count},

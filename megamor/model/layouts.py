@@ -15,6 +15,7 @@ from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.buckets import Buckets
 from megamor.model.multi_scale import BEYOND, Scales, reach
 from megamor.routing import TokenSet
+from megamor.routing.plan import to_device
 
 ROWS_PER_CHUNK, MAX_CHUNKS, MAX_FINE_CHUNKS, KEY_MULTIPLE = 64, 8, 32, 16
 """Fewest queries per chunk, most chunks (of full and of multi-scale attention), and the multiple to which a chunk's
@@ -51,23 +52,29 @@ class Geometry:
         config: ModelConfig,
         dtype: torch.dtype,
         documents: Tensor | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
         lengths: tuple[int, ...] | None = None,
+        columns: tuple[int, ...] | None = None,
     ) -> Geometry:
-        """Geometry of token ids [B, S]; positions count from `start`, or restart in each document if configured.
+        """Geometry of token ids [B, S] (or embedded tokens [B, S, dim]).
 
-        `documents` [B, S] are ids, equal ones adjacent. Sequence b has `lengths[b]` tokens; what follows them is
-        padding. `dtype` is that of the weights; autocast may lower what attention computes in.
+        Positions count from `start` (one number, or [B]), or restart in each document if configured. `documents` [B, S]
+        are ids, equal ones adjacent. Sequence b has `lengths[b]` tokens, the first in `columns[b]` (None: in column 0);
+        the rest is padding. `dtype` is that of the weights; autocast may lower what attention computes in.
         """
-        (batch, seq_len), device = tokens.shape, tokens.device
+        (batch, seq_len), device = tokens.shape[:2], tokens.device
         everything = TokenSet.all(batch, seq_len, lengths, device)
         order = everything.rank_of(everything, device)
         cells = None if lengths is None else everything.sequences(device) * seq_len + order
+        if cells is not None and columns is not None:
+            cells = cells + to_device(columns, device)[everything.sequences(device)]
         window = Grid(batch, seq_len, cells)
         documents = None if documents is None else window.unpad(documents)
         begins = None if documents is None else document_begins(documents, order)
         sequence_begins = everything.rows(device) - order
-        if start:
+        if isinstance(start, Tensor):
+            order = start[everything.sequences(device)] + order
+        elif start:
             order = order + start
         positions = order
         if begins is not None and config.document_positions == "restart":

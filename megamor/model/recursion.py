@@ -86,9 +86,14 @@ class RecursionStage(nn.Module):
         self.exit: Exit | None = None
 
     def forward(
-        self, stream: Tensor, geometry: Geometry, context: RoutingContext, cache: KVCache | None = None
+        self,
+        stream: Tensor,
+        geometry: Geometry,
+        context: RoutingContext,
+        cache: KVCache | None = None,
+        states: list[Tensor] | None = None,
     ) -> StageOutput:
-        """stream [T, dim] through up to Nr recursions."""
+        """stream [T, dim] through up to Nr recursions; `states` as in `Transformer.forward`."""
         session = self.begin(stream, context)
         if self.observe is not None:
             session = self.observe(session, stream)
@@ -123,6 +128,8 @@ class RecursionStage(nn.Module):
                 unused.append(recursion)
             add_gates(session, recursion, mix, y)
             add_stream_norm(session, recursion + 1, rows)
+            last = recursion == self.router.num_recursions - 1
+            add_state(states, geometry.window, emitted if last and emitted is not None else stream)
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
             pairs = geometry.visible_pairs(plan.tokens, keys)
@@ -219,6 +226,12 @@ class RecursionStage(nn.Module):
                 assert merged is not None
                 available[block] = merged
         return x, *(tensor for block in call.kept for tensor in available[block])
+
+
+def add_state(states: list[Tensor] | None, window: Grid, x: Tensor) -> None:
+    """Add the stream x [T, dim] to `states`, if these are wanted."""
+    if states is not None:
+        states.append(window.pad(x))
 
 
 def weighted(weight: Tensor | float, values: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage, StageOutput
+from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
@@ -132,9 +132,9 @@ class Transformer(nn.Module):
         """Factor on embedded tokens."""
         return self.config.model.dim**0.5 if self.config.model.scale_embedding else 1.0
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Token ids [N] as rows of the stream, [N, dim]."""
-        rows: Tensor = self.embed(ids)
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Token ids [N], or their rows [N, dim] of the embedding, as rows of the stream, [N, dim]."""
+        rows: Tensor = inputs if inputs.is_floating_point() else self.embed(inputs)
         return rows * self.embedding_scale if self.config.model.scale_embedding else rows
 
     @property
@@ -160,6 +160,9 @@ class Transformer(nn.Module):
         lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
         score_tokens: bool = False,
+        columns: tuple[int, ...] | None = None,
+        keep: slice | Tensor | None = None,
+        states: list[Tensor] | None = None,
         teacher: Teacher | None = None,
         predict: bool = True,
     ) -> ModelOutput:
@@ -169,19 +172,24 @@ class Transformer(nn.Module):
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
-        token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
-        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
-        the number of the first sequence in the batch of the step, over all ranks and micro-batches. `score_tokens` adds
-        the `scores` of single labels, without gradients. The loss has a `teacher`'s too, whose rows are this pass's
-        real tokens. Without `predict`, the result is `hidden` instead of logits.
+        token, in the causal mode. Of sequence b, only `lengths[b]` tokens are real (None: all are): those from
+        `columns[b]` on (None: the first; with a cache they must be the last). The rest is padding: it isn't computed,
+        its logits are 0 and it has no influence on anything. `first_sequence` is the number of the first sequence in
+        the batch of the step, over all ranks and micro-batches. `score_tokens` adds the `scores` of single labels,
+        without gradients. `inputs` may also be rows of the embedding [B, S, dim], unless a router reads the text.
+        `keep` are the columns whose logits are wanted (None: all). `states` receives the stream [B, S, dim] after the
+        embedding and after each unshared block and each recursion; instead of the last one, that after the final norm.
+        The loss also has that of learning from a `teacher`, whose rows are the real tokens of this pass. Without
+        `predict`, the result is `hidden` instead of logits.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
-        assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
+            assert cache is None, "nothing but padding to decode"
             return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
-        start = 0 if cache is None else cache.num_tokens
-        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
+        start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
+        dtype = self.embed.weight.dtype
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":
@@ -202,19 +210,24 @@ class Transformer(nn.Module):
             memory=None if cache is None else cache.memory,
         )
         x, outputs = self.embedded(window.unpad(inputs)), {}
+        add_state(states, window, x)
         for segment in self.segments:
             if segment.schedule:
-                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache)
+                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache, states)
                 x = outputs[segment.prefix].stream
                 context = replace(context, stage=context.stage + 1)
             else:
-                x = self.run_unshared(segment.name, x, geometry, cache)
+                x = self.run_unshared(segment.name, x, geometry, cache, states)
         x = self.norm(x)
+        if states:
+            states[-1] = window.pad(x)
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
-        if labels is None:
+        if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.head_weight)) if predict else None
-        else:
+            kept = x if keep is None else window.pad(x)[:, keep]
+            logits = F.linear(kept, self.embed.weight) if self.head is None else self.head(kept)
+            logits = window.pad(logits) if keep is None else logits
+        elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
@@ -240,7 +253,9 @@ class Transformer(nn.Module):
             return text_keys(geometry.window.unpad(inputs), order)
         whole = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
         order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
-        return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
+        if cache.padding is not None:
+            order = (order - cache.padding.unsqueeze(1)).clamp_min(0)
+        return geometry.window.unpad(text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :])
 
     def run_nothing(
         self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool, distills: bool
@@ -264,7 +279,9 @@ class Transformer(nn.Module):
             scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 
-    def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
+    def run_unshared(
+        self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None, states: list[Tensor] | None = None
+    ) -> Tensor:
         """x [T, dim] through the unshared blocks of the segment `group`, which see every token."""
         everything = geometry.everything
         keys_values, layout = KeysValues(), geometry.layout(everything, everything)
@@ -272,6 +289,7 @@ class Transformer(nn.Module):
             if cache is not None:
                 keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
             x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
+            add_state(states, geometry.window, x)
         return x
 
     @torch.no_grad()

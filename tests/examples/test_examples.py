@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.resume.runs import write_shard
 
@@ -34,6 +35,7 @@ def test_examples_are_short() -> None:
     assert all(len(script.read_text().splitlines()) <= 40 for script in found)
 
 
+@pytest.mark.slow
 def test_per_layer_routers_learn_on_tensors() -> None:
     output = run("per_layer_routers.py")
     first, *_, last = losses(output)
