@@ -131,6 +131,13 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
     """
     target = usable_device(device)
     config, weights, directory, step = read_weights(path)
+    return LoadedModel(build_loaded(config, weights, directory, target, dtype), config, directory, step, target)
+
+
+def build_loaded(
+    config: Config, weights: Mapping[str, Tensor], directory: Path, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """The model of `config` with `weights`, which are from `directory`, in evaluation mode; as `load_model` says."""
     refuse_unknown_router(config, directory)
     # On the meta device first: shapes are compared before any memory is taken or any weight is drawn.
     try:
@@ -139,9 +146,9 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
         raise CheckpointError(f"{directory} describes a model that can't be built: {error}") from error
     stored, expected = ({name: value.shape for name, value in group.items()} for group in (weights, model.state_dict()))
     check_same_model(directory, stored, expected)
-    model.to_empty(device=target)
+    model.to_empty(device=device)
     model.load_state_dict(weights)
-    return LoadedModel(model.eval(), config, directory, step, target)
+    return model.eval()
 
 
 def read_weights(path: str | Path) -> StoredWeights:
