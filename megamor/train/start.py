@@ -47,14 +47,14 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
         return {}, ["starting from the beginning"]
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     # Only one rank looks, so that all read the same checkpoint of a run that may still be training.
-    path = from_first_rank(lambda: _locate(str(expanded.init.from_)))
+    path = from_first_rank(lambda: locate(str(expanded.init.from_)))
     source = run_on_all_ranks(lambda: read_source(path))
     told = run_on_all_ranks(lambda: _load(model, expanded, source))
     converted = {} if config.init.convert is None else {"convert": config.init.convert}
     return {**source.origin, **converted}, [f"starting from {describe_origin(source.origin)}", *told]
 
 
-def _locate(source: str) -> str:
+def locate(source: str) -> str:
     """`source`, or the checkpoint that it means, after a comparison with all hashes of its manifest."""
     if source.startswith(HUB) or is_export(Path(source)):
         return source
@@ -63,7 +63,7 @@ def _locate(source: str) -> str:
 
 def _load(model: Transformer, config: Config, source: Source) -> list[str]:
     """Copy weights of `source` into `model`; returns what should be told."""
-    _check_tokenizer(source, config)
+    check_tokenizer(source, config)
     weights, method = source.weights | (_averages(source) if config.init.average else {}), config.init.convert
     if method is None:
         # Shapes don't show these.
@@ -181,7 +181,7 @@ def _averages(source: Source) -> dict[str, Tensor]:
     return {name.removeprefix(AVERAGE_PREFIX): tensor for name, tensor in iterate_state(directory, names=names)}
 
 
-def _check_tokenizer(source: Source, config: Config) -> None:
+def check_tokenizer(source: Source, config: Config) -> None:
     """Refuse another tokenizer than the source's: its ids would mean other tokens.
 
     Two files are the same tokenizer if they give a text the same ids; decoders and templates may differ.
