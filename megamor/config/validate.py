@@ -24,7 +24,7 @@ from megamor.config.routers import (
     SkipForwardRecurseConfig,
     TargetConfig,
 )
-from megamor.config.schema import Config, InitConfig, ModelConfig, OptimConfig
+from megamor.config.schema import Config, DistillConfig, InitConfig, ModelConfig, OptimConfig
 from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
@@ -38,6 +38,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     problems = [
         *_names(config),
         *_init(config),
+        *_distill(config),
         *_sources(config),
         *_model(config),
         *_sharing(config),
@@ -77,6 +78,16 @@ def _init(config: Config) -> Iterator[str]:
             yield f"init.{name} = {value} is about the weights of init.from, which is null: set it, or leave this out"
     if init.branch_from is not None and not re.fullmatch(r".+@(\d+|latest)", init.branch_from):
         yield f"init.branch_from = {init.branch_from} names no checkpoint of a run: write RUN@STEP, such as runs/x@1000"
+
+
+def _distill(config: Config) -> Iterator[str]:
+    distill = config.distill
+    for name in ("weight", "temperature", "top_k"):
+        if distill.from_ is None and (value := getattr(distill, name)) != getattr(DistillConfig, name):
+            yield f"distill.{name} = {value} without a teacher: set distill.from, or leave it out"
+    if distill.top_k is not None and distill.top_k >= config.model.vocab_size:
+        tokens = f"distill.top_k = {distill.top_k} is all of model.vocab_size = {config.model.vocab_size}"
+        yield f"{tokens}: leave it out to compare every token, or lower it"
 
 
 def _sources(config: Config) -> Iterator[str]:

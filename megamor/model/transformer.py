@@ -29,7 +29,7 @@ from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -45,8 +45,9 @@ class ModelOutput(NamedTuple):
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
     sees every token, on average over the unshared blocks. In training with `train.z_loss_coeff`, `z_loss_sum` is the
-    z-loss, whose gradient `loss_sum` has.
-    `scores` [B, S] exist where they were asked for.
+    z-loss, whose gradient `loss_sum` has. `scores` [B, S] exist where they were asked for. With a teacher,
+    `distill_loss_sum` is the loss of learning from it, whose gradient `loss_sum` has. `hidden` [T, dim] are the rows
+    that the head would be given.
     With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
     names of `ratios` and `totals` begin with `Segment.prefix`.
     """
@@ -62,6 +63,8 @@ class ModelOutput(NamedTuple):
     pairs: Tensor | None = None
     z_loss_sum: Tensor | None = None
     scores: TokenScores | None = None
+    distill_loss_sum: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def probes(self) -> Tensor:
@@ -162,6 +165,8 @@ class Transformer(nn.Module):
         columns: tuple[int, ...] | None = None,
         keep: slice | Tensor | None = None,
         states: list[Tensor] | None = None,
+        teacher: Teacher | None = None,
+        predict: bool = True,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -176,12 +181,14 @@ class Transformer(nn.Module):
         without gradients. `inputs` may also be rows of the embedding [B, S, dim], unless a router reads the text.
         `keep` are the columns whose logits are wanted (None: all). `states` receives the stream [B, S, dim] after the
         embedding and after each unshared block and each recursion; instead of the last one, that after the final norm.
+        The loss also has that of learning from a `teacher`, whose rows are the real tokens of this pass. Without
+        `predict`, the result is `hidden` instead of logits.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
         if lengths is not None and not any(lengths):
             assert cache is None, "nothing but padding to decode"
-            return self.run_nothing(inputs, labels, mode, step, score_tokens)
+            return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
         start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
         dtype = self.embed.weight.dtype
         geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
@@ -216,20 +223,22 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if states:
             states[-1] = window.pad(x)
-        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
-        if labels is None:
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
+        if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
             kept = x if keep is None else window.pad(x)[:, keep]
             logits = F.linear(kept, self.embed.weight) if self.head is None else self.head(kept)
             logits = window.pad(logits) if keep is None else logits
-        else:
+        elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss_sum = linear_cross_entropy(x, self.head_weight, labels, z_coeff)
-            z_loss_sum = z_loss_sum if z_coeff else None
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            z_loss_sum = z_loss if z_coeff else None
+            distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()
+        if labels is not None or not predict:
             unshared = [segment for segment in self.segments if not segment.schedule]
             slides = [block in segment.sliding for segment in unshared for block in range(segment.num_blocks)]
             pairs = geometry.mean_pairs(everything, everything, slides)
@@ -237,7 +246,8 @@ class Transformer(nn.Module):
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
             cache.advance(depth, inputs.shape[1])
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores)
+        found = logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores
+        return ModelOutput(*found, distill_loss_sum, None if predict else x)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -252,7 +262,7 @@ class Transformer(nn.Module):
         return geometry.window.unpad(text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :])
 
     def run_nothing(
-        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool
+        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool, distills: bool
     ) -> ModelOutput:
         """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
 
@@ -269,6 +279,7 @@ class Transformer(nn.Module):
             depth=None if one.depth is None else one.depth.new_full(inputs.shape, -1),
             work=None if one.work is None else 0 * one.work,
             pairs=None if one.pairs is None else 0 * one.pairs,
+            distill_loss_sum=0 * one.loss_sum.detach() if distills and one.loss_sum is not None else None,
             scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 
