@@ -38,6 +38,7 @@ from tests.causality.test_documents import check as check_documents
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
 from tests.decoding.test_cached_decoding import decode
+from tests.dense_models import MODELS
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import StepResult, fresh_run, preload_deepspeed, relative_differences
 from tests.distributed.runs import tiny as tiny_run
@@ -77,47 +78,16 @@ def shaken(model: Any) -> Any:
     return model
 
 
-def dense_model(family: str) -> Any:
-    """A tiny random model of transformers."""
-    import transformers
-
-    common: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    common |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 12}
-    if family == "llama":
-        rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-        config: Any = transformers.LlamaConfig(**common, rope_parameters=rope, tie_word_embeddings=False)
-        return transformers.LlamaForCausalLM(config)
-    if family == "qwen3":
-        config = transformers.Qwen3Config(**common, tie_word_embeddings=True, rope_parameters={"rope_theta": 500.0})
-        return transformers.Qwen3ForCausalLM(config)
-    types = ["sliding_attention", "full_attention", "sliding_attention"]
-    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1000.0}}
-    rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 100.0}
-    own = {"layer_types": types, "rope_parameters": rope, "sliding_window": 8, "query_pre_attn_scalar": 20}
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**common, **own))
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("llama", {"rope_scaling": SCALING, "tied_head": False, "head_width": 12}),
-        ("qwen3", {"qk_norm": True, "tied_head": True, "head_width": 12}),
-        ("gemma3", {**GEMMA, "sliding_window": 8, "sliding_layers": (0, 2), "sliding_rope_theta": 100.0}),
-    ],
-)
-def test_logits_are_those_of_transformers(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """In one pass, and decoded step by step."""
-    theirs, ids = shaken(dense_model(family)).eval(), tokens(length=40)
+def test_decoding_step_by_step_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    """Those of a whole pass are compared for every family in tests/unit/test_interop_dense.py."""
+    theirs = MODELS["Gemma 3 text"].build()
     theirs.save_pretrained(tmp_path)
-    imported = read_dense(tmp_path)
-    assert {name: getattr(imported.config.model, name) for name in settings} == settings
+    imported, ids = read_dense(tmp_path), tokens(length=40)
     ours = build_model(imported.config)
     ours.load_state_dict(imported.weights)
     with torch.no_grad():
-        want, got = theirs(ids).logits, ours(ids, mode="causal").logits
+        want = theirs(ids).logits
     stepwise, _, _ = decode(ours, ids, [20] + [1] * 20)
-    assert (got - want).abs().max() < 1e-5 * want.abs().max()
     assert (stepwise - want).abs().max() < 1e-5 * want.abs().max()
 
 
