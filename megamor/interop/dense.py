@@ -76,7 +76,7 @@ HARMLESS = frozenset({
     "model_type", "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "use_cache", "initializer_range", "pretraining_tp", "transformers_version", "cache_implementation",
     "return_dict", "id2label", "label2id", "is_llama_config", "tokenizer_class", "max_length", "transformers.js_config",
-    "attn_implementation", "do_sample", "temperature", "top_k", "top_p",
+    "unk_token_id", "attn_implementation", "do_sample", "temperature", "top_k", "top_p",
 })  # fmt: skip
 """Settings of any family that don't change logits; so are names that begin with `_` or `unsloth_`."""
 VISION = (
