@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megamor.errors import CheckpointError
 from megamor.lock import WriteLock
 
 
@@ -19,6 +20,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none."""
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} contains a {type(content).__name__} instead of an object")
+    return content
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -71,6 +83,12 @@ def draft_for(path: Path) -> Iterator[Path]:
             sync_directory(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of a file; of several, that of their sorted hashes, one on each line."""
+    hashes = sorted(map(sha256_of_file, paths))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions, open_checkpoint
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE, TRAINER_FILE
 from megamor.codec import read_tokenizer
 from megamor.config import Config, config_from_dict, config_from_yaml
 from megamor.config.batches import BatchSchedule
@@ -40,6 +40,7 @@ from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, init_world, resolve_backend
 from megamor.ranks import run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
+from megamor.train.distill import Distillation
 from megamor.train.run_state import checkpoint_files
 from megamor.train.start import warm_start
 from megamor.train.step_statistics import StepStatistics
@@ -122,6 +123,7 @@ class Session:
         if self.world.is_main and self.started_from:
             print("\n".join(told), flush=True)
         self.backend = build_backend(self.model, config, self.world, lambda model: build_optimizer(model, config))
+        self.distillation = Distillation.load(config, self.world.device)
         self.done = Consumed()
         self.loaded: dict[str, bytes] = {}
         self.statistics = StepStatistics(max_depth(config))
@@ -149,17 +151,17 @@ class Session:
         if not labels:
             raise ConfigError("no target of this step counts: all are -100 on every rank; leave such a batch out")
         share = self.world.size * batch.num_tokens / max(tokens, 1)
-        first_sequence = self.world.rank * len(inputs)
+        first_sequence, step = self.world.rank * len(inputs), StepStatistics(max_depth(self.config))
+        arguments = batch.arguments(self.world.device)
+        if self.distillation is not None:
+            arguments["teacher"] = self.distillation.teach(arguments, step)
         with self.backend.forward_context(last_micro_batch=True):
-            out = self.backend.model(
-                **batch.arguments(self.world.device), mode="train", step=self.step, first_sequence=first_sequence
-            )
+            out = self.backend.model(**arguments, mode="train", step=self.step, first_sequence=first_sequence)
             router = torch.stack([torch.zeros_like(out.loss_sum), *out.router_losses.values()]).sum() * share
             loss = out.loss_sum * self.world.size / labels + router
         self.backend.backward(loss, last_micro_batch=True)
         self.backend.set_lr(self.budget.lr(self.done))
         grad_norm = self.backend.step(self.config.optim.grad_clip)
-        step = StepStatistics(max_depth(self.config))
         step.add(out, batch.num_tokens)
         # Totals are for the router's update, and their shapes may change with the recursions of a step.
         self.statistics.add(out._replace(totals={}), batch.num_tokens)
@@ -168,6 +170,7 @@ class Session:
         found = figures.wait()
         self.model.limit_recursions(recursions if grows(self.config) else None)  # for what comes between the steps
         flops = executed_flops(self.config, tokens, found.work, 1, found.pairs).training
+        flops += self.distillation.flops(found, tokens, 1, tokens) if self.distillation else 0.0
         self.done = Consumed(self.step + 1, self.done.tokens_seen + tokens, self.done.flops + flops)
         router_loss = sum(found.router_losses.values())
         norms = found.grad_norm, found.router_grad_norm
@@ -249,7 +252,7 @@ class Session:
         session = cls(replace(config, init=InitConfig()))  # its weights are here, and their source may be gone
         session.config = config
         session.backend.load(checkpoint.directory)
-        kept = (checkpoint.directory / name for name in (TOKENIZER_FILE, END_OF_TEXT_FILE))
+        kept = (checkpoint.directory / name for name in TEXT_FILES)
         session.loaded = {file.name: file.read_bytes() for file in kept if file.is_file()}
         state = TrainerState.read(checkpoint.directory)
         session.started_from = state.started_from

@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.errors import CheckpointError
-from megamor.files import parse_json, sha256_of_file
+from megamor.files import parse_json, sha256_of_file, sha256_of_files
 from megamor.ranks import Ranks
 
 FORMAT = 1
@@ -121,12 +120,10 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> None:
 
 
 def weights_sha256(directory: Path) -> str:
-    """A hash that identifies the weights in `directory`: that of a checkpoint's manifest, which has those of all files;
-    elsewhere that of the safetensors file or, with several, of their sorted hashes, one a line."""
-    if (directory / MANIFEST_FILE).is_file():
-        return sha256_of_file(directory / MANIFEST_FILE)
-    hashes = sorted(map(sha256_of_file, directory.glob("*.safetensors")))
-    return hashes[0] if len(hashes) == 1 else sha256("\n".join(hashes).encode()).hexdigest()
+    """A hash that identifies the weights in `directory`: that of a checkpoint's manifest, which has those of all files,
+    or of an export's weights."""
+    manifest = directory / MANIFEST_FILE
+    return sha256_of_files([manifest] if manifest.is_file() else directory.glob("*.safetensors"))
 
 
 def summary(lines: Sequence[str], limit: int = 5) -> str:

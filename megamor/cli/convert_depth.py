@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(describe_check(dense.config, config))
     if drawn:
-        print(f"drawn from run.seed = {config.run.seed}: {', '.join(sorted(drawn))}")
+        routers = sorted({name.partition(".router.")[0] for name in drawn})
+        print(f"routers of {', '.join(routers)}: drawn from run.seed = {config.run.seed}")
     if arguments.data:
         measure(written, dense, arguments.data, arguments.sequences)
 

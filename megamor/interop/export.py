@@ -127,9 +127,10 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
         if settings["model_type"] != "megamor":
             raise CheckpointError(
                 f"{directory / CONFIG_FILE} describes a model of type {settings['model_type']!r}, not 'megamor': "
-                "give a directory written by `megamor export-hf`"
+                "import it first (megamor import --from), or give a directory written by `megamor export-hf`"
             )
         sections = {name: settings["megamor"][name] for name in (*SECTIONS, "data")}
+        sections["model"] = {**sections["model"], "vocab_size": settings["vocab_size"]}
         stored = load_file(directory / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         cause = f"{type(error).__name__}: {error}"
@@ -154,7 +155,8 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: EndOfText | 
         "tie_word_embeddings": False,
         **_special_ids(end_of_text),
         "megamor": {
-            **{name: values[name] for name in SECTIONS},
+            # Without the size of the vocabulary: transformers changes the one beside `megamor`.
+            **{name: {key: value for key, value in values[name].items() if key != "vocab_size"} for name in SECTIONS},
             "data": {name: values["data"][name] for name in DATA_SETTINGS},
         },
     }
@@ -182,6 +184,8 @@ def tokenizer_settings(config: Config, end_of_text: EndOfText | None) -> dict[st
         "model_max_length": config.model.max_seq_len,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "padding_side": "left",  # what generation needs; the model takes both sides
+        "model_input_names": ["input_ids", "attention_mask"],
         **special,
     }
 

@@ -1,7 +1,7 @@
 """megamor's model behind the interface of Hugging Face transformers.
 
 Nothing in megamor imports this file: `export.py` copies it, with the modules that it needs, into every exported
-directory, where `from_pretrained(..., trust_remote_code=True)` loads it.
+directory, where `from_pretrained(..., trust_remote_code=True)` loads it. What it can't do it refuses by name.
 """
 
 from __future__ import annotations
@@ -9,31 +9,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megamor.config.routers import RouterConfig
-from megamor.config.schema import Config, DataConfig, DepthStep, ModelConfig, RecursionConfig, RopeScalingConfig
+from megamor.config.schema import (
+    Config,
+    DataConfig,
+    DepthStep,
+    ModelConfig,
+    RecursionConfig,
+    RopeScalingConfig,
+    StageConfig,
+)
 from megamor.model import KVCache, Transformer
 from megamor.model.loss import IGNORE
 
+GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+
 
 class MegamorConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """`megamor` holds the sections model, recursion, router and data of the run's configuration."""
+    """`megamor` holds the sections model, recursion, router and data of the run's configuration.
+
+    The size of the vocabulary is `vocab_size` alone, which `resize_token_embeddings` changes.
+    """
 
     model_type = "megamor"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
 
 class DecodingCache:
     """A `KVCache` with the methods that `generate()` calls."""
 
+    is_compileable = is_croppable = False
+
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
 
     def get_seq_length(self, *_: Any) -> int:
-        """Number of tokens in the cache."""
+        """Number of tokens in the cache, padding included."""
         return self.cache.num_tokens
 
     def reorder_cache(self, beams: Tensor) -> None:
@@ -47,20 +64,40 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     config_class = MegamorConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
     _supports_sdpa = True
+    # Geometry and layouts hold tensors that hooks wouldn't move, so the whole model is on one device.
+    _no_split_modules = ["Transformer"]  # noqa: RUF012
     # Scores that nearly tie can change order when rounded to bf16, and then tokens take another depth.
     _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model = Transformer(settings(config.megamor))
+        self.set_attn_implementation(config._attn_implementation)
+        self.model = Transformer(settings(config.megamor, config.vocab_size))
         # from_pretrained builds on the meta device and fills in the stored weights; from_config expects initial ones.
         if not self.model.embed.weight.is_meta:
             self.model.init_weights()
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
-        """Do nothing: `__init__` has initialised the weights."""
+        """Initialise the rows that `resize_token_embeddings` adds; `__init__` has initialised everything else."""
+        if isinstance(module, nn.Embedding) or module is self.model.head:
+            nn.init.normal_(module.weight, std=self.model.config.model.init_std)
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Refuse everything but "sdpa": which kernels run depends on the layout of the tokens."""
+        if attn_implementation not in (None, "sdpa"):
+            raise ValueError(
+                f"attn_implementation = {attn_implementation!r} isn't supported: leave it out, or give sdpa"
+            )
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, every_n_layers: int = 1, **__: Any) -> None:
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers = {every_n_layers} isn't supported: all blocks are checkpointed, or none")
+        self.gradient_checkpointing = enable
+        self.model.set_activation_checkpointing("block" if enable else "none")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -72,66 +109,231 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def set_input_embeddings(self, value: Any) -> None:
         self.model.embed = value
 
-    def get_output_embeddings(self) -> None:
-        return None  # the embedding itself is the head; there is no second module to tie
+    def get_output_embeddings(self) -> Any:
+        return self.model.head  # None: the embedding itself is the head, and there is no second module to tie
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, *_: Any, past_key_values: Any = None, **kwargs: Any
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.model.head = new_embeddings
+
+    def new_cache(self, batch: int, capacity: int) -> DecodingCache:
+        """An empty cache for `batch` sequences of `capacity` tokens, or as many as the model was made for."""
+        weight, config = self.model.embed.weight, self.model.config.model
+        return DecodingCache(KVCache(config, batch, min(capacity, config.max_seq_len), weight.dtype, weight.device))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_length: int
+    ) -> Any:
+        """Refuse what `generate` could not do with this model, and give it a cache."""
+        if generation_mode.value not in GENERATION_MODES:
+            raise ValueError(
+                f"{generation_mode.value} isn't supported: leave out assistant_model, prompt_lookup_num_tokens, "
+                f"penalty_alpha and the like. Supported are {', '.join(GENERATION_MODES)}"
+            )
+        name = generation_config.cache_implementation
+        if name is not None:
+            raise ValueError(
+                f"cache_implementation = {name!r} isn't supported: the model has its own cache; leave it out"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and bool((mask[:, -1] == 0).any()):
+            raise ValueError(
+                "a prompt must end with a token: set tokenizer.padding_side = 'left', leave out empty prompts"
+            )
+        if not generation_config.use_cache and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("generate() from inputs_embeds needs the cache: leave out use_cache=False")
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_length + 1)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = None,
+        cache_position: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        kept = {name: kwargs.get(name) for name in ("attention_mask", "use_cache")}
-        return {"input_ids": input_ids[:, start:], "past_key_values": past_key_values, **kept}
+        kwargs["past_key_values"] = past_key_values
+        if inputs_embeds is not None and start == 0:
+            return {"inputs_embeds": inputs_embeds, **kwargs}
+        if next_sequence_length is not None:
+            start = input_ids.shape[1] - next_sequence_length
+        elif input_ids.shape[1] <= start:  # a chunk of a long prompt
+            start = 0
+        return {"input_ids": input_ids[:, start:], **kwargs}
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Any = None,
+        **options: Any,
     ) -> Any:
-        """Logits [B, S, vocabulary] of `input_ids` [B, S], and the loss if `labels` [B, S] are given.
+        """Logits [B, S, vocabulary] of `input_ids` [B, S] or `inputs_embeds` [B, S, dim], and the loss of `labels`.
 
-        The loss compares position t with label t + 1; labels of -100 are ignored.
+        The loss compares position t with label t + 1; labels of -100 are ignored, and so is padding. It is the mean or,
+        with `num_items_in_batch`, the sum divided by that. `attention_mask` [B, tokens so far and new] is 0 at padding,
+        whose logits are 0. `position_ids` count each sequence's tokens; where they begin again at 0, another document
+        begins, which attention doesn't leave. A cache is returned if `use_cache` is true. `hidden_states` are the
+        stream after the embedding and after each unshared block and each recursion; the last one is that after the
+        final norm.
 
         Raises:
-            ValueError: `attention_mask` masks a position, or the cache is too small.
+            ValueError: an option isn't supported, inputs contradict each other, or the cache is too small.
         """
-        if attention_mask is not None and bool((attention_mask == 0).any()):
-            raise ValueError("padding isn't supported: use sequences of equal length, or one at a time")
+        inputs = self.checked_inputs(input_ids, inputs_embeds, past_key_values, options)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("logits_to_keep and labels contradict each other: the loss needs all logits")
+        batch, length = inputs.shape[:2]
         if use_cache and past_key_values is None:
-            weight, config = self.model.embed.weight, self.model.config.model
-            size = (input_ids.shape[0], config.max_seq_len)
-            past_key_values = DecodingCache(KVCache(config, *size, weight.dtype, weight.device))
+            past_key_values = self.new_cache(batch, self.model.config.model.max_seq_len)
         cache = None if past_key_values is None else past_key_values.cache
-        if cache is not None and cache.num_tokens + input_ids.shape[1] > cache.capacity:
+        if cache is not None and cache.num_tokens + length > cache.capacity:
             raise ValueError(
                 f"the cache holds {cache.capacity} tokens (max_position_embeddings), and "
-                f"{cache.num_tokens + input_ids.shape[1]} are needed: generate fewer, or pass use_cache=False"
+                f"{cache.num_tokens + length} are needed: generate fewer, or pass use_cache=False"
             )
-        logits = self.model(input_ids, mode="causal", cache=cache).logits
+        real = real_tokens(attention_mask, batch, length, cache)
+        lengths = columns = None
+        if real is not None:
+            numbers = torch.stack((real.sum(1), real.long().argmax(1))).tolist()
+            lengths, columns = (tuple(row) for row in numbers)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        logits = self.model(
+            inputs,
+            mode="causal",
+            documents=None if position_ids is None else documents_of(position_ids, real, batch, length, cache),
+            cache=cache,
+            lengths=lengths,
+            columns=columns,
+            keep=None if isinstance(kept, slice) and kept.start == 0 else kept,
+            states=states,
+        ).logits
         loss = None
         if labels is not None:
-            shifted = labels[:, 1:].to(logits.device).flatten()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORE)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
+            if real is not None:  # a token is predicted from the token before it, not from padding
+                targets = targets.masked_fill(~(real & F.pad(real, (0, 1))[:, 1:]).to(targets.device), IGNORE)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            targets = targets.to(logits.device).flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        hidden = None if states is None else tuple(states)
+        output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden)
         return output.to_tuple() if return_dict is False else output
 
+    def checked_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: Any, options: Mapping[str, Any]
+    ) -> Tensor:
+        """`input_ids` or `inputs_embeds`, whichever is given. Raises ValueError for what `forward` doesn't support."""
+        for name, value in options.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} isn't supported by this model: leave it out")
+        if past is not None and not isinstance(past, DecodingCache):
+            kind = type(past).__name__
+            raise ValueError(
+                f"past_key_values of type {kind} isn't supported: pass use_cache=True, which returns a cache"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None and any(stage.router.reads_text for stage in self.model.stages.values()):
+            raise ValueError("inputs_embeds isn't supported: the model's router reads the text; give input_ids")
+        return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
 
-def settings(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+
+def real_tokens(mask: Tensor | None, batch: int, length: int, cache: KVCache | None) -> Tensor | None:
+    """Which of the newest `length` tokens of each sequence are no padding, [batch, length]; None: all.
+
+    Raises:
+        ValueError: `mask` has another shape, a hole, or padding where a cache can't have it.
+    """
+    if mask is None:
+        return None
+    past = 0 if cache is None else cache.num_tokens
+    if mask.shape != (batch, past + length):
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} isn't supported: give [sequences, tokens so far and new], "
+            f"here {[batch, past + length]}"
+        )
+    real = mask != 0
+    begins = torch.cat((real[:, :1], real[:, 1:] & ~real[:, :-1]), 1)
+    if bool((begins.sum(1) > 1).any()):
+        raise ValueError("attention_mask has a hole: padding may only be before or after all tokens of a sequence")
+    padding = 0 if cache is None or cache.padding is None else cache.padding
+    if bool((past - real[:, :past].sum(1) != padding).any()):
+        raise ValueError("attention_mask hides other tokens than it did when the cache was filled")
+    real = real[:, past:]
+    if cache is not None and bool((real.any(1) & ~real[:, -1]).any() | ~real.any()):
+        raise ValueError("with a cache, padding must come before the tokens: set tokenizer.padding_side = 'left'")
+    return None if bool(real.all()) else real
+
+
+def documents_of(
+    position_ids: Tensor, real: Tensor | None, batch: int, length: int, cache: KVCache | None
+) -> Tensor | None:
+    """Ids [batch, length] of the documents that begin where `position_ids` are 0; None: one in each sequence.
+
+    Raises:
+        ValueError: positions neither continue nor begin again at 0, or aren't those of the tokens after a cache's.
+    """
+    given = position_ids[..., -length:].expand(batch, -1)
+    real = torch.ones_like(given, dtype=torch.bool) if real is None else real.to(given.device)
+    continues = given[:, 1:] == given[:, :-1] + 1
+    begins = real & (given == 0)
+    allowed = continues | begins[:, 1:] | ~(real[:, 1:] & real[:, :-1])
+    if cache is not None:
+        # RoPE sees distances alone, so positions may count the padding or not.
+        padding = torch.zeros(batch, dtype=torch.int64) if cache.padding is None else cache.padding
+        order = real.cumsum(1) - 1 + (cache.num_tokens - padding).to(given.device).unsqueeze(1)
+        columns = torch.arange(length, device=given.device) + cache.num_tokens
+        allowed = (given == order) | (given == columns) | ~real
+    if not bool(allowed.all()):
+        raise ValueError(
+            "position_ids must count the tokens of each sequence; without a cache they may begin again at 0"
+        )
+    documents = begins.cumsum(1)
+    return documents if cache is None and bool((begins[:, 1:] & real[:, :-1]).any()) else None
+
+
+def settings(sections: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Config:
     """The `Config` whose sections were exported. They were validated when the model was trained."""
-    # JSON has no tuples, and the settings are hashable.
-    values: dict[str, dict[str, Any]] = {
-        section: {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        for section, fields in sections.items()
-    }
-    steps = tuple(DepthStep(**item) for item in values["recursion"].get("schedule_steps", ()))
-    scaling = values["model"].get("rope_scaling")
-    routers = {router.kind: router for router in get_args(RouterConfig) if hasattr(router, "kind")}
-    return Config(
-        model=ModelConfig(**{**values["model"], "rope_scaling": scaling and RopeScalingConfig(**scaling)}),
-        recursion=RecursionConfig(**{**values["recursion"], "schedule_steps": steps}),
-        router=routers[values["router"]["kind"]](**values["router"]),
-        data=DataConfig(**values["data"]),
+    model, recursion = hashable({**sections["model"], "vocab_size": vocab_size}), hashable(sections["recursion"])
+    if model.get("rope_scaling"):
+        model["rope_scaling"] = RopeScalingConfig(**model["rope_scaling"])
+    recursion["schedule_steps"] = tuple(DepthStep(**item) for item in recursion.get("schedule_steps", ()))
+    recursion["stages"] = tuple(
+        StageConfig(**{**item, "router": item.get("router") and router_config(item["router"])})
+        for item in recursion.get("stages", ())
     )
+    return Config(
+        model=ModelConfig(**model),
+        recursion=RecursionConfig(**recursion),
+        router=router_config(sections["router"]),
+        data=DataConfig(**sections["data"]),
+    )
+
+
+def router_config(fields: Mapping[str, Any]) -> Any:
+    """The settings of a router, of the class that `kind` names."""
+    routers = {router.kind: router for router in get_args(RouterConfig) if hasattr(router, "kind")}
+    return routers[fields["kind"]](**hashable(fields))
+
+
+def hashable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with tuples for lists, which is what JSON makes of them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

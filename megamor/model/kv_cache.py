@@ -22,6 +22,7 @@ from megamor.model.blocks import KeysValues, KeyValue
 from megamor.model.layouts import Geometry
 from megamor.model.multi_scale import BEYOND, Pool, first_fine
 from megamor.routing import TokenSet
+from megamor.routing.plan import to_device
 
 Keep = Literal["score", "depth", "recent"]
 STORED = ("k", "v", "order", "lengths", "score")
@@ -139,10 +140,10 @@ class CachedKeysValues(KeysValues):
 class KVCache:
     """The stores of a model for `batch` sequences of up to `capacity` tokens, which advance together.
 
-    `num_tokens` is how many each sequence has processed. Pass the cache to `Transformer.forward` with the new tokens
-    only. `tokens` [batch, num_tokens] are their ids, kept for routers that read the text, and `memory` is what routers
-    remember of each sequence. With a `bound`, stores have room for its budget only, and at most `chunk` tokens may be
-    passed at once; `depths` are those of the tokens so far.
+    `num_tokens` is how many each sequence has processed, of which `padding` [batch] were none (None: all were tokens).
+    Pass the cache to `Transformer.forward` with the new tokens only. `tokens` [batch, num_tokens] are their ids, kept
+    for routers that read the text, and `memory` is what routers remember of each sequence. With a `bound`, stores have
+    room for its budget only, and at most `chunk` tokens may be passed at once; `depths` are those of the tokens so far.
     """
 
     config: ModelConfig
@@ -156,6 +157,7 @@ class KVCache:
     memory: dict[nn.Module, Tensor] = field(default_factory=dict)
     bound: CacheBound | None = None
     depths: Tensor | None = None
+    padding: Tensor | None = None
 
     @property
     def chunk(self) -> int:
@@ -186,6 +188,15 @@ class KVCache:
             store.evict(self.bound, incoming, self.depths)
         return store.admit(tokens, geometry)
 
+    def begin(self, length: int, lengths: tuple[int, ...] | None) -> int | Tensor:
+        """Tokens of each sequence so far. Of the next `length`, only the last `lengths[b]` of sequence b are real."""
+        start = self.num_tokens if self.padding is None else self.num_tokens - self.padding
+        if lengths is not None:
+            assert self.bound is None, "a bounded cache takes no padding"
+            added = length - to_device(lengths, torch.device(self.device))
+            self.padding = added if self.padding is None else self.padding + added
+        return start
+
     def advance(self, depth: Tensor | None, length: int) -> None:
         """Count `length` more tokens of each sequence, which took `depth` [batch, length] recursions."""
         self.num_tokens += length
@@ -196,7 +207,7 @@ class KVCache:
         """Continue with the sequences `rows` [n] instead; a sequence may be taken several times."""
         self.batch = len(rows)
         self.memory = {router: value.index_select(0, rows) for router, value in self.memory.items()}
-        for holder, names in ((self, ("tokens", "depths")), *((s, STORED) for s in self.stores.values())):
+        for holder, names in ((self, ("tokens", "depths", "padding")), *((s, STORED) for s in self.stores.values())):
             for name in names:
                 if (value := getattr(holder, name)) is not None:
                     setattr(holder, name, value.index_select(0, rows))
@@ -220,7 +231,8 @@ class KVCache:
         last, block = grid.pad(geometry.order_of(queries), -1), self.config.attention_block
         score = None if store.score is None else store.score[:, :length]
         if self.config.attention == "full":
-            chunk = Chunk(((0, length),), visibility_mask(last, order, dtype=geometry.dtype))
+            first = None if geometry.reach is None else last - geometry.reach
+            chunk = Chunk(((0, length),), visibility_mask(last, order, first, geometry.dtype))
             return CachedKeysValues(store, length, write), AttentionLayout(grid, None, (chunk,), score=score)
         # The means are taken anew from the entries: reading them is what a step of full attention costs too.
         count = (self.num_tokens + geometry.everything.max_length) // block

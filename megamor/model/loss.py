@@ -7,6 +7,7 @@ recomputed and no logits are kept.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,54 @@ CHUNK_ELEMENTS = 1 << 25
 """Most logits in memory at once (128 MiB in fp32)."""
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Predictions to learn from: `hidden` [N, its dim] times `weight` [vocab, its dim] are the logits of each token.
+
+    The loss has the factor `coeff`; for the rest see `DistillConfig`. Not a tuple: backends cast and
+    copy tensors that they find in a model's arguments.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    coeff: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def divergence(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) [n] in nats where the student predicts `log_q` [n, vocab], and the distribution
+        [n, vocab] by which its gradient at the student's logits, times the temperature, is exp(log_q) minus it.
+
+        With `top_k`, all other tokens are one class. Its probability in the target is divided among them as the student
+        divides its own, so that only the class as a whole is drawn to the teacher's.
+        """
+        logits = F.linear(self.hidden[rows], self.weight).to(log_q.dtype) / self.temperature
+        log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
+        if self.top_k is None:
+            target = log_p.exp()
+            return (target * (log_p - log_q)).sum(1), target
+        log_top, top = log_p.topk(self.top_k, dim=1)
+        rest_p = log_p.scatter_(1, top, -torch.inf).logsumexp(1, keepdim=True)
+        log_other = log_q.scatter(1, top, -torch.inf)
+        rest_q = log_other.logsumexp(1, keepdim=True)
+        found = (log_top.exp() * (log_top - log_q.gather(1, top))).sum(1) + (rest_p.exp() * (rest_p - rest_q))[:, 0]
+        return found, log_other.add_(rest_p - rest_q).exp_().scatter_(1, top, log_top.exp())
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, want_gradients: bool, z_coeff: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        want_gradients: bool,
+        z_coeff: float,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        z_loss = torch.zeros_like(loss)
+        z_loss, distill_loss = torch.zeros_like(loss), torch.zeros_like(loss)
         grad_hidden = torch.empty_like(hidden) if want_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if want_gradients else None
         for start in range(0, hidden.shape[0], chunk):
@@ -37,34 +78,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((log_z - logits.gather(1, target).squeeze(1)) * valid).sum()
             if z_coeff:
                 z_loss += z_coeff * (log_z.square() * valid).sum()
+            if teacher is not None:
+                softened = (logits / teacher.temperature).log_softmax(1)
+                divergence, target_p = teacher.divergence(rows, softened)
+                distill_loss += teacher.coeff * teacher.temperature**2 * (divergence * valid).sum()
+                # One T of the factor T² is cancelled by that in softmax(logits / T).
+                learned = softened.exp_().sub_(target_p).mul_(teacher.coeff * teacher.temperature)
             if grad_hidden is not None and grad_weight is not None:
                 # d loss / d logits = softmax - one_hot(target), computed in the memory of the logits.
                 grad = logits.sub_(log_z.unsqueeze(1)).exp_()
                 if z_coeff:  # d log_z² / d logits = 2 · log_z · softmax
                     grad.mul_((1 + 2 * z_coeff * log_z).unsqueeze(1))
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+                if teacher is not None:
+                    grad += learned
                 grad = grad.mul_(valid.unsqueeze(1)).to(hidden.dtype)
                 grad_hidden[rows] = grad @ weight
                 grad_weight += grad.t() @ hidden[rows]
         # grad_weight is summed over the chunks in fp32 and rounded once: in bf16 late chunks would vanish in the sum.
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(z_loss)
-        return loss, z_loss
+        ctx.mark_non_differentiable(z_loss, distill_loss)
+        return loss, z_loss, distill_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # The gradients were computed for a loss with gradient 1, so the one that arrives is a common factor.
         scale = grads[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+        own = grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype)
+        return *own, None, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of the logits hidden · weightᵀ, and their summed z-loss.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff: float = 0.0, teacher: Teacher | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross-entropy of the logits hidden · weightᵀ, their summed z-loss, and the loss that a teacher adds.
 
-    The z-loss is z_coeff · logsumexp(logits)² (PaLM, arXiv 2204.02311, section 5). It costs no second pass: the first
-    result is the cross-entropy alone, but its gradient is that of both; the second has none.
+    The z-loss is z_coeff · logsumexp(logits)² (PaLM, arXiv 2204.02311, section 5); the last is coeff · temperature² ·
+    KL(teacher || student) (arXiv 1503.02531). They cost no second pass of the student: the first result is the
+    cross-entropy alone, but its gradient is that of all three; the others have none.
 
     hidden [N, dim], weight [vocab, dim], labels [N] with -100 at positions to ignore; returns scalars in fp32 (in fp64
     for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
@@ -76,7 +129,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         weight = weight.to(hidden.dtype)
-        losses: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden, weight, labels, want_gradients, z_coeff)  # type: ignore[no-untyped-call]
+        losses: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, want_gradients, z_coeff, teacher
+        )
         return losses
 
 

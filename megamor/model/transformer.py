@@ -23,14 +23,15 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
-from megamor.config.segments import segments
+from megamor.config.segments import Segment, segments
 from megamor.errors import ConfigError
+from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage, StageOutput
+from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
@@ -43,8 +44,10 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
-    `scores` [B, S] exist where they were asked for.
+    sees every token, on average over the unshared blocks. In training with `train.z_loss_coeff`, `z_loss_sum` is the
+    z-loss, whose gradient `loss_sum` has. `scores` [B, S] exist where they were asked for. With a teacher,
+    `distill_loss_sum` is the loss of learning from it, whose gradient `loss_sum` has. `hidden` [T, dim] are the rows
+    that the head would be given.
     With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
     names of `ratios` and `totals` begin with `Segment.prefix`.
     """
@@ -60,6 +63,8 @@ class ModelOutput(NamedTuple):
     pairs: Tensor | None = None
     z_loss_sum: Tensor | None = None
     scores: TokenScores | None = None
+    distill_loss_sum: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def probes(self) -> Tensor:
@@ -129,9 +134,9 @@ class Transformer(nn.Module):
         """Factor on embedded tokens."""
         return self.config.model.dim**0.5 if self.config.model.scale_embedding else 1.0
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Token ids [N] as rows of the stream, [N, dim]."""
-        rows: Tensor = self.embed(ids)
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Token ids [N], or their rows [N, dim] of the embedding, as rows of the stream, [N, dim]."""
+        rows: Tensor = inputs if inputs.is_floating_point() else self.embed(inputs)
         return rows * self.embedding_scale if self.config.model.scale_embedding else rows
 
     @property
@@ -157,6 +162,11 @@ class Transformer(nn.Module):
         lengths: tuple[int, ...] | None = None,
         first_sequence: int = 0,
         score_tokens: bool = False,
+        columns: tuple[int, ...] | None = None,
+        keep: slice | Tensor | None = None,
+        states: list[Tensor] | None = None,
+        teacher: Teacher | None = None,
+        predict: bool = True,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -164,18 +174,24 @@ class Transformer(nn.Module):
         router's inference rule ("causal"). `step` is the optimizer step (0-based), which drives warm-ups. `documents`
         [B, S] are ids that attention must not cross. With `cache`, `inputs` are the tokens that follow those in it, and
         its `num_tokens` grows by S; this needs the causal mode and no documents. `bounds` limit the recursions of each
-        token, in the causal mode. Of sequence b, only the first `lengths[b]` tokens are real (None: all are). What
-        follows is padding: it isn't computed, its logits are 0 and it has no influence on anything. `first_sequence` is
-        the number of the first sequence in the batch of the step, over all ranks and micro-batches. `score_tokens` adds
-        the `scores` of single labels, without gradients.
+        token, in the causal mode. Of sequence b, only `lengths[b]` tokens are real (None: all are): those from
+        `columns[b]` on (None: the first; with a cache they must be the last). The rest is padding: it isn't computed,
+        its logits are 0 and it has no influence on anything. `first_sequence` is the number of the first sequence in
+        the batch of the step, over all ranks and micro-batches. `score_tokens` adds the `scores` of single labels,
+        without gradients. `inputs` may also be rows of the embedding [B, S, dim], unless a router reads the text.
+        `keep` are the columns whose logits are wanted (None: all). `states` receives the stream [B, S, dim] after the
+        embedding and after each unshared block and each recursion; instead of the last one, that after the final norm.
+        The loss also has that of learning from a `teacher`, whose rows are the real tokens of this pass. Without
+        `predict`, the result is `hidden` instead of logits.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
-        assert lengths is None or cache is None, "decoding knows no padding"
         if lengths is not None and not any(lengths):
-            return self.run_nothing(inputs, labels, mode, step, score_tokens)
-        start = 0 if cache is None else cache.num_tokens
-        geometry = Geometry.of(inputs, self.config.model, self.embed.weight.dtype, documents, start, lengths)
+            assert cache is None, "nothing but padding to decode"
+            return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
+        start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
+        dtype = self.embed.weight.dtype
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":
@@ -196,32 +212,42 @@ class Transformer(nn.Module):
             memory=None if cache is None else cache.memory,
         )
         x, outputs = self.embedded(window.unpad(inputs)), {}
+        add_state(states, window, x)
         for segment in self.segments:
             if segment.schedule:
-                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache)
+                outputs[segment.prefix] = self.get_submodule(segment.name)(x, geometry, context, cache, states)
                 x = outputs[segment.prefix].stream
                 context = replace(context, stage=context.stage + 1)
             else:
-                x = self.run_unshared(segment.name, x, geometry, cache)
+                x = self.run_unshared(segment, x, geometry, cache, states)
         x = self.norm(x)
-        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = None
-        if labels is None:
+        if states:
+            states[-1] = window.pad(x)
+        logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
+        if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.head_weight))
-        else:
+            kept = x if keep is None else window.pad(x)[:, keep]
+            logits = F.linear(kept, self.embed.weight) if self.head is None else self.head(kept)
+            logits = window.pad(logits) if keep is None else logits
+        elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss_sum = linear_cross_entropy(x, self.head_weight, labels, z_coeff)
-            z_loss_sum = z_loss_sum if z_coeff else None
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            z_loss_sum = z_loss if z_coeff else None
+            distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()
-            pairs = geometry.visible_pairs(everything, everything)
+        if labels is not None or not predict:
+            unshared = [segment for segment in self.segments if not segment.schedule]
+            slides = [block in segment.sliding for segment in unshared for block in range(segment.num_blocks)]
+            pairs = geometry.mean_pairs(everything, everything, slides)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
             cache.advance(depth, inputs.shape[1])
-        return ModelOutput(logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores)
+        found = logits, loss_sum, num_tokens, losses, ratios, totals, depth, work, pairs, z_loss_sum, scores
+        return ModelOutput(*found, distill_loss_sum, None if predict else x)
 
     def text_keys(self, inputs: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
         """`RoutingContext.text` of `inputs` [B, S], which follow the tokens in `cache`."""
@@ -231,10 +257,12 @@ class Transformer(nn.Module):
             return text_keys(geometry.window.unpad(inputs), order)
         whole = cache.tokens = inputs if cache.tokens is None else torch.cat((cache.tokens, inputs), 1)
         order = torch.arange(whole.shape[1], device=inputs.device).expand_as(whole)
-        return text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :].flatten()
+        if cache.padding is not None:
+            order = (order - cache.padding.unsqueeze(1)).clamp_min(0)
+        return geometry.window.unpad(text_keys(whole.flatten(), order.flatten()).view_as(whole)[:, -inputs.shape[1] :])
 
     def run_nothing(
-        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool
+        self, inputs: Tensor, labels: Tensor | None, mode: Mode, step: int, score_tokens: bool, distills: bool
     ) -> ModelOutput:
         """The output for `inputs` [B, S] that are padding alone: zeros that depend on the same parameters as any other.
 
@@ -251,17 +279,26 @@ class Transformer(nn.Module):
             depth=None if one.depth is None else one.depth.new_full(inputs.shape, -1),
             work=None if one.work is None else 0 * one.work,
             pairs=None if one.pairs is None else 0 * one.pairs,
+            distill_loss_sum=0 * one.loss_sum.detach() if distills and one.loss_sum is not None else None,
             scores=one.scores and TokenScores(*(0 * score.expand(inputs.shape) for score in one.scores)),
         )
 
-    def run_unshared(self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None) -> Tensor:
-        """x [T, dim] through the unshared blocks of the segment `group`, which see every token."""
-        everything = geometry.everything
-        keys_values, layout = KeysValues(), geometry.layout(everything, everything)
-        for number, block in enumerate(self.get_submodule(group).children()):
+    def run_unshared(
+        self, segment: Segment, x: Tensor, geometry: Geometry, cache: KVCache | None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """x [T, dim] through the unshared blocks of `segment`, to which all tokens come."""
+        everything, keys_values = geometry.everything, KeysValues()
+        layouts: dict[bool, AttentionLayout] = {}
+        for number, block in enumerate(self.get_submodule(segment.name).children()):
+            slides = number in segment.sliding
+            sight = geometry.seen_by(slides)
             if cache is not None:
-                keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
-            x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
+                key = segment.name, number
+                keys_values, layouts[slides] = cache.view(key, everything, sight, (KeysValues(), everything))
+            elif slides not in layouts:
+                layouts[slides] = sight.layout(everything, everything)
+            x, _ = self.recomputation.block(block, in_core=False)(x, sight.angles, layouts[slides], keys_values)
+            add_state(states, geometry.window, x)
         return x
 
     @torch.no_grad()

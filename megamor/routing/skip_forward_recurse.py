@@ -273,9 +273,10 @@ def prefix_means(rows: Tensor, begins: Tensor, context: RoutingContext, router: 
         total = total + torch.where((rank >= length).unsqueeze(1), earlier, 0.0)
         length *= 2
     if context.memory is not None:
-        # Decoding: equally many new tokens in each sequence, and the sums over the old ones.
-        rank, total = context.positions_of(rows.device), total.view(context.batch, context.seq_len, -1)
-        if router in context.memory:
-            total = total + context.memory[router].unsqueeze(1)
-        context.memory[router], total = total[:, -1], total.flatten(0, 1)
+        # Decoding: each sequence's new tokens are added to the sum over its old ones.
+        everything, rank = context.everything, context.positions_of(rows.device)
+        before = context.memory.get(router, total.new_zeros(context.batch, total.shape[1]))
+        total = total + before[everything.sequences(rows.device)]
+        ends = everything.bounds(rows.device)
+        context.memory[router] = torch.where(ends.diff().unsqueeze(1) > 0, total[ends[1:] - 1], before)
     return total / (rank + 1).unsqueeze(1)

@@ -40,6 +40,7 @@ from megamor.parallel.zero_config import engine_config
 from megamor.ranks import from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
+from megamor.train.distill import Distillation
 from megamor.train.evaluations import TASKS, Evaluations
 from megamor.train.guard import Guard
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
@@ -89,6 +90,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     # All ranks build the same weights from one seed; from here on each rank has random numbers of its own.
     reseed(config.run.seed, 0, world.rank)
     backend = build_backend(model, expanded, world, lambda module: build_optimizer(module, config))
+    distillation = Distillation.load(config, world.device)
     guard = Guard(config.guard)
     diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
@@ -143,7 +145,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
         guard=guard,
         diagnosis=diagnosis,
         watchdog=Watchdog(directory, world.rank, config.train.hang_timeout_seconds),
-        summary=LaunchSummary(expanded, throughput),
+        summary=LaunchSummary(expanded, throughput, distillation),
+        distillation=distillation,
         lock=lock,
     )
     if resumption is not None and trainer.is_complete():

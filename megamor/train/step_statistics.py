@@ -36,6 +36,8 @@ class StepSummary:
     """Query-key pairs of a block that sees every token."""
     grad_norm: float = math.nan
     """Global norm before clipping."""
+    teacher_work: list[float] = field(default_factory=list)
+    """Of a teacher: query-key pairs as above, then tokens and pairs of each of its recursions."""
     router_grad_norm: float | None = None
     """The same of the routers' gradients alone; None where `Backend.router_square` is."""
 
@@ -103,6 +105,7 @@ class PendingSummary:
             score_gradients=found["score_gradients"].tolist() if "score_gradients" in found else [],
             pairs=float(found["pairs"]) if "pairs" in found else None,
             grad_norm=float(found["grad_norm"]),
+            teacher_work=found["teacher"].tolist() if "teacher" in found else [],
             router_grad_norm=math.sqrt(found["router_square"]) if "router_square" in found else None,
         )
 
@@ -150,6 +153,8 @@ class StepStatistics:
             self._sum(f"total/{name}", total.double())
         if out.z_loss_sum is not None:
             self._sum("router_loss/lm_z_loss", torch.stack((out.z_loss_sum.double(), out.num_tokens.double())))
+        if out.distill_loss_sum is not None:
+            self._sum("router_loss/distill_loss", torch.stack((out.distill_loss_sum.double(), out.num_tokens.double())))
         if out.pairs is not None:
             self._sum("pairs", out.pairs.double())
         if out.depth is not None and out.work is not None:
@@ -157,6 +162,10 @@ class StepStatistics:
             counts = torch.bincount(out.depth.flatten() + 1, minlength=self.num_depths + 1)
             self._sum("depth", counts[1:].double())
             self._sum("work", out.work.double())
+
+    def add_teacher(self, work: Tensor) -> None:
+        """Add `StepSummary.teacher_work` of a micro-batch."""
+        self._sum("teacher", work.double())
 
     def add_score_gradients(self, largest: Tensor) -> None:
         """Add this rank's largest gradient at the scores of each watched router, of the whole step."""

@@ -11,8 +11,9 @@ from megamor.config import Config
 from megamor.config.batches import BatchShape
 from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
-from megamor.model.flops import dense_pairs, executed_flops
+from megamor.model.flops import dense_pairs, executed_flops, full_work, unshared_sliding
 from megamor.progress import format_count, format_duration
+from megamor.train.distill import Distillation
 from megamor.train.run_state import RunProgress
 from megamor.train.step_statistics import StepSummary
 from megamor.train.validation import ValidationLosses
@@ -24,6 +25,7 @@ class LaunchSummary:
 
     config: Config
     throughput: Throughput
+    distillation: Distillation | None = None
     steps: int = 0
     full_depth_flops: float = 0.0
     loss: float | None = None
@@ -31,23 +33,26 @@ class LaunchSummary:
     validation: ValidationLosses | None = None
 
     def add(self, step: StepSummary, shape: BatchShape, tokens: int, seconds: float) -> float:
-        """Count a step of `tokens`, padding left out, here and in `throughput`; returns its training FLOPs."""
+        """Count a step of `tokens`, padding left out, here and in `throughput`; returns the FLOPs that it executed."""
         sequences, seq_len = shape.global_batch_size, shape.seq_len
         flops = executed_flops(self.config, sequences, step.work, seq_len, step.pairs, tokens)
+        teacher = self.distillation.flops(step, sequences, seq_len, tokens) if self.distillation else 0.0
+        executed = flops.training + teacher
         self.throughput.add(
             seconds=seconds,
             tokens=tokens,
-            model_flops=flops.training,
-            hardware_flops=flops.training + flops.recomputed(self.config.train),
+            model_flops=executed,
+            hardware_flops=executed + flops.recomputed(self.config.train),
         )
         self.steps += 1
         self.loss, self.mean_depth = step.loss, step.mean_depth
         # The same model without a router, every token through every recursion.
-        pairs = tokens / seq_len * dense_pairs(self.config.model, seq_len) if step.pairs is None else step.pairs
-        everything = [(float(tokens), pairs)] * len(step.work)
+        dense = dense_pairs(self.config.model, seq_len, unshared_sliding(self.config))
+        pairs = tokens / seq_len * dense if step.pairs is None else step.pairs
+        everything = full_work(self.config, tokens, pairs, seq_len)[: len(step.work)]
         full = executed_flops(self.config, sequences, everything, seq_len, pairs, tokens)
-        self.full_depth_flops += full.training - 3 * full.routers
-        return flops.training
+        self.full_depth_flops += full.training - 3 * full.routers + teacher
+        return executed
 
     def describe(self, progress: RunProgress, checkpoints: Path) -> str:
         """Lines to print at the end of a launch that wasn't interrupted; `checkpoints` holds those of the run."""

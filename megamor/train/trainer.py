@@ -39,6 +39,7 @@ from megamor.parallel import Backend, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
+from megamor.train.distill import Distillation
 from megamor.train.evaluations import Evaluations
 from megamor.train.guard import Guard, Verdict
 from megamor.train.run_state import RunCheckpoints, RunProgress
@@ -81,6 +82,7 @@ class Trainer:
     diagnosis: Diagnosis
     watchdog: Watchdog
     summary: LaunchSummary
+    distillation: Distillation | None = None
     lock: WriteLock | None = None
     """Rank 0's, which keeps other launches from writing to the run's directory."""
     stopping: bool = False
@@ -227,6 +229,8 @@ class Trainer:
             # Each rank's micro-batches are one slice of the step's batch, in the order of ranks.
             first_sequence = (self.backend.rank * len(batch.micro_batches) + number - 1) * len(micro_batch.inputs)
             tokens, arguments = micro_batch.num_tokens, micro_batch.arguments(device)
+            if self.distillation is not None:
+                arguments["teacher"] = self.distillation.teach(arguments, statistics)
             with self.backend.forward_context(last_micro_batch=is_last):
                 out = self.backend.model(
                     **arguments, mode="train", step=self.progress.step, first_sequence=first_sequence

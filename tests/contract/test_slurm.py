@@ -78,8 +78,8 @@ TRAIN = ROOT / "slurm" / "mor_1b.sh"
     ("variables", "overrides", "said"),
     [
         ({"NODES": 3}, [], "train.global_batch_size = 4 isn't divisible by train.micro_batch_size = 1 x 3 processes"),
-        ({"GPUS": "h100:3"}, [], "micro_batch_size = 1 x 3 processes"),
-        ({}, ["data.train=[nowhere]"], "nowhere.idx doesn't exist"),
+        pytest.param({"GPUS": "h100:3"}, [], "micro_batch_size = 1 x 3 processes", marks=pytest.mark.slow),
+        pytest.param({}, ["data.train=[nowhere]"], "nowhere.idx doesn't exist", marks=pytest.mark.slow),
         ({}, ["data.tokenizer=none.json"], "tokenizer none.json can't be read"),
         ({"LAUNCHER": "deepspeed"}, ["parallel.shard_degree=2"], "needs fsdp2, but parallel.backend = deepspeed"),
         ({"LAUNCHER": "mpirun"}, [], "LAUNCHER is mpirun"),

@@ -16,14 +16,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 import yaml
 import zstandard
 
+from megamor.checkpoint import TrainerState
 from megamor.cli import main
+from megamor.corpus.bpe import train_bpe
 from tests.commands import refusal, status
+from tests.serve.process import server_process
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -86,6 +90,42 @@ def walk(command: list[str], *changes: str) -> None:
     assert status(main, *words) == 0, shlex.join(command)
 
 
+def test_from_a_dense_model_to_a_served_one_in_five_commands(fresh: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    block = next(each for each in blocks((ROOT / "README.md").read_text()) if "convert-depth" in each)
+    found = commands(block)
+    start = next(number for number, words in enumerate(found) if words[1:2] == ["import"])
+    five = found[start : start + 5]
+    assert [words[1] for words in five] == ["import", "preprocess", "convert-depth", "pretrain", "serve"]
+    # In place of the published model, one of the same class; and texts with enough documents for the split.
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    dense = transformers.LlamaConfig(
+        **shape, vocab_size=512, num_hidden_layers=32, max_position_embeddings=2048, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, eos_token_id=0, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(dense).save_pretrained(fresh / "published")
+    texts = [*documents()]
+    tokenizer = train_bpe(iter(texts), 512, ["<|endoftext|>"])
+    tokenizer.save(str(fresh / "published" / "tokenizer.json"))
+    lines = "".join(json.dumps({"text": f"{number} {text}"}) + "\n" for number, text in enumerate(texts * 4))
+    (fresh / "text").mkdir()
+    (fresh / "text" / "0.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    tiny = [*TINY, "model.vocab_size=512"]
+    walk([word.replace("HuggingFaceTB/SmolLM2-135M", str(fresh / "published")) for word in five[0]])
+    walk(five[1])
+    walk([*five[2], *tiny])
+    walk(five[3], *tiny, *ONE_STEP)
+    state = TrainerState.read(fresh / "runs/uptrain_smollm2_135m/checkpoints/step_00000001")
+    kinds = [state.started_from["kind"], state.started_from["started_from"]["kind"]]
+    assert kinds == ["init", "convert-depth"]
+    checkpoint = fresh / five[4][five[4].index("--checkpoint") + 1]
+    with server_process(checkpoint, fresh) as server:
+        request = {"prompt": "The model", "max_tokens": 5}
+        answer = httpx.post(server.url + "/v1/completions", json=request, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 5
+
+
 def test_from_the_piles_files_to_a_step_of_mor_1b(fresh: Path, capsys: pytest.CaptureFixture) -> None:
     assert [command[1] for command in PILE] == ["tokenizer", "preprocess", "preprocess", "pretrain", "pretrain"]
     problems = refusal(capsys, main, *PILE[3][1:])  # the dry run, before anything is there
@@ -112,7 +152,7 @@ def test_the_readme_prepares_the_same_data(fresh: Path) -> None:
     data = [words for words in commands(block) if words[1:2] in (["tokenizer"], ["preprocess"])]
     outputs = ("--output", "--output-prefix", "--tokenizer", "--input", "--vocab-size")
     picked = lambda words: {name: words[words.index(name) + 1] for name in outputs if name in words}  # noqa: E731
-    assert [picked(words) for words in data] == [picked(words) for words in PILE[:3]]
+    assert [picked(words) for words in data[:3]] == [picked(words) for words in PILE[:3]]
 
 
 def test_a_text_of_ones_own_takes_four_lines(fresh: Path) -> None:

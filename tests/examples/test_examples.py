@@ -41,6 +41,7 @@ def test_examples_are_short() -> None:
     assert all(len(script.read_text().splitlines()) <= 40 for script in found)
 
 
+@pytest.mark.slow
 def test_per_layer_routers_learn_on_tensors() -> None:
     output = run("per_layer_routers.py")
     first, *_, last = losses(output)

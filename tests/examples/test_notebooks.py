@@ -61,6 +61,7 @@ def test_getting_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "<svg" in (tmp_path / "runs/getting_started/depth.svg").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_the_router_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, entropy, correlations, classes, passages, steps, samples = execute(
         "02_what_the_router_learned",

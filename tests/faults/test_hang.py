@@ -75,6 +75,7 @@ def test_a_frozen_rank_ends_the_run_with_the_requeue_status(config: Config) -> N
     assert json.loads((heartbeats / "rank_1.json").read_text())["pid"] == second.pid
 
 
+@pytest.mark.slow
 def test_the_launcher_exits_with_the_requeue_status_too(config: Config) -> None:
     file = Path(config.run.dir) / "config.yaml"
     file.write_text(config_to_yaml(config))

@@ -103,12 +103,15 @@ def test_gradients_are_finite_and_close(router: str) -> None:
         assert F.cosine_similarity(*stacked, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("router", ["token_choice", "ema_threshold", "expert_choice", "act_hard"])
 def test_packed_equals_padded_and_masked(
-    router: str, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
+    router: str, documents: Tensor | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(tiny_config(ROUTERS[router])).to(CUDA)
+    config = tiny_config(ROUTERS[router])
+    windows = replace(config.model, sliding_window=window, sliding_layers=(0, 2) if window else ())
+    model = model_of(replace(config, model=windows)).to(CUDA)
 
     def run() -> tuple[ModelOutput, dict[str, Tensor]]:
         out = in_bf16(model, tokens(), tokens(1).to(CUDA), documents=on_gpu(documents))
@@ -262,7 +265,7 @@ def test_the_loss_never_holds_all_logits() -> None:
     linear_cross_entropy(hidden, weight, labels)[0].backward()
     assert torch.cuda.max_memory_allocated(CUDA) - before < 2 * num_tokens * vocab, "more than the logits in bf16"
     want = F.cross_entropy(hidden.detach()[:512].float() @ weight.detach().float().t(), labels[:512], reduction="sum")
-    got, _ = linear_cross_entropy(hidden.detach()[:512], weight.detach(), labels[:512])
+    got, *_ = linear_cross_entropy(hidden.detach()[:512], weight.detach(), labels[:512])
     assert relative_error(got, want) < 0.01
 
 

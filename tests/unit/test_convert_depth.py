@@ -48,7 +48,7 @@ def test_writes_a_checkpoint(dense: Path, target: Path, tmp_path: Path, capsys: 
     command.main(["--from", str(dense), "--to", str(target), *options])
     said = capsys.readouterr().out
     assert "checked: before sharing, the hidden states of every layer equal the original's" in said
-    assert "drawn from run.seed = 3: stage.router.head." in said
+    assert "routers of stage: drawn from run.seed = 3" in said
     assert "uniform guess 4.575" in said  # ln 97
     loaded, original = load_model(tmp_path / "mor", "cpu"), load_model(dense, "cpu")
     assert loaded.config.model == original.config.model

@@ -53,6 +53,7 @@ CONFIGS["told_apart"] = replace(
     CONFIGS["expert_choice"],
     recursion=replace(CONFIGS["expert_choice"].recursion, recursion_embedding=True, separate_norms=True, lora_rank=2),
 )
+CONFIGS["stages"] = tiny_config(ROUTERS["expert_choice"], sharing="stages")
 CONFIGS["multi_scale"] = replace(
     CONFIGS["expert_choice"],
     model=replace(CONFIGS["expert_choice"].model, attention="multi_scale", attention_window=4, attention_block=2),
@@ -111,8 +112,12 @@ with torch.no_grad():
     model = load("expert_choice")
     loss, logits = model(inputs, labels=inputs, return_dict=False)
     found["loss"], found["loss_logits"] = loss, logits
-    found["padding"] = refusal(lambda: model(inputs, attention_mask=(inputs > 3).long()))
-    model(inputs, attention_mask=torch.ones_like(inputs))
+    found["hole"] = refusal(lambda: model(inputs, attention_mask=(inputs > 3).long()))
+    mask = torch.ones_like(inputs[:, :8])
+    mask[0, :3] = 0
+    options = dict(max_new_tokens=6, do_sample=False)
+    found["padded"] = model.generate(inputs[:, :8], attention_mask=mask, **options)[:1, 8:]
+    found["alone"] = model.generate(inputs[:1, 3:8], **options)[:, 5:]
     found["overflow"] = refusal(lambda: model(inputs.repeat(1, 2), use_cache=True))
     half = load("expert_choice", dtype=torch.bfloat16)
     found["dtypes"] = {str(value.dtype) for value in half.model.stage.router.parameters()}, half.model.norm.weight.dtype
@@ -212,8 +217,12 @@ def test_the_loss_is_that_of_the_next_token(found: dict[str, Any]) -> None:
 
 
 def test_what_it_cannot_do_is_refused(found: dict[str, Any]) -> None:
-    assert "padding isn't supported" in found["padding"]
+    assert "attention_mask has a hole" in found["hole"]
     assert f"holds {SEQ_LEN} tokens" in found["overflow"]
+
+
+def test_padding_has_no_influence_on_generation(found: dict[str, Any]) -> None:
+    assert torch.equal(found["padded"], found["alone"])
 
 
 def test_routers_stay_in_fp32(found: dict[str, Any]) -> None:

@@ -160,6 +160,7 @@ def test_depth_penalty_lowers_the_depth() -> None:
     assert expensive < 0.5 * cheap
 
 
+@pytest.mark.slow
 def test_the_depth_loss_of_learned_thresholds_lowers_the_depth() -> None:
     cheap, expensive = (trained_depth(LearnedThresholdConfig(alpha=1.0, depth_coeff=coeff)) for coeff in (0.0, 0.01))
     assert expensive < cheap - 0.3

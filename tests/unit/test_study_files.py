@@ -14,9 +14,11 @@ from megamor.study.jobs import expected_flops, jobs_of
 
 ROOT = Path(__file__).parents[2]
 # The others are bases: configurations that studies have in common.
-FILES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if re.search("^budget:", path.read_text(), re.M)]
+YAML = sorted((ROOT / "studies").glob("*.yaml"))
+FILES = [path for path in YAML if re.search("^(axes|arms):", path.read_text(), re.M)]
 NAMES = {
-    *("routing", "growth", "isoflop_cpu", "isoflop_gpu", "paper_135m", "paper_360m", "uptrain"),
+    *("routing", "growth", "isoflop_cpu", "isoflop_gpu", "paper_135m", "paper_360m", "uptrain", "uptrain_small"),
+    "cooldowns",
     *("seed000_tinystories", "seed000_wikitext2", "seed001_large", "seed001_medium", "seed001_small"),
     *("seed002_exp1", "seed002_exp1_wikitext2", "seed002_exp2", "seed002_exp2_wikitext2", "seed003", "seed003_small"),
 }
@@ -30,6 +32,8 @@ PARAMETERS = {
     "seed003": {"standard": (416_417_792, 364_954_624), "mor": (416_689_153, 365_225_985)},
     "seed003_small": {"standard": (1_689_216, 1_427_072), "mor": (1_690_625, 1_428_481)},
     "paper_360m": {"vanilla": (361_821_120, 314_635_200), "mor_nr3": (165_177_600, 117_991_680)},
+    "uptrain": {"loop2_uptrained": (84_953_664, 56_642_112), "loop3_uptrained": (70_793_280, 42_481_728)},
+    "uptrain_small": {"loop2_uptrained": (1_447_296, 923_008), "mor3_uptrained": (1_263_104, 738_816)},
     "paper_135m": {"vanilla": (134_515_008, 106_203_456), "mor": (70_795_008, 42_483_456)},
 }
 

@@ -214,8 +214,8 @@ print("closed", time.monotonic() - began < trackers.FINISH_SECONDS + 2.0)
     ("env", "patience", "recorded", "said"),
     [
         pytest.param({"WANDB_MODE": "offline"}, 30, 1, "", id="WANDB_MODE=offline"),
-        pytest.param({"WANDB_MODE": "disabled"}, 30, 0, "", id="WANDB_MODE=disabled"),
-        pytest.param({}, 30, 1, "wandb can't go online: not logged in", id="no login"),
+        pytest.param({"WANDB_MODE": "disabled"}, 30, 0, "", id="WANDB_MODE=disabled", marks=pytest.mark.slow),
+        pytest.param({}, 30, 1, "wandb can't go online: not logged in", id="no login", marks=pytest.mark.slow),
         pytest.param(NO_NETWORK, 1, 0, "wandb doesn't finish", id="no network", marks=pytest.mark.slow),
         pytest.param(NO_NETWORK, 60, 1, "wandb can't go online", id="no network, longer", marks=pytest.mark.slow),
     ],
