@@ -217,7 +217,7 @@ def finetuning(results: Path) -> Iterator[str]:
         Column("accuracy", text("accuracy")),
         Column("95 %", text("range")),
     )
-    rows = [{"model": r["model"], "accuracy": f"{r['accuracy']:.1%}", "95 %": f"{r['low']:.1%} to {r['high']:.1%}"}
+    rows = [{"model": r["model"], "accuracy": f"{r['accuracy']:.1%}", "range": f"{r['low']:.1%} to {r['high']:.1%}"}
             for r in report["rows"]]  # fmt: skip
     note = (
         f"(first {report['rows'][0]['sentences']} sentences of the development split; {report['cpu_seconds']} seconds "
