@@ -28,11 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "interop", "reliability", "scaling")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "findings", "finetuning", "interop", "reliability", "scaling")
+    ),
 ]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
+FINETUNING_SCHEMA = "megamor-finetuning/1"
 STUDY_SCHEMA = "megamor-study/1"
 STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
 FINDINGS = ("routing", "routing_code", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth")
@@ -205,6 +209,23 @@ def imports(results: Path) -> Iterator[str]:
     yield from Table(columns, report["rows"], notes=(note,)).markdown()
 
 
+def finetuning(results: Path) -> Iterator[str]:
+    """Markdown of a task's accuracy before and after fine-tuning on its training split, with intervals of 95 %."""
+    report = read_report(results / "finetune_sst2.json", FINETUNING_SCHEMA)
+    columns = (
+        Column("model", text("model"), left=True),
+        Column("accuracy", text("accuracy")),
+        Column("95 %", text("range")),
+    )
+    rows = [{"model": r["model"], "accuracy": f"{r['accuracy']:.1%}", "range": f"{r['low']:.1%} to {r['high']:.1%}"}
+            for r in report["rows"]]  # fmt: skip
+    note = (
+        f"(first {report['rows'][0]['sentences']} sentences of the development split; {report['cpu_seconds']} seconds "
+        f"of one core of {report['machine']['cpu']}; {report['note']}; {provenance(report, 'torch', 'lm_eval')})"
+    )
+    yield from Table(columns, rows, notes=(note,)).markdown()
+
+
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": partial(measured, "train_*.json", train),
     "bench-policies": partial(measured, "checkpointing_*.json", train),
@@ -218,6 +239,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     **{f"study-{name}": partial(study, name) for name in FINDINGS},
     "reliability": reliability,
     "imports": imports,
+    "finetuning": finetuning,
     "scaling-mor_1b": partial(computed, scaling.strong_scaling, "mor_1b"),
     "scaling-vanilla_1b": partial(computed, scaling.strong_scaling, "vanilla_1b"),
     "backends": partial(computed, scaling.backends, "mor_1b"),
