@@ -11,17 +11,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megamor.errors import DataError, TextError
+from megamor.errors import CheckpointError, DataError, TextError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+END_OF_TEXT_FILE = "end_of_text.json"
 DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt that decide how the text after it begins.
@@ -42,6 +44,20 @@ class EndOfText(NamedTuple):
     def to_json(self) -> str:
         """The record that a checkpoint keeps."""
         return json.dumps(self._asdict()) + "\n"
+
+
+def read_end_of_text(directory: Path) -> EndOfText | None:
+    """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
+    path = directory / END_OF_TEXT_FILE
+    if not os.path.lexists(path):
+        return None
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no regular file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return EndOfText(str(content["token"]), int(content["id"]))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:

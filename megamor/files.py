@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megamor.errors import CheckpointError
 from megamor.lock import WriteLock
 
 
@@ -19,6 +20,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none."""
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} contains a {type(content).__name__} instead of an object")
+    return content
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

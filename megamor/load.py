@@ -16,12 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from megamor.checkpoint import check_same_model, open_checkpoint, origin_of, stored_file
-from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
-from megamor.codec import EndOfText, TextCodec
+from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE
+from megamor.codec import EndOfText, TextCodec, read_end_of_text
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
 from megamor.errors import CheckpointError, ConfigError
-from megamor.files import parse_json
 from megamor.interop.dense import is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
@@ -180,8 +179,7 @@ def read_source(path: str | Path, kind: str = "init") -> Source:
         dense = read_dense(path)
         return Source(dense.config, dense.weights, dense.files, {"kind": kind, **dense.origin})
     config, weights, directory, _ = read_weights(path)
-    names = (TOKENIZER_FILE, END_OF_TEXT_FILE, CHAT_TEMPLATE_FILE)
-    files = {name: directory / name for name in names if (directory / name).is_file()}
+    files = {name: directory / name for name in TEXT_FILES if (directory / name).is_file()}
     if TOKENIZER_FILE in files:
         files[TOKENIZER_FILE] = tokenizer_path(directory)
     return Source(config, weights, files, origin_of(kind, directory))
@@ -201,20 +199,6 @@ def as_trained(config: Config, weights: dict[str, Tensor]) -> Config:
     if targeted and any(name.startswith("stage.router.") for name in weights):
         weights.setdefault("stage.router.shifts", torch.zeros(2))
     return config
-
-
-def read_end_of_text(directory: Path) -> EndOfText | None:
-    """The record of a checkpoint or an export, or None if it has none. Raises CheckpointError if it is damaged."""
-    path = directory / END_OF_TEXT_FILE
-    if not os.path.lexists(path):
-        return None
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("no regular file")
-        content = parse_json(path.read_text(encoding="utf-8"))
-        return EndOfText(str(content["token"]), int(content["id"]))
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}); copy the directory again") from error
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megamor.checkpoint import CheckpointManager, TrainerState, code_revision, library_versions, open_checkpoint
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE, TRAINER_FILE
+from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE, TRAINER_FILE
 from megamor.codec import read_tokenizer
 from megamor.config import Config, config_from_dict, config_from_yaml
 from megamor.config.batches import BatchSchedule
@@ -252,7 +252,7 @@ class Session:
         session = cls(replace(config, init=InitConfig()))  # its weights are here, and their source may be gone
         session.config = config
         session.backend.load(checkpoint.directory)
-        kept = (checkpoint.directory / name for name in (TOKENIZER_FILE, END_OF_TEXT_FILE))
+        kept = (checkpoint.directory / name for name in TEXT_FILES)
         session.loaded = {file.name: file.read_bytes() for file in kept if file.is_file()}
         state = TrainerState.read(checkpoint.directory)
         session.started_from = state.started_from

@@ -24,8 +24,9 @@ HEADER = """# Tested combinations
 Written by `make combinations` from the outcomes of the tests named below: passed / run. Each cell covers all sharings
 (cycle, sequence, middle-cycle, middle-sequence) and a model of several recursion stages where the test depends on them,
 else middle-cycle alone; an empty cell means that there is nothing to test (a router without parameters doesn't learn).
-Multi-scale attention, confidence exits, bounded caches, depth schedules and Muon have products of their own:
-`test_multi_scale`, `test_confidence_exits`, `test_kv_bound`, `test_depth_schedule` and `test_muon`.
+Multi-scale attention, the options of dense backbones, confidence exits, bounded caches, depth schedules and Muon have
+products of their own: `test_multi_scale`, `test_dense_backbones`, `test_confidence_exits`, `test_kv_bound`,
+`test_depth_schedule` and `test_muon`.
 
 """
 

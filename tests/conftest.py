@@ -31,6 +31,7 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("got empty parameter set", not HAS_REFERENCE_CASES),
     ("MEGAMOR_MEGATRON names no checkout", not os.environ.get("MEGAMOR_MEGATRON")),
     ("MEGAMOR_NEOX names no checkout", not os.environ.get("MEGAMOR_NEOX")),
+    ("MEGAMOR_SMOLLM2 names no wheel", not os.environ.get("MEGAMOR_SMOLLM2")),
     ("MEGAMOR_TEXTS names no directory", not Path(os.environ.get("MEGAMOR_TEXTS", "../shared/data")).exists()),
     ("ipykernel and nbclient aren't installed", not (find_spec("ipykernel") and find_spec("nbclient"))),
     ("no browser", shutil.which("chromium") is None),

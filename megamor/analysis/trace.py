@@ -17,7 +17,7 @@ import numpy as np
 from megamor.analysis.statistics import Array
 from megamor.checkpoint import TrainerState, open_checkpoint
 from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.codec import TextCodec
+from megamor.codec import TextCodec, read_end_of_text
 from megamor.config import config_from_yaml, expand_paths
 from megamor.config.batches import BatchSchedule
 from megamor.data.dataset import ShardSpans, TrainingData
@@ -25,7 +25,6 @@ from megamor.data.loader import TrainingLoader
 from megamor.data.meta import read_meta
 from megamor.data.order import SampleOrder
 from megamor.errors import CheckpointError, ConfigError
-from megamor.load import read_end_of_text
 from megamor.metrics.sinks import read_jsonl
 
 SCHEMA = "megamor-trace/1"

@@ -30,8 +30,8 @@ class HuggingFaceLlama(nn.Module):
             raise ConfigError("this needs transformers: pip install 'megamor[hf]'") from None
         torch.manual_seed(config.run.seed)
         settings: dict[str, Any] = {"rms_norm_eps": config.model.norm_eps, "rope_theta": config.model.rope_theta}
-        settings |= {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "use_cache": False}
-        settings |= {**model_shape(config), "attn_implementation": "sdpa"}
+        settings |= {"tie_word_embeddings": config.model.tied_head, "attention_bias": False, "mlp_bias": False}
+        settings |= {**model_shape(config), "attn_implementation": "sdpa", "use_cache": False}
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
         self.model = model.to(device)
 

@@ -21,14 +21,14 @@ from types import ModuleType
 from typing import Any
 
 from megamor.bench import load, loader, preprocess, save, scaling, serve, train
-from megamor.bench.report import Column, Row, Table, provenance, read_report, text
+from megamor.bench.report import Column, Row, Table, number, provenance, read_report, text
 from megamor.errors import DataError, user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "reliability", "scaling")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "findings", "interop", "reliability", "scaling")),
 ]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
@@ -38,6 +38,7 @@ STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/
 FINDINGS = ("routing", "routing_code", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth")
 """Studies whose results docs/findings.md tells."""
 RELIABILITY_SCHEMA = "megamor-reliability/1"
+IMPORTS_SCHEMA = "megamor-imports/1"
 
 
 @user_errors()
@@ -191,6 +192,19 @@ def promise_row(report: Row, promise: str) -> dict[str, Any]:
     }
 
 
+def imports(results: Path) -> Iterator[str]:
+    """Markdown of the errors of imports: how far logits are from those of transformers."""
+    report = read_report(results / "imports.json", IMPORTS_SCHEMA)
+    columns = (
+        Column("model", text("model"), left=True),
+        Column("parameters", number("parameters", ",")),
+        Column("largest logit", number("scale", ".1f")),
+        Column("largest difference", number("difference", ".1e")),
+    )
+    note = f"`{report['command']}` ({report['machine']['cpu']}; {provenance(report, 'torch', 'transformers')})"
+    yield from Table(columns, report["rows"], notes=(note,)).markdown()
+
+
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": partial(measured, "train_*.json", train),
     "bench-policies": partial(measured, "checkpointing_*.json", train),
@@ -203,6 +217,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "quickstart": quickstart,
     **{f"study-{name}": partial(study, name) for name in FINDINGS},
     "reliability": reliability,
+    "imports": imports,
     "scaling-mor_1b": partial(computed, scaling.strong_scaling, "mor_1b"),
     "scaling-vanilla_1b": partial(computed, scaling.strong_scaling, "vanilla_1b"),
     "backends": partial(computed, scaling.backends, "mor_1b"),

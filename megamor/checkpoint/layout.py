@@ -25,12 +25,15 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from megamor.codec import END_OF_TEXT_FILE as END_OF_TEXT_FILE
+
 STATE_DIR = "state"
 RNG_DIR = "rng"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
-END_OF_TEXT_FILE = "end_of_text.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TEXT_FILES = (TOKENIZER_FILE, END_OF_TEXT_FILE, CHAT_TEMPLATE_FILE)
+"""How a model's texts are written. Each may be missing."""
 TRAINER_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
 LATEST = "latest"

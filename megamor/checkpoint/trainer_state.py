@@ -15,7 +15,7 @@ from typing import Any
 from megamor.checkpoint.layout import TRAINER_FILE
 from megamor.checkpoint.manifest import weights_sha256
 from megamor.errors import CheckpointError
-from megamor.files import parse_json
+from megamor.files import read_json
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ class TrainerState:
             CheckpointError: it is missing, damaged, or written by a version with other fields.
         """
         path = checkpoint / TRAINER_FILE
-        try:
-            content = parse_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"can't read {path}: {error}") from error
-        if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} contains a {type(content).__name__} instead of an object")
+        content = read_json(path)
         fields = dataclasses.fields(cls)
         required = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
         missing, unknown = required - content.keys(), content.keys() - {f.name for f in fields}

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from megamor.checkpoint import iterate_state, open_checkpoint, origin_of, state_shapes
-    from megamor.checkpoint.layout import CONFIG_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
+    from megamor.checkpoint.layout import CONFIG_FILE, TEXT_FILES
     from megamor.checkpoint.state import AVERAGE_PREFIX, MODEL_PREFIX
     from megamor.interop.weights import refuse_occupied, save_weights
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total = sum(weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True))
         merged[name] = total.to(tensors[0].dtype) if tensors[0].is_floating_point() else tensors[-1]
     parts = [{"checkpoint": str(c.directory), "weight": w} for c, w in zip(found, weights, strict=True)]
-    own = {name: found[-1].directory / name for name in (CONFIG_FILE, TOKENIZER_FILE, END_OF_TEXT_FILE)}
+    own = {name: found[-1].directory / name for name in (CONFIG_FILE, *TEXT_FILES)}
     files = {name: path for name, path in own.items() if path.is_file()}
     origin = {"merge": {"average": args.average, "parts": parts}}
     reached = [checkpoint.recursions for checkpoint in found if checkpoint.recursions]  # while a schedule grows
@@ -97,14 +97,14 @@ def merge_weights(given: str, steps: Sequence[int]) -> list[float]:
 def check_alike(first: Checkpoint, other: Checkpoint) -> None:
     """Raises ConfigError or CheckpointError, naming what differs, if models or tokenizers are different."""
     from megamor.checkpoint import check_same_model, weight_shapes
-    from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+    from megamor.checkpoint.layout import TEXT_FILES
     from megamor.config import config_from_yaml
     from megamor.config.changes import Effect, changes
 
     configs = [config_from_yaml(checkpoint.config_yaml, str(checkpoint.directory)) for checkpoint in (first, other)]
     function = [change for change in changes(*configs) if change.effect is Effect.FUNCTION]
     differ = [str(change) for change in function if change.name != "data.tokenizer"]
-    for name in (TOKENIZER_FILE, END_OF_TEXT_FILE):
+    for name in TEXT_FILES:
         files = [checkpoint.directory / name for checkpoint in (first, other)]
         contents = [file.read_bytes() if file.is_file() else None for file in files]
         differ += [f"{name} has other contents"] if contents[0] != contents[1] else []

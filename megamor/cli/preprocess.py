@@ -141,7 +141,7 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
         "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
     )
     group.add_argument(
-        "--eod-token", metavar="TOKEN", help=f"that token (default: {', else '.join(DEFAULT_EOD_TOKENS)})"
+        "--eod-token", metavar="TOKEN", help=f"that token (default: the model's, {', else '.join(DEFAULT_EOD_TOKENS)})"
     )
     group.add_argument(
         "--document-separator",

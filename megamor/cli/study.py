@@ -50,7 +50,7 @@ def show_plan(study: Study) -> None:
     plain_console().print(table)
     jobs = jobs_of(study)
     total = sum(expected_flops(study, job) for job in jobs)
-    budgets = ", ".join(f"{budget:.3g}" for budget in study.budgets)
+    budgets = ", ".join(f"{budget:.3g}" for budget in study.budgets) if study.budgets != (0,) else "each arm's own"
     print(f"matched by {study.match}, budget {budgets}; {study.seeds} seeds; {len(jobs)} jobs, about {total:.2e} FLOPs")
 
 

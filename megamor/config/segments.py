@@ -6,7 +6,7 @@ and `recursion.router_layers` make models of several stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megamor.config.schema import Config, StageConfig
@@ -18,12 +18,14 @@ class Segment:
 
     In a recursion stage, `schedule[r][j]` is the block that runs as layer j of recursion r, and `config` is that of a
     model with this stage alone. Unshared blocks have an empty schedule: every token passes through each of them once.
+    `sliding` are the blocks whose attention is limited to `model.sliding_window`.
     """
 
     name: str
     num_blocks: int
     config: Config
     schedule: tuple[tuple[int, ...], ...] = ()
+    sliding: tuple[int, ...] = ()
 
     @property
     def num_applications(self) -> int:
@@ -35,6 +37,11 @@ class Segment:
         """What comes before the names of its statistics: nothing in a model that has one stage."""
         return "" if self.name == "stage" else f"{self.name}/"
 
+    def sliding_fraction(self, recursion: int = 0) -> float:
+        """Fraction of the blocks run in `recursion` whose attention is limited."""
+        blocks = self.schedule[recursion] if self.schedule else tuple(range(self.num_blocks))
+        return sum(block in self.sliding for block in blocks) / max(1, len(blocks))
+
 
 def segments(config: Config) -> tuple[Segment, ...]:
     """The segments of a validated config; some of a model with one stage may be empty."""
@@ -42,13 +49,23 @@ def segments(config: Config) -> tuple[Segment, ...]:
     if recursion.router_layers or recursion.stages:
         return tuple(_listed(config))
     if recursion.sharing == "none":
-        return Segment("prelude", num_layers, config), Segment("coda", 0, config)
+        return _segment("prelude", config, range(num_layers)), Segment("coda", 0, config)
     # The middle variants leave the first and the last layer unshared.
     edge = 1 if recursion.sharing.startswith("middle") else 0
     num_blocks = (num_layers - 2 * edge) // recursion.num_recursions
     order = schedule(recursion.sharing, recursion.num_recursions, num_blocks)
-    stage = Segment("stage", num_blocks, config, order)
-    return Segment("prelude", edge, config), stage, Segment("coda", edge, config)
+    layers = [block for blocks in order for block in blocks]
+    stage = _segment("stage", config, [edge + layers.index(block) for block in range(num_blocks)], order)
+    coda = _segment("coda", config, range(num_layers - edge, num_layers))
+    return _segment("prelude", config, range(edge)), stage, coda
+
+
+def _segment(
+    name: str, config: Config, layers: Sequence[int], order: tuple[tuple[int, ...], ...] = (), own: Config | None = None
+) -> Segment:
+    """The segment whose blocks are, or first run as, these `layers` of the model."""
+    sliding = (block for block, layer in enumerate(layers) if layer in config.model.sliding_layers)
+    return Segment(name, len(layers), own or config, order, tuple(sliding))
 
 
 def stages(config: Config) -> tuple[Segment, ...]:
@@ -92,10 +109,10 @@ def _listed(config: Config) -> Iterator[Segment]:
     layer = 0
     for stage in listed_stages(config):
         if stage.first_layer > layer:
-            yield Segment(f"layers_{layer}", stage.first_layer - layer, config)
+            yield _segment(f"layers_{layer}", config, range(layer, stage.first_layer))
         own = stage_config(config, stage)
         order = schedule(stage.sharing, own.recursion.num_recursions, stage.num_layers)
-        yield Segment(f"layers_{stage.first_layer}", stage.num_layers, own, order)
-        layer = stage.first_layer + stage.num_layers
+        first, layer = stage.first_layer, stage.first_layer + stage.num_layers
+        yield _segment(f"layers_{first}", config, range(first, layer), order, own)
     if layer < config.model.num_layers:
-        yield Segment(f"layers_{layer}", config.model.num_layers - layer, config)
+        yield _segment(f"layers_{layer}", config, range(layer, config.model.num_layers))

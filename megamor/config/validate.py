@@ -24,7 +24,7 @@ from megamor.config.routers import (
     SkipForwardRecurseConfig,
     TargetConfig,
 )
-from megamor.config.schema import Config, DistillConfig, InitConfig, OptimConfig
+from megamor.config.schema import Config, DistillConfig, InitConfig, ModelConfig, OptimConfig
 from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
@@ -122,6 +122,7 @@ def _model(config: Config) -> Iterator[str]:
     if config.data.seq_len > model.max_seq_len:
         lengths = f"data.seq_len = {config.data.seq_len} is longer than model.max_seq_len = {model.max_seq_len}"
         yield f"{lengths}: lower seq_len or raise max_seq_len"
+    yield from _windows(model)
     if model.attention == "multi_scale":
         window, block = f"model.attention_window = {model.attention_window}", model.attention_block
         if model.attention_window % block:
@@ -130,6 +131,20 @@ def _model(config: Config) -> Iterator[str]:
         if model.attention_window >= model.max_seq_len:
             whole = f"covers all of model.max_seq_len = {model.max_seq_len}, so no block is ever averaged"
             yield f"{window} {whole}: use a shorter window, or model.attention: full"
+
+
+def _windows(model: ModelConfig) -> Iterator[str]:
+    window, layers = f"model.sliding_window = {model.sliding_window}", model.sliding_layers
+    if bool(layers) != (model.sliding_window is not None):
+        yield f"{window} with model.sliding_layers = {[*layers]}: give both, or neither"
+    elif model.sliding_window is not None and model.attention == "multi_scale":
+        yield f"{window} with model.attention = multi_scale, which has a window of its own: use attention: full"
+    if model.sliding_rope_theta is not None and not layers:
+        yield f"model.sliding_rope_theta = {model.sliding_rope_theta} without model.sliding_layers: leave it out"
+    beyond = sorted(layer for layer in layers if layer >= model.num_layers)
+    if beyond:
+        last = f"model.num_layers = {model.num_layers}, whose last layer is {model.num_layers - 1}"
+        yield f"model.sliding_layers has {beyond}, beyond {last}: leave them out, or add layers"
 
 
 def _sharing(config: Config) -> Iterator[str]:

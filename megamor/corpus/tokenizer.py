@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text, read_tokenizer
+from megamor.codec import DEFAULT_EOD_TOKENS, TextCodec, find_end_of_text, read_end_of_text, read_tokenizer
 from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.data.shard import dtype_for_vocab
 from megamor.errors import DataError, MegamorError, TextError
@@ -42,11 +42,14 @@ class TextEncoder:
     def load(cls, path: str, *, eod_token: str | None = None, need_eod: bool = False) -> TextEncoder:
         """Read a `tokenizers` JSON file.
 
-        The end-of-document token is `eod_token`, or else the first of `DEFAULT_EOD_TOKENS` that the vocabulary has.
-        Raises DataError if the file isn't a tokenizer, or if it lacks an end-of-document token that is named or needed.
+        The end-of-document token is `eod_token`, or else that of the model beside whose weights the file lies, or else
+        the first of `DEFAULT_EOD_TOKENS` that the vocabulary has. Raises DataError if the file isn't a tokenizer, or if
+        it lacks an end-of-document token that is named or needed.
         """
         if not Path(path).is_file():
             raise DataError(f"--tokenizer {path}: no such file; give a tokenizer.json of the tokenizers library")
+        record = read_end_of_text(Path(path).parent)
+        eod_token = eod_token or (record.token if record else None)
         return cls.of(read_tokenizer(path), path, eod_token=eod_token, need_eod=need_eod)
 
     @classmethod

@@ -22,6 +22,7 @@ from megamor.config import Config, config_from_dict
 from megamor.config.schema import ModelConfig
 from megamor.config.validate import validate
 from megamor.errors import CheckpointError, ConfigError
+from megamor.files import read_json
 from megamor.interop.export import CONFIG_FILE
 from megamor.interop.weights import (
     BLOCK_WEIGHTS,
@@ -31,7 +32,6 @@ from megamor.interop.weights import (
     Imported,
     check_names,
     fp32,
-    read_json,
     read_state_dict,
     weights_sha256,
 )
@@ -68,11 +68,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """`model_type` → the settings that are translated, with the values of transformers' class where a file lacks them."""
 
-NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
+NULLABLE = {
+    "num_key_value_heads": int, "head_dim": int, "sliding_window": int, "layer_types": list, "rope_scaling": dict,
+    "rope_parameters": dict,
+}  # fmt: skip
 HARMLESS = frozenset({
     "model_type", "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "use_cache", "initializer_range", "pretraining_tp", "transformers_version", "cache_implementation",
     "return_dict", "id2label", "label2id", "is_llama_config", "tokenizer_class", "max_length", "transformers.js_config",
+    "attn_implementation", "do_sample", "temperature", "top_k", "top_p",
 })  # fmt: skip
 """Settings of any family that don't change logits; so are names that begin with `_` or `unsloth_`."""
 VISION = (
@@ -141,11 +145,11 @@ def _directory_of(source: str) -> Path:
         raise ConfigError(f"{source} is not a directory: give one, or {HUB}OWNER/NAME for a model on the hub")
     from huggingface_hub import snapshot_download
 
-    wanted = [["*.json", "*.jinja", "*.safetensors"], ["*.bin"]]
     try:
-        for patterns in wanted:
-            path = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
-            if any(path.glob("*.safetensors")):
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            wanted = ["*.json", "*.jinja", weights]
+            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+            if any(path.glob(weights)):
                 break
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -172,10 +176,13 @@ def known_settings(given: Mapping[str, Any], source: str) -> tuple[str, dict[str
     known = {}
     for name, default in FAMILIES[family].items():
         value = given.get(name, default)
-        known[name] = value = default if value is None and name not in NULLABLE else value
-        kind = int | float if isinstance(default, float) else int | None if name in NULLABLE else type(default)
-        if kind is not type(None) and (not isinstance(value, kind) or (isinstance(value, int | float) and value < 0)):
+        if value is None and name not in NULLABLE:
+            value = default
+        kind = NULLABLE.get(name, type(default))
+        fits = value is None or isinstance(value, int | float if kind is float else kind)
+        if not fits or (isinstance(value, int | float) and value < 0):
             raise _refusal(source, name, value, f"expected something like {default}")
+        known[name] = value
     return family, known
 
 
@@ -192,18 +199,27 @@ def _refusal(source: str, name: str, value: Any, reason: str) -> ConfigError:
 
 
 def config_of(family: str, known: Mapping[str, Any], source: str) -> Config:
-    """The configuration of the settings that `known_settings` returns.
+    """The configuration of the settings that `known_settings` returns; raises ConfigError as `model_section`."""
+    sections = {
+        "model": model_section(family, known, source),
+        "data": {"seq_len": min(2048, known["max_position_embeddings"])},
+        "train": {"max_steps": 1},
+        "optim": {"warmup_steps": 0},
+    }
+    config = config_from_dict(sections, source)
+    validate(config)
+    return config
 
-    Raises:
-        ConfigError: a value has no counterpart, or contradicts another.
-    """
+
+def model_section(family: str, known: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The section `model` of a configuration. Raises ConfigError for a value that has no counterpart."""
     activation = known.get("hidden_activation", known["hidden_act"])
     if activation not in ACTIVATIONS:
         raise _refusal(source, "hidden_act", activation, f"supported are {', '.join(ACTIVATIONS)}")
-    heads, longest = known["num_attention_heads"], known["max_position_embeddings"]
+    heads, gemma = known["num_attention_heads"], family == "gemma3_text"
     width = known["head_dim"] or known["hidden_size"] // max(heads, 1)
-    gemma = family == "gemma3_text"
-    model = {
+    windows = _windows(family, known, source)
+    return {
         "vocab_size": known["vocab_size"],
         "dim": known["hidden_size"],
         "num_layers": known["num_hidden_layers"],
@@ -213,23 +229,14 @@ def config_of(family: str, known: Mapping[str, Any], source: str) -> Config:
         "ffn_dim": known["intermediate_size"],
         "ffn_activation": ACTIVATIONS[activation],
         "tied_head": known["tie_word_embeddings"],
-        "max_seq_len": longest,
+        "max_seq_len": known["max_position_embeddings"],
         "norm_eps": known["rms_norm_eps"],
         "qk_norm": family in ("qwen3", "gemma3_text"),
         "scale_embedding": gemma,
         "sandwich_norms": gemma,
         **_rope(known, source),
-        **_windows(family, known, source),
+        **(windows or {"sliding_rope_theta": None}),
     }
-    sections = {
-        "model": model,
-        "data": {"seq_len": min(2048, longest)},
-        "train": {"max_steps": 1},
-        "optim": {"warmup_steps": 0},
-    }
-    config = config_from_dict(sections, source)
-    validate(config)
-    return config
 
 
 def _rope(known: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -328,13 +335,18 @@ def _text_files(
     if not path.is_file():
         return files, (f"{path} is missing, so texts can't be encoded: give one with --tokenizer",)
     files[TOKENIZER_FILE] = path
+    vocabulary, notes = read_tokenizer(path), []
+    if vocabulary.num_special_tokens_to_add(is_pair=False):
+        notes.append("the tokenizer adds tokens to a text, such as a beginning of text, which megamor leaves out")
     given = generation.get("eos_token_id") or settings.get("eos_token_id")
-    ends = ends_of_text(read_tokenizer(path), given, own.get("eos_token"))
+    ends = ends_of_text(vocabulary, given, own.get("eos_token"))
     if not ends:
-        return files, (f"{path} has no token that ends a text (eos_token_id = {given})",)
+        return files, (*notes, f"the tokenizer has no token that ends a text (eos_token_id = {given})")
     files[END_OF_TEXT_FILE] = ends[0].to_json()
-    others = ", ".join(f"{end.token} ({end.id})" for end in ends[1:])
-    return files, (f"only {ends[0].token} ({ends[0].id}) ends a text, not also {others}",) if others else ()
+    if len(ends) > 1:
+        others = ", ".join(f"{end.token} ({end.id})" for end in ends[1:])
+        notes.append(f"only {ends[0].token} ({ends[0].id}) ends a text, not also {others}")
+    return files, tuple(notes)
 
 
 def ends_of_text(tokenizer: Tokenizer, ids: int | list[int] | None, own: Any) -> list[EndOfText]:
@@ -344,7 +356,8 @@ def ends_of_text(tokenizer: Tokenizer, ids: int | list[int] | None, own: Any) ->
     unknown; otherwise the first of `ids`.
     """
     numbers = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = tokenizer.token_to_id(str(own.get("content") if isinstance(own, dict) else own))
+    own = own.get("content") if isinstance(own, dict) else own
+    own = tokenizer.token_to_id(own) if own else None
     if own is not None and (own in numbers or not numbers):
         numbers = [own, *(number for number in numbers if number != own)]
     named = ((tokenizer.id_to_token(number), number) for number in numbers)

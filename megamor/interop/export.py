@@ -127,7 +127,7 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
         if settings["model_type"] != "megamor":
             raise CheckpointError(
                 f"{directory / CONFIG_FILE} describes a model of type {settings['model_type']!r}, not 'megamor': "
-                "give a directory written by `megamor export-hf`"
+                "import it first (megamor import --from), or give a directory written by `megamor export-hf`"
             )
         sections = {name: settings["megamor"][name] for name in (*SECTIONS, "data")}
         sections["model"] = {**sections["model"], "vocab_size": settings["vocab_size"]}

@@ -24,7 +24,7 @@ from megamor.config import Config, ExpertChoiceConfig
 from megamor.config.segments import segments
 from megamor.errors import CheckpointError
 from megamor.interop.official_config import Settings, Shape, config_of
-from megamor.interop.weights import BLOCK_WEIGHTS, EMBEDDING, NORM, Imported, check_names, fp32
+from megamor.interop.weights import BLOCK_WEIGHTS, EMBEDDING, HEAD, NORM, Imported, check_names, fp32
 from megamor.model import build_model
 
 Untied = Literal["first", "mean"]
@@ -91,12 +91,15 @@ def shape_of(state: Mapping[str, Tensor]) -> Shape:
         ffn_dim=first(r"model\.layers\..*mlp\.up_proj\.weight").shape[0],
         num_layers=depth,
         router_hidden=hidden[0] if hidden else 0,
+        tied_head=HEAD not in state or torch.equal(state[HEAD], embedding),
     )
 
 
 def sources_of(config: Config, routing: str | None) -> dict[str, list[str]]:
     """megamor's name of a weight → the names of all its copies in the released state dict."""
     sources = {"embed.weight": [EMBEDDING], "norm.weight": [NORM]}
+    if not config.model.tied_head:
+        sources["head.weight"] = [HEAD]
     for recursion, ours, theirs in applications(config, routing):
         # Applications of one shared block have the same name in megamor, so their copies gather in one list.
         for our_weight, their_weight in BLOCK_WEIGHTS.items():

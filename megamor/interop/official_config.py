@@ -14,17 +14,17 @@ from typing import Any
 from megamor.config import Config, config_from_dict
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
+from megamor.interop.dense import known_settings, model_section
 
 NUM_HEADS = {"SmolLM-135M": 9, "SmolLM-360M": 15, "SmolLM-1.7B": 32}
 """Attention heads of the published models that the released runs start from. All have RoPE theta 10000, eps 1e-5."""
 
-FIXED_BACKBONE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-"""Settings of the backbone for which megamor supports one value."""
-
 
 @dataclass(frozen=True)
 class Shape:
-    """What the weights' shapes say. `num_layers` is the effective depth; `router_hidden` is 0 for linear routers."""
+    """What the weights say. `num_layers` is the effective depth; `router_hidden` is 0 for linear routers; `tied_head`:
+    the output head equals the embedding.
+    """
 
     vocab_size: int
     dim: int
@@ -32,6 +32,7 @@ class Shape:
     ffn_dim: int
     num_layers: int
     router_hidden: int = 0
+    tied_head: bool = True
 
 
 class Settings:
@@ -97,7 +98,7 @@ def config_of(settings: Settings, shape: Shape) -> Config:
     refuse_what_has_no_counterpart(settings)
     seq_len = int(settings.number("max_length", settings.number("model_config.max_position_embeddings", 2048)))
     sections: dict[str, Any] = {
-        "model": model_section(settings, shape, seq_len),
+        "model": backbone(settings, shape, seq_len),
         "data": {"seq_len": seq_len},
         "train": {"max_steps": max(1, int(settings.number("num_train_steps", 1)))},
         "optim": {"warmup_steps": 0},
@@ -135,35 +136,36 @@ def refuse_what_has_no_counterpart(settings: Settings) -> None:
         raise refusal("recursive.sharing", sharing, "the released code has routers with cycle and middle_cycle only")
 
 
-def model_section(settings: Settings, shape: Shape, seq_len: int) -> dict[str, Any]:
+def backbone(settings: Settings, shape: Shape, seq_len: int) -> dict[str, Any]:
     """The backbone, from the weights, `model_config` and the name of the published model."""
-    for key, value in FIXED_BACKBONE.items():
-        found = settings.get(f"model_config.{key}", value)
-        if found != value:
-            raise refusal(f"model_config.{key}", found, f"megamor supports {value}")
-    num_heads = settings.get("model_config.num_attention_heads")
+    given = dict(settings.get("model_config", {}))
     name = str(settings.get("model_name_or_path", "")).rpartition("/")[2]
-    if num_heads is None and name not in NUM_HEADS:
+    num_heads = int(given.get("num_attention_heads") or NUM_HEADS.get(name, 0))
+    if not num_heads:
         raise ConfigError(
             f"official run config: the number of attention heads is unknown. It can't be read from the weights, and "
             f"model_name_or_path = {name or None} is none of {', '.join(NUM_HEADS)}: give "
             "model_config.num_attention_heads (and rope_theta, rms_norm_eps unless they are 10000 and 1e-5)"
         )
-    num_heads = int(NUM_HEADS[name] if num_heads is None else num_heads)
     if shape.dim % num_heads or shape.kv_dim % (shape.dim // num_heads):
         reason = f"it doesn't divide the widths {shape.dim} and {shape.kv_dim}"
         raise refusal("model_config.num_attention_heads", num_heads, reason)
-    return {
+    values = {
+        **given,
         "vocab_size": shape.vocab_size,
-        "dim": shape.dim,
-        "num_layers": shape.num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": shape.kv_dim // (shape.dim // num_heads),
-        "ffn_dim": shape.ffn_dim,
-        "max_seq_len": seq_len,
+        "hidden_size": shape.dim,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": shape.kv_dim // (shape.dim // num_heads),
+        "intermediate_size": shape.ffn_dim,
+        "max_position_embeddings": seq_len,
         "rope_theta": settings.number("model_config.rope_theta", 10000.0),
-        "norm_eps": settings.number("model_config.rms_norm_eps", 1e-5),
+        "rms_norm_eps": settings.number("model_config.rms_norm_eps", 1e-5),
+        "tie_word_embeddings": shape.tied_head,
+        "model_type": given.get("model_type", "llama"),
     }
+    source = "official run config: model_config"
+    return model_section(*known_settings(values, source), source)
 
 
 def kv_policy(settings: Settings) -> str:

@@ -19,7 +19,7 @@ from megamor.checkpoint.layout import CONFIG_FILE, TRAINER_FILE
 from megamor.checkpoint.state import MODEL_PREFIX, write_state
 from megamor.config import Config, config_to_yaml
 from megamor.errors import CheckpointError, ConfigError
-from megamor.files import parse_json, sha256_of_files
+from megamor.files import read_json, sha256_of_files
 from megamor.lock import WriteLock
 
 BLOCK_WEIGHTS = {
@@ -81,17 +81,6 @@ def weight_files(path: Path) -> list[Path]:
 def weights_sha256(path: Path) -> str:
     """SHA-256 of the files that hold the weights; see `sha256_of_files`."""
     return sha256_of_files(weight_files(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if it can't be read."""
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__} instead of an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"can't read {path}: {error}") from error
-    return content
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

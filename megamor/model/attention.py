@@ -70,12 +70,14 @@ class Segments:
     """Flat rows cut into segments that cannot see each other; attention is causal inside each.
 
     Segment i holds rows bounds[i] to bounds[i + 1]. `bounds` [segments + 1] is int32 and ascending; a segment may be
-    empty. `longest` is an upper bound of the lengths and need not be tight. `buckets` is set on a CPU only.
+    empty. `longest` is an upper bound of the lengths and need not be tight. `buckets` is set on a CPU only. A query's
+    first key is at most `reach` rows before it (None: any number), in the kernel only.
     """
 
     bounds: Tensor
     longest: int
     buckets: Buckets | None = None
+    reach: int | None = None
 
 
 Ranges = tuple[tuple[int, int], ...]
@@ -196,7 +198,8 @@ def one_per_head(x: Tensor, num_heads: int, dim: int) -> Tensor:
 
 # `varlen_attn` is experimental: how to ask for causality, and whether heads may be grouped, depends on torch's version.
 _VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
+KERNEL_TAKES_WINDOWS = "window_size" in _VARLEN_OPTIONS
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if KERNEL_TAKES_WINDOWS else {"is_causal": True}
 _TAKES_GROUPS = "enable_gqa" in _VARLEN_OPTIONS
 
 
@@ -215,6 +218,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     if grouped and not _TAKES_GROUPS:
         k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
     options = {"enable_gqa": True, **_CAUSAL} if grouped and _TAKES_GROUPS else _CAUSAL
+    if segments.reach is not None:
+        options = {**options, "window_size": (segments.reach, 0)}
     bounds, longest = segments.bounds, segments.longest
     out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     return out  # type: ignore[no-any-return]

@@ -95,7 +95,7 @@ def executed_flops(
 ) -> Flops:
     """FLOPs of `num_sequences` sequences of `seq_len` (default `data.seq_len`) tokens, given each recursion's work.
 
-    `pairs` are those of a block that sees every token (`ModelOutput.pairs`); by default each sequence is one document.
+    `pairs` are those of an unshared block (`ModelOutput.pairs`); by default each sequence is one document.
     `tokens` are those of all sequences where some are padded, since padding isn't computed. `probes` are rows that the
     head predicted for an exit rule (`ModelOutput.probes`).
     """
@@ -105,7 +105,7 @@ def executed_flops(
     num_unshared = sum(segment.num_blocks for segment in found if not segment.schedule)
     projections = num_unshared * tokens * projection_flops(model)
     if pairs is None:
-        pairs = num_sequences * dense_pairs(model, seq_len)
+        pairs = num_sequences * dense_pairs(model, seq_len, unshared_sliding(config))
     attention = num_unshared * attention_flops(model, pairs)
     ends = num_unshared * tokens * end_flops(model)
     head = 2 * (tokens + probes) * model.dim * model.vocab_size
@@ -154,11 +154,28 @@ def projection_flops(model: ModelConfig, projects_kv: bool = True, lora_rank: in
     return 2.0 * sum(inner * outer + lora_rank * (inner + outer) for inner, outer in shapes)
 
 
+def unshared_sliding(config: Config) -> float:
+    """Fraction of the unshared blocks that have a sliding window."""
+    found = [segment for segment in segments(config) if not segment.schedule]
+    return sum(len(segment.sliding) for segment in found) / max(1, sum(segment.num_blocks for segment in found))
+
+
+def full_work(config: Config, tokens: float, pairs: float, seq_len: int) -> Work:
+    """Work of recursions that all `tokens` take, given the `pairs` of an unshared block."""
+    usual = dense_pairs(config.model, seq_len, unshared_sliding(config))
+    fractions = [stage.sliding_fraction(r) for stage in stages(config) for r in range(len(stage.schedule))]
+    return [(tokens, pairs * (dense_pairs(config.model, seq_len, sliding) / usual)) for sliding in fractions]
+
+
 @lru_cache
-def dense_pairs(model: ModelConfig, seq_len: int) -> float:
-    """Query-key pairs of one block for a single document of `seq_len` tokens that all take part."""
+def dense_pairs(model: ModelConfig, seq_len: int, sliding: float = 0.0) -> float:
+    """Query-key pairs of one block for a single document of `seq_len` tokens that all take part.
+
+    It is the mean over blocks of which the fraction `sliding` has a sliding window.
+    """
     if model.attention == "full":
-        return seq_len * (seq_len + 1) / 2
+        hidden = max(0, seq_len - (model.sliding_window or seq_len))
+        return seq_len * (seq_len + 1) / 2 - sliding * hidden * (hidden + 1) / 2
     positions, block = np.arange(seq_len), model.attention_block
     fine = np.maximum(0, positions // block * block - model.attention_window)
     return float((positions - fine + 1 + fine // block).sum())
@@ -202,11 +219,12 @@ def nominal_work(config: Config, num_sequences: float, most: int | None = None) 
     A stage runs at most so many recursions; None: as many as the schedule ever does.
     """
     most = most or max(item.recursions for item in depth_steps(config))
-    return [row for stage in stages(config) for row in nominal_stage_work(stage.config, num_sequences, most)]
+    return [row for stage in stages(config) for row in nominal_stage_work(stage, num_sequences, most)]
 
 
-def nominal_stage_work(config: Config, num_sequences: float, most: int) -> Work:
-    """`nominal_work` of the only stage of `config`."""
+def nominal_stage_work(stage: Segment, num_sequences: float, most: int) -> Work:
+    """`nominal_work` of one stage."""
+    config = stage.config
     num_recursions, seq_len = config.recursion.num_recursions, config.data.seq_len
     fractions = capacity_of(config.router, num_recursions)
     if isinstance(config.router, FixedDepthConfig):
@@ -218,8 +236,8 @@ def nominal_stage_work(config: Config, num_sequences: float, most: int) -> Work:
     for recursion, fraction in enumerate(fractions):
         length = max(1, int(fraction * seq_len)) if fraction and recursion < most else 0
         keys = length if recursion == 0 or config.recursion.kv_policy == "recursion_wise" else seq_len
-        # Under multi-scale attention, by as much less as where all tokens take part.
-        scale = dense_pairs(config.model, seq_len) / (seq_len * (seq_len + 1) / 2)
+        # With multi-scale attention or windows, by as much less as where all tokens take part.
+        scale = dense_pairs(config.model, seq_len, stage.sliding_fraction(recursion)) / (seq_len * (seq_len + 1) / 2)
         work.append((num_sequences * length, num_sequences * length * (keys + 1) / 2 * scale))
     return work
 

@@ -231,7 +231,8 @@ class KVCache:
         last, block = grid.pad(geometry.order_of(queries), -1), self.config.attention_block
         score = None if store.score is None else store.score[:, :length]
         if self.config.attention == "full":
-            chunk = Chunk(((0, length),), visibility_mask(last, order, dtype=geometry.dtype))
+            first = None if geometry.reach is None else last - geometry.reach
+            chunk = Chunk(((0, length),), visibility_mask(last, order, first, geometry.dtype))
             return CachedKeysValues(store, length, write), AttentionLayout(grid, None, (chunk,), score=score)
         # The means are taken anew from the entries: reading them is what a step of full attention costs too.
         count = (self.num_tokens + geometry.everything.max_length) // block

@@ -32,8 +32,25 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """How blocks of one kind, those with a sliding window or those without, see a call's tokens.
+
+    `own` is their attention to each other.
+    """
+
+    geometry: Geometry
+    angles: RotaryAngles
+    own: AttentionLayout
+
+    @staticmethod
+    def of(tokens: TokenSet, geometry: Geometry) -> Sight:
+        """The sight of blocks that see the stream as `geometry` says."""
+        return Sight(geometry, geometry.angles_of(tokens), geometry.layout(tokens, tokens))
+
+
+@dataclass(frozen=True)
 class CoreCall:
-    """One pass of `tokens` through the core: the blocks of one recursion, in order.
+    """One pass of `tokens` through the core: the blocks of one recursion, in order; `sights` are by block.
 
     The keys and values of the blocks `shared` enter from an earlier recursion as tensors, and those of the blocks
     `kept` that later ones need leave as tensors, both in this order.
@@ -42,9 +59,7 @@ class CoreCall:
     recursion: int
     blocks: tuple[int, ...]
     tokens: TokenSet
-    geometry: Geometry
-    angles: RotaryAngles
-    own: AttentionLayout
+    sights: dict[int, Sight]
     policy: str
     shared: dict[int, Shared] = field(default_factory=dict)
     kept: tuple[int, ...] = ()
@@ -53,14 +68,14 @@ class CoreCall:
 
     def shared_of(self, block: int) -> Shared:
         """The keys that `block` attends to: those of the call's own tokens, where no earlier recursion has run it."""
-        return self.shared.get(block, Shared(self.tokens, self.own, None))
+        return self.shared.get(block, Shared(self.tokens, self.sights[block].own, None))
 
     def attention(self, layer: int, available: dict[int, KeyValue]) -> tuple[KeysValues, AttentionLayout]:
         """What the `layer`-th block of this call attends to; `available` holds stored keys and values by block."""
         block = self.blocks[layer]
         # A block may run several times within one recursion (sharing `sequence`): then its first application is in this
         # very call, and `available` has it although `shared` does not.
-        first, shared = block not in available, self.shared_of(block)
+        first, shared, geometry = block not in available, self.shared_of(block), self.sights[block].geometry
         source: KeysValues
         if first:
             source = KeysValues()
@@ -74,40 +89,42 @@ class CoreCall:
         # Otherwise each application has a store of its own. Where it starts from stored keys, it must also hold those
         # of the tokens of this step that skip the recursion, which is why `shared.keys` are added.
         if self.policy == "share_first" and not first:
-            return self.cache.view((self.stage, "block", block), self.tokens, self.geometry, None)
+            return self.cache.view((self.stage, "block", block), self.tokens, geometry, None)
         application = ("block", block) if self.policy == "share_first" else (self.recursion, layer)
         key = (self.stage, *application)
-        return self.cache.view(key, self.tokens, self.geometry, (source, shared.keys))
+        return self.cache.view(key, self.tokens, geometry, (source, shared.keys))
 
 
 class KVPolicy:
     """A policy of a recursion `stage` in one forward pass; remembers keys and values of each block, for the tokens of
     its first application: as they were there, or (halted_reuse) at each token's last one.
 
-    `stage` is the name under which the cache knows it.
+    `stage` is the name under which the cache knows it; its blocks `sliding` have a sliding window.
     """
 
-    def __init__(self, policy: str, cache: KVCache | None, stage: str = "") -> None:
-        self.policy, self.cache, self.stage = policy, cache, stage
+    def __init__(self, policy: str, cache: KVCache | None, stage: str = "", sliding: tuple[int, ...] = ()) -> None:
+        self.policy, self.cache, self.stage, self.sliding = policy, cache, stage, sliding
         self.store: dict[int, tuple[KeyValue, TokenSet]] = {}
 
     def core_call(self, recursion: int, blocks: tuple[int, ...], tokens: TokenSet, geometry: Geometry) -> CoreCall:
         """The call of `blocks` on `tokens`, with the layouts of everything that they attend to."""
-        angles, own = geometry.angles_of(tokens), geometry.layout(tokens, tokens)
+        kinds = {block in self.sliding for block in blocks}
+        found = {slides: Sight.of(tokens, geometry.seen_by(slides)) for slides in kinds}
+        sights = {block: found[block in self.sliding] for block in blocks}
         unique = () if self.policy == "recursion_wise" else tuple(dict.fromkeys(blocks))
         kept = tuple(block for block in unique if block not in self.store or self.policy == "halted_reuse")
         # Blocks that first ran together stored keys of the same tokens: their layout (a mask) is built once.
-        by_keys: dict[int, Shared] = {}
+        by_keys: dict[tuple[int, bool], Shared] = {}
         shared: dict[int, Shared] = {}
         for block in unique:
             if block in self.store:
                 keys = self.store[block][1]
-                if id(keys) not in by_keys:
-                    by_keys[id(keys)] = Shared(keys, geometry.layout(tokens, keys), keys.find(tokens))
-                shared[block] = by_keys[id(keys)]
-        return CoreCall(
-            recursion, blocks, tokens, geometry, angles, own, self.policy, shared, kept, self.cache, self.stage
-        )
+                kind = id(keys), block in self.sliding
+                if kind not in by_keys:
+                    layout = sights[block].geometry.layout(tokens, keys)
+                    by_keys[kind] = Shared(keys, layout, keys.find(tokens))
+                shared[block] = by_keys[kind]
+        return CoreCall(recursion, blocks, tokens, sights, self.policy, shared, kept, self.cache, self.stage)
 
     # Stored keys and values enter and leave a call as tensors: `run_blocks` never reads or writes `store` itself.
     # Activation checkpointing runs a call a second time in the backward pass, when `store` already holds what this call

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.config import ModelConfig
-from megamor.model.attention import AttentionLayout, Chunk, Grid, Ranges, Segments, has_packed_kernel, visibility_mask
+from megamor.model.attention import (
+    KERNEL_TAKES_WINDOWS,
+    AttentionLayout,
+    Chunk,
+    Grid,
+    Ranges,
+    Segments,
+    has_packed_kernel,
+    visibility_mask,
+)
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.buckets import Buckets
 from megamor.model.multi_scale import BEYOND, Scales, reach
@@ -18,8 +28,8 @@ from megamor.routing import TokenSet
 from megamor.routing.plan import to_device
 
 ROWS_PER_CHUNK, MAX_CHUNKS, MAX_FINE_CHUNKS, KEY_MULTIPLE = 64, 8, 32, 16
-"""Fewest queries per chunk, most chunks (of full and of multi-scale attention), and the multiple to which a chunk's
-number of keys is rounded up."""
+"""Fewest queries per chunk, most chunks (of full attention, and of any with limited reach), and the multiple to which a
+chunk's number of keys is rounded up."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,11 @@ class Geometry:
     `documents` [T] are ids that attention must not cross, and `begins` [T] the row at which each token's document
     begins. `dtype` is the type that attention computes in. Where attention can run packed (by a kernel, or
     `bucketed` on a CPU), `bounds` [segments + 1] are the rows at which the documents begin (without any, the
-    sequences), and the end. `scales` is set for multi-scale attention, which never runs packed.
+    sequences), and the end. `scales` is set for multi-scale attention, which never runs packed. A query's first fine
+    key is at most `reach` rows before it (None: any number), under multi-scale attention and with a sliding window.
+
+    `sliding` is the same stream as blocks with a sliding window see it: each query's document begins no earlier than
+    its window, so `begins` differs from query to query.
     """
 
     everything: TokenSet
@@ -45,6 +59,8 @@ class Geometry:
     bounds: Tensor | None = None
     bucketed: bool = False
     scales: Scales | None = None
+    reach: int | None = None
+    sliding: Geometry | None = None
 
     @staticmethod
     def of(
@@ -79,19 +95,32 @@ class Geometry:
         positions = order
         if begins is not None and config.document_positions == "restart":
             positions = everything.rows(device) - begins
-        angles = rotary_angles(positions, config, dtype)
+        weights, angles = dtype, rotary_angles(positions, config, dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        bounds, scales, kernel = None, None, has_packed_kernel(device, dtype, config.head_dim)
+        bounds, scales, far, kernel = None, None, None, has_packed_kernel(device, dtype, config.head_dim)
         bucketed = not kernel and device.type == "cpu"
         if config.attention == "multi_scale":
-            alike = begins is None and lengths is None
+            alike, far = begins is None and lengths is None, reach(config)
             scales = Scales.of(everything, sequence_begins if begins is None else begins, config, alike)
         elif kernel or bucketed:
             bounds = everything.bounds(device) if begins is None else segment_bounds(begins)
-        return Geometry(
-            everything, window, order, positions, angles, documents, begins, dtype, bounds, bucketed, scales
+        geometry = Geometry(
+            everything, window, order, positions, angles, documents, begins, dtype, bounds, bucketed, scales, far
         )
+        if not config.sliding_window:
+            return geometry
+        slid = replace(geometry, angles=rotary_angles(positions, config, weights, slides=True))
+        if isinstance(start, Tensor) or config.sliding_window < start + everything.max_length:
+            windows = everything.rows(device) - (config.sliding_window - 1)
+            windows = torch.maximum(windows, sequence_begins if begins is None else begins)
+            bounds = bounds if kernel and KERNEL_TAKES_WINDOWS else None
+            slid = replace(slid, begins=windows, bounds=bounds, reach=config.sliding_window - 1)
+        return replace(geometry, sliding=slid)
+
+    def seen_by(self, slides: bool) -> Geometry:
+        """This stream as a block sees it that has a sliding window or hasn't."""
+        return self.sliding if slides and self.sliding is not None else self
 
     def angles_of(self, tokens: TokenSet) -> RotaryAngles:
         """RoPE angles of the original positions of `tokens`."""
@@ -102,21 +131,25 @@ class Geometry:
         return tokens.gather(self.order)
 
     def layout(self, queries: TokenSet, keys: TokenSet) -> AttentionLayout:
-        """Causal attention of `queries` to `keys`, inside documents."""
-        uneven = queries.lengths is not None or self.documents is not None
-        if queries is keys and uneven and self.bounds is not None:
+        """Causal attention of `queries` to `keys`, inside documents and windows."""
+        packs = queries.lengths is not None or self.documents is not None
+        if self.reach is not None:
+            # The kernel counts a window in rows. They are positions only if no token is missing.
+            packs = queries.index is None
+        if queries is keys and packs and self.bounds is not None:
             return AttentionLayout(Grid(1, len(queries)), None, segments=self.segments(queries, self.bounds))
-        if queries is keys and self.documents is None and self.scales is None:
+        if queries is keys and self.documents is None and self.reach is None:
             # Padding sits at the end of each sequence, where a causal kernel shows it to padded queries alone.
             return AttentionLayout(Grid.of(queries), Grid.of(keys))
-        # In rows, not positions: a document is a range of rows, so the first and the last visible row are enough.
+        # In rows, not positions: what a query sees is a range of rows, given by the first and the last.
         grid, key_grid, device = Grid.of(queries), Grid.of(keys), self.positions.device
         begins, first_row, pool = self.begins, self.begins, None
         if (scales := self.scales) is not None:
             begins, first_row, pool = scales.begins, scales.fine, scales.pool(keys)
         last, key_rows = grid.pad(queries.rows(device), -1), key_grid.pad(keys.rows(device), BEYOND)
         begin, first = (None if x is None else grid.pad(queries.gather(x)) for x in (begins, first_row))
-        if scales is not None and begin is not None and first is not None and scales.alike and queries.index is None:
+        alike = self.documents is None and self.everything.lengths is None and queries.index is None
+        if self.reach is not None and begin is not None and first is not None and alike:
             # One mask for all sequences.
             last, key_rows, begin, first = last[:1], key_rows[:1], begin[:1], first[:1]
         chunks = []
@@ -140,12 +173,12 @@ class Geometry:
     ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Ranges of queries, and the range of keys that each needs; `grid` is that of the queries."""
         # SDPA computes all scores under a mask. Early queries see few keys, so giving each chunk only the keys that it
-        # can see skips up to half of them; under multi-scale attention, late queries see few keys too. Chunks of too
+        # can see skips up to half of them; where their reach is limited, late queries see few keys too. Chunks of too
         # few rows would cost more in kernel launches than they save.
         length, most, ragged = grid.length, keys.max_length, queries.lengths is not None
-        on_cpu, back = reads_freely(self.positions.device), most
-        if self.scales is not None:
-            count, back = fine_chunks(length, self.scales.config), reach(self.scales.config)
+        on_cpu, back = reads_freely(self.positions.device), most if self.reach is None else self.reach
+        if self.reach is not None:
+            count = fine_chunks(length, self.reach)
         elif keys.index is None and (on_cpu or not ragged):
             count = max(1, min(MAX_CHUNKS, length // ROWS_PER_CHUNK))
         else:
@@ -173,7 +206,14 @@ class Geometry:
             return Segments(bounds, tokens.max_length, Buckets.of(bounds))
         # A ragged set's own maximum changes from step to step, and would recompile whatever depends on it.
         longest = tokens.max_length if tokens.lengths is None else self.window.length
-        return Segments(bounds.int(), longest)
+        return Segments(bounds.int(), longest, None, self.reach)
+
+    def mean_pairs(self, queries: TokenSet, keys: TokenSet, slides: Sequence[bool]) -> Tensor:
+        """`visible_pairs`, averaged over blocks some of which have a sliding window."""
+        pairs = self.visible_pairs(queries, keys)
+        if self.sliding is None or not any(slides):
+            return pairs
+        return pairs + (self.sliding.visible_pairs(queries, keys) - pairs) * (sum(slides) / len(slides))
 
     def visible_pairs(self, queries: TokenSet, keys: TokenSet) -> Tensor:
         """Pairs (query, key) that attention cannot skip, from which its FLOPs are counted.
@@ -200,9 +240,9 @@ class Geometry:
         return (lengths * (lengths + 1) / 2).sum()
 
 
-def fine_chunks(length: int, config: ModelConfig) -> int:
-    """In how many chunks `length` queries are computed under multi-scale attention."""
-    return max(1, min(MAX_FINE_CHUNKS, length // max(ROWS_PER_CHUNK, reach(config) // 4)))
+def fine_chunks(length: int, back: int) -> int:
+    """In how many chunks `length` queries are computed whose keys are up to `back` rows before them."""
+    return max(1, min(MAX_FINE_CHUNKS, length // max(ROWS_PER_CHUNK, back // 4)))
 
 
 def reads_freely(device: torch.device) -> bool:

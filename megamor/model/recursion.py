@@ -42,8 +42,8 @@ class StageOutput(NamedTuple):
     """The stream [T, dim] after the stage, and what the router did.
 
     `depth` [T] counts the recursions that each token took. `work` [Nr, 2] holds, per recursion, the number of tokens
-    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents); zeros where a
-    recursion wasn't run. Both are None without a stage.
+    that the core processed and the query-key pairs that attention cannot skip (causal, inside documents and windows),
+    on average over its blocks; zeros where a recursion wasn't run. Both are None without a stage.
     """
 
     stream: Tensor
@@ -57,13 +57,15 @@ class StageOutput(NamedTuple):
 class RecursionStage(nn.Module):
     """Shared blocks and their router; see the module docstring."""
 
+    sliding: tuple[int, ...] = ()
+    """The blocks that have a sliding window."""
     observe: Callable[[RoutingSession, Tensor], RoutingSession] | None = None
     """Given the session of a forward pass and the stage's input, returns one that passes its results on."""
 
     def __init__(self, segment: Segment) -> None:
         super().__init__()
         config = segment.config
-        self.name, self.schedule = segment.name, segment.schedule
+        self.name, self.schedule, self.sliding = segment.name, segment.schedule, segment.sliding
         self.kv_policy = config.recursion.kv_policy
         recursion, num_recursions = config.recursion, len(segment.schedule)
         differences = Differences(
@@ -97,7 +99,7 @@ class RecursionStage(nn.Module):
         session = self.begin(stream, context)
         if self.observe is not None:
             session = self.observe(session, stream)
-        policy = KVPolicy(self.kv_policy, cache, self.name)
+        policy = KVPolicy(self.kv_policy, cache, self.name, self.sliding)
         # `stream` has a row for every token; `rows` are those of the candidates, the tokens that passed the recursion
         # before. A token that drops out keeps its row of the stream as it is.
         candidates = geometry.everything
@@ -132,7 +134,8 @@ class RecursionStage(nn.Module):
             add_state(states, geometry.window, emitted if last and emitted is not None else stream)
             candidates = plan.tokens
             depth = plan.tokens.scatter(depth, torch.full((len(candidates),), recursion + 1, device=depth.device))
-            pairs = geometry.visible_pairs(plan.tokens, keys)
+            slides = [block in self.sliding for block in self.schedule[recursion]]
+            pairs = geometry.mean_pairs(plan.tokens, keys, slides)
             work.append(torch.stack((torch.full_like(pairs, len(plan.tokens)), pairs)))
         for recursion in range(len(work), len(self.schedule)):
             work.append(torch.zeros_like(work[0]))
@@ -141,7 +144,8 @@ class RecursionStage(nn.Module):
         at_full_depth = self.router.num_recursions == self.router.full_depth
         if self.router.control is not None and at_full_depth and "margins" in session.totals:
             everything = geometry.everything
-            pairs = geometry.visible_pairs(everything, everything)
+            slides = [block in self.sliding for block in range(len(self.blocks))]
+            pairs = geometry.mean_pairs(everything, everything, slides)
             work_of_all = torch.stack((torch.full_like(pairs, len(everything)), pairs))
             self.router.control.report(session, torch.stack((*work, work_of_all)))
         for recursion in unused:
@@ -221,7 +225,7 @@ class RecursionStage(nn.Module):
         for layer, block in enumerate(call.blocks):
             keys_values, layout = call.attention(layer, available)
             run = self.recomputation.block(blocks[block], in_core=True)
-            x, merged = run(x, call.angles, layout, keys_values, call.recursion)
+            x, merged = run(x, call.sights[block].angles, layout, keys_values, call.recursion)
             if block in call.kept and (block not in available or call.policy == "halted_reuse"):
                 assert merged is not None
                 available[block] = merged

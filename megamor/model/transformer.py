@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
-from megamor.config.segments import segments
+from megamor.config.segments import Segment, segments
 from megamor.errors import ConfigError
+from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
@@ -43,9 +44,10 @@ class ModelOutput(NamedTuple):
     `router_losses` are means over the micro-batch with their coefficients applied; `ratios` and `totals` are the
     router's statistics. `depth` [B, S] counts the recursions of each token (-1 for padding) and `work` [Nr, 2] is
     explained at `StageOutput`; both are None for vanilla. `pairs` (with labels) are the query-key pairs of a block that
-    sees every token. In training with `train.z_loss_coeff`, `z_loss_sum` is the z-loss, whose gradient `loss_sum` has.
-    `scores` [B, S] exist where they were asked for. With a teacher, `distill_loss_sum` is the loss of learning from
-    it, whose gradient `loss_sum` has. `hidden` [T, dim] are the rows that the head would be given.
+    sees every token, on average over the unshared blocks. In training with `train.z_loss_coeff`, `z_loss_sum` is the
+    z-loss, whose gradient `loss_sum` has. `scores` [B, S] exist where they were asked for. With a teacher,
+    `distill_loss_sum` is the loss of learning from it, whose gradient `loss_sum` has. `hidden` [T, dim] are the rows
+    that the head would be given.
     With several stages, losses of one name and depths are added up, `work` has the recursions of all stages, and the
     names of `ratios` and `totals` begin with `Segment.prefix`.
     """
@@ -217,7 +219,7 @@ class Transformer(nn.Module):
                 x = outputs[segment.prefix].stream
                 context = replace(context, stage=context.stage + 1)
             else:
-                x = self.run_unshared(segment.name, x, geometry, cache, states)
+                x = self.run_unshared(segment, x, geometry, cache, states)
         x = self.norm(x)
         if states:
             states[-1] = window.pad(x)
@@ -237,7 +239,9 @@ class Transformer(nn.Module):
             distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()
         if labels is not None or not predict:
-            pairs = geometry.visible_pairs(everything, everything)
+            unshared = [segment for segment in self.segments if not segment.schedule]
+            slides = [block in segment.sliding for segment in unshared for block in range(segment.num_blocks)]
+            pairs = geometry.mean_pairs(everything, everything, slides)
         _, losses, ratios, totals, depth, work = joined(x, outputs)
         depth = None if depth is None else window.pad(depth, -1)
         if cache is not None:
@@ -280,15 +284,20 @@ class Transformer(nn.Module):
         )
 
     def run_unshared(
-        self, group: str, x: Tensor, geometry: Geometry, cache: KVCache | None, states: list[Tensor] | None = None
+        self, segment: Segment, x: Tensor, geometry: Geometry, cache: KVCache | None, states: list[Tensor] | None = None
     ) -> Tensor:
-        """x [T, dim] through the unshared blocks of the segment `group`, which see every token."""
-        everything = geometry.everything
-        keys_values, layout = KeysValues(), geometry.layout(everything, everything)
-        for number, block in enumerate(self.get_submodule(group).children()):
+        """x [T, dim] through the unshared blocks of `segment`, to which all tokens come."""
+        everything, keys_values = geometry.everything, KeysValues()
+        layouts: dict[bool, AttentionLayout] = {}
+        for number, block in enumerate(self.get_submodule(segment.name).children()):
+            slides = number in segment.sliding
+            sight = geometry.seen_by(slides)
             if cache is not None:
-                keys_values, layout = cache.view((group, number), everything, geometry, (KeysValues(), everything))
-            x, _ = self.recomputation.block(block, in_core=False)(x, geometry.angles, layout, keys_values)
+                key = segment.name, number
+                keys_values, layouts[slides] = cache.view(key, everything, sight, (KeysValues(), everything))
+            elif slides not in layouts:
+                layouts[slides] = sight.layout(everything, everything)
+            x, _ = self.recomputation.block(block, in_core=False)(x, sight.angles, layouts[slides], keys_values)
             add_state(states, geometry.window, x)
         return x
 

@@ -51,14 +51,16 @@ def spans(config: Config, sizes: ElementSizes) -> list[Span]:
     """The spans of one micro-batch at the configured capacities, in forward order, without the loss (`loss_bytes`)."""
     tokens = config.train.micro_batch_size * config.data.seq_len
     everything = BlockRows(config, sizes, tokens, tokens, uneven=config.data.document_mask)
-    unshared = Span("", 1.0, *everything.block(), everything.widest())
+    kinds = [replace(everything, sliding=sliding) for sliding in (0.0, 1.0)]
+    unshared = [Span("", 1.0, *rows.block(), rows.widest()) for rows in kinds]
     found: list[Span] = []
     most = max(item.recursions for item in depth_steps(config))
     for segment in segments(config):
         if segment.schedule:
             found += stage_spans(segment, sizes, most)
         else:
-            found += [replace(unshared, unit=f"{segment.name}.{number}") for number in range(segment.num_blocks)]
+            blocks = range(segment.num_blocks)
+            found += [replace(unshared[n in segment.sliding], unit=f"{segment.name}.{n}") for n in blocks]
     return found
 
 
@@ -67,7 +69,7 @@ def stage_spans(stage: Segment, sizes: ElementSizes, most: int) -> list[Span]:
     config, found = stage.config, []
     batch, seq_len = config.train.micro_batch_size, config.data.seq_len
     uneven = config.data.document_mask or not isinstance(config.router, FixedDepthConfig | ExpertChoiceConfig)
-    policy, work = config.recursion.kv_policy, nominal_stage_work(config, batch, most)
+    policy, work = config.recursion.kv_policy, nominal_stage_work(stage, batch, most)
     untracked = untracked_recursions(config, work)
     for recursion, (selected, _) in enumerate(work):
         if not selected or recursion < untracked:
@@ -77,6 +79,7 @@ def stage_spans(stage: Segment, sizes: ElementSizes, most: int) -> list[Span]:
         last = recursion == config.recursion.num_recursions - 1
         keeps = (policy == "halted_reuse" and not last) or (policy != "recursion_wise" and recursion == 0)
         rows = BlockRows(config, sizes, selected, keys, uneven, policy if later else "", keeps)
+        rows = replace(rows, sliding=stage.sliding_fraction(recursion))
         found += _recursion(rows, stage)
     return found
 
@@ -86,7 +89,8 @@ class BlockRows:
     """Rows that pass through blocks together: `count` queries attend to `keys` keys.
 
     `uneven`: sequences or documents have different lengths. `shares`: the KV policy under which keys and values come
-    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them.
+    from an earlier recursion; "" if the rows compute their own. `keeps`: later recursions will use them. `sliding`: the
+    fraction of the blocks that have a sliding window.
     """
 
     config: Config
@@ -96,6 +100,7 @@ class BlockRows:
     uneven: bool = False
     shares: str = ""
     keeps: bool = False
+    sliding: float = 0.0
 
     @property
     def stream(self) -> float:
@@ -138,9 +143,11 @@ class BlockRows:
             saved += heads * (4 if autocast and not self.sizes.on_gpu else 1) + self.count * model.num_heads * STATISTIC
         if self.shares != "share_first":
             saved += self.keys_values
-        if self.shares and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
+        routed = self.count < self.config.train.micro_batch_size * self.config.data.seq_len
+        masked = 1.0 if self.shares else self.sliding if routed else 0.0
+        if masked and self.sizes.on_gpu and model.num_kv_heads < model.num_heads:
             # Fused kernels don't take grouped heads with a mask, so keys and values are repeated for each query head.
-            saved += 2 * self.keys * self.heads * size
+            saved += masked * 2 * self.keys * self.heads * size
         if model.attention == "multi_scale":
             # Each chunk of queries copies the keys and values that it sees; on a GPU, once for each query head.
             heads = model.num_heads if self.sizes.on_gpu else model.num_kv_heads
@@ -149,13 +156,15 @@ class BlockRows:
             # On a CPU, ragged attention runs in buckets: its output exists once as buckets and once put together. So
             # does that of chunks.
             saved += self.count * self.heads * size
+        elif self.sliding and not self.sizes.on_gpu:
+            saved += self.sliding * self.count * self.heads * size
         return saved
 
     def chunked_keys(self) -> float:
         """Keys of all chunks of queries together under multi-scale attention; the mean of a block counts as one."""
         model, batch = self.config.model, self.config.train.micro_batch_size
         queries, keys = self.count / batch, self.keys / batch
-        chunks = fine_chunks(int(queries), model)
+        chunks = fine_chunks(int(queries), reach(model))
         return batch * chunks * (min(keys, queries / chunks + reach(model)) + keys / model.attention_block / 2)
 
     def block(self) -> tuple[float, float]:

@@ -73,9 +73,9 @@ def collect(study: Study, root: Path) -> dict[str, Any]:
 
 
 def check_matched(study: Study, runs: list[dict[str, Any]]) -> None:
-    """Raises TrainingError if runs of one budget used different amounts of it."""
+    """Raises TrainingError if runs of one budget used different amounts of it. With `match: none` they may."""
     key = "executed_flops" if study.match == "executed_flops" else "tokens"
-    for budget in study.budgets:
+    for budget in study.budgets if study.match != "none" else ():
         used = sorted((run[key], run["directory"]) for run in runs if run["budget"] == budget)
         (low, least), (high, most) = used[0], used[-1]
         if high > low * (1 + TOLERANCE):
@@ -148,7 +148,7 @@ def _differences(study: Study, runs: list[dict[str, Any]]) -> Iterator[dict[str,
                 name: {r["seed"]: r[metric] for r in runs if r["arm"] == name and r["budget"] == budget}
                 for name in names
             }
-            for a, b in pairs if not study.law else ():
+            for a, b in pairs if not study.law and study.match != "none" else ():
                 if None in (*values[a].values(), *values[b].values()):
                     continue
                 found = paired_difference(values[a], values[b])

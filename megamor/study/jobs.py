@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megamor.config import Config, SourceConfig, literal
+from megamor.config.batches import BatchSchedule
 from megamor.config.convert import config_to_dict
 from megamor.config.validate import validate
 from megamor.data.loader import open_validation_sets
@@ -111,11 +112,15 @@ def expected_flops(study: Study, job: Job) -> float:
     """Training FLOPs of a job at nominal depth; 0 for one that only evaluates."""
     if job.arm.of is not None:
         return 0.0
-    runs = len(job.arm.rates) if job.is_tuning else 1
+    runs, config = len(job.arm.rates) if job.is_tuning else 1, job.arm.config
     if study.match == "executed_flops":
         return runs * job.budget
-    config = job.arm.config
-    return runs * job.budget / config.data.seq_len * nominal_flops(config).training
+    tokens = job.budget
+    if study.match == "none":
+        start = (config.init.branch_from or "").rpartition("@")[2]
+        batches = BatchSchedule.of(config)
+        tokens = batches.tokens(expected_steps(config)) - batches.tokens(int(start) if start.isdigit() else 0)
+    return runs * tokens / config.data.seq_len * nominal_flops(config).training
 
 
 def fingerprint(study: Study) -> dict[str, Any]:
@@ -144,15 +149,16 @@ def run_config(study: Study, job: Job, rate: float, root: Path, name: str) -> Co
     """The complete configuration of one training run of `job`."""
     setup = parse_json((root / SETUP_FILE).read_text(encoding="utf-8"))
     config, seed = job.arm.config, TUNING_SEED if job.seed is None else job.seed
+    if config.init.branch_from is not None:
+        seed = config.run.seed  # that of the run it continues
     if data := setup["data"]:
         sources = tuple(SourceConfig(**source) for source in data["train"])
         config = replace(config, data=replace(config.data, **{**data, "train": sources}))
     train = config.train
-    train = (
-        replace(train, max_flops=job.budget)
-        if study.match == "executed_flops"
-        else replace(train, max_tokens=int(job.budget))
-    )
+    if study.match == "executed_flops":
+        train = replace(train, max_flops=job.budget)
+    elif study.match != "none":
+        train = replace(train, max_tokens=int(job.budget))
     precision = setup["precision"] or config.train.precision
     config = replace(
         config,

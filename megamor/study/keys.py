@@ -91,7 +91,7 @@ class _File(TypedDict, total=False):
     data: _Data
     arms: _Arms
     axes: dict[str, _Arms]
-    match: Literal["executed_flops", "tokens", "parameters"]
+    match: Literal["executed_flops", "tokens", "parameters", "none"]
     budget: _Budget
     lr: Several[c.Positive]
     pilot: c.PositiveFraction

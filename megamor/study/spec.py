@@ -28,7 +28,7 @@ from megamor.errors import ConfigError
 from megamor.model.flops import expected_steps
 from megamor.study.keys import checked_keys
 
-Match = Literal["executed_flops", "tokens", "parameters"]
+Match = Literal["executed_flops", "tokens", "parameters", "none"]
 DEFAULT_GRID = (0.4, 1.0, 2.5)
 """Learning rates that are tried, as multiples of the base's: with one rate for all, the arm that it suits wins."""
 FEWEST_STEPS = 50
@@ -65,7 +65,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, read and checked. Budgets are executed FLOPs, or tokens where `match` isn't `executed_flops`."""
+    """A study, read and checked. Budgets are executed FLOPs, or tokens where `match` isn't `executed_flops`; the only
+    one is 0 with `none`, where each arm has a length of its own."""
 
     name: str
     file: Path
@@ -113,7 +114,7 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     path = Path(path)
     given = checked_keys(path)
     for key in ("arms" if "axes" not in given else "axes", "budget"):
-        if not given.get(key):
+        if not given.get(key) and not (key == "budget" and given.get("match") == "none"):
             raise ConfigError(f"{path}: {key} is missing; see docs/studies.md")
     if "arms" in given and "axes" in given:
         raise ConfigError(f"{path}: give either arms or axes")
@@ -124,13 +125,16 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
     data = _data_layer(path, given.get("data", {}))
     limit = "max_flops" if match == "executed_flops" else "max_tokens"
     layers = [(f"{path}: data", data), (f"{path}: set", given.get("set", {}))]
-    length = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
+    length: dict[str, Any] = {"max_steps": None, "max_tokens": None, "max_flops": None, limit: max(budgets)}
+    if match == "none":
+        length = {}
     final = ("budget", {"train": length, "optim": {"warmup_steps": 0}})  # every run sets its own warm-up
     base_path = _base(path, given.get("base"))
     base = load_layers(base_path, [*layers, final])
     arms = []
     for name, values in _arms(path, given).items():
-        changes = [_checked_changes(path, name, each) for each in values.get("set", [])]
+        own_length = ("train.max_steps", "train.max_tokens") if match == "none" else ()
+        changes = [_checked_changes(path, name, each, own_length) for each in values.get("set", [])]
         preset, of = values.get("preset", name if name in PRESETS else None), values.get("of")
         if of is not None and {"set", "preset", "lr"} & set(values):
             raise ConfigError(
@@ -142,7 +146,10 @@ def load_study(path: str | Path, *, seeds: int | None = None) -> Study:
         config = load_layers(base_path, [*layers, *((f"{path}: arms.{name}", each) for each in changes), final])
         rule = ExitRule(values["exit"], values["threshold"]) if "exit" in values else None
         own = values.get("lr", given.get("lr", ()))
-        own = own or [float(f"{factor * config.optim.lr:.3g}") for factor in DEFAULT_GRID]
+        tuned = match != "none" and config.init.branch_from is None
+        own = own or [float(f"{factor * config.optim.lr:.3g}") for factor in (DEFAULT_GRID if tuned else (1.0,))]
+        if not tuned and len(own) > 1:
+            raise ConfigError(f"{path}: lr of {name} = {own}: an arm that branches or has its own length has one rate")
         if len({f"{rate:.3g}" for rate in own}) < len({*own}):
             raise ConfigError(f"{path}: lr of {name} = {own}: give rates that differ in three digits")
         arms.append(Arm(name, config, tuple(sorted({*own})), of, rule, values.get("label", name)))
@@ -180,7 +187,11 @@ def _base(path: Path, given: str | None) -> Path | None:
 
 def _budgets(path: Path, given: Mapping[str, Any]) -> tuple[Match, tuple[float, ...]]:
     """What arms are matched by, and the budgets."""
-    budget, match = given["budget"], given.get("match")
+    budget, match = given.get("budget", {}), given.get("match")
+    if match == "none":
+        if budget:
+            raise ConfigError(f"{path}: budget = {budget!r} with match = none: give each arm its train.max_steps")
+        return match, (0.0,)
     if len(budget) != 1:
         raise ConfigError(f"{path}: budget = {budget!r}: give either flops or tokens")
     unit, value = next(iter(budget.items()))
@@ -243,11 +254,11 @@ def _preset(path: Path, name: str, base: Config) -> dict[str, Any]:
     return {"router": {"kind": kind, **(alpha if issubclass(ROUTERS[kind], ScoredConfig) else {})}}
 
 
-def _checked_changes(path: Path, name: str, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked_changes(path: Path, name: str, changes: Mapping[str, Any], allowed: tuple[str, ...]) -> Mapping[str, Any]:
     """`changes` of the arm `name`; ConfigError if they would make it see other data, or take another budget."""
     for section, keys in changes.items():
         for key in (section, *(f"{section}.{key}" for key in (keys if isinstance(keys, Mapping) else ()))):
-            if key in _FIXED:
+            if key in _FIXED and key not in allowed:
                 raise ConfigError(
                     f"{path}: arms.{name}.set has {key}: arms that differ in it aren't matched; set it for all of them "
                     "in `set` or `budget`"
@@ -295,6 +306,11 @@ def _check(study: Study) -> None:
             validate(replace(arm.config, run=replace(arm.config.run, name=arm.name)))  # runs have it in their names
         except ConfigError as error:
             raise ConfigError(f"{study.file}: the arm {arm.name}: {error}") from error
+        if arm.config.init.branch_from is not None and study.seeds > 1:
+            raise ConfigError(
+                f"{study.file}: the arm {arm.name} continues {arm.config.init.branch_from} in the order of its data, "
+                f"so seeds = {study.seeds} can't differ: give seeds: 1"
+            )
         if arm.exit and not any(len(stage.schedule) > arm.exit.first for stage in stages(arm.config)):
             raise ConfigError(f"{study.file}: the arm {arm.name} has too few recursions for exit = {arm.exit.name}")
         if study.law and len(stages(arm.config)) > 1:

@@ -25,6 +25,7 @@ from megamor.checkpoint import (
     write_rng,
 )
 from megamor.checkpoint.layout import (
+    CHAT_TEMPLATE_FILE,
     CHECKPOINTS_DIR,
     CONFIG_FILE,
     END_OF_TEXT_FILE,
@@ -283,13 +284,16 @@ def branch_point(branch_from: str) -> Path:
 
 
 def checkpoint_files(config: Config, data: DataConfig, tokenizer: bytes | None) -> dict[str, str | bytes]:
-    """What makes a checkpoint usable on its own: the resolved configuration, the tokenizer and the end of text.
+    """What makes a checkpoint usable on its own: the resolved configuration, the tokenizer with the chat
+    template beside it, and the end of text.
 
     `data` is the configuration's with its paths expanded.
     """
     files: dict[str, str | bytes] = {CONFIG_FILE: config_to_yaml(config)}
     if tokenizer is not None:
         files[TOKENIZER_FILE] = tokenizer
+        template = Path(str(data.tokenizer)).with_name(CHAT_TEMPLATE_FILE)
+        files |= {template.name: template.read_bytes()} if template.is_file() else {}
     end = end_of_text([*(source.prefix for source in data.train), *data.validation.values()])
     if end is not None:
         files[END_OF_TEXT_FILE] = end.to_json()

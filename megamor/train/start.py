@@ -1,7 +1,7 @@
-"""Weights to start from: `init.from`. What this run resumes from its own checkpoints is in `run_state`.
+"""Weights to start from: `init.from`. What a run resumes from its own checkpoints, or branches from, is in `run_state`.
 
-Every rank reads the source and copies what fits into the whole model that it has just built, before the backend shards
-it. Names must match, unless the user says that something may be left out; a weight is never left out silently.
+Every rank reads the source and copies its weights into the whole model that it has just built, before the backend
+shards it. Names and shapes must match; what `init` leaves out is told.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 
 from megamor.checkpoint import describe_origin, iterate_state, open_checkpoint, state_shapes
 from megamor.checkpoint.layout import TOKENIZER_FILE
-from megamor.checkpoint.state import AVERAGE_PREFIX
+from megamor.checkpoint.state import AVERAGE_PREFIX, shape_differences
 from megamor.codec import read_tokenizer
 from megamor.config import Config
 from megamor.config.changes import Effect, changes
 from megamor.config.paths import expand_paths
 from megamor.errors import ConfigError
-from megamor.interop.dense import is_dense
+from megamor.interop.dense import HUB
+from megamor.interop.depth import convert_depth, describe_check
 from megamor.interop.export import is_export
 from megamor.load import Source, read_source
 from megamor.model import Transformer
@@ -41,7 +41,7 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
         `TrainerState.started_from`, which is empty without `init.from`, and what the user should be told.
 
     Raises:
-        ConfigError, CheckpointError: on every rank, if the source can't be read or its weights don't fit.
+        MegamorError: on every rank, if the source can't be read or its weights don't fit.
     """
     if config.init.from_ is None:
         return {}, ["starting from the beginning"]
@@ -50,12 +50,13 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
     path = from_first_rank(lambda: locate(str(expanded.init.from_)))
     source = run_on_all_ranks(lambda: read_source(path))
     told = run_on_all_ranks(lambda: _load(model, expanded, source))
-    return source.origin, [f"starting from {describe_origin(source.origin)}", *told]
+    converted = {} if config.init.convert is None else {"convert": config.init.convert}
+    return {**source.origin, **converted}, [f"starting from {describe_origin(source.origin)}", *told]
 
 
 def locate(source: str) -> str:
     """`source`, or the checkpoint that it means, after a comparison with all hashes of its manifest."""
-    if is_dense(source) or is_export(Path(source)):
+    if source.startswith(HUB) or is_export(Path(source)):
         return source
     return str(open_checkpoint(source, full=True).directory)
 
@@ -63,76 +64,63 @@ def locate(source: str) -> str:
 def _load(model: Transformer, config: Config, source: Source) -> list[str]:
     """Copy weights of `source` into `model`; returns what should be told."""
     check_tokenizer(source, config)
-    weights = source.weights | (_averages(source) if config.init.average else {})
-    selection = Selection.of(weights, source.config, model, config)
+    weights, method = source.weights | (_averages(source) if config.init.average else {}), config.init.convert
+    if method is None:
+        # Shapes don't show these.
+        differ = [change for change in changes(source.config, config) if change.effect is Effect.FUNCTION]
+        told = [f"  warning: the source had another {c}" for c in differ if c.name != "data.tokenizer"]
+    else:
+        weights = convert_depth(source.config, weights, config, method)
+        told = [f"  {describe_check(source.config, config)}"]
+    taken, left_out = select(weights, source.config, model, config)
     own = model.state_dict()
-    for name, tensor in selection.taken.items():
+    for name, tensor in taken.items():
         target = own[name][: len(tensor)] if tensor.ndim else own[name]
         target.copy_(tensor)
-    return [*_warnings(source, config), *selection.describe()]
+    return told + left_out
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is taken of a source's weights, and what isn't."""
+def select(
+    weights: Mapping[str, Tensor], old: Config, model: Transformer, config: Config
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What `model` takes of the `weights` of a model of `old`, by name, and what should be told about the rest.
 
-    taken: dict[str, Tensor]
-    """By name in the model. A tensor may have fewer rows than the model's."""
-    copied: list[str]
-    """Names of what recursions that the source lacks have, which is taken from the recursion before."""
-    drawn: list[str]
-    """Names in the model that keep what was drawn."""
-    unused: list[str]
-    """Names in the source that aren't used."""
+    A tensor may have fewer rows than the model's.
 
-    @classmethod
-    def of(cls, weights: Mapping[str, Tensor], old: Config, model: Transformer, config: Config) -> Selection:
-        """Compare the `weights` of a model of `old` with those that `model` needs.
+    Raises:
+        ConfigError: naming every weight that is missing, unknown or of another shape, and not left out by `init`.
+    """
+    init, shapes = config.init, {name: value.shape for name, value in model.state_dict().items()}
+    parameters = {name for name, _ in model.named_parameters()}
 
-        Raises:
-            ConfigError: naming every weight that is missing, unknown or of another shape, and not left out by `init`.
-        """
-        init, wanted = config.init, {name: value.shape for name, value in model.state_dict().items()}
-        parameters = {name for name, _ in model.named_parameters()}
-
-        def is_fresh(name: str) -> bool:
-            if "router" in name.split("."):
-                return init.router == "fresh" or (init.router == "weights" and name not in parameters)
+    def is_fresh(name: str) -> bool:
+        if not _is_router(name):
             return init.lora == "fresh" and _LORA.search(name) is not None
+        fresh = init.router == "fresh" or init.convert is not None  # a dense model has none
+        return fresh or (init.router == "weights" and name not in parameters)
 
-        given = {name: weight for name, weight in weights.items() if not is_fresh(name)}
-        needed = [name for name in wanted if not is_fresh(name)]
-        copied = {name: given[of] for name in needed if name not in given and (of := _recursion_before(name, given))}
-        given |= copied
-        vocabularies = [(old.model.vocab_size,), (config.model.vocab_size,)]
-        allowed = {name for name in {*given, *needed} if _is_below(name, init.allow_missing)}
-        if unknown := [each for each in init.allow_missing if not any(_is_below(n, [each]) for n in {*given, *wanted})]:
-            raise ConfigError(f"init.allow_missing names {', '.join(unknown)}, which neither model has: correct it")
-        fits = {name for name in needed if name in given and given[name].shape == wanted[name]}
-        grown = {
-            name
-            for name in allowed.intersection(needed, given)
-            if [given[name].shape[:1], wanted[name][:1]] == vocabularies
-            and given[name].shape[1:] == wanted[name][1:]
-            and vocabularies[0] < vocabularies[1]
-        }
-        left_out = [name for name in dict.fromkeys([*needed, *given]) if name not in fits | grown]
-        if refused := [name for name in left_out if name not in allowed]:
-            raise ConfigError(_refusal(refused, given, {name: wanted[name] for name in needed}, config))
-        taken = {name: given[name] for name in needed if name in fits | grown}
-        drawn = [name for name in wanted if name not in taken]
-        return cls(taken, [*copied], drawn, [name for name in weights if name not in taken])
-
-    def describe(self) -> Iterator[str]:
-        """A line for each group of weights that aren't simply taken."""
-        groups = {
-            "copies of the recursion before": self.copied,
-            "drawn anew": self.drawn,
-            "not used": self.unused,
-        }
-        for what, names in groups.items():
-            if names:
-                yield f"  {what}: {', '.join(_prefixes(names, [*self.taken, *self.drawn, *self.unused]))}"
+    given = {name: weight for name, weight in weights.items() if not is_fresh(name)}
+    needed = {name: shape for name, shape in shapes.items() if not is_fresh(name)}
+    copied = {name: given[of] for name in needed if name not in given and (of := _recursion_before(name, given))}
+    given |= copied
+    allowed = {name for name in {*given, *needed} if _is_below(name, init.allow_missing)}
+    if unknown := [each for each in init.allow_missing if not any(_is_below(n, [each]) for n in {*given, *shapes})]:
+        raise ConfigError(f"init.allow_missing names {', '.join(unknown)}, which neither model has: correct it")
+    taken = {name: weight for name, weight in given.items() if weight.shape == needed.get(name)}
+    before, now = old.model.vocab_size, config.model.vocab_size
+    for name in allowed.intersection(given, needed):
+        if before < now and [*given[name].shape] == [before, *needed[name][1:]] and needed[name][0] == now:
+            taken[name] = given[name]
+    left_out = [name for name in dict.fromkeys([*needed, *given]) if name not in taken]
+    if refused := [name for name in left_out if name not in allowed]:
+        raise ConfigError(_refusal(refused, given, needed, config))
+    groups = {
+        "copied from the recursion before": [*copied],
+        "drawn anew": [name for name in shapes if name not in taken],
+        f"drawn anew from row {before}": [name for name in taken if taken[name].shape != shapes[name]],
+        "not used": [name for name in weights if name not in taken],
+    }
+    return taken, [f"  {what}: {', '.join(_prefixes(n, {*weights, *shapes}))}" for what, n in groups.items() if n]
 
 
 def _recursion_before(name: str, given: Collection[str]) -> str | None:
@@ -148,6 +136,10 @@ def _recursion_before(name: str, given: Collection[str]) -> str | None:
     return next((each for each in [*earlier, *first] if each in given), None)
 
 
+def _is_router(name: str) -> bool:
+    return "router" in name.split(".")
+
+
 def _is_below(name: str, prefixes: Collection[str]) -> bool:
     """Whether `name` is one of `prefixes` or continues one after a dot."""
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
@@ -155,33 +147,26 @@ def _is_below(name: str, prefixes: Collection[str]) -> bool:
 
 def _prefixes(names: Collection[str], among: Collection[str]) -> list[str]:
     """The shortest beginnings of `names` that are the beginning of no other name `among` all."""
-    others = [name for name in among if name not in {*names}]
-    found = []
-    for name in names:
+
+    def beginnings(name: str) -> Iterator[str]:
         parts = name.split(".")
-        beginnings = (".".join(parts[:count]) for count in range(1, len(parts)))
-        found.append(next((each for each in beginnings if not any(_is_below(o, [each]) for o in others)), name))
-    return list(dict.fromkeys(found))
+        return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+    others = {beginning for name in among if name not in {*names} for beginning in beginnings(name)}
+    return list(dict.fromkeys(next((b for b in beginnings(name) if b not in others), name) for name in names))
 
 
 def _refusal(refused: list[str], given: Mapping[str, Tensor], needed: Mapping[str, Any], config: Config) -> str:
     """The error that names all weights that don't fit, and how to leave them out."""
-    init, lines = config.init, []
-    for name in refused:
-        if name not in needed:
-            lines.append(f"{name} {tuple(given[name].shape)} is not in the model")
-        elif name not in given:
-            lines.append(f"{name} {tuple(needed[name])} is missing")
-        else:
-            lines.append(f"{name} is {tuple(given[name].shape)} instead of {tuple(needed[name])}")
-    routers = [name for name in refused if "router" in name.split(".")]
-    lora = [name for name in refused if _LORA.search(name)]
-    others = _prefixes([n for n in refused if n not in {*routers, *lora}], [*given, *needed])
-    fixes = ["init.router=fresh"] if routers else []
-    fixes += ["init.lora=fresh"] if lora else []
-    fixes += [f"init.allow_missing=[{','.join([*init.allow_missing, *others])}]"] if others else []
+    stored = {name: given[name].shape for name in refused if name in given}
+    differences = shape_differences(stored, {name: needed[name] for name in refused if name in needed})
+    others = [name for name in refused if not (_is_router(name) or _LORA.search(name))]
+    fixes = ["init.router=fresh"] if any(map(_is_router, refused)) else []
+    fixes += ["init.lora=fresh"] if any(map(_LORA.search, refused)) else []
+    names = [*config.init.allow_missing, *_prefixes(others, {*given, *needed})]
+    fixes += [f"init.allow_missing=[{','.join(names)}]"] if others else []
     return (
-        "\n  ".join([f"the weights of init.from = {init.from_} don't fit this run's model:", *lines])
+        "\n  ".join([f"the weights of init.from = {config.init.from_} don't fit this run's model:", *differences])
         + f"\nChange the model's settings or, to leave these out and draw what is missing, set {' '.join(fixes)}"
     )
 
@@ -194,13 +179,6 @@ def _averages(source: Source) -> dict[str, Tensor]:
     if not names:
         raise ConfigError(f"init.average: {directory} has no moving average (optim.average_decay): set false")
     return {name.removeprefix(AVERAGE_PREFIX): tensor for name, tensor in iterate_state(directory, names=names)}
-
-
-def _warnings(source: Source, config: Config) -> Iterator[str]:
-    """What the source's weights were trained with and this run changes, as far as it changes their function."""
-    for change in changes(source.config, config):
-        if change.effect is Effect.FUNCTION and change.name != "data.tokenizer":
-            yield f"warning: the source was trained with another {change}"
 
 
 def check_tokenizer(source: Source, config: Config) -> None:

@@ -11,7 +11,7 @@ from megamor.config import Config
 from megamor.config.batches import BatchShape
 from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
-from megamor.model.flops import dense_pairs, executed_flops
+from megamor.model.flops import dense_pairs, executed_flops, full_work, unshared_sliding
 from megamor.progress import format_count, format_duration
 from megamor.train.distill import Distillation
 from megamor.train.run_state import RunProgress
@@ -47,8 +47,9 @@ class LaunchSummary:
         self.steps += 1
         self.loss, self.mean_depth = step.loss, step.mean_depth
         # The same model without a router, every token through every recursion.
-        pairs = tokens / seq_len * dense_pairs(self.config.model, seq_len) if step.pairs is None else step.pairs
-        everything = [(float(tokens), pairs)] * len(step.work)
+        dense = dense_pairs(self.config.model, seq_len, unshared_sliding(self.config))
+        pairs = tokens / seq_len * dense if step.pairs is None else step.pairs
+        everything = full_work(self.config, tokens, pairs, seq_len)[: len(step.work)]
         full = executed_flops(self.config, sequences, everything, seq_len, pairs, tokens)
         self.full_depth_flops += full.training - 3 * full.routers + teacher
         return executed

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "corpus": {"data", "config", "files", "lock", "codec"},
     "optim": {"config"},
     "parallel": {"checkpoint", "config"},
-    "checkpoint": {"config", "files", "ranks"},
+    "checkpoint": {"codec", "config", "files", "ranks"},
     "origin": {"checkpoint"},
     "metrics": {"config", "files", "progress"},
     "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},

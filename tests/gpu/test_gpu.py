@@ -103,12 +103,15 @@ def test_gradients_are_finite_and_close(router: str) -> None:
         assert F.cosine_similarity(*stacked, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("router", ["token_choice", "ema_threshold", "expert_choice", "act_hard"])
 def test_packed_equals_padded_and_masked(
-    router: str, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
+    router: str, documents: Tensor | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = model_of(tiny_config(ROUTERS[router])).to(CUDA)
+    config = tiny_config(ROUTERS[router])
+    windows = replace(config.model, sliding_window=window, sliding_layers=(0, 2) if window else ())
+    model = model_of(replace(config, model=windows)).to(CUDA)
 
     def run() -> tuple[ModelOutput, dict[str, Tensor]]:
         out = in_bf16(model, tokens(), tokens(1).to(CUDA), documents=on_gpu(documents))

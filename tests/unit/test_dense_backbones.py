@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamor.config import Config, ModelConfig, config_from_dict
 from megamor.config.derive import derive
 from megamor.config.schema import RopeScalingConfig
+from megamor.config.segments import segments
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
-from megamor.model import Transformer, build_model
+from megamor.interop.dense import read_dense
+from megamor.interop.export import export_huggingface
+from megamor.load import load_model
+from megamor.model import KVCache, build_model, layouts
 from megamor.model.blocks import rotary_angles
-from megamor.model.flops import executed_flops
+from megamor.model.flops import executed_flops, full_work, nominal_flops
+from megamor.model.layouts import Geometry
 from megamor.optim import build_param_groups
+from megamor.parallel import zero_config
 from megamor.plan.memory import step_memory
+from megamor.routing import TokenSet
 from megamor.serve.options import POLICIES
 from tests.causality.test_causality import CUT, change_future, logits, modes
 from tests.causality.test_documents import check as check_documents
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
+from tests.decoding.test_cached_decoding import decode
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import StepResult, fresh_run, preload_deepspeed, relative_differences
+from tests.distributed.runs import tiny as tiny_run
 from tests.serve.test_equality import Schedule, expected
 from tests.serve.test_equality import check as check_serving
+from tests.unit.test_memory_model import POLICIES as STEP_POLICIES
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
 from tests.unit.test_model import gradients
+from tests.unit.test_multi_scale import layout_of
 
 SCALING = RopeScalingConfig(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 GEMMA: dict[str, Any] = {"ffn_activation": "gelu_tanh", "scale_embedding": True, "sandwich_norms": True}
@@ -39,6 +56,9 @@ OPTIONS: dict[str, Any] = {
     "head_width": 12,
     "qk_norm": True,
     "rope_scaling": SCALING,
+    "sliding_window": 5,
+    "sliding_layers": (0, 2),
+    "sliding_rope_theta": 100.0,
 }
 """All options together."""
 
@@ -47,7 +67,7 @@ def with_options(config: Config, **options: Any) -> Config:
     return replace(config, model=replace(config.model, **(options or OPTIONS)))
 
 
-def shaken(model: Transformer) -> Transformer:
+def shaken(model: Any) -> Any:
     """Give norms values that differ from their initial ones, each its own."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -57,73 +77,48 @@ def shaken(model: Transformer) -> Transformer:
     return model
 
 
-NAMES = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention": "self_attn",
-    "ffn": "mlp",
-    "embed": "model.embed_tokens",
-    "prelude": "model.layers",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-GEMMA_NAMES = {"attention_out_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
-GEMMA_NAMES |= {"ffn_out_norm": "post_feedforward_layernorm"}
-
-
-def family(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny random model of transformers, and the settings of ours that it corresponds to."""
+def dense_model(family: str) -> Any:
+    """A tiny random model of transformers."""
     import transformers
 
     common: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     common |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 12}
-    if name == "llama":
-        rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
+    if family == "llama":
+        rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
         config: Any = transformers.LlamaConfig(**common, rope_parameters=rope, tie_word_embeddings=False)
-        settings = {"rope_scaling": SCALING, "rope_theta": 500.0, "tied_head": False, "norm_eps": 1e-6}
-        return transformers.LlamaForCausalLM(config), settings
-    if name == "qwen3":
+        return transformers.LlamaForCausalLM(config)
+    if family == "qwen3":
         config = transformers.Qwen3Config(**common, tie_word_embeddings=True, rope_parameters={"rope_theta": 500.0})
-        return transformers.Qwen3ForCausalLM(config), {"qk_norm": True, "rope_theta": 500.0, "norm_eps": 1e-6}
+        return transformers.Qwen3ForCausalLM(config)
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1000.0}}
     rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 100.0}
     own = {"layer_types": types, "rope_parameters": rope, "sliding_window": 8, "query_pre_attn_scalar": 20}
-    config = transformers.Gemma3TextConfig(**common, **own)
-    settings = {**GEMMA, "qk_norm": True, "rope_theta": 1000.0, "norm_eps": 1e-6}
-    return transformers.Gemma3ForCausalLM(config), settings
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**common, **own))
 
 
-def renamed(name: str, gemma: bool) -> str:
-    """The name in transformers of one of our parameters."""
-    names = {**NAMES, **GEMMA_NAMES} if gemma else NAMES
-    return ".".join(names.get(part, part) for part in name.split("."))
-
-
-def corresponding(name: str) -> tuple[Any, Transformer]:
-    """A tiny random model of transformers, and ours with its weights."""
-    theirs, settings = family(name)
-    shaken(theirs)
-    shape = {"dim": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "head_width": 12, "max_seq_len": 64}
-    config = with_options(vanilla_config(3), **shape, **settings)
-    ours, stored = build_model(config), theirs.state_dict()
-    with torch.no_grad():
-        for own, parameter in ours.named_parameters():
-            value = stored[renamed(own, name == "gemma3")]
-            if name == "gemma3" and "norm" in own:
-                value = (value + 1) * (math.sqrt(12 / 20) if "q_norm" in own else 1)
-            parameter.copy_(value)
-    return theirs.eval(), ours
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_logits_are_those_of_transformers(name: str) -> None:
-    theirs, ours = corresponding(name)
-    ids = tokens(length=40)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_scaling": SCALING, "tied_head": False, "head_width": 12}),
+        ("qwen3", {"qk_norm": True, "tied_head": True, "head_width": 12}),
+        ("gemma3", {**GEMMA, "sliding_window": 8, "sliding_layers": (0, 2), "sliding_rope_theta": 100.0}),
+    ],
+)
+def test_logits_are_those_of_transformers(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """In one pass, and decoded step by step."""
+    theirs, ids = shaken(dense_model(family)).eval(), tokens(length=40)
+    theirs.save_pretrained(tmp_path)
+    imported = read_dense(tmp_path)
+    assert {name: getattr(imported.config.model, name) for name in settings} == settings
+    ours = build_model(imported.config)
+    ours.load_state_dict(imported.weights)
     with torch.no_grad():
         want, got = theirs(ids).logits, ours(ids, mode="causal").logits
+    stepwise, _, _ = decode(ours, ids, [20] + [1] * 20)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert (stepwise - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_rope_scaling_by_hand() -> None:
@@ -231,18 +226,38 @@ def test_padding_has_no_influence(router: str) -> None:
             torch.testing.assert_close(padded[number : number + 1, :length], alone, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "ema_threshold"])
-def test_serving(router: str) -> None:
-    model = shaken(lively_model(with_options(tiny_config(ROUTERS[router]))))
+SERVED = [
+    ("ema_threshold", "recursion_wise", "middle_cycle", True),
+    *(
+        pytest.param(router, policy, sharing, recorded, marks=pytest.mark.slow)
+        for router in ("expert_choice", "token_choice")
+        for policy in ("recursion_wise", "share_first")
+        for sharing in ("middle_cycle", "sequence")
+        for recorded in (False, True)
+    ),
+    pytest.param("vanilla", "", "", False, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("router", "kv_policy", "sharing", "recorded"), SERVED)
+def test_serving(router: str, kv_policy: str, sharing: str, recorded: bool) -> None:
+    model = shaken(lively_model(config_of(router, kv_policy, sharing)))
     wanted = expected(model)
     for policy in POLICIES:
-        check_serving(model, Schedule(policy, page_size=3, chunk_size=4), wanted)
+        check_serving(model, Schedule(policy, page_size=3, chunk_size=4, recorded=recorded), wanted)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("policy", ["none", "block", "recursion", "selective sdpa mm", "selective silu"])
-def test_the_plan_knows_the_memory(policy: str, precision: str) -> None:
-    config = with_options(step_config("wide", "expert_choice", policy, precision), **{**OPTIONS, "head_width": 48})
+MEMORY = [("expert_choice", "none", "bf16"), ("vanilla", "selective sdpa mm", "fp32")]
+MEMORY_CASES = [
+    pytest.param(*case, marks=() if case in MEMORY else pytest.mark.slow)
+    for case in product(("vanilla", "expert_choice", "hybrid"), STEP_POLICIES, ("fp32", "bf16"))
+]
+
+
+@pytest.mark.parametrize(("model", "policy", "precision"), MEMORY_CASES)
+def test_the_plan_knows_the_memory(model: str, policy: str, precision: str) -> None:
+    sizes = {"head_width": 48, "sliding_window": 64}
+    config = with_options(step_config("wide", model, policy, precision), **{**OPTIONS, **sizes})
     assert_close(step_memory(config, 1, on_gpu=False), measured_peak(config))
 
 
@@ -253,9 +268,13 @@ def test_flops_are_those_of_the_profiler() -> None:
         out = model(ids[:, :-1], ids[:, 1:])
         out.loss_sum.backward()
     flops = executed_flops(config, BATCH, out.work.tolist())
-    # The profiler counts all pairs, ours those that aren't masked.
-    square = 3 * 8 * BATCH * (SEQ_LEN**2 - SEQ_LEN * (SEQ_LEN + 1) / 2) * 4 * 4 * 12
+    # The profiler counts all pairs, ours those that aren't masked: in four of the eight applications, of a window of 5.
+    visible = 4 * SEQ_LEN * (SEQ_LEN + 1) / 2 + 4 * (15 + 5 * (SEQ_LEN - 5))
+    square = 3 * BATCH * (8 * SEQ_LEN**2 - visible) * 4 * 4 * 12
     assert counter.get_total_flops() == pytest.approx(flops.training + square, rel=0.01)
+    assert flops == nominal_flops(config, BATCH)
+    assert executed_flops(config, BATCH, out.work.tolist(), pairs=out.pairs.item()) == flops
+    assert full_work(config, BATCH * SEQ_LEN, out.pairs.item(), SEQ_LEN) == [tuple(row) for row in out.work.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +282,11 @@ def test_flops_are_those_of_the_profiler() -> None:
     [
         ({"head_width": 7}, "use head_width 6 or 8"),
         ({"rope_scaling": {"factor": 2, "low_freq_factor": 4}}, "isn't below high_freq_factor"),
+        ({"sliding_window": 8}, "give both, or neither"),
+        ({"sliding_layers": [1]}, "give both, or neither"),
+        ({"sliding_window": 8, "sliding_layers": [3, 30]}, r"has \[30\], beyond model.num_layers = 30"),
+        ({"sliding_window": 8, "sliding_layers": [1], "attention": "multi_scale"}, "use attention: full"),
+        ({"sliding_rope_theta": 1e4}, "without model.sliding_layers: leave it out"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str) -> None:
@@ -274,3 +298,138 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: 
 def test_the_stream_need_not_be_divisible_by_the_heads() -> None:
     settings = {"dim": 90, "num_heads": 4, "num_kv_heads": 2, "head_width": 16}
     validate(config_from_dict({"model": settings, "train": {"max_steps": 100}}, "test"))
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, queries: TokenSet, keys: TokenSet, owners: Tensor) -> tuple[Tensor, int]:
+    """Outputs [N, heads · head_dim] and the number of pairs, by a loop; `owners` [T] number the rows' documents."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    key_rows, outs, pairs = keys.rows(q.device), [], 0
+    for row, query in zip(queries.rows(q.device).tolist(), q, strict=True):
+        seen = (key_rows <= row) & (key_rows > row - WINDOW) & (owners[key_rows] == owners[row])
+        scores = torch.einsum("hd,khd->hk", query, k[seen]) / query.shape[-1] ** 0.5
+        outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[seen]).flatten())
+        pairs += int(seen.sum())
+    return torch.stack(outs), pairs
+
+
+WINDOW = 5
+DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
+
+
+@pytest.mark.parametrize("rows_per_chunk", [3, 64])
+@pytest.mark.parametrize("kind", ["whole", "documents", "padding"])
+def test_windows_are_those_of_the_definition(kind: str, rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all tokens and for subsets, with outputs, gradients and pairs; also with the bounds that a GPU would use."""
+    monkeypatch.setattr(layouts, "ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr(layouts, "KEY_MULTIPLE", 1)
+    documents = DOCUMENTS if kind == "documents" else None
+    lengths = (24, 9, 17) if kind == "padding" else None
+    whole = Geometry.of(tokens(), with_options(vanilla_config()).model, torch.float64, documents, lengths=lengths)
+    geometry, everything, generator = whole.seen_by(True), whole.everything, torch.Generator().manual_seed(3)
+    owners = everything.sequences(torch.device("cpu")) * 10 + (0 if documents is None else DOCUMENTS.flatten())
+    ragged, _ = everything.where(torch.rand(len(everything), generator=generator) < 0.6)
+    fewer, _ = ragged.where(torch.rand(len(ragged), generator=generator) < 0.5)
+    sets = [(everything, everything), (ragged, ragged), (ragged, everything), (fewer, ragged)]
+    if lengths is None:
+        some = everything.pick(torch.rand(BATCH, SEQ_LEN, generator=generator).topk(11).indices.sort().values)
+        sets += [(some, some), (some, everything)]
+    for queries, keys in sets:
+        leaves = [
+            torch.randn(len(s), heads, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+            for s, heads in ((queries, 4), (keys, 2), (keys, 2))
+        ]
+        want, pairs = windowed(*leaves, queries, keys, owners)
+        weights = torch.randn(want.shape, dtype=torch.float64, generator=generator)
+        expected = torch.autograd.grad(want, leaves, weights)
+        for device_bounds in (False, True):
+            layout = layout_of(geometry, queries, keys, device_bounds)
+            got = layout.attend(*leaves)
+            torch.testing.assert_close(got, want)
+            for ours, theirs in zip(torch.autograd.grad(got, leaves, weights), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        assert geometry.visible_pairs(queries, keys).item() == pairs
+        assert len(layout.chunks) > 1 or rows_per_chunk == 64
+
+
+def test_a_window_saves_compute() -> None:
+    """At 2,048 tokens and a window of 256, SDPA is given less than a third of the causal pairs, documents or not."""
+    config = with_options(vanilla_config(), **{**OPTIONS, "sliding_window": 256, "max_seq_len": 2048}).model
+    ids = torch.zeros(2, 2048, dtype=torch.int64)
+    for documents in (None, (torch.arange(2048) // 1500).expand_as(ids)):
+        geometry = Geometry.of(ids, config, torch.float32, documents).seen_by(True)
+        layout = geometry.layout(geometry.everything, geometry.everything)
+        given = sum(chunk.mask.shape[2] * chunk.mask.shape[3] for chunk in layout.chunks)
+        assert 256 * 2048 * 0.9 < given < 2048 * 2049 / 2 / 3
+    assert Geometry.of(ids[:, :256], config, torch.float32).seen_by(True).reach is None  # nothing to hide
+
+
+@pytest.mark.parametrize(
+    ("sharing", "layers", "wanted"),
+    [
+        ("none", (0, 7), {"prelude": (0, 7), "coda": ()}),
+        # Layers 0, then blocks 0 and 1 three times from layer 1 on, then 7. Layer 5 is the third of block 0.
+        ("middle_cycle", (0, 2, 5, 7), {"prelude": (0,), "stage": (1,), "coda": (0,)}),
+        # Layers 0 to 2 are block 0, and 3 to 5 block 1.
+        ("sequence", (1, 2, 3), {"prelude": (), "stage": (1,), "coda": ()}),
+        # Unique blocks: stages of layer 0, of layers 2 and 3, and of layer 4.
+        ("stages", (0, 3, 5), {"layers_0": (0,), "layers_1": (), "layers_2": (1,), "layers_4": (), "layers_5": (0,)}),
+    ],
+)
+def test_blocks_slide_if_they_first_run_as_a_sliding_layer(
+    sharing: str, layers: tuple[int, ...], wanted: dict[str, tuple[int, ...]]
+) -> None:
+    base = vanilla_config() if sharing == "none" else tiny_config(ROUTERS["fixed"], sharing=sharing)
+    config = with_options(base, sliding_window=5, sliding_layers=layers)
+    assert {segment.name: segment.sliding for segment in segments(config)} == wanted
+
+
+def train(config: Config) -> list[StepResult]:
+    """The first steps of a run in one process or two."""
+    world_size = 1 if config.parallel.backend == "single" else 2
+    return run_ranks(fresh_run, config, 5, world_size=world_size)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("backend", "stage"),
+    [
+        ("fsdp2", 2),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        *(pytest.param("deepspeed", stage, marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
+)
+def test_backends_agree_with_one_process(backend: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "deepspeed":
+        preload_deepspeed()
+        monkeypatch.setattr(zero_config, "PERSIST_BELOW", 100)
+    single = with_options(tiny_run("single", micro_batch_size=4))
+    parallel = with_options(tiny_run(backend, micro_batch_size=2, zero_stage=stage))
+    losses, norms = relative_differences(train(single), train(parallel))
+    assert losses < 1e-6
+    assert norms < 2e-6  # see tests/distributed/test_zero.py
+
+
+def test_an_export_is_read_back(tmp_path: Path) -> None:
+    model = shaken(lively_model(with_options(tiny_config(ROUTERS["expert_choice"])), dtype=torch.float32))
+    export_huggingface(model, tmp_path)
+    again = load_model(tmp_path).model
+    assert again.config.model == model.config.model
+    assert again.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(again(tokens(), mode="causal").logits, model(tokens(), mode="causal").logits)
+
+
+def test_prompts_of_different_lengths_are_decoded_as_if_alone() -> None:
+    """A window is one of each sequence's own positions."""
+    model, ids = shaken(lively_model(config_of("ema_threshold", "hybrid", "middle_cycle"))), tokens()
+    lengths, steps = (10, 3, 7), 9
+    prompts = torch.stack([F.pad(row[:n], (10 - n, 0)) for row, n in zip(ids, lengths, strict=True)])
+    cache = KVCache(model.config.model, BATCH, SEQ_LEN, torch.float64)
+    with torch.no_grad():
+        columns = tuple(10 - n for n in lengths)
+        found = [model(prompts, mode="causal", cache=cache, lengths=lengths, columns=columns).logits[:, -1]]
+        for step in range(steps):
+            following = torch.stack([row[n + step] for row, n in zip(ids, lengths, strict=True)]).unsqueeze(1)
+            found.append(model(following, mode="causal", cache=cache).logits[:, -1])
+        for row, n, got in zip(ids, lengths, torch.stack(found, 1), strict=True):
+            alone = model(row[None, : n + steps], mode="causal").logits[0, n - 1 :]
+            torch.testing.assert_close(got, alone, atol=1e-10, rtol=0)

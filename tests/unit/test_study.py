@@ -18,9 +18,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from megamor.config import Config, ExpertChoiceConfig, RandomConfig
+from megamor.checkpoint import TrainerState
+from megamor.config import CheckpointConfig, Config, ExpertChoiceConfig, OptimConfig, RandomConfig, config_to_dict
 from megamor.errors import ConfigError, TrainingError
-from megamor.model.flops import expected_steps
+from megamor.metrics import read_jsonl
+from megamor.model.flops import expected_steps, nominal_flops
 from megamor.parallel import init_world
 from megamor.study import Study, jobs, load_study
 from megamor.study.collect import _differences, check_matched, collect, statements
@@ -39,6 +41,8 @@ from megamor.study.jobs import (
 from megamor.study.laws import Points, fit, interval, split_parameters
 from megamor.study.run import set_up
 from megamor.study.statistics import paired_difference, sentence
+from tests.resume.runs import fit as train
+from tests.resume.runs import named, tiny_run
 
 BASE: dict[str, Any] = {
     "model": {"vocab_size": 96, "dim": 16, "num_layers": 8, "num_heads": 2, "num_kv_heads": 2, "ffn_dim": 32,
@@ -493,3 +497,56 @@ def test_a_study_from_text_to_results_through_a_kill(tmp_path: Path) -> None:
     ]
     assert "95 %" in results["statements"][0]
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_cool_downs_of_one_run_are_a_study(tmp_path: Path) -> None:
+    """Each arm continues another checkpoint to a length of its own; tokens and FLOPs count from the run's beginning."""
+    long = replace(tiny_run(tmp_path), optim=OptimConfig(lr=3e-3, warmup_steps=1, schedule="wsd"))
+    long = replace(named(long, "long"), checkpoint=CheckpointConfig(every_steps=2, keep_last=9))
+    assert train(long, 1) == [True]
+    base = config_to_dict(long)
+    base["train"] |= {"max_steps": None}
+    base["run"]["seed"] = 0
+    del base["init"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def written(**keys: Any) -> Path:
+        arms = {
+            f"from_{step}": {
+                "set": {
+                    "init": {"branch_from": f"{tmp_path / 'long'}@{step}"},
+                    "train": {"max_steps": step + 2},
+                    "optim": {"decay_steps": 2},
+                }
+            }
+            for step in (2, 4)
+        }
+        file = {"base": "base.yaml", "match": "none", "seeds": 1, "arms": arms, "ngrams": [], "question": "q?", **keys}
+        (tmp_path / "cool.yaml").write_text(yaml.safe_dump(file))
+        return tmp_path / "cool.yaml"
+
+    study, root = load_study(written()), tmp_path / "out"
+    assert [arm.rates for arm in study.arms] == [(3e-3,), (3e-3,)]
+    assert [job.name for job in jobs_of(study)] == ["from_2_seed0", "from_4_seed0"]
+    tokens = 2 * 4 * 32  # two steps of four sequences each, whatever the length of the whole run
+    per_token = nominal_flops(study.arms[0].config).training / 32
+    assert [expected_flops(study, job) for job in jobs_of(study)] == pytest.approx([tokens * per_token] * 2)
+    set_up(study, root)
+    for job in jobs_of(study):
+        run_job(study, job, root, init_world(long.parallel))
+    results = collect(study, root)
+    assert [(run["steps"], run["tokens"]) for run in results["runs"]] == [(4, 512), (6, 768)]
+    assert results["differences"] == results["statements"] == []
+    for step in (2, 4):
+        steps = [each for each in read_jsonl(root / f"from_{step}_seed0" / "metrics.jsonl") if "train/lr" in each]
+        assert [(each["step"], each["train/lr"]) for each in steps] == [(step + 1, 3e-3), (step + 2, 1.5e-3)]
+        origin = TrainerState.read(root / f"from_{step}_seed0" / "checkpoints" / "latest").started_from
+        assert origin["source"] == str(tmp_path / "long" / "checkpoints" / f"step_{step:08}")
+    for keys, message in (
+        ({"seeds": 2}, "in the order of its data, so seeds = 2 can't differ: give seeds: 1"),
+        ({"lr": [1e-3, 2e-3]}, "an arm that branches or has its own length has one rate"),
+        ({"budget": {"tokens": 99}}, "with match = none: give each arm its train.max_steps"),
+        ({"arms": {"x": {"set": {"model": {"dim": 64}}}}}, "train.max_steps, train.max_tokens, train.max_flops: found"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_study(written(**keys))

@@ -14,9 +14,11 @@ from megamor.study.jobs import expected_flops, jobs_of
 
 ROOT = Path(__file__).parents[2]
 # The others are bases: configurations that studies have in common.
-FILES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if re.search("^budget:", path.read_text(), re.M)]
+YAML = sorted((ROOT / "studies").glob("*.yaml"))
+FILES = [path for path in YAML if re.search("^(axes|arms):", path.read_text(), re.M)]
 NAMES = {
     *("routing", "growth", "isoflop_cpu", "isoflop_gpu", "paper_135m", "paper_360m", "uptrain", "uptrain_small"),
+    "cooldowns",
     *("seed000_tinystories", "seed000_wikitext2", "seed001_large", "seed001_medium", "seed001_small"),
     *("seed002_exp1", "seed002_exp1_wikitext2", "seed002_exp2", "seed002_exp2_wikitext2", "seed003", "seed003_small"),
 }
