@@ -40,6 +40,7 @@ class UniqueBlock:
 
     Its segment takes the place of the layers `span`, of which it is number `index` of `count`. `runs[r]` are the layers
     that it runs as in recursion r; none are known where the segment has more or fewer applications than layers.
+    `sliding` says whether its attention is limited to a window.
     """
 
     name: str
@@ -48,6 +49,7 @@ class UniqueBlock:
     count: int
     span: range
     runs: tuple[tuple[int, ...], ...]
+    sliding: bool
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -104,7 +106,8 @@ def unique_blocks(config: Config, num_layers: int) -> list[UniqueBlock]:
             known = runs if size == segment.num_applications else ()
             name, span = f"{segment.name}.{infix}{index}", range(begin, begin + size)
             recursion = segment.config.recursion if segment.schedule else RecursionConfig()
-            blocks.append(UniqueBlock(name, recursion, index, segment.num_blocks, span, known))
+            sliding = index in segment.sliding
+            blocks.append(UniqueBlock(name, recursion, index, segment.num_blocks, span, known, sliding))
         begin += size
     return blocks
 
@@ -226,15 +229,12 @@ def refuse_differences(dense_config: Config, config: Config, blocks: Sequence[Un
         differ.append(f"{method} needs {dense.num_layers} applications of blocks, and the target has {depth}")
     if config.recursion.residual_scaling != "none":
         differ.append("recursion.residual_scaling would change what the trained layers add to the stream: set none")
-    for number, block in enumerate(blocks):
-        # A block's own layer is the first that it runs as; with `recursion.stages`, layers are unique blocks.
-        several = bool(config.recursion.stages or config.recursion.router_layers)
-        limited = (number if several else min(block.layers or (number,))) in target.sliding_layers
+    for block in blocks:
         taken = {*block.layers, *block.sources(method)}
-        if other := sorted(layer for layer in taken if (layer in dense.sliding_layers) != limited):
-            kinds = ("the whole context", "a sliding window")
+        if other := sorted(layer for layer in taken if (layer in dense.sliding_layers) != block.sliding):
+            own, theirs = ("a sliding window", "the whole context")[:: 1 if block.sliding else -1]
             differ.append(
-                f"{block.name} attends to {kinds[limited]}, and the layers {other} to {kinds[not limited]}: change "
+                f"{block.name} attends to {own}, and the layers {other} to {theirs}: change "
                 "model.sliding_layers, or share layers so that each block replaces layers of one kind"
             )
     if differ:
