@@ -119,7 +119,7 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> None:
         raise CheckpointError(f"{checkpoint} is damaged: {summary(damage)}")
 
 
-def weights_sha256(directory: Path) -> str:
+def identity_sha256(directory: Path) -> str:
     """A hash that identifies the weights in `directory`: that of a checkpoint's manifest, which has those of all files,
     or of an export's weights."""
     manifest = directory / MANIFEST_FILE

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megamor.checkpoint.layout import TRAINER_FILE
-from megamor.checkpoint.manifest import weights_sha256
+from megamor.checkpoint.manifest import identity_sha256
 from megamor.errors import CheckpointError
 from megamor.files import read_json
 
@@ -87,7 +87,7 @@ def origin_of(kind: str, directory: Path, source: str | None = None) -> dict[str
     Raises:
         CheckpointError: `trainer.json` is damaged.
     """
-    found: dict[str, Any] = {"kind": kind, "source": source or str(directory), "sha256": weights_sha256(directory)}
+    found: dict[str, Any] = {"kind": kind, "source": source or str(directory), "sha256": identity_sha256(directory)}
     if (directory / TRAINER_FILE).is_file():
         state = TrainerState.read(directory)
         found |= {"step": state.step} | ({"started_from": state.started_from} if state.started_from else {})
