@@ -93,9 +93,8 @@ def test_every_config_can_be_dry_run(
     overlay = [] if re.search(r"max_(steps|tokens)", path.read_text()) else ["train.max_steps=1000"]
     assert status(pretrain.main, "--config", path, "--dry-run", f"run.dir={tmp_path}", *overlay) == 2  # without data
     shown, problems = capsys.readouterr()
-    assert re.search(
-        "data.train names no data set|pile_train.idx doesn't exist|stdlib_train|fineweb_edu_train", problems
-    )
+    named = "pile_train|stdlib_train|fineweb_edu_train|sst2_train|text_train"
+    assert re.search(rf"data.train names no data set|data/({named}).idx doesn't exist", problems)
     for line in ("steps", "layers", "parameters", "FLOPs", "memory"):
         assert re.search(rf"^{line}  +\S", shown, re.MULTILINE), f"no line on {line}"
     assert list(tmp_path.iterdir()) == []

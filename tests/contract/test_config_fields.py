@@ -70,7 +70,9 @@ def is_read(section: str, owner: Any, name: str, readers: list[Names]) -> bool:
     """Whether a file reads `name`, or a property computed from it, and mentions its section or class."""
     getters = {key: value.fget for key, value in vars(owner).items() if isinstance(value, property)}
     names = {name} | {key for key, getter in getters.items() if getter and name in getter.__code__.co_names}
-    knows = {section, *(base.__name__ for base in owner.__mro__)}
+    # What belongs to an item of a section may be read by who knows the section's class.
+    around = [get_type_hints(Config)[section]] if owner in NESTED.get(section, []) else []
+    knows = {section, *(base.__name__ for base in (*owner.__mro__, *around))}
     return any(names & file.attributes and knows & file.mentioned for file in readers)
 
 
