@@ -73,14 +73,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
-    keep = config.checkpoint
-    manager = CheckpointManager(
-        directory / CHECKPOINTS_DIR,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        keep_best=keep.keep_best,
-        may_write=lock.check if lock else None,
-    )
+    manager = checkpoint_manager(config, directory, lock)
 
     model = build_model(config, device=world.device)
     # A run that has begun needs its source no more.
@@ -222,6 +215,18 @@ def lock_run(directory: Path) -> WriteLock:
     except OSError as error:
         raise ConfigError(f"can't write {lock.path}: {error}; free space, or set run.dir or run.name") from error
     return lock
+
+
+def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) -> CheckpointManager:
+    """What writes and removes the checkpoints of the run in `directory`, on the rank that has the `lock`."""
+    keep = config.checkpoint
+    return CheckpointManager(
+        directory / CHECKPOINTS_DIR,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        may_write=lock.check if lock else None,
+    )
 
 
 def build_sinks(config: Config, world: World, progress: RunProgress, resumed: bool) -> list[MetricSink]:
