@@ -114,11 +114,11 @@ def test_uneven_prompts_generate_what_they_generate_alone(model: Any) -> None:
 def test_only_the_logits_to_keep_are_computed(model: Any) -> None:
     batch, mask = padded(tokens(), "left")
     whole, seen = model(batch, attention_mask=mask).logits, []
-    model.model.head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
+    hook = model.model.head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     for keep, wanted in ((2, whole[:, -2:]), (torch.tensor([11, 3]), whole[:, [11, 3]]), (0, whole)):
         close(model(batch, attention_mask=mask, logits_to_keep=keep).logits, wanted)
-    assert seen == [6, 6, sum(LENGTHS)]
-    model.model.head._forward_hooks.clear()
+    assert seen == [6, 6, 3 * COLUMNS]
+    hook.remove()
 
 
 @torch.no_grad()
