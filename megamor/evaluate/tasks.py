@@ -178,14 +178,30 @@ def gold_bits_per_byte(task: Any) -> float | None:
     """Bits per byte of the right answers of a multiple-choice task that has been evaluated; None if it has none."""
     nats, size = 0.0, 0
     for instance in task.instances:
-        gold = task.doc_to_text(instance.doc) if task.multiple_input else task.doc_to_target(instance.doc)
-        if isinstance(gold, str):
-            choices = task.doc_to_choice(instance.doc)
-            gold = choices.index(gold) if gold in choices else None
         # Requests after those of the choices are for `acc_mutual_info`.
-        if instance.idx == gold:
+        if instance.idx == gold_choice(task, instance.doc):
             nats, size = nats - instance.resps[0][0], size + len(instance.args[1].encode())
     return nats / math.log(2) / size if size else None
+
+
+def gold_choice(task: Any, document: Any) -> Any:
+    """Index of the right choice of a multiple-choice task; None if the right answer isn't among the choices."""
+    gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    if isinstance(gold, str):
+        choices = task.doc_to_choice(document)
+        return choices.index(gold) if gold in choices else None
+    return gold
+
+
+def right_answer(task: Any, document: Any) -> tuple[str, str]:
+    """Prompt and right answer of a document, as `task` asks for the answer's likelihood or would have it generated."""
+    prompt = task.fewshot_context(document, 0)
+    if task.OUTPUT_TYPE == "generate_until":
+        target = task.doc_to_target(document)
+        return prompt, task.config.target_delimiter + (target[0] if isinstance(target, list) else target)
+    requests = task.construct_requests(doc=document, ctx=prompt)
+    request = requests[gold_choice(task, document)] if task.OUTPUT_TYPE == "multiple_choice" else requests
+    return request.args[0], request.args[1]
 
 
 def harness_model(scorer: Scorer, codec: TextCodec) -> Any:

@@ -43,12 +43,15 @@ class RotaryAngles:
         return self if rows is None else RotaryAngles(self.cos[rows], self.signed_sin[rows])
 
 
-def rotary_angles(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> RotaryAngles:
-    """Angles of `positions` [N], in fp64 for fp64 models and fp32 otherwise."""
+def rotary_angles(positions: Tensor, config: ModelConfig, dtype: torch.dtype, slides: bool = False) -> RotaryAngles:
+    """Angles of `positions` [N], in fp64 for fp64 models and fp32 otherwise; `slides`: in blocks with a window."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if slides and config.sliding_rope_theta is not None:
+        theta, scaling = config.sliding_rope_theta, None
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if (scaling := config.rope_scaling) is not None:
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
         # Llama 3: `kept` is 1 for frequencies that turn often in the context of old, 0 for those that hardly do.
         turns = frequencies * (scaling.original_max_seq_len / (2 * math.pi))
         low, high = scaling.low_freq_factor, scaling.high_freq_factor

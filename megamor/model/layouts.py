@@ -110,10 +110,7 @@ class Geometry:
         )
         if not config.sliding_window:
             return geometry
-        if config.sliding_rope_theta is not None:
-            there = replace(config, rope_theta=config.sliding_rope_theta, rope_scaling=None)
-            angles = rotary_angles(positions, there, weights)
-        slid = replace(geometry, angles=angles)
+        slid = replace(geometry, angles=rotary_angles(positions, config, weights, slides=True))
         if isinstance(start, Tensor) or config.sliding_window < start + everything.max_length:
             windows = everything.rows(device) - (config.sliding_window - 1)
             windows = torch.maximum(windows, sequence_begins if begins is None else begins)

@@ -94,6 +94,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     guard = Guard(config.guard)
     diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
+    components |= {} if distillation is None else {"distillation": distillation}
     checkpoints = RunCheckpoints(
         config,
         manager,
@@ -106,6 +107,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     )
     restored = checkpoints.resume()
     progress, resumption, told = restored or (RunProgress(started_from=started_from), None, started)
+    told = told if distillation is None else [*told, *distillation.told]
     budget = Budget(config)
     total_steps = budget.total_steps(progress)
     derived = derive(config, world.size, progress, total_steps)

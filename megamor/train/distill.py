@@ -27,13 +27,24 @@ from megamor.train.start import check_tokenizer, locate
 from megamor.train.step_statistics import StepStatistics, StepSummary
 
 
-@dataclass(frozen=True)
+@dataclass
 class Distillation:
-    """A teacher in evaluation mode, `config` of the run that learns from it, and where it is from."""
+    """A teacher in evaluation mode, `config` of the run that learns from it, and where it is from.
+
+    A checkpoint holds the hash of its weights; `told` is what the user should know if they have changed since.
+    """
 
     model: Transformer
     config: Config
     origin: dict[str, Any]
+    told: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sha256": self.origin["sha256"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        before, now = state["sha256"], self.origin["sha256"]
+        self.told = () if before == now else (f"warning: another teacher than before: sha256 {before} -> {now}",)
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> Distillation | None:

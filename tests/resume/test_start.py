@@ -127,6 +127,7 @@ def test_the_source_may_go_once_there_is_a_checkpoint(source: Config, tmp_path: 
     assert "copy" in fit_to_failure(config, 1)[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_source_again(source: Config) -> None:
     def die(trainer: Trainer) -> None:
         update = trainer.backend.step

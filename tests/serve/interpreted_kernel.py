@@ -17,11 +17,13 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-6}
 
 
-def by_row(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: list[int], ends: list[int]) -> Tensor:
+def by_row(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: list[int], ends: list[int], begins: list[int]
+) -> Tensor:
     """Paged attention row by row, in fp64."""
     outs = []
-    for row, (owner, end) in enumerate(zip(owners, ends, strict=True)):
-        keys, values = (pages[tables[owner]].flatten(0, 1)[:end].transpose(0, 1).double() for pages in (k, v))
+    for row, (owner, begin, end) in enumerate(zip(owners, begins, ends, strict=True)):
+        keys, values = (pages[tables[owner]].flatten(0, 1)[begin:end].transpose(0, 1).double() for pages in (k, v))
         query = q[row].unsqueeze(1).double()
         outs.append(F.scaled_dot_product_attention(query, keys, values, enable_gqa=True).squeeze(1))
     return torch.stack(outs)
@@ -39,17 +41,27 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
     owners, ends = [0, 0, 0, 1, 2, 3, 3], [1, 2, 2 * page_size, 3 * page_size, page_size + 1, 3, page_size - 1]
     for layout in (tables, tables.T.contiguous().T):
         found = paged_attention(q, k, v, layout, torch.tensor(owners), torch.tensor(ends))
-        wanted = by_row(q, k, v, tables, owners, ends)
+        wanted = by_row(q, k, v, tables, owners, ends, [0] * 7)
         torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+    begins = [0, 1, page_size, 2 * page_size + 1, 2, 1, 0]  # of sliding windows
+    found = paged_attention(q, k, v, tables, *map(torch.tensor, (owners, ends, begins)))
+    wanted = by_row(q, k, v, tables, owners, ends, begins)
+    torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
 
 
 def test_layouts_agree() -> None:
     generator = torch.Generator().manual_seed(0)
-    views = [KVView([3], [2]), KVView([5, 1, 7], [9, 10, 11]), KVView([0, 9, 4], [3, 7, 12])]
+    views = [
+        KVView([3], [2], [1]),
+        KVView([5, 1, 7], [9, 10, 11], [4, 4, 9]),
+        KVView([0, 9, 4], [3, 7, 12], [0, 2, 7]),
+    ]
     q = torch.randn(7, 6, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(13, 4, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
-    wanted = GatherLayout.of(views, 4, torch.float64, CPU).attend(q, k, v)
-    torch.testing.assert_close(KernelLayout.of(views, 4, CPU).attend(q, k, v), wanted, atol=1e-14, rtol=0)
+    for slides in (False, True):
+        wanted = GatherLayout.of(views, 4, torch.float64, CPU, slides).attend(q, k, v)
+        found = KernelLayout.of(views, 4, CPU, slides).attend(q, k, v)
+        torch.testing.assert_close(found, wanted, atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,21 +12,22 @@ from megamor.serve.engine.attention import GatherLayout, KVView
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 CPU = torch.device("cpu")
 VIEWS = [
-    KVView([3], [2]),
-    KVView([5, 1, 7], [9, 10, 11]),
-    KVView([2, 8], [5]),
-    KVView([0, 9, 4], [3, 7, 12]),
-    KVView([6], [4]),
-    KVView([11, 10, 12], [12]),
+    KVView([3], [2], [0]),
+    KVView([5, 1, 7], [9, 10, 11], [3, 6, 10]),
+    KVView([2, 8], [5], [4]),
+    KVView([0, 9, 4], [3, 7, 12], [0, 1, 5]),
+    KVView([6], [4], [1]),
+    KVView([11, 10, 12], [12], [8]),
 ]
 
 
-def by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def by_row(q: Tensor, k: Tensor, v: Tensor, slides: bool) -> Tensor:
     """Attention row by row and key head by key head."""
     outs, row = [], 0
     for view in VIEWS:
-        for end in view.ends:
-            keys, values = (pages[view.pages].flatten(0, 1)[:end] for pages in (k, v))
+        for begin, end in zip(view.begins, view.ends, strict=True):
+            seen = slice(begin if slides else 0, end)
+            keys, values = (pages[view.pages].flatten(0, 1)[seen] for pages in (k, v))
             heads = [
                 F.scaled_dot_product_attention(q[row, head : head + 1], keys[:, head // 3], values[:, head // 3])
                 for head in range(HEADS)
@@ -42,11 +44,12 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def test_gathered_pages() -> None:
+@pytest.mark.parametrize("slides", [False, True])
+def test_gathered_pages(slides: bool) -> None:
     q, k, v = tensors()
-    layout = GatherLayout.of(VIEWS, PAGE, torch.float64, CPU)
+    layout = GatherLayout.of(VIEWS, PAGE, torch.float64, CPU, slides)
     assert len(layout.groups) == 5
-    torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v), atol=1e-12, rtol=0)
+    torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v, slides), atol=1e-12, rtol=0)
 
 
 def test_one_group_keeps_the_order() -> None:

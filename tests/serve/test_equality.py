@@ -24,7 +24,7 @@ from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
 from megamor.serve.engine.attention import KVRows, KVView
 from megamor.serve.engine.engine import ServingEngine
-from megamor.serve.engine.graphs import BatchGraphs
+from megamor.serve.engine.graphs import BatchGraphs, Chain
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
@@ -266,7 +266,7 @@ def test_a_result_outlives_the_next_replay() -> None:
     graphs = BatchGraphs(config, 4, 2, call_again)
     stores = [tuple(torch.zeros(3, 4, config.num_kv_heads, config.head_dim) for _ in range(2))]
     rows = KVRows([0], [None], [KVView([0], [1])])
-    results = [graphs.run("chain", [Twice()], stores, torch.full((1, 5), x), rows) for x in (1.0, 3.0)]
+    results = [graphs.run(Chain("chain", [Twice()], stores, [False]), torch.full((1, 5), x), rows) for x in (1.0, 3.0)]
     assert len(graphs.recorded) == 1
     assert [result.tolist() for result in results] == [[[2.0] * 5], [[6.0] * 5]]
 

@@ -32,14 +32,18 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("name", "total"), [("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)])
-def test_compiles(name: str, total: tl.dtype, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "total", "slides"), [("bf16", tl.float32, True), ("fp32", tl.float32, False), ("fp64", tl.float64, True)]
+)
+def test_compiles(
+    name: str, total: tl.dtype, slides: bool, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interpreter accepts code that the compiler refuses."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {**SIZES, "GROUP": 4, "DIMS": 64, "ENTRIES": 16, "SUM": total}
+    constants = {**SIZES, "GROUP": 4, "DIMS": 64, "ENTRIES": 16, "SUM": total, "slides": slides}
     signature = {
         **dict.fromkeys(POINTERS, f"*{name}"),
-        **dict.fromkeys(("tables", "owners", "ends"), "*i64"),
+        **dict.fromkeys(("tables", "owners", "ends", "begins"), "*i64"),
         **dict.fromkeys(("table_stride", "page_stride"), "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }

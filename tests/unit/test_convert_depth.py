@@ -14,7 +14,7 @@ from megamor.cli import convert_depth as command
 from megamor.config import config_to_yaml
 from megamor.files import sha256_of_file
 from megamor.interop.depth import convert_depth
-from megamor.interop.official import save_weights
+from megamor.interop.weights import save_weights
 from megamor.load import load_model
 from megamor.model import build_model
 from tests.combinations import SEQ_LEN, VOCAB, lively_model, vanilla_config

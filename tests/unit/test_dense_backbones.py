@@ -32,7 +32,6 @@ from megamor.optim import build_param_groups
 from megamor.parallel import zero_config
 from megamor.plan.memory import step_memory
 from megamor.routing import TokenSet
-from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.options import POLICIES
 from tests.causality.test_causality import CUT, change_future, logits, modes
 from tests.causality.test_documents import check as check_documents
@@ -227,13 +226,25 @@ def test_padding_has_no_influence(router: str) -> None:
             torch.testing.assert_close(padded[number : number + 1, :length], alone, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("router", ["ema_threshold", pytest.param("expert_choice", marks=pytest.mark.slow)])
-def test_serving(router: str) -> None:
-    config = with_options(tiny_config(ROUTERS[router]), **{**OPTIONS, "sliding_window": None, "sliding_layers": ()})
-    model = shaken(lively_model(config))
+SERVED = [
+    ("ema_threshold", "recursion_wise", "middle_cycle", True),
+    *(
+        pytest.param(router, policy, sharing, recorded, marks=pytest.mark.slow)
+        for router in ("expert_choice", "token_choice")
+        for policy in ("recursion_wise", "share_first")
+        for sharing in ("middle_cycle", "sequence")
+        for recorded in (False, True)
+    ),
+    pytest.param("vanilla", "", "", False, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("router", "kv_policy", "sharing", "recorded"), SERVED)
+def test_serving(router: str, kv_policy: str, sharing: str, recorded: bool) -> None:
+    model = shaken(lively_model(config_of(router, kv_policy, sharing)))
     wanted = expected(model)
     for policy in POLICIES:
-        check_serving(model, Schedule(policy, page_size=3, chunk_size=4), wanted)
+        check_serving(model, Schedule(policy, page_size=3, chunk_size=4, recorded=recorded), wanted)
 
 
 MEMORY = [("expert_choice", "none", "bf16"), ("vanilla", "selective sdpa mm", "fp32")]
@@ -287,11 +298,6 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: 
 def test_the_stream_need_not_be_divisible_by_the_heads() -> None:
     settings = {"dim": 90, "num_heads": 4, "num_kv_heads": 2, "head_width": 16}
     validate(config_from_dict({"model": settings, "train": {"max_steps": 100}}, "test"))
-
-
-def test_serving_refuses_windows() -> None:
-    with pytest.raises(ConfigError, match=r"sliding_window = 5 can't be served.*megamor generate"):
-        ServingEngine(build_model(with_options(vanilla_config())))
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, queries: TokenSet, keys: TokenSet, owners: Tensor) -> tuple[Tensor, int]:

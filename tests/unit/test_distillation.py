@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from megamor.model import build_model
 from megamor.model import loss as loss_module
 from megamor.model.flops import executed_flops
 from megamor.model.loss import Teacher, linear_cross_entropy
+from megamor.parallel import init_world
 from megamor.session import Session
+from megamor.train import build_trainer
 from tests.combinations import lively_model
+from tests.distributed.harness import run_ranks
 from tests.resume.runs import STEPS, assert_same_run, directory_of, fit, named, tiny_run, trace, until
 
 VOCAB, TOKENS = 97, 50
@@ -154,17 +158,42 @@ def test_two_ranks_are_as_one_and_a_resumed_run_as_a_straight_one(tmp_path: Path
 @pytest.mark.parametrize("policy", ["none", "block"])
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_every_backend(backend: str, policy: str, tmp_path: Path) -> None:
-    """Two ranks that pack documents, one of which has padding alone in some micro-batches, are as one process."""
-    kind, _, stage = backend.replace("zero", "deepspeed ").partition(" ")
-    config = taught_run(tmp_path, kind, max_steps=4, activation_checkpointing=policy)
+    """Two ranks whose sequences hold a document and padding are as one process."""
+    config = with_backend(taught_run(tmp_path, max_steps=4, activation_checkpointing=policy), backend)
     config = replace(config, data=replace(config.data, packing="document", chunk_len=32))
-    config = replace(config, parallel=replace(config.parallel, zero_stage=int(stage or 2)))
     alone = named(replace(config, parallel=replace(config.parallel, backend="single")), "alone")
     fit(alone, world_size=1)
     fit(config)
     for one, other in zip(records(alone), records(config), strict=True):
         for name in ("train/loss", "train/distill_loss", "train/grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=2e-5), name
+
+
+def with_backend(config: Config, name: str) -> Config:
+    """`config` with a backend; `zero1` to `zero3` are DeepSpeed's."""
+    kind, _, stage = name.replace("zero", "deepspeed ").partition(" ")
+    parallel: Any = {"backend": kind, "zero_stage": int(stage or 2)}
+    return replace(config, parallel=replace(config.parallel, **parallel))
+
+
+def _steps_where_one_rank_pads(config: Config) -> list[tuple[float, ...]]:
+    session = Session(config)
+    tokens = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0))
+    padding = session.world.rank == 1
+    targets = torch.full_like(tokens, -100) if padding else tokens
+    lengths = torch.tensor([0, 0] if padding else [32, 20])
+    targets[1, 21:] = -100
+    found = [session.training_step(tokens[:, :-1], targets[:, 1:], lengths=lengths) for _ in range(2)]
+    return [(losses.language_model, losses.router, losses.grad_norm) for losses in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_rank_with_padding_alone(backend: str, tmp_path: Path) -> None:
+    config = taught_run(tmp_path)
+    alone = run_ranks(_steps_where_one_rank_pads, config, world_size=1)[0]
+    for found in run_ranks(_steps_where_one_rank_pads, with_backend(config, backend)):
+        assert found == [pytest.approx(losses, rel=2e-5) for losses in alone]
 
 
 @pytest.mark.slow
@@ -176,6 +205,19 @@ def test_bf16(backend: str, tmp_path: Path) -> None:
     fit(config, world_size=1 if backend == "single" else 2)
     for one, other in zip(records(exact), records(config), strict=True):
         assert other["train/distill_loss"] == pytest.approx(one["train/distill_loss"], rel=0.03)
+
+
+def test_a_resumed_run_tells_of_another_teacher(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = taught_run(tmp_path)
+    world = init_world(config.parallel)
+    build_trainer(until(config, 1), world).fit()
+    assert "another teacher" not in capsys.readouterr().out
+    other = build_model(dense_config(config), seed=1).state_dict()
+    shutil.rmtree(config.distill.from_)
+    stored = {MODEL_PREFIX + name: weight for name, weight in other.items()}
+    save_weights(Path(config.distill.from_), stored, {"config.yaml": config_to_yaml(dense_config(config))})
+    build_trainer(config, world)
+    assert "warning: another teacher than before: sha256" in capsys.readouterr().out
 
 
 def test_flops_of_the_teacher_are_executed(tmp_path: Path) -> None:

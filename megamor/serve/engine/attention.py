@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,14 @@ from megamor.routing.plan import to_device
 
 @dataclass(frozen=True)
 class KVView:
-    """What consecutive rows of one sequence see: row i the first ends[i] entries of the virtual sequence in `pages`."""
+    """What consecutive rows of one sequence see: row i the first ends[i] entries of the virtual sequence in `pages`.
+
+    Blocks with a sliding window see only those from begins[i] on.
+    """
 
     pages: list[int]
     ends: list[int]
+    begins: list[int] = field(default_factory=list)
 
 
 class KVRows(NamedTuple):
@@ -86,8 +90,10 @@ class GatherLayout:
     back: Tensor | None
 
     @staticmethod
-    def of(views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device) -> GatherLayout:
-        """The layout of rows that see `views`."""
+    def of(
+        views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool = False
+    ) -> GatherLayout:
+        """As `paged_layout`."""
         first, members = 0, defaultdict[tuple[int, int], list[tuple[int, KVView]]](list)
         for number, view in enumerate(views):
             # Single rows (decoding) are padded to the longest of their group, so a group spans a factor of two in
@@ -99,7 +105,7 @@ class GatherLayout:
             key = (0, (-(-view.ends[0] // page_size) - 1).bit_length()) if single else (1, number)
             members[key].append((first, view))
             first += len(view.ends)
-        groups = [gather_group(group, page_size, dtype, device) for group in members.values()]
+        groups = [gather_group(group, page_size, dtype, device, slides) for group in members.values()]
         back = torch.cat([group.rows for group in groups]).argsort() if len(groups) > 1 else None
         return GatherLayout(groups, back)
 
@@ -112,7 +118,7 @@ class GatherLayout:
 
 
 def gather_group(
-    members: list[tuple[int, KVView]], page_size: int, dtype: torch.dtype, device: torch.device
+    members: list[tuple[int, KVView]], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool
 ) -> GatherGroup:
     """Views of equally many rows, each given with the index of its first row in the batch."""
     longest = max(max(view.ends) for _, view in members)
@@ -120,15 +126,18 @@ def gather_group(
     rows = [first + row for first, view in members for row in range(len(view.ends))]
     pages = [page for _, view in members for page in (view.pages[:num_pages] + [0] * num_pages)[:num_pages]]
     ends = to_device([view.ends for _, view in members], device)
-    return GatherGroup(
-        to_device(rows, device), to_device(pages, device), mask_after(ends, num_pages * page_size, dtype)
-    )
+    begins = to_device([view.begins for _, view in members], device) if slides else None
+    mask = entry_mask(begins, ends, num_pages * page_size, dtype)
+    return GatherGroup(to_device(rows, device), to_device(pages, device), mask)
 
 
-def mask_after(ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [G, 1, n, num_entries] of rows that see the first ends [G, n] entries."""
+def entry_mask(begins: Tensor | None, ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [G, 1, n, num_entries] of rows that see the entries from `begins` (None: 0) to `ends`, [G, n]."""
     # Additive, as attention adds it in the same kernel. Entries of unused pages are zeros or old values, never NaN.
-    hidden = torch.arange(num_entries, device=ends.device) >= ends.unsqueeze(-1)
+    entries = torch.arange(num_entries, device=ends.device)
+    hidden = entries >= ends.unsqueeze(-1)
+    if begins is not None:
+        hidden |= entries < begins.unsqueeze(-1)
     return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
 
@@ -153,50 +162,58 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
 class KernelLayout:
     """An `AttentionLayout` for the kernel that reads pages in place: row i sees ends[i] entries of tables[owners[i]].
 
-    tables [M, pages], owners and ends [N], all int64.
+    tables [M, pages], owners and ends [N], all int64. With `begins` [N] it sees only those from begins[i] on.
     """
 
     tables: Tensor
     owners: Tensor
     ends: Tensor
+    begins: Tensor | None = None
 
     @staticmethod
-    def of(views: Sequence[KVView], page_size: int, device: torch.device) -> KernelLayout:
-        """The layout of rows that see `views`."""
+    def of(views: Sequence[KVView], page_size: int, device: torch.device, slides: bool = False) -> KernelLayout:
+        """As `paged_layout`."""
         longest = -(-max(max(view.ends) for view in views) // page_size)
         tables = [(view.pages + [0] * longest)[:longest] for view in views]
         owners = [number for number, view in enumerate(views) for _ in view.ends]
         ends = [end for view in views for end in view.ends]
-        return KernelLayout(*(to_device(numbers, device) for numbers in (tables, owners, ends)))
+        begins = to_device([begin for view in views for begin in view.begins], device) if slides else None
+        return KernelLayout(to_device(tables, device), to_device(owners, device), to_device(ends, device), begins)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `GatherLayout.attend`."""
         # Here, because it needs Triton, which torch brings along for GPUs only.
         from megamor.serve.engine.paged_kernel import paged_attention
 
-        return paged_attention(q, k, v, self.tables, self.owners, self.ends).flatten(1)
+        return paged_attention(q, k, v, self.tables, self.owners, self.ends, self.begins).flatten(1)
 
 
 Layout = GatherLayout | KernelLayout
 
 
-def paged_layout(views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device) -> Layout:
-    """The layout of rows that see `views`, for the attention of `device`."""
+def paged_layout(
+    views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool = False
+) -> Layout:
+    """The layout of rows that see `views`, for the attention of `device`; `slides`: in blocks with a window."""
     if reads_in_place(device):
-        return KernelLayout.of(views, page_size, device)
-    return GatherLayout.of(views, page_size, dtype, device)
+        return KernelLayout.of(views, page_size, device, slides)
+    return GatherLayout.of(views, page_size, dtype, device, slides)
 
 
-def single_rows_layout(tables: Tensor, ends: Tensor, page_size: int, dtype: torch.dtype) -> Layout:
+def single_rows_layout(
+    tables: Tensor, ends: Tensor, page_size: int, dtype: torch.dtype, begins: Tensor | None = None
+) -> Layout:
     """Row i sees the first ends[i] entries of the pages in tables[i]: ends [N], tables [N, pages], both int64.
+
+    With `begins` [N], it sees only those from begins[i] on.
 
     Their values stay on the device, so this can be part of a CUDA graph.
     """
     count, num_pages = tables.shape
     rows = torch.arange(count, device=tables.device)
     if reads_in_place(tables.device):
-        return KernelLayout(tables, rows, ends)
-    mask = mask_after(ends.unsqueeze(1), num_pages * page_size, dtype)
+        return KernelLayout(tables, rows, ends, begins)
+    mask = entry_mask(None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1), num_pages * page_size, dtype)
     return GatherLayout([GatherGroup(rows, tables.flatten(), mask)], None)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,21 @@ Store = tuple[Tensor, ...]
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
 
+class Chain(NamedTuple):
+    """Blocks that run one after another, their keys and values, and which of them have a sliding window."""
+
+    name: str
+    blocks: Sequence[nn.Module]
+    stores: Sequence[Store]
+    slides: Sequence[bool]
+
+
 @dataclass(frozen=True)
 class RecordedGraph:
-    """A recorded chain of fixed width: inputs x [width, dim] and `numbers` [3 + pages, width], result `out` like x.
+    """A recorded chain of fixed width: inputs x [width, dim] and `numbers` [4 + pages, width], result `out` like x.
 
-    `numbers` has for each row its position, the address it writes to, how many entries it sees, and their pages.
+    `numbers` has for each row its position, the address it writes to, how many entries it sees, the first of them in
+    blocks with a sliding window, and their pages.
     """
 
     x: Tensor
@@ -52,40 +63,49 @@ class BatchGraphs:
         """Whether there is a graph for so many rows."""
         return num_rows <= self.widths[-1]
 
-    def run(self, chain: str, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, rows: KVRows) -> Tensor:
-        """x [N, dim], the given rows, through `blocks` with the keys and values in `stores`, known by name `chain`."""
-        spare = len(stores[0][0]) - 1
-        seen = [(view.pages, end) for view in rows.views for end in view.ends]
+    def run(self, chain: Chain, x: Tensor, rows: KVRows) -> Tensor:
+        """x [N, dim], the given rows, through the blocks of `chain`."""
+        spare = len(chain.stores[0][0]) - 1
+        seen = [
+            (view.pages, end, begin)
+            for view in rows.views
+            for end, begin in zip(view.ends, view.begins or [0] * len(view.ends), strict=True)
+        ]
         width = next(width for width in self.widths if width >= len(x))
         # Longer tables are rounded up to a power of two, so that a growing text needs a new graph only log₂ n times.
-        num_pages = 1 << (-(-max(end for _, end in seen) // self.page_size) - 1).bit_length()
+        num_pages = 1 << (-(-max(end for _, end, _ in seen) // self.page_size) - 1).bit_length()
         nowhere = spare * self.page_size
         numbers = [
-            [position, nowhere if address is None else address, end, *(pages + [spare] * num_pages)[:num_pages]]
-            for position, address, (pages, end) in zip(rows.positions, rows.addresses, seen, strict=True)
+            [position, nowhere if address is None else address, end, begin, *(pages + [spare] * num_pages)[:num_pages]]
+            for position, address, (pages, end, begin) in zip(rows.positions, rows.addresses, seen, strict=True)
         ]
-        padding = [0, nowhere, 1, *[spare] * num_pages]
-        graph = self.recorded.get((chain, width, num_pages))
+        padding = [0, nowhere, 1, 0, *[spare] * num_pages]
+        graph = self.recorded.get((chain.name, width, num_pages))
         if graph is None:
-            graph = self.make(blocks, stores, x.new_zeros(width, x.shape[1]), to_device([padding] * width, x.device).T)
-            self.recorded[chain, width, num_pages] = graph
+            graph = self.make(chain, x.new_zeros(width, x.shape[1]), to_device([padding] * width, x.device).T)
+            self.recorded[chain.name, width, num_pages] = graph
         graph.numbers.copy_(to_device(numbers + [padding] * (width - len(x)), x.device).T)
         graph.x[: len(x)] = x
         graph.replay()
         # All graphs share one memory pool: the next replay, of another chain or width, may overwrite `out`.
         return graph.out[: len(x)].clone()
 
-    def make(self, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, numbers: Tensor) -> RecordedGraph:
+    def make(self, chain: Chain, x: Tensor, numbers: Tensor) -> RecordedGraph:
         """Record the blocks on x [width, dim] with `numbers`, all of padding rows."""
         numbers = numbers.contiguous()
 
         def run() -> Tensor:
-            (positions, addresses, ends), tables = numbers[:3].unbind(), numbers[3:].T
-            angles = rotary_angles(positions, self.config, x.dtype)
-            layout = single_rows_layout(tables, ends, self.page_size, x.dtype)
+            (positions, addresses, ends, begins), tables = numbers[:4].unbind(), numbers[4:].T
+            sights = {
+                slides: (
+                    rotary_angles(positions, self.config, x.dtype, slides),
+                    single_rows_layout(tables, ends, self.page_size, x.dtype, begins if slides else None),
+                )
+                for slides in {*chain.slides}
+            }
             y = x
-            for block, (k, v) in zip(blocks, stores, strict=True):
-                y, _ = block(y, angles, layout, PagedKeysValues(k, v, addresses, None))
+            for block, (k, v), slides in zip(chain.blocks, chain.stores, chain.slides, strict=True):
+                y, _ = block(y, *sights[slides], PagedKeysValues(k, v, addresses, None))
             return y
 
         return RecordedGraph(x, numbers, *self.record(run))

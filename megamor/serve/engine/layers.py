@@ -53,11 +53,6 @@ class Layers:
                 f"model.attention = {model.config.model.attention} can't be served: pages hold keys, not means of "
                 "blocks. Use `megamor generate`, or export the model and use transformers"
             )
-        if any(segment.sliding for segment in model.segments):
-            raise ConfigError(
-                f"model.sliding_window = {model.config.model.sliding_window} can't be served: a row of a batch reads a "
-                "text from its beginning. Use `megamor generate`, or export the model and use transformers"
-            )
         if model.stages.keys() - {""}:
             # A batch brings together tokens at different depths of one core. With several cores a token would have to
             # wait for each of them, which the order of batches doesn't know yet.

@@ -16,9 +16,12 @@ from torch import Tensor
 PROGRAM_VALUES = 4096
 
 
-def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor) -> Tensor:
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor, begins: Tensor | None = None
+) -> Tensor:
     """Row i of q [N, heads, head_dim] sees the first ends[i] entries of the pages in tables[owners[i]].
 
+    With `begins` [N], it sees only those from begins[i] on, of which there must be one.
     k and v are contiguous [pages, page_size, kv_heads, head_dim]; tables [M, P], owners [N] and ends [N] are int64. The
     result has q's shape and type; sums are in fp32, or in fp64 for fp64.
     """
@@ -28,8 +31,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Ten
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device(q.device if q.is_cuda else -1):
         attend_row[rows, kv_heads](
-            q.contiguous(), k, v, out, tables, owners, ends, tables.stride(0), tables.stride(1),
-            kv_heads, heads // kv_heads, head_dim, k.shape[1],
+            q.contiguous(), k, v, out, tables, owners, ends, ends if begins is None else begins,
+            tables.stride(0), tables.stride(1), kv_heads, heads // kv_heads, head_dim, k.shape[1], begins is not None,
             GROUP=group, DIMS=dims, ENTRIES=max(16, PROGRAM_VALUES // (group * dims)),
             SUM=tl.float64 if q.dtype == torch.float64 else tl.float32,
         )  # fmt: skip
@@ -39,9 +42,9 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Ten
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_row(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, tables: tl.tensor, owners: tl.tensor, ends: tl.tensor,
-    table_stride: tl.tensor, page_stride: tl.tensor,
+    begins: tl.tensor, table_stride: tl.tensor, page_stride: tl.tensor,
     kv_heads: tl.constexpr, num_queries: tl.constexpr, head_dim: tl.constexpr, page_size: tl.constexpr,
-    GROUP: tl.constexpr, DIMS: tl.constexpr, ENTRIES: tl.constexpr, SUM: tl.constexpr,
+    slides: tl.constexpr, GROUP: tl.constexpr, DIMS: tl.constexpr, ENTRIES: tl.constexpr, SUM: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row, one key head and its `num_queries` query heads. Upper case: block sizes, powers of two."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -53,10 +56,11 @@ def attend_row(
 
     table = tables + tl.load(owners + row) * table_stride
     end = tl.load(ends + row)
+    begin = tl.load(begins + row) if slides else 0
     highest = tl.full([GROUP], float("-inf"), SUM)
     total = tl.zeros([GROUP], SUM)
     mean = tl.zeros([GROUP, DIMS], SUM)
-    for start in range(0, end, ENTRIES):
+    for start in range(begin, end, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         seen = entry < end
         page = tl.load(table + (entry // page_size) * page_stride, mask=seen, other=0)

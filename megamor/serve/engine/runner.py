@@ -26,7 +26,7 @@ from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, Routing
 from megamor.routing.plan import to_device
 from megamor.routing.random import text_keys
 from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout
-from megamor.serve.engine.graphs import BatchGraphs, Store
+from megamor.serve.engine.graphs import BatchGraphs, Chain, Store
 from megamor.serve.engine.layers import LayerAccess, Layers
 from megamor.serve.engine.pages import EVERY_TOKEN
 from megamor.serve.engine.prefix import PageCopy
@@ -57,17 +57,17 @@ class DepthGroup:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is told about its rows: angles, what they see, and which `rows` (None: all) write to `addresses`."""
+    """What a block is told about its rows: angles and what they see, without a sliding window and with one; and which
+    `rows` (None: all) write to `addresses`."""
 
-    angles: RotaryAngles
-    layout: Layout
+    sights: list[tuple[RotaryAngles, Layout]]
     addresses: Tensor
     rows: Tensor | None
 
-    def apply(self, block: nn.Module, x: Tensor, store: Store, recursion: int) -> Tensor:
+    def apply(self, block: nn.Module, x: Tensor, store: Store, slides: bool, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
         k, v = store
-        y: Tensor = block(x, self.angles, self.layout, PagedKeysValues(k, v, self.addresses, self.rows), recursion)[0]
+        y: Tensor = block(x, *self.sights[slides], PagedKeysValues(k, v, self.addresses, self.rows), recursion)[0]
         return y
 
 
@@ -96,6 +96,8 @@ class Runner:
         self.model, self.layers, self.page_size, self.full = model, layers, page_size, full
         weight, config = model.embed.weight, model.config.model
         self.device, self.dtype = weight.device, weight.dtype
+        self.sliding = {segment.name: segment.sliding for segment in model.segments}
+        self.window = config.sliding_window if any(self.sliding.values()) else None
         shape = (page_size, config.num_kv_heads, config.head_dim)
         self.pages = {
             pool: [
@@ -196,8 +198,11 @@ class Runner:
             pages, entries = chunk.sequence.tables[table].pages, range(chunk.start, chunk.start + chunk.length)
             rows.positions.extend(entries)
             rows.addresses.extend(self.address(pages, entry) for entry in entries)
-            rows.views.append(KVView(pages, [entry + 1 for entry in entries]))
-        return self.run_chain(name, blocks, self.pages["edge"][first_layer : first_layer + len(blocks)], x, rows)
+            begins = [max(0, entry + 1 - self.window) for entry in entries] if self.window else []
+            rows.views.append(KVView(pages, [entry + 1 for entry in entries], begins))
+        slides = [block in self.sliding[name] for block in range(len(blocks))]
+        stores = self.pages["edge"][first_layer : first_layer + len(blocks)]
+        return self.run_chain(Chain(name, blocks, stores, slides), x, rows)
 
     def run_core(self, groups: Sequence[DepthGroup], x: Tensor) -> Tensor:
         """x [N, dim], the rows of `groups`, through the blocks of the core."""
@@ -206,7 +211,8 @@ class Runner:
         if self.layers.uniform:
             stores = [self.pages["core"][application.layer] for application in access[0]]
             rows = self.core_rows(groups, [access[group.recursion][0] for group in groups])
-            return self.run_chain("core", [stage.blocks[block] for block in schedule[0]], stores, x, rows)
+            blocks, sliding = [stage.blocks[b] for b in schedule[0]], [b in stage.sliding for b in schedule[0]]
+            return self.run_chain(Chain("core", blocks, stores, sliding), x, rows)
         # Most blocks of a batch read and write the same tables. Building a call can cost more than the block computes.
         calls: dict[tuple[Any, ...], BlockCall] = {}
         for index in range(len(schedule[0])):
@@ -218,27 +224,32 @@ class Runner:
                 if key not in calls:
                     calls[key] = self.block_call(self.core_rows(run, accesses))
                 store = self.pages["core"][accesses[0].layer]
-                outs.append(calls[key].apply(stage.blocks[block], x[first:end], store, run[0].recursion))
+                slides = block in stage.sliding
+                outs.append(calls[key].apply(stage.blocks[block], x[first:end], store, slides, run[0].recursion))
             x = outs[0] if len(outs) == 1 else torch.cat(outs)
         return x
 
-    def run_chain(
-        self, name: str, blocks: Sequence[nn.Module], stores: Sequence[Store], x: Tensor, rows: KVRows
-    ) -> Tensor:
-        """x [N, dim] through blocks that all treat `rows` alike, by a graph if there is one for so many."""
+    def run_chain(self, chain: Chain, x: Tensor, rows: KVRows) -> Tensor:
+        """x [N, dim] through blocks that all write the keys of the same `rows`, by a graph if there is one for them."""
         if self.graphs is not None and self.graphs.fits(len(x)):
-            return self.graphs.run(name, blocks, stores, x, rows)
+            return self.graphs.run(chain, x, rows)
         call = self.block_call(rows)
-        for block, store in zip(blocks, stores, strict=True):
-            x = call.apply(block, x, store, recursion=0)
+        for block, store, slides in zip(chain.blocks, chain.stores, chain.slides, strict=True):
+            x = call.apply(block, x, store, slides, recursion=0)
         return x
 
     def block_call(self, rows: KVRows) -> BlockCall:
         """How blocks are called on `rows`."""
         writers = [row for row, address in enumerate(rows.addresses) if address is not None]
+        positions, config = self.tensor(rows.positions), self.model.config.model
         return BlockCall(
-            rotary_angles(self.tensor(rows.positions), self.model.config.model, self.dtype),
-            paged_layout(rows.views, self.page_size, self.dtype, self.device),
+            [
+                (
+                    rotary_angles(positions, config, self.dtype, slides),
+                    paged_layout(rows.views, self.page_size, self.dtype, self.device, slides),
+                )
+                for slides in ((False, True) if self.window else (False,))
+            ],
             self.tensor([rows.addresses[row] for row in writers]),
             None if len(writers) == len(rows.addresses) else self.tensor(writers),
         )
@@ -271,8 +282,13 @@ class Runner:
                 for row, end in zip(rows, ends, strict=True):
                     writes = access.writes and row in entries
                     result.addresses.append(self.address(stored.pages, end - 1) if writes else None)
+                begins = [
+                    end - (chunk.seen(row, access.table, self.window) if row in entries else 1)
+                    for row, end in zip(rows, ends, strict=True)
+                    if self.window
+                ]
                 if rows:
-                    result.views.append(KVView(stored.pages, ends))
+                    result.views.append(KVView(stored.pages, ends, begins))
         return result
 
     def finish_recursion(

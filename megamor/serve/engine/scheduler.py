@@ -64,6 +64,15 @@ class Chunk:
     depths: list[int] = field(default_factory=list)
     entries: dict[int, dict[int, int]] = field(default_factory=dict)
 
+    def seen(self, row: int, table: int, window: int) -> int:
+        """How many tokens at the last `window` positions up to that of `row` have an entry in the table of a recursion.
+
+        A position that a sliding window hides may have none, so they can't be counted in entries.
+        """
+        first = self.start + row + 1 - window
+        before = sum(depth > table for depth in self.sequence.depths[max(0, first) : self.start])
+        return before + sum(first <= self.start + other <= self.start + row for other in self.entries[table])
+
 
 @dataclass(eq=False)
 class SequenceState:
