@@ -123,12 +123,9 @@ def _write_tokenizer(
     shutil.copyfile(tokenizer, directory / (TOKENIZER_FILE if plain else ORIGINAL_TOKENIZER_FILE))
     if not plain:
         codec.tokenizer.save(str(directory / TOKENIZER_FILE))
-    settings = tokenizer_settings(config, codec.end_of_text)
     if chat_template is not None:
         shutil.copyfile(chat_template, directory / CHAT_TEMPLATE_FILE)
-        # A chat is text in which the template spells special tokens out.
-        settings["split_special_tokens"] = False
-    _write_json(directory / "tokenizer_config.json", settings)
+    _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, codec.end_of_text))
 
 
 def is_export(directory: Path) -> bool:

@@ -38,6 +38,7 @@ class MegamorConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = "megamor"
+    use_cache: bool = True
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
 
@@ -72,32 +73,33 @@ class MegamorModel(Transformer):
         output_hidden_states: bool | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast:
-        """States [B, S, dim] after the final norm; the rest as in `MegamorForCausalLM.forward`."""
+        """States [B, S, dim] after the final norm; the rest as in `MegamorForCausalLM.forward`.
+
+        Without `use_cache`, a cache is returned outside of training if it can hold the tokens.
+        """
         inputs = self.checked_inputs(input_ids, inputs_embeds, past_key_values, options)
         batch, length = inputs.shape[:2]
-        if use_cache and past_key_values is None:
+        given, first = (attention_mask, position_ids, batch, length), past_key_values is None
+        if first and use_cache is not False and (use_cache or not self.training):
             past_key_values = self.new_cache(batch, length)
-        cache = None if past_key_values is None else past_key_values.cache
-        if cache is not None and cache.num_tokens + length > cache.capacity:
-            most, needed = self.config.model.max_seq_len, cache.num_tokens + length
-            if needed > most:
-                raise ValueError(
-                    f"the cache holds {most} tokens (max_position_embeddings), and {needed} are needed: generate "
-                    "fewer, or pass use_cache=False"
-                )
-            cache.grow(min(most, 2 * needed))
-        real = real_tokens(attention_mask, batch, length, cache)
+        try:
+            real, documents = self.layout(*given, past_key_values)
+        except ValueError:
+            if use_cache or not first:
+                raise
+            # Without being asked for, a cache is made only if it can hold these tokens.
+            past_key_values = None
+            real, documents = self.layout(*given, None)
         lengths = columns = None
         if real is not None:
             numbers = torch.stack((real.sum(1), real.long().argmax(1))).tolist()
             lengths, columns = (tuple(row) for row in numbers)
         states: list[Tensor] | None = [] if output_hidden_states else None
-        documents = None if position_ids is None else documents_of(position_ids, real, batch, length, cache)
         out = super().forward(
             inputs,
             mode="causal",
             documents=documents,
-            cache=cache,
+            cache=None if past_key_values is None else past_key_values.cache,
             lengths=lengths,
             columns=columns,
             predict=False,
@@ -110,6 +112,22 @@ class MegamorModel(Transformer):
         elif rows is not None and real is not None:
             hidden = hidden.to(rows.dtype).masked_scatter(real.to(rows.device).unsqueeze(-1), rows)
         return BaseModelOutputWithPast(hidden, past_key_values, None if states is None else tuple(states))
+
+    def layout(
+        self, mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, past: DecodingCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`real_tokens` and `documents_of`, after the cache has made room. Raises ValueError as they do."""
+        cache = None if past is None else past.cache
+        if cache is not None and cache.num_tokens + length > cache.capacity:
+            most, needed = self.config.model.max_seq_len, cache.num_tokens + length
+            if needed > most:
+                raise ValueError(
+                    f"the cache holds {most} tokens (max_position_embeddings), and {needed} are needed: generate "
+                    "fewer, or pass use_cache=False"
+                )
+            cache.grow(min(most, 2 * needed))
+        real = real_tokens(mask, batch, length, cache)
+        return real, None if position_ids is None else documents_of(position_ids, real, batch, length, cache)
 
     def new_cache(self, batch: int, capacity: int) -> DecodingCache:
         """An empty cache for `batch` sequences of `capacity` tokens, or as many as the model was made for."""
@@ -266,8 +284,9 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         The loss compares position t with label t + 1; labels of -100 are ignored, and so is padding. It is the mean or,
         with `num_items_in_batch`, the sum divided by that. `attention_mask` [B, tokens so far and new] is 0 at padding,
         whose logits are 0. `position_ids` count each sequence's tokens; where they begin again at 0, another document
-        begins, which attention doesn't leave. A cache is returned if `use_cache` is true. `hidden_states` are the
-        stream after the embedding and after each unshared block and each recursion; the last one is that after the
+        begins, which attention doesn't leave. A cache is returned if `use_cache` is true; if it isn't given, as the
+        configuration says, except in training, with labels and for tokens that no cache can hold. `hidden_states` are
+        the stream after the embedding and after each unshared block and each recursion; the last one is that after the
         final norm.
 
         Raises:
@@ -275,6 +294,8 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep and labels contradict each other: the loss needs all logits")
+        if use_cache is None and (labels is not None or self.gradient_checkpointing or not self.config.use_cache):
+            use_cache = False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         out = self.model(
