@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT_FILE = "end_of_text.json"
-DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>")
+DEFAULT_EOD_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Tokens of the prompt that decide how the text after it begins.
 _CONTEXT_TOKENS = 16

@@ -9,6 +9,8 @@ tokenizer.json           and tokenizer_config.json, if the checkpoint has a toke
                          megamor does
 original_tokenizer.json  the tokenizer as the data was written with it, if that adds a beginning of text
 end_of_text.json         the token that ends a text, if there is one
+chat_template.jinja      if the checkpoint has one
+README.md                the model card
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megamor.checkpoint.layout import END_OF_TEXT_FILE, TOKENIZER_FILE
+from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
 from megamor.config.segments import stages
@@ -38,7 +40,7 @@ from megamor.model import Transformer
 
 PACKAGE = Path(__file__).parents[1]
 CODE_MODULE = "megamor.interop.modeling_megamor"
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 SECTIONS, DATA_SETTINGS = ("model", "recursion", "router"), ("seq_len", "document_mask")
 WEIGHTS_PREFIX = "model."  # the attribute of `MegamorForCausalLM` that is the `Transformer`
 ORIGINAL_TOKENIZER_FILE = "original_tokenizer.json"
@@ -51,6 +53,9 @@ def export_huggingface(
     tokenizer: Path | None = None,
     end_of_text: EndOfText | None = None,
     dtype: torch.dtype = torch.float32,
+    plain: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
+    card: str | None = None,
+    chat_template: Path | None = None,
 ) -> list[Path]:
     """Write `model` as a Hugging Face directory; returns its files.
 
@@ -59,6 +64,8 @@ def export_huggingface(
         tokenizer: a `tokenizer.json`.
         end_of_text: the record of the training data; None: see `megamor.codec`.
         dtype: type in which weights are stored and loaded; routers stay in fp32.
+        plain: what `megamor.interop.plain.plain_export` returns, to be written in place of the model and its code.
+        card: the text of README.md.
 
     Raises:
         ConfigError: `directory` isn't empty, or the router is custom: its code is not part of megamor.
@@ -67,45 +74,58 @@ def export_huggingface(
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with WriteLock(directory, str(directory), "give another output"):
-        return _write_export(model, directory, tokenizer, end_of_text, dtype)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+        # Before anything is written: this finds what is wrong with the tokenizer.
+        codec = None if tokenizer is None else TextCodec.load(tokenizer, record=end_of_text)
+        end_of_text = codec.end_of_text if codec else end_of_text
+        settings, state = plain or _with_code(model, end_of_text)
+        directory.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None and codec is not None:
+            _write_tokenizer(model.config, directory, tokenizer, codec, chat_template)
+        for name, source in ({} if plain else code_files()).items():
+            (directory / name).write_text(source, encoding="utf-8")
+        if end_of_text is not None:
+            (directory / END_OF_TEXT_FILE).write_text(end_of_text.to_json(), encoding="utf-8")
+        if card is not None:
+            (directory / CARD_FILE).write_text(card, encoding="utf-8")
+        _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
+        settings = {**settings, "dtype": str(dtype).removeprefix("torch."), **_special_ids(end_of_text)}
+        _write_json(directory / CONFIG_FILE, settings)
+        stored = {
+            name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype).contiguous()
+            for name, value in state.items()
+        }
+        weights = directory / WEIGHTS_FILE
+        save_file(stored, weights, metadata={"format": "pt"})
+        weights.chmod((directory / CONFIG_FILE).stat().st_mode)  # safetensors makes it readable by its owner alone
+        return sorted(directory.iterdir())
 
 
-def _write_export(
-    model: Transformer, directory: Path, tokenizer: Path | None, end_of_text: EndOfText | None, dtype: torch.dtype
-) -> list[Path]:
+def _with_code(model: Transformer, end_of_text: EndOfText | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Content of `config.json`, and weights, of a model that brings its code."""
     config = model.config
     for router in (stage.config.router for stage in stages(config)):
         if isinstance(router, CustomRouterConfig):
             raise ConfigError(
                 f"router.target = {router.target} can't be exported: an export contains megamor's own routers only"
             )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
-    # Before anything is written: this finds what is wrong with the tokenizer.
-    codec = None if tokenizer is None else TextCodec.load(tokenizer, record=end_of_text)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, source in code_files().items():
-        (directory / name).write_text(source, encoding="utf-8")
-    state = {
-        WEIGHTS_PREFIX + name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype)
-        for name, value in model.state_dict().items()
+    return model_settings(config, torch.float32, end_of_text), {
+        WEIGHTS_PREFIX + name: value for name, value in model.state_dict().items()
     }
-    weights = directory / WEIGHTS_FILE
-    save_file(state, weights, metadata={"format": "pt"})
-    weights.chmod((directory / name).stat().st_mode)  # safetensors makes it readable by its owner alone
-    if tokenizer is not None and codec is not None:
-        # transformers applies the template of a tokenizer.json whenever there is one.
-        plain = not codec.adds_tokens
-        shutil.copyfile(tokenizer, directory / (TOKENIZER_FILE if plain else ORIGINAL_TOKENIZER_FILE))
-        if not plain:
-            codec.tokenizer.save(str(directory / TOKENIZER_FILE))
-        end_of_text = codec.end_of_text
-        _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, end_of_text))
-    if end_of_text is not None:
-        (directory / END_OF_TEXT_FILE).write_text(end_of_text.to_json(), encoding="utf-8")
-    _write_json(directory / CONFIG_FILE, model_settings(config, dtype, end_of_text))
-    _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
-    return sorted(directory.iterdir())
+
+
+def _write_tokenizer(
+    config: Config, directory: Path, tokenizer: Path, codec: TextCodec, chat_template: Path | None
+) -> None:
+    # transformers applies the template of a tokenizer.json whenever there is one.
+    plain = not codec.adds_tokens
+    shutil.copyfile(tokenizer, directory / (TOKENIZER_FILE if plain else ORIGINAL_TOKENIZER_FILE))
+    if not plain:
+        codec.tokenizer.save(str(directory / TOKENIZER_FILE))
+    if chat_template is not None:
+        shutil.copyfile(chat_template, directory / CHAT_TEMPLATE_FILE)
+    _write_json(directory / "tokenizer_config.json", tokenizer_settings(config, codec.end_of_text))
 
 
 def is_export(directory: Path) -> bool:
@@ -152,7 +172,7 @@ def model_settings(config: Config, dtype: torch.dtype, end_of_text: EndOfText | 
         "dtype": str(dtype).removeprefix("torch."),
         **model_shape(config),
         "use_cache": True,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.model.tied_head,
         **_special_ids(end_of_text),
         "megamor": {
             # Without the size of the vocabulary: transformers changes the one beside `megamor`.

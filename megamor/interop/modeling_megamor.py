@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from megamor.config.routers import RouterConfig
 from megamor.config.schema import (
@@ -38,6 +38,7 @@ class MegamorConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """
 
     model_type = "megamor"
+    use_cache: bool = True
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
 
@@ -58,6 +59,100 @@ class DecodingCache:
         self.cache.select(beams)
 
 
+class MegamorModel(Transformer):
+    """`Transformer` under its router's inference rule, with the arguments that transformers and TRL pass."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **options: Any,
+    ) -> BaseModelOutputWithPast:
+        """States [B, S, dim] after the final norm; the rest as in `MegamorForCausalLM.forward`.
+
+        Without `use_cache`, a cache is returned outside of training if it can hold the tokens.
+        """
+        inputs = self.checked_inputs(input_ids, inputs_embeds, past_key_values, options)
+        batch, length = inputs.shape[:2]
+        given, first = (attention_mask, position_ids, batch, length), past_key_values is None
+        if first and use_cache is not False and (use_cache or not self.training):
+            past_key_values = self.new_cache(batch, length)
+        try:
+            real, documents = self.layout(*given, past_key_values)
+        except ValueError:
+            if use_cache or not first:
+                raise
+            # Without being asked for, a cache is made only if it can hold these tokens.
+            past_key_values = None
+            real, documents = self.layout(*given, None)
+        lengths = columns = None
+        if real is not None:
+            numbers = torch.stack((real.sum(1), real.long().argmax(1))).tolist()
+            lengths, columns = (tuple(row) for row in numbers)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        out = super().forward(
+            inputs,
+            mode="causal",
+            documents=documents,
+            cache=None if past_key_values is None else past_key_values.cache,
+            lengths=lengths,
+            columns=columns,
+            predict=False,
+            states=states,
+        )
+        # A row for each real token; the states of padding are 0.
+        hidden, rows = self.embed.weight.new_zeros(batch, length, self.config.model.dim), out.hidden
+        if rows is not None and real is None:
+            hidden = rows.view_as(hidden)
+        elif rows is not None and real is not None:
+            hidden = hidden.to(rows.dtype).masked_scatter(real.to(rows.device).unsqueeze(-1), rows)
+        return BaseModelOutputWithPast(hidden, past_key_values, None if states is None else tuple(states))
+
+    def layout(
+        self, mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, past: DecodingCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`real_tokens` and `documents_of`, after the cache has made room. Raises ValueError as they do."""
+        cache = None if past is None else past.cache
+        if cache is not None and cache.num_tokens + length > cache.capacity:
+            most, needed = self.config.model.max_seq_len, cache.num_tokens + length
+            if needed > most:
+                raise ValueError(
+                    f"the cache holds {most} tokens (max_position_embeddings), and {needed} are needed: generate "
+                    "fewer, or pass use_cache=False"
+                )
+            cache.grow(min(most, 2 * needed))
+        real = real_tokens(mask, batch, length, cache)
+        return real, None if position_ids is None else documents_of(position_ids, real, batch, length, cache)
+
+    def new_cache(self, batch: int, capacity: int) -> DecodingCache:
+        """An empty cache for `batch` sequences of `capacity` tokens, or as many as the model was made for."""
+        weight, config = self.embed.weight, self.config.model
+        return DecodingCache(KVCache(config, batch, min(capacity, config.max_seq_len), weight.dtype, weight.device))
+
+    def checked_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: Any, options: Mapping[str, Any]
+    ) -> Tensor:
+        """`input_ids` or `inputs_embeds`, whichever is given. Raises ValueError for what `forward` doesn't support."""
+        for name, value in options.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} isn't supported by this model: leave it out")
+        if past is not None and not isinstance(past, DecodingCache):
+            kind = type(past).__name__
+            raise ValueError(
+                f"past_key_values of type {kind} isn't supported: pass use_cache=True, which returns a cache"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None and any(stage.router.reads_text for stage in self.stages.values()):
+            raise ValueError("inputs_embeds isn't supported: the model's router reads the text; give input_ids")
+        return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
+
+
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """`Transformer` under its router's inference rule, which is causal; this holds in training mode too."""
 
@@ -68,17 +163,23 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     gradient_checkpointing = False
     _supports_sdpa = True
     # Geometry and layouts hold tensors that hooks wouldn't move, so the whole model is on one device.
-    _no_split_modules = ["Transformer"]  # noqa: RUF012
+    _no_split_modules = ["MegamorModel"]  # noqa: RUF012
     # Scores that nearly tie can change order when rounded to bf16, and then tokens take another depth.
     _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.set_attn_implementation(config._attn_implementation)
-        self.model = Transformer(settings(config.megamor, config.vocab_size))
+        self.model = MegamorModel(settings(config.megamor, config.vocab_size))
         # from_pretrained builds on the meta device and fills in the stored weights; from_config expects initial ones.
         if not self.model.embed.weight.is_meta:
             self.model.init_weights()
+        # What others look for is a module that is the head. Where the embedding is the head, it has the same weight.
+        self.lm_head: Any = None
+        if self.model.head is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = self.model.embed.weight
+            self._tied_weights_keys = {"lm_head.weight": "model.embed.weight"}
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
@@ -110,15 +211,13 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         self.model.embed = value
 
     def get_output_embeddings(self) -> Any:
-        return self.model.head  # None: the embedding itself is the head, and there is no second module to tie
+        return self.lm_head or self.model.head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.model.head = new_embeddings
-
-    def new_cache(self, batch: int, capacity: int) -> DecodingCache:
-        """An empty cache for `batch` sequences of `capacity` tokens, or as many as the model was made for."""
-        weight, config = self.model.embed.weight, self.model.config.model
-        return DecodingCache(KVCache(config, batch, min(capacity, config.max_seq_len), weight.dtype, weight.device))
+        if self.lm_head is None:
+            self.model.head = new_embeddings
+        else:
+            self.lm_head = new_embeddings
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, max_length: int
@@ -143,7 +242,7 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             raise ValueError("generate() from inputs_embeds needs the cache: leave out use_cache=False")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = self.new_cache(batch_size * copies, max_length + 1)
+            model_kwargs["past_key_values"] = self.model.new_cache(batch_size * copies, max_length + 1)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -185,75 +284,45 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         The loss compares position t with label t + 1; labels of -100 are ignored, and so is padding. It is the mean or,
         with `num_items_in_batch`, the sum divided by that. `attention_mask` [B, tokens so far and new] is 0 at padding,
         whose logits are 0. `position_ids` count each sequence's tokens; where they begin again at 0, another document
-        begins, which attention doesn't leave. A cache is returned if `use_cache` is true. `hidden_states` are the
-        stream after the embedding and after each unshared block and each recursion; the last one is that after the
+        begins, which attention doesn't leave. A cache is returned if `use_cache` is true; if it isn't given, as the
+        configuration says, except in training, with labels and for tokens that no cache can hold. `hidden_states` are
+        the stream after the embedding and after each unshared block and each recursion; the last one is that after the
         final norm.
 
         Raises:
             ValueError: an option isn't supported, inputs contradict each other, or the cache is too small.
         """
-        inputs = self.checked_inputs(input_ids, inputs_embeds, past_key_values, options)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep and labels contradict each other: the loss needs all logits")
-        batch, length = inputs.shape[:2]
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache(batch, self.model.config.model.max_seq_len)
-        cache = None if past_key_values is None else past_key_values.cache
-        if cache is not None and cache.num_tokens + length > cache.capacity:
-            raise ValueError(
-                f"the cache holds {cache.capacity} tokens (max_position_embeddings), and "
-                f"{cache.num_tokens + length} are needed: generate fewer, or pass use_cache=False"
-            )
-        real = real_tokens(attention_mask, batch, length, cache)
-        lengths = columns = None
-        if real is not None:
-            numbers = torch.stack((real.sum(1), real.long().argmax(1))).tolist()
-            lengths, columns = (tuple(row) for row in numbers)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if use_cache is None and (labels is not None or self.gradient_checkpointing or not self.config.use_cache):
+            use_cache = False
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] | None = [] if output_hidden_states else None
-        logits = self.model(
-            inputs,
-            mode="causal",
-            documents=None if position_ids is None else documents_of(position_ids, real, batch, length, cache),
-            cache=cache,
-            lengths=lengths,
-            columns=columns,
-            keep=None if isinstance(kept, slice) and kept.start == 0 else kept,
-            states=states,
-        ).logits
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            **options,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
-            if real is not None:  # a token is predicted from the token before it, not from padding
-                targets = targets.masked_fill(~(real & F.pad(real, (0, 1))[:, 1:]).to(targets.device), IGNORE)
+            targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].to(logits.device)
+            if attention_mask is not None:  # a token is predicted from the token before it, not from padding
+                real = attention_mask[:, -labels.shape[1] :].to(logits.device) != 0
+                targets = targets.masked_fill(~(real & F.pad(real, (0, 1))[:, 1:]), IGNORE)
             reduction = "mean" if num_items_in_batch is None else "sum"
-            targets = targets.to(logits.device).flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction=reduction)
+            logits_NV = logits.flatten(0, 1).float()
+            loss = F.cross_entropy(logits_NV, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
             if num_items_in_batch is not None:
                 loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
-        hidden = None if states is None else tuple(states)
-        output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden)
+        output = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states)
         return output.to_tuple() if return_dict is False else output
-
-    def checked_inputs(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: Any, options: Mapping[str, Any]
-    ) -> Tensor:
-        """`input_ids` or `inputs_embeds`, whichever is given. Raises ValueError for what `forward` doesn't support."""
-        for name, value in options.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name} isn't supported by this model: leave it out")
-        if past is not None and not isinstance(past, DecodingCache):
-            kind = type(past).__name__
-            raise ValueError(
-                f"past_key_values of type {kind} isn't supported: pass use_cache=True, which returns a cache"
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None and any(stage.router.reads_text for stage in self.model.stages.values()):
-            raise ValueError("inputs_embeds isn't supported: the model's router reads the text; give input_ids")
-        return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
 
 
 def real_tokens(mask: Tensor | None, batch: int, length: int, cache: KVCache | None) -> Tensor | None:

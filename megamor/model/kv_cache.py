@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megamor.config import ModelConfig
 from megamor.errors import ConfigError
@@ -187,6 +188,14 @@ class KVCache:
             incoming = torch.bincount(tokens.sequences(store.order.device), minlength=self.batch)
             store.evict(self.bound, incoming, self.depths)
         return store.admit(tokens, geometry)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens of each sequence; for caches without a bound."""
+        self.capacity, more = capacity, capacity - self.capacity
+        for store in self.stores.values():
+            store.k, store.v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (store.k, store.v))
+            # Not `F.pad`, which takes its value as a float: the largest integer would become negative.
+            store.order = torch.cat((store.order, store.order.new_full((self.batch, more), BEYOND)), 1)
 
     def begin(self, length: int, lengths: tuple[int, ...] | None) -> int | Tensor:
         """Tokens of each sequence so far. Of the next `length`, only the last `lengths[b]` of sequence b are real."""

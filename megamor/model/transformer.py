@@ -163,7 +163,6 @@ class Transformer(nn.Module):
         first_sequence: int = 0,
         score_tokens: bool = False,
         columns: tuple[int, ...] | None = None,
-        keep: slice | Tensor | None = None,
         states: list[Tensor] | None = None,
         teacher: Teacher | None = None,
         predict: bool = True,
@@ -179,10 +178,9 @@ class Transformer(nn.Module):
         its logits are 0 and it has no influence on anything. `first_sequence` is the number of the first sequence in
         the batch of the step, over all ranks and micro-batches. `score_tokens` adds the `scores` of single labels,
         without gradients. `inputs` may also be rows of the embedding [B, S, dim], unless a router reads the text.
-        `keep` are the columns whose logits are wanted (None: all). `states` receives the stream [B, S, dim] after the
-        embedding and after each unshared block and each recursion; instead of the last one, that after the final norm.
-        The loss also has that of learning from a `teacher`, whose rows are the real tokens of this pass. Without
-        `predict`, the result is `hidden` instead of logits.
+        `states` receives the stream [B, S, dim] after the embedding and after each unshared block and each recursion;
+        instead of the last one, that after the final norm. The loss also has that of learning from a `teacher`, whose
+        rows are the real tokens of this pass. Without `predict`, the result is `hidden` instead of logits.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
@@ -226,9 +224,7 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
         if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            kept = x if keep is None else window.pad(x)[:, keep]
-            logits = F.linear(kept, self.embed.weight) if self.head is None else self.head(kept)
-            logits = window.pad(logits) if keep is None else logits
+            logits = window.pad(F.linear(x, self.embed.weight) if self.head is None else self.head(x))
         elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:

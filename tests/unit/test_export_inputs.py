@@ -111,14 +111,36 @@ def test_uneven_prompts_generate_what_they_generate_alone(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_decoding_loop_by_hand_gets_a_cache(model: Any) -> None:
+    ids = tokens()[:, :8]
+    out, parts = model(ids[:, :6]), []
+    for column in (6, 7):
+        out = model(ids[:, column : column + 1], past_key_values=out.past_key_values)
+        parts.append(out.logits)
+    close(torch.cat(parts, 1), model(ids, use_cache=False).logits[:, 6:])
+    right = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 8])
+    assert model(ids, attention_mask=right).past_key_values is None
+    assert model(ids, labels=ids).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+    model.eval()
+    # `generate` goes on with the cache that it returned.
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
+    mask = torch.ones(3, 15, dtype=torch.long)  # given, as token 0 occurs and would be taken for padding
+    begun = model.generate(ids, attention_mask=mask[:, :8], max_new_tokens=3, **options)
+    options |= {"past_key_values": begun.past_key_values, "attention_mask": mask[:, :11]}
+    more = model.generate(begun.sequences, max_new_tokens=4, **options)
+    assert torch.equal(more.sequences, model.generate(ids, attention_mask=mask[:, :8], max_new_tokens=7))
+
+
+@torch.no_grad()
 def test_only_the_logits_to_keep_are_computed(model: Any) -> None:
     batch, mask = padded(tokens(), "left")
     whole, seen = model(batch, attention_mask=mask).logits, []
-    model.model.head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
+    hook = model.model.head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     for keep, wanted in ((2, whole[:, -2:]), (torch.tensor([11, 3]), whole[:, [11, 3]]), (0, whole)):
         close(model(batch, attention_mask=mask, logits_to_keep=keep).logits, wanted)
-    assert seen == [6, 6, sum(LENGTHS)]
-    model.model.head._forward_hooks.clear()
+    assert seen == [6, 6, 3 * COLUMNS]
+    hook.remove()
 
 
 @torch.no_grad()
@@ -189,13 +211,13 @@ def test_a_resized_vocabulary_survives_saving(tied: bool, tmp_path: Any) -> None
     small = exported(config)
     before = small(tokens()).logits
     small.resize_token_embeddings(101, mean_resizing=False)
-    after = small(tokens()).logits
+    after = small(tokens(), use_cache=False).logits
     assert after.shape[-1] == 101
     close(after[..., :97], before)
     assert 0.001 < after[..., 97:].std() < 10  # new rows are drawn with the model's deviation
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path)
-    assert torch.equal(again(tokens()).logits, after)
+    assert torch.equal(again(tokens(), use_cache=False).logits, after)
     assert torch.equal(load_model(tmp_path, "cpu").model(tokens(), mode="causal").logits, after)
 
 
