@@ -48,10 +48,13 @@ class Looks:
         return torch.ones(tensor.shape).int().numpy().tolist()
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor) -> Tensor:
+def kernel(
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor, begins: Tensor | None
+) -> Tensor:
     """Replaces the paged kernel; checks what the kernel relies on."""
     assert {tensor.device.type for tensor in (q, k, v, tables, owners, ends)} == {"meta"}
     assert {tables.dtype, owners.dtype, ends.dtype} == {torch.int64}
+    assert begins is None  # without a sliding window
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16
     assert k.is_contiguous()
     assert v.is_contiguous()
