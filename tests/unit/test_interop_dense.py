@@ -223,7 +223,7 @@ def with_tokenizer(saved: Path, tmp_path: Path, ends: Any, **settings: Any) -> P
 
     directory = copy_of(saved, tmp_path, eos_token_id=ends)
     (directory / "generation_config.json").unlink()
-    words = {"a": 0, "<eos>": 1, "<turn>": 2, "<unk>": 3}
+    words = {"a": 0, "<stop>": 1, "<turn>": 2, "<unk>": 3}
     Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
@@ -233,8 +233,8 @@ def with_tokenizer(saved: Path, tmp_path: Path, ends: Any, **settings: Any) -> P
     ("ends", "own", "first", "note"),
     [
         (1, None, 1, ""),
-        ([1, 2], "<turn>", 2, r"only <turn> \(2\) ends a text, not also <eos> \(1\)"),
-        ([1, 2], {"content": "a"}, 1, r"only <eos> \(1\)"),
+        ([1, 2], "<turn>", 2, r"only <turn> \(2\) ends a text, not also <stop> \(1\)"),
+        ([1, 2], {"content": "a"}, 1, r"only <stop> \(1\)"),
         (None, "<turn>", 2, ""),
         (None, None, None, "no token that ends a text"),
     ],
@@ -247,7 +247,7 @@ def test_the_end_of_text(
     printed = capsys.readouterr().out
     assert ("note:" in printed) == bool(note)
     assert re.search(note, printed)
-    names = {1: "<eos>", 2: "<turn>"}
+    names = {1: "<stop>", 2: "<turn>"}
     loaded = load_model(tmp_path / "out", "cpu")
     assert loaded.codec().end_of_text == (first and EndOfText(names[first], first))
     # Documents end as the model's do.
