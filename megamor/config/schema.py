@@ -66,7 +66,7 @@ class InitConfig:
     optional rank (`svd_lora:64`); see `megamor convert-depth`."""
     branch_from: PathName | None = None
     """Continue another run from one of its checkpoints, RUN@STEP or RUN@latest, with this run's schedule: optimizer,
-    data and step count go on. RUN is the run's directory."""
+    data and step count continue. RUN is the run's directory."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_counted_tokens_may_be_shared_out_in_any_way(router: str, share: str, tm
 
 @pytest.mark.parametrize("share", ["single, 8x1", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_steps_without_a_token_that_counts(share: str, tmp_path: Path) -> None:
-    """Their loss is missing in the metrics; routers are trained on all tokens, and the run goes on."""
+    """Such a step has no loss in the metrics. Its tokens train the routers, and the run continues."""
     _, world_size, parallel = SHARES[share]
     base = masked_run(tmp_path, "expert_choice", counting=0.05, batch=2)
     config = replace(named(base, "sparse", max_steps=8, micro_batch_size=1), parallel=parallel)

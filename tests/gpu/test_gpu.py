@@ -163,6 +163,7 @@ def test_the_forward_pass_never_waits_for_the_device(router: str, kv_policy: str
     torch.cuda.set_sync_debug_mode("error")
     out = in_bf16(model, inputs, labels)
     (out.loss_sum + sum(out.router_losses.values())).backward()
+    assert out.loss_sum.is_cuda  # waits raise an error above
 
 
 def test_incoming_numbers_are_those_of_their_time() -> None:

@@ -44,10 +44,11 @@ from tests.distributed.runs import StepResult, fresh_run, preload_deepspeed, rel
 from tests.distributed.runs import tiny as tiny_run
 from tests.serve.test_equality import Schedule, expected
 from tests.serve.test_equality import check as check_serving
+from tests.unit.test_backbone_options import shaken
 from tests.unit.test_memory_model import POLICIES as STEP_POLICIES
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
 from tests.unit.test_model import gradients
-from tests.unit.test_multi_scale import layout_of
+from tests.unit.test_multi_scale import check_layouts
 
 SCALING = RopeScalingConfig(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 GEMMA: dict[str, Any] = {"ffn_activation": "gelu_tanh", "scale_embedding": True, "sandwich_norms": True}
@@ -68,18 +69,8 @@ def with_options(config: Config, **options: Any) -> Config:
     return replace(config, model=replace(config.model, **(options or OPTIONS)))
 
 
-def shaken(model: Any) -> Any:
-    """Give norms values that differ from their initial ones, each its own."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "router" not in name:
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return model
-
-
 def test_decoding_step_by_step_gives_the_logits_of_transformers(tmp_path: Path) -> None:
-    """Those of a whole pass are compared for every family in tests/unit/test_interop_dense.py."""
+    """tests/unit/test_interop_dense.py compares the logits of a whole pass, for every family."""
     theirs = MODELS["Gemma 3 text"].build()
     theirs.save_pretrained(tmp_path)
     imported, ids = read_dense(tmp_path), tokens(length=40)
@@ -267,7 +258,9 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: 
 
 def test_the_stream_need_not_be_divisible_by_the_heads() -> None:
     settings = {"dim": 90, "num_heads": 4, "num_kv_heads": 2, "head_width": 16}
-    validate(config_from_dict({"model": settings, "train": {"max_steps": 100}}, "test"))
+    config = config_from_dict({"model": settings, "train": {"max_steps": 100}}, "test")
+    validate(config)
+    assert config.model.head_dim == 16
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, queries: TokenSet, keys: TokenSet, owners: Tensor) -> tuple[Tensor, int]:
@@ -295,30 +288,7 @@ def test_windows_are_those_of_the_definition(kind: str, rows_per_chunk: int, mon
     documents = DOCUMENTS if kind == "documents" else None
     lengths = (24, 9, 17) if kind == "padding" else None
     whole = Geometry.of(tokens(), with_options(vanilla_config()).model, torch.float64, documents, lengths=lengths)
-    geometry, everything, generator = whole.seen_by(True), whole.everything, torch.Generator().manual_seed(3)
-    owners = everything.sequences(torch.device("cpu")) * 10 + (0 if documents is None else DOCUMENTS.flatten())
-    ragged, _ = everything.where(torch.rand(len(everything), generator=generator) < 0.6)
-    fewer, _ = ragged.where(torch.rand(len(ragged), generator=generator) < 0.5)
-    sets = [(everything, everything), (ragged, ragged), (ragged, everything), (fewer, ragged)]
-    if lengths is None:
-        some = everything.pick(torch.rand(BATCH, SEQ_LEN, generator=generator).topk(11).indices.sort().values)
-        sets += [(some, some), (some, everything)]
-    for queries, keys in sets:
-        leaves = [
-            torch.randn(len(s), heads, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-            for s, heads in ((queries, 4), (keys, 2), (keys, 2))
-        ]
-        want, pairs = windowed(*leaves, queries, keys, owners)
-        weights = torch.randn(want.shape, dtype=torch.float64, generator=generator)
-        expected = torch.autograd.grad(want, leaves, weights)
-        for device_bounds in (False, True):
-            layout = layout_of(geometry, queries, keys, device_bounds)
-            got = layout.attend(*leaves)
-            torch.testing.assert_close(got, want)
-            for ours, theirs in zip(torch.autograd.grad(got, leaves, weights), expected, strict=True):
-                torch.testing.assert_close(ours, theirs)
-        assert geometry.visible_pairs(queries, keys).item() == pairs
-        assert len(layout.chunks) > 1 or rows_per_chunk == 64
+    check_layouts(windowed, whole.seen_by(True), documents, several_chunks=rows_per_chunk < 64)
 
 
 def test_a_window_saves_compute() -> None:

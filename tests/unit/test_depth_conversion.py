@@ -59,7 +59,7 @@ def test_every_sharing_and_method(sharing: str, method: str) -> None:
     config = target(sharing, "expert_choice", lora_rank=4, separate_norms=True, recursion_embedding=True)
     config = replace(config, recursion=replace(config.recursion, input_injection=True))
     dense, model = dense_of(config)
-    built(config, convert_depth(dense, model.state_dict(), config, method))
+    assert built(config, convert_depth(dense, model.state_dict(), config, method))(tokens()).logits.isfinite().all()
 
 
 LAYERS = {

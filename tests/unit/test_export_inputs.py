@@ -123,7 +123,7 @@ def test_a_decoding_loop_by_hand_gets_a_cache(model: Any) -> None:
     assert model(ids, labels=ids).past_key_values is None
     assert model.train()(ids).past_key_values is None
     model.eval()
-    # `generate` goes on with the cache that it returned.
+    # `generate` continues with the cache that it returned.
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
     mask = torch.ones(3, 15, dtype=torch.long)  # given, as token 0 occurs and would be taken for padding
     begun = model.generate(ids, attention_mask=mask[:, :8], max_new_tokens=3, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -95,14 +96,20 @@ def test_attention_is_that_of_the_definition(kind: str, rows_per_chunk: int, mon
     documents = DOCUMENTS if kind == "documents" else None
     lengths = (24, 9, 17) if kind == "padding" else None
     geometry = Geometry.of(tokens(), config, torch.float64, documents, lengths=lengths)
+    check_layouts(reference, geometry, documents, several_chunks=rows_per_chunk < 64)
+
+
+def check_layouts(
+    reference: Callable[..., tuple[Tensor, int]], geometry: Geometry, documents: Tensor | None, several_chunks: bool
+) -> None:
+    """Outputs, gradients and pairs of the layouts of `geometry` are those of `reference`, a loop over the definition,
+    for all tokens and for subsets, also with the bounds that a GPU would use."""
     everything, generator = geometry.everything, torch.Generator().manual_seed(3)
-    total = len(everything)
-    owners = everything.sequences(torch.device("cpu")) * 10
-    owners = owners + (0 if documents is None else DOCUMENTS.flatten())
-    ragged, _ = everything.where(torch.rand(total, generator=generator) < 0.6)
+    owners = everything.sequences(torch.device("cpu")) * 10 + (0 if documents is None else documents.flatten())
+    ragged, _ = everything.where(torch.rand(len(everything), generator=generator) < 0.6)
     fewer, _ = ragged.where(torch.rand(len(ragged), generator=generator) < 0.5)
     sets = [(everything, everything), (ragged, ragged), (ragged, everything), (fewer, ragged)]
-    if lengths is None:
+    if everything.lengths is None:
         some = everything.pick(torch.rand(BATCH, SEQ_LEN, generator=generator).topk(11).indices.sort().values)
         sets += [(some, some), (some, everything)]
     for queries, keys in sets:
@@ -120,7 +127,7 @@ def test_attention_is_that_of_the_definition(kind: str, rows_per_chunk: int, mon
             for ours, theirs in zip(torch.autograd.grad(got, leaves, weights), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
         assert geometry.visible_pairs(queries, keys).item() == pairs
-        assert len(layout.chunks) > 1 or rows_per_chunk == 64
+        assert len(layout.chunks) > 1 or not several_chunks
 
 
 def layout_of(geometry: Geometry, queries: TokenSet, keys: TokenSet, device_bounds: bool) -> AttentionLayout:
