@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
+            A rank that fails among several ends with `exit_status`.
     """
     parser = command_parser("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
@@ -126,19 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dry_run(config, world_size(arguments))
         return
 
-    from megamor.parallel import close_world, init_world
-    from megamor.ranks import report_errors_once
+    from megamor.parallel import joined_world
     from megamor.train import build_trainer, ignore_signals
 
-    world = init_world(config.parallel)
-    try:
-        with report_errors_once():
-            finished = build_trainer(config, world).fit()
+    with joined_world(config.parallel, config.run.device) as world:
+        finished = build_trainer(config, world).fit()
         if not finished:
             # Launchers send SIGTERM to all other ranks when the first one exits; each must exit with its own status.
             ignore_signals()
-    finally:
-        close_world()
     if not finished:
         raise SystemExit(EXIT_INTERRUPTED)
 

@@ -92,15 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     rule = chosen_exit(arguments)
     import torch
 
+    from megamor.devices import usable_device
     from megamor.load import load_model
     from megamor.serve.http.server import serve
 
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options = ServerOptions(**chosen(arguments, ServerOptions), api_keys=read_keys(arguments.api_key_file))
     check_port(options.host, options.port)
-    on_gpu = arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
-    dtype = getattr(torch, DTYPES[arguments.dtype or ("bf16" if on_gpu else "fp32")])
-    loaded = load_model(arguments.checkpoint, arguments.device, dtype)
+    device = usable_device(arguments.device)
+    dtype = getattr(torch, DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+    loaded = load_model(arguments.checkpoint, str(device), dtype)
     loaded.model.set_exit(rule)
     engine = build_engine(arguments, loaded)
     name = arguments.name or loaded.name

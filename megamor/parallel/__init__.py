@@ -2,7 +2,7 @@
 
 from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.build import build_backend, without_recompiling
-from megamor.parallel.mesh import World, close_world, init_world, launched_world_size, resolve_backend
+from megamor.parallel.mesh import World, close_world, init_world, joined_world, launched_world_size, resolve_backend
 
 __all__ = [
     "Backend",
@@ -11,6 +11,7 @@ __all__ = [
     "build_backend",
     "close_world",
     "init_world",
+    "joined_world",
     "launched_world_size",
     "resolve_backend",
     "without_recompiling",

@@ -18,6 +18,7 @@ from megamor.config.derive import derive
 from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader
+from megamor.devices import make_deterministic
 from megamor.errors import ConfigError
 from megamor.lock import WriteLock
 from megamor.metrics import (
@@ -37,7 +38,7 @@ from megamor.model.flops import expected_steps
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend
 from megamor.parallel.zero_config import engine_config
-from megamor.ranks import from_first_rank, run_on_all_ranks
+from megamor.ranks import Ranks, from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.distill import Distillation
@@ -67,13 +68,16 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """
     if config.train.max_flops is not None:
         validate_length(config, expected_steps(config))
+    if config.train.deterministic:
+        make_deterministic()
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
-    manager = checkpoint_manager(config, directory, lock)
+    ranks = Ranks.current(in_background=config.checkpoint.asynchronous)
+    manager = checkpoint_manager(config, directory, lock, ranks)
 
     model = build_model(config, device=world.device)
     # A run that has begun needs its source no more.
@@ -217,7 +221,7 @@ def lock_run(directory: Path) -> WriteLock:
     return lock
 
 
-def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) -> CheckpointManager:
+def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None, ranks: Ranks) -> CheckpointManager:
     """What writes and removes the checkpoints of the run in `directory`, on the rank that has the `lock`."""
     keep = config.checkpoint
     return CheckpointManager(
@@ -225,6 +229,7 @@ def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) 
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         keep_best=keep.keep_best,
+        ranks=ranks,
         may_write=lock.check if lock else None,
     )
 
