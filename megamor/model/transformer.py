@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
-from megamor.config.segments import Segment, segments
+from megamor.config.segments import Segment, segments, uses_everything
 from megamor.errors import ConfigError
 from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
@@ -80,13 +80,15 @@ class ParallelPlan:
     `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
     weights are gathered once per pass; embedding, norm and head stay with the root. `stages` are the modules whose
     loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
-    `routers` compute with fp32 weights whatever the precision.
+    `routers` compute with fp32 weights whatever the precision. `uses_everything`: every forward pass uses every
+    parameter, whatever the routing.
     """
 
     units: list[nn.Module]
     stages: list[nn.Module] = field(default_factory=list)
     compile_targets: list[nn.Module] = field(default_factory=list)
     routers: list[nn.Module] = field(default_factory=list)
+    uses_everything: bool = False
 
 
 class Transformer(nn.Module):
@@ -359,7 +361,7 @@ class Transformer(nn.Module):
             units += [module] if segment.schedule else [*module.children()]
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block)]
-        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
+        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages], uses_everything(self.config))
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding and head included."""
