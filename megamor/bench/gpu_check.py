@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from itertools import pairwise
@@ -30,6 +30,7 @@ from megamor.config import ParallelConfig
 from megamor.devices import driver_version
 from megamor.errors import EXIT_LOST_RANK
 from megamor.model.attention import Segments, packed_attention
+from megamor.model.loss import choose_loss, linear_cross_entropy
 from megamor.parallel import World, joined_world
 from megamor.ranks import gather
 
@@ -67,20 +68,32 @@ def attend(
     device: torch.device, attention: Callable[[Tensor, Tensor, Tensor], Tensor], bounds: tuple[int, ...] = (0, 512)
 ) -> str:
     """Compare `attention` in bf16, forward and backward, with SDPA of one document after another in fp64."""
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(512, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    low = [torch.randn(shape, generator=generator, device=device).bfloat16().requires_grad_() for shape in shapes]
-    high = [x.detach().double().requires_grad_() for x in low]
+    low, high = operands(device, *((512, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)))
     wanted = torch.cat([causal(*(x[first:end] for x in high)) for first, end in pairwise(bounds)])
     with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as recorded:
         found = attention(low[0], low[1], low[2])
         grads = torch.autograd.grad(found.float().square().sum(), low)
-    pairs = zip([found, *grads], [wanted, *torch.autograd.grad(wanted.square().sum(), high)], strict=True)
-    worst = max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
-    assert worst < 0.02, f"the results differ from fp64's by {worst:.3f} of the largest value"
+    error = compare([found, *grads], [wanted, *torch.autograd.grad(wanted.square().sum(), high)])
     names = " ".join(event.key.lower() for event in recorded.key_averages())
     kernels = [word for word in ("flash", "fmha", "cudnn", "efficient", "softmax") if word in names]
-    return f"kernels: {', '.join(kernels) or names[:100]}; error {worst:.4f}"
+    return f"kernels: {', '.join(kernels) or names[:100]}; {error}"
+
+
+def operands(device: torch.device, *shapes: tuple[int, ...], scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Normal numbers times `scale` of these shapes in bf16, and the same in fp64."""
+    generator = torch.Generator(device).manual_seed(0)
+    normal = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
+    low = [(scale * x).bfloat16().requires_grad_() for x in normal]
+    return low, [x.detach().double().requires_grad_() for x in low]
+
+
+def compare(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
+    """The largest difference between tensors of a list, relative to the largest value of each; AssertionError if it is
+    more than rounding to bf16 explains."""
+    pairs = zip(found, wanted, strict=True)
+    error = max(float((ours - theirs).detach().abs().max() / theirs.detach().abs().max()) for ours, theirs in pairs)
+    assert error < 0.02, f"the results differ from fp64's by {error:.3f} of the largest value"
+    return f"error {error:.4f}"
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,20 +132,31 @@ def pinned(device: torch.device) -> str:
     return f"128 MiB there and back in {seconds * 1e3:.0f} ms"
 
 
-def paged(device: torch.device) -> str:
-    """The kernel of serving against plain attention on gathered keys and values."""
-    from megamor.serve.engine.attention import GatherLayout, KernelLayout, KVView
+def loss(device: torch.device) -> str:
+    """The fused cross-entropy and its gradients."""
+    low, high = operands(device, (512, 64), (4096, 64), scale=0.25)
+    labels, kernel = torch.arange(512, device=device), choose_loss(device.type)
+    results = []
+    for pair, name in ((low, kernel), (high, "reference")):
+        total = linear_cross_entropy(pair[0], pair[1], labels, kernel=name)[0]
+        results.append([total.detach(), *torch.autograd.grad(total, pair)])
+    return f"{kernel}; {compare(*results)}"
 
-    generator = torch.Generator(device).manual_seed(0)
-    views = [KVView([3], [2], [0]), KVView([5, 1, 7], [9, 20, 41], [0] * 3), KVView([0, 9, 4], [33], [0])]
-    shapes = ((5, HEADS, HEAD_DIM), *[(10, 16, KV_HEADS, HEAD_DIM)] * 2)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes)
-    found = KernelLayout.of(views, 16, device).attend(q, k, v)
-    wanted = GatherLayout.of(views, 16, torch.float32, device).attend(q.float(), k.float(), v.float())
-    worst = float((found.float() - wanted).abs().max())
-    assert worst < (0.02 if dtype == torch.bfloat16 else 1e-5), f"the results differ by {worst}"
-    return f"error {worst:.1e}"
+
+def paged(device: torch.device) -> str:
+    """The kernel of serving against plain attention, row by row."""
+    from megamor.serve.engine.paged_kernel import paged_attention
+
+    low, high = operands(device, (5, HEADS, HEAD_DIM), *[(10, 16, KV_HEADS, HEAD_DIM)] * 2)
+    tables = torch.tensor([[3, 0, 0], [5, 1, 7], [0, 9, 4]], dtype=torch.int32, device=device)
+    owners, ends = [0, 1, 1, 1, 2], [2, 9, 20, 41, 33]
+    q, k, v = (x.detach() for x in low)
+    found = paged_attention(q, k, v, tables, torch.tensor(owners, device=device), torch.tensor(ends, device=device))
+    wanted = []
+    for query, owner, end in zip(high[0], owners, ends, strict=True):
+        keys, values = (x[tables[owner].long()].flatten(0, 1)[:end].transpose(0, 1) for x in high[1:])
+        wanted.append(F.scaled_dot_product_attention(query.unsqueeze(1), keys, values, enable_gqa=True).squeeze(1))
+    return compare([found], [torch.stack(wanted)])
 
 
 def joined(device: torch.device) -> AbstractContextManager[World]:
@@ -191,6 +215,7 @@ CHECKS = {
     "pinned": Check(pinned, "copies through pinned memory"),
     "sdpa": Check(sdpa, "the kernels that SDPA chooses, against fp64", on_cpu=True),
     "varlen": Check(varlen, "the kernels for packed documents, against fp64"),
+    "loss": Check(loss, "the fused loss and its gradients, against fp64", on_cpu=True),
     "graph": Check(graph, "a CUDA graph recorded and replayed"),
     "compile": Check(compiled, "torch.compile"),
     "paged": Check(paged, "the paged kernel of serving against plain attention"),

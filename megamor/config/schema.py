@@ -375,6 +375,9 @@ class TrainConfig:
     """Add up the gradients of a shared weight over the recursions in fp32 instead of bf16."""
     z_loss_coeff: NonNegative = 0.0
     """Weight of the loss that keeps the logits' normaliser small: mean squared logsumexp (arXiv 2204.02311)."""
+    loss_kernel: Literal["auto", "reference", "triton", "torch"] = "auto"
+    """Code of the cross-entropy: plain operations (`reference`), a kernel for GPUs (`triton`), or torch's
+    `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
     compile: bool = False
     """Compile each block with torch.compile."""
     deterministic: bool = False
@@ -405,8 +408,9 @@ class ParallelConfig:
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     """`auto` is `fsdp2` with several processes and `single` with one."""
     shard_degree: PositiveInt | None = None
-    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: all
-    processes are one group."""
+    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: the
+    processes of a machine are a group, or all processes if weights, gradients and moments divided over one machine
+    would take more than half of a device's memory. The number of all processes shards over all of them."""
     zero_stage: ZeroStage = 2
     """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
     deepspeed_config: PathName | None = None

@@ -2,7 +2,16 @@
 
 from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.build import build_backend, without_recompiling
-from megamor.parallel.mesh import World, close_world, init_world, joined_world, launched_world_size, resolve_backend
+from megamor.parallel.mesh import (
+    World,
+    close_world,
+    init_world,
+    joined_world,
+    launched_world_size,
+    local_world_size,
+    resolve_backend,
+    shard_degree,
+)
 
 __all__ = [
     "Backend",
@@ -13,6 +22,8 @@ __all__ = [
     "init_world",
     "joined_world",
     "launched_world_size",
+    "local_world_size",
     "resolve_backend",
+    "shard_degree",
     "without_recompiling",
 ]

@@ -35,6 +35,7 @@ from megamor.metrics import (
 )
 from megamor.model import build_model
 from megamor.model.flops import expected_steps
+from megamor.model.loss import describe_loss
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend
 from megamor.parallel.zero_config import engine_config
@@ -71,6 +72,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if config.train.deterministic:
         make_deterministic()
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
+    loss = run_on_all_ranks(lambda: describe_loss(config, world.device.type))
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
@@ -111,7 +113,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if world.is_main:
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
-        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps)])
+        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps), *loss])
         print(f"{config.run.name}: {begin}", flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter

@@ -117,11 +117,11 @@ def statuses(function: Callable[..., Any], *arguments: Any, world_size: int = 4,
 @pytest.mark.parametrize(
     ("place", "settings"),
     [
-        (between_collectives, {}),
         (inside_a_collective, {}),
         *(
             pytest.param(place, settings, marks=pytest.mark.slow)
             for place, settings in [
+                (between_collectives, {}),
                 (while_evaluating, {"eval_every": STEP}),
                 (while_saving, {}),
                 (in_the_vote, {"backend": "ddp"}),

@@ -51,7 +51,11 @@ def test_a_good_node(tmp_path: Path, gpus: str) -> None:
     ("variables", "says"),
     [
         ({"GPUS": "8"}, "(node 0 of the job): 2 GPUs instead of 8"),
-        ({"GPUS": "2", "BROKEN": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, "torch can't use this node's GPUs: see above"),
+        pytest.param(
+            {"GPUS": "2", "BROKEN": "1", "CUDA_VISIBLE_DEVICES": "0,1"},
+            "torch can't use this node's GPUs: see above",
+            marks=[pytest.mark.slow, pytest.mark.promise("R24")],
+        ),
         ({"SLURM_NODEID": "1"}, "(node 1 of the job): run.dir {} isn't the directory that node 0 sees"),
         ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml"),
         ({"CLUSTER_VENV": "/nowhere", "PATH": "/usr/bin:/bin"}, "python"),
