@@ -39,7 +39,7 @@ def describe_run(config: Config, world_size: int) -> str:
         assert own == 0, f"the model has {own} parameters more than the formula"
     flops = nominal_flops(config)
     seq_len = config.data.seq_len
-    backend = resolve_backend(config.parallel, world_size)
+    backend = resolve_backend(config.parallel, world_size, on_gpu=True)
     memory = step_memory(config, world_size)
     states = memory.parameters + memory.gradients + memory.optimizer + memory.gathered
     lines = {
