@@ -57,12 +57,12 @@ def strong_scaling(recipe: str) -> Table:
         COMMUNICATION,
         BOUNDS,
     )
-    return Table(columns, [planned(recipe, nodes, "fsdp2, kept") for nodes in NODES])
+    return Table(columns, [planned(recipe, nodes, "hsdp, kept" if nodes > 1 else "fsdp2, kept") for nodes in NODES])
 
 
 def backends(recipe: str) -> Table:
     """Every backend on the largest cluster."""
-    names = ("ddp", "fsdp2", "fsdp2, kept", "hsdp", "zero1", "zero2", "zero3")
+    names = ("ddp", "fsdp2", "fsdp2, kept", "hsdp", "hsdp, kept", "zero1", "zero2", "zero3")
     columns = (Column("backend", text("backend"), left=True), MEMORY, SENT, COMMUNICATION, BOUNDS)
     return Table(columns, [planned(recipe, NODES[-1], name) for name in names])
 

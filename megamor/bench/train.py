@@ -1,8 +1,7 @@
 """Time, memory and FLOPs of a training step, for models or activation checkpointing policies that are compared.
 
-Models of one configuration are all kept in memory and take turns: a round runs one step of each on the same batch, in
-an order that rotates. Published sizes are measured one at a time, each for a few windows of steps, with vanilla before
-and after the others.
+The models are all kept in memory and take turns: a round runs one step of each on the same batch, in an order that
+rotates. `megamor.bench.gpu` measures the published sizes one at a time, with the same steps and the same figures.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
-from megamor.bench.cases import CASES, PUBLISHED, SIZES, Case, cases_of_config, cases_of_size, with_padding, with_policy
+from megamor.bench.cases import CASES, Case, cases_of_config, with_padding, with_policy
 from megamor.bench.measure import (
     NUM_BATCHES,
     Training,
@@ -36,7 +34,7 @@ from megamor.bench.measure import (
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
 from megamor.errors import MegamorError
-from megamor.metrics import peak_flops, peak_memory, reset_peak_memory
+from megamor.metrics import peak_flops
 from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Measure every comparison and put it into `report["settings"]`, saving whenever something is done.
 
     Raises:
-        ConfigError: an unknown case, size or policy, or a configuration that can't be built.
+        ConfigError: an unknown case or policy, or a configuration that can't be built.
     """
     # All configurations are loaded first: a mistake in any of them ends the command before time is spent.
     planned = [[(case, case.config()) for case in cases] for cases in comparisons(args)]
@@ -67,11 +65,10 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
                 "cases": results,
             }
             report["settings"].append(setting)
-            for group in [[case] for case in cases] if args.sizes else [cases]:
-                results += attempt(group, args, world)
-                setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
-                compare(results)
-                save()
+            results += attempt(cases, args, world)
+            setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
+            compare(results)
+            save()
     finally:
         close_world()
 
@@ -80,22 +77,16 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
     """Groups of cases; each is compared with the first of its group.
 
     Raises:
-        ConfigError: an unknown case or size.
+        ConfigError: an unknown case.
     """
     lengths = [[f"data.seq_len={length}", f"model.max_seq_len={length}"] for length in args.seq_len or ()] or [[]]
-    modes = [True, False] if args.sizes and args.compile is None else [args.compile]
-    for compiled, size, length, micro_batch in product(
-        modes, args.sizes or [None], lengths, args.micro_batch or [None]
-    ):
-        overrides = [f"parallel.backend={args.backend or ('fsdp2' if size else 'single')}", *length, *args.overrides]
-        if compiled is not None:
-            overrides.append(f"train.compile={str(compiled).lower()}")
-        batch = micro_batch or SIZES.get(size or "")
+    for length, batch in product(lengths, args.micro_batch or [None]):
+        overrides = [f"parallel.backend={args.backend}", *length, *args.overrides]
+        if args.compile is not None:
+            overrides.append(f"train.compile={str(args.compile).lower()}")
         if batch:
             overrides = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}", *overrides]
-        if size:
-            models = cases_of_size(size, overrides, args.cases or PUBLISHED[: 2 if args.policies else 7])
-        elif args.policies and not args.cases:
+        if args.policies and not args.cases:
             models = [Case("configured", Path(args.config).stem, Path(args.config), tuple(overrides))]
         else:
             models = cases_of_config(args.config, overrides, args.cases or list(CASES), args.baseline)
@@ -128,54 +119,30 @@ def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> li
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace, world: World, micro_batch: int) -> list[dict[str, Any]]:
-    """Measure cases that are in memory together and take turns; of `--sizes`, one that has the device to itself."""
+    """Measure cases that are in memory together and take turns."""
     from rich.console import Console
 
-    device, alone = world.device, bool(args.sizes)
+    device = world.device
     with Console(stderr=True).status("memory") as status:
         peaks: list[int | None] = [None] * len(cases)
-        if not alone and not args.no_memory:
+        if not args.no_memory:
             peaks = [peak_in_fresh_process(case, device, torch.get_num_threads(), micro_batch) for case in cases]
         status.update("warm-up")
-        counters.clear()
         trainings = [Training.of(case, world, micro_batch) for case in cases]
-        # Compiled blocks need more steps until they have seen all shapes.
         for training in trainings:
-            training.window(at_least=6 if alone else 2)
-        graphs = counters["stats"]["unique_graphs"]
-        reset_peak_memory(device)  # compilation takes memory of its own
-        # A short step of one model on a GPU is timed best among others of its kind, without waiting in between.
-        rounds = args.rounds or (3 if alone else None)
-        window = partial(Training.window, seconds=(args.seconds or 9.0) / (rounds or 1), at_least=2)
+            training.window(at_least=2)
         status.update("rounds")
-        windows = take_turns(trainings, rounds, args.seconds or 60.0, window if alone else Training.window)
-    if alone:
-        peaks = [trainings[0].peak_bytes()]
-    results = [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
-    if alone:
-        reasons = [*counters["unimplemented"], *counters["graph_break"]]
-        reserved = peak_memory(device)["memory/peak_reserved_gib"]
-        results[0] |= {
-            "peak_reserved_bytes": None if reserved is None else round(reserved * 2**30),
-            "recompilations_after_warmup": counters["stats"]["unique_graphs"] - graphs,
-            # torch.compile has given up on a function, which then runs uncompiled.
-            "recompile_limit_hit": any("limit exceeded" in reason for reason in reasons),
-        }
-    return results
+        windows = take_turns(trainings, args.rounds, args.seconds)
+    return [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
 
 
-def take_turns(
-    trainings: Sequence[Training],
-    rounds: int | None,
-    seconds: float,
-    window: Callable[[Training], Window] = Training.window,
-) -> list[list[Window]]:
+def take_turns(trainings: Sequence[Training], rounds: int | None, seconds: float) -> list[list[Window]]:
     """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one)."""
     found: list[list[Window]] = [[] for _ in trainings]
     done, started = 0, time.perf_counter()
     while done < rounds if rounds else done == 0 or time.perf_counter() - started < seconds:
         for index in rotated(range(len(trainings)), done):
-            found[index].append(window(trainings[index]))
+            found[index].append(trainings[index].window())
         done += 1
     return found
 
@@ -185,7 +152,7 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
     config, device = training.config, training.device
     filled = [fill_of_batch(config, number, case.fill) for number in range(NUM_BATCHES)]
     real = statistics.mean(sum(lengths) for lengths in filled if lengths is not None) if case.fill else None
-    tokens = real or config.train.micro_batch_size * config.data.seq_len
+    tokens = training.accumulation * (real or config.train.micro_batch_size * config.data.seq_len)
     flops = [step for window in windows for step in window.flops]
     executed = statistics.mean(step.training for step in flops)
     recomputed = statistics.mean(step.recomputed(config.train) for step in flops)
@@ -267,8 +234,6 @@ def tables(report: Row) -> Iterator[Table]:
             Column("estimated MB", number("estimated_memory_bytes", ".0f", 1e-6)),
             Column("estimate / peak", number("estimate_over_peak", ".2f")),
             Column("mean depth", number("mean_depth", ".2f", null="")),
-            Column("recompiled", number("recompilations_after_warmup", "d")),
-            Column("given up", lambda row: "yes" if row.get("recompile_limit_hit") else ""),
             Column("", lambda row: "failed" if "error" in row else "skipped" if "skipped" in row else "", left=True),
         )
         yield Table(columns, setting["cases"], title)

@@ -46,8 +46,8 @@ def world_size(arguments: argparse.Namespace) -> int:
     return (arguments.nodes or 1) * (arguments.processes or 1)
 
 
-def dry_run(config: Config, processes: int) -> None:
-    """Print what the run would need, then check that it could start here.
+def dry_run(config: Config, processes: int, per_node: int) -> None:
+    """Print what the run would need on so many processes, `per_node` to a machine, then check that it could start here.
 
     Raises:
         ConfigError: data or tokenizer are missing, or don't fit the model.
@@ -58,7 +58,7 @@ def dry_run(config: Config, processes: int) -> None:
     from megamor.parallel.zero_config import engine_config
     from megamor.plan.dry_run import describe_run
 
-    print(describe_run(config, processes), flush=True)
+    print(describe_run(config, processes, per_node), flush=True)
     expanded = expand_paths(config)
     engine_config(expanded, processes)
     data = expanded.data
@@ -123,7 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.print_config:
                 print(config_to_yaml(config))
             else:
-                dry_run(config, world_size(arguments))
+                from megamor.parallel import local_world_size
+
+                processes = world_size(arguments)
+                asked = arguments.nodes is not None or arguments.processes is not None
+                dry_run(config, processes, (arguments.processes or 1) if asked else local_world_size(processes))
         return
 
     from megamor.parallel import close_world, init_world

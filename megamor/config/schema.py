@@ -399,8 +399,9 @@ class ParallelConfig:
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
     """`auto` is `single` with one process on a CPU, and otherwise `fsdp2`."""
     shard_degree: PositiveInt | None = None
-    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: all
-    processes are one group."""
+    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: the
+    processes of a machine are a group, or all processes if weights, gradients and moments divided over one machine
+    would take more than half of a device's memory. The number of all processes shards over all of them."""
     zero_stage: ZeroStage = 2
     """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
     deepspeed_config: PathName | None = None

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
-from megamor.config.segments import Segment, segments
+from megamor.config.segments import Segment, segments, uses_everything
 from megamor.errors import ConfigError
 from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
@@ -80,13 +80,15 @@ class ParallelPlan:
     `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
     weights are gathered once per pass; embedding, norm and head stay with the root. `stages` are the modules whose
     loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
-    `routers` compute with fp32 weights whatever the precision.
+    `routers` compute with fp32 weights whatever the precision. `uses_everything`: every forward pass uses every
+    parameter, whatever the routing.
     """
 
     units: list[nn.Module]
     stages: list[nn.Module] = field(default_factory=list)
     compile_targets: list[nn.Module] = field(default_factory=list)
     routers: list[nn.Module] = field(default_factory=list)
+    uses_everything: bool = False
 
 
 class Transformer(nn.Module):
@@ -226,7 +228,7 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
         if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.embed.weight) if self.head is None else self.head(x))
+            logits = window.pad(self.unembedded(x))
         elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
@@ -331,9 +333,13 @@ class Transformer(nn.Module):
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
 
+    def unembedded(self, x: Tensor) -> Tensor:
+        """The head: [N, dim] to [N, vocab]."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
     def readout(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.norm(x), self.head_weight)
+        logits = self.unembedded(self.norm(x))
         # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -361,7 +367,7 @@ class Transformer(nn.Module):
             units += [module] if segment.schedule else [*module.children()]
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block)]
-        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
+        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages], uses_everything(self.config))
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding and head included."""

@@ -2,7 +2,15 @@
 
 from megamor.parallel.backend import Backend, ModelStructure
 from megamor.parallel.build import build_backend, compile_seconds, compiles, share_compiled_code, without_recompiling
-from megamor.parallel.mesh import World, close_world, init_world, launched_world_size, resolve_backend
+from megamor.parallel.mesh import (
+    World,
+    close_world,
+    init_world,
+    launched_world_size,
+    local_world_size,
+    resolve_backend,
+    shard_degree,
+)
 
 __all__ = [
     "Backend",
@@ -14,7 +22,9 @@ __all__ = [
     "compiles",
     "init_world",
     "launched_world_size",
+    "local_world_size",
     "resolve_backend",
+    "shard_degree",
     "share_compiled_code",
     "without_recompiling",
 ]

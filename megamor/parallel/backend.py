@@ -27,6 +27,7 @@ class ModelStructure(Protocol):
     `units` are sharded and gathered as a whole; `stages` are those among them whose forward passes loop, each rank's as
     often as it needs. Parameters outside every unit (embedding with its tied head, final norm) belong to the root.
     `compile_targets` can be compiled one by one. The `routers` compute with fp32 weights whatever the precision.
+    `uses_everything`: every forward pass uses every parameter.
     """
 
     @property
@@ -40,6 +41,9 @@ class ModelStructure(Protocol):
 
     @property
     def routers(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def uses_everything(self) -> bool: ...
 
 
 class Backend:

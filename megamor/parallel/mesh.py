@@ -20,6 +20,11 @@ from megamor.errors import ConfigError
 from megamor.parallel.device import prepare_device
 from megamor.parallel.launch import adopt_launch
 
+STATE_BYTES = 16
+"""Per parameter: weight, gradient and two moments in fp32."""
+UNKNOWN_MEMORY = 80e9
+"""Bytes of a device that isn't at hand: what an H100 or A100 has."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,6 +59,26 @@ def resolve_backend(config: ParallelConfig, world_size: int, on_gpu: bool = Fals
         return "fsdp2" if world_size > 1 or on_gpu else "single"
     assert config.backend != "single" or world_size == 1, "validate() refuses several processes that train alone"
     return config.backend
+
+
+def local_world_size(world_size: int) -> int:
+    """Processes of this run on this machine, as the launcher says; all of them if it doesn't."""
+    return min(world_size, max(1, _env_int("LOCAL_WORLD_SIZE", default=world_size)))
+
+
+def shard_degree(
+    config: ParallelConfig, world_size: int, per_node: int, parameters: int, memory: float = UNKNOWN_MEMORY
+) -> int:
+    """How many neighbouring ranks divide the weights among them under FSDP2; their groups are replicas.
+
+    `parallel.shard_degree` if it is set. Otherwise the ranks of a node, `per_node` of them, because links within a node
+    are several times faster than the network; all ranks if weights, moments and gradients of a model of so many
+    `parameters` would then take more than half of a device's `memory` (bytes).
+    """
+    if config.shard_degree is not None:
+        return config.shard_degree
+    fits = STATE_BYTES * parameters / per_node <= memory / 2
+    return per_node if fits and world_size % per_node == 0 else world_size
 
 
 def init_world(config: ParallelConfig) -> World:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "files", "codec"},
     "corpus": {"data", "config", "files", "lock", "codec"},
     "optim": {"config"},
-    "parallel": {"checkpoint", "config"},
+    "parallel": {"checkpoint", "config", "ranks"},
     "checkpoint": {"codec", "config", "files", "ranks"},
     "origin": {"checkpoint"},
     "metrics": {"config", "files", "progress"},

@@ -41,6 +41,7 @@ def test_the_backend_follows_the_number_of_processes() -> None:
     text = describe_run(replace(config()), 2)
     assert "with fsdp2" in text
     assert "4 per rank and step, 2 in parallel" in text
+    assert "fsdp2 in groups of 2 (HSDP)" in describe_run(config(), 4, per_node=2)
 
 
 @pytest.mark.promise("R21")
