@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 
 import torch
 import torch.nn.attention as kernels
 
-FLASH = {9: ("FA3", "FA4"), 10: ("FA4",)}
-"""Flash attention beyond torch's own (2), by the GPU's major compute capability, best first."""
+FLASH = {9: "FA3", 10: "FA4"}
+"""Flash attention beyond torch's own (2), by the GPU's major compute capability."""
 
 
 def prepare_device(device: torch.device) -> None:
@@ -21,12 +22,9 @@ def prepare_device(device: torch.device) -> None:
 
 
 def activate_newest_flash(major: int, module: ModuleType) -> None:
-    """Activate the best flash attention that `module` can load for a GPU of compute capability `major`.x."""
-    if not hasattr(module, "activate_flash_attention_impl"):
-        return  # not every supported release of torch has it
-    for name in FLASH.get(major, ()):
-        try:
-            module.activate_flash_attention_impl(name)
-        except (ImportError, RuntimeError, ValueError):  # not installed, built for another GPU, unknown to torch
-            continue
-        return
+    """Activate the newest flash attention for a GPU of compute capability `major`.x, if `module` can load it."""
+    # Not every supported release of torch has the function.
+    if major in FLASH and hasattr(module, "activate_flash_attention_impl"):
+        # Not installed, built for another GPU, or unknown to this torch: the kernels that stay are named at the start.
+        with suppress(ImportError, RuntimeError, ValueError):
+            module.activate_flash_attention_impl(FLASH[major])
