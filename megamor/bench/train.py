@@ -35,7 +35,7 @@ from megamor.bench.report import Column, Row, Table, device_name, number, proven
 from megamor.config import config_to_dict
 from megamor.errors import MegamorError
 from megamor.metrics import peak_flops
-from megamor.parallel import World, close_world
+from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
 SCHEMA = "megamor-bench-train/1"
@@ -113,7 +113,7 @@ def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> li
         traceback.print_exc()
         found = [{"error": f"{type(error).__name__}: {error}"[:2000]}] * len(cases)
     release(world.device)
-    common = {"compiled": train.compile, "wall_seconds": time.perf_counter() - begun}
+    common = {"compiled": compiles(train, world.device), "wall_seconds": time.perf_counter() - begun}
     print(f"measured {', '.join(case.label for case in cases)}", file=sys.stderr, flush=True)
     return [label | common | result for label, result in zip(labels, found, strict=True)]
 
