@@ -174,7 +174,14 @@ def tasks(toy: bool, profile: bool) -> Iterator[Task]:
     """All cases, decisive ones first."""
 
     def training(size: str, name: str, variant: str = "") -> Task:
-        settings = (*BASE, *VARIANTS.get(variant, ()), *(toy_settings(name) if toy else ()))
+        # The published vanilla models have up to two layers fewer: ratios are to one of MoR-3's effective depth.
+        depth = case_of_size(size, "mor3_expert" if name == REFERENCE else name).config().model.num_layers
+        settings = (
+            *BASE,
+            *VARIANTS.get(variant, ()),
+            f"model.num_layers={depth}",
+            *(toy_settings(name) if toy else ()),
+        )
         case = replace(case_of_size(size, name, settings), documents=variant == "documents", accumulation=ACCUMULATION)
         return Task(size, name, partial(train_case, case, toy, profile), variant, 0 if toy else 60)
 
