@@ -29,8 +29,10 @@ from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
 
-def validate(config: Config, world_size: int | None = None) -> None:
+def validate(config: Config, world_size: int | None = None, *, run: bool = True) -> None:
     """Check the rules between settings; with `world_size` also those that depend on the number of processes.
+
+    With `run` false, the length of the run may be left out.
 
     Raises:
         ConfigError: naming every rule that is broken.
@@ -47,7 +49,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_ramp(config),
         *_batch(config, world_size),
         *_parallel(config, world_size),
-        *_length(config),
+        *_length(config, run),
         *_allowed(config),
     ]
     if problems:
@@ -332,7 +334,7 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
         yield f"{given}: give a divisor, or null for one group"
 
 
-def _length(config: Config) -> Iterator[str]:
+def _length(config: Config, run: bool) -> Iterator[str]:
     train = config.train
     if train.fail_on_recompile_after is not None and not train.compile:
         given = f"train.fail_on_recompile_after = {train.fail_on_recompile_after}"
@@ -341,7 +343,8 @@ def _length(config: Config) -> Iterator[str]:
     found = [f"train.{name} = {value}" for name, value in limits.items() if value is not None]
     if len(found) != 1:
         given = " and ".join(found) or "none"
-        yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
+        if found or run:
+            yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
         return
     if (decay := config.optim.decay_steps) is not None:
         if config.optim.decay_fraction != OptimConfig.decay_fraction:

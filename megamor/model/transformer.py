@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
         if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.embed.weight) if self.head is None else self.head(x))
+            logits = window.pad(self.unembedded(x))
         elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
@@ -331,9 +331,13 @@ class Transformer(nn.Module):
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
 
+    def unembedded(self, x: Tensor) -> Tensor:
+        """The head: [N, dim] to [N, vocab]."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
     def readout(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.norm(x), self.head_weight)
+        logits = self.unembedded(self.norm(x))
         # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 

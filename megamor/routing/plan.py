@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +33,10 @@ class Incoming:
         return self.copy.tolist()
 
 
-def to_device(numbers: Sequence[Any], device: torch.device, dtype: type[np.generic] = np.int64) -> Tensor:
-    """`numbers`, or lists of equal length of them, as a tensor on `device`."""
+def to_device(
+    numbers: Sequence[Any] | NDArray[Any], device: torch.device, dtype: type[np.generic] = np.int64
+) -> Tensor:
+    """`numbers`, or lists of equal length of them, copied to a tensor on `device`."""
     # NumPy reads Python lists several times faster than torch does. A copy from pageable memory would wait until the
     # GPU has finished everything before it; from pinned memory it is queued like a kernel.
     tensor = torch.from_numpy(np.array(numbers, dtype))

@@ -50,6 +50,7 @@ class EngineOptions:
     kv_memory: Annotated[int, "memory for keys and values, such as 8GiB", SIZE] = 2**30
     prefix_caching: Annotated[bool, "read every prompt from its first token"] = True
     cuda_graphs: Annotated[bool, "launch kernels one by one on a GPU"] = True
+    prepacked: Annotated[bool, "on a CPU, multiply with the weights as they are stored, which takes less memory"] = True
     num_pages: dict[str, int] | None = None
     max_rows: int | None = None
     end_token: int | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from megamor.serve.engine.attention import GatherLayout, KernelLayout, KVView
+from megamor.serve.engine.attention import GatherLayout, fixed_layout
 from megamor.serve.options import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import SERVED, Schedule, check, expected
@@ -22,12 +23,13 @@ def test_the_kernel_reads_pages(dtype: torch.dtype, tolerance: float, kv_heads: 
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     pages = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
-    views = [KVView(pages[:20], [300]), KVView(pages[20:40], list(range(250, 260))), KVView(pages[40:], [7, 9, 200])]
+    tables = np.array(pages, np.int32).reshape(3, 20)
+    rows = np.array([[0] + [1] * 10 + [2] * 3, [300, *range(250, 260), 7, 9, 200]])
     q = torch.randn(14, 6, 64, generator=generator, device=device, dtype=dtype)
     k, v = (torch.randn(60, page_size, kv_heads, 64, generator=generator, device=device, dtype=dtype) for _ in "kv")
-    found = KernelLayout.of(views, page_size, device).attend(q, k, v)
-    wanted = GatherLayout.of(views, page_size, dtype, device).attend(q, k, v)
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    found = fixed_layout(*(torch.from_numpy(n).to(device) for n in (tables, *rows)), size=page_size, dtype=dtype)
+    wanted = GatherLayout.of(tables, *rows, size=page_size, dtype=dtype, device=device).attend(q, k, v)
+    torch.testing.assert_close(found.attend(q, k, v), wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kv_policy", SERVED)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.serve.engine import attention
-from megamor.serve.engine.attention import GatherLayout, KernelLayout, KVView
+from megamor.serve.engine.attention import GatherLayout, KernelLayout
 from megamor.serve.engine.paged_kernel import paged_attention
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import Schedule, check, expected
@@ -51,16 +52,13 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
 
 def test_layouts_agree() -> None:
     generator = torch.Generator().manual_seed(0)
-    views = [
-        KVView([3], [2], [1]),
-        KVView([5, 1, 7], [9, 10, 11], [4, 4, 9]),
-        KVView([0, 9, 4], [3, 7, 12], [0, 2, 7]),
-    ]
+    tables = np.array([[3, 0, 0], [5, 1, 7], [0, 9, 4]], np.int32)
+    rows = np.array([[0, 1, 1, 1, 2, 2, 2], [2, 9, 10, 11, 3, 7, 12], [1, 4, 4, 9, 0, 2, 7]])
     q = torch.randn(7, 6, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(13, 4, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
-    for slides in (False, True):
-        wanted = GatherLayout.of(views, 4, torch.float64, CPU, slides).attend(q, k, v)
-        found = KernelLayout.of(views, 4, CPU, slides).attend(q, k, v)
+    for columns in (rows[:2], rows):
+        wanted = GatherLayout.of(tables, *columns, size=4, dtype=torch.float64, device=CPU).attend(q, k, v)
+        found = KernelLayout(*(torch.from_numpy(numbers) for numbers in (tables, *columns))).attend(q, k, v)
         torch.testing.assert_close(found, wanted, atol=1e-14, rtol=0)
 
 

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megamor.serve.engine.attention import GatherLayout, KVView
+from megamor.serve.engine.attention import GatherLayout, fixed_layout
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
 CPU = torch.device("cpu")
-VIEWS = [
-    KVView([3], [2], [0]),
-    KVView([5, 1, 7], [9, 10, 11], [3, 6, 10]),
-    KVView([2, 8], [5], [4]),
-    KVView([0, 9, 4], [3, 7, 12], [0, 1, 5]),
-    KVView([6], [4], [1]),
-    KVView([11, 10, 12], [12], [8]),
-]
+TABLES = np.array([[3, 0, 0], [5, 1, 7], [2, 8, 0], [0, 9, 4], [6, 0, 0], [11, 10, 12]], np.int32)
+OWNERS, ENDS, BEGINS = np.array(
+    [[0, 1, 1, 1, 2, 3, 3, 3, 4, 5], [2, 9, 10, 11, 5, 3, 7, 12, 4, 12], [0, 3, 6, 10, 4, 0, 1, 5, 1, 8]]
+)
 
 
 def by_row(q: Tensor, k: Tensor, v: Tensor, slides: bool) -> Tensor:
     """Attention row by row and key head by key head."""
-    outs, row = [], 0
-    for view in VIEWS:
-        for begin, end in zip(view.begins, view.ends, strict=True):
-            seen = slice(begin if slides else 0, end)
-            keys, values = (pages[view.pages].flatten(0, 1)[seen] for pages in (k, v))
-            heads = [
-                F.scaled_dot_product_attention(q[row, head : head + 1], keys[:, head // 3], values[:, head // 3])
-                for head in range(HEADS)
-            ]
-            outs.append(torch.cat(heads).flatten())
-            row += 1
+    outs = []
+    for row, (owner, end, begin) in enumerate(zip(OWNERS, ENDS, BEGINS, strict=True)):
+        keys, values = (pages[TABLES[owner]].flatten(0, 1)[begin if slides else 0 : end] for pages in (k, v))
+        heads = [
+            F.scaled_dot_product_attention(q[row, head : head + 1], keys[:, head // 3], values[:, head // 3])
+            for head in range(HEADS)
+        ]
+        outs.append(torch.cat(heads).flatten())
     return torch.stack(outs)
 
 
@@ -47,14 +41,29 @@ def tensors() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("slides", [False, True])
 def test_gathered_pages(slides: bool) -> None:
     q, k, v = tensors()
-    layout = GatherLayout.of(VIEWS, PAGE, torch.float64, CPU, slides)
-    assert len(layout.groups) == 5
-    torch.testing.assert_close(layout.attend(q, k, v), by_row(q, k, v, slides), atol=1e-12, rtol=0)
+    columns = (OWNERS, ENDS, BEGINS) if slides else (OWNERS, ENDS)
+    layout = GatherLayout.of(TABLES, *columns, size=PAGE, dtype=torch.float64, device=CPU)
+    assert sorted(group.mask.shape[:3] for group in layout.groups) == [
+        (1, 1, 1),
+        (1, 1, 1),
+        (1, 1, 3),
+        (1, 1, 3),
+        (2, 1, 1),
+    ]
+    wanted = by_row(q, k, v, slides)
+    torch.testing.assert_close(layout.attend(q, k, v), wanted, atol=1e-12, rtol=0)
+    tensors_of = (torch.from_numpy(numbers) for numbers in (TABLES, *columns))
+    fixed = fixed_layout(*tensors_of, size=PAGE, dtype=torch.float64)
+    torch.testing.assert_close(fixed.attend(q, k, v), wanted, atol=1e-12, rtol=0)
 
 
 def test_one_group_keeps_the_order() -> None:
     q, k, v = tensors()
-    views = [KVView([3], [2]), KVView([6], [4])]
-    both = GatherLayout.of(views, PAGE, torch.float64, CPU).attend(q[:2], k, v)
-    alone = [GatherLayout.of([one], PAGE, torch.float64, CPU).attend(q[i : i + 1], k, v) for i, one in enumerate(views)]
-    torch.testing.assert_close(both, torch.cat(alone), atol=1e-12, rtol=0)
+    rows = [0, 8]  # of one page each
+
+    def attended(some: list[int]) -> Tensor:
+        layout = GatherLayout.of(TABLES, OWNERS[some], ENDS[some], size=PAGE, dtype=torch.float64, device=CPU)
+        assert len(layout.groups) == 1
+        return layout.attend(q[some], k, v)
+
+    torch.testing.assert_close(attended(rows), torch.cat([attended([row]) for row in rows]), atol=1e-12, rtol=0)

@@ -53,7 +53,8 @@ def kernel(
 ) -> Tensor:
     """Replaces the paged kernel; checks what the kernel relies on."""
     assert {tensor.device.type for tensor in (q, k, v, tables, owners, ends)} == {"meta"}
-    assert {tables.dtype, owners.dtype, ends.dtype} == {torch.int64}
+    assert (tables.dtype, owners.dtype, ends.dtype) == (torch.int32, torch.int64, torch.int64)
+    assert tables.is_contiguous()
     assert begins is None  # without a sliding window
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16
     assert k.is_contiguous()

@@ -11,17 +11,36 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamor.serve.engine.flight import (
+    ACTIVE,
+    ADDRESS,
+    BEGIN,
+    DEPTH,
+    END,
+    LEAST,
+    MOST,
+    OWNER,
+    RECURSION,
+    SEAT,
+    Chunk,
+    Ints,
+    ScheduledBatch,
+    SequenceState,
+)
 from megamor.serve.engine.pages import EVERY_TOKEN, PageBook, PageTable, TableSpec
 from megamor.serve.engine.prefix import PrefixCache
-from megamor.serve.engine.scheduler import Chunk, ScheduledBatch, Scheduler, SequenceState
+from megamor.serve.engine.scheduler import Scheduler
 from megamor.serve.options import POLICIES, EngineOptions, Policy
 
-NUM_RECURSIONS = 3
+NUM_RECURSIONS, CONTEXT = 3, 64
+WINDOW = 3
 EDGE = TableSpec("edge", EVERY_TOKEN)
 TABLES = {
     "recursion_wise": (EDGE, *(TableSpec("core", recursion) for recursion in range(NUM_RECURSIONS))),
@@ -40,7 +59,7 @@ class Memory:
 
     def __init__(self, options: EngineOptions, tables: str, num_pages: dict[str, int]) -> None:
         self.options, self.tables = options, TABLES[tables]
-        self.scheduler = Scheduler(options, NUM_RECURSIONS, self.tables, num_pages)
+        self.scheduler = Scheduler(options, NUM_RECURSIONS, self.tables, num_pages, CONTEXT)
         self.pages: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self.everyone: list[SequenceState] = []
         self.targets: dict[int, int] = {}
@@ -61,8 +80,13 @@ class Memory:
         if batch is None:
             return False
         self.history.append((batch.kind, bool(self.scheduler.in_core)))
+        rows = self.scheduler.flight.rows
+        recursions = rows[RECURSION, batch.slots].tolist()
         if batch.kind == "core":  # neighbours share the calls of blocks whose weights depend on the recursion
-            assert [chunk.recursion for chunk in batch.chunks] == sorted(chunk.recursion for chunk in batch.chunks)
+            assert recursions == sorted(recursions)
+            assert batch.depths == sorted(set(recursions))
+            seats = [seat for seat, _ in groupby(rows[SEAT, batch.slots].tolist())]
+            assert len(seats) == len(set(seats)), "the rows of a chunk belong together"
         held = self.pages_of(batch)
         for copy in batch.copies:
             for offset in range(self.options.page_size):
@@ -71,19 +95,22 @@ class Memory:
             self.scheduler.remove(abort_inside)
         for pool, page in held:
             assert page not in self.scheduler.book.pools[pool].free, "a page of the running batch was freed"
-        continuing = []
+        kept = None
         if batch.kind == "entry":
-            continuing = [self.enter(chunk) for chunk in batch.chunks]
-        elif batch.kind == "core":
             for chunk in batch.chunks:
-                self.core(chunk)
-            continuing = [
-                [row for row in chunk.active if self.depth(chunk, row) > chunk.recursion + 1] for chunk in batch.chunks
+                self.enter(chunk)
+            kept = [self.depth_of(slot) > 0 for slot in batch.slots.tolist()]
+        elif batch.kind == "core":
+            active = rows[ACTIVE, batch.slots] > 0
+            self.core(batch.slots[active])
+            kept = [
+                bool(taking) and self.depth_of(slot) > recursion + 1
+                for taking, slot, recursion in zip(active, batch.slots.tolist(), recursions, strict=True)
             ]
         else:
             for chunk in batch.chunks:
                 self.leave(chunk)
-        self.scheduler.complete(batch, continuing)
+        self.scheduler.complete(batch, None if kept is None else np.array(kept))
         if batch.kind == "exit":
             self.answer(batch)
         self.check()
@@ -92,37 +119,49 @@ class Memory:
     def pages_of(self, batch: ScheduledBatch) -> list[tuple[str, int]]:
         return [
             (spec.pool, page)
-            for chunk in batch.chunks
+            for chunk in {self.scheduler.chunk_of[slot] for slot in batch.slots.tolist()}
             for spec, table in zip(self.tables, chunk.sequence.tables, strict=True)
             for page in table.pages
         ]
 
     def depth(self, chunk: Chunk, row: int) -> int:
         position = chunk.start + row
-        least, most = chunk.sequence.bounds(position)
+        least, most = self.scheduler.flight.rows[LEAST : MOST + 1, chunk.slots[row]].tolist()
+        known = chunk.sequence.depths[position : position + 1]
+        assert (least, most) == ((known[0], known[0]) if known else (0, chunk.sequence.max_depth))
         return max(least, min(most, chosen_depth(chunk.sequence.tokens[: position + 1], chunk.sequence.max_depth)))
 
-    def enter(self, chunk: Chunk) -> list[int]:
+    def depth_of(self, slot: int) -> int:
+        chunk = self.scheduler.chunk_of[slot]
+        return self.depth(chunk, chunk.slots.index(slot))
+
+    def enter(self, chunk: Chunk) -> None:
         for slot in chunk.slots:
             assert slot not in self.in_slots or self.in_slots[slot].sequence.chunk is not self.in_slots[slot]
             self.in_slots[slot] = chunk
-        self.write(chunk, EVERY_TOKEN, {row: chunk.start + row for row in range(chunk.length)})
-        return [row for row in range(chunk.length) if self.depth(chunk, row) > 0]
+        for row in range(chunk.length):
+            self.write(chunk, EVERY_TOKEN, row)
 
-    def core(self, chunk: Chunk) -> None:
-        if chunk.recursion in self.scheduler.table_of:
-            self.write(chunk, chunk.recursion, chunk.entries[chunk.recursion])
-        for table, entries in chunk.entries.items():
-            for row in chunk.active:
-                self.read(chunk, table, row, entries[row])
+    def core(self, slots: Ints) -> None:
+        flight = self.scheduler.flight
+        chunks = [
+            (chunk, chunk.slots.index(slot)) for slot in slots.tolist() for chunk in [self.scheduler.chunk_of[slot]]
+        ]
+        recursions = flight.rows[RECURSION, slots].tolist()
+        for (chunk, row), recursion in zip(chunks, recursions, strict=True):
+            self.write(chunk, recursion, row)
+        for (chunk, row), recursion in zip(chunks, recursions, strict=True):
+            for spec in self.tables:
+                if 0 <= spec.recursion <= recursion:
+                    self.read(chunk, spec.recursion, row)
 
     def leave(self, chunk: Chunk) -> None:
-        assert all(self.depth(chunk, row) == chunk.depths[row] for row in range(chunk.length)), (
-            "left the core too early"
-        )
-        if EVERY_TOKEN in self.scheduler.table_of:
-            for row in range(chunk.length):
-                self.read(chunk, EVERY_TOKEN, row, chunk.start + row)
+        depths = self.scheduler.flight.rows[DEPTH, chunk.slots].tolist()
+        assert depths == [self.depth(chunk, row) for row in range(chunk.length)], "left the core too early"
+        for spec in self.tables:
+            if spec.recursion == EVERY_TOKEN:
+                for row in range(chunk.length):
+                    self.read(chunk, EVERY_TOKEN, row)
 
     def answer(self, batch: ScheduledBatch) -> None:
         for chunk in batch.chunks:
@@ -132,27 +171,38 @@ class Memory:
                 if len(sequence.tokens) == self.targets[sequence.number]:
                     self.scheduler.remove(sequence)
 
-    def where(self, chunk: Chunk, recursion: int, entry: int) -> tuple[str, int, int]:
-        number = self.scheduler.table_of[recursion]
-        table, size = chunk.sequence.tables[number], self.options.page_size
-        return self.tables[number].pool, table.pages[entry // size], entry % size
+    def launch(self, chunk: Chunk, recursion: int, row: int) -> tuple[str, int, dict[int, int]]:
+        """Pool, page table and columns of what the scheduler says about a row in the table of a recursion."""
+        number = next(number for number, spec in enumerate(self.tables) if spec.recursion == recursion)
+        columns = self.scheduler.flight.launch(np.array([chunk.slots[row]]), number, True, -1, WINDOW)[:, 0].tolist()
+        return self.tables[number].pool, number, dict(enumerate(columns))
 
-    def write(self, chunk: Chunk, recursion: int, entries: dict[int, int]) -> None:
-        if recursion in self.scheduler.table_of:
-            for row, entry in entries.items():
-                pool, page, offset = self.where(chunk, recursion, entry)
-                assert self.scheduler.book.pools[pool].ref_counts[page] > 0
-                self.pages[pool, page, offset] = (recursion, *chunk.sequence.tokens[: chunk.start + row + 1])
+    def write(self, chunk: Chunk, recursion: int, row: int) -> None:
+        if any(spec.recursion == recursion for spec in self.tables):
+            pool, number, columns = self.launch(chunk, recursion, row)
+            page, offset = divmod(columns[ADDRESS], self.options.page_size)
+            assert self.scheduler.book.pools[pool].ref_counts[page] > 0
+            assert page in chunk.sequence.tables[number].pages
+            self.pages[pool, page, offset] = (recursion, *chunk.sequence.tokens[: chunk.start + row + 1])
 
-    def read(self, chunk: Chunk, recursion: int, row: int, last: int) -> None:
-        tokens, max_depth = chunk.sequence.tokens, chunk.sequence.max_depth
-        wanted = [
-            (recursion, *tokens[: end + 1])
-            for end in range(chunk.start + row + 1)
-            if chosen_depth(tokens[: end + 1], max_depth) > recursion
-        ]
-        found = [self.pages[self.where(chunk, recursion, entry)] for entry in range(last + 1)]
+    def read(self, chunk: Chunk, recursion: int, row: int) -> None:
+        tokens, max_depth, size = chunk.sequence.tokens, chunk.sequence.max_depth, self.options.page_size
+        pool, number, columns = self.launch(chunk, recursion, row)
+        seen = chunk.start + row + 1
+        wanted, near = (
+            [
+                (recursion, *tokens[: end + 1])
+                for end in range(first, seen)
+                if chosen_depth(tokens[: end + 1], max_depth) > recursion
+            ]
+            for first in (0, max(0, seen - WINDOW))
+        )
+        pages = self.scheduler.flight.pages[columns[OWNER]].tolist()
+        held = chunk.sequence.tables[number].pages
+        assert pages[: len(held)] == held, "the array of page tables follows the book"
+        found = [self.pages[pool, pages[entry // size], entry % size] for entry in range(columns[END])]
         assert found == wanted, "a row must see exactly the entries of its sequence that reached its depth"
+        assert found[columns[BEGIN] :] == near, "and in a sliding window those of the last positions"
 
     def check(self) -> None:
         """Each page's reference count equals its users; every slot is free or belongs to one chunk."""
@@ -173,6 +223,10 @@ class Memory:
         assert sorted(chunks, key=id) == sorted(scheduler.in_core + scheduler.leaving, key=id)
         slots = [slot for chunk in chunks for slot in chunk.slots] + scheduler.free_slots
         assert sorted(slots) == list(range(self.options.num_slots))
+        seats = [sequence.seat for sequence in scheduler.residents] + scheduler.free_seats
+        assert sorted(seats) == list(range(self.options.max_resident))
+        assert all(chunk.length > 1 for chunk in scheduler.long)
+        assert {*scheduler.long} == {chunk for chunk in scheduler.in_core if chunk.length > 1}
         assert len(scheduler.residents) <= self.options.max_resident
         if scheduler.residents and scheduler.waiting:
             assert max(s.number for s in scheduler.residents) < min(s.number for s in scheduler.waiting)
@@ -265,7 +319,8 @@ def test_depths_share_launches_only_where_they_should() -> None:
         mixed[policy] = 1
         while memory.scheduler.has_work:
             if not memory.scheduler.at_boundary() and memory.scheduler.in_core:
-                mixed[policy] = max(mixed[policy], len({chunk.recursion for chunk in memory.scheduler.in_core}))
+                recursions = memory.scheduler.flight.rows[RECURSION, memory.scheduler.core]
+                mixed[policy] = max(mixed[policy], len({*recursions.tolist()}))
             memory.step()
     assert mixed == {"full": 1, "shrink": 1, "depthwise": 3}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 
 from megamor.serve.engine.costs import Costs, LineFit
+from megamor.serve.engine.flight import ACTIVE, DEPTH, RECURSION, ScheduledBatch
 from megamor.serve.engine.pages import EVERY_TOKEN
 from megamor.serve.engine.request import EngineStats
-from megamor.serve.engine.scheduler import ScheduledBatch, Scheduler
+from megamor.serve.engine.scheduler import Scheduler
 
 
 class Accounting:
@@ -21,18 +22,16 @@ class Accounting:
 
     def count(self, batch: ScheduledBatch, seconds: float) -> None:
         """Count a batch that has run and isn't completed yet."""
-        kind, total = batch.kind, self.total
-        all_rows = kind != "core" or self.scheduler.options.policy == "full"
-        rows = sum(chunk.length if all_rows else len(chunk.active) for chunk in batch.chunks)
+        kind, total, rows = batch.kind, self.total, len(batch.slots)
         total.launches[kind] += 1
         total.rows[kind] += rows
         total.seconds[kind] += seconds
         if kind == "core":
             total.width_counts[rows] += 1
-            total.mixed_depths[len({chunk.recursion for chunk in batch.chunks})] += 1
+            total.mixed_depths[len(batch.depths)] += 1
             self.core.add(rows, seconds)
         elif kind == "exit":
-            for depth in (depth for chunk in batch.chunks for depth in chunk.depths):
+            for depth in self.scheduler.flight.rows[DEPTH, batch.slots].tolist():
                 total.depth_counts[depth] += 1
                 total.rows_saved += self.scheduler.num_recursions - depth
             self.last_exit = rows, seconds
@@ -71,8 +70,9 @@ class Accounting:
         scheduler, book, stats = self.scheduler, self.scheduler.book, deepcopy(self.total)
         stats.resident, stats.waiting = len(scheduler.residents), len(scheduler.waiting)
         stats.in_core, stats.pages_by_depth = [0] * scheduler.num_recursions, [0] * scheduler.num_recursions
-        for chunk in scheduler.in_core:
-            stats.in_core[chunk.recursion] += len(chunk.active)
+        rows = scheduler.flight.rows[:, scheduler.core]
+        for recursion in rows[RECURSION, rows[ACTIVE] > 0].tolist():
+            stats.in_core[recursion] += 1
         stats.held_exits = sum(chunk.length for chunk in scheduler.leaving)
         stats.preemptions = scheduler.num_preempted
         # Sets: residents share the pages of a common prefix, which must not be counted twice.

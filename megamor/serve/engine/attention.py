@@ -7,40 +7,16 @@ the pages are gathered into dense tensors for torch's scaled dot-product attenti
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.model.blocks import KeysValues, KeyValue
 from megamor.routing.plan import to_device
-
-
-@dataclass(frozen=True)
-class KVView:
-    """What consecutive rows of one sequence see: row i the first ends[i] entries of the virtual sequence in `pages`.
-
-    Blocks with a sliding window see only those from begins[i] on.
-    """
-
-    pages: list[int]
-    ends: list[int]
-    begins: list[int] = field(default_factory=list)
-
-
-class KVRows(NamedTuple):
-    """The rows of a batch: their positions, the addresses they write to (None: nothing), and what they see, in order.
-
-    An address is page · page_size + offset in a pool.
-    """
-
-    positions: list[int]
-    addresses: list[int | None]
-    views: list[KVView]
+from megamor.serve.engine.flight import Ints, PageIds
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,7 @@ class PagedKeysValues(KeysValues):
 
 @dataclass(frozen=True)
 class GatherGroup:
-    """G views of n rows each: `rows` [G·n], `pages` [G·P] and an additive `mask` [G, 1, n, entries]."""
+    """G runs of n rows each: `rows` [G·n], `pages` [G·P] and an additive `mask` [G, 1, n, entries]."""
 
     rows: Tensor
     pages: Tensor
@@ -81,7 +57,7 @@ class GatherGroup:
 
 @dataclass(frozen=True)
 class GatherLayout:
-    """An `AttentionLayout` that gathers pages, one call of attention for each group of similar views.
+    """An `AttentionLayout` that gathers pages, one call of attention for each group of similar runs.
 
     `back` [N] puts the rows of all groups into the order of the batch; None if one group has them all in order.
     """
@@ -91,21 +67,37 @@ class GatherLayout:
 
     @staticmethod
     def of(
-        views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool = False
+        tables: PageIds,
+        owners: Ints,
+        ends: Ints,
+        begins: Ints | None = None,
+        *,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> GatherLayout:
-        """As `paged_layout`."""
-        first, members = 0, defaultdict[tuple[int, int], list[tuple[int, KVView]]](list)
-        for number, view in enumerate(views):
-            # Single rows (decoding) are padded to the longest of their group, so a group spans a factor of two in
-            # pages at most: for texts of 20 to 2,000 tokens that halves the time. The rows of a prompt chunk read the
-            # same pages and are a group of their own: as single rows, each would gather its own copy of the whole
-            # prompt (128 rows of a 512-token prompt: 240 ms instead of 6). One call per view takes 3.6 times as long
-            # for 32 short texts. (Measured on one x86 core, fp32, 8 heads of 64.)
-            single = len(view.ends) == 1
-            key = (0, (-(-view.ends[0] // page_size) - 1).bit_length()) if single else (1, number)
-            members[key].append((first, view))
-            first += len(view.ends)
-        groups = [gather_group(group, page_size, dtype, device, slides) for group in members.values()]
+        """Row i sees the first ends[i] entries of the pages in tables[owners[i]], with `begins` only those from there.
+
+        tables [M, P]; owners, ends and begins [N]. Pages have `size` entries. Rows of one owner are neighbours.
+        """
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        lengths = np.diff(starts, append=len(owners))
+        num_pages = -(-np.maximum.reduceat(ends, starts) // size)
+        # Single rows (decoding) are padded to the longest of their group, so a group spans a factor of two in pages at
+        # most: for texts of 20 to 2,000 tokens that halves the time. The rows of a prompt chunk read the same pages and
+        # are a group of their own: as single rows, each would gather its own copy of the whole prompt (128 rows of a
+        # 512-token prompt: 240 ms instead of 6). One call per run takes 3.6 times as long for 32 short texts.
+        # (Measured on one x86 core, fp32, 8 heads of 64.)
+        keys = np.where(lengths == 1, np.frexp(num_pages - 1)[1], -starts - 1)
+        groups = []
+        for key in dict.fromkeys(keys.tolist()):
+            chosen = np.flatnonzero(keys == key)
+            rows = starts[chosen, None] + np.arange(lengths[chosen[0]])
+            count = num_pages[chosen].max()
+            first = None if begins is None else to_device(begins[rows], device)
+            mask = entry_mask(first, to_device(ends[rows], device), count * size, dtype)
+            pages = tables[owners[rows[:, 0]], :count].ravel()
+            groups.append(GatherGroup(to_device(rows.ravel(), device), to_device(pages, device), mask))
         back = torch.cat([group.rows for group in groups]).argsort() if len(groups) > 1 else None
         return GatherLayout(groups, back)
 
@@ -115,20 +107,6 @@ class GatherLayout:
             return attend_group(q, k, v, self.groups[0])
         outs = [attend_group(q.index_select(0, group.rows), k, v, group) for group in self.groups]
         return torch.cat(outs).index_select(0, self.back)
-
-
-def gather_group(
-    members: list[tuple[int, KVView]], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool
-) -> GatherGroup:
-    """Views of equally many rows, each given with the index of its first row in the batch."""
-    longest = max(max(view.ends) for _, view in members)
-    num_pages = -(-longest // page_size)
-    rows = [first + row for first, view in members for row in range(len(view.ends))]
-    pages = [page for _, view in members for page in (view.pages[:num_pages] + [0] * num_pages)[:num_pages]]
-    ends = to_device([view.ends for _, view in members], device)
-    begins = to_device([view.begins for _, view in members], device) if slides else None
-    mask = entry_mask(begins, ends, num_pages * page_size, dtype)
-    return GatherGroup(to_device(rows, device), to_device(pages, device), mask)
 
 
 def entry_mask(begins: Tensor | None, ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
@@ -162,23 +140,13 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
 class KernelLayout:
     """An `AttentionLayout` for the kernel that reads pages in place: row i sees ends[i] entries of tables[owners[i]].
 
-    tables [M, pages], owners and ends [N], all int64. With `begins` [N] it sees only those from begins[i] on.
+    tables [M, pages] int32; owners and ends [N] int64. With `begins` [N] it sees only those from begins[i] on.
     """
 
     tables: Tensor
     owners: Tensor
     ends: Tensor
     begins: Tensor | None = None
-
-    @staticmethod
-    def of(views: Sequence[KVView], page_size: int, device: torch.device, slides: bool = False) -> KernelLayout:
-        """As `paged_layout`."""
-        longest = -(-max(max(view.ends) for view in views) // page_size)
-        tables = [(view.pages + [0] * longest)[:longest] for view in views]
-        owners = [number for number, view in enumerate(views) for _ in view.ends]
-        ends = [end for view in views for end in view.ends]
-        begins = to_device([begin for view in views for begin in view.begins], device) if slides else None
-        return KernelLayout(to_device(tables, device), to_device(owners, device), to_device(ends, device), begins)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `GatherLayout.attend`."""
@@ -191,30 +159,17 @@ class KernelLayout:
 Layout = GatherLayout | KernelLayout
 
 
-def paged_layout(
-    views: Sequence[KVView], page_size: int, dtype: torch.dtype, device: torch.device, slides: bool = False
+def fixed_layout(
+    tables: Tensor, owners: Tensor, ends: Tensor, begins: Tensor | None = None, *, size: int, dtype: torch.dtype
 ) -> Layout:
-    """The layout of rows that see `views`, for the attention of `device`; `slides`: in blocks with a window."""
-    if reads_in_place(device):
-        return KernelLayout.of(views, page_size, device, slides)
-    return GatherLayout.of(views, page_size, dtype, device, slides)
-
-
-def single_rows_layout(
-    tables: Tensor, ends: Tensor, page_size: int, dtype: torch.dtype, begins: Tensor | None = None
-) -> Layout:
-    """Row i sees the first ends[i] entries of the pages in tables[i]: ends [N], tables [N, pages], both int64.
-
-    With `begins` [N], it sees only those from begins[i] on.
-
-    Their values stay on the device, so this can be part of a CUDA graph.
-    """
-    count, num_pages = tables.shape
-    rows = torch.arange(count, device=tables.device)
+    """As `GatherLayout.of`, for tensors of any order whose values are on the device and may change between calls."""
     if reads_in_place(tables.device):
-        return KernelLayout(tables, rows, ends, begins)
-    mask = entry_mask(None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1), num_pages * page_size, dtype)
-    return GatherLayout([GatherGroup(rows, tables.flatten(), mask)], None)
+        return KernelLayout(tables, owners, ends, begins)
+    # What a graph of the CPU would be, if there were any: tests run it in place of one.
+    first, last = None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1)
+    mask = entry_mask(first, last, tables.shape[1] * size, dtype)
+    rows = torch.arange(len(owners), device=tables.device)
+    return GatherLayout([GatherGroup(rows, tables.index_select(0, owners).flatten(), mask)], None)
 
 
 def reads_in_place(device: torch.device) -> bool:

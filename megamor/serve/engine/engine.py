@@ -12,8 +12,10 @@ import torch
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.engine.accounting import Accounting
-from megamor.serve.engine.graphs import BatchGraphs, Record, cuda_recorder
+from megamor.serve.engine.flight import Chunk, ScheduledBatch, SequenceState
+from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
+from megamor.serve.engine.packed import packed, why_not_packed
 from megamor.serve.engine.request import (
     EngineStats,
     FinishReason,
@@ -24,7 +26,7 @@ from megamor.serve.engine.request import (
 )
 from megamor.serve.engine.runner import Runner
 from megamor.serve.engine.sampler import Draw, logprobs_of, sample
-from megamor.serve.engine.scheduler import Chunk, Scheduler, SequenceState
+from megamor.serve.engine.scheduler import Scheduler
 from megamor.serve.options import EngineOptions
 
 # Core batches after which the engine decides again how long to hold exits.
@@ -54,17 +56,20 @@ class ServingEngine:
     """
 
     def __init__(self, model: Transformer, options: EngineOptions | None = None) -> None:
-        self.model, self.options = model.eval(), options or EngineOptions()
+        self.options = options or EngineOptions()
         self.layers = Layers.of(model)
+        self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
+        """Why the products take the weights as they are stored; None if they are prepacked."""
+        self.model = model = model.eval() if self.unpacked else packed(model.eval())
         num_pages = self.options.num_pages or self.split_memory()
-        self.scheduler = Scheduler(self.options, self.layers.num_recursions, self.layers.tables, num_pages)
+        tables, context = self.layers.tables, self.context_length
+        self.scheduler = Scheduler(self.options, self.layers.num_recursions, tables, num_pages, context)
         if self.options.num_pages is None and not self.scheduler.fits(self.context_length, self.layers.num_recursions):
             raise ConfigError(
                 f"kv_memory = {self.options.kv_memory} bytes doesn't hold one context of {self.context_length} tokens: "
                 "give more, or a smaller page_size"
             )
-        full = self.options.policy == "full"
-        self.runner = Runner(model, self.layers, self.options.page_size, num_pages, self.options.num_slots, full)
+        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
             self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
@@ -81,8 +86,7 @@ class ServingEngine:
 
     def record_graphs(self, record: Record) -> None:
         """From now on replay batches of up to `max_resident` rows as graphs."""
-        widest = self.options.max_resident
-        self.runner.graphs = BatchGraphs(self.model.config.model, self.options.page_size, widest, record)
+        self.runner.record_graphs(min(self.options.max_resident, self.options.num_slots), record)
 
     def split_memory(self) -> dict[str, int]:
         """Pages of each pool, such that both run out after about the same number of tokens.
@@ -156,21 +160,20 @@ class ServingEngine:
         if batch is None:
             return []
         scheduled = time.perf_counter()
-        continuing, sampled = list[list[int]](), dict[Chunk, Sampled]()
+        kept, sampled = None, dict[Chunk, Sampled]()
         if batch.kind == "entry":
-            self.runner.copy(batch.copies)
-            continuing = self.runner.enter(batch.chunks)
+            kept = self.runner.enter(batch)
         elif batch.kind == "core":
-            continuing = self.runner.core(batch.chunks)
+            kept = self.runner.core(batch)
         else:
-            sampled = self.leave(batch.chunks)
+            sampled = self.leave(batch)
         if self.options.synchronize and self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
         # The host may be ahead of a GPU here: only a batch that had to know which rows continue, or which tokens were
         # drawn, has waited for it.
         ran = time.perf_counter()
         self.accounting.count(batch, ran - scheduled)
-        self.scheduler.complete(batch, continuing)
+        self.scheduler.complete(batch, kept)
         outputs = self.answer(batch.chunks, sampled) if batch.kind == "exit" else []
         total = self.accounting.total
         if self.options.hold == 0 and batch.kind == "core" and total.launches["core"] % ADAPT_EVERY == 0:
@@ -178,9 +181,9 @@ class ServingEngine:
         total.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
         return outputs
 
-    def leave(self, chunks: Sequence[Chunk]) -> dict[Chunk, Sampled]:
+    def leave(self, batch: ScheduledBatch) -> dict[Chunk, Sampled]:
         """Run the exit, and draw a token after each chunk that ends its text."""
-        x = self.runner.exit(chunks)
+        x, chunks = self.runner.exit(batch), batch.chunks
         self.read_prompts(chunks, x)
         ends, rows, first = [], [], 0
         for chunk in chunks:
@@ -192,7 +195,7 @@ class ServingEngine:
         if not ends:
             return {}
         # Norm and head for these rows only: those inside a prompt predict tokens that are known.
-        logits = self.model.readout(x[self.runner.tensor(rows)])
+        logits = self.model.readout(x[self.runner.cache.tensor(rows)])
         tokens = sample(logits, [self.draw(chunk.sequence, request) for chunk, request in ends])
         wanted = [request.params.logprobs for _, request in ends]
         logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)

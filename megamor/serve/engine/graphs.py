@@ -1,114 +1,85 @@
-"""Small batches as CUDA graphs: recorded once for a width, replayed for every batch that fits.
+"""Small batches as CUDA graphs: recorded at the start for each kind of batch and a few widths, then replayed.
 
-Launching the kernels of a few rows one by one takes longer than running them. A graph launches all kernels of a chain
-of blocks at once, but its shapes and addresses are fixed. So a batch is padded to one of a few widths and its page
-tables to a power of two, and everything that differs between batches (the rows, their positions, where they read and
-write) is copied into the buffers that the graph was recorded with. Padding rows write to the spare last page of a pool
-and read one entry of it.
+Launching the kernels of a few rows one by one takes longer than running them. A graph launches all of a batch at once,
+from gathering the state of its tokens to asking the router and storing what it said, but its shapes and addresses are
+fixed. So a batch is padded to the next width, and everything that differs between batches is one matrix of integers
+(`Flight.launch`), which is copied to where the graph reads it. Page tables are on the device, as long as the context
+requires, and the matrix says which of their rows to read. Padding rows have the spare slot, belong to no recursion,
+write to the spare last page of a pool and read one entry of the page table that belongs to no sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megamor.config import ModelConfig
-from megamor.model.blocks import rotary_angles
 from megamor.routing.plan import to_device
-from megamor.serve.engine.attention import KVRows, PagedKeysValues, single_rows_layout
+from megamor.serve.engine.flight import ADDRESS, END, NUM_COLUMNS, OWNER, RECURSION, SLOT, Ints
 
-# Keys and values of a layer, [pages, page_size, kv_heads, head_dim] each.
-Store = tuple[Tensor, ...]
+Kind = Literal["entry", "core", "exit"]
+NO_RECURSION = -1
 # Runs and records a function. Returns its result and a replay, which computes it again into the same memory.
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
 
-class Chain(NamedTuple):
-    """Blocks that run one after another, their keys and values, and which of them have a sliding window."""
+class RecordedGraph(NamedTuple):
+    """A recorded batch of fixed width: its `numbers` [NUM_COLUMNS, width] and its result `out`, a row for each."""
 
-    name: str
-    blocks: Sequence[nn.Module]
-    stores: Sequence[Store]
-    slides: Sequence[bool]
-
-
-@dataclass(frozen=True)
-class RecordedGraph:
-    """A recorded chain of fixed width: inputs x [width, dim] and `numbers` [4 + pages, width], result `out` like x.
-
-    `numbers` has for each row its position, the address it writes to, how many entries it sees, the first of them in
-    blocks with a sliding window, and their pages.
-    """
-
-    x: Tensor
     numbers: Tensor
     out: Tensor
     replay: Callable[[], object]
 
 
 class BatchGraphs:
-    """Graphs of chains of blocks for up to `widest` rows, each recorded when a batch first needs it."""
+    """Graphs of `compute` for batches of each kind in `nowhere` and up to `widest` rows.
 
-    def __init__(self, config: ModelConfig, page_size: int, widest: int, record: Record) -> None:
-        self.config, self.page_size, self.record = config, page_size, record
-        # Steps of 8 keep padding small. A wider range of widths would take more GPU memory and more time to record.
-        self.widths: list[int] = sorted({1, 2, 4, *range(8, widest, 8), widest})
-        self.recorded: dict[tuple[str, int, int], RecordedGraph] = {}
+    `nowhere` are the addresses that padding rows write to, `slot` and `owner` their state and page table.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Kind, Tensor], Tensor],
+        nowhere: Mapping[Kind, int],
+        slot: int,
+        owner: int,
+        widest: int,
+        device: torch.device,
+        record: Record,
+    ) -> None:
+        # Steps of 8 keep padding small. More widths would take more GPU memory and more time to record.
+        self.widths: list[int] = sorted({min(width, widest) for width in (1, 2, 4, *range(8, widest + 8, 8))})
+        self.padding = {kind: np.zeros((NUM_COLUMNS, self.widths[-1]), np.int64) for kind in nowhere}
+        self.recorded: dict[tuple[Kind, int], RecordedGraph] = {}
+        for kind, numbers in self.padding.items():
+            numbers[[SLOT, OWNER, ADDRESS, END, RECURSION]] = [[slot], [owner], [nowhere[kind]], [1], [NO_RECURSION]]
+            # Once before anything is recorded: the first batch allocates the state of tokens, of which the graphs of
+            # all kinds need to know.
+            compute(kind, to_device(numbers[:, :1], device))
+        for width in reversed(self.widths):  # The widest first: the others fit into the memory it needs.
+            for kind, numbers in self.padding.items():
+                buffer = to_device(numbers[:, :width], device)
+                self.recorded[kind, width] = RecordedGraph(
+                    buffer,
+                    *record(lambda kind=kind, buffer=buffer: compute(kind, buffer)),  # type: ignore[misc]
+                )
 
     def fits(self, num_rows: int) -> bool:
         """Whether there is a graph for so many rows."""
         return num_rows <= self.widths[-1]
 
-    def run(self, chain: Chain, x: Tensor, rows: KVRows) -> Tensor:
-        """x [N, dim], the given rows, through the blocks of `chain`."""
-        spare = len(chain.stores[0][0]) - 1
-        seen = [
-            (view.pages, end, begin)
-            for view in rows.views
-            for end, begin in zip(view.ends, view.begins or [0] * len(view.ends), strict=True)
-        ]
-        width = next(width for width in self.widths if width >= len(x))
-        # Longer tables are rounded up to a power of two, so that a growing text needs a new graph only log₂ n times.
-        num_pages = 1 << (-(-max(end for _, end, _ in seen) // self.page_size) - 1).bit_length()
-        nowhere = spare * self.page_size
-        numbers = [
-            [position, nowhere if address is None else address, end, begin, *(pages + [spare] * num_pages)[:num_pages]]
-            for position, address, (pages, end, begin) in zip(rows.positions, rows.addresses, seen, strict=True)
-        ]
-        padding = [0, nowhere, 1, 0, *[spare] * num_pages]
-        graph = self.recorded.get((chain.name, width, num_pages))
-        if graph is None:
-            graph = self.make(chain, x.new_zeros(width, x.shape[1]), to_device([padding] * width, x.device).T)
-            self.recorded[chain.name, width, num_pages] = graph
-        graph.numbers.copy_(to_device(numbers + [padding] * (width - len(x)), x.device).T)
-        graph.x[: len(x)] = x
+    def run(self, kind: Kind, numbers: Ints) -> Tensor:
+        """The result for the rows with these `numbers` [NUM_COLUMNS, N]. It lasts until the next batch of any kind."""
+        count = numbers.shape[1]
+        width = next(width for width in self.widths if width >= count)
+        graph = self.recorded[kind, width]
+        padded = np.concatenate((numbers, self.padding[kind][:, count:width]), 1)
+        graph.numbers.copy_(to_device(padded, graph.numbers.device))
         graph.replay()
-        # All graphs share one memory pool: the next replay, of another chain or width, may overwrite `out`.
-        return graph.out[: len(x)].clone()
-
-    def make(self, chain: Chain, x: Tensor, numbers: Tensor) -> RecordedGraph:
-        """Record the blocks on x [width, dim] with `numbers`, all of padding rows."""
-        numbers = numbers.contiguous()
-
-        def run() -> Tensor:
-            (positions, addresses, ends, begins), tables = numbers[:4].unbind(), numbers[4:].T
-            sights = {
-                slides: (
-                    rotary_angles(positions, self.config, x.dtype, slides),
-                    single_rows_layout(tables, ends, self.page_size, x.dtype, begins if slides else None),
-                )
-                for slides in {*chain.slides}
-            }
-            y = x
-            for block, (k, v), slides in zip(chain.blocks, chain.stores, chain.slides, strict=True):
-                y, _ = block(y, *sights[slides], PagedKeysValues(k, v, addresses, None))
-            return y
-
-        return RecordedGraph(x, numbers, *self.record(run))
+        return graph.out[:count]
 
 
 def cuda_recorder(device: torch.device) -> Record:

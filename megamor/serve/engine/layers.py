@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TypeVar
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.engine.pages import EVERY_TOKEN, TableSpec
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,16 +104,15 @@ class Layers:
         constant = all(len({(access.table, access.writes) for access in row}) == 1 for row in self.access)
         return len(paths) == 1 and constant and not self.differ
 
-    def runs(self, index: int, groups: Sequence[T], recursion_of: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
-        """Split `groups` into runs of neighbours that may go through their block at `index` in one call."""
+    def runs(self, index: int, recursions: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Split `recursions` into runs of neighbours that may go through their block at `index` in one call."""
 
-        def kind(group: T) -> tuple[int, int, int]:
+        def kind(recursion: int) -> tuple[int, int, int]:
             # Rows of one call share the block's weights, and the tensor that holds the layer's pages.
-            recursion = recursion_of(group)
             block = self.schedule[recursion][index]
             return block, self.access[recursion][index].layer, recursion if self.differ else 0
 
-        for (block, _, _), run in groupby(groups, key=kind):
+        for (block, _, _), run in groupby(recursions, key=kind):
             yield block, list(run)
 
 

@@ -89,24 +89,25 @@ class PageBook:
     def missing(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> dict[str, int]:
         """Pages of each pool that `tables` lack for `num_tokens` more tokens, if all took `max_depth` recursions."""
         needed = dict.fromkeys(self.pools, 0)
-        for spec, _, count in self._shortages(tables, num_tokens, max_depth):
-            needed[spec.pool] += count
+        for number, count in self._shortages(tables, num_tokens, max_depth):
+            needed[self.specs[number].pool] += count
         return needed
 
-    def reserve(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> None:
-        """Take the missing pages, which must be free."""
-        for spec, table, count in self._shortages(tables, num_tokens, max_depth):
-            table.pages += self.pools[spec.pool].take(count)
+    def reserve(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> list[tuple[int, int]]:
+        """Take the missing pages, which must be free; returns which tables grew and their numbers of pages before."""
+        grown = []
+        for number, count in self._shortages(tables, num_tokens, max_depth):
+            grown.append((number, len(tables[number].pages)))
+            tables[number].pages += self.pools[self.specs[number].pool].take(count)
+        return grown
 
-    def _shortages(
-        self, tables: Sequence[PageTable], num_tokens: int, max_depth: int
-    ) -> Iterator[tuple[TableSpec, PageTable, int]]:
-        for spec, table in zip(self.specs, tables, strict=True):
+    def _shortages(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> Iterator[tuple[int, int]]:
+        for number, (spec, table) in enumerate(zip(self.specs, tables, strict=True)):
             # Every token might take every recursion. The router decides only when the chunk is in flight, which is too
             # late to find that a page is missing.
             count = self.pages_for(table.length + num_tokens) - len(table.pages)
             if count > 0 and spec.holds(max_depth):
-                yield spec, table, count
+                yield number, count
 
     def trim(self, tables: Sequence[PageTable]) -> None:
         """Give back the reserved pages that turned out not to be needed."""

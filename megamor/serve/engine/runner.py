@@ -2,7 +2,8 @@
 
 Tokens in flight keep their state between batches in tensors with one row per slot: the residual stream, what the router
 knows about them, how their next recursion will be combined. A batch gathers the rows of its slots, so it can bring
-together tokens that began at different times and are at different recursions.
+together tokens that began at different times and are at different recursions. Everything else that a batch needs to
+know of its rows is one matrix of integers (`Flight.launch`), so that a graph can be replayed with another.
 
 Where recursions share a block, rows of all depths go through it in one call. Where they don't (a sequence of blocks,
 separate norms, LoRA) there is one call for each run of recursions that do.
@@ -10,27 +11,36 @@ separate norms, LoRA) there is one call for each run of recursions that do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
-from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.model.recursion import combine, weighted
-from megamor.routing import DepthBounds, MarkedSet, Mix, RoutingContext, RoutingPlan, RoutingSession, TokenSet
-from megamor.routing.plan import to_device
+from megamor.routing import MarkedSet, Mix, RoutingPlan, RoutingSession
 from megamor.routing.random import text_keys
-from megamor.serve.engine.attention import KVRows, KVView, Layout, PagedKeysValues, paged_layout
-from megamor.serve.engine.graphs import BatchGraphs, Chain, Store
-from megamor.serve.engine.layers import LayerAccess, Layers
+from megamor.serve.engine.cache import BlockCall, PagedCache, Rows
+from megamor.serve.engine.flight import (
+    ACTIVE,
+    RECURSION,
+    TEXT,
+    TOKEN,
+    Chunk,
+    Flight,
+    Ints,
+    Marks,
+    ScheduledBatch,
+    integers,
+)
+from megamor.serve.engine.graphs import NO_RECURSION, BatchGraphs, Kind, Record
+from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.pages import EVERY_TOKEN
-from megamor.serve.engine.prefix import PageCopy
-from megamor.serve.engine.scheduler import Chunk
 
 FOREIGN_SET = (
     "the plan for recursion {recursion} (counted from 0) has tokens that aren't among the candidates: when serving, a "
@@ -39,326 +49,313 @@ FOREIGN_SET = (
 MIX_WEIGHTS = tuple(field.name for field in fields(Mix))
 
 
-@dataclass(frozen=True)
-class DepthGroup:
-    """Rows `first` to `end` of a core batch, which are at the same `recursion`; `rows` of each of `chunks` are in it.
+class DepthGroup(NamedTuple):
+    """Rows of a core batch that are at the same `recursion`: the stream before it and the core's input, [N, dim].
 
-    Under the policy full the group includes rows that have stopped. `taking` [n] are the indices in the group of those
-    that really take the recursion; None means all.
+    Only those with `marks` take it (None: all). The others are computed for nothing and must not change.
     """
 
     recursion: int
-    first: int
-    end: int
-    chunks: list[Chunk]
-    rows: list[list[int]]
-    taking: Tensor | None
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What a block is told about its rows: angles and what they see, without a sliding window and with one; and which
-    `rows` (None: all) write to `addresses`."""
-
-    sights: list[tuple[RotaryAngles, Layout]]
-    addresses: Tensor
-    rows: Tensor | None
-
-    def apply(self, block: nn.Module, x: Tensor, store: Store, slides: bool, recursion: int) -> Tensor:
-        """x [N, dim] to [N, dim]."""
-        k, v = store
-        y: Tensor = block(x, *self.sights[slides], PagedKeysValues(k, v, self.addresses, self.rows), recursion)[0]
-        return y
-
-
-# The rows of each chunk that the router was asked about, and its answer [N] on the device; None keeps them all.
-Outcome = tuple[list[list[int]], Tensor | None]
-
-
-def kept_rows(outcomes: Sequence[Outcome]) -> list[list[int]]:
-    """The rows of each chunk that the router keeps, for all `outcomes` in order."""
-    # The only place where a core batch waits for the device: one transfer, however many depths share the batch.
-    asked = [kept for _, kept in outcomes if kept is not None]
-    marks = iter(torch.cat(asked).tolist() if asked else ())
-    return [[row for row in rows if kept is None or next(marks)] for chunks, kept in outcomes for rows in chunks]
+    rows: Rows
+    stream: Tensor
+    marks: Tensor | None
 
 
 class Runner:
-    """A model and its KV cache.
+    """A model, its KV cache and what is known of the tokens in flight.
 
-    Each pool has one page more than the scheduler knows, for the padding rows of `graphs` to write to. With `full`,
-    rows that have stopped are computed along with the others.
+    The state of tokens has one slot more than the scheduler knows, for the padding rows of `graphs`.
     """
 
-    def __init__(
-        self, model: Transformer, layers: Layers, page_size: int, num_pages: dict[str, int], num_slots: int, full: bool
-    ) -> None:
-        self.model, self.layers, self.page_size, self.full = model, layers, page_size, full
-        weight, config = model.embed.weight, model.config.model
-        self.device, self.dtype = weight.device, weight.dtype
-        self.sliding = {segment.name: segment.sliding for segment in model.segments}
-        self.window = config.sliding_window if any(self.sliding.values()) else None
-        shape = (page_size, config.num_kv_heads, config.head_dim)
-        self.pages = {
-            pool: [
-                tuple(torch.zeros(num_pages[pool] + 1, *shape, dtype=self.dtype, device=self.device) for _ in range(2))
-                for _ in range(count)
-            ]
-            for pool, count in layers.in_pool.items()
-        }
-        self.num_slots = num_slots
+    def __init__(self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int]) -> None:
+        self.model, self.layers, self.flight = model, layers, flight
+        self.device = model.embed.weight.device
+        self.cache = PagedCache(model, layers, flight, num_pages)
+        # [index][recursion]: the table that the block at `index` reads, and whether it writes to it.
+        by_index = list(zip(*layers.access, strict=True))
+        self.reads = [np.array([layers.table_of[access.table] for access in row]) for row in by_index]
+        self.writes = [np.array([access.writes for access in row]) for row in by_index]
+        self.chains = {name: list(self.chain(name)) for name in ("prelude", "core", "coda")}
+        stage = model.stage
+        # What only the core's input has isn't in the stream that its output is combined with.
+        self.changes_input = stage is not None and (
+            stage.injection is not None or stage.recursion_embedding is not None
+        )
         # Named tensors with one row per slot: what is known of the tokens in flight.
         self.state: dict[str, Tensor] = {}
-        self.all_rows = torch.arange(num_slots, device=self.device)
+        self.all_rows = torch.arange(max(flight.num_slots, 1), device=self.device)
         # By recursion. Only the weights that are numbers are used; those that differ between rows are in `state`.
         self.mixes: dict[int, Mix] = {}
         # The session of the last entry batch. It serves as the pattern for sessions of other rows.
         self.session: RoutingSession | None = None
         self.graphs: BatchGraphs | None = None
 
-    def put(self, name: str, slots: Tensor, values: Tensor) -> None:
-        """Set the rows of `slots` [N] in the state tensor `name`, which is zero where nothing was set yet."""
+    def chain(self, name: str) -> Iterator[tuple[nn.Module, Sequence[Tensor], bool]]:
+        """Block, pages and whether it has a sliding window, for all of "prelude", "coda" or, if uniform, "core"."""
+        stage = self.model.stage
+        if name != "core":
+            blocks, layers = getattr(self.model, name), self.cache.pages.get("edge", [])
+            for number, block in enumerate(blocks):
+                layer = number + (len(self.model.prelude) if name == "coda" else 0)
+                yield block, layers[layer], number in self.cache.sliding[name]
+        elif stage is not None and self.layers.uniform:
+            for block, access in zip(self.layers.schedule[0], self.layers.access[0], strict=True):
+                yield stage.blocks[block], self.cache.pages["core"][access.layer], block in stage.sliding
+
+    def put(self, name: str, slots: Tensor, values: Tensor, marks: Tensor | None = None) -> None:
+        """Set the rows of `slots` [N] in the state tensor `name`, only those with `marks` [N] if there are any.
+
+        The state is zero where nothing was set yet.
+        """
         if name not in self.state:
-            self.state[name] = values.new_zeros(self.num_slots, *values.shape[1:])
+            self.state[name] = values.new_zeros(self.flight.num_slots + 1, *values.shape[1:])
+        if marks is not None:
+            values = torch.where(marks.view(-1, *(1,) * (values.dim() - 1)), values, self.get(name, slots))
         self.state[name].index_copy_(0, slots, values)
 
     def get(self, name: str, slots: Tensor) -> Tensor:
         """The rows of `slots` [N] in the state tensor `name`."""
         return self.state[name].index_select(0, slots)
 
-    def copy(self, copies: Sequence[PageCopy]) -> None:
-        """Copy pages, in the given order."""
-        for copy in copies:
-            for layer in self.pages[copy.pool]:
-                for pages in layer:
-                    pages[copy.target] = pages[copy.source]
+    @torch.inference_mode()
+    def record_graphs(self, widest: int, record: Record) -> None:
+        """From now on replay batches of up to `widest` rows as graphs."""
+        nowhere: dict[Kind, int] = dict.fromkeys(("entry", "exit"), self.cache.nowhere.get("edge", 0))
+        if self.layers.uniform and self.layers.num_recursions:
+            nowhere["core"] = self.cache.nowhere["core"]
+        spare = self.flight.num_slots, len(self.flight.pages) - 1
+        self.graphs = BatchGraphs(self.recorded, nowhere, *spare, widest, self.device, record)
 
-    def enter(self, chunks: Sequence[Chunk]) -> list[list[int]]:
-        """Embedding, prelude and routing; returns the rows of each chunk that take the first recursion."""
-        slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
-        ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.start + c.length]]
-        x = self.run_edge("prelude", self.model.embedded(self.tensor(ids)), chunks, first_layer=0)
-        self.put("stream", slots, x)
+    # Batches.
+
+    def enter(self, batch: ScheduledBatch) -> Marks:
+        """Embedding, prelude and routing; returns which rows take the first recursion."""
+        self.cache.send_tables()
+        self.cache.copy(batch.copies)
+        numbers, stage = self.edge_numbers(batch.slots), self.model.stage
+        if stage is not None and stage.router.reads_text:
+            numbers[TEXT] = text_column(batch.chunks)
+        kept = self.run("entry", numbers)
+        if stage is None:
+            return np.zeros(len(batch.slots), np.bool_)
+        return marks_of([(len(batch.slots), kept)])
+
+    def core(self, batch: ScheduledBatch) -> Marks:
+        """One recursion for every row; returns which rows take the next."""
+        kept = np.zeros(len(batch.slots), np.bool_)
+        # Nobody has to ask who takes a recursion after the last.
+        ends = batch.bounds[self.layers.num_recursions - 1]
+        numbers = self.core_numbers(batch.slots, 0)
+        if self.layers.uniform and self.graphs is not None and self.graphs.fits(len(kept)):
+            # Stopped rows (policy full) belong to no recursion here.
+            numbers[RECURSION, numbers[ACTIVE] == 0] = NO_RECURSION
+            found = self.graphs.run("core", numbers)
+            if ends:
+                kept[:ends] = marks_of([(ends, found[:ends])])
+            return kept
+        rows = self.cache.rows(numbers)
+        groups = self.group_by_depth(batch, rows, numbers)
+        parts = torch.split(self.run_core(groups, batch, rows, numbers), [len(group.stream) for group in groups])
+        outcomes = [(len(y), self.finish_recursion(group, y)) for group, y in zip(groups, parts, strict=True)]
+        kept[:ends] = marks_of(outcomes if ends == len(kept) else outcomes[:-1])
+        return kept
+
+    def exit(self, batch: ScheduledBatch) -> Tensor:
+        """The coda: [rows of all chunks, dim]."""
+        x = self.run("exit", self.edge_numbers(batch.slots))
+        assert x is not None
+        return x
+
+    def edge_numbers(self, slots: Ints) -> Ints:
+        """What blocks outside the core are told of `slots`."""
+        table = self.layers.table_of.get(EVERY_TOKEN, 0)
+        return self.flight.launch(slots, table, True, self.cache.nowhere.get("edge", 0), self.cache.window)
+
+    def core_numbers(self, slots: Ints, index: int) -> Ints:
+        """What the block at `index` of every recursion is told of `slots`."""
+        flight, recursions = self.flight, self.flight.rows[RECURSION, slots]
+        writes = self.writes[index][recursions] & (flight.rows[ACTIVE, slots] > 0)
+        return flight.launch(
+            slots, self.reads[index][recursions], writes, self.cache.nowhere["core"], self.cache.window
+        )
+
+    def run(self, kind: Kind, numbers: Ints) -> Tensor | None:
+        """An entry or exit batch, by a graph if there is one: as `enter_rows` or `exit_rows`."""
+        if self.graphs is not None and self.graphs.fits(numbers.shape[1]):
+            return self.graphs.run(kind, numbers)
+        rows = self.cache.rows(numbers)
+        call = self.cache.block_call(rows, numbers, self.cache.nowhere.get("edge", 0))
+        return self.enter_rows(rows, call) if kind == "entry" else self.exit_rows(rows, call)
+
+    def recorded(self, kind: Kind, numbers: Tensor) -> Tensor:
+        """What a graph computes for the rows with these `numbers` [NUM_COLUMNS, width] on the device."""
+        rows = Rows(numbers.unbind(), bounded=True)
+        call = self.cache.block_call(rows)
+        if kind == "exit":
+            return self.exit_rows(rows, call)
+        if kind == "entry":
+            kept = self.enter_rows(rows, call)
+            return rows.slots >= 0 if kept is None else kept
+        # The rows of a recursion aren't known when the graph is recorded. So every recursion is finished for all rows,
+        # and changes its own.
+        stream = self.get("stream", rows.slots)
+        groups = [
+            DepthGroup(recursion, rows, stream, rows.numbers[RECURSION] == recursion)
+            for recursion in range(self.layers.num_recursions)
+        ]
+        x = stream
+        for group in groups if self.changes_input else ():
+            assert group.marks is not None
+            x = torch.where(group.marks.unsqueeze(1), self.core_input(group), x)
+        y = self.run_blocks("core", x, call)
+        kept = torch.zeros_like(rows.slots, dtype=torch.bool)
+        for group in groups:
+            continues = self.finish_recursion(group, y)
+            if continues is not None:
+                kept = kept | continues
+        return kept
+
+    def enter_rows(self, rows: Rows, call: BlockCall) -> Tensor | None:
+        """Which rows [N] take the first recursion; None for all, and for a model without a core."""
+        x = self.run_blocks("prelude", self.model.embedded(rows.numbers[TOKEN]), call)
+        self.put("stream", rows.slots, x)
         stage = self.model.stage
         if stage is None:
-            return [[] for _ in chunks]
-        self.put("input", slots, x)
+            return None
+        self.put("input", rows.slots, x)
         # Emitted outputs add up over the recursions, and the slot still has the sum of the token before.
         if "emitted" in self.state:
-            self.put("emitted", slots, torch.zeros_like(x))
-        rows = [list(range(chunk.length)) for chunk in chunks]
-        positions = self.tensor([chunk.start + row for chunk in chunks for row in range(chunk.length)])
-        context = self.context(chunks, rows, positions)
-        if stage.router.reads_text:
-            context = replace(context, text=self.text_keys(chunks))
-        session = self.session = stage.begin(x, context)
-        kept = self.route(session, 0, x, slots)
-        return kept_rows([(rows, kept)])
+            self.put("emitted", rows.slots, torch.zeros_like(x))
+        session = self.session = stage.begin(x, rows.context)
+        return self.route(session, 0, x, rows, None)
 
-    def core(self, chunks: Sequence[Chunk]) -> list[list[int]]:
-        """One recursion for every chunk, in order of their recursions; returns the rows of each that take the next."""
-        stage = self.model.stage
-        assert stage is not None
-        groups = self.group_by_depth(chunks)
-        rows = [(c, row) for group in groups for c, rows in zip(group.chunks, group.rows, strict=True) for row in rows]
-        slots, positions = self.tensor(
-            [[chunk.slots[row] for chunk, row in rows], [chunk.start + row for chunk, row in rows]]
-        )
-        x = self.get("stream", slots)
-        # What only the core's input has isn't in the stream that its output is combined with.
-        entered = x
-        if stage.injection is not None or stage.recursion_embedding is not None:
-            first = self.get("input", slots)
-            parts = [(group.recursion, slice(group.first, group.end)) for group in groups]
-            x = torch.cat([stage.core_input(recursion, x[rows], first[rows]) for recursion, rows in parts])
-        x = self.run_core(groups, x)
-        outcomes = []
-        for group in groups:
-            tensors = [tensor[group.first : group.end] for tensor in (entered, x, slots, positions)]
-            # Stopped rows were computed for nothing (policy full) and must not change their stream.
-            if group.taking is not None:
-                tensors = [tensor.index_select(0, group.taking) for tensor in tensors]
-            outcomes.append(self.finish_recursion(group, *tensors))
-        return kept_rows(outcomes)
+    def exit_rows(self, rows: Rows, call: BlockCall) -> Tensor:
+        """The coda's result [N, dim]."""
+        x = self.get("emitted" if "emitted" in self.state else "stream", rows.slots)
+        return self.run_blocks("coda", x, call)
 
-    def exit(self, chunks: Sequence[Chunk]) -> Tensor:
-        """The coda: [rows of all chunks, dim]."""
-        slots = self.tensor([slot for chunk in chunks for slot in chunk.slots])
-        name = "emitted" if "emitted" in self.state else "stream"
-        return self.run_edge("coda", self.get(name, slots), chunks, len(self.model.prelude))
+    # Blocks.
 
-    def run_edge(self, name: str, x: Tensor, chunks: Sequence[Chunk], first_layer: int) -> Tensor:
-        """x [N, dim], all rows of `chunks`, through the blocks of "prelude" or "coda"."""
-        blocks = getattr(self.model, name)
-        if not len(blocks):
-            return x
-        rows, table = KVRows([], [], []), self.layers.table_of[EVERY_TOKEN]
-        for chunk in chunks:
-            # In the edge's table a token's index is its position.
-            pages, entries = chunk.sequence.tables[table].pages, range(chunk.start, chunk.start + chunk.length)
-            rows.positions.extend(entries)
-            rows.addresses.extend(self.address(pages, entry) for entry in entries)
-            begins = [max(0, entry + 1 - self.window) for entry in entries] if self.window else []
-            rows.views.append(KVView(pages, [entry + 1 for entry in entries], begins))
-        slides = [block in self.sliding[name] for block in range(len(blocks))]
-        stores = self.pages["edge"][first_layer : first_layer + len(blocks)]
-        return self.run_chain(Chain(name, blocks, stores, slides), x, rows)
+    def run_blocks(self, name: Kind | str, x: Tensor, call: BlockCall) -> Tensor:
+        """x [N, dim] through the blocks of "prelude", "coda" or, if it is uniform, "core"."""
+        for block, store, slides in self.chains[name]:
+            x = call.apply(block, x, store, slides)
+        return x
 
-    def run_core(self, groups: Sequence[DepthGroup], x: Tensor) -> Tensor:
-        """x [N, dim], the rows of `groups`, through the blocks of the core."""
-        stage, schedule, access = self.model.stage, self.layers.schedule, self.layers.access
-        assert stage is not None
+    def run_core(self, groups: Sequence[DepthGroup], batch: ScheduledBatch, rows: Rows, numbers: Ints) -> Tensor:
+        """The `rows` of `groups`, those of `batch`, through the blocks of the core, [N, dim]."""
+        parts, nowhere = [self.core_input(group) for group in groups], self.cache.nowhere["core"]
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.layers.uniform:
-            stores = [self.pages["core"][application.layer] for application in access[0]]
-            rows = self.core_rows(groups, [access[group.recursion][0] for group in groups])
-            blocks, sliding = [stage.blocks[b] for b in schedule[0]], [b in stage.sliding for b in schedule[0]]
-            return self.run_chain(Chain("core", blocks, stores, sliding), x, rows)
+            return self.run_blocks("core", x, self.cache.block_call(rows, numbers, nowhere))
+        stage, access = self.model.stage, self.layers.access
+        assert stage is not None
         # Most blocks of a batch read and write the same tables. Building a call can cost more than the block computes.
         calls: dict[tuple[Any, ...], BlockCall] = {}
-        for index in range(len(schedule[0])):
+        for index in range(len(self.layers.schedule[0])):
             outs = []
-            for block, run in self.layers.runs(index, groups, lambda group: group.recursion):
-                first, end = run[0].first, run[-1].end
-                accesses = [access[group.recursion][index] for group in run]
+            for block, depths in self.layers.runs(index, batch.depths):
+                first, end = batch.bounds[depths[0]], batch.bounds[depths[-1] + 1]
+                accesses = [access[recursion][index] for recursion in depths]
                 key = (first, end, *((access.table, access.writes) for access in accesses))
                 if key not in calls:
-                    calls[key] = self.block_call(self.core_rows(run, accesses))
-                store = self.pages["core"][accesses[0].layer]
-                slides = block in stage.sliding
-                outs.append(calls[key].apply(stage.blocks[block], x[first:end], store, slides, run[0].recursion))
+                    numbers = self.core_numbers(batch.slots[first:end], index)
+                    calls[key] = self.cache.block_call(self.cache.rows(numbers), numbers, nowhere)
+                store, slides = self.cache.pages["core"][accesses[0].layer], block in stage.sliding
+                outs.append(calls[key].apply(stage.blocks[block], x[first:end], store, slides, depths[0]))
             x = outs[0] if len(outs) == 1 else torch.cat(outs)
         return x
 
-    def run_chain(self, chain: Chain, x: Tensor, rows: KVRows) -> Tensor:
-        """x [N, dim] through blocks that all write the keys of the same `rows`, by a graph if there is one for them."""
-        if self.graphs is not None and self.graphs.fits(len(x)):
-            return self.graphs.run(chain, x, rows)
-        call = self.block_call(rows)
-        for block, store, slides in zip(chain.blocks, chain.stores, chain.slides, strict=True):
-            x = call.apply(block, x, store, slides, recursion=0)
-        return x
+    # Routing.
 
-    def block_call(self, rows: KVRows) -> BlockCall:
-        """How blocks are called on `rows`."""
-        writers = [row for row, address in enumerate(rows.addresses) if address is not None]
-        positions, config = self.tensor(rows.positions), self.model.config.model
-        return BlockCall(
-            [
-                (
-                    rotary_angles(positions, config, self.dtype, slides),
-                    paged_layout(rows.views, self.page_size, self.dtype, self.device, slides),
-                )
-                for slides in ((False, True) if self.window else (False,))
-            ],
-            self.tensor([rows.addresses[row] for row in writers]),
-            None if len(writers) == len(rows.addresses) else self.tensor(writers),
-        )
+    def group_by_depth(self, batch: ScheduledBatch, rows: Rows, numbers: Ints) -> list[DepthGroup]:
+        """The `rows` of a core batch, recursion by recursion."""
+        active = numbers[ACTIVE] > 0
+        stream, marks = self.get("stream", rows.slots), None if active.all() else self.cache.tensor(active).bool()
+        if len(batch.depths) == 1:
+            return [DepthGroup(batch.depths[0], rows, stream, marks)]
+        sizes = [end - first for first, end in pairwise(batch.bounds) if end > first]
+        columns = zip(*(torch.split(column, sizes) for column in rows.numbers), strict=True)
+        parts = zip(batch.depths, columns, torch.split(stream, sizes), strict=True)
+        # Only under the policy full are there rows that don't take their recursion, and there all have the same.
+        return [DepthGroup(recursion, Rows(own, rows.bounded), x, None) for recursion, own, x in parts]
 
-    def group_by_depth(self, chunks: Sequence[Chunk]) -> list[DepthGroup]:
-        """The rows of a core batch, recursion by recursion."""
-        groups, first = [], 0
-        for recursion, run in groupby(chunks, key=lambda chunk: chunk.recursion):
-            members = list(run)
-            rows = [list(range(c.length)) if self.full else c.active for c in members]
-            end = first + sum(map(len, rows))
-            taking = None
-            if self.full:
-                marks = [row in active for c in members for active in [set(c.active)] for row in range(c.length)]
-                taking = self.tensor([index for index, mark in enumerate(marks) if mark])
-            groups.append(DepthGroup(recursion, first, end, members, rows, taking))
-            first = end
-        return groups
+    def core_input(self, group: DepthGroup) -> Tensor:
+        """What the core's blocks see of a group's stream."""
+        if not self.changes_input:
+            return group.stream
+        assert self.model.stage is not None
+        return self.model.stage.core_input(group.recursion, group.stream, self.get("input", group.rows.slots))
 
-    def core_rows(self, groups: Sequence[DepthGroup], accesses: Sequence[LayerAccess]) -> KVRows:
-        """The rows of `groups` for blocks with these `accesses`, one for each group."""
-        result = KVRows([], [], [])
-        for group, access in zip(groups, accesses, strict=True):
-            for chunk, rows in zip(group.chunks, group.rows, strict=True):
-                entries, stored = chunk.entries[access.table], chunk.sequence.tables[self.layers.table_of[access.table]]
-                result.positions.extend(chunk.start + row for row in rows)
-                # A stopped row has no entry, and nothing is written for it. What it reads doesn't matter, but attention
-                # needs at least one entry.
-                ends = [entries.get(row, stored.length) + 1 for row in rows]
-                for row, end in zip(rows, ends, strict=True):
-                    writes = access.writes and row in entries
-                    result.addresses.append(self.address(stored.pages, end - 1) if writes else None)
-                begins = [
-                    end - (chunk.seen(row, access.table, self.window) if row in entries else 1)
-                    for row, end in zip(rows, ends, strict=True)
-                    if self.window
-                ]
-                if rows:
-                    result.views.append(KVView(stored.pages, ends, begins))
-        return result
+    def finish_recursion(self, group: DepthGroup, y: Tensor) -> Tensor | None:
+        """Combine the core's output y [N, dim] with the stream before it, and ask the router who continues, [N].
 
-    def finish_recursion(
-        self, group: DepthGroup, before: Tensor, y: Tensor, slots: Tensor, positions: Tensor
-    ) -> Outcome:
-        """Combine the core's output y [N, dim] with the stream `before` it, and ask the router who continues."""
-        rows = [chunk.active for chunk in group.chunks]
-        if len(y) == 0:
-            return rows, None  # policy full: all rows of the group have stopped
+        None if it doesn't ask: all continue, or none after the last recursion.
+        """
         assert self.session is not None
+        recursion, rows, before, marks = group
+        slots = rows.slots
         # The session of the last entry batch, given the state of these rows: they may have entered in other batches.
         state = {name: self.get(f"router.{name}", slots) for name in self.session.state()}
-        session = self.session.regrouped(self.context(group.chunks, rows, positions), state)
-        mix = self.mixes[group.recursion]
+        session = self.session.regrouped(rows.context, state)
+        mix = self.mixes[recursion]
         tensors = [name for name in MIX_WEIGHTS if isinstance(getattr(mix, name), Tensor)]
         stored: dict[str, Any] = {name: self.get(f"mix.{name}", slots) for name in tensors}
-        plan = RoutingPlan(TokenSet.all(len(slots), 1), None, replace(mix, **stored))
-        mix = session.mix(group.recursion, plan, y)
+        candidates = self.candidates(len(y), marks)
+        plan = RoutingPlan(candidates, None, replace(mix, **stored))
+        mix = session.mix(recursion, plan, y)
         if mix.emit is not None:
             emitted = weighted(mix.emit, y).to(y.dtype)
             if "emitted" in self.state:
                 emitted = emitted + self.get("emitted", slots)
-            self.put("emitted", slots, emitted)
+            self.put("emitted", slots, emitted, marks)
         stage_input = before if mix.from_input is None else self.get("input", slots)
         x = combine(mix, before, y, stage_input, plan)
-        self.put("stream", slots, x)
-        if group.recursion + 1 == self.layers.num_recursions:
-            return [[] for _ in rows], None
-        return rows, self.route(session, group.recursion + 1, x, slots)
+        self.put("stream", slots, x, marks)
+        if recursion + 1 == self.layers.num_recursions:
+            return None
+        return self.route(session, recursion + 1, x, rows, marks)
 
-    def route(self, session: RoutingSession, recursion: int, x: Tensor, slots: Tensor) -> Tensor | None:
-        """Which rows take `recursion`, [N], given the stream x [N, dim] of the rows in `slots`; None for all.
+    def route(
+        self, session: RoutingSession, recursion: int, x: Tensor, rows: Rows, marks: Tensor | None
+    ) -> Tensor | None:
+        """Which of the marked rows take `recursion`, [N], given the stream x [N, dim] of all `rows`; None for all.
 
         Raises:
             ConfigError: the router selects other tokens than those it was given.
         """
-        plan = session.route(recursion, x, MarkedSet.of(self.all_rows[: len(slots)]))
+        plan = session.route(recursion, x, self.candidates(len(x), marks))
         # The rows that take this recursion together may have been routed in different batches. So weights that differ
         # between rows are stored by slot. Which weights those are depends on the router alone.
         self.mixes[recursion] = plan.mix
         for name in MIX_WEIGHTS:
             weight = getattr(plan.mix, name)
             if isinstance(weight, Tensor):
-                self.put(f"mix.{name}", slots, weight)
+                self.put(f"mix.{name}", rows.slots, weight, marks)
         if not isinstance(plan.tokens, MarkedSet) or plan.tokens.index is not None:
             raise ConfigError(FOREIGN_SET.format(recursion=recursion))
         for name, value in session.state().items():
-            self.put(f"router.{name}", slots, value)
+            self.put(f"router.{name}", rows.slots, value, marks)
         return plan.tokens.kept
 
-    def context(self, chunks: Sequence[Chunk], rows: Sequence[Sequence[int]], positions: Tensor) -> RoutingContext:
-        """The routing context of `rows` of each chunk, at `positions` [N]."""
-        bounds = None
-        # Bounds only where a row has any: most batches have none, and routers skip the comparison then.
-        if any(c.start < len(c.sequence.depths) or c.sequence.max_depth < self.layers.num_recursions for c in chunks):
-            pairs = [c.sequence.bounds(c.start + row) for c, some in zip(chunks, rows, strict=True) for row in some]
-            bounds = DepthBounds(*self.tensor([*zip(*pairs, strict=True)]))
-        return RoutingContext(len(positions), 1, "causal", 0, positions, bounds)
+    def candidates(self, count: int, marks: Tensor | None) -> MarkedSet:
+        """The marked ones (None: all) of `count` rows, for the router to select among."""
+        return replace(MarkedSet.of(self.all_rows[:count]), kept=marks)
 
-    def text_keys(self, chunks: Sequence[Chunk]) -> Tensor:
-        """`RoutingContext.text` of all rows of `chunks`."""
-        texts = [chunk.sequence.tokens[: chunk.start + chunk.length] for chunk in chunks]
-        ids, order = self.tensor([[i for text in texts for i in text], [n for text in texts for n in range(len(text))]])
-        keys = torch.split(text_keys(ids, order), [len(text) for text in texts])
-        return torch.cat([found[-chunk.length :] for found, chunk in zip(keys, chunks, strict=True)])
 
-    def address(self, pages: Sequence[int], entry: int) -> int:
-        """Where an entry of a table is stored, counted through all pages of the pool."""
-        return pages[entry // self.page_size] * self.page_size + entry % self.page_size
+def marks_of(outcomes: Sequence[tuple[int, Tensor | None]]) -> Marks:
+    """The marks [n] of all `outcomes`, each with their number; None marks all."""
+    # The only place where a batch waits for the device: one transfer, however many depths share the batch.
+    asked = [kept for _, kept in outcomes if kept is not None]
+    marks = iter(torch.cat(asked).tolist() if asked else ())
+    return np.array([True if kept is None else next(marks) for count, kept in outcomes for _ in range(count)], np.bool_)
 
-    def tensor(self, numbers: Sequence[Any]) -> Tensor:
-        """Integers on the device."""
-        return to_device(numbers, self.device)
+
+def text_column(chunks: Sequence[Chunk]) -> Ints:
+    """`RoutingContext.text` of all rows of `chunks`."""
+    texts = [chunk.sequence.tokens[: chunk.start + chunk.length] for chunk in chunks]
+    order = np.concatenate([np.arange(len(text)) for text in texts])
+    keys = text_keys(torch.from_numpy(integers(texts)), torch.from_numpy(order))
+    found = torch.split(keys, [len(text) for text in texts])
+    column: Ints = torch.cat([own[-chunk.length :] for own, chunk in zip(found, chunks, strict=True)]).numpy()
+    return column

@@ -32,10 +32,27 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+
+import numpy as np
 
 from megamor.errors import ConfigError
+from megamor.serve.engine.flight import (
+    ACTIVE,
+    DEPTH,
+    LEAST,
+    MOST,
+    POSITION,
+    RECURSION,
+    SEAT,
+    Chunk,
+    Flight,
+    Ints,
+    Marks,
+    ScheduledBatch,
+    SequenceState,
+    integers,
+    slots_of,
+)
 from megamor.serve.engine.pages import PageBook, PageTable, TableSpec
 from megamor.serve.engine.prefix import PageCopy, PrefixBlock, PrefixCache
 from megamor.serve.options import EngineOptions
@@ -46,92 +63,11 @@ BOUND_BROKEN = (
 )
 
 
-@dataclass(eq=False)
-class Chunk:
-    """Tokens `start` to `start` + `length` of a sequence, in flight. Its rows count from 0.
-
-    The `active` rows take `recursion` next. `depths` counts the recursions each row has taken. `entries` [recursion]
-    [row] is the index of a row's entry in the table of a recursion it takes. `slots` are the rows' indices in the
-    runner's tables of per-token state.
-    """
-
-    sequence: SequenceState
-    start: int
-    length: int
-    slots: list[int]
-    recursion: int = 0
-    active: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    entries: dict[int, dict[int, int]] = field(default_factory=dict)
-
-    def seen(self, row: int, table: int, window: int) -> int:
-        """How many tokens at the last `window` positions up to that of `row` have an entry in the table of a recursion.
-
-        A position that a sliding window hides may have none, so they can't be counted in entries.
-        """
-        first = self.start + row + 1 - window
-        before = sum(depth > table for depth in self.sequence.depths[max(0, first) : self.start])
-        return before + sum(first <= self.start + other <= self.start + row for other in self.entries[table])
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """A prompt and one continuation: the one with `index` of `request`. `number` is its order of arrival.
-
-    `num_read` of its tokens are in the tables. `depths` are those of all tokens that were ever read, which are more
-    after a preemption. `leader` is an earlier sequence with the same prompt, which this one waits for in order to find
-    the prompt in the prefix cache. `reuse` False means that every prompt token must be read here, because the client
-    wants to see what each predicts.
-    """
-
-    number: int
-    tokens: list[int]
-    prompt_length: int
-    max_depth: int
-    leader: SequenceState | None = None
-    reuse: bool = True
-    request: int = 0
-    index: int = 0
-    num_read: int = 0
-    depths: list[int] = field(default_factory=list)
-    tables: list[PageTable] = field(default_factory=list)
-    chunk: Chunk | None = None
-    block: PrefixBlock | None = None
-    cached_tokens: int | None = None
-    state: Literal["waiting", "resident", "doomed", "gone"] = "waiting"
-
-    @property
-    def unread(self) -> int:
-        """Tokens that are not in the tables yet."""
-        return len(self.tokens) - self.num_read
-
-    @property
-    def num_new(self) -> int:
-        """Tokens of the continuation so far."""
-        return len(self.tokens) - self.prompt_length
-
-    def bounds(self, position: int) -> tuple[int, int]:
-        """Least and most recursions that the token at `position` may take.
-
-        A token that was read before must take the same depth again. Its keys were used by later tokens, and a router
-        that recomputes its scores in another batch could decide a near tie differently.
-        """
-        if position < len(self.depths):
-            return self.depths[position], self.depths[position]
-        return 0, self.max_depth
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """What the engine runs next: `chunks` in the order of their rows, after `copies` of pages."""
-
-    kind: Literal["entry", "core", "exit"]
-    chunks: list[Chunk]
-    copies: list[PageCopy] = field(default_factory=list)
-
-
 class Scheduler:
-    """See the module docstring. Each sequence has a table for every one of `tables`; `num_pages` is by pool."""
+    """See the module docstring. Each sequence has a table for every one of `tables`; `num_pages` is by pool.
+
+    No text is longer than `context`.
+    """
 
     def __init__(
         self,
@@ -139,16 +75,25 @@ class Scheduler:
         num_recursions: int,
         tables: tuple[TableSpec, ...],
         num_pages: Mapping[str, int],
+        context: int,
     ) -> None:
         self.options, self.num_recursions = options, num_recursions
         self.book = PageBook(options.page_size, tables, num_pages)
         self.prefixes = PrefixCache(self.book)
-        self.table_of = {spec.recursion: index for index, spec in enumerate(tables)}
+        size, seats = options.page_size, options.max_resident
+        self.flight = Flight(options.num_slots, seats, tables, num_recursions, context, size)
         self.waiting: list[SequenceState] = []
         self.residents: list[SequenceState] = []
-        self.in_core: list[Chunk] = []
+        # Slots of the tokens that take the next core batch: by recursion, so that rows that share a block without
+        # sharing all weights are neighbours; the rows of a chunk together.
+        self.core: Ints = np.empty(0, np.int64)
+        self.chunk_of: dict[int, Chunk] = {}
+        # Of the chunks in the core, those of several tokens.
+        self.long: list[Chunk] = []
         self.leaving: list[Chunk] = []
+        self.doomed: list[SequenceState] = []
         self.free_slots = list(range(options.num_slots - 1, -1, -1))
+        self.free_seats = list(range(seats - 1, -1, -1))
         self.running: ScheduledBatch | None = None
         # With hold 0 in the options, the engine changes it as it learns what batches cost.
         self.hold = options.hold or 1
@@ -159,6 +104,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any sequence is not finished."""
         return bool(self.waiting or self.residents)
+
+    @property
+    def in_core(self) -> list[Chunk]:
+        """The chunks in the core."""
+        return list(dict.fromkeys(self.chunk_of[slot] for slot in self.core.tolist()))
 
     def fits(self, num_tokens: int, max_depth: int) -> bool:
         """Whether a sequence that reads `num_tokens` could be served if it were the only one."""
@@ -175,41 +125,42 @@ class Scheduler:
         batch = None
         if self.at_boundary():
             # Exits first: they free slots and pages, and their sampled tokens can enter in the next step.
-            batch = ScheduledBatch("exit", list(self.leaving)) if self.leaving else self.enter()
-        if batch is None and self.in_core:
-            # By recursion, so that rows that share a block without sharing all weights are neighbours.
-            batch = ScheduledBatch("core", sorted(self.in_core, key=lambda chunk: chunk.recursion))
+            batch = ScheduledBatch("exit", slots_of(self.leaving), list(self.leaving)) if self.leaving else self.enter()
+        if batch is None and len(self.core):
+            recursions = self.flight.rows[RECURSION, self.core]
+            bounds = recursions.searchsorted(np.arange(self.num_recursions + 1)).tolist()
+            batch = ScheduledBatch("core", self.core, bounds=bounds)
         self.running = batch
         return batch
 
     def at_boundary(self) -> bool:
         """Whether tokens may leave and enter now."""
         # An empty core always is one: nothing else could run.
-        return not self.in_core or (self.options.policy == "depthwise" and self.since_boundary >= self.hold)
+        return not len(self.core) or (self.options.policy == "depthwise" and self.since_boundary >= self.hold)
 
-    def complete(self, batch: ScheduledBatch, continuing: Sequence[Sequence[int]] = ()) -> None:
+    def complete(self, batch: ScheduledBatch, kept: Marks | None = None) -> None:
         """Record that a batch has run.
 
-        After entry and core batches `continuing` names the rows of each chunk that take the next recursion.
+        After entry and core batches `kept` marks the rows that take the next recursion.
         """
         assert batch is self.running, "only the running batch can be completed"
         self.running = None
-        if batch.kind == "exit":
-            for chunk in batch.chunks:
-                self.leave(chunk)
+        if kept is None:
+            self.leave(batch.chunks)
         else:
             self.since_boundary = self.since_boundary + 1 if batch.kind == "core" else 0
-            for chunk, rows in zip(batch.chunks, continuing, strict=True):
-                self.advance(chunk, rows, took_recursion=batch.kind == "core")
-        for chunk in batch.chunks:
-            if chunk.sequence.state == "doomed":
-                self.remove(chunk.sequence)
+            self.advance(batch, kept)
+        doomed, self.doomed = self.doomed, []
+        for sequence in doomed:
+            self.remove(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
         """Forget a finished or aborted sequence and free what it holds."""
-        if self.running is not None and sequence.chunk in self.running.chunks:
+        if self.running is not None and sequence.chunk is not None and sequence.chunk.stage == self.running.kind:
             # The batch writes to these pages. If they were free now, another sequence could be given them while it
             # runs. `complete` removes the sequence.
+            if sequence.state != "doomed":
+                self.doomed.append(sequence)
             sequence.state = "doomed"
             return
         if sequence.state == "waiting":
@@ -241,7 +192,7 @@ class Scheduler:
             entered.append(self.begin(sequence, self.chunk_length(sequence)))
         # A sequence that was given a chunk above may have been preempted for an older one afterwards.
         chunks = [chunk for chunk in entered if chunk.sequence.chunk is chunk]
-        return ScheduledBatch("entry", chunks, copies) if chunks else None
+        return ScheduledBatch("entry", self.place(chunks), chunks, copies) if chunks else None
 
     def is_reading_prompt(self, leader: SequenceState) -> bool:
         """Whether the prompt of `leader` is not in the prefix cache yet, but soon will be."""
@@ -277,13 +228,14 @@ class Scheduler:
         copies = [PageCopy(pool, source, table.pages[table.length // size]) for pool, source, table in partial]
         self.waiting.pop(0)
         self.residents.append(sequence)
-        sequence.state = "resident"
+        sequence.state, sequence.seat = "resident", self.free_seats.pop()
         sequence.num_read, sequence.block = read, chain[-1] if chain else None
         if sequence.cached_tokens is None:
             sequence.cached_tokens = read
         # After a preemption the depths are longer than the chain, and equal where both know a token.
         known = [depth for block in chain for depth in block.depths]
         sequence.depths += known[len(sequence.depths) :]
+        self.flight.seat(sequence.seat, sequence.tables, known)
         return copies
 
     def make_room(self, needed: Mapping[str, int]) -> bool:
@@ -305,7 +257,8 @@ class Scheduler:
             if youngest is sequence:
                 return 0
             self.preempt(youngest)
-        self.book.reserve(sequence.tables, count, sequence.max_depth)
+        for number, first in self.book.reserve(sequence.tables, count, sequence.max_depth):
+            self.flight.set_pages(number, sequence.seat, sequence.tables[number].pages, first)
         return count
 
     def chunk_length(self, sequence: SequenceState) -> int:
@@ -315,52 +268,84 @@ class Scheduler:
     def begin(self, sequence: SequenceState, count: int) -> Chunk:
         """A chunk of the next `count` tokens, for which there are pages."""
         slots = [self.free_slots.pop() for _ in range(count)]
-        sequence.chunk = Chunk(sequence, sequence.num_read, count, slots, depths=[0] * count)
+        sequence.chunk = Chunk(sequence, sequence.num_read, count, slots)
         return sequence.chunk
 
-    def advance(self, chunk: Chunk, continuing: Sequence[int], took_recursion: bool) -> None:
-        """Move a chunk to its next recursion, which the rows `continuing` take; without any it leaves the core."""
-        if took_recursion:
-            for row in chunk.active:
-                chunk.depths[row] += 1
-            chunk.recursion += 1
+    def place(self, chunks: Sequence[Chunk]) -> Ints:
+        """Note the tokens of `chunks` in `flight`, and return their slots."""
+        slots, lengths = slots_of(chunks), [chunk.length for chunk in chunks]
+        tokens = integers(c.sequence.tokens[c.start : c.start + c.length] for c in chunks)
+        numbers = np.array([(c.sequence.seat, c.start, c.sequence.max_depth) for c in chunks]).repeat(lengths, 0).T
+        offsets = np.concatenate([np.arange(length) for length in lengths]) if len(slots) > len(chunks) else 0
+        self.flight.enter(slots, numbers[0], numbers[1], numbers[1] + offsets, tokens, numbers[2])
+        for chunk in chunks:
+            for slot in chunk.slots:
+                self.chunk_of[slot] = chunk
+            if known := chunk.sequence.depths[chunk.start : chunk.start + chunk.length]:
+                # These tokens were read before. Their keys and their continuation were computed at these depths, and
+                # another batch could decide a near tie differently.
+                self.flight.rows[LEAST : MOST + 1, chunk.slots[: len(known)]] = known
+        return slots
+
+    def advance(self, batch: ScheduledBatch, kept: Marks) -> None:
+        """Move the rows of a batch to their next recursion, which those that are `kept` take."""
+        rows, before, slots = self.flight.rows, self.flight.before, batch.slots
+        if batch.kind == "core":
+            rows[DEPTH, slots] += rows[ACTIVE, slots]
+            rows[RECURSION, slots] += 1
+            long, self.long = self.long, []
         else:
-            self.in_core.append(chunk)
-        chunk.active = list(continuing)
-        recursion = chunk.recursion
-        for row in chunk.active:
-            # A router that ignores the bound would write keys for which no page was reserved.
-            if recursion >= (most := chunk.sequence.bounds(chunk.start + row)[1]):
-                raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=recursion + 1, bound=most))
-        if recursion in self.table_of:
+            long = [chunk for chunk in batch.chunks if chunk.length > 1]
+            for chunk in batch.chunks:
+                chunk.stage = "core"
+        rows[ACTIVE, slots] = kept
+        taking = slots[kept]
+        recursions, seats, positions = rows[RECURSION, taking], rows[SEAT, taking], rows[POSITION, taking]
+        # A router that ignores the bound would write keys for which no page was reserved.
+        if (over := recursions >= rows[MOST, taking]).any():
+            position, depth, most = (int(row[over][0]) for row in (positions, recursions + 1, rows[MOST, taking]))
+            raise ConfigError(BOUND_BROKEN.format(position=position, depth=depth, bound=most))
+        tables = self.flight.table_of[recursions]
+        before[tables, seats, positions + 1] = before[tables, seats, positions] + 1
+        for chunk in long:
             # Entries are numbered without gaps: the n-th of the rows that take this recursion comes after the n - 1
             # before it, wherever they are in the text. RoPE still uses their original positions.
-            first = chunk.sequence.tables[self.table_of[recursion]].length
-            chunk.entries[recursion] = {row: first + rank for rank, row in enumerate(chunk.active)}
+            recursion = rows[RECURSION, chunk.slots].max()
+            counts = before[self.flight.table_of[recursion], chunk.sequence.seat]
+            counts[chunk.start + 1 :][: chunk.length] = counts[chunk.start] + rows[ACTIVE, chunk.slots].cumsum()
         # Under the policy full a chunk goes through all recursions, even if none of its rows takes them.
-        stays = recursion < self.num_recursions if self.options.policy == "full" else bool(chunk.active)
-        if not stays:
-            self.in_core.remove(chunk)
-            self.leaving.append(chunk)
+        stays = rows[RECURSION, slots] < self.num_recursions if self.options.policy == "full" else kept
+        # What is in the core has taken a recursion since, so this keeps the order.
+        self.core = slots[stays] if batch.kind == "core" else np.concatenate((slots[stays], self.core))
+        for slot in slots[~stays].tolist():
+            chunk = self.chunk_of[slot]
+            if chunk.stage == "core" and (chunk.length == 1 or not rows[ACTIVE, chunk.slots].any()):
+                chunk.stage = "exit"
+                self.leaving.append(chunk)
+        self.long += [chunk for chunk in long if chunk.stage == "core"]
 
-    def leave(self, chunk: Chunk) -> None:
-        """A chunk has passed the exit: its entries become part of the tables and its tokens count as read."""
-        sequence = chunk.sequence
-        self.leaving.remove(chunk)
-        self.free_slots += chunk.slots
-        sequence.chunk = None
-        # Only now: all recursions of the chunk have numbered their entries from the same lengths.
-        for spec, table in zip(self.book.specs, sequence.tables, strict=True):
-            table.length += sum([spec.holds(depth) for depth in chunk.depths])
-        self.book.trim(sequence.tables)
-        known = max(0, len(sequence.depths) - chunk.start)
-        for row, depth in enumerate(chunk.depths[:known]):
-            if depth < (least := sequence.bounds(chunk.start + row)[0]):
-                raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
-        sequence.depths += chunk.depths[known:]
-        before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
-        if self.options.prefix_caching:
-            self.remember(sequence, before)
+    def leave(self, chunks: Sequence[Chunk]) -> None:
+        """These chunks have passed the exit: their entries become part of the tables, their tokens count as read."""
+        self.leaving = []
+        depths = self.flight.rows[DEPTH, slots_of(chunks)].tolist()
+        seats, ends = [chunk.sequence.seat for chunk in chunks], [chunk.start + chunk.length for chunk in chunks]
+        first = 0
+        for chunk, lengths in zip(chunks, self.flight.before[:-1, seats, ends].T.tolist(), strict=True):
+            sequence, taken = chunk.sequence, depths[first : first + chunk.length]
+            first += chunk.length
+            self.free_slots += chunk.slots
+            sequence.chunk = None
+            for table, length in zip(sequence.tables, lengths, strict=True):
+                table.length = length
+            self.book.trim(sequence.tables)
+            known = max(0, len(sequence.depths) - chunk.start)
+            for row, (depth, least) in enumerate(zip(taken, sequence.depths[chunk.start :], strict=False)):
+                if depth < least:
+                    raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
+            sequence.depths += taken[known:]
+            before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
+            if self.options.prefix_caching:
+                self.remember(sequence, before)
 
     def remember(self, sequence: SequenceState, before: int) -> None:
         """Put the blocks into the prefix cache that were completed since `before` tokens were read."""
@@ -389,10 +374,12 @@ class Scheduler:
         """Free the pages and slots of a resident."""
         self.residents.remove(sequence)
         self.book.release(sequence.tables)
+        self.free_seats.append(sequence.seat)
         chunk, sequence.chunk = sequence.chunk, None
         if chunk is not None:
             self.free_slots += chunk.slots
-            for chunks in (self.in_core, self.leaving):
+            self.core = self.core[self.flight.rows[SEAT, self.core] != sequence.seat]
+            for chunks in (self.long, self.leaving):
                 if chunk in chunks:
                     chunks.remove(chunk)
         # The tokens and their depths stay. A preempted sequence is read again from what the prefix cache still has.

@@ -1,0 +1,152 @@
+"""The KV cache on the device: pages of keys and values, page tables, and what blocks are told about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megamor.model import Transformer
+from megamor.model.blocks import RotaryAngles, rotary_angles
+from megamor.routing import DepthBounds, RoutingContext
+from megamor.routing.plan import to_device
+from megamor.serve.engine.attention import GatherLayout, Layout, PagedKeysValues, fixed_layout, reads_in_place
+from megamor.serve.engine.flight import (
+    ADDRESS,
+    BEGIN,
+    END,
+    LEAST,
+    MOST,
+    OWNER,
+    POSITION,
+    SLOT,
+    TEXT,
+    Flight,
+    Ints,
+    Marks,
+)
+from megamor.serve.engine.layers import Layers
+from megamor.serve.engine.prefix import PageCopy
+
+
+class Rows(NamedTuple):
+    """The rows of `Flight.launch` on the device, [N] each. Only if `bounded` may depths have bounds."""
+
+    numbers: Sequence[Tensor]
+    bounded: bool
+
+    @property
+    def slots(self) -> Tensor:
+        return self.numbers[SLOT]
+
+    @property
+    def context(self) -> RoutingContext:
+        """What the router is told."""
+        # Without bounds where no row has any, which is the rule: routers skip the comparison then.
+        bounds = DepthBounds(self.numbers[LEAST], self.numbers[MOST]) if self.bounded else None
+        positions, text = self.numbers[POSITION], self.numbers[TEXT]
+        return RoutingContext(len(self.slots), 1, "causal", 0, positions, bounds, text=text)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is told about its rows: angles and what they see, without a sliding window and with one; and which
+    `rows` (None: all) write to `addresses`."""
+
+    sights: list[tuple[RotaryAngles, Layout]]
+    addresses: Tensor
+    rows: Tensor | None
+
+    def apply(self, block: nn.Module, x: Tensor, store: Sequence[Tensor], slides: bool, recursion: int = 0) -> Tensor:
+        """x [N, dim] to [N, dim]."""
+        k, v = store
+        y: Tensor = block(x, *self.sights[slides], PagedKeysValues(k, v, self.addresses, self.rows), recursion)[0]
+        return y
+
+
+class PagedCache:
+    """The pages of all layers, and the page tables of `flight`. Each pool has one page more than the scheduler knows.
+
+    The padding rows of graphs write to it.
+    """
+
+    def __init__(self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int]) -> None:
+        self.flight, self.num_recursions = flight, layers.num_recursions
+        weight, config = model.embed.weight, model.config.model
+        self.device, self.dtype = weight.device, weight.dtype
+        self.sliding = {segment.name: segment.sliding for segment in model.segments}
+        self.window = config.sliding_window or 0 if any(self.sliding.values()) else 0
+        shape = (flight.page_size, config.num_kv_heads, config.head_dim)
+        self.pages = {
+            pool: [
+                tuple(torch.zeros(num_pages[pool] + 1, *shape, dtype=self.dtype, device=self.device) for _ in range(2))
+                for _ in range(count)
+            ]
+            for pool, count in layers.in_pool.items()
+        }
+        # Addresses on the spare page of each pool.
+        self.nowhere = {pool: count * flight.page_size for pool, count in num_pages.items()}
+        # On a CPU this is the scheduler's own memory; elsewhere a copy, to which only changes are sent.
+        self.tables = torch.from_numpy(flight.pages)
+        if self.device.type != "cpu":
+            self.tables = torch.zeros_like(self.tables, device=self.device)
+        positions = torch.arange(config.max_seq_len, device=self.device)
+        angles = [rotary_angles(positions, config, self.dtype, slides) for slides in self.sights]
+        self.angles = [(own.cos, own.signed_sin) for own in angles]
+
+    @property
+    def sights(self) -> tuple[bool, ...]:
+        """Which kinds of blocks there are: without a sliding window, and with one."""
+        return (False, True) if self.window else (False,)
+
+    def copy(self, copies: Sequence[PageCopy]) -> None:
+        """Copy pages, in the given order."""
+        for copy in copies:
+            for layer in self.pages[copy.pool]:
+                for pages in layer:
+                    pages[copy.target] = pages[copy.source]
+
+    def send_tables(self) -> None:
+        """Send the changes of the page tables to the device."""
+        changes, self.flight.changes = self.flight.changes, []
+        if self.device.type != "cpu" and changes:
+            columns = np.concatenate([np.arange(first, end) for _, first, end in changes])
+            rows = np.repeat([row for row, *_ in changes], [end - first for _, first, end in changes])
+            # A place may be among them twice, and copies are in no order: so each gets the latest page.
+            pages = self.flight.pages[rows, columns]
+            places, new = self.tensor(np.stack((rows * self.tables.shape[1] + columns, pages)))
+            self.tables.view(-1).index_copy_(0, places, new.to(self.tables.dtype))
+
+    def block_call(self, rows: Rows, numbers: Ints | None = None, nowhere: int = -1) -> BlockCall:
+        """How blocks are called on `rows`, whose `numbers` may depend on the batch. In a graph (None) they may not."""
+        sights, addresses, writers = [], rows.numbers[ADDRESS], None
+        for slides, (cos, sin) in zip(self.sights, self.angles, strict=True):
+            positions = rows.numbers[POSITION]
+            angles = RotaryAngles(cos.index_select(0, positions), sin.index_select(0, positions))
+            sights.append((angles, self.layout(rows, numbers, slides)))
+        if numbers is not None and (writes := numbers[ADDRESS] != nowhere).sum() < len(writes):
+            writers = self.tensor(writes.nonzero()[0])
+            addresses = addresses.index_select(0, writers)
+        return BlockCall(sights, addresses, writers)
+
+    def layout(self, rows: Rows, numbers: Ints | None, slides: bool) -> Layout:
+        """What `rows` see in blocks with a sliding window (`slides`) or without."""
+        size, chosen = self.flight.page_size, (OWNER, END, BEGIN) if slides else (OWNER, END)
+        if numbers is None or reads_in_place(self.device):
+            return fixed_layout(self.tables, *(rows.numbers[column] for column in chosen), size=size, dtype=self.dtype)
+        seen = (numbers[column] for column in chosen)
+        return GatherLayout.of(self.flight.pages, *seen, size=size, dtype=self.dtype, device=self.device)
+
+    def rows(self, numbers: Ints) -> Rows:
+        """`numbers` on the device, in one transfer."""
+        most = self.num_recursions
+        bounded = bool((numbers[LEAST] > 0).any() or (numbers[MOST] < most).any())
+        return Rows(self.tensor(numbers).unbind(), bounded)
+
+    def tensor(self, numbers: Sequence[Any] | Ints | Marks) -> Tensor:
+        """Integers on the device."""
+        return to_device(numbers, self.device)
