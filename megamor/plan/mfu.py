@@ -21,8 +21,8 @@ FLASH2, CUDNN = (260e12, 190e12), (370e12, 310e12)
 """FLOP/s of attention, forward and backward: FlashAttention 2, as documents need it, and cuDNN's on causal SDPA."""
 REFERENCE_LOSS, FUSED_LOSS = (60.0, 682), (8.0, 8192)
 """Bytes per logit and rows of a chunk: a dozen operations over fp32; products and one kernel in place, in 16 bits."""
-EAGER_POINTWISE, COMPILED_POINTWISE = 2.0, 1.0
-"""Passes over memory of norms, rotations, residuals and SwiGLU, relative to one fused kernel for each."""
+EAGER_POINTWISE, COMPILED_POINTWISE = 4.5, 1.0
+"""Bytes of norms, rotations, residuals and SwiGLU relative to one fused kernel for each: counted, and at best."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def seconds(config: Config, way: Way, micro_batch: int, accumulation: int) -> di
 
 def block_bytes(config: Config, way: Way) -> float:
     """Bytes that a block's pointwise operations move for one row, in bf16, forward and backward."""
-    model, passes = config.model, way.pointwise
+    model = config.model
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     # A norm reads x and writes its result, and backward reads x and the gradient and writes one: 5 passes, twice a
     # block. Residual additions take 3 in each direction. Rotations read and write q and k in both directions. SwiGLU
@@ -85,7 +85,7 @@ def block_bytes(config: Config, way: Way) -> float:
     norms, residuals, rotations = 2 * 5 * model.dim, 2 * 6 * model.dim, 4 * (heads + kv)
     # Without fused projections, three gradients of one input are added up, and two of another.
     inputs = 0 if way.fused_projections else 3 * 3 * model.dim
-    return 2 * (passes * (norms + residuals + rotations + 8 * model.ffn_dim) + inputs)
+    return 2 * way.pointwise * (norms + residuals + rotations + 8 * model.ffn_dim + inputs)
 
 
 def expected(config: Config, way: Way, micro_batch: int, accumulation: int = 4) -> tuple[float, float]:
