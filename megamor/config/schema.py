@@ -378,8 +378,8 @@ class TrainConfig:
     loss_kernel: Literal["auto", "reference", "triton", "torch"] = "auto"
     """Code of the cross-entropy: plain operations (`reference`), a kernel for GPUs (`triton`), or torch's
     `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: Literal["auto", True, False] = False
+    """Compile each block with torch.compile; `auto`: on GPUs."""
     deterministic: bool = False
     """Use deterministic algorithms only, so that a resumed run is bitwise the uninterrupted one on GPUs too; slower. An
     operation that has none ends the run. See [GPUs](gpu.md#bitwise-or-not)."""
@@ -406,7 +406,7 @@ class ParallelConfig:
     """How the model is distributed over processes; see [Training](training.md#backends)."""
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """`auto` is `fsdp2` with several processes and `single` with one."""
+    """`auto` is `single` with one process on a CPU, and otherwise `fsdp2`."""
     shard_degree: PositiveInt | None = None
     """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: the
     processes of a machine are a group, or all processes if weights, gradients and moments divided over one machine

@@ -168,6 +168,7 @@ class Transformer(nn.Module):
         states: list[Tensor] | None = None,
         teacher: Teacher | None = None,
         predict: bool = True,
+        num_documents: int | None = None,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -183,6 +184,7 @@ class Transformer(nn.Module):
         `states` receives the stream [B, S, dim] after the embedding and after each unshared block and each recursion;
         instead of the last one, that after the final norm. The loss also has that of learning from a `teacher`, whose
         rows are the real tokens of this pass. Without `predict`, the result is `hidden` instead of logits.
+        `num_documents` is the number of `documents` in all sequences, or more; without it, a GPU is asked for it.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
@@ -191,7 +193,7 @@ class Transformer(nn.Module):
             return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
         start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
         dtype = self.embed.weight.dtype
-        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns, num_documents)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":

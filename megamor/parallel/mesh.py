@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megamor.config import ParallelConfig
 from megamor.devices import check_computes, usable_device
 from megamor.errors import ConfigError
+from megamor.parallel.device import prepare_device
 from megamor.parallel.launch import adopt_launch
 from megamor.ranks import exit_status, report_errors_once
 
@@ -61,10 +62,12 @@ def launched_world_size() -> int:
     return _env_int("WORLD_SIZE", default=1)
 
 
-def resolve_backend(config: ParallelConfig, world_size: int) -> str:
-    """Name of the backend to use: `auto` becomes `fsdp2` for several processes and `single` for one."""
+def resolve_backend(config: ParallelConfig, world_size: int, on_gpu: bool = False) -> str:
+    """Name of the backend to use: `auto` becomes `single` for one process on a CPU, and otherwise `fsdp2`."""
     if config.backend == "auto":
-        return "fsdp2" if world_size > 1 else "single"
+        # On one GPU too: autocast keeps the stream in fp32 (twice the traffic between products, and other roundings
+        # than on several GPUs) and casts each weight anew in each micro-batch.
+        return "fsdp2" if world_size > 1 or on_gpu else "single"
     assert config.backend != "single" or world_size == 1, "validate() refuses several processes that train alone"
     return config.backend
 
@@ -87,6 +90,16 @@ def shard_degree(
         return config.shard_degree
     fits = STATE_BYTES * parameters / per_node <= memory / 2
     return per_node if fits and world_size % per_node == 0 else world_size
+
+
+def prepare_allocator() -> None:
+    """Let CUDA's caching allocator grow its segments, unless the user has configured it. Before CUDA is used.
+
+    The sets of tokens that ragged routers select differ in size from step to step, and so do their tensors: segments of
+    fixed sizes would fragment.
+    """
+    if not os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @contextmanager
@@ -126,14 +139,16 @@ def init_world(config: ParallelConfig, device: str | None = None) -> World:
         ConfigError: the launcher's variables are incomplete, there are more processes than GPUs on this machine, its
             GPUs can't be used, or the limit of open files is too low.
     """
+    prepare_allocator()
     size = launched_world_size()
     rank = _env_int("RANK", default=None if size > 1 else 0)
     if rank >= size:
         raise ConfigError(f"RANK is {rank} in a world of {size}: set WORLD_SIZE to the number of processes")
     local_rank = _env_int("LOCAL_RANK", default=None if size > 1 else 0)
     place = _select_device(device, local_rank)
+    prepare_device(place)
     _raise_open_files(size)
-    if resolve_backend(config, size) != "single" and not dist.is_initialized():
+    if resolve_backend(config, size, place.type == "cuda") != "single" and not dist.is_initialized():
         # One process without a launcher has no address to meet at; a store in memory does for it.
         alone = size == 1 and "MASTER_ADDR" not in os.environ
         dist.init_process_group(
