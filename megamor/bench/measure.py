@@ -193,7 +193,7 @@ def world_for(config: Config, device: torch.device) -> World:
     """
     if config.parallel.backend == "single":
         return World(0, 1, 0, device)
-    world = init_world(config.parallel)
+    world = init_world(config.parallel, device.type)
     if world.device.type != device.type:
         raise ConfigError(f"parallel.backend {config.parallel.backend} runs on {world.device}; give --device cuda")
     return world
