@@ -372,6 +372,9 @@ class TrainConfig:
     """Add up the gradients of a shared weight over the recursions in fp32 instead of bf16."""
     z_loss_coeff: NonNegative = 0.0
     """Weight of the loss that keeps the logits' normaliser small: mean squared logsumexp (arXiv 2204.02311)."""
+    loss_kernel: Literal["auto", "reference", "triton", "torch"] = "auto"
+    """Code of the cross-entropy: plain operations (`reference`), a kernel for GPUs (`triton`), or torch's
+    `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
     compile: Literal["auto", True, False] = False
     """Compile each block with torch.compile; `auto`: on GPUs."""
     fail_on_recompile_after: PositiveInt | None = None

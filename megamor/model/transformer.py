@@ -29,7 +29,7 @@ from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, choose_loss, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -234,7 +234,10 @@ class Transformer(nn.Module):
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            # A model may be evaluated where the kernel of its training doesn't exist.
+            wanted = self.config.train.loss_kernel if mode == "train" else "auto"
+            kernel = choose_loss(x.device.type, wanted, teacher is not None)
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher, kernel)
             z_loss_sum = z_loss if z_coeff else None
             distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()

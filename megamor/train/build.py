@@ -35,6 +35,7 @@ from megamor.metrics import (
 from megamor.model import build_model
 from megamor.model.attention import describe_kernels
 from megamor.model.flops import expected_steps
+from megamor.model.loss import describe_loss
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, compiles, share_compiled_code
 from megamor.parallel.zero_config import engine_config
@@ -69,6 +70,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if config.train.max_flops is not None:
         validate_length(config, expected_steps(config))
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
+    loss = run_on_all_ranks(lambda: describe_loss(config, world.device.type))
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     expanded = replace(expanded, train=replace(expanded.train, compile=compiles(config.train, world.device)))
     if expanded.train.compile:
@@ -114,7 +116,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             told = [*told, describe_kernels(config.model, dtype, world.device)]
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
-        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps)])
+        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps), *loss])
         print(f"{config.run.name}: {begin}", flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
