@@ -311,10 +311,12 @@ def _batch(config: Config, world_size: int | None) -> Iterator[str]:
     stages = [f"train.ramp[{index}]: " for index in range(len(config.train.ramp))]
     for stage, shape in zip((*stages, ""), BatchSchedule.of(config).shapes, strict=True):
         batch, micro = shape.global_batch_size, shape.micro_batch_size
-        unit = micro * (world_size or 1)
-        if batch % unit:
+        ranks = world_size or 1
+        if batch % (micro * ranks):
             divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
-            fix = f"use global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+            smaller = next((size for size in range(micro, 0, -1) if batch % (size * ranks) == 0), None)
+            fix = f"use global_batch_size {_multiples_around(batch, micro * ranks)}, or "
+            fix += f"micro_batch_size {smaller}" if smaller else "another number of processes"
             yield f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: {fix}"
 
 

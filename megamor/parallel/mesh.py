@@ -81,6 +81,16 @@ def shard_degree(
     return per_node if fits and world_size % per_node == 0 else world_size
 
 
+def prepare_allocator() -> None:
+    """Let CUDA's caching allocator grow its segments, unless the user has configured it. Before CUDA is used.
+
+    The sets of tokens that ragged routers select differ in size from step to step, and so do their tensors: segments of
+    fixed sizes would fragment.
+    """
+    if not os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def init_world(config: ParallelConfig) -> World:
     """Find this process's rank and device and, unless the backend is `single`, join the process group.
 
@@ -90,6 +100,7 @@ def init_world(config: ParallelConfig) -> World:
     Raises:
         ConfigError: the launcher's variables are incomplete, or there are more processes than GPUs on this machine.
     """
+    prepare_allocator()
     size = launched_world_size()
     rank = _env_int("RANK", default=None if size > 1 else 0)
     if rank >= size:

@@ -12,6 +12,7 @@ before a checkpoint or an evaluation, and in every step if the guard may skip it
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -50,6 +51,9 @@ from megamor.train.validation import ValidationLosses
 from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
+
+SETTLING_STEPS = 10
+"""Steps after which a launch has compiled its code."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,10 @@ class Trainer:
             if self.due_evaluations():
                 self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
+            settled = self.progress.step + SETTLING_STEPS
             while not self.is_over() and not self.stopping:
+                if self.progress.step == settled:
+                    keep_what_exists()
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 batch = self.next_batch()
                 if batch is None:
@@ -488,6 +495,7 @@ class Trainer:
                     summary = step.figures.wait()
                     self.judge(step.number, summary)
                     self.log_step(step, summary)
+            gc.unfreeze()
             self.loader.close()
             self.checkpoints.close()
             try:
@@ -497,3 +505,12 @@ class Trainer:
                 log.error("the last metrics are lost: %s", error)
             if self.lock is not None:
                 self.lock.release()
+
+
+def keep_what_exists() -> None:
+    """Leave modules, compiled code and imports out of later garbage collections.
+
+    A full collection walks half a million objects for a third of a second, and all ranks wait for the one that does it.
+    """
+    gc.collect()
+    gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamor.config import Config, GuardConfig
 from megamor.parallel import init_world
 from megamor.train import build_trainer
+from megamor.train import trainer as trainer_module
 from megamor.train.step_statistics import PendingSummary
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import STEPS, tiny_run
@@ -83,3 +86,27 @@ def test_figures_are_read_at_once_where_the_guard_decides(tmp_path: Path) -> Non
     collectives, order = run_ranks(per_step, config)[0]
     assert collectives == {"all_reduce": 2}
     assert order == [pair for step in range(1, STEPS + 1) for pair in (("queue", step), ("read", step))]
+
+
+def frozen_objects(config: Config) -> list[int]:
+    """Objects that garbage collection leaves alone: in the forward pass of each step, and after the run."""
+    fit_trainer = build_trainer(config, init_world(config.parallel))
+    found, update = [], fit_trainer.backend.step
+
+    def counted(max_grad_norm: float) -> Tensor:
+        found.append(gc.get_freeze_count())
+        return update(max_grad_norm)
+
+    fit_trainer.backend.step = counted  # type: ignore[method-assign]
+    assert fit_trainer.fit()
+    return [*found, gc.get_freeze_count()]
+
+
+def test_garbage_collection_leaves_out_what_exists_after_the_first_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SETTLING_STEPS", 2)
+    found = run_ranks(frozen_objects, tiny_run(tmp_path), world_size=1)[0]
+    assert found[:2] == [0, 0]
+    assert min(found[2:-1]) > 10_000
+    assert found[-1] == 0
