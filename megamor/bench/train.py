@@ -30,7 +30,7 @@ from megamor.bench.measure import (
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
 from megamor.metrics import peak_flops
-from megamor.parallel import World, close_world
+from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
 SCHEMA = "megamor-bench-train/1"
@@ -140,7 +140,7 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
         "name": case.name,
         "label": case.label,
         "policy": case.policy,
-        "compiled": config.train.compile,
+        "compiled": compiles(config.train, device),
         "overrides": list(case.overrides),
         "batch_size": config.train.micro_batch_size,
         "fill": real and real / (config.train.micro_batch_size * config.data.seq_len),

@@ -90,6 +90,11 @@ def _distill(config: Config) -> Iterator[str]:
     if distill.top_k is not None and distill.top_k >= config.model.vocab_size:
         tokens = f"distill.top_k = {distill.top_k} is all of model.vocab_size = {config.model.vocab_size}"
         yield f"{tokens}: leave it out to compare every token, or lower it"
+    kernel = f"train.loss_kernel = {config.train.loss_kernel}"
+    if distill.from_ is not None and config.train.loss_kernel in ("triton", "torch"):
+        yield f"{kernel} computes no loss of distill.from = {distill.from_}: use auto or reference"
+    if config.train.z_loss_coeff and config.train.loss_kernel == "torch":
+        yield f"{kernel} has no z-loss, but train.z_loss_coeff = {config.train.z_loss_coeff}: use auto"
 
 
 def _sources(config: Config) -> Iterator[str]:
