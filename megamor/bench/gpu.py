@@ -36,7 +36,7 @@ from megamor.bench.train import summary
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
 from megamor.metrics import peak_memory, read_jsonl, reset_peak_memory
-from megamor.parallel import init_world, share_compiled_code
+from megamor.parallel import compiles, init_world, share_compiled_code
 from megamor.plan.estimate import USABLE
 from megamor.plan.memory import step_memory
 from megamor.train import build_trainer
@@ -264,14 +264,15 @@ def trainer_case(name: str, toy: bool) -> dict[str, Any]:
         settings += (f"train.global_batch_size={batch}", f"run.dir={directory}", "metrics.progress=false")
         settings += (f"data.train=[{{prefix: {prefix}, weight: 1.0}}]", f"train.max_steps={steps}")
         config = replace(case_of_size(size, name, settings), documents=True).config()
-        build_trainer(config, init_world(config.parallel)).fit()
+        world = init_world(config.parallel)
+        build_trainer(config, world).fit()
         metrics = [row for row in read_jsonl(Path(directory, config.run.name, "metrics.jsonl")) if "train/loss" in row]
     # The second half: what is compiled has been, and the caches of files are warm.
     seconds = [row["throughput/training_seconds"] for row in metrics[len(metrics) // 2 - 1 :]]
     return {
         "batch_size": micro_batch,
         "accumulation": ACCUMULATION,
-        "compiled": config.train.compile,
+        "compiled": compiles(config.train, world.device),
         "tokens_per_second": batch * config.data.seq_len * (len(seconds) - 1) / (seconds[-1] - seconds[0]),
         "mfu": metrics[-1]["throughput/mfu"],
         "data_wait_seconds": statistics.median(row["throughput/data_wait_seconds"] for row in metrics),
