@@ -226,7 +226,7 @@ class Session:
             tokens_seen=self.done.tokens_seen,
             data={},
             world_size=self.world.size,
-            backend=resolve_backend(self.config.parallel, self.world.size),
+            backend=resolve_backend(self.config.parallel, self.world.size, self.world.device.type == "cuda"),
             flops=self.done.flops,
             recursions=self.model.recursions if grows(self.config) and self.step else None,
             started_from=self.started_from,

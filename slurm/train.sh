@@ -139,6 +139,8 @@ run_step() {
     step_options+=("--ntasks=$((SLURM_NNODES * processes))" "--ntasks-per-node=$processes")
     # srun doesn't take over the job's CPUs per task, and they were asked for one task a node.
     if ((cpus >= processes)); then step_options+=("--cpus-per-task=$((cpus / processes))"); else step_options+=(--overcommit); fi
+    # Neighbouring ranks on the cores of one socket, as GPUs are numbered: each near its own.
+    if ((GPUS > 0 && cpus >= processes)); then step_options+=(--cpu-bind=cores --distribution=block:block); fi
     srun --wait=60 --kill-on-bad-exit=0 "${step_options[@]}" bash "$root/slurm/node.sh" "$@" &
     step=$!
     step_status=0

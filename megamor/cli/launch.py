@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine, from 0 (default)")
     parser.add_argument("--address", default="127.0.0.1", help="machine 0 as the others reach it (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=29500, help="a free port there (default: 29500)")
+    parser.add_argument("--numa-binding", metavar="MODE", help="torchrun's: node binds each process to its GPU's CPUs")
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} --config FILE ..."
     arguments, pretrain_arguments = parser.parse_known_args(argv)
     forwarder = SignalForwarder()
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = [f"--nnodes={arguments.nodes}", f"--node-rank={arguments.node_rank}"]
     options += [f"--nproc-per-node={arguments.processes}"]
     options += [f"--master-addr={arguments.address}", f"--master-port={arguments.port}"]
+    options += [f"--numa-binding={arguments.numa_binding}"] if arguments.numa_binding else []
     status = run_workers(options, pretrain_arguments)
     if status not in (0, EXIT_USER_ERROR) and forwarder.was_asked:
         status = EXIT_INTERRUPTED  # asked to stop before there was anything to save, or killed while saving

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
+from megamor.parallel.device import prepare_device
 from megamor.parallel.launch import adopt_launch
 
 STATE_BYTES = 16
@@ -50,10 +51,12 @@ def launched_world_size() -> int:
     return _env_int("WORLD_SIZE", default=1)
 
 
-def resolve_backend(config: ParallelConfig, world_size: int) -> str:
-    """Name of the backend to use: `auto` becomes `fsdp2` for several processes and `single` for one."""
+def resolve_backend(config: ParallelConfig, world_size: int, on_gpu: bool = False) -> str:
+    """Name of the backend to use: `auto` becomes `single` for one process on a CPU, and otherwise `fsdp2`."""
     if config.backend == "auto":
-        return "fsdp2" if world_size > 1 else "single"
+        # On one GPU too: autocast keeps the stream in fp32 (twice the traffic between products, and other roundings
+        # than on several GPUs) and casts each weight anew in each micro-batch.
+        return "fsdp2" if world_size > 1 or on_gpu else "single"
     assert config.backend != "single" or world_size == 1, "validate() refuses several processes that train alone"
     return config.backend
 
@@ -78,6 +81,16 @@ def shard_degree(
     return per_node if fits and world_size % per_node == 0 else world_size
 
 
+def prepare_allocator() -> None:
+    """Let CUDA's caching allocator grow its segments, unless the user has configured it. Before CUDA is used.
+
+    The sets of tokens that ragged routers select differ in size from step to step, and so do their tensors: segments of
+    fixed sizes would fragment.
+    """
+    if not os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def init_world(config: ParallelConfig) -> World:
     """Find this process's rank and device and, unless the backend is `single`, join the process group.
 
@@ -87,13 +100,15 @@ def init_world(config: ParallelConfig) -> World:
     Raises:
         ConfigError: the launcher's variables are incomplete, or there are more processes than GPUs on this machine.
     """
+    prepare_allocator()
     size = launched_world_size()
     rank = _env_int("RANK", default=None if size > 1 else 0)
     if rank >= size:
         raise ConfigError(f"RANK is {rank} in a world of {size}: set WORLD_SIZE to the number of processes")
     local_rank = _env_int("LOCAL_RANK", default=None if size > 1 else 0)
     device = _select_device(local_rank)
-    if resolve_backend(config, size) != "single" and not dist.is_initialized():
+    prepare_device(device)
+    if resolve_backend(config, size, device.type == "cuda") != "single" and not dist.is_initialized():
         # One process without a launcher has no address to meet at; a store in memory does for it.
         alone = size == 1 and "MASTER_ADDR" not in os.environ
         dist.init_process_group(

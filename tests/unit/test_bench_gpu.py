@@ -19,6 +19,7 @@ from megamor.bench.gpu import Task, compare, fitting_micro_batch, goals, measure
 from megamor.bench.measure import make_documents, within_memory
 from megamor.cli import bench
 from megamor.plan.memory import step_memory
+from tests.commands import refusal
 
 TINY = [*gpu.toy_settings()]
 
@@ -95,6 +96,13 @@ def test_every_case_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = tables.regenerate("<!-- generated: bench-gpu -->\n<!-- /generated -->\n", tmp_path)
     assert "| 360m mor3_expert, eager | 4 × 2 |" in shown
     assert "None yet" in tables.regenerate("<!-- generated: bench-gpu -->\n<!-- /generated -->\n", tmp_path / "none")
+
+
+def test_a_gpu_that_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "probe", raising(RuntimeError("the driver is too old")))
+    assert "the driver is too old" in refusal(capsys, bench.main, "gpu")
 
 
 def test_goals_by_hand() -> None:
