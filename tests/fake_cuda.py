@@ -144,6 +144,7 @@ def fake_cuda(sizes: dict[tuple[int, ...], list[Any]] | None = None, *, lenient:
     with ExitStack() as stack:
         for name, value in {
             "torch.cuda.Event": event,
+            "megamor.model.loss.HAS_TRITON": False,  # a kernel can't be launched on tensors without values
             "torch.cuda.get_device_capability": lambda *_: (9, 0),
             "torch.cuda.is_bf16_supported": lambda *_: True,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,

@@ -33,10 +33,10 @@ from megamor.bench.loader import write_documents
 from megamor.bench.measure import Training, within_memory
 from megamor.bench.report import Column, Row, Table, number, provenance, text, write_report
 from megamor.bench.train import summary
-from megamor.config import ParallelConfig, TrainConfig
+from megamor.config import ParallelConfig
 from megamor.errors import ConfigError
 from megamor.metrics import peak_memory, read_jsonl, reset_peak_memory
-from megamor.parallel import compiles, init_world
+from megamor.parallel import compiles, init_world, share_compiled_code
 from megamor.plan.estimate import USABLE
 from megamor.plan.memory import step_memory
 from megamor.train import build_trainer
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         ConfigError: there is a GPU, but it can't be used.
     """
     deadline = time.monotonic() + 60 * args.minutes
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/megamor_inductor_{os.getuid()}")
+    share_compiled_code(Path(tempfile.gettempdir(), f"megamor_inductor_{os.getuid()}"))
     found = {} if args.toy else isolated(probe, LIMIT)
     if "error" in found:
         raise ConfigError(f"the GPU can't be used ({found['error']}); --toy tries the cases on the CPU\n{found['log']}")
@@ -194,10 +194,7 @@ def tasks(toy: bool, profile: bool) -> Iterator[Task]:
         return Task(size, name, partial(train_case, case, toy, profile), variant, 0 if toy else 60)
 
     yield from (training(size, name) for size in SIZES for name in DECISIVE)
-    variants = [
-        v for v, own in VARIANTS.items() if "loss_kernel" not in str(own) or hasattr(TrainConfig, "loss_kernel")
-    ]
-    yield from (training(SIZES[0], name, variant) for variant in variants for name in DECISIVE)
+    yield from (training(SIZES[0], name, variant) for variant in VARIANTS for name in DECISIVE)
     for name in DECISIVE:
         yield Task(SIZES[0], name, partial(trainer_case, name, toy), "whole trainer", 0 if toy else 70)
     yield Task(SIZES[0], "serving", partial(serve_case, toy), seconds=0 if toy else 60)

@@ -92,11 +92,12 @@ def chosen_dtype(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
     """Type of weights and activations, and why."""
     import torch
 
+    from megamor.devices import usable_device
     from megamor.serve.engine.packed import fastest_dtype
 
     if arguments.dtype != "auto":
         return getattr(torch, DTYPES[arguments.dtype]), "--dtype"
-    on_gpu = arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
+    on_gpu = usable_device(arguments.device).type == "cuda"
     return (torch.bfloat16, "a GPU") if on_gpu else fastest_dtype()
 
 

@@ -39,6 +39,9 @@ class RunConfig:
     """Checkpoints and metrics are written to the directory `dir`/`name`."""
     dir: PathName = "runs"
     """Directory of all runs; on several machines, on a file system that all of them see."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto`: on the GPUs if there are any. GPUs that are there but can't be used are an
+    error unless this is `cpu`."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the order of the data and the routers' noise."""
 
@@ -377,6 +380,9 @@ class TrainConfig:
     `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
     compile: Literal["auto", True, False] = False
     """Compile each block with torch.compile; `auto`: on GPUs."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that a resumed run is bitwise the uninterrupted one on GPUs too; slower. An
+    operation that has none ends the run. See [GPUs](gpu.md#bitwise-or-not)."""
     fail_on_recompile_after: PositiveInt | None = None
     """End the run if a training step compiles anything later than this many steps after the start."""
     eval_every: PositiveInt = 500

@@ -18,6 +18,7 @@ from megamor.config.derive import derive
 from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader
+from megamor.devices import make_deterministic
 from megamor.errors import ConfigError
 from megamor.lock import WriteLock
 from megamor.metrics import (
@@ -39,7 +40,7 @@ from megamor.model.loss import describe_loss
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, compiles, share_compiled_code
 from megamor.parallel.zero_config import engine_config
-from megamor.ranks import from_first_rank, run_on_all_ranks
+from megamor.ranks import Ranks, from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.distill import Distillation
@@ -69,6 +70,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """
     if config.train.max_flops is not None:
         validate_length(config, expected_steps(config))
+    if config.train.deterministic:
+        make_deterministic()
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
     loss = run_on_all_ranks(lambda: describe_loss(config, world.device.type))
     expanded = run_on_all_ranks(lambda: expand_paths(config))
@@ -79,7 +82,8 @@ def build_trainer(config: Config, world: World) -> Trainer:
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
-    manager = checkpoint_manager(config, directory, lock)
+    ranks = Ranks.current(in_background=config.checkpoint.asynchronous)
+    manager = checkpoint_manager(config, directory, lock, ranks)
 
     model = build_model(config, device=world.device)
     # A run that has begun needs its source no more.
@@ -226,7 +230,7 @@ def lock_run(directory: Path) -> WriteLock:
     return lock
 
 
-def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) -> CheckpointManager:
+def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None, ranks: Ranks) -> CheckpointManager:
     """What writes and removes the checkpoints of the run in `directory`, on the rank that has the `lock`."""
     keep = config.checkpoint
     return CheckpointManager(
@@ -234,6 +238,7 @@ def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) 
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         keep_best=keep.keep_best,
+        ranks=ranks,
         may_write=lock.check if lock else None,
     )
 

@@ -486,6 +486,10 @@ class Trainer:
         """End the thread that reads ahead and write the last metrics, without hiding the error that led here."""
         try:
             yield
+        except BaseException as error:
+            if self.backend.world_size > 1 and not isinstance(error, MegamorError):  # which all ranks have agreed on
+                self.watchdog.fail(error)
+            raise
         finally:
             # After an error the ranks may be in different places, so nothing here is collective.
             # A device that failed has no figures any more, and those of a step that failed aren't written.

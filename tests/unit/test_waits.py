@@ -97,13 +97,13 @@ def test_muon_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step(config_of("fixed", "recursion_wise", "muon"), False, monkeypatch).waits == {"events": 1}
 
 
-@pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
+@pytest.mark.parametrize("kv_policy", ["share_first", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_masked_shapes_are_few(kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged sets have a new length in almost every step; lengths that are rounded up repeat."""
     config, masks = config_of("ema_threshold", kv_policy), set[tuple[int, ...]]()
-    for longest in range(1, SEQ_LEN, 5):
+    for longest in (1, 12, 23):
         monkeypatch.setitem(SIZES, (2,), [BATCH * longest - 1, longest])
         with monkeypatch.context() as patch:
             masks |= step(config, False, patch).masks
-    assert len(masks) <= 2, masks
+    assert len(masks) == 1, masks
     assert {queries for queries, *_ in masks} <= {SEQ_LEN, LENGTH_MULTIPLE}, masks
