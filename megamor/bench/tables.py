@@ -39,7 +39,16 @@ QUICKSTART_SCHEMA = "megamor-quickstart/1"
 FINETUNING_SCHEMA = "megamor-finetuning/1"
 STUDY_SCHEMA = "megamor-study/1"
 STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
-FINDINGS = ("routing", "routing_code", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth", "uptrain_small", "uptrain")
+FINDINGS = (
+    "routing",
+    "routing_code",
+    "seed002_exp1",
+    "seed002_exp2",
+    "isoflop_cpu",
+    "growth",
+    "uptrain_small",
+    "uptrain",
+)
 """Studies whose results docs/findings.md tells."""
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 IMPORTS_SCHEMA = "megamor-imports/1"
