@@ -20,7 +20,8 @@ from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec, read_end_of_text
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
-from megamor.errors import CheckpointError, ConfigError
+from megamor.devices import usable_device
+from megamor.errors import CheckpointError
 from megamor.interop.dense import HUB, is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
@@ -100,21 +101,6 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of `codec`."""
         return self.codec().tokenizer
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device called `name`; None: the GPU if there is one.
-
-    Raises:
-        ConfigError: torch doesn't know the device, or doesn't see it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; give another or cpu")
-    return device
 
 
 def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:

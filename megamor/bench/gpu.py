@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,9 +33,10 @@ from megamor.bench.loader import write_documents
 from megamor.bench.measure import Training, within_memory
 from megamor.bench.report import Column, Row, Table, number, provenance, text, write_report
 from megamor.bench.train import summary
-from megamor.config import ParallelConfig, TrainConfig
+from megamor.config import ParallelConfig
+from megamor.errors import ConfigError
 from megamor.metrics import peak_memory, read_jsonl, reset_peak_memory
-from megamor.parallel import init_world
+from megamor.parallel import compiles, init_world, share_compiled_code
 from megamor.plan.estimate import USABLE
 from megamor.plan.memory import step_memory
 from megamor.train import build_trainer
@@ -84,17 +85,23 @@ class Task:
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
-    """Measure as many cases as fit into `args.minutes`; see the module docstring."""
+    """Measure as many cases as fit into `args.minutes`; see the module docstring.
+
+    Raises:
+        ConfigError: there is a GPU, but it can't be used.
+    """
     deadline = time.monotonic() + 60 * args.minutes
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/megamor_inductor_{os.getuid()}")
-    found = isolated(probe, LIMIT)
-    report |= {"cuda": torch.version.cuda, "probe": found, "toy": args.toy or not found.get("name"), "settings": []}
+    share_compiled_code(Path(tempfile.gettempdir(), f"megamor_inductor_{os.getuid()}"))
+    found = {} if args.toy else isolated(probe, LIMIT)
+    if "error" in found:
+        raise ConfigError(f"the GPU can't be used ({found['error']}); --toy tries the cases on the CPU\n{found['log']}")
+    report |= {"cuda": torch.version.cuda, "probe": found, "toy": "name" not in found, "settings": []}
     report["machine"]["accelerator"] = found.get("name")
     measure_all(tasks(report["toy"], args.profile), deadline, report, save)
 
 
 def measure_all(
-    planned: Sequence[Task], deadline: float, report: dict[str, Any], save: Callable[[], None]
+    planned: Iterable[Task], deadline: float, report: dict[str, Any], save: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """A result for each task, in `report["settings"]` and saved as soon as it is there."""
     cases: list[dict[str, Any]] = []
@@ -105,7 +112,7 @@ def measure_all(
         if left < task.seconds:
             result["skipped"] = f"takes about {task.seconds:.0f} s, {max(0.0, left):.0f} s are left"
         else:
-            result |= isolated(task.run, min(LIMIT, left)) | {"wall_seconds": time.monotonic() - begun}
+            result = isolated(task.run, min(LIMIT, left)) | result | {"wall_seconds": time.monotonic() - begun}
         cases.append(result)
         compare(cases)
         print(f"{task.label}: {outcome(result)}", file=sys.stderr, flush=True)
@@ -128,8 +135,9 @@ def isolated(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, An
         process.start()
         process.join(seconds)
         late = process.is_alive()
+        assert process.pid
         with suppress(ProcessLookupError):  # also the processes that it started to compile
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join(10.0)  # one that waits for a broken driver can't be killed
         if answer.exists():
@@ -174,15 +182,19 @@ def tasks(toy: bool, profile: bool) -> Iterator[Task]:
     """All cases, decisive ones first."""
 
     def training(size: str, name: str, variant: str = "") -> Task:
-        settings = (*BASE, *VARIANTS.get(variant, ()), *(toy_settings(name) if toy else ()))
+        # The published vanilla models have up to two layers fewer: ratios are to one of MoR-3's effective depth.
+        depth = case_of_size(size, "mor3_expert" if name == REFERENCE else name).config().model.num_layers
+        settings = (
+            *BASE,
+            *VARIANTS.get(variant, ()),
+            f"model.num_layers={depth}",
+            *(toy_settings(name) if toy else ()),
+        )
         case = replace(case_of_size(size, name, settings), documents=variant == "documents", accumulation=ACCUMULATION)
         return Task(size, name, partial(train_case, case, toy, profile), variant, 0 if toy else 60)
 
     yield from (training(size, name) for size in SIZES for name in DECISIVE)
-    variants = [
-        v for v, own in VARIANTS.items() if "loss_kernel" not in str(own) or hasattr(TrainConfig, "loss_kernel")
-    ]
-    yield from (training(SIZES[0], name, variant) for variant in variants for name in DECISIVE)
+    yield from (training(SIZES[0], name, variant) for variant in VARIANTS for name in DECISIVE)
     for name in DECISIVE:
         yield Task(SIZES[0], name, partial(trainer_case, name, toy), "whole trainer", 0 if toy else 70)
     yield Task(SIZES[0], "serving", partial(serve_case, toy), seconds=0 if toy else 60)
@@ -217,7 +229,6 @@ def train_case(case: Case, toy: bool, profile: bool) -> dict[str, Any]:
         windows = [training.window(seconds=3.0, at_least=2) for _ in range(3)] if not toy else [training.window()]
         reserved = peak_memory(world.device)["memory/peak_reserved_gib"]
         result = summary(case, training, windows, training.peak_bytes()) | {
-            "compiled": training.config.train.compile,
             "accumulation": training.accumulation,
             "peak_reserved_bytes": None if reserved is None else round(reserved * 2**30),
             "recompilations_after_warmup": counters["stats"]["unique_graphs"] - graphs,
@@ -253,14 +264,15 @@ def trainer_case(name: str, toy: bool) -> dict[str, Any]:
         settings += (f"train.global_batch_size={batch}", f"run.dir={directory}", "metrics.progress=false")
         settings += (f"data.train=[{{prefix: {prefix}, weight: 1.0}}]", f"train.max_steps={steps}")
         config = replace(case_of_size(size, name, settings), documents=True).config()
-        build_trainer(config, init_world(config.parallel)).fit()
+        world = init_world(config.parallel)
+        build_trainer(config, world).fit()
         metrics = [row for row in read_jsonl(Path(directory, config.run.name, "metrics.jsonl")) if "train/loss" in row]
     # The second half: what is compiled has been, and the caches of files are warm.
     seconds = [row["throughput/training_seconds"] for row in metrics[len(metrics) // 2 - 1 :]]
     return {
         "batch_size": micro_batch,
         "accumulation": ACCUMULATION,
-        "compiled": config.train.compile,
+        "compiled": compiles(config.train, world.device),
         "tokens_per_second": batch * config.data.seq_len * (len(seconds) - 1) / (seconds[-1] - seconds[0]),
         "mfu": metrics[-1]["throughput/mfu"],
         "data_wait_seconds": statistics.median(row["throughput/data_wait_seconds"] for row in metrics),

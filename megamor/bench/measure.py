@@ -18,11 +18,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megamor.bench.baselines import HuggingFaceLlama
 from megamor.bench.cases import Case
+from megamor.bench.loader import document_lengths
 from megamor.config import Config
 from megamor.errors import ConfigError, TrainingError
 from megamor.metrics import peak_memory, reset_peak_memory
@@ -157,15 +159,11 @@ def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tenso
 
 
 def make_documents(config: Config) -> Tensor:
-    """Numbers [B, S] of documents with lengths like those of web pages: a log-normal of median 400 and mean 700 tokens
-    in windows of 2,048, and in proportion in others."""
-    draws, shape = random.Random(config.run.seed), (config.train.micro_batch_size, config.data.seq_len)
-    starts = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
-    position = 0
-    while position < len(starts):
-        starts[position] = 1
-        position += 1 + round(draws.lognormvariate(6.0, 1.05) * shape[1] / 2048)
-    return starts.cumsum(0).view(shape)
+    """Numbers [B, S] of documents with lengths like those of web pages; in windows other than 2,048, in proportion."""
+    sequences, seq_len = config.train.micro_batch_size, config.data.seq_len
+    lengths = document_lengths(sequences * seq_len, np.random.default_rng(config.run.seed)) * seq_len // 2048 + 1
+    numbers = np.repeat(np.arange(len(lengths)), lengths)[: sequences * seq_len]
+    return torch.from_numpy(numbers).view(sequences, seq_len)
 
 
 def sum_flops(parts: Sequence[Flops]) -> Flops:
@@ -193,7 +191,7 @@ def world_for(config: Config, device: torch.device) -> World:
     """
     if config.parallel.backend == "single":
         return World(0, 1, 0, device)
-    world = init_world(config.parallel)
+    world = init_world(config.parallel, device.type)
     if world.device.type != device.type:
         raise ConfigError(f"parallel.backend {config.parallel.backend} runs on {world.device}; give --device cuda")
     return world

@@ -262,6 +262,8 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "scaling-vanilla_1b": partial(computed, scaling.strong_scaling, "vanilla_1b"),
     "backends": partial(computed, scaling.backends, "mor_1b"),
     "policies": partial(computed, scaling.policies, "mor_1b"),
+    "mfu": partial(computed, scaling.expected_mfu, "mor3_expert"),
+    "mfu-operations": partial(computed, scaling.milliseconds, "mor3_expert"),
 }
 
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,12 @@ from megamor.bench.measure import (
     fill_of_batch,
     peak_in_fresh_process,
     release,
-    within_memory,
     world_for,
 )
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
-from megamor.errors import MegamorError
 from megamor.metrics import peak_flops
-from megamor.parallel import World, close_world
+from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
 SCHEMA = "megamor-bench-train/1"
@@ -65,8 +60,9 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
                 "cases": results,
             }
             report["settings"].append(setting)
-            results += attempt(cases, args, world)
-            setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
+            results += measure(cases, args, world, config.train.micro_batch_size)
+            release(world.device)
+            setting["rounds"] = max(len(result["round_seconds"]) for result in results)
             compare(results)
             save()
     finally:
@@ -96,26 +92,6 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
             yield from ([with_policy(model, policy) for policy in args.policies] for model in dict.fromkeys(models))
         else:
             yield models
-
-
-def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
-    """A result for each case: its measurements, with as large a micro-batch as fits, or why there are none.
-
-    A failure is recorded, so that the other cases are still measured.
-    """
-    begun, train = time.perf_counter(), cases[0].config().train
-    labels = [{"name": case.name, "label": case.label, "policy": case.policy} for case in cases]
-    try:
-        found = within_memory(partial(measure, cases, args, world), train.micro_batch_size, world.device)
-    except MegamorError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        found = [{"error": f"{type(error).__name__}: {error}"[:2000]}] * len(cases)
-    release(world.device)
-    common = {"compiled": train.compile, "wall_seconds": time.perf_counter() - begun}
-    print(f"measured {', '.join(case.label for case in cases)}", file=sys.stderr, flush=True)
-    return [label | common | result for label, result in zip(labels, found, strict=True)]
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace, world: World, micro_batch: int) -> list[dict[str, Any]]:
@@ -161,6 +137,10 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
     peak_rate = peak_flops(gpu, config.train.precision)
     depths = [window.depth for window in windows if window.depth is not None]
     result: dict[str, Any] = {
+        "name": case.name,
+        "label": case.label,
+        "policy": case.policy,
+        "compiled": compiles(config.train, device),
         "overrides": list(case.overrides),
         "batch_size": config.train.micro_batch_size,
         "fill": real and real / (config.train.micro_batch_size * config.data.seq_len),
@@ -189,15 +169,12 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
 
     The first case may have been measured more than once; its rounds are then averaged.
     """
-    measured = [result for result in results if "round_seconds" in result]
-    first = [other for other in measured if all(other[key] == results[0][key] for key in ("name", "policy"))]
-    if not first:
-        return
+    first = [other for other in results if all(other[key] == results[0][key] for key in ("name", "policy"))]
     # The batch is smaller where memory ran out, so everything is compared per sequence.
     times = [[seconds / other["batch_size"] for seconds in other["round_seconds"]] for other in first]
     reference = [statistics.mean(of_a_round) for of_a_round in zip(*times, strict=True)]
     flops, memory = first[0]["training_flops"] / first[0]["batch_size"], first[0]["peak_memory_bytes"]
-    for result in measured:
+    for result in results:
         size, peak = result["batch_size"], result["peak_memory_bytes"]
         ratios = [mine / size / other for mine, other in zip(result["round_seconds"], reference, strict=True)]
         result["time_ratio"] = quartiles(ratios)
@@ -220,7 +197,6 @@ def tables(report: Row) -> Iterator[Table]:
             Column("model", text("label"), left=True),
             Column("policy", lambda row: f"`{row['policy']}`" if row.get("policy") else "", left=True),
             Column("compiled", lambda row: "yes" if row.get("compiled") else "", left=True),
-            Column("fitting batch", lambda row: str(row["batch_size"]) if row.get("out_of_memory_at") else ""),
             Column("M parameters", number("parameters", ".2f", 1e-6)),
             Column("step, ms (quartiles)", spread("step_seconds", ".0f", 1e3)),
             Column("tokens/s", number("tokens_per_second", ",.0f")),
@@ -234,7 +210,6 @@ def tables(report: Row) -> Iterator[Table]:
             Column("estimated MB", number("estimated_memory_bytes", ".0f", 1e-6)),
             Column("estimate / peak", number("estimate_over_peak", ".2f")),
             Column("mean depth", number("mean_depth", ".2f", null="")),
-            Column("", lambda row: "failed" if "error" in row else "skipped" if "skipped" in row else "", left=True),
         )
         yield Table(columns, setting["cases"], title)
 

@@ -32,7 +32,7 @@ from megamor.bench.cases import BASELINES, CASES, POLICIES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
 from megamor.cli import command_parser, output_file, positive
-from megamor.errors import ConfigError, user_errors
+from megamor.errors import user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
 CONFIGURED = ("train", "save", "serve")
@@ -195,12 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(words)
     import torch
 
+    from megamor.devices import usable_device
     from megamor.origin import describe_origin
 
     if getattr(args, "device", None) is None:
-        args.device = "cuda" if args.what == "serve" and torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
+        args.device = "auto" if args.what == "serve" else "cpu"
+    args.device = str(usable_device(args.device))
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     bench = import_module(f"megamor.bench.{args.what}")

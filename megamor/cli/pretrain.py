@@ -77,13 +77,17 @@ def read_config(arguments: argparse.Namespace) -> Config:
     """Load and validate the configuration; only the first process of each machine reports an error in it.
 
     Raises:
-        ConfigError: the file, an override or a rule between settings is wrong.
+        ConfigError: the file, an override or a rule between settings is wrong, or the run's GPUs can't be used.
         SystemExit: the same, on the other processes of the machine.
     """
     from megamor.config import load_config
+    from megamor.devices import usable_device
 
     try:
-        return load_config(arguments.config, arguments.overrides, world_size(arguments))
+        config = load_config(arguments.config, arguments.overrides, world_size(arguments))
+        if not (arguments.dry_run or arguments.print_config):
+            usable_device(config.run.device)
+        return config
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -97,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
+            A rank that fails among several ends with `exit_status`.
     """
     parser = command_parser("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
@@ -130,19 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dry_run(config, processes, (arguments.processes or 1) if asked else local_world_size(processes))
         return
 
-    from megamor.parallel import close_world, init_world
-    from megamor.ranks import report_errors_once
+    from megamor.parallel import joined_world
     from megamor.train import build_trainer, ignore_signals
 
-    world = init_world(config.parallel)
-    try:
-        with report_errors_once():
-            finished = build_trainer(config, world).fit()
+    with joined_world(config.parallel, config.run.device) as world:
+        finished = build_trainer(config, world).fit()
         if not finished:
             # Launchers send SIGTERM to all other ranks when the first one exits; each must exit with its own status.
             ignore_signals()
-    finally:
-        close_world()
     if not finished:
         raise SystemExit(EXIT_INTERRUPTED)
 

@@ -96,18 +96,13 @@ def chosen_dtype(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
     """Type of weights and activations, and why."""
     import torch
 
+    from megamor.devices import usable_device
     from megamor.serve.engine.packed import fastest_dtype
 
     if arguments.dtype != "auto":
         return getattr(torch, DTYPES[arguments.dtype]), "--dtype"
-    return (torch.bfloat16, "a GPU") if find_gpu(arguments) else fastest_dtype()
-
-
-def find_gpu(arguments: argparse.Namespace) -> bool:
-    """Whether the model goes to a GPU."""
-    import torch
-
-    return arguments.device.startswith("cuda") if arguments.device else torch.cuda.is_available()
+    on_gpu = usable_device(arguments.device).type == "cuda"
+    return (torch.bfloat16, "a GPU") if on_gpu else fastest_dtype()
 
 
 def load_server(arguments: argparse.Namespace) -> FastAPI:
@@ -144,7 +139,7 @@ def replicated(arguments: argparse.Namespace) -> Application:
         from megamor.serve.replicas import Scale, application
     except ImportError as error:
         raise ConfigError(f"--replicas needs Ray ({error}): pip install 'megamor[replicas]'") from error
-    gpus = int(find_gpu(arguments))
+    gpus = int(usable_device(arguments.device).type == "cuda")
     ongoing = 2 * arguments.max_resident  # as many again may wait, so that a step never lacks rows
     build = partial(load_server, arguments)
     return application(build, Scale.parse(arguments.replicas), server_options(arguments), ongoing, gpus)

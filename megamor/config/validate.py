@@ -90,6 +90,11 @@ def _distill(config: Config) -> Iterator[str]:
     if distill.top_k is not None and distill.top_k >= config.model.vocab_size:
         tokens = f"distill.top_k = {distill.top_k} is all of model.vocab_size = {config.model.vocab_size}"
         yield f"{tokens}: leave it out to compare every token, or lower it"
+    kernel = f"train.loss_kernel = {config.train.loss_kernel}"
+    if distill.from_ is not None and config.train.loss_kernel in ("triton", "torch"):
+        yield f"{kernel} computes no loss of distill.from = {distill.from_}: use auto or reference"
+    if config.train.z_loss_coeff and config.train.loss_kernel == "torch":
+        yield f"{kernel} has no z-loss, but train.z_loss_coeff = {config.train.z_loss_coeff}: use auto"
 
 
 def _sources(config: Config) -> Iterator[str]:
@@ -306,10 +311,12 @@ def _batch(config: Config, world_size: int | None) -> Iterator[str]:
     stages = [f"train.ramp[{index}]: " for index in range(len(config.train.ramp))]
     for stage, shape in zip((*stages, ""), BatchSchedule.of(config).shapes, strict=True):
         batch, micro = shape.global_batch_size, shape.micro_batch_size
-        unit = micro * (world_size or 1)
-        if batch % unit:
+        ranks = world_size or 1
+        if batch % (micro * ranks):
             divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
-            fix = f"use global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+            smaller = next((size for size in range(micro, 0, -1) if batch % (size * ranks) == 0), None)
+            fix = f"use global_batch_size {_multiples_around(batch, micro * ranks)}, or "
+            fix += f"micro_batch_size {smaller}" if smaller else "another number of processes"
             yield f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: {fix}"
 
 

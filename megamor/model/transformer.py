@@ -29,7 +29,7 @@ from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, choose_loss, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -168,6 +168,7 @@ class Transformer(nn.Module):
         states: list[Tensor] | None = None,
         teacher: Teacher | None = None,
         predict: bool = True,
+        num_documents: int | None = None,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -183,6 +184,7 @@ class Transformer(nn.Module):
         `states` receives the stream [B, S, dim] after the embedding and after each unshared block and each recursion;
         instead of the last one, that after the final norm. The loss also has that of learning from a `teacher`, whose
         rows are the real tokens of this pass. Without `predict`, the result is `hidden` instead of logits.
+        `num_documents` is the number of `documents` in all sequences, or more; without it, a GPU is asked for it.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
@@ -191,7 +193,7 @@ class Transformer(nn.Module):
             return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
         start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
         dtype = self.embed.weight.dtype
-        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns, num_documents)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":
@@ -232,7 +234,10 @@ class Transformer(nn.Module):
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            # A model may be evaluated where the kernel of its training doesn't exist.
+            wanted = self.config.train.loss_kernel if mode == "train" else "auto"
+            kernel = choose_loss(x.device.type, wanted, teacher is not None)
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher, kernel)
             z_loss_sum = z_loss if z_coeff else None
             distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()

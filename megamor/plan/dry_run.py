@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from megamor.config import Config, CustomRouterConfig
 from megamor.config.derive import derive
 from megamor.config.validate import validate_length
@@ -39,7 +41,7 @@ def describe_run(config: Config, world_size: int, per_node: int | None = None) -
         assert own == 0, f"the model has {own} parameters more than the formula"
     flops = nominal_flops(config)
     seq_len = config.data.seq_len
-    backend = resolve_backend(config.parallel, world_size)
+    backend = resolve_backend(config.parallel, world_size, torch.cuda.is_available())
     if backend == "fsdp2":
         degree = shard_degree(config.parallel, world_size, per_node or world_size, counted)
         config = replace(config, parallel=replace(config.parallel, shard_degree=degree))

@@ -54,7 +54,10 @@ def step_traffic(config: Config, world_size: int) -> Traffic:
     """
     counts = unit_parameters(config)
     total = sum(counts.values())
-    backend, micro_batches = resolve_backend(config.parallel, world_size), derive(config, world_size).micro_batches
+    backend, micro_batches = (
+        resolve_backend(config.parallel, world_size, on_gpu=True),
+        derive(config, world_size).micro_batches,
+    )
     element = BF16 if config.train.precision == "bf16" else FP32
     if backend == "single":
         return Traffic(1, 1)

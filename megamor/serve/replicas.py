@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import reduce
@@ -63,10 +64,11 @@ class Scale(NamedTuple):
         Raises:
             ConfigError: the text is neither.
         """
-        low, _, high = text.partition("-")
-        if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 0 < least <= most:
             raise ConfigError(f"--replicas {text} is neither a number such as 2 nor a range such as 1-4")
-        return cls(int(low), int(high or low))
+        return cls(least, most)
 
 
 class PrefixRouter(RequestRouter):
@@ -95,8 +97,8 @@ class PrefixRouter(RequestRouter):
             return [candidate_replicas]
         # The replica with the highest hash of both: a replica that starts or ends changes the place of its own share.
         home = max(candidate_replicas, key=lambda replica: _digest(f"{prefix} {replica.replica_id.unique_id}"))
-        queued = {replica: cache.get(replica.replica_id) or 0 for replica in candidate_replicas}
-        if queued[home] > min(queued.values()) + SLACK:
+        least = min(cache.get(replica.replica_id) or 0 for replica in candidate_replicas)
+        if (cache.get(home.replica_id) or 0) > least + SLACK:
             return [candidate_replicas]
         return [[home], [replica for replica in candidate_replicas if replica is not home]]
 

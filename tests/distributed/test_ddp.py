@@ -59,7 +59,9 @@ def test_parameters_that_some_recursions_have_no_use_for() -> None:
 
 def searches(config: Config) -> tuple[bool, bool]:
     """Whether DDP looks for unused parameters, and whether it would still rearrange its buckets after a step."""
-    wrapped = start(config).model
+    backend = start(config)
+    run_step(backend, 0, config)
+    wrapped = backend.model
     assert isinstance(wrapped, DistributedDataParallel)
     return wrapped.find_unused_parameters, wrapped.reducer._rebuild_buckets()
 

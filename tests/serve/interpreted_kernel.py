@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.bench.gpu_check import paged
 from megamor.serve.engine import attention
 from megamor.serve.engine.attention import GatherLayout, KernelLayout
 from megamor.serve.engine.paged_kernel import paged_attention
@@ -48,6 +49,10 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
     found = paged_attention(q, k, v, tables, *map(torch.tensor, (owners, ends, begins)))
     wanted = by_row(q, k, v, tables, owners, ends, begins)
     torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_the_check_of_a_new_machine() -> None:
+    assert paged(CPU).startswith("error ")
 
 
 def test_layouts_agree() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megamor.bench.gpu import Task, compare, fitting_micro_batch, goals, measure
 from megamor.bench.measure import make_documents, within_memory
 from megamor.cli import bench
 from megamor.plan.memory import step_memory
+from tests.commands import refusal
 
 TINY = [*gpu.toy_settings()]
 
@@ -97,6 +99,13 @@ def test_every_case_with_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "None yet" in tables.regenerate("<!-- generated: bench-gpu -->\n<!-- /generated -->\n", tmp_path / "none")
 
 
+def test_a_gpu_that_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "probe", raising(RuntimeError("the driver is too old")))
+    assert "the driver is too old" in refusal(capsys, bench.main, "gpu")
+
+
 def test_goals_by_hand() -> None:
     def case(name: str, tokens: float, mfu: float, again: int = 0) -> dict[str, Any]:
         known = {"size": "360m", "name": name, "variant": "", "label": f"360m {name}", "compiled": True}
@@ -131,7 +140,7 @@ def test_documents_are_as_long_as_web_pages() -> None:
 
 def test_what_takes_most_of_a_step() -> None:
     case = case_of_size("360m", "vanilla", (*gpu.BASE, *TINY))
-    found = gpu.train_case(case, toy=True, profile=True)["kernels"]
+    found = gpu.isolated(partial(gpu.train_case, case, toy=True, profile=True), 60)["kernels"]
     assert found == sorted(found, key=lambda kernel: -kernel["seconds"])
     assert any("mm" in kernel["name"] for kernel in found)
 
