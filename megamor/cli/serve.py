@@ -135,6 +135,8 @@ def server_options(arguments: argparse.Namespace) -> ServerOptions:
 
 def replicated(arguments: argparse.Namespace) -> Application:
     """Replicas of the server that `arguments` describe, for Ray Serve."""
+    from megamor.devices import usable_device
+
     try:
         from megamor.serve.replicas import Scale, application
     except ImportError as error:

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import reduce
 from threading import Event
@@ -308,11 +309,17 @@ def run(app: Application, options: ServerOptions) -> None:
     stop = Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stop.set())
-    ray.init(ignore_reinit_error=True, log_to_driver=True)
-    serve.start(http_options={"host": options.host, "port": options.port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS})
+    ray.init()
+    port = options.port or _free_port(options.host)
+    serve.start(http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS})
     serve.run(app, name=APPLICATION, route_prefix="/")
-    print(f"running on http://{options.host}:{options.port}", flush=True)
+    print(f"running on http://{options.host}:{port}", flush=True)
     stop.wait()
     log.info("draining")
     serve.shutdown()
     ray.shutdown()
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Replicas on Ray Serve: routing on its own, then two real replicas under load, a kill, a rolling restart and a drain."""
+"""Replicas on Ray Serve: routing alone, then two real replicas under load, a kill, a rolling restart and a drain."""
 
 from __future__ import annotations
 
@@ -153,21 +153,30 @@ def test_requests_are_spread_and_prefixes_stay_together(process: Process) -> Non
     assert ask(process, "x", 10_000).status_code == 400
 
 
-def stream(process: Process, prompt: str) -> list[dict[str, Any]]:
+def stream(process: Process, prompt: str, begun: threading.Semaphore) -> list[dict[str, Any]]:
+    """The events of a stream; `begun` is released at the third."""
+    events: list[dict[str, Any]] = []
     body = {"prompt": prompt, "max_tokens": 200, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=120) as answer:
         assert answer.status_code == 200
-        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line[6:]))
+                if len(events) == 3:
+                    begun.release()
+    return events
 
 
 @pytest.mark.slow
 def test_a_killed_replica_loses_only_what_it_was_streaming(process: Process) -> None:
     pids = {replica.pid for replica in replicas_of(process)}
     assert len(pids) == 2
+    begun = threading.Semaphore(0)
     with ThreadPoolExecutor(48) as pool:
-        streams = [pool.submit(stream, process, f"{number} the fox") for number in range(24)]
+        streams = [pool.submit(stream, process, f"{number} the fox", begun) for number in range(24)]
         whole = [pool.submit(ask, process, f"{number} the cat", 200) for number in range(24)]
-        time.sleep(1.0)
+        for _ in range(12):
+            assert begun.acquire(timeout=60)
         psutil.Process(min(pids)).kill()
         answers = [future.result() for future in whole]
         events = [future.result() for future in streams]
@@ -215,9 +224,11 @@ def test_a_rolling_restart_fails_no_request(process: Process, checkpoint: Path) 
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs(process: Process) -> None:
+    begun = threading.Semaphore(0)
     with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(stream, process, f"{number} the fox") for number in range(8)]
-        time.sleep(0.7)
+        streams = [pool.submit(stream, process, f"{number} the fox", begun) for number in range(8)]
+        for _ in range(8):
+            assert begun.acquire(timeout=60)
         process.popen.send_signal(signal.SIGTERM)
         events = [future.result() for future in streams]
     assert all(each[-1]["choices"][0]["finish_reason"] == "length" for each in events)
