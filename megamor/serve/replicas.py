@@ -306,16 +306,17 @@ def application(
 
 def run(app: Application, options: ServerOptions) -> None:
     """Serve `app` on this machine, or on the cluster that RAY_ADDRESS names, until SIGTERM or Ctrl-C."""
-    stop = Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: stop.set())
     ray.init()
     port = options.port or _free_port(options.host)
     serve.start(http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_SECONDS})
     serve.run(app, name=APPLICATION, route_prefix="/")
+    stop = Event()
+    for each in (signal.SIGTERM, signal.SIGINT):  # now, since Ray sets its own
+        signal.signal(each, lambda *_: stop.set())
     print(f"running on http://{options.host}:{port}", flush=True)
     stop.wait()
-    log.info("draining")
+    log.info("finishing the running requests")
+    serve.delete(APPLICATION)  # shutting down ends the process that holds the connections at once
     serve.shutdown()
     ray.shutdown()
 
