@@ -17,7 +17,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import reduce
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ray
 from fastapi import FastAPI, Request
@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.types import ASGIApp, Message
 
@@ -176,10 +176,16 @@ def front() -> ASGIApp:
     return app
 
 
-async def _forward(replicas: DeploymentHandle, scope: dict[str, Any], body: bytes, **where: str | None) -> Response:
+def _ask(replicas: DeploymentHandle[Any], *request: Any, **where: str | None) -> DeploymentResponseGenerator[Any]:
+    return cast("DeploymentResponseGenerator[Any]", replicas.handle.remote(*request, **where))
+
+
+async def _forward(
+    replicas: DeploymentHandle[Any], scope: dict[str, Any], body: bytes, **where: str | None
+) -> Response:
     """The answer of a replica. As long as nothing was passed on, another one is asked if the first one dies."""
     for attempt in range(ATTEMPTS):
-        messages = replicas.handle.remote(scope, body, **where)
+        messages = _ask(replicas, scope, body, **where)
         try:
             start = await anext(messages)
             break
@@ -201,17 +207,17 @@ async def _forward(replicas: DeploymentHandle, scope: dict[str, Any], body: byte
                 raise  # the connection breaks off: an answer that ends here must not look complete
             yield f"data: {error_body(503, LOST).model_dump_json()}\n\ndata: [DONE]\n\n".encode()
         finally:
-            messages.cancel()
+            messages.cancel()  # type: ignore[no-untyped-call]
 
     return StreamingResponse(rest(), start["status"], headers)
 
 
-async def _from_each(replicas: DeploymentHandle, request: Request) -> dict[str, str] | Response:
+async def _from_each(replicas: DeploymentHandle[Any], request: Request) -> dict[str, str] | Response:
     """The text that each replica answers, by its name; or the answer of one that refuses."""
     found: dict[str, str] = {}
     for name in list(RUNNING):
         try:
-            start, *parts = [message async for message in replicas.handle.remote(_scope(request), b"", replica=name)]
+            start, *parts = [message async for message in _ask(replicas, _scope(request), b"", replica=name)]
         except RayError:
             continue  # it has just ended
         text = b"".join(part.get("body", b"") for part in parts)
@@ -283,24 +289,22 @@ def application(
         target = {"min_replicas": scale.least, "max_replicas": scale.most, "target_ongoing_requests": ongoing / 2}
         count = {"autoscaling_config": target}
     replica = serve.deployment(
-        Replica,
         max_ongoing_requests=ongoing,
         max_queued_requests=options.max_queued_requests,
         graceful_shutdown_timeout_s=options.drain_timeout,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+        request_router_config=RequestRouterConfig(request_router_class=f"{__name__}.{PrefixRouter.__name__}"),  # type: ignore[arg-type]
         **count,
-    )
+    )(Replica)
     ingress = serve.deployment(
-        serve.ingress(front)(),
         name="Front",
         max_ongoing_requests=2**16,
         graceful_shutdown_timeout_s=options.drain_timeout,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
-    )
+    )(serve.ingress(front)())
     return ingress.bind(replica.bind(build))
 
 
@@ -317,7 +321,7 @@ def run(app: Application, options: ServerOptions) -> None:
     stop.wait()
     log.info("finishing the running requests")
     serve.delete(APPLICATION)  # shutting down ends the process that holds the connections at once
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 
 
