@@ -263,8 +263,8 @@ def tables(report: Row) -> Iterator[Table]:
         model = setting["config"]["model"]
         title = (
             f"{setting['dtype']}; {model['num_layers']} layers of width {model['dim']}, vocabulary "
-            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens; {setting['equal_greedy_tokens']} of "
-            f"{setting['greedy_tokens']} greedy tokens equal. {device_name(report)}, cores {work['cores']}; medians of "
+            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens; "
+            f"{setting['equal_greedy_tokens']} of {setting['greedy_tokens']} greedy tokens equal. {device_name(report)}, cores {work['cores']}; medians of "
             f"{work['rounds']} rounds; {provenance(report, 'torch', 'vllm')}."
         )
         yield Table(COLUMNS, setting["cases"], title)
