@@ -62,8 +62,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { rm -rf .venv; echo "$(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "installing into .venv (some minutes, once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
-	@if [ "$(HAS_GPU)" = yes ] && ! $(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is None)'; then \
-	    echo "there is a GPU, but this torch has no CUDA: set TORCH_INDEX to a package index with CUDA builds"; exit 1; fi
+	@$(if $(HAS_GPU),$(BIN)/python -c 'from megamor.devices import count_gpus; from megamor.errors import user_errors; user_errors()(count_gpus)()',:)
 	$(DEEPSPEED_ENV) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 

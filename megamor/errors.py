@@ -7,13 +7,32 @@ traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 """Exit status after an error that the user can fix."""
 EXIT_INTERRUPTED = 75
 """Exit status of a run that saved and stopped on request (EX_TEMPFAIL of sysexits.h): rerun it to resume."""
+EXIT_LOST_RANK = 76
+"""Exit status of a rank that ends because another one has: the other's status says why."""
+
+
+def telling_status(codes: Iterable[int]) -> int:
+    """The exit status of a run whose processes ended with `codes`, where a negative number names a signal.
+
+    An error that is a rank's own says more than 75, which others may end with because of it; both say more than a
+    signal, with which launchers kill ranks that are left over. 76 says least.
+    """
+    found = {128 - code if code < 0 else code for code in codes}
+    causes = (
+        [EXIT_USER_ERROR],
+        [code for code in sorted(found) if code < 128 and code not in (0, EXIT_INTERRUPTED, EXIT_LOST_RANK)],
+        [EXIT_INTERRUPTED],
+        [code for code in sorted(found) if code >= 128],
+        [EXIT_LOST_RANK],
+    )
+    return next((code for group in causes for code in group if code in found), 0)
 
 
 class MegamorError(Exception):

@@ -20,8 +20,9 @@ from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec, read_end_of_text
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
-from megamor.errors import CheckpointError, ConfigError
-from megamor.interop.dense import is_dense, read_dense
+from megamor.devices import usable_device
+from megamor.errors import CheckpointError
+from megamor.interop.dense import HUB, is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
 from megamor.model import Transformer, build_model
 from megamor.routing import refuse_unknown_router
@@ -102,21 +103,6 @@ class LoadedModel:
         return self.codec().tokenizer
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The device called `name`; None: the GPU if there is one.
-
-    Raises:
-        ConfigError: torch doesn't know the device, or doesn't see it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; give another or cpu")
-    return device
-
-
 def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a model from a checkpoint, a run's directory, its `latest` or an export.
 
@@ -175,6 +161,7 @@ def read_source(path: str | Path, kind: str = "init") -> Source:
 
     Raises what `read_weights` and `read_dense` do.
     """
+    refuse_missing(path)
     if is_dense(path):
         dense = read_dense(path)
         return Source(dense.config, dense.weights, dense.files, {"kind": kind, **dense.origin})
@@ -183,6 +170,15 @@ def read_source(path: str | Path, kind: str = "init") -> Source:
     if TOKENIZER_FILE in files:
         files[TOKENIZER_FILE] = tokenizer_path(directory)
     return Source(config, weights, files, origin_of(kind, directory))
+
+
+def refuse_missing(source: str | Path) -> None:
+    """Raise CheckpointError if a source is neither a path that exists nor on the hub."""
+    if not str(source).startswith(HUB) and not Path(source).exists():
+        raise CheckpointError(
+            f"there is no checkpoint at {source}: give a run, a checkpoint or an export, the directory of a Hugging "
+            f"Face model, or {HUB}OWNER/NAME for one on the hub"
+        )
 
 
 def tokenizer_path(directory: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamor.errors import EXIT_USER_ERROR, CheckpointError, MegamorError, print_error
+from megamor.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, CheckpointError, MegamorError, print_error
 
 T = TypeVar("T")
 
@@ -22,6 +25,12 @@ exit first."""
 
 # What a failing disk or a refused request looks like; any other exception is a bug and keeps its traceback.
 _EXPECTED = (OSError, RuntimeError, MegamorError, CheckpointException)
+# What gloo, NCCL and the store say on a rank when another one has exited.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|Socket Timeout|remote process exited"
+    r"|Timed out waiting \d+ms for (recv|send)|Application timeout|communicator was aborted"
+    r"|collective operation timeout"
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +42,17 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def current(cls) -> Ranks:
+    def current(cls, *, in_background: bool = False) -> Ranks:
         """All processes of the run, or this one alone without `torch.distributed`. Collective.
 
-        A gloo group of its own: saving in the background must not interleave with the gradients' collectives.
+        They talk through gloo in the default group, as votes do: every further group holds a connection to each rank.
+        Only a thread needs a group of its own: on one group, ranks must start collectives in the same order, and a
+        thread `in_background` starts them in between the votes of training, at other moments on each rank.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo") if in_background else dist.group.WORLD
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Also a barrier."""
@@ -147,30 +159,67 @@ def from_first_rank(action: Callable[[], T]) -> T:
 def report_errors_once() -> Iterator[None]:
     """Print an error that all ranks raise once; errors that differ are printed by each rank with its number.
 
-    Entering is collective. The ranks compare their errors in a group of its own with a short timeout: a rank that fails
-    alone, while the others are in the middle of a step, prints after a few seconds.
+    The ranks compare their errors through the store in which they met, and wait for each other a few seconds only: a
+    rank that fails alone, while the others are in the middle of a step, prints then. What isn't a MegamorError is a bug
+    or a lack of memory, and printed at once with its traceback, unless it only says that another rank is gone.
 
     Raises:
-        SystemExit: status 2, for every MegamorError.
+        SystemExit: status 2, for every MegamorError; with several ranks `exit_status` for every other error.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=REPORT_SECONDS)) if size > 1 else None
     try:
         yield
     except MegamorError as error:
-        said = _exchange(str(error), group)
+        said = _exchange("error", str(error), rank, size)
         if said is None:
             print_error(error, rank=rank)
         elif said.index(str(error)) == rank:
             print_error(error, rank=rank if len(set(said)) > 1 else None)
         # The launcher kills all ranks when one exits, so nobody exits before the ranks that print have printed.
-        _exchange("", group)
+        _exchange("printed", "", rank, size)
         raise SystemExit(EXIT_USER_ERROR) from error
+    except (Exception, CheckpointException) as error:
+        if size == 1:
+            raise
+        print_failure(error, rank)
+        raise SystemExit(exit_status(error)) from error
 
 
-def _exchange(message: str, group: dist.ProcessGroup | None) -> list[str] | None:
-    """Every rank's message; None if a rank doesn't answer within the group's timeout."""
+def print_failure(error: BaseException, rank: int) -> None:
+    """Print why this rank ends: a traceback, but one line for the loss of another rank, which has printed its own."""
+    if exit_status(error) == EXIT_LOST_RANK:
+        why = " ".join(str(error).split())[:200]
+        text = f"another rank has exited, and its output says why ({type(error).__name__}: {why})\n"
+    else:
+        text = "".join(traceback.format_exception(error))
+    print(f"rank {rank}: {text}", end="", file=sys.stderr, flush=True)
+
+
+def exit_status(error: BaseException) -> int:
+    """The status with which a rank ends after `error`: 2 for a MegamorError, 76 if another rank's loss is the first
+    cause, else 1."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, MegamorError):
+        return EXIT_USER_ERROR
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lost = isinstance(error, dist.DistNetworkError) or (isinstance(error, RuntimeError) and _LOST.search(str(error)))
+    return EXIT_LOST_RANK if lost else 1
+
+
+def _exchange(what: str, message: str, rank: int, size: int) -> list[str] | None:
+    """Every rank's message; None if a rank doesn't answer in time."""
+    if size == 1:
+        return [message]
+    # Not a gloo group with a short timeout: that holds a connection to every rank, and is too slow to join.
+    store = dist.distributed_c10d._get_default_store()
+    names = [f"megamor/{what}/{number}" for number in range(size)]
     try:
-        return gather(message, group)
-    except RuntimeError:
+        store.set(names[rank], message.encode("utf-8", "replace").decode())
+        store.wait(names, timedelta(seconds=REPORT_SECONDS))
+        return [store.get(name).decode() for name in names]
+    except RuntimeError:  # no answer, or the process that holds the store is gone
         return None

@@ -31,6 +31,7 @@ from megamor.config.segments import max_depth, stages
 from megamor.config.validate import validate
 from megamor.data.dataset import TrainingData
 from megamor.data.loader import MicroBatch, TrainingLoader
+from megamor.devices import make_deterministic
 from megamor.errors import ConfigError
 from megamor.evaluate.sampling import GeneratedText, generate
 from megamor.model import build_model
@@ -115,7 +116,9 @@ class Session:
 
     def __init__(self, config: Config) -> None:
         self.config, self.budget = config, Budget(config)
-        self.world: World = init_world(config.parallel)
+        if config.train.deterministic:
+            make_deterministic()
+        self.world: World = init_world(config.parallel, config.run.device)
         if config.init.branch_from is not None:
             raise ConfigError("init.branch_from is for `megamor pretrain`: Session.load continues from a checkpoint")
         self.model = build_model(config, device=self.world.device)
@@ -226,7 +229,7 @@ class Session:
             tokens_seen=self.done.tokens_seen,
             data={},
             world_size=self.world.size,
-            backend=resolve_backend(self.config.parallel, self.world.size),
+            backend=resolve_backend(self.config.parallel, self.world.size, self.world.device.type == "cuda"),
             flops=self.done.flops,
             recursions=self.model.recursions if grows(self.config) and self.step else None,
             started_from=self.started_from,

@@ -10,18 +10,30 @@ fail() {
     exit 2
 }
 
-# Prints run.dir of the run.
-run_dir() {
+# Prints run.dir, run.name and run.device of the run, one a line.
+run_settings() {
     python -c 'import sys
 from megamor.config import expand_paths, load_config
 from megamor.errors import user_errors
 with user_errors():
-    print(expand_paths(load_config(sys.argv[1], sys.argv[2:])).run.dir)' "$CONFIG" "$@"
+    run = expand_paths(load_config(sys.argv[1], sys.argv[2:])).run
+    print(run.dir, run.name, run.device, sep="\n")' "$CONFIG" "$@"
 }
 
+# Prints how many GPUs torch can use here; fails if it can't use those that are there.
+usable_gpus() {
+    python -c 'from megamor.devices import count_gpus
+from megamor.errors import user_errors
+with user_errors():
+    print(count_gpus())'
+}
+
+# Writes down which checkpoint the run has saved last.
+note_saved() { readlink "$1/checkpoints/latest" >"$2" || true; }
+
 check() {
+    local logs=$1 settings directory mark found
     shift
-    local directory mark found
     command -v python >/dev/null || fail "there is no python: see CLUSTER_VENV and CLUSTER_MODULES in slurm/cluster.sh"
     python -c 'import sys, importlib.util as modules
 sys.exit(not all(map(modules.find_spec, ("torch", "megamor"))))' ||
@@ -29,7 +41,9 @@ sys.exit(not all(map(modules.find_spec, ("torch", "megamor"))))' ||
     # Configuration, data and tokenizer, before any process is started.
     python "$root/pretrain.py" --config "$CONFIG" "$@" --dry-run --nodes "${SLURM_NNODES:-1}" \
         --processes "${PROCESSES:-1}" >/dev/null || fail "the run can't start here: see above"
-    directory=$(run_dir "$@") || exit 2
+    settings=$(run_settings "$@") || exit 2
+    mapfile -t settings <<<"$settings"
+    directory=${settings[0]}
     mark=$directory/.job_$SLURM_JOB_ID
     if [[ $SLURM_NODEID = 0 ]]; then
         { mkdir -p "$directory" && touch "$mark"; } || fail "can't write into run.dir $directory"
@@ -39,18 +53,23 @@ sys.exit(not all(map(modules.find_spec, ("torch", "megamor"))))' ||
         sleep 1
     done
     [[ -e $mark ]] || fail "run.dir $directory isn't the directory that node 0 sees: set run.dir to a shared one"
-    if [[ $GPUS -gt 0 ]]; then
-        found=$(nvidia-smi --list-gpus | grep -c ^GPU || true)
+    if [[ $GPUS -gt 0 && ${settings[2]} != cpu ]]; then
+        found=$(usable_gpus) || fail "torch can't use this node's GPUs: see above"
         [[ $found = "$GPUS" ]] || fail "$found GPUs instead of $GPUS"
     fi
+    if [[ ${GPU_CHECK:-0} = 1 ]]; then python -m megamor gpu-check || fail "megamor gpu-check: see above"; fi
+    if [[ $SLURM_NODEID = 0 && -d $logs ]]; then note_saved "$directory/${settings[1]}" "$logs/saved_before"; fi
 }
 
 # Runs one process of the run. Its output goes to a file of its own; rank 0's also to the job's log.
 rank() {
-    local logs=$1 directory=$1/node_$SLURM_NODEID status=0
+    local logs=$1 directory=$1/node_$SLURM_NODEID status=0 settings=()
     shift
     mkdir -p "$directory"
-    if [[ $SLURM_PROCID = 0 ]]; then rm -f "$(run_dir "$@")/.job_$SLURM_JOB_ID"; fi
+    if [[ $SLURM_PROCID = 0 ]]; then
+        mapfile -t settings < <(run_settings "$@")
+        rm -f "${settings[0]}/.job_$SLURM_JOB_ID"
+    fi
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$((SLURM_NNODES * PROCESSES)) LOCAL_WORLD_SIZE=$PROCESSES
     # Slurm signals every process of a task. Python saves and exits; this shell must outlive it to write down its status,
     # and `tee` to write its last words. A handler that does nothing keeps the shell alive; Python resets it, `tee` ignores
@@ -62,7 +81,8 @@ rank() {
     else
         python "$root/pretrain.py" --config "$CONFIG" "$@" >"$directory/rank_$RANK.log" 2>&1 || status=$?
     fi
-    # When one rank exits with 75 or 2, others may die of it: srun reports the largest status, train.sh wants the cause.
+    if [[ $RANK = 0 ]]; then note_saved "${settings[0]}/${settings[1]}" "$logs/saved_after"; fi
+    # When one rank exits, others may die of it: srun reports the largest status, train.sh wants the cause.
     echo "$status" >"$logs/status_$RANK"
     exit "$status"
 }

@@ -14,15 +14,17 @@
 #   MASTER_ADDR, MASTER_PORT  where the processes meet; default: the job's first node, a port derived from the job's id
 #   DEEPSPEED_ARGS     default parallel.backend=deepspeed
 #   CHECK              0 submits without checking configuration, data and tokenizer first
+#   GPU_CHECK          1 runs `megamor gpu-check` on every node before training
 
 : "${LAUNCHER:=torchrun}" "${NODES:=}" "${GPUS:=}" "${TIME:=}" "${MARGIN:=600}" "${MAX_REQUEUES:=100}"
-: "${DEEPSPEED_ARGS:=parallel.backend=deepspeed}" "${CONFIG:?the script that sources slurm/train.sh sets CONFIG}"
+: "${GPU_CHECK:=0}" "${DEEPSPEED_ARGS:=parallel.backend=deepspeed}" "${CONFIG:?the script that sources slurm/train.sh sets CONFIG}"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/cluster.sh
 source "$root/slurm/cluster.sh"
 
 requeue_status=75 # of a run that saved and stopped on request, or whose watchdog found it hanging
+lost_rank=76      # of a rank that ended because another one had
 user_error=2
 stop_asked='' step='' step_status=0 repeater='' # state of a job
 
@@ -88,7 +90,7 @@ train() {
     if [[ $OMP_NUM_THREADS = 0 ]]; then OMP_NUM_THREADS=1; fi
     rank_logs=$CLUSTER_LOGS/${SLURM_JOB_NAME}_$SLURM_JOB_ID/start_$restarts
     mkdir -p "$rank_logs"
-    export OMP_NUM_THREADS MASTER_ADDR MASTER_PORT PROCESSES GPUS LAUNCHER CONFIG
+    export GPU_CHECK OMP_NUM_THREADS MASTER_ADDR MASTER_PORT PROCESSES GPUS LAUNCHER CONFIG
 
     echo "job $SLURM_JOB_ID, start $restarts: $CONFIG ${overrides[*]} with $LAUNCHER on $nodes nodes x $PROCESSES" \
         "processes ($SLURM_JOB_NODELIST); each rank's output in $rank_logs"
@@ -100,7 +102,7 @@ train() {
     elif [[ -n $stop_asked && $step_status -ne $user_error ]]; then
         step_status=$requeue_status
     fi
-    if [[ -n $stop_asked && $step_status -ge 128 ]]; then step_status=$requeue_status; fi
+    if [[ -n $stop_asked ]] && ((step_status >= 128 || step_status == lost_rank)); then step_status=$requeue_status; fi
     conclude "$step_status" "$restarts"
 }
 
@@ -139,6 +141,8 @@ run_step() {
     step_options+=("--ntasks=$((SLURM_NNODES * processes))" "--ntasks-per-node=$processes")
     # srun doesn't take over the job's CPUs per task, and they were asked for one task a node.
     if ((cpus >= processes)); then step_options+=("--cpus-per-task=$((cpus / processes))"); else step_options+=(--overcommit); fi
+    # Neighbouring ranks on the cores of one socket, as GPUs are numbered: each near its own.
+    if ((GPUS > 0 && cpus >= processes)); then step_options+=(--cpu-bind=cores --distribution=block:block); fi
     srun --wait=60 --kill-on-bad-exit=0 "${step_options[@]}" bash "$root/slurm/node.sh" "$@" &
     step=$!
     step_status=0
@@ -148,14 +152,38 @@ run_step() {
     done
 }
 
-# The status that explains the end of the run: srun's is the largest of all ranks, often that of a rank killed because
-# another one had exited.
+# The status that explains the end of the run, as megamor.errors.telling_status says: an error of a rank's own, then 75,
+# which others may end with because of it, then srun's. That is the largest of all ranks, often that of a rank that was
+# killed because another one had exited.
 telling_status() {
-    local status
-    for status in "$requeue_status" "$user_error"; do
-        if grep -qsx "$status" "$rank_logs"/status_*; then echo "$status" && return; fi
-    done
-    echo "$1"
+    local found own
+    found=$(cat "$rank_logs"/status_* 2>/dev/null | sort -nu || true)
+    own=$(awk -v lost="$lost_rank" -v requeue="$requeue_status" '$1 > 0 && $1 < 128 && $1 != lost && $1 != requeue' <<<"$found")
+    if grep -qx "$user_error" <<<"$own"; then
+        echo "$user_error"
+    elif [[ -n $own ]]; then
+        head -n 1 <<<"$own"
+    elif grep -qx "$requeue_status" <<<"$found"; then
+        echo "$requeue_status"
+    else
+        echo "$1"
+    fi
+}
+
+# Succeeds if this start has saved nothing, nor the starts right before it: so often may a job be requeued that was asked
+# to stop. One that stopped by itself must have saved something, or it would hang again and again.
+made_no_progress() {
+    local idle=$CLUSTER_LOGS/${SLURM_JOB_NAME}_$SLURM_JOB_ID/idle_starts allowed=0 count=0 saved=yes
+    if [[ -n $stop_asked ]]; then allowed=2; fi
+    if [[ ! -e $rank_logs/saved_after ]]; then
+        saved=$stop_asked # killed before it could say
+    elif cmp -s "$rank_logs/saved_before" "$rank_logs/saved_after"; then
+        saved=''
+    fi
+    if [[ -n $saved ]]; then rm -f "$idle" && return 1; fi
+    if [[ -e $idle ]]; then count=$(<"$idle"); fi
+    echo $((count + 1)) >"$idle"
+    ((count + 1 > allowed))
 }
 
 # Asks the run to save and stop, again and again: a signal that arrives while srun starts the processes is lost.
@@ -181,6 +209,10 @@ conclude() {
     fi
     if [[ $restarts -ge $MAX_REQUEUES ]]; then
         echo "job $SLURM_JOB_ID was started $((restarts + 1)) times and isn't requeued (MAX_REQUEUES)" >&2
+        exit "$status"
+    fi
+    if made_no_progress; then
+        echo "job $SLURM_JOB_ID has saved nothing since its last start and isn't requeued" >&2
         exit "$status"
     fi
     # A job that somebody has cancelled must stay cancelled.

@@ -43,6 +43,8 @@ PROMISES: dict[str, str] = {
     "R20": "a run directory has one writer",
     "R21": "tokens and FLOPs asked for are those trained, whatever changes at a resume",
     "R22": "one text is one sequence of ids in every part, and nothing of it is lost",
+    "R24": "a device asked for is used; a failing rank ends the job with its own status and message, in bounded time, "
+    "and is not requeued without progress",
     "R25": "any value of any setting reads back equal through every reader",
     "R26": "a checkpoint from elsewhere runs none of its code",
 }

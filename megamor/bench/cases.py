@@ -31,14 +31,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 BASELINES = {"hf-llama": "Hugging Face Llama, SDPA"}
 """Other implementations of vanilla: label by name."""
 
-PUBLISHED = (
-    REFERENCE,
-    *("mor3_expert", "mor2_expert", "mor3_expert_share", "mor3_token", "mor4_expert", "rec3", "mor3_token_share"),
-    *("mor2_expert_share", "mor4_expert_share", "mor2_token", "mor4_token", "rec2", "rec4"),
-)
-"""Cases of a published size, most important first: file in configs/model, router, `share` for share-first."""
-SIZES = {"360m": 16, "135m": 32, "1.7b": 8}
-"""Sequences of a micro-batch to begin with, by prefix of the files in configs/model; most important first."""
+SIZES = ("360m", "135m", "1.7b")
+"""Published sizes by the prefix of their files in configs/model, most important first."""
 
 POLICIES = ("none", "selective:sdpa+mm", "selective:sdpa", "recursion", "block")
 """Activation checkpointing policies; after the colon, the operations whose results `selective` keeps."""
@@ -61,6 +55,10 @@ class Case:
     fill: float | None = None
     """Mean fraction of real tokens in a window, the rest being padding; None: no padding."""
     computes_padding: bool = False
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    documents: bool = False
+    """Whether the windows hold several documents, of lengths like those of web pages."""
 
     @property
     def fill_left_out(self) -> float | None:
@@ -68,15 +66,18 @@ class Case:
         return None if self.computes_padding else self.fill
 
     def config(self, micro_batch: int | None = None) -> Config:
-        """Its configuration, with a step of one micro-batch (of `micro_batch` sequences, if given).
+        """Its configuration, with a step of `accumulation` micro-batches of `micro_batch` sequences (default: one step
+        as configured).
 
         Raises:
             ConfigError: as `load_config`.
         """
-        # Batches are random tokens without documents, so no case may count on a mask that makes attention cheaper.
-        fixed = ["data.document_mask=false"]
+        # Batches are random tokens, without documents unless a case is about them: no other may count on a mask that
+        # makes attention cheaper.
+        fixed = [f"data.document_mask={str(self.documents).lower()}"]
         if micro_batch is not None:
-            fixed += [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={micro_batch}"]
+            batch = micro_batch * self.accumulation
+            fixed += [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={batch}"]
         return load_config(self.path, [*self.overrides, *fixed])
 
 
@@ -101,26 +102,15 @@ def cases_of_config(
     return sorted(cases, key=lambda case: case.name != REFERENCE) + others
 
 
-def cases_of_size(size: str, overrides: Sequence[str], names: Sequence[str]) -> list[Case]:
-    """The named cases of a published size, most important first; vanilla at both ends, so that drift shows.
-
-    Raises:
-        ConfigError: an unknown size or name.
-    """
-    check_names([size], SIZES, "size")
-    check_names(names, PUBLISHED, "case")
-    others = [name for name in PUBLISHED if name in names and name != REFERENCE]
-    order = [REFERENCE, *others, REFERENCE] if others else [REFERENCE]
-    found = []
-    for name in order:
-        shape, *words = name.split("_")
-        own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
-        own += [_TOKEN if "token" in words else _EXPERT] if words else []
-        # The files describe a shape alone; what else a run must say has no effect here.
-        own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
-        suffix = "" if shape == REFERENCE else f"_{shape}"
-        found.append(Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own)))
-    return found
+def case_of_size(size: str, name: str, overrides: Sequence[str] = ()) -> Case:
+    """A case of a published size by its parts: `vanilla`, or the file in configs/model, router and `share`."""
+    shape, *words = name.split("_")
+    own = [_SHARE if "share" in words else _CACHE] if shape != REFERENCE else []
+    own += [_TOKEN if "token" in words else _EXPERT] if words else []
+    # The files describe a shape alone; what else a run must say has no effect here.
+    own += ["train.max_steps=1", "optim.warmup_steps=0", *overrides]
+    suffix = "" if shape == REFERENCE else f"_{shape}"
+    return Case(name, f"{size} {name}", MODELS / f"{size}{suffix}.yaml", tuple(own))
 
 
 def with_policy(case: Case, policy: str) -> Case:

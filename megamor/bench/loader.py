@@ -48,12 +48,12 @@ def document_lengths(count: int, generator: np.random.Generator) -> np.ndarray:
     return np.minimum(generator.lognormal(6.0, 1.05, count) + 1, 500_000).astype(np.int32)
 
 
-def write_documents(prefix: Path, num_tokens: float) -> str:
+def write_documents(prefix: Path, num_tokens: float, vocab_size: int = VOCABULARY) -> str:
     """Write a data set of random ids; returns its prefix."""
     generator = np.random.default_rng(0)
     with ShardWriter(prefix, np.uint16) as writer:
         for length in document_lengths(max(1, int(num_tokens / 700)), generator).tolist():
-            writer.add(generator.integers(0, VOCABULARY, length, dtype=np.uint16))
+            writer.add(generator.integers(0, vocab_size, length, dtype=np.uint16))
         writer.commit()
     return str(prefix)
 

@@ -1,4 +1,4 @@
-"""The training step that benchmarks measure: forward, backward, clipping and AdamW of one micro-batch of random tokens.
+"""The training step that benchmarks measure: forward, backward, clipping and AdamW on micro-batches of random tokens.
 
 It goes through the backend that training uses. The learning rate is 0, which costs the same as any other and keeps the
 routing as initialised: training on random tokens would only collapse it.
@@ -12,17 +12,19 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megamor.bench.baselines import HuggingFaceLlama
 from megamor.bench.cases import Case
+from megamor.bench.loader import document_lengths
 from megamor.config import Config
 from megamor.errors import ConfigError, TrainingError
 from megamor.metrics import peak_memory, reset_peak_memory
@@ -50,6 +52,15 @@ class Window:
         return self.seconds / len(self.flops)
 
 
+class Routed(NamedTuple):
+    """Of a micro-batch: tokens and attention pairs [Nr, 2] of its recursions, their mean depth (scalar), and with
+    documents the pairs of an unshared block (scalar)."""
+
+    work: Tensor | None
+    depth: Tensor | None
+    pairs: Tensor | None
+
+
 class Training:
     """A model with its optimizer, ready to step. `config` sets the micro-batch."""
 
@@ -64,6 +75,8 @@ class Training:
         # Made beforehand, because drawing ids and copying them to a GPU would be timed as well.
         self.batches = [make_batch(config, number, world.device) for number in range(NUM_BATCHES)]
         self.lengths = [fill_of_batch(config, number, fill) for number in range(NUM_BATCHES)]
+        self.documents = make_documents(config).to(world.device) if config.data.document_mask else None
+        self.accumulation = config.train.global_batch_size // config.train.micro_batch_size
         self.number = 0
 
     @classmethod
@@ -72,43 +85,52 @@ class Training:
         config = case.config(micro_batch)
         return cls(config, world, build_case(case, config, world.device), case.fill_left_out)
 
-    def step(self) -> tuple[Tensor | None, Tensor | None]:
-        """One step; returns tokens and attention pairs [Nr, 2] of its recursions and their mean depth (scalar)."""
-        (inputs, labels), lengths = self.batches[self.number % NUM_BATCHES], self.lengths[self.number % NUM_BATCHES]
-        self.number += 1
-        padded = {} if lengths is None else {"lengths": lengths}
-        with self.backend.forward_context(last_micro_batch=True):
-            out = self.backend.model(inputs, labels, mode="train", step=self.number, **padded)
-            loss = out.loss_sum / labels.numel() + sum(out.router_losses.values())
-        self.backend.backward(loss, last_micro_batch=True)
+    def step(self) -> list[Routed]:
+        """One step over as many micro-batches as the configuration accumulates."""
+        count, found = self.accumulation, []
+        for micro_batch in range(count):
+            inputs, labels = self.batches[self.number % NUM_BATCHES]
+            given = {"lengths": self.lengths[self.number % NUM_BATCHES], "documents": self.documents}
+            self.number += 1
+            last = micro_batch == count - 1
+            with self.backend.forward_context(last_micro_batch=last):
+                given = {name: value for name, value in given.items() if value is not None}
+                out = self.backend.model(inputs, labels, mode="train", step=self.number, **given)
+                loss = (out.loss_sum / labels.numel() + sum(out.router_losses.values())) / count
+            self.backend.backward(loss, last_micro_batch=last)
+            depth = None if out.depth is None else out.depth[out.depth >= 0].double().mean()
+            found.append(Routed(out.work, depth, out.pairs if self.documents is not None else None))
         self.backend.step(self.config.optim.grad_clip)
         if out.totals:
             self.backend.module.update_routers(out.totals)  # type: ignore[operator]
-        return out.work, None if out.depth is None else out.depth[out.depth >= 0].double().mean()
+        return found
 
     def window(self, seconds: float = 0, at_least: int = 1) -> Window:
         """Steps for about `seconds`, and `at_least` as many."""
-        results: list[tuple[Tensor | None, Tensor | None]] = []
+        results: list[list[Routed]] = []
         synchronize(self.device)
         started, first = time.perf_counter(), self.number
-        # A step ends by reading the norm of its gradients, so the host can't run far ahead of the device.
         while len(results) < at_least or time.perf_counter() - started < seconds:
             results.append(self.step())
         synchronize(self.device)
         elapsed = time.perf_counter() - started
         # Reading results from a GPU waits for it, so this comes after the time was taken.
-        depths = [float(depth) for _, depth in results if depth is not None]
-        flops = [self.flops(work, self.lengths[(first + n) % NUM_BATCHES]) for n, (work, _) in enumerate(results)]
-        return Window(elapsed, flops, statistics.mean(depths) if depths else None)
+        routed = [micro_batch for step in results for micro_batch in step]
+        depths = [float(one.depth) for one in routed if one.depth is not None]
+        flops = [self.flops(one, self.lengths[(first + n) % NUM_BATCHES]) for n, one in enumerate(routed)]
+        count = self.accumulation
+        steps = [sum_flops(flops[n : n + count]) for n in range(0, len(flops), count)]
+        return Window(elapsed, steps, statistics.mean(depths) if depths else None)
 
-    def flops(self, work: Tensor | None, lengths: tuple[int, ...] | None = None) -> Flops:
-        """What a step executed, from the routing that was realised and the tokens of each sequence."""
-        sequences = self.config.train.micro_batch_size
-        if work is None and lengths is None:
+    def flops(self, routed: Routed, lengths: tuple[int, ...] | None = None) -> Flops:
+        """What a micro-batch executed, from the routing that was realised and the tokens of each sequence."""
+        sequences, work = self.config.train.micro_batch_size, routed.work
+        if work is None and lengths is None and routed.pairs is None:
             return nominal_flops(self.config, sequences)
         done = [] if work is None else [(tokens, pairs) for tokens, pairs in work.tolist()]
         if lengths is None:
-            return executed_flops(self.config, sequences, done)
+            seen = None if routed.pairs is None else float(routed.pairs)
+            return executed_flops(self.config, sequences, done, pairs=seen)
         pairs = sum(length * (length + 1) / 2 for length in lengths)
         return executed_flops(self.config, sequences, done, pairs=pairs, tokens=sum(lengths))
 
@@ -136,6 +158,19 @@ def make_batch(config: Config, number: int, device: torch.device) -> tuple[Tenso
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def make_documents(config: Config) -> Tensor:
+    """Numbers [B, S] of documents with lengths like those of web pages; in windows other than 2,048, in proportion."""
+    sequences, seq_len = config.train.micro_batch_size, config.data.seq_len
+    lengths = document_lengths(sequences * seq_len, np.random.default_rng(config.run.seed)) * seq_len // 2048 + 1
+    numbers = np.repeat(np.arange(len(lengths)), lengths)[: sequences * seq_len]
+    return torch.from_numpy(numbers).view(sequences, seq_len)
+
+
+def sum_flops(parts: Sequence[Flops]) -> Flops:
+    """The FLOPs of several passes."""
+    return Flops(*map(sum, zip(*map(astuple, parts), strict=True)))
+
+
 def fill_of_batch(config: Config, number: int, fill: float | None) -> tuple[int, ...] | None:
     """Real tokens of each sequence of batch `number`: between half and one and a half times `fill` · S, at most S."""
     if fill is None:
@@ -156,7 +191,7 @@ def world_for(config: Config, device: torch.device) -> World:
     """
     if config.parallel.backend == "single":
         return World(0, 1, 0, device)
-    world = init_world(config.parallel)
+    world = init_world(config.parallel, device.type)
     if world.device.type != device.type:
         raise ConfigError(f"parallel.backend {config.parallel.backend} runs on {world.device}; give --device cuda")
     return world

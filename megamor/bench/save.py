@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         raise ConfigError(f"--steps {args.steps} --rounds {args.rounds}: give at least 2 and 1")
     device = torch.device(args.device)
     config = load_config(args.config, [*(SHORT if device.type == "cpu" else ()), *args.overrides])
-    config = replace(config, parallel=ParallelConfig("single"))
+    one = replace(config.train, global_batch_size=config.train.micro_batch_size)  # a step is one micro-batch
+    config = replace(config, parallel=ParallelConfig("single"), train=one)
     times: dict[str, list[Times]] = {kind: [] for kind in KINDS}
     with TemporaryDirectory(dir=args.directory) as directory:
         training = Training(config, World(0, 1, 0, device), build_model(config, device=device))

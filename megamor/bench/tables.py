@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
-from megamor.bench import load, loader, preprocess, save, scaling, serve, train
+from megamor.bench import gpu, load, loader, preprocess, save, scaling, serve, train
 from megamor.bench.report import Column, Row, Table, number, provenance, read_report, text
 from megamor.errors import DataError, user_errors
 
@@ -30,7 +30,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "findings", "finetuning", "interop", "reliability", "scaling")
+        for name in ("benchmarks", "findings", "finetuning", "gpu", "interop", "reliability", "scaling")
     ),
 ]
 MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
@@ -39,7 +39,16 @@ QUICKSTART_SCHEMA = "megamor-quickstart/1"
 FINETUNING_SCHEMA = "megamor-finetuning/1"
 STUDY_SCHEMA = "megamor-study/1"
 STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
-FINDINGS = ("routing", "routing_code", "seed002_exp1", "seed002_exp2", "isoflop_cpu", "growth", "uptrain_small")
+FINDINGS = (
+    "routing",
+    "routing_code",
+    "seed002_exp1",
+    "seed002_exp2",
+    "isoflop_cpu",
+    "growth",
+    "uptrain_small",
+    "uptrain",
+)
 """Studies whose results docs/findings.md tells."""
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 IMPORTS_SCHEMA = "megamor-imports/1"
@@ -115,6 +124,14 @@ def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:
         except KeyError as error:
             raise DataError(f"{path} has no field {error}; measure again with megamor bench") from None
         yield from ("", f"`{report['command']}`")
+
+
+def gpus(results: Path) -> Iterator[str]:
+    """Markdown of what GPUs were measured to do."""
+    if not any(results.glob("gpu_*.json")):
+        yield from ("", "None yet: `benchmarks/results` has no `gpu_*.json`.")
+        return
+    yield from measured("gpu_*.json", gpu, results)
 
 
 def computed(make: Callable[[str], Table], recipe: str, _: Path) -> Iterator[str]:
@@ -229,6 +246,7 @@ def finetuning(results: Path) -> Iterator[str]:
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-train": partial(measured, "train_*.json", train),
     "bench-policies": partial(measured, "checkpointing_*.json", train),
+    "bench-gpu": gpus,
     "bench-padding": partial(measured, "padding_*.json", train),
     "bench-loader": partial(measured, "loader_*.json", loader),
     "bench-preprocess": partial(measured, "preprocess_*.json", preprocess),
@@ -244,6 +262,8 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "scaling-vanilla_1b": partial(computed, scaling.strong_scaling, "vanilla_1b"),
     "backends": partial(computed, scaling.backends, "mor_1b"),
     "policies": partial(computed, scaling.policies, "mor_1b"),
+    "mfu": partial(computed, scaling.expected_mfu, "mor3_expert"),
+    "mfu-operations": partial(computed, scaling.milliseconds, "mor3_expert"),
 }
 
 

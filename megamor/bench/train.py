@@ -1,28 +1,23 @@
 """Time, memory and FLOPs of a training step, for models or activation checkpointing policies that are compared.
 
-Models of one configuration are all kept in memory and take turns: a round runs one step of each on the same batch, in
-an order that rotates. Published sizes are measured one at a time, each for a few windows of steps, with vanilla before
-and after the others.
+The models are all kept in memory and take turns: a round runs one step of each on the same batch, in an order that
+rotates. `megamor.bench.gpu` measures the published sizes one at a time, with the same steps and the same figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
-from megamor.bench.cases import CASES, PUBLISHED, SIZES, Case, cases_of_config, cases_of_size, with_padding, with_policy
+from megamor.bench.cases import CASES, Case, cases_of_config, with_padding, with_policy
 from megamor.bench.measure import (
     NUM_BATCHES,
     Training,
@@ -30,14 +25,12 @@ from megamor.bench.measure import (
     fill_of_batch,
     peak_in_fresh_process,
     release,
-    within_memory,
     world_for,
 )
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, quartiles, rotated, spread, text
 from megamor.config import config_to_dict
-from megamor.errors import MegamorError
-from megamor.metrics import peak_flops, peak_memory, reset_peak_memory
-from megamor.parallel import World, close_world
+from megamor.metrics import peak_flops
+from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
 SCHEMA = "megamor-bench-train/1"
@@ -49,7 +42,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Measure every comparison and put it into `report["settings"]`, saving whenever something is done.
 
     Raises:
-        ConfigError: an unknown case, size or policy, or a configuration that can't be built.
+        ConfigError: an unknown case or policy, or a configuration that can't be built.
     """
     # All configurations are loaded first: a mistake in any of them ends the command before time is spent.
     planned = [[(case, case.config()) for case in cases] for cases in comparisons(args)]
@@ -67,11 +60,11 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
                 "cases": results,
             }
             report["settings"].append(setting)
-            for group in [[case] for case in cases] if args.sizes else [cases]:
-                results += attempt(group, args, world)
-                setting["rounds"] = max(len(result.get("round_seconds", ())) for result in results)
-                compare(results)
-                save()
+            results += measure(cases, args, world, config.train.micro_batch_size)
+            release(world.device)
+            setting["rounds"] = max(len(result["round_seconds"]) for result in results)
+            compare(results)
+            save()
     finally:
         close_world()
 
@@ -80,22 +73,16 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
     """Groups of cases; each is compared with the first of its group.
 
     Raises:
-        ConfigError: an unknown case or size.
+        ConfigError: an unknown case.
     """
     lengths = [[f"data.seq_len={length}", f"model.max_seq_len={length}"] for length in args.seq_len or ()] or [[]]
-    modes = [True, False] if args.sizes and args.compile is None else [args.compile]
-    for compiled, size, length, micro_batch in product(
-        modes, args.sizes or [None], lengths, args.micro_batch or [None]
-    ):
-        overrides = [f"parallel.backend={args.backend or ('fsdp2' if size else 'single')}", *length, *args.overrides]
-        if compiled is not None:
-            overrides.append(f"train.compile={str(compiled).lower()}")
-        batch = micro_batch or SIZES.get(size or "")
+    for length, batch in product(lengths, args.micro_batch or [None]):
+        overrides = [f"parallel.backend={args.backend}", *length, *args.overrides]
+        if args.compile is not None:
+            overrides.append(f"train.compile={str(args.compile).lower()}")
         if batch:
             overrides = [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}", *overrides]
-        if size:
-            models = cases_of_size(size, overrides, args.cases or PUBLISHED[: 2 if args.policies else 7])
-        elif args.policies and not args.cases:
+        if args.policies and not args.cases:
             models = [Case("configured", Path(args.config).stem, Path(args.config), tuple(overrides))]
         else:
             models = cases_of_config(args.config, overrides, args.cases or list(CASES), args.baseline)
@@ -107,75 +94,31 @@ def comparisons(args: argparse.Namespace) -> Iterator[list[Case]]:
             yield models
 
 
-def attempt(cases: Sequence[Case], args: argparse.Namespace, world: World) -> list[dict[str, Any]]:
-    """A result for each case: its measurements, with as large a micro-batch as fits, or why there are none.
-
-    A failure is recorded, so that the other cases are still measured.
-    """
-    begun, train = time.perf_counter(), cases[0].config().train
-    labels = [{"name": case.name, "label": case.label, "policy": case.policy} for case in cases]
-    try:
-        found = within_memory(partial(measure, cases, args, world), train.micro_batch_size, world.device)
-    except MegamorError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        found = [{"error": f"{type(error).__name__}: {error}"[:2000]}] * len(cases)
-    release(world.device)
-    common = {"compiled": train.compile, "wall_seconds": time.perf_counter() - begun}
-    print(f"measured {', '.join(case.label for case in cases)}", file=sys.stderr, flush=True)
-    return [label | common | result for label, result in zip(labels, found, strict=True)]
-
-
 def measure(cases: Sequence[Case], args: argparse.Namespace, world: World, micro_batch: int) -> list[dict[str, Any]]:
-    """Measure cases that are in memory together and take turns; of `--sizes`, one that has the device to itself."""
+    """Measure cases that are in memory together and take turns."""
     from rich.console import Console
 
-    device, alone = world.device, bool(args.sizes)
+    device = world.device
     with Console(stderr=True).status("memory") as status:
         peaks: list[int | None] = [None] * len(cases)
-        if not alone and not args.no_memory:
+        if not args.no_memory:
             peaks = [peak_in_fresh_process(case, device, torch.get_num_threads(), micro_batch) for case in cases]
         status.update("warm-up")
-        counters.clear()
         trainings = [Training.of(case, world, micro_batch) for case in cases]
-        # Compiled blocks need more steps until they have seen all shapes.
         for training in trainings:
-            training.window(at_least=6 if alone else 2)
-        graphs = counters["stats"]["unique_graphs"]
-        reset_peak_memory(device)  # compilation takes memory of its own
-        # A short step of one model on a GPU is timed best among others of its kind, without waiting in between.
-        rounds = args.rounds or (3 if alone else None)
-        window = partial(Training.window, seconds=(args.seconds or 9.0) / (rounds or 1), at_least=2)
+            training.window(at_least=2)
         status.update("rounds")
-        windows = take_turns(trainings, rounds, args.seconds or 60.0, window if alone else Training.window)
-    if alone:
-        peaks = [trainings[0].peak_bytes()]
-    results = [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
-    if alone:
-        reasons = [*counters["unimplemented"], *counters["graph_break"]]
-        reserved = peak_memory(device)["memory/peak_reserved_gib"]
-        results[0] |= {
-            "peak_reserved_bytes": None if reserved is None else round(reserved * 2**30),
-            "recompilations_after_warmup": counters["stats"]["unique_graphs"] - graphs,
-            # torch.compile has given up on a function, which then runs uncompiled.
-            "recompile_limit_hit": any("limit exceeded" in reason for reason in reasons),
-        }
-    return results
+        windows = take_turns(trainings, args.rounds, args.seconds)
+    return [summary(*of_case) for of_case in zip(cases, trainings, windows, peaks, strict=True)]
 
 
-def take_turns(
-    trainings: Sequence[Training],
-    rounds: int | None,
-    seconds: float,
-    window: Callable[[Training], Window] = Training.window,
-) -> list[list[Window]]:
+def take_turns(trainings: Sequence[Training], rounds: int | None, seconds: float) -> list[list[Window]]:
     """A window of each training in each of `rounds`, or of as many as fit into `seconds` (at least one)."""
     found: list[list[Window]] = [[] for _ in trainings]
     done, started = 0, time.perf_counter()
     while done < rounds if rounds else done == 0 or time.perf_counter() - started < seconds:
         for index in rotated(range(len(trainings)), done):
-            found[index].append(window(trainings[index]))
+            found[index].append(trainings[index].window())
         done += 1
     return found
 
@@ -185,7 +128,7 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
     config, device = training.config, training.device
     filled = [fill_of_batch(config, number, case.fill) for number in range(NUM_BATCHES)]
     real = statistics.mean(sum(lengths) for lengths in filled if lengths is not None) if case.fill else None
-    tokens = real or config.train.micro_batch_size * config.data.seq_len
+    tokens = training.accumulation * (real or config.train.micro_batch_size * config.data.seq_len)
     flops = [step for window in windows for step in window.flops]
     executed = statistics.mean(step.training for step in flops)
     recomputed = statistics.mean(step.recomputed(config.train) for step in flops)
@@ -194,6 +137,10 @@ def summary(case: Case, training: Training, windows: Sequence[Window], peak: int
     peak_rate = peak_flops(gpu, config.train.precision)
     depths = [window.depth for window in windows if window.depth is not None]
     result: dict[str, Any] = {
+        "name": case.name,
+        "label": case.label,
+        "policy": case.policy,
+        "compiled": compiles(config.train, device),
         "overrides": list(case.overrides),
         "batch_size": config.train.micro_batch_size,
         "fill": real and real / (config.train.micro_batch_size * config.data.seq_len),
@@ -222,15 +169,12 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
 
     The first case may have been measured more than once; its rounds are then averaged.
     """
-    measured = [result for result in results if "round_seconds" in result]
-    first = [other for other in measured if all(other[key] == results[0][key] for key in ("name", "policy"))]
-    if not first:
-        return
+    first = [other for other in results if all(other[key] == results[0][key] for key in ("name", "policy"))]
     # The batch is smaller where memory ran out, so everything is compared per sequence.
     times = [[seconds / other["batch_size"] for seconds in other["round_seconds"]] for other in first]
     reference = [statistics.mean(of_a_round) for of_a_round in zip(*times, strict=True)]
     flops, memory = first[0]["training_flops"] / first[0]["batch_size"], first[0]["peak_memory_bytes"]
-    for result in measured:
+    for result in results:
         size, peak = result["batch_size"], result["peak_memory_bytes"]
         ratios = [mine / size / other for mine, other in zip(result["round_seconds"], reference, strict=True)]
         result["time_ratio"] = quartiles(ratios)
@@ -253,7 +197,6 @@ def tables(report: Row) -> Iterator[Table]:
             Column("model", text("label"), left=True),
             Column("policy", lambda row: f"`{row['policy']}`" if row.get("policy") else "", left=True),
             Column("compiled", lambda row: "yes" if row.get("compiled") else "", left=True),
-            Column("fitting batch", lambda row: str(row["batch_size"]) if row.get("out_of_memory_at") else ""),
             Column("M parameters", number("parameters", ".2f", 1e-6)),
             Column("step, ms (quartiles)", spread("step_seconds", ".0f", 1e3)),
             Column("tokens/s", number("tokens_per_second", ",.0f")),
@@ -267,9 +210,6 @@ def tables(report: Row) -> Iterator[Table]:
             Column("estimated MB", number("estimated_memory_bytes", ".0f", 1e-6)),
             Column("estimate / peak", number("estimate_over_peak", ".2f")),
             Column("mean depth", number("mean_depth", ".2f", null="")),
-            Column("recompiled", number("recompilations_after_warmup", "d")),
-            Column("given up", lambda row: "yes" if row.get("recompile_limit_hit") else ""),
-            Column("", lambda row: "failed" if "error" in row else "skipped" if "skipped" in row else "", left=True),
         )
         yield Table(columns, setting["cases"], title)
 

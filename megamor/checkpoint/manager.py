@@ -44,8 +44,8 @@ SETTLING_SECONDS = 10.0
 class CheckpointManager:
     """Checkpoints of one run in one directory, which all ranks see. Methods are collective unless they say otherwise.
 
-    The ranks communicate through a process group of their own, so `save` can run in a thread while training continues.
-    Only one method may run at a time.
+    `save` may run in a thread while training continues if `ranks` have a group of their own. Only one method may run at
+    a time.
 
     Args:
         directory: created if missing. What an interrupted save left in it is cleared away.

@@ -33,7 +33,7 @@ def rng_states(world_size: int) -> dict[str, Any]:
         "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -74,7 +74,7 @@ def restore_rng(
         raise CheckpointError(f"{path} holds something else than random states, which was not run") from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise CheckpointError(f"can't restore the random states in {path}: {error}") from error
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # training on the CPU, perhaps beside a GPU
         return True
     if "cuda" not in states:
         log.log(level, "GPU random state set anew from seed %d and step %d: saved on a CPU", seed, step)

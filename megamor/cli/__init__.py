@@ -49,6 +49,7 @@ COMMANDS: dict[str, str] = {
     "convert-checkpoint": "convert a checkpoint to one safetensors file",
     "verify-checkpoint": "check that a checkpoint is intact and loads",
     "verify-resume": "check that a run resumes bitwise on this machine",
+    "gpu-check": "check in a minute whether this machine's GPUs can train and serve",
     "bench": "measure training, loading, preprocessing, saving and serving",
 }
 """Each subcommand, and a line about it for `megamor --help`."""

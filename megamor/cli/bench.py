@@ -3,7 +3,7 @@
 examples:
   megamor bench train --config configs/bench/cpu.yaml --seq-len 512,1024 --baseline hf-llama --threads 2
   megamor bench train --config configs/bench/cpu.yaml --policies none,block --rounds 6
-  megamor bench train --sizes 360m --cases vanilla,mor3_expert --compile --json out.json
+  megamor bench gpu --minutes 9 --json gpu.json
   megamor bench loader --documents 100000000 --directory /scratch
   megamor bench preprocess --input 'corpora/*.jsonl.zst' --tokenizer gpt2.json
   megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
@@ -28,11 +28,11 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from megamor.bench.cases import BASELINES, CASES, POLICIES, PUBLISHED, SIZES
+from megamor.bench.cases import BASELINES, CASES, POLICIES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
 from megamor.cli import command_parser, output_file, positive
-from megamor.errors import ConfigError, user_errors
+from megamor.errors import user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
 CONFIGURED = ("train", "save", "serve")
@@ -89,25 +89,29 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def train_options(parser: argparse.ArgumentParser) -> None:
     """Time, memory and FLOPs of a training step, for models or checkpointing policies."""
-    add, models = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--config", metavar="FILE", help="a recursive model; key=value changes settings of all cases")
-    models.add_argument(
-        "--sizes", type=names, metavar="A,B", help=f"published sizes, one case at a time: {','.join(SIZES)}"
-    )
-    cases = f"with --config: {', '.join(CASES)} (default: all); with --sizes: {', '.join(PUBLISHED)} (default: first 7)"
-    add("--cases", type=names, metavar="A,B", help=cases)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a recursive model; key=value changes settings of all cases")
+    add("--cases", type=names, metavar="A,B", help=f"{', '.join(CASES)} (default: all)")
     add("--policies", type=names, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
     add("--fill", type=fraction, metavar="F", help="windows that are F full (0.5): padding computed against left out")
     add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
     add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
-    add("--micro-batch", type=numbers, metavar="N,M", help="sequences of a step (default: configured, or by size)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured; with --sizes both, in turn")
-    add("--backend", choices=["single", "fsdp2"], help="of one rank (default: single; fsdp2 with --sizes)")
-    add("--seconds", type=float, metavar="T", help="per sequence length (default: 60), or per case of --sizes (9)")
-    add("--rounds", type=positive, metavar="N", help="exactly so many rounds; with --sizes, windows (default: 3)")
+    add("--micro-batch", type=numbers, metavar="N,M", help="sequences of a step (default: the configuration's)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured")
+    add("--backend", default="single", choices=["single", "fsdp2"], help="of one rank (default: single)")
+    add("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
+    add("--rounds", type=positive, metavar="N", help="exactly so many rounds")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process per case")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")
-    add("--device", metavar="D", help="cpu or cuda (default: cpu; cuda with --sizes)")
+    add("--device", metavar="D", help="cpu or cuda (default: cpu)")
+
+
+def gpu_options(parser: argparse.ArgumentParser) -> None:
+    """Training and serving of the published sizes on this GPU, decisive cases first, within a time limit."""
+    add = parser.add_argument
+    add("--minutes", type=float, default=9.0, metavar="T", help="for all cases; others are skipped (default: 9)")
+    add("--profile", action="store_true", help="also record which kernels take most of a step")
+    add("--toy", action="store_true", help="every case with a tiny model on the CPU; without a GPU always")
 
 
 def loader_options(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +180,7 @@ def load_options(parser: argparse.ArgumentParser) -> None:
 
 
 # The docstring of each is the summary that --help shows.
-DECLARE = (train_options, loader_options, preprocess_options, save_options, serve_options, load_options)
+DECLARE = (train_options, gpu_options, loader_options, preprocess_options, save_options, serve_options, load_options)
 SUBCOMMANDS = {declare.__name__.removesuffix("_options"): declare for declare in DECLARE}
 
 
@@ -191,13 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(words)
     import torch
 
+    from megamor.devices import usable_device
     from megamor.origin import describe_origin
 
     if getattr(args, "device", None) is None:
-        gpu = torch.cuda.is_available() if args.what == "serve" else bool(getattr(args, "sizes", None))
-        args.device = "cuda" if gpu else "cpu"
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("torch sees no CUDA device; give --device cpu or install a CUDA build")
+        args.device = "auto" if args.what == "serve" else "cpu"
+    args.device = str(usable_device(args.device))
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     bench = import_module(f"megamor.bench.{args.what}")

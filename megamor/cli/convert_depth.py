@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.checkpoint.state import MODEL_PREFIX
     from megamor.config import config_to_yaml, load_config
     from megamor.config.convert import config_to_dict
+    from megamor.config.schema import DataConfig
     from megamor.interop.depth import convert_depth, describe_check, router_names
     from megamor.interop.weights import refuse_occupied, save_weights
     from megamor.load import read_source
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     refuse_occupied(arguments.output)
     dense = read_source(arguments.source, "convert-depth")
-    backbone = {"model": config_to_dict(dense.config)["model"]}
-    config = load_config(arguments.to, arguments.overrides, under=[(arguments.source, backbone)])
+    backbone = {
+        "model": config_to_dict(dense.config)["model"],
+        "data": {"seq_len": min(DataConfig.seq_len, dense.config.model.max_seq_len)},
+    }
+    config = load_config(arguments.to, arguments.overrides, under=[(arguments.source, backbone)], run=False)
     converted = convert_depth(dense.config, dense.weights, config, arguments.init)
     drawn = {name: weight for name, weight in build_model(config).state_dict().items() if name in router_names(config)}
     weights = {MODEL_PREFIX + name: weight for name, weight in (converted | drawn).items()}

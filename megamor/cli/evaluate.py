@@ -168,15 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache_options(arguments, arguments.kv_budgets)  # wrong ones are reported before torch is imported
 
     from megamor.config import ParallelConfig
-    from megamor.parallel import close_world, init_world
-    from megamor.ranks import report_errors_once
+    from megamor.parallel import joined_world
 
-    world = init_world(ParallelConfig())
-    try:
-        with report_errors_once():
-            measure(arguments, rule, changes, names, world)
-    finally:
-        close_world()
+    with joined_world(ParallelConfig(), arguments.device) as world:
+        measure(arguments, rule, changes, names, world)
 
 
 def measure(

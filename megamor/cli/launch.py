@@ -8,8 +8,8 @@ examples:
 Everything after the options of `launch` goes to `megamor pretrain`. This is torchrun with two differences. torchrun
 kills its workers 30 seconds after SIGTERM and dies of SIGUSR1; `launch` passes SIGTERM, SIGUSR1 and Ctrl-C to every
 worker and waits until they have saved. torchrun exits with 1 whatever its workers exit with; `launch` exits with their
-status: 0 (done), 75 (stopped and saved: rerun the same command), 2 (an error that you can fix). Slurm scripts don't
-need it: there, srun starts the processes.
+status: 0 (done), 75 (stopped and saved: rerun the same command), 2 (an error that you can fix). An error of one rank
+wins over the 75 of others. Slurm scripts don't need it: there, srun starts the processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import FrameType
 
 from megamor.cli import command_parser
-from megamor.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from megamor.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, telling_status
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -54,20 +54,8 @@ def run_workers(options: Sequence[str], pretrain_arguments: Sequence[str]) -> in
         arguments = run.parse_args([*options, handled, "-m", "megamor", "pretrain", *pretrain_arguments])  # type: ignore[no-untyped-call]
         run.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        return status_of([failure.exitcode for failure in error.failures.values()])
+        return telling_status([failure.exitcode for failure in error.failures.values()])
     return 0
-
-
-def status_of(codes: Sequence[int]) -> int:
-    """One exit status for those of several processes, where a negative number names the signal that killed one.
-
-    When one rank exits with 75 or 2, the others often die of a broken connection: those two say more than the rest.
-    """
-    for telling in (EXIT_INTERRUPTED, EXIT_USER_ERROR):
-        if telling in codes:
-            return telling
-    first = next((code for code in codes if code != 0), 0)
-    return 128 - first if first < 0 else first
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="I", help="this machine, from 0 (default)")
     parser.add_argument("--address", default="127.0.0.1", help="machine 0 as the others reach it (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=29500, help="a free port there (default: 29500)")
+    parser.add_argument("--numa-binding", metavar="MODE", help="torchrun's: node binds each process to its GPU's CPUs")
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} --config FILE ..."
     arguments, pretrain_arguments = parser.parse_known_args(argv)
     forwarder = SignalForwarder()
@@ -86,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = [f"--nnodes={arguments.nodes}", f"--node-rank={arguments.node_rank}"]
     options += [f"--nproc-per-node={arguments.processes}"]
     options += [f"--master-addr={arguments.address}", f"--master-port={arguments.port}"]
+    options += [f"--numa-binding={arguments.numa_binding}"] if arguments.numa_binding else []
     status = run_workers(options, pretrain_arguments)
-    if status not in (0, EXIT_USER_ERROR) and forwarder.was_asked:
+    if forwarder.was_asked and (status == EXIT_LOST_RANK or status >= 128):
         status = EXIT_INTERRUPTED  # asked to stop before there was anything to save, or killed while saving
     raise SystemExit(status)

@@ -46,8 +46,8 @@ def world_size(arguments: argparse.Namespace) -> int:
     return (arguments.nodes or 1) * (arguments.processes or 1)
 
 
-def dry_run(config: Config, processes: int) -> None:
-    """Print what the run would need, then check that it could start here.
+def dry_run(config: Config, processes: int, per_node: int) -> None:
+    """Print what the run would need on so many processes, `per_node` to a machine, then check that it could start here.
 
     Raises:
         ConfigError: data or tokenizer are missing, or don't fit the model.
@@ -58,7 +58,7 @@ def dry_run(config: Config, processes: int) -> None:
     from megamor.parallel.zero_config import engine_config
     from megamor.plan.dry_run import describe_run
 
-    print(describe_run(config, processes), flush=True)
+    print(describe_run(config, processes, per_node), flush=True)
     expanded = expand_paths(config)
     engine_config(expanded, processes)
     data = expanded.data
@@ -77,13 +77,17 @@ def read_config(arguments: argparse.Namespace) -> Config:
     """Load and validate the configuration; only the first process of each machine reports an error in it.
 
     Raises:
-        ConfigError: the file, an override or a rule between settings is wrong.
+        ConfigError: the file, an override or a rule between settings is wrong, or the run's GPUs can't be used.
         SystemExit: the same, on the other processes of the machine.
     """
     from megamor.config import load_config
+    from megamor.devices import usable_device
 
     try:
-        return load_config(arguments.config, arguments.overrides, world_size(arguments))
+        config = load_config(arguments.config, arguments.overrides, world_size(arguments))
+        if not (arguments.dry_run or arguments.print_config):
+            usable_device(config.run.device)
+        return config
     except ConfigError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -97,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: status 2 for an error the user can fix, 75 for a run that was asked to stop and can be resumed.
+            A rank that fails among several ends with `exit_status`.
     """
     parser = command_parser("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/ and docs/configuration.md")
@@ -123,22 +128,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.print_config:
                 print(config_to_yaml(config))
             else:
-                dry_run(config, world_size(arguments))
+                from megamor.parallel import local_world_size
+
+                processes = world_size(arguments)
+                asked = arguments.nodes is not None or arguments.processes is not None
+                dry_run(config, processes, (arguments.processes or 1) if asked else local_world_size(processes))
         return
 
-    from megamor.parallel import close_world, init_world
-    from megamor.ranks import report_errors_once
+    from megamor.parallel import joined_world
     from megamor.train import build_trainer, ignore_signals
 
-    world = init_world(config.parallel)
-    try:
-        with report_errors_once():
-            finished = build_trainer(config, world).fit()
+    with joined_world(config.parallel, config.run.device) as world:
+        finished = build_trainer(config, world).fit()
         if not finished:
             # Launchers send SIGTERM to all other ranks when the first one exits; each must exit with its own status.
             ignore_signals()
-    finally:
-        close_world()
     if not finished:
         raise SystemExit(EXIT_INTERRUPTED)
 

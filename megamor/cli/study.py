@@ -111,20 +111,19 @@ def run_single_job(study: Study, root: Path, name: str) -> None:
     """Do one job in the processes of this launch. Raises SystemExit (75) if a signal ended it."""
     from difflib import get_close_matches
 
-    from megamor.parallel import close_world, init_world
+    from megamor.parallel import joined_world
     from megamor.study.jobs import Interrupted, jobs_of, run_job
 
     jobs = {job.name: job for job in jobs_of(study)}
     if name not in jobs:
         near = get_close_matches(name, jobs, n=3)
         raise ConfigError(f"{study.file} has no job {name!r}; near ones: {', '.join(near) or ', '.join(jobs)}")
-    world = init_world(jobs[name].arm.config.parallel)
-    try:
-        run_job(study, jobs[name], root, world)
-    except Interrupted:
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    finally:
-        close_world()
+    config = jobs[name].arm.config
+    with joined_world(config.parallel, config.run.device) as world:
+        try:
+            run_job(study, jobs[name], root, world)
+        except Interrupted:
+            raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @user_errors()

@@ -68,7 +68,7 @@ _CLASSES: dict[Effect, str] = {
         train.z_loss_coeff distill.from distill.weight distill.temperature distill.top_k""",
     Effect.ARITHMETIC: """
         train.micro_batch_size train.precision train.activation_checkpointing train.selective_ops
-        train.add_shared_gradients_in_fp32 train.compile
+        train.add_shared_gradients_in_fp32 train.loss_kernel train.compile train.deterministic run.device
         parallel.backend parallel.shard_degree parallel.zero_stage parallel.reshard_after_forward
         parallel.deepspeed_config""",
     Effect.EVALUATION: """

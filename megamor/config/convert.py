@@ -190,7 +190,7 @@ def describe_type(hint: Any) -> str:
         (constraint,) = hint.__metadata__
         return f"a mapping with kind: {' | '.join(ROUTERS)}" if isinstance(constraint, ByKind) else constraint.words
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
+        return "one of " + ", ".join(str(x).lower() if isinstance(x, bool) else str(x) for x in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list (each item {describe_type(get_args(hint)[0])})"
     if hint in _ITEMS:

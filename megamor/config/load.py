@@ -32,18 +32,19 @@ def load_config(
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     under: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    run: bool = True,
 ) -> Config:
     """Read a YAML file with what it extends, apply `a.b.c=value` overrides, and validate for `world_size` processes.
 
     Without `world_size`, rules that depend on the number of processes aren't checked. `under` are layers of (source,
-    values) that the file overrides.
+    values) that the file overrides. With `run` false, the length of the run may be left out.
 
     Raises:
         ConfigError: a file can't be read; or keys, types and ranges are wrong (all of them in one message); or rules
             between settings are broken (all of them in one message).
     """
     config = config_from_layers([*under, *_layers(Path(path), chain=()), ("override", _parse_overrides(overrides))])
-    validate(config, world_size)
+    validate(config, world_size, run=run)
     return config
 
 

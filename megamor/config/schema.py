@@ -39,6 +39,9 @@ class RunConfig:
     """Checkpoints and metrics are written to the directory `dir`/`name`."""
     dir: PathName = "runs"
     """Directory of all runs; on several machines, on a file system that all of them see."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto`: on the GPUs if there are any. GPUs that are there but can't be used are an
+    error unless this is `cpu`."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the order of the data and the routers' noise."""
 
@@ -372,8 +375,14 @@ class TrainConfig:
     """Add up the gradients of a shared weight over the recursions in fp32 instead of bf16."""
     z_loss_coeff: NonNegative = 0.0
     """Weight of the loss that keeps the logits' normaliser small: mean squared logsumexp (arXiv 2204.02311)."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    loss_kernel: Literal["auto", "reference", "triton", "torch"] = "auto"
+    """Code of the cross-entropy: plain operations (`reference`), a kernel for GPUs (`triton`), or torch's
+    `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
+    compile: Literal["auto", True, False] = False
+    """Compile each block with torch.compile; `auto`: on GPUs."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that a resumed run is bitwise the uninterrupted one on GPUs too; slower. An
+    operation that has none ends the run. See [GPUs](gpu.md#bitwise-or-not)."""
     fail_on_recompile_after: PositiveInt | None = None
     """End the run if a training step compiles anything later than this many steps after the start."""
     eval_every: PositiveInt = 500
@@ -397,10 +406,11 @@ class ParallelConfig:
     """How the model is distributed over processes; see [Training](training.md#backends)."""
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """`auto` is `fsdp2` with several processes and `single` with one."""
+    """`auto` is `single` with one process on a CPU, and otherwise `fsdp2`."""
     shard_degree: PositiveInt | None = None
-    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: all
-    processes are one group."""
+    """FSDP2 shards over groups of this many neighbouring processes and replicates over the groups (HSDP); null: the
+    processes of a machine are a group, or all processes if weights, gradients and moments divided over one machine
+    would take more than half of a device's memory. The number of all processes shards over all of them."""
     zero_stage: ZeroStage = 2
     """DeepSpeed: what is sharded; 1: optimizer state, 2: gradients too, 3: weights too."""
     deepspeed_config: PathName | None = None

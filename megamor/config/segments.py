@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megamor.config.routers import CustomRouterConfig, FixedDepthConfig
 from megamor.config.schema import Config, StageConfig
 
 
@@ -116,3 +117,19 @@ def _listed(config: Config) -> Iterator[Segment]:
         yield _segment(f"layers_{first}", config, range(first, layer), order, own)
     if layer < config.model.num_layers:
         yield _segment(f"layers_{layer}", config, range(layer, config.model.num_layers))
+
+
+def uses_everything(config: Config) -> bool:
+    """Whether every forward pass in training uses every parameter, whatever the routing.
+
+    Blocks, routers and embeddings of recursions are used even where no token takes a recursion. Depth schedules and a
+    fixed depth can leave recursions out, and a shared block's own norms and low-rank updates may belong to recursions
+    that have no use for them.
+    """
+    for stage in stages(config):
+        recursion, router = stage.config.recursion, stage.config.router
+        if recursion.separate_norms or recursion.lora_rank or recursion.schedule != "constant":
+            return False
+        if isinstance(router, CustomRouterConfig) or (isinstance(router, FixedDepthConfig) and router.depth):
+            return False
+    return True

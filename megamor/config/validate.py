@@ -29,8 +29,10 @@ from megamor.config.segments import listed_stages, stage_config, stages
 from megamor.errors import ConfigError
 
 
-def validate(config: Config, world_size: int | None = None) -> None:
+def validate(config: Config, world_size: int | None = None, *, run: bool = True) -> None:
     """Check the rules between settings; with `world_size` also those that depend on the number of processes.
+
+    With `run` false, the length of the run may be left out.
 
     Raises:
         ConfigError: naming every rule that is broken.
@@ -47,7 +49,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
         *_ramp(config),
         *_batch(config, world_size),
         *_parallel(config, world_size),
-        *_length(config),
+        *_length(config, run),
         *_allowed(config),
     ]
     if problems:
@@ -88,6 +90,11 @@ def _distill(config: Config) -> Iterator[str]:
     if distill.top_k is not None and distill.top_k >= config.model.vocab_size:
         tokens = f"distill.top_k = {distill.top_k} is all of model.vocab_size = {config.model.vocab_size}"
         yield f"{tokens}: leave it out to compare every token, or lower it"
+    kernel = f"train.loss_kernel = {config.train.loss_kernel}"
+    if distill.from_ is not None and config.train.loss_kernel in ("triton", "torch"):
+        yield f"{kernel} computes no loss of distill.from = {distill.from_}: use auto or reference"
+    if config.train.z_loss_coeff and config.train.loss_kernel == "torch":
+        yield f"{kernel} has no z-loss, but train.z_loss_coeff = {config.train.z_loss_coeff}: use auto"
 
 
 def _sources(config: Config) -> Iterator[str]:
@@ -304,10 +311,12 @@ def _batch(config: Config, world_size: int | None) -> Iterator[str]:
     stages = [f"train.ramp[{index}]: " for index in range(len(config.train.ramp))]
     for stage, shape in zip((*stages, ""), BatchSchedule.of(config).shapes, strict=True):
         batch, micro = shape.global_batch_size, shape.micro_batch_size
-        unit = micro * (world_size or 1)
-        if batch % unit:
+        ranks = world_size or 1
+        if batch % (micro * ranks):
             divisor = f"train.micro_batch_size = {micro}" + (f" x {world_size} processes" if world_size else "")
-            fix = f"use global_batch_size {_multiples_around(batch, unit)}, or another micro_batch_size"
+            smaller = next((size for size in range(micro, 0, -1) if batch % (size * ranks) == 0), None)
+            fix = f"use global_batch_size {_multiples_around(batch, micro * ranks)}, or "
+            fix += f"micro_batch_size {smaller}" if smaller else "another number of processes"
             yield f"{stage}train.global_batch_size = {batch} isn't divisible by {divisor}: {fix}"
 
 
@@ -330,7 +339,7 @@ def _parallel(config: Config, world_size: int | None) -> Iterator[str]:
         yield f"{given}: give a divisor, or null for one group"
 
 
-def _length(config: Config) -> Iterator[str]:
+def _length(config: Config, run: bool) -> Iterator[str]:
     train = config.train
     if train.fail_on_recompile_after is not None and not train.compile:
         given = f"train.fail_on_recompile_after = {train.fail_on_recompile_after}"
@@ -339,7 +348,8 @@ def _length(config: Config) -> Iterator[str]:
     found = [f"train.{name} = {value}" for name, value in limits.items() if value is not None]
     if len(found) != 1:
         given = " and ".join(found) or "none"
-        yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
+        if found or run:
+            yield f"train.max_steps, train.max_tokens, train.max_flops: found {given}; give exactly one"
         return
     if (decay := config.optim.decay_steps) is not None:
         if config.optim.decay_fraction != OptimConfig.decay_fraction:

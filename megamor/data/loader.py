@@ -70,7 +70,12 @@ class MicroBatch:
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """What a model's forward pass takes, on `device`; copies don't wait. Lengths stay on the host."""
         tensors = {"inputs": self.inputs, "labels": self.labels, "documents": self.documents}
-        moved = {name: None if x is None else x.to(device, non_blocking=True) for name, x in tensors.items()}
+        moved: dict[str, Any] = {
+            name: None if x is None else x.to(device, non_blocking=True) for name, x in tensors.items()
+        }
+        if (ids := self.documents) is not None:
+            # Counted here because only the device would know later. Neighbouring sequences may have equal ids.
+            moved["num_documents"] = len(ids) + int((ids[:, 1:] != ids[:, :-1]).sum())
         # Without padding no lengths are given: all shapes are then static.
         padded = self.num_tokens < self.inputs.numel()
         return moved | {"lengths": tuple(self.lengths.tolist()) if padded and self.lengths is not None else None}

@@ -76,7 +76,9 @@ HARMLESS = frozenset({
     "model_type", "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "use_cache", "initializer_range", "pretraining_tp", "transformers_version", "cache_implementation",
     "return_dict", "id2label", "label2id", "is_llama_config", "tokenizer_class", "max_length", "transformers.js_config",
-    "unk_token_id", "attn_implementation", "do_sample", "temperature", "top_k", "top_p",
+    "unk_token_id", "attn_implementation", "do_sample", "temperature", "top_k", "top_p", "typical_p", "min_length",
+    "num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "repetition_penalty", "sep_token_id",
+    "decoder_start_token_id", "problem_type",
 })  # fmt: skip
 """Settings of any family that don't change logits; so are names that begin with `_` or `unsloth_`."""
 VISION = (
@@ -127,7 +129,11 @@ def read_dense(source: str | Path, tokenizer: Path | None = None) -> Imported:
     weights = {name: fp32(state, sources[name], shape) for name, shape in shapes.items()}
     if family == "gemma3_text":
         _translate_gemma(weights, config.model.head_dim / known["query_pre_attn_scalar"])
-    files, notes = _text_files(directory, settings, tokenizer)
+    try:
+        files, notes = _text_files(directory, settings, tokenizer)
+    except (TypeError, LookupError, AttributeError, OverflowError) as error:
+        reason = f"eos_token_id, eos_token or chat_template has a value that no model has: {error}"
+        raise CheckpointError(f"{directory}: {reason.splitlines()[0]}; correct the file") from error
     origin = {"source": str(source), "sha256": weights_sha256(directory)}
     name = Path(str(source).removeprefix(HUB)).resolve().name  # what a server calls the model
     config = replace(config, run=replace(config.run, name=name))
@@ -170,6 +176,8 @@ def known_settings(given: Mapping[str, Any], source: str) -> tuple[str, dict[str
         outer = {name: value for name, value in given.items() if name not in {*VISION, "model_type"}}
         given = {**outer, "model_type": "gemma3_text", **given["text_config"]}
     family = given.get("model_type")
+    if family == "megamor":
+        raise _refusal(source, "model_type", family, "it is an export, which commands and init.from read as it is")
     if family not in FAMILIES:
         raise _refusal(source, "model_type", family, f"supported are {', '.join(sorted(FAMILIES))}")
     refuse_unknown(given, {*FAMILIES[family], *HARMLESS}, source)
@@ -180,7 +188,8 @@ def known_settings(given: Mapping[str, Any], source: str) -> tuple[str, dict[str
             value = default
         kind = NULLABLE.get(name, type(default))
         fits = value is None or isinstance(value, int | float if kind is float else kind)
-        if not fits or (isinstance(value, int | float) and value < 0):
+        least = name == "query_pre_attn_scalar"  # by whose square root queries are divided
+        if not fits or (isinstance(value, int | float) and value < least):
             raise _refusal(source, name, value, f"expected something like {default}")
         known[name] = value
     return family, known
@@ -244,7 +253,10 @@ def _rope(known: Mapping[str, Any], source: str) -> dict[str, Any]:
     parameters, older = known["rope_parameters"] or {}, known["rope_scaling"] or {}
     if "rope_local_base_freq" not in known:  # as transformers does: what an older file says wins
         return _rope_of({"rope_theta": known["rope_theta"], **(older or parameters)}, known, source)
-    refuse_unknown(parameters, ("full_attention", "sliding_attention"), f"{source}: rope_parameters")
+    kinds = ("full_attention", "sliding_attention")
+    refuse_unknown(parameters, kinds, f"{source}: rope_parameters")
+    if not all(isinstance(parameters.get(kind) or {}, dict) for kind in kinds):
+        raise _refusal(source, "rope_parameters", parameters, "expected an object for each kind of attention")
     whole = {"rope_theta": known["rope_theta"], **(parameters.get("full_attention") or {}), **older}
     local = {"rope_theta": known["rope_local_base_freq"], **(parameters.get("sliding_attention") or {})}
     found = _rope_of(local, known, source)
@@ -338,7 +350,8 @@ def _text_files(
     vocabulary, notes = read_tokenizer(path), []
     if vocabulary.num_special_tokens_to_add(is_pair=False):
         notes.append("the tokenizer adds tokens to a text, such as a beginning of text, which megamor leaves out")
-    given = generation.get("eos_token_id") or settings.get("eos_token_id")
+    given = generation.get("eos_token_id")
+    given = settings.get("eos_token_id") if given is None else given  # 0 is an id
     ends = ends_of_text(vocabulary, given, own.get("eos_token"))
     if not ends:
         return files, (*notes, f"the tokenizer has no token that ends a text (eos_token_id = {given})")

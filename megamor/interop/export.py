@@ -18,6 +18,8 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
@@ -35,6 +37,7 @@ from megamor.config import Config, CustomRouterConfig, config_from_dict, config_
 from megamor.config.segments import stages
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
+from megamor.interop.weights import read_state_dict
 from megamor.lock import WriteLock
 from megamor.model import Transformer
 
@@ -69,6 +72,7 @@ def export_huggingface(
 
     Raises:
         ConfigError: `directory` isn't empty, or the router is custom: its code is not part of megamor.
+        CheckpointError: a file can't be written; then `directory` is empty again.
         DataError: the tokenizer is damaged, or doesn't have the end of text.
         InUseError: another process is writing to `directory`.
     """
@@ -81,25 +85,39 @@ def export_huggingface(
         end_of_text = codec.end_of_text if codec else end_of_text
         settings, state = plain or _with_code(model, end_of_text)
         directory.mkdir(parents=True, exist_ok=True)
-        if tokenizer is not None and codec is not None:
-            _write_tokenizer(model.config, directory, tokenizer, codec, chat_template)
-        for name, source in ({} if plain else code_files()).items():
-            (directory / name).write_text(source, encoding="utf-8")
-        if end_of_text is not None:
-            (directory / END_OF_TEXT_FILE).write_text(end_of_text.to_json(), encoding="utf-8")
-        if card is not None:
-            (directory / CARD_FILE).write_text(card, encoding="utf-8")
-        _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
-        settings = {**settings, "dtype": str(dtype).removeprefix("torch."), **_special_ids(end_of_text)}
-        _write_json(directory / CONFIG_FILE, settings)
-        stored = {
-            name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype).contiguous()
-            for name, value in state.items()
-        }
-        weights = directory / WEIGHTS_FILE
-        save_file(stored, weights, metadata={"format": "pt"})
-        weights.chmod((directory / CONFIG_FILE).stat().st_mode)  # safetensors makes it readable by its owner alone
+        with _removed_after_errors(directory):
+            if tokenizer is not None and codec is not None:
+                _write_tokenizer(model.config, directory, tokenizer, codec, chat_template)
+            for name, source in ({} if plain else code_files()).items():
+                (directory / name).write_text(source, encoding="utf-8")
+            if end_of_text is not None:
+                (directory / END_OF_TEXT_FILE).write_text(end_of_text.to_json(), encoding="utf-8")
+            if card is not None:
+                (directory / CARD_FILE).write_text(card, encoding="utf-8")
+            _write_json(directory / "generation_config.json", {"use_cache": True, **_special_ids(end_of_text)})
+            settings = {**settings, "dtype": str(dtype).removeprefix("torch."), **_special_ids(end_of_text)}
+            _write_json(directory / CONFIG_FILE, settings)
+            stored = {
+                name: value.detach().to("cpu", torch.float32 if ".router." in name else dtype).contiguous()
+                for name, value in state.items()
+            }
+            weights = directory / WEIGHTS_FILE
+            save_file(stored, weights, metadata={"format": "pt"})
+            weights.chmod((directory / CONFIG_FILE).stat().st_mode)  # safetensors makes it readable by its owner alone
         return sorted(directory.iterdir())
+
+
+@contextmanager
+def _removed_after_errors(directory: Path) -> Iterator[None]:
+    """Empty `directory` after an error or an interruption: half an export would be in the way of the next try."""
+    try:
+        yield
+    except BaseException as error:
+        for path in directory.iterdir():
+            path.unlink()
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"{directory} can't be written: {error}") from error
+        raise
 
 
 def _with_code(model: Transformer, end_of_text: EndOfText | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -151,8 +169,8 @@ def read_export(directory: Path) -> tuple[Config, dict[str, Tensor]]:
             )
         sections = {name: settings["megamor"][name] for name in (*SECTIONS, "data")}
         sections["model"] = {**sections["model"], "vocab_size": settings["vocab_size"]}
-        stored = load_file(directory / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        stored = read_state_dict(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{directory} can't be read as an exported model: {cause}; export it again") from error
     config = config_from_dict(sections, str(directory / CONFIG_FILE))

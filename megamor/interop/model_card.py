@@ -81,13 +81,18 @@ def training_facts(state: TrainerState) -> dict[str, str]:
     facts = {"Trained on": f"{state.tokens_seen:,} tokens in {state.step:,} steps"}
     if state.flops:
         facts["Training FLOPs"] = f"{state.flops:.3g} (executed)"
+
+    def add(key: str, value: str) -> None:  # names without their paths may be the same
+        facts[key] = f"{facts[key]}; {value}" if key in facts else value
+
     for name, fingerprint in sorted(state.data_fingerprints.items()):
-        facts[f"Data `{Path(name).name}`"] = f"fingerprint `{fingerprint}`"
+        add(f"Data `{Path(name).name}`", f"fingerprint `{fingerprint}`")
     origin: Any = state.started_from
     while origin:
         at = f" at step {origin['step']}" if origin.get("step") is not None else ""
-        source = Path(str(origin.get("source", "?"))).name
-        facts[f"Started from `{source}`"] = f"{origin.get('kind', '?')}{at}, SHA-256 `{origin.get('sha256', '?')}`"
+        parts = Path(str(origin.get("source", "?"))).parts  # every import and conversion is a step_00000000 of some run
+        named = [part for part in parts if part != "checkpoints" and not part.startswith("step_")] or parts
+        add(f"Started from `{named[-1]}`", f"{origin.get('kind', '?')}{at}, SHA-256 `{origin.get('sha256', '?')}`")
         origin = origin.get("started_from")
     versions = {**library_versions(), **state.versions}
     return {**facts, "Versions": ", ".join(f"{name} {version}" for name, version in versions.items())}

@@ -150,7 +150,11 @@ class MegamorModel(Transformer):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is not None and any(stage.router.reads_text for stage in self.stages.values()):
             raise ValueError("inputs_embeds isn't supported: the model's router reads the text; give input_ids")
-        return inputs_embeds if input_ids is None else input_ids  # type: ignore[return-value]
+        inputs: Tensor = inputs_embeds if input_ids is None else input_ids  # type: ignore[assignment]
+        if inputs.dim() != (2 if inputs_embeds is None else 3) or not inputs.shape[1]:
+            shape = list(inputs.shape)
+            raise ValueError(f"inputs of shape {shape} aren't supported: give [sequences, tokens], at least one token")
+        return inputs
 
 
 class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -238,8 +242,12 @@ class MegamorForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             raise ValueError(
                 "a prompt must end with a token: set tokenizer.padding_side = 'left', leave out empty prompts"
             )
-        if not generation_config.use_cache and model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError("generate() from inputs_embeds needs the cache: leave out use_cache=False")
+        embeds = model_kwargs.get("inputs_embeds") is not None
+        if embeds and (not generation_config.use_cache or generation_config.prefill_chunk_size):
+            raise ValueError(
+                "generate() from inputs_embeds needs the cache and the prompt as a whole: leave out use_cache=False "
+                "and prefill_chunk_size"
+            )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             model_kwargs["past_key_values"] = self.model.new_cache(batch_size * copies, max_length + 1)
@@ -334,9 +342,10 @@ def real_tokens(mask: Tensor | None, batch: int, length: int, cache: KVCache | N
     if mask is None:
         return None
     past = 0 if cache is None else cache.num_tokens
-    if mask.shape != (batch, past + length):
+    if getattr(mask, "shape", None) != (batch, past + length):
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask of shape {list(mask.shape)} isn't supported: give [sequences, tokens so far and new], "
+            f"attention_mask of shape {given} isn't supported: give [sequences, tokens so far and new], "
             f"here {[batch, past + length]}"
         )
     real = mask != 0
@@ -360,6 +369,11 @@ def documents_of(
     Raises:
         ValueError: positions neither continue nor begin again at 0, or aren't those of the tokens after a cache's.
     """
+    if position_ids.shape[-1] < length or (position_ids.dim() > 1 and position_ids.shape[:-1] not in ((1,), (batch,))):
+        raise ValueError(
+            f"position_ids of shape {list(position_ids.shape)} aren't supported: give those of the new tokens, here "
+            f"{[batch, length]}"
+        )
     given = position_ids[..., -length:].expand(batch, -1)
     real = torch.ones_like(given, dtype=torch.bool) if real is None else real.to(given.device)
     continues = given[:, 1:] == given[:, :-1] + 1

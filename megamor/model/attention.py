@@ -21,13 +21,19 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention as kernels
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from megamor.config import ModelConfig
 from megamor.model.buckets import Buckets
 from megamor.model.multi_scale import Pool
 from megamor.routing import TokenSet
+
+# cuDNN takes a mask too, but plans anew for each shape, which can cost more than the attention itself.
+MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,17 @@ class Grid:
     slots: Tensor | None = None
 
     @staticmethod
-    def of(tokens: TokenSet) -> Grid:
-        """The grid of a token set; sequences shorter than the longest are padded at the end."""
+    def of(tokens: TokenSet, multiple: int = 1) -> Grid:
+        """The grid of a token set; sequences shorter than the longest are padded at the end.
+
+        The length of a ragged grid is rounded up to a multiple of `multiple`.
+        """
         if tokens.lengths is None:
             return Grid(tokens.batch, tokens.max_length)
         # Ragged: a row's cell is given by its sequence and the number of the set's tokens before it there.
-        device = tokens.lengths.device
-        cells = tokens.sequences(device) * tokens.max_length + tokens.rank_of(tokens, device)
-        return Grid(tokens.batch, tokens.max_length, cells)
+        device, length = tokens.lengths.device, -(-tokens.max_length // multiple) * multiple
+        cells = tokens.sequences(device) * length + tokens.rank_of(tokens, device)
+        return Grid(tokens.batch, length, cells)
 
     def pad(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Rows [N, ...] to [batch, length, ...]."""
@@ -145,10 +154,15 @@ class AttentionLayout:
         # SDPA computes all scores under a mask and cannot know which are -inf. Chunks leave out keys that are certainly
         # masked for all their queries.
         grouped = q.shape[1] != k.shape[1]
-        if grouped and q.is_cuda:
-            # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
-            k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
-            grouped = False
+        if q.is_cuda:
+            if grouped:
+                # On CUDA the only kernel that takes both a mask and grouped heads is the one that stores all scores.
+                k, v = (one_per_head(x, q.shape[1], dim=1) for x in (k, v))
+            with sdpa_kernel(MASKED_KERNELS):
+                return self._attend_chunks(q, k, v, grouped=False)
+        return self._attend_chunks(q, k, v, grouped)
+
+    def _attend_chunks(self, q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
         found = [chunk.keys for chunk in self.chunks]
         outputs = [
             F.scaled_dot_product_attention(query, key, value, attn_mask=chunk.mask.to(q.dtype), enable_gqa=grouped)
@@ -208,6 +222,19 @@ def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def describe_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernels that attention will use on a GPU, for a line at the start of a run."""
+    q, k = (
+        torch.empty(1, heads, config.max_seq_len, config.head_dim, dtype=dtype, device=device)
+        for heads in (config.num_heads, config.num_kv_heads)
+    )
+    chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=config.num_heads != config.num_kv_heads)
+    current = getattr(kernels, "current_flash_attention_impl", lambda: None)() or "FA2"
+    causal = SDPBackend(chosen).name.removesuffix("_ATTENTION").replace("FLASH", current).lower()
+    packed = f"varlen {current.lower()}" if has_packed_kernel(device, dtype, config.head_dim) else "masked"
+    return f"attention kernels: causal {causal}; documents and ragged sequences {packed}; masked efficient"
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

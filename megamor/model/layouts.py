@@ -27,6 +27,9 @@ from megamor.model.multi_scale import BEYOND, Scales, reach
 from megamor.routing import TokenSet
 from megamor.routing.plan import to_device
 
+DOCUMENT_MULTIPLE, LENGTH_MULTIPLE = 64, 128
+"""On a GPU, the number of documents and the length of ragged grids are rounded up to multiples of these. Otherwise
+nearly every step would have new shapes, for each of which a kernel may be planned or a block compiled."""
 ROWS_PER_CHUNK, MAX_CHUNKS, MAX_FINE_CHUNKS, KEY_MULTIPLE = 64, 8, 32, 16
 """Fewest queries per chunk, most chunks (of full attention, and of any with limited reach), and the multiple to which a
 chunk's number of keys is rounded up."""
@@ -71,12 +74,14 @@ class Geometry:
         start: int | Tensor = 0,
         lengths: tuple[int, ...] | None = None,
         columns: tuple[int, ...] | None = None,
+        num_documents: int | None = None,
     ) -> Geometry:
         """Geometry of token ids [B, S] (or embedded tokens [B, S, dim]).
 
         Positions count from `start` (one number, or [B]), or restart in each document if configured. `documents` [B, S]
         are ids, equal ones adjacent. Sequence b has `lengths[b]` tokens, the first in `columns[b]` (None: in column 0);
-        the rest is padding. `dtype` is that of the weights; autocast may lower what attention computes in.
+        the rest is padding. `dtype` is that of the weights; autocast may lower what attention computes in. There are
+        at most `num_documents` (None: the device is asked).
         """
         (batch, seq_len), device = tokens.shape[:2], tokens.device
         everything = TokenSet.all(batch, seq_len, lengths, device)
@@ -104,7 +109,8 @@ class Geometry:
             alike, far = begins is None and lengths is None, reach(config)
             scales = Scales.of(everything, sequence_begins if begins is None else begins, config, alike)
         elif kernel or bucketed:
-            bounds = everything.bounds(device) if begins is None else segment_bounds(begins)
+            count = None if bucketed else num_documents
+            bounds = everything.bounds(device) if begins is None else segment_bounds(begins, count)
         geometry = Geometry(
             everything, window, order, positions, angles, documents, begins, dtype, bounds, bucketed, scales, far
         )
@@ -132,6 +138,8 @@ class Geometry:
 
     def layout(self, queries: TokenSet, keys: TokenSet) -> AttentionLayout:
         """Causal attention of `queries` to `keys`, inside documents and windows."""
+        device = self.positions.device
+        multiple = 1 if reads_freely(device) else LENGTH_MULTIPLE
         packs = queries.lengths is not None or self.documents is not None
         if self.reach is not None:
             # The kernel counts a window in rows. They are positions only if no token is missing.
@@ -140,9 +148,9 @@ class Geometry:
             return AttentionLayout(Grid(1, len(queries)), None, segments=self.segments(queries, self.bounds))
         if queries is keys and self.documents is None and self.reach is None:
             # Padding sits at the end of each sequence, where a causal kernel shows it to padded queries alone.
-            return AttentionLayout(Grid.of(queries), Grid.of(keys))
+            return AttentionLayout(Grid.of(queries, multiple), Grid.of(keys, multiple))
         # In rows, not positions: what a query sees is a range of rows, given by the first and the last.
-        grid, key_grid, device = Grid.of(queries), Grid.of(keys), self.positions.device
+        grid, key_grid = Grid.of(queries, multiple), Grid.of(keys, multiple)
         begins, first_row, pool = self.begins, self.begins, None
         if (scales := self.scales) is not None:
             begins, first_row, pool = scales.begins, scales.fine, scales.pool(keys)
@@ -153,7 +161,7 @@ class Geometry:
             # One mask for all sequences.
             last, key_rows, begin, first = last[:1], key_rows[:1], begin[:1], first[:1]
         chunks = []
-        for (start, end), (first_key, end_key) in self.query_chunks(queries, keys, grid):
+        for (start, end), (first_key, end_key) in self.query_chunks(queries, keys, grid, key_grid.length):
             queried, seen = slice(start, end), slice(first_key, end_key)
             fine = None if first is None else first[:, queried]
             ranges: Ranges = ((first_key, end_key),)
@@ -169,13 +177,13 @@ class Geometry:
         return AttentionLayout(grid, key_grid, tuple(chunks), pool=pool)
 
     def query_chunks(
-        self, queries: TokenSet, keys: TokenSet, grid: Grid
+        self, queries: TokenSet, keys: TokenSet, grid: Grid, most: int
     ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Ranges of queries, and the range of keys that each needs; `grid` is that of the queries."""
+        """Ranges of queries, and the range of the `most` keys that each needs; `grid` is that of the queries."""
         # SDPA computes all scores under a mask. Early queries see few keys, so giving each chunk only the keys that it
         # can see skips up to half of them; where their reach is limited, late queries see few keys too. Chunks of too
         # few rows would cost more in kernel launches than they save.
-        length, most, ragged = grid.length, keys.max_length, queries.lengths is not None
+        length, ragged = grid.length, queries.lengths is not None
         on_cpu, back = reads_freely(self.positions.device), most if self.reach is None else self.reach
         if self.reach is not None:
             count = fine_chunks(length, self.reach)
@@ -261,9 +269,15 @@ def document_begins(documents: Tensor, order: Tensor) -> Tensor:
     return rows.masked_fill(~first, 0).cummax(dim=0).values
 
 
-def segment_bounds(begins: Tensor) -> Tensor:
-    """Rows at which documents begin, and the end; `begins` [T] is that row for each token."""
-    # Only the device knows how many documents there are. `unique_consecutive` waits for that number: the one wait in a
-    # forward pass with documents.
-    starts: Tensor = begins.unique_consecutive()  # type: ignore[no-untyped-call]
-    return F.pad(starts, (0, 1), value=len(begins))
+def segment_bounds(begins: Tensor, most: int | None = None) -> Tensor:
+    """Rows at which documents begin, and the end; `begins` [T] is that row for each token.
+
+    With `most`, the host's upper bound of the documents, empty ones follow up to a multiple of `DOCUMENT_MULTIPLE`.
+    """
+    if most is None:  # the host waits for their number
+        starts: Tensor = begins.unique_consecutive()  # type: ignore[no-untyped-call]
+        return F.pad(starts, (0, 1), value=len(begins))
+    rows = torch.arange(len(begins), device=begins.device)
+    count = -(-most // DOCUMENT_MULTIPLE) * DOCUMENT_MULTIPLE
+    # The i-th document begins where i rows have been beginnings; behind the last, `searchsorted` gives the end.
+    return torch.searchsorted((begins == rows).cumsum(0), torch.arange(1, count + 2, device=begins.device))

@@ -3,20 +3,70 @@
 The logits of a 49k vocabulary are the largest tensor of a training step. Here they exist for one chunk of tokens at a
 time: the forward pass computes the chunk's loss and, if gradients are wanted, its gradients as well. Nothing is
 recomputed and no logits are kept.
+
+Which code does it is decided by `choose_loss`: plain operations, which are the reference for the others and the only
+ones for CPUs and distillation; a Triton kernel on GPUs (`loss_kernel.py`); or torch's own function.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.config import Config
+from megamor.errors import ConfigError
+
 IGNORE = -100
+HAS_TRITON = find_spec("triton") is not None
 CHUNK_ELEMENTS = 1 << 25
-"""Most logits in memory at once (128 MiB in fp32)."""
+"""Most logits in memory at once (128 MiB in fp32) where plain operations pass over them."""
+GPU_ROWS, GPU_BYTES = 8192, 1 << 30
+
+
+def gpu_chunk(rows: int, vocab: int, element: int) -> int:
+    """How many of `rows` rows of logits, each `element` bytes, are in memory at once on a GPU, in chunks of equal size.
+
+    Between 1 and 2 GiB, and 8,192 rows or more where these fit into 2 GiB: each chunk reads and writes the [vocab, dim]
+    sum of the weight's gradient, 8 · dim / chunk bytes a logit. A multiple of 128, the rows of a product's tile.
+    """
+    most = 2 * GPU_BYTES // (vocab * element)
+    chunks = max(1, rows // min(max(GPU_ROWS, most // 2), max(1, most)), -(-rows // max(1, most)))
+    return max(128, -(-rows // chunks // 128) * 128)
+
+
+def choose_loss(device: str, wanted: str = "auto", distills: bool = False) -> str:
+    """`reference`, `triton` or `torch`: what computes the loss on this type of device under `train.loss_kernel`."""
+    if wanted != "auto":
+        return wanted
+    return "triton" if device == "cuda" and HAS_TRITON and not distills else "reference"
+
+
+def describe_loss(config: Config, device: str) -> list[str]:
+    """What computes the loss of a run, in a line if there was a choice.
+
+    Raises:
+        ConfigError: this machine doesn't have what `train.loss_kernel` wants.
+    """
+    wanted, distills = config.train.loss_kernel, config.distill.from_ is not None
+    if wanted == "triton" and not (device == "cuda" and HAS_TRITON):
+        found = f"{device} {'with' if HAS_TRITON else 'without'} triton"
+        raise ConfigError(f"train.loss_kernel = triton needs a CUDA device and the package, here is {found}: use auto")
+    if wanted == "torch" and not hasattr(F, "linear_cross_entropy"):
+        raise ConfigError(f"train.loss_kernel = torch needs torch 2.13, this is {torch.__version__}: use auto")
+    if device == "cpu" and wanted == "auto":
+        return []
+    chosen = choose_loss(device, wanted, distills)
+    if chosen == "reference":
+        why = "as configured" if wanted != "auto" else "with a teacher" if distills else "the package triton is missing"
+        return [f"loss: plain operations ({why})"]
+    rows, element = config.train.micro_batch_size * config.data.seq_len, 2 if config.train.precision == "bf16" else 4
+    chunk = min(rows, gpu_chunk(rows, config.model.vocab_size, element))
+    return [f"loss: {chosen}, {chunk:,} of {rows:,} rows of logits at once"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +160,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *own, None, None, None, None
 
 
+class _InPlaceCrossEntropy(_LinearCrossEntropy):
+    """The same with the kernel. Logits have the type of `hidden`, also in memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        want_gradients: bool,
+        z_coeff: float,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from megamor.model.loss_kernel import in_place_cross_entropy  # Triton may be missing where it isn't used
+
+        assert teacher is None
+        chunk = gpu_chunk(len(hidden), len(weight), hidden.element_size())
+        loss, z_loss, grad_hidden, grad_weight = in_place_cross_entropy(
+            hidden, weight, labels, chunk, IGNORE, z_coeff, want_gradients
+        )
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        distill_loss = torch.zeros_like(loss)
+        ctx.mark_non_differentiable(z_loss, distill_loss)
+        return loss, z_loss, distill_loss
+
+
+def _torch_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with torch's function, which rounds the loss to the type of `hidden` and has no z-loss."""
+    chunk = gpu_chunk(len(hidden), len(weight), hidden.element_size())
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None, acc_policy="balanced")
+    loss = F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORE, options=options)
+    zero = torch.zeros_like(loss, dtype=torch.promote_types(loss.dtype, torch.float32))
+    return loss.to(zero.dtype), zero, zero
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_coeff: float = 0.0, teacher: Teacher | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_coeff: float = 0.0,
+    teacher: Teacher | None = None,
+    kernel: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy of the logits hidden · weightᵀ, their summed z-loss, and the loss that a teacher adds.
 
@@ -121,6 +212,7 @@ def linear_cross_entropy(
 
     hidden [N, dim], weight [vocab, dim], labels [N] with -100 at positions to ignore; returns scalars in fp32 (in fp64
     for fp64 inputs). Products run in the type of `hidden` (or autocast's), the softmax in the type of the result.
+    `kernel` is a result of `choose_loss`.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -129,7 +221,10 @@ def linear_cross_entropy(
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         weight = weight.to(hidden.dtype)
-        losses: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        if kernel == "torch":
+            return _torch_cross_entropy(hidden, weight, labels)
+        function = _InPlaceCrossEntropy if kernel == "triton" else _LinearCrossEntropy
+        losses: tuple[Tensor, Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
             hidden, weight, labels, want_gradients, z_coeff, teacher
         )
         return losses

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.config.depth import final_recursions
 from megamor.config.exits import ExitRule
-from megamor.config.segments import Segment, segments
+from megamor.config.segments import Segment, segments, uses_everything
 from megamor.errors import ConfigError
 from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, RMSNorm, ZeroLinear
 from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
-from megamor.model.loss import IGNORE, Teacher, TokenScores, linear_cross_entropy, token_scores
+from megamor.model.loss import IGNORE, Teacher, TokenScores, choose_loss, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
 from megamor.model.recursion import RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
@@ -80,13 +80,15 @@ class ParallelPlan:
     `units` are modules to shard as one group each, in forward order. A recursion stage is one of them, so that its
     weights are gathered once per pass; embedding, norm and head stay with the root. `stages` are the modules whose
     loops may run to different depths on different ranks. `compile_targets` are modules to compile one by one. The
-    `routers` compute with fp32 weights whatever the precision.
+    `routers` compute with fp32 weights whatever the precision. `uses_everything`: every forward pass uses every
+    parameter, whatever the routing.
     """
 
     units: list[nn.Module]
     stages: list[nn.Module] = field(default_factory=list)
     compile_targets: list[nn.Module] = field(default_factory=list)
     routers: list[nn.Module] = field(default_factory=list)
+    uses_everything: bool = False
 
 
 class Transformer(nn.Module):
@@ -166,6 +168,7 @@ class Transformer(nn.Module):
         states: list[Tensor] | None = None,
         teacher: Teacher | None = None,
         predict: bool = True,
+        num_documents: int | None = None,
     ) -> ModelOutput:
         """Logits of `inputs` [B, S] (token ids), or the loss against `labels` [B, S] (-100 at positions to ignore).
 
@@ -181,6 +184,7 @@ class Transformer(nn.Module):
         `states` receives the stream [B, S, dim] after the embedding and after each unshared block and each recursion;
         instead of the last one, that after the final norm. The loss also has that of learning from a `teacher`, whose
         rows are the real tokens of this pass. Without `predict`, the result is `hidden` instead of logits.
+        `num_documents` is the number of `documents` in all sequences, or more; without it, a GPU is asked for it.
         """
         assert mode in get_args(Mode), f"mode = {mode!r}: give train, topk or causal"
         assert cache is None or (documents is None and mode == "causal"), "a cache is for decoding single documents"
@@ -189,7 +193,7 @@ class Transformer(nn.Module):
             return self.run_nothing(inputs, labels, mode, step, score_tokens, teacher is not None)
         start = 0 if cache is None else cache.begin(inputs.shape[1], lengths)
         dtype = self.embed.weight.dtype
-        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns)
+        geometry = Geometry.of(inputs, self.config.model, dtype, documents, start, lengths, columns, num_documents)
         # From here on a row [dim] per token: [T, dim]. Only attention needs to know the sequences (`Geometry`).
         window, everything = geometry.window, geometry.everything
         if self.depth_bounds and bounds is None and mode == "causal":
@@ -224,13 +228,16 @@ class Transformer(nn.Module):
         logits = loss_sum = num_tokens = pairs = z_loss_sum = scores = distill_loss_sum = None
         if labels is None and predict:
             # Inference. Training never builds the logits of all tokens: see `linear_cross_entropy`.
-            logits = window.pad(F.linear(x, self.embed.weight) if self.head is None else self.head(x))
+            logits = window.pad(self.unembedded(x))
         elif labels is not None:
             labels = window.unpad(labels)
             if score_tokens:
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
-            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher)
+            # A model may be evaluated where the kernel of its training doesn't exist.
+            wanted = self.config.train.loss_kernel if mode == "train" else "auto"
+            kernel = choose_loss(x.device.type, wanted, teacher is not None)
+            loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher, kernel)
             z_loss_sum = z_loss if z_coeff else None
             distill_loss_sum = None if teacher is None else distill_loss
             num_tokens = (labels != IGNORE).sum()
@@ -329,9 +336,13 @@ class Transformer(nn.Module):
             if isinstance(module, Transformer | RecursionStage | Block):
                 module.recomputation = recomputation
 
+    def unembedded(self, x: Tensor) -> Tensor:
+        """The head: [N, dim] to [N, vocab]."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
     def readout(self, x: Tensor) -> Tensor:
         """Final norm and head: [N, dim] to [N, vocab], in at least fp32."""
-        logits = F.linear(self.norm(x), self.head_weight)
+        logits = self.unembedded(self.norm(x))
         # bf16 has 8 bits of precision: probabilities would sum to something else than 1, and penalties be rounded away.
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -359,7 +370,7 @@ class Transformer(nn.Module):
             units += [module] if segment.schedule else [*module.children()]
         # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
         blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block)]
-        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages])
+        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages], uses_everything(self.config))
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding and head included."""

@@ -56,18 +56,25 @@ class Muon(torch.optim.AdamW):
             if not self.state[parameter]:
                 step = torch.zeros((), device=parameter.device)
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter), "step": step}
-        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+        # As in AdamW's kernel, 1 if the step is to be skipped: nothing changes then, and the host needn't know.
+        found = getattr(self, "found_inf", None)
+        taken = torch.ones((), device=parameters[0].device) if found is None else 1 - found
+        # Lists of it, because the host would read the value of a single tensor.
+        count = len(parameters)
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], [taken] * count)
         momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         momentum, lr = self.config.muon_momentum, group["lr"]
-        torch._foreach_mul_(momenta, momentum)
+        if found is not None:
+            gradients = [gradient.where(taken > 0, 0.0) for gradient in gradients]
+        torch._foreach_mul_(momenta, [torch.where(taken > 0, momentum, 1.0).to(taken)] * count)
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=momentum) if self.config.muon_nesterov else momenta
         updates = self._orthogonalised([update.to(self.dtype) for update in ahead], parameters)
         weights = [_local(parameter) for parameter in parameters]
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_mul_(weights, [torch.where(taken > 0, 1 - lr * group["weight_decay"], 1.0).to(taken)] * count)
         for weight, update, parameter in zip(weights, updates, parameters, strict=True):
-            weight.add_(update, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
+            weight.add_(update * taken, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
 
     def _orthogonalised(self, updates: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """This rank's rows of the orthogonalised `updates`, of which it has the same rows."""

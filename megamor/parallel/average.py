@@ -21,17 +21,22 @@ class WeightAverage:
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.updates = torch.zeros((), dtype=torch.int64)
         averages = {AVERAGE_PREFIX + name.removeprefix(MODEL_PREFIX): _copy(weight) for name, weight in weights.items()}
         self._weights, self._averages = _held(weights.values()), _held(averages.values())
+        self.updates = torch.zeros((), dtype=torch.int64, device=self._weights[0].device if self._weights else None)
         self.tensors: dict[str, Tensor] = {**averages, AVERAGE_PREFIX + "updates": self.updates}
         """What a checkpoint contains, sharing memory with this object."""
 
-    def update(self) -> None:
-        """Take in the weights after an optimizer step."""
-        updates = int(self.updates)  # in host memory
-        torch._foreach_lerp_(self._averages, self._weights, 1 - min(self.decay, (1 + updates) / (10 + updates)))
-        self.updates += 1
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Take in the weights after an optimizer step, unless it was `skipped` (a scalar: 1 if so). Doesn't wait."""
+        taken = torch.ones_like(self.updates) if skipped is None else 1 - skipped.to(self.updates)
+        count = self.updates.double()
+        share = (1 - ((1 + count) / (10 + count)).clamp_max(self.decay)) * taken
+        if share.device.type == "cpu":
+            torch._foreach_lerp_(self._averages, self._weights, float(share))
+        else:
+            torch._foreach_lerp_(self._averages, self._weights, [share.float()] * len(self._averages))
+        self.updates += taken
 
     def restart(self) -> None:
         """Begin with the present weights."""

@@ -27,6 +27,7 @@ class ModelStructure(Protocol):
     `units` are sharded and gathered as a whole; `stages` are those among them whose forward passes loop, each rank's as
     often as it needs. Parameters outside every unit (embedding with its tied head, final norm) belong to the root.
     `compile_targets` can be compiled one by one. The `routers` compute with fp32 weights whatever the precision.
+    `uses_everything`: every forward pass uses every parameter.
     """
 
     @property
@@ -40,6 +41,9 @@ class ModelStructure(Protocol):
 
     @property
     def routers(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def uses_everything(self) -> bool: ...
 
 
 class Backend:
@@ -102,18 +106,20 @@ class Backend:
         """
         self.router_square = squared_norm(self.watched, self.world_size)
         norm = clip_gradients(self.optimizer, max_grad_norm)
-        # The norm is of all ranks' gradients, so all ranks decide alike. A skipped step must leave every bit as it
-        # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0.
-        if norm.isfinite():
-            self.optimizer.step()
-            self.update_average()
+        self.update(norm, self.optimizer.step)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def update_average(self) -> None:
-        """Take the weights of a finished step into the moving average, if there is one."""
+    def update(self, norm: Tensor, step: Callable[[], object]) -> None:
+        """Update weights and their average by `step`, unless the gradients' `norm` isn't finite. Doesn't wait."""
+        # The norm is of all ranks' gradients, so all ranks decide alike. A skipped step must leave every bit as it
+        # was: clipping has spread the NaN to all gradients, and no scaling brings a NaN back to 0. The optimizer's
+        # kernels read the decision on the device, where a question to the host would end all queued work.
+        skipped = norm.isfinite().logical_not().float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        step()
         if self.average is not None:
-            self.average.update()
+            self.average.update(skipped)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from megamor.checkpoint.state import MODEL_PREFIX
-from megamor.config import Config
+from megamor.config import Config, TrainConfig
 from megamor.errors import TrainingError
 from megamor.parallel.average import WeightAverage
 from megamor.parallel.backend import Backend, BuildOptimizer, ModelStructure
@@ -21,6 +23,21 @@ from megamor.parallel.zero import ZeroBackend
 BACKENDS = {"single": Backend, "ddp": DdpBackend, "fsdp2": Fsdp2Backend, "deepspeed": ZeroBackend}
 
 
+def compiles(train: TrainConfig, device: torch.device) -> bool:
+    """Whether a run on `device` compiles its blocks."""
+    return train.compile is True or (train.compile == "auto" and device.type == "cuda")
+
+
+def share_compiled_code(directory: Path) -> None:
+    """Keep compiled code in `directory`, for all ranks and later launches, unless TORCHINDUCTOR_CACHE_DIR is set."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.absolute()))
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on compilation."""
+    return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
+
+
 def build_backend(model: nn.Module, config: Config, world: World, build_optimizer: BuildOptimizer) -> Backend:
     """Wrap `model` (on any device; it has `parallel_plan()`) for this run.
 
@@ -30,12 +47,14 @@ def build_backend(model: nn.Module, config: Config, world: World, build_optimize
     # replaces parameters, so the optimizer comes last.
     model.set_activation_checkpointing(config.train.activation_checkpointing, config.train.selective_ops)  # type: ignore[operator]
     plan: ModelStructure = model.parallel_plan()  # type: ignore[operator]
-    if config.train.compile:
+    if compiles(config.train, world.device):
         # One graph for each size of recursion and each attention layout; torch's limit of 8 can be too few for Nr = 4.
         torch._dynamo.config.recompile_limit = 32
         for target in plan.compile_targets:
-            target.compile()
-    backend = BACKENDS[resolve_backend(config.parallel, world.size)](model, plan, config, world, build_optimizer)
+            # A ramp changes every size: with symbolic sizes from the start, it recompiles nothing.
+            target.compile(dynamic=True if config.train.ramp else None)
+    name = resolve_backend(config.parallel, world.size, world.device.type == "cuda")
+    backend = BACKENDS[name](model, plan, config, world, build_optimizer)
     if config.optim.average_decay is not None:
         parameters = {MODEL_PREFIX + name for name, _ in backend.module.named_parameters()}
         weights = {name: tensor for name, tensor in backend.tensors().items() if name in parameters}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from megamor.config import Config
 from megamor.parallel.backend import Backend, ModelStructure, set_originals
+from megamor.parallel.mesh import local_world_size, shard_degree
+from megamor.ranks import from_first_rank
 
 
 def shard(model: nn.Module, plan: ModelStructure, mesh: DeviceMesh, precision: str, reshard: bool) -> None:
@@ -44,8 +48,9 @@ class Fsdp2Backend(Backend):
         # Units return keys and values as views, which FSDP2 warns about because writing into them would be lost.
         # Nothing here does.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        mesh = self.mesh(config.parallel.shard_degree)
-        shard(model, plan, mesh, self.precision, config.parallel.reshard_after_forward)
+        mesh = self.mesh(from_first_rank(partial(self.choose_degree, model, config)))
+        self.reshard = config.parallel.reshard_after_forward
+        shard(model, plan, mesh, self.precision, self.reshard)
         # What FSDP2 gathers for a forward pass is bf16.
         self.routers = nn.ModuleList(plan.routers if self.precision == "bf16" else ())
         model = model.to(self.device)
@@ -75,11 +80,21 @@ class Fsdp2Backend(Backend):
                 module.reshard()  # after a forward pass without a backward pass, the root is still gathered
         self.gather_originals()
 
-    def mesh(self, shard_degree: int | None) -> DeviceMesh:
-        """All ranks in one dimension. With `shard_degree` (HSDP) two: shard along rows, replicate along columns."""
-        if shard_degree is None:
+    def choose_degree(self, model: nn.Module, config: Config) -> int:
+        """The number of ranks to shard over, as this machine and device suggest; see `shard_degree`."""
+        per_node = local_world_size(self.world_size)
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // per_node
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return shard_degree(config.parallel, self.world_size, per_node, parameters, memory)
+
+    def mesh(self, degree: int) -> DeviceMesh:
+        """All ranks in one dimension, or groups of `degree` (HSDP): sharded along rows, replicated along columns."""
+        if degree == self.world_size:
             return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
-        shape = (self.world_size // shard_degree, shard_degree)
+        shape = (self.world_size // degree, degree)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def forward_context(self, *, last_micro_batch: bool = True) -> AbstractContextManager[object]:
@@ -90,4 +105,7 @@ class Fsdp2Backend(Backend):
         # Gradients are reduced in the last micro-batch only. Until then each rank holds the whole model's gradient in
         # fp32 (4 bytes a parameter), which saves a reduction for every other micro-batch.
         self.model.set_requires_gradient_sync(last_micro_batch)
+        # Weights that stay gathered between forward and backward pass stay so until the step's last backward pass; the
+        # optimizer then changes the slices. The root's always do: its memory is at its peak between the two passes.
+        self.model.set_reshard_after_backward(last_micro_batch, recurse=not self.reshard)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -55,6 +55,11 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     if env.get("WORLD_SIZE", size) != size:
         raise ConfigError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but {names[0]} is {size}: unset WORLD_SIZE")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    # Slurm's list looks like 8(x4); on nodes with different numbers no group can be a node.
+    tasks = re.sub(r"\(x\d+\)$", "", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    per_node = env.get(names[3], "") if names[3] else tasks
+    if per_node.isdecimal():
+        found["LOCAL_WORLD_SIZE"] = per_node
     if env.get(names[3]) == size or env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1":
         found["MASTER_ADDR"] = "127.0.0.1"
     elif nodes:

@@ -91,9 +91,7 @@ class ZeroBackend(Backend):
         if self.stage == 0:
             self.router_square = squared_norm(self.watched, self.world_size)
             norm = clip_gradients(self.optimizer, max_grad_norm)
-            if norm.isfinite():
-                self.engine.step()
-                self.update_average()
+            self.update(norm, self.engine.step)
             self.engine.zero_grad()
             return norm
         zero: Any = self.optimizer

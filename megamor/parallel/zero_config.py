@@ -22,7 +22,14 @@ log = logging.getLogger("megamor.parallel")
 # memory it saves.
 PERSIST_BELOW = 10_000
 
-_FREE = ("zero_optimization.stage3_param_persistence_threshold", "steps_per_print")
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that stages 1 and 2 reduce at once, while the backward pass computes the next. DeepSpeed's 5e8 are more
+than these models have, so that nothing would overlap, and it allocates two buckets of that size."""
+
+_FREE = (
+    *("zero_optimization.stage3_param_persistence_threshold", "zero_optimization.reduce_bucket_size"),
+    *("zero_optimization.overlap_comm", "steps_per_print"),
+)
 """Ours, but a user's value wins."""
 _REFUSED = {
     "amp": "use train.precision",
@@ -61,12 +68,15 @@ def engine_config(config: Config, world_size: int) -> dict[str, Any]:
     stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
     # A sum of bf16 gradients over many ranks or micro-batches loses the small ones, so both kinds of sums are in fp32.
     fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW}
+    if stage in (1, 2):
+        zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
     own = {
         **fp32_sums,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": PERSIST_BELOW},
+        "zero_optimization": zero,
         "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},  # leave out steps that aren't finite
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
         "steps_per_print": None,

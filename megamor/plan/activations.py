@@ -12,7 +12,7 @@ from megamor.config.depth import depth_steps
 from megamor.config.segments import Segment, segments
 from megamor.model.flops import nominal_stage_work, untracked_recursions
 from megamor.model.layouts import fine_chunks
-from megamor.model.loss import CHUNK_ELEMENTS
+from megamor.model.loss import CHUNK_ELEMENTS, gpu_chunk
 from megamor.model.multi_scale import reach
 
 INDEX, STATISTIC = 8, 4
@@ -231,7 +231,12 @@ def loss_bytes(config: Config, sizes: ElementSizes) -> tuple[float, float]:
     model, tokens = config.model, config.train.micro_batch_size * config.data.seq_len
     hidden = tokens * model.dim
     weight = model.vocab_size * model.dim
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // model.vocab_size)) * model.vocab_size
     kept = hidden * (sizes.stream + sizes.products) + weight * sizes.products
+    if sizes.on_gpu and config.distill.from_ is None and config.train.loss_kernel != "reference":
+        # Gradients replace the logits. Those of the weight are summed in fp32 if there are several chunks.
+        rows = gpu_chunk(tokens, model.vocab_size, sizes.products)
+        logits = min(tokens, rows) * model.vocab_size * sizes.products
+        return kept, logits + hidden * sizes.products + (weight * 4 if tokens > rows else 0)
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // model.vocab_size)) * model.vocab_size
     logits = chunk * (4 if sizes.products == 4 else 4 + sizes.products)
     return kept, logits + hidden * sizes.products + weight * 4

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from megamor.config import Config, CustomRouterConfig
 from megamor.config.derive import derive
 from megamor.config.validate import validate_length
 from megamor.model import build_model
 from megamor.model.flops import expected_steps, nominal_flops
-from megamor.parallel import resolve_backend
+from megamor.parallel import resolve_backend, shard_degree
 from megamor.plan.memory import step_memory
 
 GIB = 2**30
 
 
-def describe_run(config: Config, world_size: int) -> str:
-    """Aligned lines about a validated configuration on `world_size` devices.
+def describe_run(config: Config, world_size: int, per_node: int | None = None) -> str:
+    """Aligned lines about a validated configuration on `world_size` devices, `per_node` (default: all) on each node.
 
     Raises:
         ConfigError: `train.max_flops` allows fewer steps than the warm-up takes.
@@ -39,7 +41,11 @@ def describe_run(config: Config, world_size: int) -> str:
         assert own == 0, f"the model has {own} parameters more than the formula"
     flops = nominal_flops(config)
     seq_len = config.data.seq_len
-    backend = resolve_backend(config.parallel, world_size)
+    backend = resolve_backend(config.parallel, world_size, torch.cuda.is_available())
+    if backend == "fsdp2":
+        degree = shard_degree(config.parallel, world_size, per_node or world_size, counted)
+        config = replace(config, parallel=replace(config.parallel, shard_degree=degree))
+        backend += "" if degree == world_size else f" in groups of {degree} (HSDP)"
     memory = step_memory(config, world_size)
     states = memory.parameters + memory.gradients + memory.optimizer + memory.gathered
     lines = {

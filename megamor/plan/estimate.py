@@ -54,13 +54,14 @@ def variants(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config]]:
     if cluster.gpus > 1:
         backends = {
             "ddp": {"backend": "ddp"},
-            "fsdp2": {"backend": "fsdp2", "reshard_after_forward": True},
-            "fsdp2, kept": {"backend": "fsdp2", "reshard_after_forward": False},
+            "fsdp2": {"backend": "fsdp2", "shard_degree": cluster.gpus, "reshard_after_forward": True},
+            "fsdp2, kept": {"backend": "fsdp2", "shard_degree": cluster.gpus, "reshard_after_forward": False},
             **{f"zero{stage}": {"backend": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
         }
         if cluster.nodes > 1 and cluster.gpus % cluster.per_node == 0:
-            hsdp = {"shard_degree": cluster.per_node, "reshard_after_forward": True}
-            backends["hsdp"] = {"backend": "fsdp2", **hsdp}
+            hsdp = {"backend": "fsdp2", "shard_degree": cluster.per_node}
+            backends["hsdp"] = {**hsdp, "reshard_after_forward": True}
+            backends["hsdp, kept"] = {**hsdp, "reshard_after_forward": False}
     for name, options in backends.items():
         # Every variant but HSDP shards over all GPUs, whatever the recipe says.
         parallel = replace(config.parallel, **{"shard_degree": None, **options})  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | 
 
     Tries more checkpointing first, then smaller micro-batches, then FSDP2.
     """
-    sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=None)
+    sharded = replace(config.parallel, backend="fsdp2", reshard_after_forward=True, shard_degree=cluster.gpus)
     backends = [config.parallel] if cluster.gpus == 1 else [config.parallel, sharded]
     largest = config.train.micro_batch_size
     sizes = [largest >> halvings for halvings in range(largest.bit_length())]
@@ -144,6 +145,8 @@ def nearest_that_fits(config: Config, cluster: Cluster) -> tuple[str, Config] | 
         changed = replace(config, parallel=parallel, train=train)
         if step_memory(changed, cluster.gpus).total <= USABLE * cluster.gpu.memory:
             sharding = "parallel.backend=fsdp2 parallel.reshard_after_forward=true"
+            if cluster.nodes > 1:
+                sharding += f" parallel.shard_degree={cluster.gpus}"
             changes = [sharding] if parallel != config.parallel else []
             for name in ("activation_checkpointing", "micro_batch_size"):
                 if getattr(train, name) != getattr(config.train, name):

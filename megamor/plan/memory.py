@@ -18,6 +18,7 @@ from megamor.model import build_model
 from megamor.optim import is_matrix
 from megamor.optim.muon import BATCH_ELEMENTS
 from megamor.parallel import resolve_backend
+from megamor.parallel.zero_config import BUCKET_ELEMENTS
 from megamor.plan.activations import ElementSizes, loss_bytes, spans
 
 FP32, BF16 = 4, 2
@@ -50,7 +51,7 @@ class Memory:
 def step_memory(config: Config, world_size: int, on_gpu: bool = True) -> Memory:
     """Peak of one rank of `world_size`, at the configured capacities, eager, without the allocator's fragmentation."""
     sizes = element_sizes(config, world_size, on_gpu)
-    found = memory_during_step(config, sizes, bytes_per_parameter(config, world_size), unit_parameters(config))
+    found = memory_during_step(config, sizes, bytes_per_parameter(config, world_size, on_gpu), unit_parameters(config))
     return max(found, key=lambda memory: memory.total)
 
 
@@ -58,7 +59,7 @@ def element_sizes(config: Config, world_size: int, on_gpu: bool) -> ElementSizes
     """Element sizes of the configured step. Autocast (one process, DDP, ZeRO-0) keeps the stream in fp32."""
     if config.train.precision == "fp32":
         return ElementSizes(FP32, FP32, on_gpu)
-    backend = resolve_backend(config.parallel, world_size)
+    backend = resolve_backend(config.parallel, world_size, on_gpu)
     autocast = backend in ("single", "ddp") or (backend == "deepspeed" and config.parallel.zero_stage == 0)
     return ElementSizes(FP32 if autocast else BF16, BF16, on_gpu)
 
@@ -116,16 +117,15 @@ class BytesPerParameter:
     reduced: float = 0.0
 
 
-def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
+def bytes_per_parameter(config: Config, world_size: int, on_gpu: bool = False) -> BytesPerParameter:
     """Bytes per parameter under the configured backend.
 
     Single and DDP keep everything, with autocast's bf16 copies. FSDP2 gathers a unit in the type of the products and
     reduces its gradient in fp32. Accumulated gradients exist from the start of a micro-batch: whole under FSDP2, beside
-    the buckets that always exist under DDP. Each ZeRO stage shards one more part (arXiv 1910.02054, section 5); one of
-    its buckets holds the whole gradient of models of this size, and stage 3 keeps what it has gathered, up to 1e9
-    parameters.
+    the buckets that always exist under DDP. Each ZeRO stage shards one more part (arXiv 1910.02054, section 5); stages
+    1 and 2 reduce in two buckets, and stage 3 keeps what it has gathered, up to 1e9 parameters.
     """
-    backend = resolve_backend(config.parallel, world_size)
+    backend = resolve_backend(config.parallel, world_size, on_gpu)
     element = BF16 if config.train.precision == "bf16" else FP32
     copies = BF16 if element == BF16 else 0
     moments = moment_bytes(config)
@@ -155,7 +155,8 @@ def bytes_per_parameter(config: Config, world_size: int) -> BytesPerParameter:
     gradients = FP32 / world_size
     if stage == 3:
         return BytesPerParameter(element / world_size + master, slices, gradients, buckets=element, whole=element)
-    return BytesPerParameter(element + master, slices, gradients, buckets=element + FP32 if copies else element)
+    buckets = FP32 * min(1.0, 2 * BUCKET_ELEMENTS / sum(unit_parameters(config).values())) if copies else 0
+    return BytesPerParameter(element + master, slices, gradients, buckets=element + buckets)
 
 
 def memory_during_step(

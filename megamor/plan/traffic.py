@@ -47,25 +47,29 @@ class Traffic:
 def step_traffic(config: Config, world_size: int) -> Traffic:
     """Traffic of one step on `world_size` ranks.
 
-    Gradients are reduced in fp32, once a step; ZeRO-2 and 3 do so in every micro-batch. FSDP2 gathers every unit in
-    every micro-batch, and all but the root once more in backward unless they are kept. The core is one unit: how many
-    recursions run, and whether they are computed again, makes no difference. ZeRO gathers once a step: the updated
-    weights, or with stage 3 each weight when it is first used (which holds up to 1e9 parameters).
+    Gradients are reduced in fp32, once a step; ZeRO-2 and 3 do so in every micro-batch. FSDP2 gathers the root once a
+    step, and every unit once a step if weights are kept, else in both passes of every micro-batch. The core is one
+    unit: how many recursions run, and whether they are computed again, makes no difference. ZeRO gathers once a step:
+    the updated weights, or with stage 3 each weight when it is first used (which holds up to 1e9 parameters).
     """
     counts = unit_parameters(config)
     total = sum(counts.values())
-    backend, micro_batches = resolve_backend(config.parallel, world_size), derive(config, world_size).micro_batches
+    backend, micro_batches = (
+        resolve_backend(config.parallel, world_size, on_gpu=True),
+        derive(config, world_size).micro_batches,
+    )
     element = BF16 if config.train.precision == "bf16" else FP32
     if backend == "single":
         return Traffic(1, 1)
     if backend == "fsdp2":
         shards = config.parallel.shard_degree or world_size
-        passes = 2 * total - counts["root"] if config.parallel.reshard_after_forward else total
+        # How often a step gathers a unit that isn't the root.
+        passes = 2 * micro_batches if config.parallel.reshard_after_forward else 1
         replicas = world_size // shards
         across = FP32 * total / shards if replicas > 1 else 0.0
-        units = len(counts)
-        gathers = (2 * units - 1 if config.parallel.reshard_after_forward else units) * micro_batches
-        return Traffic(shards, replicas, element * passes * micro_batches, FP32 * total, across, gathers + units)
+        units, gathered = len(counts), counts["root"] + passes * (total - counts["root"])
+        rings = 1 + passes * (units - 1) + units
+        return Traffic(shards, replicas, element * gathered, FP32 * total, across, rings)
     stage = config.parallel.zero_stage if backend == "deepspeed" else 0
     if stage == 0:
         return Traffic(1, world_size, all_reduce=FP32 * total)

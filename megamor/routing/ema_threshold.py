@@ -91,6 +91,8 @@ class EmaThresholdSession(ScoredSession):
             # Gathered for the threshold of the next step; this step selects by the past alone, which keeps it causal.
             lower = (1 - fraction + FEEDBACK * (chosen.double().mean() - fraction)).clamp(0.0, 1.0)
             rank = (lower * len(z)).round().long().clamp(1, len(z))
-            self.totals["threshold_quantiles"][recursion] = z.detach().sort().values[rank - 1] * self.context.fill
-            self.totals["threshold_batches"][recursion] = self.context.fill
+            # Neither `values[rank - 1]` nor an assigned number: the host would wait to read the one or copy the other.
+            quantile = z.detach().sort().values.index_select(0, rank.reshape(1) - 1).squeeze(0)
+            self.totals["threshold_quantiles"][recursion] = quantile * self.context.fill
+            self.totals["threshold_batches"][recursion].fill_(self.context.fill)
         return self.router.plan(z, *candidates.where(self.bounded(recursion, chosen, candidates)))

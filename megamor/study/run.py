@@ -20,6 +20,7 @@ import torch
 from megamor.corpus.corpora import CORPORA
 from megamor.corpus.text import find_files
 from megamor.data.check import find_problems
+from megamor.devices import usable_device
 from megamor.errors import EXIT_INTERRUPTED, ConfigError, DataError, MegamorError, TrainingError
 from megamor.files import parse_json, replace_file
 from megamor.model import build_model
@@ -84,7 +85,7 @@ def check_data(study: Study) -> None:
 
 def faster_precision(arm: Arm) -> str:
     """bf16 or fp32, whichever trains `arm` faster on this machine, by a short measurement."""
-    if torch.cuda.is_available():
+    if usable_device(arm.config.run.device).type == "cuda":
         return "bf16"
     model, config = build_model(arm.config), arm.config
     shape = (config.train.micro_batch_size, config.data.seq_len)
@@ -227,6 +228,7 @@ def _work(file: Path, root: Path, seeds: int, name: str) -> None:
         with log.open("a", encoding="utf-8") as out:
             for stream in (1, 2):
                 os.dup2(out.fileno(), stream)
-        run_job(study, job, root, init_world(replace(job.arm.config.parallel, backend="single")))
+        config = job.arm.config
+        run_job(study, job, root, init_world(replace(config.parallel, backend="single"), config.run.device))
     finally:
         _current.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megamor.config.derive import derive
 from megamor.config.validate import validate_length
 from megamor.data.dataset import TrainingData, announce_shared_data
 from megamor.data.loader import TrainingLoader
+from megamor.devices import make_deterministic
 from megamor.errors import ConfigError
 from megamor.lock import WriteLock
 from megamor.metrics import (
@@ -33,11 +34,13 @@ from megamor.metrics import (
     read_jsonl,
 )
 from megamor.model import build_model
+from megamor.model.attention import describe_kernels
 from megamor.model.flops import expected_steps
+from megamor.model.loss import describe_loss
 from megamor.optim import build_optimizer
-from megamor.parallel import World, build_backend
+from megamor.parallel import World, build_backend, compiles, share_compiled_code
 from megamor.parallel.zero_config import engine_config
-from megamor.ranks import from_first_rank, run_on_all_ranks
+from megamor.ranks import Ranks, from_first_rank, run_on_all_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.distill import Distillation
@@ -67,13 +70,20 @@ def build_trainer(config: Config, world: World) -> Trainer:
     """
     if config.train.max_flops is not None:
         validate_length(config, expected_steps(config))
+    if config.train.deterministic:
+        make_deterministic()
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
+    loss = run_on_all_ranks(lambda: describe_loss(config, world.device.type))
     expanded = run_on_all_ranks(lambda: expand_paths(config))
+    expanded = replace(expanded, train=replace(expanded.train, compile=compiles(config.train, world.device)))
+    if expanded.train.compile:
+        share_compiled_code(Path(expanded.run.dir) / ".torchinductor")
     inputs = run_on_all_ranks(lambda: open_inputs(expanded, world))
     files = run_on_all_ranks(lambda: checkpoint_files(config, expanded.data, inputs.tokenizer))
     directory = run_on_all_ranks(lambda: run_directory(expanded))
     lock = run_on_all_ranks(lambda: lock_run(directory) if world.is_main else None)
-    manager = checkpoint_manager(config, directory, lock)
+    ranks = Ranks.current(in_background=config.checkpoint.asynchronous)
+    manager = checkpoint_manager(config, directory, lock, ranks)
 
     model = build_model(config, device=world.device)
     # A run that has begun needs its source no more.
@@ -105,9 +115,12 @@ def build_trainer(config: Config, world: World) -> Trainer:
     total_steps = budget.total_steps(progress)
     derived = derive(config, world.size, progress, total_steps)
     if world.is_main:
+        if world.device.type == "cuda":
+            dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+            told = [*told, describe_kernels(config.model, dtype, world.device)]
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
-        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps)])
+        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps), *loss])
         print(f"{config.run.name}: {begin}", flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter
@@ -217,7 +230,7 @@ def lock_run(directory: Path) -> WriteLock:
     return lock
 
 
-def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) -> CheckpointManager:
+def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None, ranks: Ranks) -> CheckpointManager:
     """What writes and removes the checkpoints of the run in `directory`, on the rank that has the `lock`."""
     keep = config.checkpoint
     return CheckpointManager(
@@ -225,6 +238,7 @@ def checkpoint_manager(config: Config, directory: Path, lock: WriteLock | None) 
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         keep_best=keep.keep_best,
+        ranks=ranks,
         may_write=lock.check if lock else None,
     )
 

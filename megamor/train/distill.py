@@ -81,12 +81,13 @@ class Distillation:
     def teach(self, arguments: Mapping[str, Any], statistics: StepStatistics | None = None) -> Teacher:
         """Predictions for a micro-batch, given as `MicroBatch.arguments`. Its work is added to `statistics`."""
         settings, weight = self.config.distill, self.model.head_weight
-        inputs, documents, lengths = (arguments[name] for name in ("inputs", "documents", "lengths"))
+        inputs, lengths = arguments["inputs"], arguments["lengths"]
+        given = {name: value for name, value in arguments.items() if name not in ("inputs", "labels")}
         hidden = weight.new_zeros(0, weight.shape[1])  # of padding alone
         work = torch.zeros(1 + 2 * max_depth(self.model.config), device=weight.device)
         if lengths is None or any(lengths):
             with torch.autocast(inputs.device.type, enabled=False):
-                out = self.model(inputs, mode="causal", documents=documents, lengths=lengths, predict=False)
+                out = self.model(inputs, mode="causal", predict=False, **given)
             assert out.hidden is not None
             assert out.pairs is not None
             hidden = out.hidden

@@ -116,7 +116,7 @@ class RunCheckpoints:
             data=self.loader.state_dict(),
             world_size=self.backend.world_size,
             components={name: component.state_dict() for name, component in self.components.items()},
-            backend=resolve_backend(self.config.parallel, self.backend.world_size),
+            backend=resolve_backend(self.config.parallel, self.backend.world_size, self.backend.device.type == "cuda"),
             run_directory=directory_identity(self.manager.directory.parent),
             data_fingerprints=self.origin.data_fingerprints,
             code_revision=self.origin.code_revision,

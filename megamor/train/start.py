@@ -21,17 +21,20 @@ from megamor.codec import read_tokenizer
 from megamor.config import Config
 from megamor.config.changes import Effect, changes
 from megamor.config.paths import expand_paths
+from megamor.config.segments import stages
 from megamor.errors import ConfigError
 from megamor.interop.dense import HUB
 from megamor.interop.depth import convert_depth, describe_check
 from megamor.interop.export import is_export
-from megamor.load import Source, read_source
+from megamor.load import Source, read_source, refuse_missing
 from megamor.model import Transformer
 from megamor.ranks import from_first_rank, run_on_all_ranks
 
 _LORA = re.compile(r"\.(down|up)\.\d+\.weight$")
 _OF_RECURSION = re.compile(r"\.(?:others|down|up|recursion_embedding|injection|heads|aux_router)\.(\d+)(?=\.|$)")
 """A parameter of one recursion, and its number."""
+_SHOWN = 60
+"""How many weights that don't fit an error lists."""
 
 
 def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -56,6 +59,7 @@ def warm_start(model: Transformer, config: Config) -> tuple[dict[str, Any], list
 
 def locate(source: str) -> str:
     """`source`, or the checkpoint that it means, after a comparison with all hashes of its manifest."""
+    refuse_missing(source)
     if source.startswith(HUB) or is_export(Path(source)):
         return source
     return str(open_checkpoint(source, full=True).directory)
@@ -113,7 +117,7 @@ def select(
             taken[name] = given[name]
     left_out = [name for name in dict.fromkeys([*needed, *given]) if name not in taken]
     if refused := [name for name in left_out if name not in allowed]:
-        raise ConfigError(_refusal(refused, given, needed, config))
+        raise ConfigError(_refusal(refused, given, needed, old, config))
     groups = {
         "copied from the recursion before": [*copied],
         "drawn anew": [name for name in shapes if name not in taken],
@@ -156,19 +160,26 @@ def _prefixes(names: Collection[str], among: Collection[str]) -> list[str]:
     return list(dict.fromkeys(next((b for b in beginnings(name) if b not in others), name) for name in names))
 
 
-def _refusal(refused: list[str], given: Mapping[str, Tensor], needed: Mapping[str, Any], config: Config) -> str:
-    """The error that names all weights that don't fit, and how to leave them out."""
+def _refusal(
+    refused: list[str], given: Mapping[str, Tensor], needed: Mapping[str, Any], old: Config, config: Config
+) -> str:
+    """The error that names the weights that don't fit, the settings behind them, and how to leave them out."""
     stored = {name: given[name].shape for name in refused if name in given}
     differences = shape_differences(stored, {name: needed[name] for name in refused if name in needed})
+    if (more := len(differences) - _SHOWN) > 1:
+        differences[_SHOWN:] = [f"and {more} more"]
     others = [name for name in refused if not (_is_router(name) or _LORA.search(name))]
     fixes = ["init.router=fresh"] if any(map(_is_router, refused)) else []
     fixes += ["init.lora=fresh"] if any(map(_LORA.search, refused)) else []
     names = [*config.init.allow_missing, *_prefixes(others, {*given, *needed})]
     fixes += [f"init.allow_missing=[{','.join(names)}]"] if others else []
-    return (
-        "\n  ".join([f"the weights of init.from = {config.init.from_} don't fit this run's model:", *differences])
-        + f"\nChange the model's settings or, to leave these out and draw what is missing, set {' '.join(fixes)}"
-    )
+    settings = [str(c) for c in changes(old, config) if re.match(r"(model|recursion)\.", c.name)]
+    told = [f"Settings of the source and of this run: {'; '.join(settings)}"] if settings else []
+    if stages(config) and not stages(old):
+        told.append("To make a dense model recursive, set init.convert: stepwise, for example")
+    told.append("Change the model's settings or, to leave these out and draw what is missing, set " + " ".join(fixes))
+    head = f"the weights of init.from = {config.init.from_} don't fit this run's model:"
+    return "\n".join(["\n  ".join([head, *differences]), *told])
 
 
 def _averages(source: Source) -> dict[str, Tensor]:

@@ -158,9 +158,9 @@ class StepStatistics:
         if out.pairs is not None:
             self._sum("pairs", out.pairs.double())
         if out.depth is not None and out.work is not None:
-            # Padding has depth -1.
-            counts = torch.bincount(out.depth.flatten() + 1, minlength=self.num_depths + 1)
-            self._sum("depth", counts[1:].double())
+            # Padding has depth -1. Not `bincount`, which reads the smallest and the largest depth from the device.
+            depths = torch.arange(self.num_depths, device=out.depth.device)
+            self._sum("depth", (out.depth.flatten().unsqueeze(1) == depths).sum(0).double())
             self._sum("work", out.work.double())
 
     def add_teacher(self, work: Tensor) -> None:

@@ -12,6 +12,7 @@ from megamor.config.batches import BatchShape
 from megamor.config.segments import max_depth
 from megamor.metrics import Throughput
 from megamor.model.flops import dense_pairs, executed_flops, full_work, unshared_sliding
+from megamor.parallel import compile_seconds
 from megamor.progress import format_count, format_duration
 from megamor.train.distill import Distillation
 from megamor.train.run_state import RunProgress
@@ -74,6 +75,8 @@ class LaunchSummary:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed, {saved:.1%} less than at full depth"
         else:
             lines["compute"] = f"{total.model_flops:.3e} FLOPs executed"
+        if self.config.train.compile:
+            lines["compilation"] = f"{format_duration(compile_seconds())} on this process"
         if self.steps < progress.step:
             lines["all launches"] = (
                 f"{progress.step:,} steps, {progress.tokens_seen:,} tokens in {format_duration(progress.seconds)}, "

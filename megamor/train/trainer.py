@@ -12,6 +12,7 @@ before a checkpoint or an evaluation, and in every step if the guard may skip it
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -35,7 +36,7 @@ from megamor.lock import WriteLock
 from megamor.metrics import Metrics, MetricSink, Throughput, TrainingDisplay, peak_memory
 from megamor.model import ModelOutput, Transformer
 from megamor.model.loss import IGNORE
-from megamor.parallel import Backend, without_recompiling
+from megamor.parallel import Backend, compile_seconds, without_recompiling
 from megamor.ranks import raise_on_all_ranks, run_on_all_ranks, sum_over_ranks
 from megamor.train.budget import Budget
 from megamor.train.diagnosis import Diagnosis
@@ -50,6 +51,9 @@ from megamor.train.validation import ValidationLosses
 from megamor.train.watchdog import Watchdog
 
 log = logging.getLogger("megamor.train")
+
+SETTLING_STEPS = 10
+"""Steps after which a launch has compiled its code."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,10 @@ class Trainer:
             if self.due_evaluations():
                 self.evaluate()  # the previous launch was stopped when only this was missing
             self.throughput.start()
+            settled = self.progress.step + SETTLING_STEPS
             while not self.is_over() and not self.stopping:
+                if self.progress.step == settled:
+                    keep_what_exists()
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 batch = self.next_batch()
                 if batch is None:
@@ -220,9 +227,9 @@ class Trainer:
         """Forward and backward passes over this rank's micro-batches, then the optimizer's update."""
         statistics = StepStatistics(max_depth(self.config))
         world_size, device = self.backend.world_size, self.backend.device
-        # Divided in double precision and then rounded once, whatever the device. Padding alone has no label.
-        token_weight = (world_size / torch.tensor(max(batch.labels, 1)).double()).float()
-        token_weight = token_weight.to(device, non_blocking=True)
+        # Divided in double precision and then rounded once, whatever the device. Padding alone has no label. The device
+        # fills it in: a copy from ordinary host memory would wait.
+        token_weight = torch.full((), world_size / max(batch.labels, 1), dtype=torch.float32, device=device)
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
             # Gradients are accumulated locally and reduced in the last micro-batch only (where the backend can).
             is_last = number == len(batch.micro_batches)
@@ -318,6 +325,7 @@ class Trainer:
             "throughput/executed_flops": self.progress.flops,
             "throughput/training_seconds": self.progress.seconds,
             "throughput/data_wait_seconds": step.data_wait,
+            **({"throughput/compile_seconds": compile_seconds()} if self.summary.config.train.compile else {}),
             **{f"data/epochs/{name}": epochs for name, epochs in step.epochs.items()},
             **self.guard.metrics(),
             **peak_memory(self.backend.device),
@@ -478,6 +486,10 @@ class Trainer:
         """End the thread that reads ahead and write the last metrics, without hiding the error that led here."""
         try:
             yield
+        except BaseException as error:
+            if self.backend.world_size > 1 and not isinstance(error, MegamorError):  # which all ranks have agreed on
+                self.watchdog.fail(error)
+            raise
         finally:
             # After an error the ranks may be in different places, so nothing here is collective.
             # A device that failed has no figures any more, and those of a step that failed aren't written.
@@ -487,6 +499,7 @@ class Trainer:
                     summary = step.figures.wait()
                     self.judge(step.number, summary)
                     self.log_step(step, summary)
+            gc.unfreeze()
             self.loader.close()
             self.checkpoints.close()
             try:
@@ -496,3 +509,12 @@ class Trainer:
                 log.error("the last metrics are lost: %s", error)
             if self.lock is not None:
                 self.lock.release()
+
+
+def keep_what_exists() -> None:
+    """Leave modules, compiled code and imports out of later garbage collections.
+
+    A full collection walks half a million objects for a third of a second, and all ranks wait for the one that does it.
+    """
+    gc.collect()
+    gc.freeze()

@@ -18,13 +18,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamor.cli import COMMANDS, evaluate, generate, launch, main, pretrain, sweep_depth
+from megamor.cli import COMMANDS, evaluate, generate, main, pretrain, sweep_depth
 from megamor.cli.serve import check_port
 from megamor.config import Config
 from megamor.corpus.writer import ShardWriter
 from megamor.data.shard import TokenShard
-from megamor.errors import ConfigError
-from megamor.load import usable_device
+from megamor.devices import usable_device
+from megamor.errors import ConfigError, telling_status
 from megamor.parallel import init_world
 from megamor.train import build_trainer
 from tests.commands import refusal, status
@@ -344,7 +344,10 @@ def test_an_unknown_command_names_the_nearest(word: str, says: str, capsys: pyte
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ([1, 75], 75),  # one worker saved and stopped, the other died of the broken connection
+        ([76, 75], 75),  # one worker saved and stopped, the other lost the connection to it
+        ([75, 1, 76], 1),  # one failed, one waited for it in vain
+        ([75, -9], 75),
+        ([-6, 76], 134),
         ([-6, 2], 2),
         ([0, -9], 137),  # killed by a signal, as a shell reports it
         ([0, 3], 3),
@@ -352,4 +355,4 @@ def test_an_unknown_command_names_the_nearest(word: str, says: str, capsys: pyte
     ],
 )
 def test_launch_exits_with_the_status_that_explains_most(codes: list[int], expected: int) -> None:
-    assert launch.status_of(codes) == expected
+    assert telling_status(codes) == expected

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "lock": set(),
     "files": {"lock"},
     "ranks": set(),
+    "devices": set(),
     "progress": set(),
     "codec": set(),
     "config": set(),
@@ -27,11 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "files", "codec"},
     "corpus": {"data", "config", "files", "lock", "codec"},
     "optim": {"config"},
-    "parallel": {"checkpoint", "config"},
+    "parallel": {"checkpoint", "config", "devices", "ranks"},
     "checkpoint": {"codec", "config", "files", "ranks"},
     "origin": {"checkpoint"},
     "metrics": {"config", "files", "progress"},
-    "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files"},
+    "load": {"model", "routing", "checkpoint", "config", "interop", "codec", "files", "devices"},
     "evaluate": {"load", "model", "routing", "data", "checkpoint", "config", "files", "ranks", "codec"},
     "analysis": {
         "evaluate", "load", "model", "routing", "data", "checkpoint", "config", "files", "codec", "metrics", "origin",
@@ -40,16 +41,16 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"load", "model", "routing", "checkpoint", "config", "codec"},
     "train": {
         "config", "routing", "model", "data", "optim", "parallel", "checkpoint", "metrics", "evaluate", "files",
-        "ranks", "progress", "lock", "codec", "load", "interop",
+        "ranks", "progress", "lock", "codec", "load", "interop", "devices",
     },
 }  # fmt: skip
 ALLOWED["session"] = {*ALLOWED["train"], "train"} - {
     "metrics", "files", "progress", "lock", "routing", "interop", "load",
 }  # fmt: skip
-ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate", "codec", "interop", "load"}
+ALLOWED["plan"] = ALLOWED["train"] - {"data", "evaluate", "codec", "interop", "load", "devices"}
 ALLOWED["study"] = {
     "origin", "config", "model", "data", "corpus", "parallel", "metrics", "load", "evaluate", "train", "files",
-    "progress", "codec",
+    "progress", "codec", "devices",
 }  # fmt: skip
 ALLOWED["report"] = {"study", "metrics", "checkpoint", "config", "files", "progress"}
 ALLOWED["bench"] = {*ALLOWED} - {"bench"}

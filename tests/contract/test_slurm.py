@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -226,9 +227,13 @@ def test_merge_job(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("ranks", "srun", "telling"),
     [
-        ([75, 1], 137, 75),  # one rank saved and exited, which killed another
+        ([75, 76], 137, 75),  # one rank hung and exited, the other lost the connection
+        ([75, 1, 76], 137, 1),  # one ran out of memory, another waited for it until its watchdog ended it
+        ([75, 137], 137, 75),
         ([1, 2], 137, 2),  # one rank reported an error of the user's, the other was killed in a collective
+        ([76, 3], 76, 3),
         ([1, 1], 1, 1),
+        ([0, 137], 137, 137),
         ([], 143, 143),
     ],
 )
@@ -237,6 +242,38 @@ def test_a_jobs_status_is_the_one_that_explains_the_failure(
 ) -> None:
     for rank, status in enumerate(ranks):
         (tmp_path / f"status_{rank}").write_text(f"{status}\n")
-    functions = f"source <(sed -n '/^telling_status/,/^}}/p; /^requeue_status/p; /^user_error/p' {ROOT}/slurm/train.sh)"
+    parts = "/^telling_status/,/^}/p; /^requeue_status/p; /^lost_rank/p; /^user_error/p"
+    functions = f"source <(sed -n '{parts}' {ROOT}/slurm/train.sh)"
     command = ["bash", "-c", f"{functions}; rank_logs={tmp_path}; telling_status {srun}"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{telling}\n"
+
+
+@pytest.mark.promise("R24")
+@pytest.mark.parametrize(
+    ("stop_asked", "saved", "requeued"),
+    [
+        ("", ["", "step_10", "step_20"], [True, True]),
+        ("", ["step_10", "step_10"], [False]),  # it hung where it had hung before
+        ("", ["", ""], [False]),
+        ("", ["step_10", None], [False]),
+        ("yes", ["step_10"] * 4, [True, True, False]),  # preempted again and again before its first save
+        ("yes", ["", "", "", "step_10", "step_10", "step_10"], [True, True, True, True, True]),
+        ("yes", ["step_10", None], [True]),  # killed while it was saving
+    ],
+)
+def test_a_job_that_saved_nothing_is_not_requeued(
+    tmp_path: Path, stop_asked: str, saved: list[str | None], requeued: list[bool]
+) -> None:
+    """What `latest` is at each start and after the last one; None: nobody could say."""
+    functions = f"source <(sed -n '/^made_no_progress/,/^}}/p' {ROOT}/slurm/train.sh); made_no_progress"
+    found = []
+    for start, (before, after) in enumerate(pairwise(saved)):
+        logs = tmp_path / "logs" / "job_7" / f"start_{start}"
+        logs.mkdir(parents=True)
+        (logs / "saved_before").write_text(before or "")
+        if after is not None:
+            (logs / "saved_after").write_text(after)
+        variables = {"CLUSTER_LOGS": tmp_path / "logs", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "7", "rank_logs": logs}
+        env = {**os.environ, **{name: str(value) for name, value in variables.items()}, "stop_asked": stop_asked}
+        found.append(subprocess.run(["bash", "-euc", functions], env=env, check=False).returncode != 0)
+    assert found == requeued

@@ -242,6 +242,7 @@ def _spoiled_step(config: Config, directory: Path) -> tuple[float, str, str]:
 def test_auto_chooses_by_the_number_of_processes() -> None:
     assert resolve_backend(tiny("auto").parallel, 1) == "single"
     assert resolve_backend(tiny("auto").parallel, 2) == "fsdp2"
+    assert resolve_backend(tiny("auto").parallel, 1, on_gpu=True) == "fsdp2", "bf16 as on several"
 
 
 def test_harness_reports_a_failing_rank() -> None:

@@ -58,10 +58,14 @@ def test_collectives_do_not_depend_on_the_number_of_recursions() -> None:
     assert run_ranks(count, with_recursions(4, reshard_after_forward=False))[0] == (4, 4)
 
 
-def test_ranks_communicate_in_the_last_micro_batch_only() -> None:
-    config = with_recursions(2)
-    accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
-    assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_weights_that_are_kept_are_gathered_once_a_step(micro_batches: int) -> None:
+    """Gradients are reduced in the last micro-batch only. Freed weights are gathered in each pass of every micro-batch,
+    except the root's, which are in use between the passes anyway."""
+    for kept, gathers in ((True, 4), (False, 1 + 2 * 3 * micro_batches)):
+        config = with_recursions(2, reshard_after_forward=not kept)
+        train = replace(config.train, micro_batch_size=1, global_batch_size=2 * micro_batches)
+        assert run_ranks(count, replace(config, train=train))[0] == (gathers, 4)
 
 
 @pytest.mark.parametrize("policy", ["recursion", "block", "selective"])
@@ -71,7 +75,7 @@ def test_recomputation_gathers_nothing_again(policy: str) -> None:
     config = replace(config, train=replace(config.train, activation_checkpointing=policy))  # type: ignore[arg-type]
     assert run_ranks(count, config)[0] == (4 + 3, 4)
     accumulated = replace(config, train=replace(config.train, micro_batch_size=1))
-    assert run_ranks(count, accumulated)[0] == (2 * 7, 4)
+    assert run_ranks(count, accumulated)[0] == (1 + 2 * 6, 4)
 
 
 def test_adding_shared_gradients_in_fp32_sends_nothing_more() -> None:

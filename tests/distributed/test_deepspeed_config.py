@@ -112,6 +112,15 @@ def test_values_that_repeat_the_runs_own(tmp_path: Path) -> None:
     assert merged(tmp_path, repeated) == expected
 
 
+def test_reduction_overlaps_with_the_backward_pass_unless_a_file_says_otherwise(tmp_path: Path) -> None:
+    for stage in (1, 2):
+        config = replace(RUN, parallel=ParallelConfig(backend="deepspeed", zero_stage=stage))  # type: ignore[arg-type]
+        zero = engine_config(config, 2)["zero_optimization"]
+        assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (True, 50_000_000)
+        own = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 7}
+        assert merged(tmp_path, {"zero_optimization": own}, config)["zero_optimization"].items() >= own.items()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -27,7 +27,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.runs import StepResult, preload_deepspeed, run_step, start, tiny
 
 STEPS = 3
-BACKENDS: tuple[tuple[str, dict[str, Any]], ...] = (("fsdp2", {}), ("deepspeed", {"zero_stage": 3}))
+BACKENDS: tuple[tuple[str, dict[str, Any]], ...] = (("ddp", {}), ("fsdp2", {}), ("deepspeed", {"zero_stage": 3}))
 Force = Callable[[Any, bool], None]  # router, and whether its tokens should go as deep as possible or exit at once
 
 

@@ -45,6 +45,7 @@ def deepspeed_before_forking() -> None:
 @pytest.fixture(autouse=True)
 def shard_small_parameters_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_config, "PERSIST_BELOW", 100)
+    monkeypatch.setattr(zero_config, "BUCKET_ELEMENTS", 6000)  # several buckets, and an embedding that exceeds one
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from megamor.optim import build_adamw
 from megamor.parallel import World, build_backend, close_world, init_world
 from megamor.routing import TokenSet
 from megamor.routing.plan import Incoming
+from megamor.train.step_statistics import StepStatistics
 from tests.combinations import KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config, tokens, vanilla_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -154,16 +155,27 @@ def test_the_kernel_alone(heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "token_choice_loss_free"])
-def test_the_forward_pass_never_waits_for_the_device(router: str, kv_policy: str) -> None:
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
+def test_a_step_never_waits_for_the_device(router: str, kv_policy: str, documents: Tensor | None) -> None:
     """Token-choice waits once for its sizes: for the event of a copy that was queued before the first recursion."""
-    model = model_of(tiny_config(ROUTERS[router], kv_policy)).to(CUDA)
-    inputs, labels = tokens().to(CUDA), tokens(1).to(CUDA)
-    in_bf16(model, inputs, labels).loss_sum.backward()  # kernels, workspaces
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    out = in_bf16(model, inputs, labels)
-    (out.loss_sum + sum(out.router_losses.values())).backward()
-    assert out.loss_sum.is_cuda  # waits raise an error above
+    config = tiny_config(ROUTERS[router], kv_policy)
+    config = replace(config, parallel=ParallelConfig(backend="single"), train=replace(config.train, precision="bf16"))
+    backend = build_backend(
+        model_of(config), config, World(0, 1, 0, CUDA), lambda module: build_adamw(module, config.optim)
+    )
+    given = {"inputs": tokens().to(CUDA), "labels": tokens(1).to(CUDA), "documents": on_gpu(documents)}
+    for mode in ("default", "error"):  # the first step loads kernels and creates workspaces
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)  # waits raise an error
+        with backend.forward_context():
+            out = backend.model(**given, num_documents=6)
+        backend.backward(out.loss_sum + sum(out.router_losses.values()), last_micro_batch=True)
+        norm = backend.step(1.0)
+        statistics = StepStatistics(3)
+        statistics.add(out)
+        figures = statistics.reduce(norm, backend.router_square)
+    torch.cuda.set_sync_debug_mode("default")
+    assert figures.wait().grad_norm > 0
 
 
 def test_incoming_numbers_are_those_of_their_time() -> None:

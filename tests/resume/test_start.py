@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -275,11 +276,20 @@ def test_an_export_is_a_source(source: Config, tmp_path: Path) -> None:
     )
 
 
-def test_a_dense_run_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dense_run_is_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tiny_run(tmp_path)
     dense = replace(named(base, "dense", max_steps=2), router=FixedDepthConfig(), recursion=RecursionConfig())
     fit(dense, 1)
     config = replace(warm(dense, convert="average"), router=ROUTER, recursion=base.recursion)
+    with monkeypatch.context() as patched:
+        patched.setattr("megamor.train.start._SHOWN", 24)
+        lines = refusal(replace(config, init=warm(dense).init)).splitlines()
+    assert len(lines) == 1 + 24 + 4  # the headline, weights, how many more, settings, conversion, the fix
+    assert re.fullmatch(r"  and \d+ more", lines[25])
+    assert "; recursion.sharing: none -> middle_cycle" in lines[26]
+    assert "init.convert: stepwise" in lines[27]
     trainer = built(config)
     found, drawn = trainer.model.state_dict(), build_model(config).state_dict()
     weights = load_weights(directory_of(dense) / "checkpoints" / "latest")

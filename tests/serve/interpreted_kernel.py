@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamor.bench.gpu_check import paged
 from megamor.serve.engine import attention
 from megamor.serve.engine.attention import GatherLayout, KernelLayout
 from megamor.serve.engine.paged_kernel import paged_attention
@@ -51,6 +52,10 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
     rows = torch.tensor(owners), torch.tensor(ends), torch.tensor(begins)
     found = paged_attention(q, k, v, tables, rows[0], rows[1], rows[2], 4 if page_size > 16 else 2)
     torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_the_check_of_a_new_machine() -> None:
+    assert paged(CPU).startswith("error ")
 
 
 def test_layouts_agree() -> None:

@@ -37,6 +37,14 @@ def forward(model: Transformer, tokens: Sequence[int], max_depth: int | None) ->
     return out.logits[0].tolist(), [0] * len(tokens) if out.depth is None else out.depth[0].tolist()
 
 
+def replayed_logprobs(model: Transformer, tokens: Sequence[int], depths: Sequence[int]) -> list[list[float]]:
+    """Log-probabilities of all tokens after each of `tokens`, which take exactly these `depths`."""
+    exact = torch.tensor(list(depths))
+    with torch.no_grad():
+        out = model(torch.tensor([list(tokens)]), mode="causal", bounds=DepthBounds(exact, exact))
+    return out.logits[0].log_softmax(-1).tolist()
+
+
 def answer(model: Transformer, prompt: Sequence[int], params: SamplingParams, index: int, end: int | None) -> Answer:
     """The continuation of `prompt`; `end` is the end-of-text token."""
     tokens, depths, logprobs = list(prompt), list[int](), list[float]()

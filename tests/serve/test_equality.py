@@ -23,11 +23,12 @@ from megamor.model import Transformer, build_model
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
 from megamor.serve.engine.engine import ServingEngine
+from megamor.serve.engine.flight import SequenceState
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.exits import median_rule
-from tests.serve.reference import Answer, answer
+from tests.serve.reference import Answer, answer, replayed_logprobs
 
 END, AMPLE = 11, 1 << 22
 SERVED = ("recursion_wise", "share_first")
@@ -236,6 +237,60 @@ def test_the_whole_product(router: str, kv_policy: str, sharing: str) -> None:
             number % 2 == 0,
         )
         check(model, schedule, wanted)
+
+
+# The greatest depth that a router can be made to take: one that halts softly can't be held back from halting.
+FORCED = {"fixed_2_of_3": 2, "act_soft": 1, "pondernet": 1}
+
+
+@pytest.mark.promise("R15")
+@pytest.mark.parametrize("kv_policy", SERVED)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
+def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
+    """Sequences that share a prefix take different depths while they fill the prefix cache.
+
+    Each must have been computed with the depths that it has recorded, and with those of no other sequence: its
+    log-probabilities are those of one full forward pass with these depths. Several continuations, requests that need
+    all log-probabilities of the prompt, aborts, preemption and prefixes that end inside a page are among them.
+    """
+    number = list(ROUTERS).index(router) + SERVED.index(kv_policy)
+    model = model_of(router, kv_policy, SHARINGS[number % len(SHARINGS)])
+    options = EngineOptions(
+        POLICIES[number % 3],
+        hold=1 + number % 2,
+        page_size=3,
+        chunk_size=(2, 4, 64)[number % 3],
+        max_resident=5,
+        num_pages={pool: 2 * count for pool, count in small_pools(model, 3).items()},
+    )
+    engine, random = ServingEngine(model, options), torch.Generator().manual_seed(number)
+    greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=0)
+    outputs = dict[SequenceState, list[RequestOutput]]()
+    for length, changes in ((13, {}), (13, {"n": 2}), (10, {}), (14, {"prompt_logprobs": 0}), (13, {"n": 2}), (15, {})):
+        name = engine.add_request(TEXT[:length], greedy.model_copy(update=changes))
+        for sequence in engine.requests[name].open:
+            # As after a preemption: these depths must be taken again.
+            count = sequence.number % 3 * 5
+            sequence.depths += torch.randint(1, FORCED.get(router, 3) + 1, (count,), generator=random).tolist()
+            outputs[sequence] = []
+    names = {(sequence.request, sequence.index): sequence for sequence in outputs}
+    for step in range(10**4):
+        for output in engine.step():
+            outputs[names[output.request, output.index]].append(output)
+        if step == 9:
+            engine.abort(2, 0)
+        if not engine.has_work:
+            break
+    for sequence, parts in outputs.items():
+        tokens, depths, length = sequence.tokens, sequence.depths, sequence.prompt_length
+        table = replayed_logprobs(model, tokens[: len(depths)], depths)
+        wanted = [row[token] for row, token in zip(table, tokens[1:], strict=False)]
+        found = [one.logprob for part in parts for one in part.logprobs or ()]
+        assert found == pytest.approx(wanted[length - 1 :], abs=1e-9), sequence.number
+        given = [one.logprob for part in parts for one in part.prompt_logprobs or () if one is not None]
+        assert given == pytest.approx(wanted[: len(given)], abs=1e-9)
+    assert engine.stats().cached_prompt_tokens > 0
+    assert len({tuple(sequence.depths[:9]) for sequence in outputs}) > 1
 
 
 @pytest.mark.parametrize("kv_policy", SERVED)

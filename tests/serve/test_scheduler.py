@@ -1,8 +1,9 @@
 """The scheduler without a model: which entries a batch writes and reads, and that no row is lost or late.
 
-The "model" is a function: a token's depth is computed from the tokens before it, and those tokens are what is stored
-for it in the cache. Every page that is read can therefore be checked entry by entry, through prefix sharing, copies and
-preemption.
+The "model" is a function: a token's depth is computed from the tokens before it, and those tokens with their depths are
+what is stored for it in the cache. Every page that is read can therefore be checked entry by entry, through prefix
+sharing, copies and preemption. A router's near tie, which falls differently in another batch, is a sequence with other
+depths from the start.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,15 +62,23 @@ class Memory:
     def __init__(self, options: EngineOptions, tables: str, num_pages: dict[str, int]) -> None:
         self.options, self.tables = options, TABLES[tables]
         self.scheduler = Scheduler(options, NUM_RECURSIONS, self.tables, num_pages, CONTEXT)
-        self.pages: dict[tuple[str, int, int], tuple[int, ...]] = {}
+        self.pages: dict[tuple[str, int, int], tuple[Any, ...]] = {}
         self.everyone: list[SequenceState] = []
         self.targets: dict[int, int] = {}
         self.in_slots: dict[int, Chunk] = {}
         self.history: list[tuple[str, bool]] = []
         """Kind of each batch, and whether any row was in the core at that time."""
 
-    def submit(self, prompt: list[int], new_tokens: int, max_depth: int, leader: SequenceState | None = None) -> None:
-        sequence = SequenceState(len(self.everyone), list(prompt), len(prompt), max_depth, leader)
+    def submit(
+        self,
+        prompt: list[int],
+        new_tokens: int,
+        max_depth: int,
+        leader: SequenceState | None = None,
+        depths: Sequence[int] = (),
+    ) -> None:
+        """A sequence; it takes `depths` where the model would choose others."""
+        sequence = SequenceState(len(self.everyone), list(prompt), len(prompt), max_depth, leader, depths=[*depths])
         length = len(prompt) + new_tokens - 1
         if self.scheduler.fits(length, max_depth):
             self.everyone.append(sequence)
@@ -135,6 +145,15 @@ class Memory:
         chunk = self.scheduler.chunk_of[slot]
         return self.depth(chunk, chunk.slots.index(slot))
 
+    def stored(self, sequence: SequenceState, recursion: int) -> Iterator[tuple[Any, ...]]:
+        """What each token that takes `recursion` stores: it depends on the tokens before and their depths."""
+        tokens, depths = sequence.tokens, list[int]()
+        for end in range(1, len(tokens) + 1):
+            known = sequence.depths[end - 1 : end]
+            depth = known[0] if known else chosen_depth(tokens[:end], sequence.max_depth)
+            yield (recursion, *tokens[:end], *depths) if depth > recursion else ()
+            depths.append(depth)
+
     def enter(self, chunk: Chunk) -> None:
         for slot in chunk.slots:
             assert slot not in self.in_slots or self.in_slots[slot].sequence.chunk is not self.in_slots[slot]
@@ -183,20 +202,14 @@ class Memory:
             page, offset = divmod(columns[ADDRESS], self.options.page_size)
             assert self.scheduler.book.pools[pool].ref_counts[page] > 0
             assert page in chunk.sequence.tables[number].pages
-            self.pages[pool, page, offset] = (recursion, *chunk.sequence.tokens[: chunk.start + row + 1])
+            self.pages[pool, page, offset] = [*self.stored(chunk.sequence, recursion)][chunk.start + row]
 
     def read(self, chunk: Chunk, recursion: int, row: int) -> None:
-        tokens, max_depth, size = chunk.sequence.tokens, chunk.sequence.max_depth, self.options.page_size
+        size = self.options.page_size
         pool, number, columns = self.launch(chunk, recursion, row)
         seen = chunk.start + row + 1
-        wanted, near = (
-            [
-                (recursion, *tokens[: end + 1])
-                for end in range(first, seen)
-                if chosen_depth(tokens[: end + 1], max_depth) > recursion
-            ]
-            for first in (0, max(0, seen - WINDOW))
-        )
+        stored = [*self.stored(chunk.sequence, recursion)][:seen]
+        wanted, near = ([each for each in stored[first:] if each] for first in (0, max(0, seen - WINDOW)))
         pages = self.scheduler.flight.pages[columns[OWNER]].tolist()
         held = chunk.sequence.tables[number].pages
         assert pages[: len(held)] == held, "the array of page tables follows the book"
@@ -273,7 +286,9 @@ def test_any_traffic(memory: Memory, seed: int, num_sequences: int) -> None:
     for _ in range(num_sequences):
         prompt = text[: rng.randrange(1, 14)] + [rng.randrange(3) for _ in range(rng.randrange(3))]
         leader = rng.choice(memory.everyone) if memory.everyone and rng.random() < 0.2 else None
-        memory.submit(prompt, rng.randrange(1, 9), rng.randrange(1, NUM_RECURSIONS + 1), leader)
+        max_depth = rng.randrange(1, NUM_RECURSIONS + 1)
+        depths = [rng.randrange(max_depth + 1) for _ in range(rng.choice([0, 0, len(prompt)]))]
+        memory.submit(prompt, rng.randrange(1, 9), max_depth, leader, depths)
         for _ in range(rng.randrange(6)):
             alive = [sequence for sequence in memory.everyone if sequence.state != "gone"]
             given_up = rng.choice(alive) if alive and rng.random() < 0.1 else None
@@ -308,6 +323,31 @@ def test_shared_prompts_are_read_once() -> None:
     memory.submit(prompt, 3, 2)
     memory.finish()
     assert [sequence.cached_tokens for sequence in memory.everyone] == [0, 8, 8, 8, 0]
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_prefix_belongs_to_its_depths(place: int) -> None:
+    """Two sequences read one prefix at the same time and differ in the depth of one token: both are kept.
+
+    A third sequence continues from one of them, and the second, preempted, from its own. `read` checks what they see.
+    """
+    depths = [1, 2, 1, 1, 2, 2, 1, 1]
+    other = [depth if index != place else 3 - depth for index, depth in enumerate(depths)]
+    memory = Memory(EngineOptions(page_size=4, chunk_size=4), "recursion_wise", {"edge": 99, "core": 299})
+    prompt = [0, 1, 2, 2, 1, 0, 0, 2, 1]
+    for chosen in (depths, other):
+        memory.submit(prompt, 9, 3, depths=chosen)
+    while any(sequence.num_read < 10 for sequence in memory.everyone):
+        assert memory.step()
+    # A difference in the first block makes two chains, one in the second a fork.
+    assert len(memory.scheduler.prefixes.blocks) == (4 if place < 4 else 3)
+    memory.scheduler.preempt(memory.everyone[1])
+    memory.submit(prompt, 9, 3)
+    memory.finish_all()
+    assert memory.everyone[1].depths[:8] == other
+    assert memory.everyone[2].depths[:8] in (depths, other)
+    assert memory.everyone[2].cached_tokens == 8
+    memory.finish()
 
 
 def test_depths_share_launches_only_where_they_should() -> None:

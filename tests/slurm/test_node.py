@@ -16,15 +16,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def check(directory: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run `node.sh check` on a simulated node whose driver lists two GPUs."""
+    """Run `node.sh check` on a simulated node whose torch sees two GPUs."""
     tools = directory / "bin"
     tools.mkdir()
-    driver = tools / "nvidia-smi"
-    driver.write_text("#!/bin/sh\necho 'GPU 0: Some\nGPU 1: Some'\n")
-    driver.chmod(0o755)
+    (tools / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'count_gpus' in ''.join(sys.orig_argv):\n"
+        "    import os, torch\n"
+        "    torch.cuda.is_available = lambda: 'BROKEN' not in os.environ\n"
+        "    torch.cuda.device_count = lambda: 2\n"
+    )
     file = directory / "config.yaml"
     file.write_text(config_to_yaml(tiny_run(directory)))
     node = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "GPUS": "0", "CONFIG": str(file), "CLUSTER_VENV": sys.prefix}
+    node["PYTHONPATH"] = f"{tools}:{ROOT}"
     path = f"{tools}:{os.environ['PATH']}"
     return subprocess.run(
         [ROOT / "slurm" / "node.sh", "check", directory / "logs"],
@@ -46,11 +51,16 @@ def test_a_good_node(tmp_path: Path, gpus: str) -> None:
     ("variables", "says"),
     [
         ({"GPUS": "8"}, "(node 0 of the job): 2 GPUs instead of 8"),
+        pytest.param(
+            {"GPUS": "2", "BROKEN": "1", "CUDA_VISIBLE_DEVICES": "0,1"},
+            "torch can't use this node's GPUs: see above",
+            marks=[pytest.mark.slow, pytest.mark.promise("R24")],
+        ),
         ({"SLURM_NODEID": "1"}, "(node 1 of the job): run.dir {} isn't the directory that node 0 sees"),
         ({"CONFIG": "nowhere.yaml"}, "nowhere.yaml"),
         ({"CLUSTER_VENV": "/nowhere", "PATH": "/usr/bin:/bin"}, "python"),
     ],
-    ids=["too few GPUs", "own directory", "no configuration", "no environment"],
+    ids=["too few GPUs", "unusable GPUs", "own directory", "no configuration", "no environment"],
 )
 def test_a_bad_node(tmp_path: Path, variables: dict[str, str], says: str) -> None:
     found = check(tmp_path, **variables)

@@ -115,6 +115,34 @@ def test_packed_equals_padded_and_masked(
             assert calls, "documents are packed in every combination"
 
 
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
+@pytest.mark.parametrize("kv_policy", ["share_first", "hybrid"])
+def test_lengths_that_are_rounded_up_change_no_result(
+    kv_policy: str, documents: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(ROUTERS["token_choice"], kv_policy)
+    want = run(config, "train", documents)
+    monkeypatch.setattr(geometry, "reads_freely", lambda _: False)
+    lengths = set[int]()
+    pad = Grid.pad
+    monkeypatch.setattr(Grid, "pad", lambda grid, *given: (lengths.add(grid.length), pad(grid, *given))[1])
+    got = run(config, "train", documents)
+    assert lengths <= {SEQ_LEN, geometry.LENGTH_MULTIPLE}
+    assert geometry.LENGTH_MULTIPLE in lengths
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_documents_counted_by_the_host_are_the_same() -> None:
+    begins = torch.tensor([0, 0, 2, 3, 3, 3, 6])
+    assert geometry.segment_bounds(begins).tolist() == [0, 2, 3, 6, 7]
+    for most in (4, 5, 60, 65):  # empty ones follow
+        found = geometry.segment_bounds(begins, most).tolist()
+        assert found[:5] == [0, 2, 3, 6, 7]
+        assert set(found[5:]) == {7}
+        assert len(found) == (65 if most <= 64 else 129)
+
+
 def test_vanilla_with_documents(request: pytest.FixtureRequest) -> None:
     want = run(vanilla_config(), "train", DOCUMENTS)
     calls = request.getfixturevalue("packed")

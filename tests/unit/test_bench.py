@@ -171,7 +171,6 @@ def test_the_order_rotates_on_equal_batches(config_file: Path, monkeypatch: pyte
         (["router.capacty=3"], "capacity"),
         (["--policies", "none,sometimes"], "sometimes"),
         (["--policies", "selective:sin"], "sin"),
-        (["--sizes", "360m"], "not allowed with argument --config"),
         (["--threads", "1", "vanilla"], "unrecognized arguments: vanilla"),
     ],
 )

@@ -104,7 +104,7 @@ def test_the_default_router_kind_is_fixed(tmp_path: Path) -> None:
 
 def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
     optim = "optim: {learning_rate: 1, weightdecay: 0, lr: on, beta1: []}\n"
-    write(tmp_path, base=optim + "train: {compile: 1, max_steps: true}\n")
+    write(tmp_path, base=optim + "train: {add_shared_gradients_in_fp32: 1, max_steps: true}\n")
     path = write(tmp_path, run="extends: base.yaml\nmodle: {dim: 3}\nlr: 3\n")
     lines = refused(path, "train.precision=fp16", "data.train=[{weight: 2}]", "run.seed=1.5", "run.name=7").splitlines()
     expected = [
@@ -112,7 +112,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path: Path) -> None:
         ("base.yaml: optim.weightdecay", "unknown key; did you mean optim.weight_decay?"),
         ("base.yaml: optim.lr", "found 'on', expected a positive number"),
         ("base.yaml: optim.beta1", "found [], expected a number from 0 to just below 1"),
-        ("base.yaml: train.compile", "found 1, expected true or false"),
+        ("base.yaml: train.add_shared_gradients_in_fp32", "found 1, expected true or false"),
         ("base.yaml: train.max_steps", "found True, expected a positive integer or null"),
         ("run.yaml: modle", "unknown key; did you mean model?"),
         ("run.yaml: lr", "unknown key; did you mean optim.lr?"),

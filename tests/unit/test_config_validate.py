@@ -128,6 +128,9 @@ def test_the_batch_must_be_divisible_by_the_processes() -> None:
     validate(config, world_size=8)
     (line,) = violations(config, world_size=3)
     assert "= 32 isn't divisible by train.micro_batch_size = 4 x 3 processes: use global_batch_size 24 or 36" in line
+    assert line.endswith("or another number of processes")
+    (line,) = violations(changed(train={"global_batch_size": 1024, "micro_batch_size": 16}), world_size=512)
+    assert line.endswith("x 512 processes: use global_batch_size 8192, or micro_batch_size 2")
 
 
 def test_one_process_for_the_single_backend() -> None:

@@ -11,6 +11,7 @@ from megamor.checkpoint import TrainerState, open_checkpoint
 from megamor.checkpoint.layout import MANIFEST_FILE
 from megamor.checkpoint.state import MODEL_PREFIX
 from megamor.cli import convert_depth as command
+from megamor.cli import pretrain
 from megamor.config import config_to_yaml
 from megamor.files import sha256_of_file
 from megamor.interop.depth import convert_depth
@@ -69,6 +70,23 @@ def test_says_where_nothing_was_checked(
     command.main(["--from", str(dense), "--to", str(target), *options])
     assert "not checked: with another number of applications" in capsys.readouterr().out
     assert load_model(tmp_path / "mor", "cpu").config.model.num_layers == 14
+
+
+def test_a_configuration_of_the_model_alone_is_enough(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "overlay.yaml").write_text("recursion: {num_recursions: 3, sharing: middle_cycle}\n")
+    options = ["--from", str(dense), "--to", str(tmp_path / "overlay.yaml"), "--init", "lower"]
+    command.main([*options, "--output", str(tmp_path / "mor")])
+    config = load_model(tmp_path / "mor", "cpu").config
+    assert (config.data.seq_len, config.train.max_steps) == (SEQ_LEN, None)  # the dense model's context, and no length
+    start = ["--config", tmp_path / "mor" / "step_00000000" / "config.yaml", "--dry-run"]
+    assert "train.max_steps, train.max_tokens, train.max_flops: found none" in refusal(capsys, pretrain.main, *start)
+    both = ["train.max_steps=1", "train.max_tokens=9"]
+    assert "give exactly one" in refusal(capsys, command.main, *options, "--output", tmp_path / "b", *both)
+    name = refusal(capsys, command.main, "--from", "owner/name", *options[2:], "--output", tmp_path / "b")
+    assert "there is no checkpoint at owner/name" in name
+    assert "hf:OWNER/NAME" in name
 
 
 def test_refusals(dense: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

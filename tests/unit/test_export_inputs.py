@@ -236,6 +236,17 @@ def test_what_is_not_supported_is_refused_by_name(model: Any) -> None:
         ("padding_side = 'left'", lambda: model.generate(ids, attention_mask=right, max_new_tokens=2)),
         ("leave out empty prompts", lambda: model.generate(ids, attention_mask=empty, max_new_tokens=2)),
         ("position_ids must count", lambda: model(ids, position_ids=torch.arange(0, 16, 2).unsqueeze(0))),
+        (r"position_ids of shape \[1, 5\].*\[3, 8\]", lambda: model(ids, position_ids=torch.arange(5).unsqueeze(0))),
+        (r"position_ids of shape \[2, 8\]", lambda: model(ids, position_ids=torch.arange(8).expand(2, 8))),
+        ("attention_mask of shape dict", lambda: model(ids, attention_mask={"full_attention": None})),
+        (r"inputs of shape \[3, 0\]", lambda: model(ids[:, :0])),
+        (r"inputs of shape \[8\]", lambda: model(ids[0])),
+        (
+            "leave out use_cache=False and prefill_chunk_size",
+            lambda: model.generate(
+                inputs_embeds=model.get_input_embeddings()(ids), attention_mask=batch_mask, prefill_chunk_size=4
+            ),
+        ),
         ("output_attentions isn't supported", lambda: model(ids, output_attentions=True)),
         ("sentence_mask isn't supported", lambda: model(ids, sentence_mask=hole)),
         ("type DynamicCache isn't supported", lambda: model(ids, past_key_values=DynamicCache())),

@@ -97,7 +97,11 @@ def test_the_card_says_what_the_checkpoint_records(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     model = lively_model(tiny_config(ROUTERS["expert_choice"]))
-    origin = {"kind": "init", "source": "/home/me/runs/first", "step": 70, "sha256": "abc"}
+    origin = {"kind": "init", "source": "/home/me/runs/first/checkpoints/step_00000070", "step": 70, "sha256": "abc"}
+    imported = {"kind": "import", "source": "hf:some/llama", "sha256": "def"}
+    dense = {"kind": "convert-depth", "source": "/home/me/llama/step_00000000", "step": 0, "sha256": "012"}
+    converted = {"kind": "init", "source": "/home/me/mor/step_00000000", "step": 0, "sha256": "345"}
+    converted["started_from"] = {**dense, "started_from": imported}
     state = TrainerState(
         step=5,
         tokens_seen=12_000,
@@ -105,8 +109,8 @@ def test_the_card_says_what_the_checkpoint_records(tmp_path: Path) -> None:
         world_size=1,
         backend="single",
         flops=3e12,
-        started_from={**origin, "started_from": {"kind": "import", "source": "hf:some/llama", "sha256": "def"}},
-        data_fingerprints={"/home/me/data/train": "f00d"},
+        started_from={**origin, "started_from": converted},
+        data_fingerprints={"/home/me/a/train": "f00d", "/home/me/b/train": "beef"},
         versions={"torch": "2.13.0"},
     )
     (tmp_path / "trainer.json").write_text(state.to_json())
@@ -129,9 +133,10 @@ def test_the_card_says_what_the_checkpoint_records(tmp_path: Path) -> None:
         "up to 3 recursions; router expert_choice, threshold, router above 0.5",
         "12,000 tokens in 5 steps",
         "3e+12 (executed)",
-        "Data `train` | fingerprint `f00d`",
+        "Data `train` | fingerprint `f00d`; fingerprint `beef`",
         "Started from `first` | init at step 70, SHA-256 `abc`",
-        "Started from `llama` | import, SHA-256 `def`",
+        "Started from `mor` | init at step 0, SHA-256 `345`",
+        "Started from `llama` | convert-depth at step 0, SHA-256 `012`; import, SHA-256 `def`",
         "torch 2.13.0",
         "| val | loss_causal | 3.25 |",
         "| sst2 | acc,none | 0.75 |",

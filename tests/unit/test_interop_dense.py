@@ -129,6 +129,7 @@ def test_names_of_older_files(saved: Path, tmp_path: Path) -> None:
     [
         ({"model_type": "qwen2"}, "model_type = 'qwen2'.*gemma3_text, llama, mistral, qwen3"),
         ({"model_type": None}, "model_type = None"),
+        ({"model_type": "megamor"}, "it is an export"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "relu2"}, "hidden_act = 'relu2'.*silu"),
@@ -146,6 +147,8 @@ def test_names_of_older_files(saved: Path, tmp_path: Path) -> None:
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window = None"),
+        ({"model_type": "gemma3_text", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": "x"}}, "rope_parameters = "),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3}, "layer_types"),
     ],
 )
@@ -155,6 +158,8 @@ def test_what_has_no_counterpart_is_refused_by_name(settings: dict[str, Any], me
 
 
 def test_unknown_settings_that_are_switched_off_are_accepted() -> None:
+    # Settings of generation were in config.json before transformers 4.40.
+    assert translated(length_penalty=1.0, num_beams=1, typical_p=1.0) == translated()
     off = {"attention_bias": False, "rope_interleaved": False, "quantization_config": None, "new_layers": [], "x": 0}
     assert translated(**off, _private=3, unsloth_version="1") == translated()
 
@@ -253,6 +258,20 @@ def test_the_end_of_text(
     # Documents end as the model's do.
     assert TextEncoder.load(str(loaded.tokenizer_path)).eod_id == first
     assert TextEncoder.load(str(loaded.tokenizer_path), eod_token="a").eod_id == 0
+
+
+def test_the_end_of_text_may_be_token_0(saved: Path, tmp_path: Path) -> None:
+    directory = with_tokenizer(saved, tmp_path, 2)
+    (directory / "generation_config.json").write_text(
+        '{"eos_token_id": 0}'
+    )  # wins over config.json, as in transformers
+    assert read_dense(directory).files["end_of_text.json"] == EndOfText("a", 0).to_json()
+
+
+@pytest.mark.parametrize("wrong", [{"chat_template": ["x"]}, {"eos_token": 7}])
+def test_damaged_settings_of_a_tokenizer_are_told(wrong: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="eos_token or chat_template has a value that no model has"):
+        read_dense(with_tokenizer(saved, tmp_path, 1, **wrong))
 
 
 def test_the_chat_template_comes_along(saved: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megamor.cli import export_hf
@@ -286,8 +286,8 @@ def test_what_is_no_export_of_a_whole_model_is_refused(exports: Path, tmp_path: 
         ({"model_type": "llama"}, weights, "'llama', not 'megamor'"),
         ({"model_type": "megamor"}, weights, "KeyError: 'megamor'"),
         ([], weights, "can't be read as an exported model"),
-        (settings, weights[:-100], "can't be read as an exported model"),
-        (settings, None, "can't be read as an exported model"),
+        (settings, weights[:-100], "can't read the weights in"),
+        (settings, None, "contains none of model.safetensors"),
         (narrower, weights, "belongs to another model"),
     )
     for number, (config, stored, message) in enumerate(cases):
@@ -298,6 +298,32 @@ def test_what_is_no_export_of_a_whole_model_is_refused(exports: Path, tmp_path: 
             (directory / "model.safetensors").write_bytes(stored)
         with pytest.raises(CheckpointError, match=message):
             load_model(directory, "cpu")
+
+
+def test_an_export_in_shards_is_read(exports: Path, tmp_path: Path) -> None:
+    """`save_pretrained(max_shard_size=...)` writes several files."""
+    whole = load_file(exports / "vanilla" / "model.safetensors")
+    shutil.copy(exports / "vanilla" / "config.json", tmp_path)
+    names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(whole)}
+    for file in {*names.values()}:
+        save_file({name: whole[name] for name in whole if names[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    found = load_model(tmp_path, "cpu").model.state_dict()
+    torch.testing.assert_close(found, load_model(exports / "vanilla", "cpu").model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_unfinished_export_leaves_nothing(error: BaseException, tmp_path: Path, monkeypatch: Any) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise error
+
+    model = lively_model(CONFIGS["vanilla"])
+    with monkeypatch.context() as patched:
+        patched.setattr("megamor.interop.export.save_file", save)
+        with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
+            export_huggingface(model, tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
+    assert tmp_path / "out" / "model.safetensors" in export_huggingface(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["vanilla", "expert_choice", "token_choice"])

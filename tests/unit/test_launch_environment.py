@@ -48,6 +48,19 @@ def test_the_world_that_a_launcher_describes(env: dict[str, str], expected: tupl
     assert world(env) == expected
 
 
+def test_the_processes_of_a_machine() -> None:
+    found = [
+        launch_variables(env).get("LOCAL_WORLD_SIZE")
+        for env in (
+            {**STEP, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            {**STEP, "SLURM_STEP_TASKS_PER_NODE": "4"},
+            {**STEP, "SLURM_STEP_TASKS_PER_NODE": "3,1"},
+            {**STEP, **OMPI, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+        )
+    ]
+    assert found == ["2", "4", None, "2"]
+
+
 @pytest.mark.parametrize(
     "env",
     [

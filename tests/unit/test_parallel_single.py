@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,17 @@ def test_each_group_has_its_own_learning_rate_multiple() -> None:
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
         {"model_decay": 0.01, "model_no_decay": 0.01, "aux_router_decay": 0.05}
     )
+
+
+def test_segments_of_memory_may_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for own in ({}, {names[0]: "max_split_size_mb:64"}, {names[1]: "backend:native"}):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "environ", {**os.environ, **own})
+        init_world(ParallelConfig("single"))
+        expected = own or {names[0]: "expandable_segments:True"}
+        assert {name: value for name, value in os.environ.items() if name in names} == expected
 
 
 def test_allocated_state_leaves_no_trace() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, RecursionConfig, TrainConfig
+from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, RecursionConfig, TrainConfig, load_config
 from megamor.errors import ConfigError
 from megamor.model import build_model
 from megamor.model.flops import nominal_flops
 from megamor.plan.dry_run import describe_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def config(**train: Any) -> Config:
@@ -41,6 +45,25 @@ def test_the_backend_follows_the_number_of_processes() -> None:
     text = describe_run(replace(config()), 2)
     assert "with fsdp2" in text
     assert "4 per rank and step, 2 in parallel" in text
+    assert "fsdp2 in groups of 2 (HSDP)" in describe_run(config(), 4, per_node=2)
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 512])
+@pytest.mark.parametrize("recipe", ["mor_135m", "mor_360m", "mor_1b"])
+def test_recipes_on_one_and_on_many_nodes(recipe: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the micro-batches that their files name, they divide the batch, fit into 80 GB and shard within a node."""
+    text = (CONFIGS / f"{recipe}.yaml").read_text()
+    named = re.search(r"micro_batch_size: (\d+) .*, (\d+) on 512", text)
+    assert named
+    wanted = int(named[2]) if gpus == 512 else min(int(named[1]), 1024 // gpus)
+    found = load_config(CONFIGS / f"{recipe}.yaml", [f"train.micro_batch_size={wanted}"], gpus)
+    said = describe_run(found, gpus, per_node=8)
+    assert ("fsdp2 in groups of 8 (HSDP)" in said) == (gpus > 8)
+    assert f"{1024 // (wanted * gpus)} per rank and step, {gpus} in parallel" in said
+    assert float(said.split("about ")[1].split(" GiB")[0]) < 0.92 * 80e9 / 2**30
+    if gpus == 512:
+        with pytest.raises(ConfigError, match="or micro_batch_size 2"):
+            load_config(CONFIGS / f"{recipe}.yaml", (), gpus)
 
 
 @pytest.mark.promise("R21")

@@ -15,6 +15,7 @@ from megamor.serve.engine.accounting import Accounting
 from megamor.serve.engine.flight import Chunk, ScheduledBatch, SequenceState
 from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
+from megamor.serve.engine.packed import packed, why_not_packed
 from megamor.serve.engine.request import (
     EngineStats,
     FinishReason,
@@ -55,8 +56,11 @@ class ServingEngine:
     """
 
     def __init__(self, model: Transformer, options: EngineOptions | None = None) -> None:
-        self.model, self.options = model.eval(), options or EngineOptions()
+        self.options = options or EngineOptions()
         self.layers = Layers.of(model)
+        self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
+        """Why the products take the weights as they are stored; None if they are prepacked."""
+        self.model = model = model.eval() if self.unpacked else packed(model.eval())
         memory = kv_bytes(self.options.kv_memory, model.embed.weight.device)
         num_pages = self.options.num_pages or self.split_memory(memory)
         tables, context = self.layers.tables, self.context_length

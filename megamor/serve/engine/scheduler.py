@@ -206,7 +206,7 @@ class Scheduler:
         sequence.tables = [PageTable() for _ in self.book.specs]
         chain = list[PrefixBlock]()
         if self.options.prefix_caching and (sequence.reuse or len(sequence.depths) >= sequence.prompt_length):
-            chain = self.prefixes.find(sequence.tokens, sequence.max_depth)
+            chain = self.prefixes.find(sequence.tokens, sequence.max_depth, sequence.depths)
         # Adopted before room is made: the references keep `make_room` from freeing the chain's own pages.
         partial = self.prefixes.adopt(chain, sequence.tables)
         read = len(chain) * self.options.page_size
