@@ -58,6 +58,7 @@ class EngineOptions:
     hold: Annotated[int, "core batches between two boundaries; 0 picks the best for the measured costs"] = 0
     max_resident: Annotated[int, "sequences decoded at the same time"] = 64
     chunk_size: Annotated[int, "prompt tokens of one sequence read together"] = 128
+    prefill_budget: Annotated[int, "prompt tokens that enter in one batch, beside decoding; 0: no limit"] = 128
     page_size: Annotated[int, "tokens per page of the KV cache"] = 16
     kv_memory: Annotated[float, "memory for keys and values: 8GiB, or 80% of what a GPU has free", KV_SIZE] = 0.0
     prefix_caching: Annotated[bool, "read every prompt from its first token"] = True
@@ -71,7 +72,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy = {self.policy} is not one of {', '.join(POLICIES)}")
-        for name, least in (("hold", 0), ("max_resident", 1), ("chunk_size", 1), ("page_size", 1), ("kv_memory", 0)):
+        positive = ("max_resident", "chunk_size", "page_size")
+        for name, least in (("hold", 0), ("prefill_budget", 0), ("kv_memory", 0), *((name, 1) for name in positive)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}")
 

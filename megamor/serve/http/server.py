@@ -106,7 +106,7 @@ class Server:
         except MegamorError as error:
             if not started:
                 raise
-            yield _event(_error_body(_status_of(error), str(error)))
+            yield _event(error_body(_status_of(error), str(error)))
         yield "data: [DONE]\n\n"
 
     @contextmanager
@@ -167,9 +167,9 @@ def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptio
     return app
 
 
-def serve(engine: Engine, codec: TextCodec, name: str, options: ServerOptions, log_level: str) -> None:
+def serve(app: FastAPI, log_level: str) -> None:
     """Run the application until a signal."""
-    app = create_app(engine, codec, name, options)
+    options = app.state.server.options
     config = uvicorn.Config(
         app,
         options.host,
@@ -251,7 +251,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
 def _handle_errors(app: FastAPI) -> None:
     def answer(status: int, message: str, param: str | None = None) -> JSONResponse:
         headers = {"Retry-After": "1"} if status in (429, 503) else None
-        return JSONResponse(_error_body(status, message, param).model_dump(), status, headers)
+        return JSONResponse(error_body(status, message, param).model_dump(), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def known(_: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -278,7 +278,8 @@ def _status_of(error: MegamorError) -> int:
     return 400 if isinstance(error, RequestError | TextError) else 500
 
 
-def _error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:
+def error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:
+    """OpenAI's form of an error."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return wire.ErrorBody(error=wire.ErrorDetail(message=message, type=kind, param=param, code=status))
 
