@@ -82,6 +82,19 @@ class ServingEngine:
         return self.model.config.model.max_seq_len
 
     @property
+    def description(self) -> dict[str, str]:
+        config, options, weight = self.model.config, self.options, self.model.embed.weight
+        recursions = self.layers.num_recursions
+        return {
+            "context": f"{self.context_length:,} tokens",
+            "recursions": f"up to {recursions}, chosen by the router {config.router.kind}",
+            "KV policy": config.recursion.kv_policy,
+            "scheduling policy": options.policy,
+            "hold": "automatic" if not options.hold else f"{options.hold} core batches",
+            "weights": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+        }
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 

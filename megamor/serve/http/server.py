@@ -11,18 +11,19 @@ import asyncio
 import hmac
 import json
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from importlib import resources
+from socket import socket
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -36,6 +37,7 @@ from megamor.serve.http import wire
 from megamor.serve.http.async_engine import ENGINE_FAILED, AsyncEngine, Generation, StatusError
 from megamor.serve.http.completions import CompletionRun
 from megamor.serve.http.monitoring import Monitoring
+from megamor.serve.http.pages import add_pages, startup_message
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
@@ -158,12 +160,15 @@ def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptio
         finally:
             await run_in_threadpool(server.runner.close)
 
-    app = FastAPI(title="megamor", version=__version__, lifespan=lifespan, responses=_ANSWERS)
+    app = FastAPI(
+        title="megamor", version=__version__, lifespan=lifespan, responses=_ANSWERS, docs_url=None, redoc_url=None
+    )
     app.state.server = server
     app.add_middleware(JsonBodies, max_bytes=options.max_body_bytes)
     _handle_errors(app)
     _add_inference(app, server)
     _add_operations(app, server)
+    add_pages(app, {"model": name, **engine.description})
     return app
 
 
@@ -241,11 +246,8 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         figures = vars(await runner.stats())
-        return {**figures, "requests_running": runner.num_running, "requests_queued": len(runner.waiting)}
-
-    @app.get("/dashboard", response_class=HTMLResponse)
-    async def dashboard() -> str:
-        return resources.files("megamor.serve.http").joinpath("dashboard.html").read_text(encoding="utf-8")
+        requests = {"requests_running": runner.num_running, "requests_queued": len(runner.waiting)}
+        return {**figures, **requests, "recent_latencies": server.monitoring.recent_latencies(time.monotonic())}
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -335,6 +337,14 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._runner, self._drain_seconds = runner, drain_seconds
         self._drain_until: float | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn; when it returns, the port accepts connections."""
+        await super().startup(sockets)
+        if self.started:
+            # With --port 0 the system has chosen one.
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(startup_message(self.config.host, port), file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: end."""
