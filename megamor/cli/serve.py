@@ -54,10 +54,13 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Editors on Windows put a byte-order mark before the first key.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-key-file {path} can't be read: {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if unsendable := next((number for number, key in enumerate(keys, 1) if not key.isprintable()), None):
+        raise ConfigError(f"--api-key-file {path}: key {unsendable} has a character that no header can have; remove it")
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no key; write one per line, or leave the option out")
     return keys
@@ -92,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rule = chosen_exit(arguments)
     import torch
 
+    from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE
     from megamor.load import load_model
+    from megamor.serve.http.chat import ChatTemplate
     from megamor.serve.http.server import serve
 
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -106,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = arguments.name or loaded.name
     suffix = f" with exit {rule}" if rule else ""
     print(f"serving {loaded.origin} as {name!r}{suffix}; Ctrl-C stops", file=sys.stderr)
-    serve(engine, loaded.codec(), name, options, arguments.log_level)
+    codec = loaded.codec()
+    chat = ChatTemplate.read(loaded.directory / CHAT_TEMPLATE_FILE, codec)
+    serve(engine, codec, name, options, arguments.log_level, chat)
 
 
 if __name__ == "__main__":
