@@ -130,8 +130,12 @@ class TextCodec:
         tokenizer = read_tokenizer(path)
         return cls(tokenizer, str(path), find_end_of_text(tokenizer, str(path), token, record))
 
-    def encode(self, text: str, what: str = "text", *, add_special_tokens: bool = False) -> list[int]:
+    def encode(
+        self, text: str, what: str = "text", *, add_special_tokens: bool = False, special_tokens: bool = False
+    ) -> list[int]:
         """Ids of `text`, which messages call `what`; on request with what the tokenizer's template adds.
+
+        With `special_tokens`, those that the text spells out are no plain text: for texts of a chat template.
 
         Raises:
             TextError: the tokenizer can't represent the text, or it isn't valid Unicode.
@@ -140,7 +144,8 @@ class TextCodec:
             text.encode()
             if self.can_lose_text:
                 self.require_encodable(text, what)
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            tokenizer = self._recognizing if special_tokens else self.tokenizer
+            encoding = tokenizer.encode(text, add_special_tokens=False)
         except UnicodeEncodeError as error:
             raise TextError(
                 f"{what}: character {error.start} is half a surrogate pair, which is not valid Unicode"
@@ -166,6 +171,22 @@ class TextCodec:
             text = twice[len(once) :]
             self._names[token] = f"token_id:{token}" if _INCOMPLETE in text or not text else text
         return self._names[token]
+
+    @cached_property
+    def _recognizing(self) -> Tokenizer:
+        """The tokenizer, but special tokens in a text are what they spell."""
+        from tokenizers import Tokenizer
+
+        copied = Tokenizer.from_str(self.tokenizer.to_str())
+        copied.encode_special_tokens = False
+        return copied
+
+    @cached_property
+    def begin_of_text(self) -> str:
+        """The token that the tokenizer's template puts before a text, or nothing."""
+        empty = self.tokenizer.encode("", add_special_tokens=False)
+        tokens = self._template.process(empty).tokens if self._template is not None else []
+        return next((str(token) for token in tokens[:1] if token != (self.end_of_text and self.end_of_text.token)), "")
 
     @cached_property
     def can_lose_text(self) -> bool:

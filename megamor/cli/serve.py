@@ -61,10 +61,13 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Editors on Windows put a byte-order mark before the first key.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-key-file {path} can't be read: {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if unsendable := next((number for number, key in enumerate(keys, 1) if not key.isprintable()), None):
+        raise ConfigError(f"--api-key-file {path}: key {unsendable} has a character that no header can have; remove it")
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no key; write one per line, or leave the option out")
     return keys
@@ -109,7 +112,9 @@ def load_server(arguments: argparse.Namespace) -> FastAPI:
     """The application that `arguments` describe, with its engine."""
     import torch
 
+    from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE
     from megamor.load import load_model
+    from megamor.serve.http.chat import ChatTemplate
     from megamor.serve.http.server import create_app
 
     rule = chosen_exit(arguments)
@@ -124,8 +129,9 @@ def load_server(arguments: argparse.Namespace) -> FastAPI:
     print(f"weights in {weights} ({reason}), {products}", file=sys.stderr)
     print(f"serving {loaded.origin} as {name!r}{suffix}; Ctrl-C stops", file=sys.stderr)
     codec = loaded.codec()
+    chat = ChatTemplate.read(loaded.directory / CHAT_TEMPLATE_FILE, codec)
     del loaded  # with the weights that are prepacked now
-    return create_app(engine, codec, name, server_options(arguments))
+    return create_app(engine, codec, name, server_options(arguments), chat)
 
 
 def server_options(arguments: argparse.Namespace) -> ServerOptions:

@@ -91,8 +91,9 @@ class ServerOptions:
     port: Annotated[int, "port to listen on; 0 picks a free one"] = 8000
     request_timeout: Annotated[float, "time limit for one request", SECONDS] = 600.0
     drain_timeout: Annotated[float, "time for running requests to finish at shutdown", SECONDS] = 60.0
-    max_queued_requests: Annotated[int, "requests that may wait; more are answered with status 429"] = 1024
+    max_queued_requests: Annotated[int, "sequences (prompts times n) that may wait; more get status 429"] = 1024
     max_queued_tokens: Annotated[int, "prompt tokens that may wait; more are answered with status 429"] = 2**20
+    cors_origins: Annotated[str, "origins whose web pages may send requests: URLs with commas between them, or *"] = ""
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 2**24
 
@@ -112,7 +113,7 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
             group.add_argument(f"--no-{flag}", dest=name, action="store_false", help=text)
             continue
         settings: dict[str, Any] = {"choices": POLICIES} if kind is Policy else {"type": kind, **dict(*extra)}
-        shown = f"{default:g}" if kind is float else default
+        shown = f"{default:g}" if kind is float else default if default != "" else "none"
         if KV_SIZE in extra:
             shown = f"{GPU_SHARE:.0%}, {CPU_BYTES // 2**30}GiB on a CPU"
         group.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **settings)

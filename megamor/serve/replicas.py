@@ -35,7 +35,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from starlette.types import ASGIApp, Message
 
 from megamor.errors import ConfigError
-from megamor.serve.http.server import KEEP_ALIVE_SECONDS, JsonBodies, error_body
+from megamor.serve.http.middleware import JsonBodies
+from megamor.serve.http.server import KEEP_ALIVE_SECONDS, error_body
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megamor.codec import TextCodec
 from megamor.serve.engine.request import EngineStats, RequestError, RequestOutput, SamplingParams, TokenLogprob
+from megamor.serve.http.chat import ChatTemplate
 from megamor.serve.http.server import DrainingServer, create_app
 from megamor.serve.options import ServerOptions
 
@@ -67,11 +68,12 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.running)
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
         if not prompt:
             raise RequestError("the prompt is empty")
         if len(prompt) + params.max_tokens > CONTEXT:
-            raise RequestError(f"{len(prompt)} + {params.max_tokens} tokens are over the context of {CONTEXT}")
+            param = "max_tokens" if len(prompt) < CONTEXT else "prompt"
+            raise RequestError(f"{len(prompt)} + {params.max_tokens} tokens are over the context of {CONTEXT}", param)
         number = len(self.params)
         self.params.append(params)
         text = self.codec.decode(prompt)
@@ -156,9 +158,11 @@ class Running:
 
 
 @contextmanager
-def serving(engine: FakeEngine, drain_seconds: float = 10.0, **settings: object) -> Iterator[Running]:
+def serving(
+    engine: FakeEngine, drain_seconds: float = 10.0, chat: ChatTemplate | None = None, **settings: object
+) -> Iterator[Running]:
     """A real server on a free port of the loopback interface."""
-    app = create_app(engine, engine.codec, MODEL, ServerOptions(**settings))  # type: ignore[arg-type]
+    app = create_app(engine, engine.codec, MODEL, ServerOptions(**settings), chat)  # type: ignore[arg-type]
     config = uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", timeout_graceful_shutdown=2)
     server = DrainingServer(config, app.state.server.runner, drain_seconds)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -31,6 +31,8 @@ from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 
 # Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
+# A sequence's number has its turn above these bits, and its order of arrival in them.
+TURN_BITS = 40
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Request:
     params: SamplingParams
     seed: int
     open: list[SequenceState] = field(default_factory=list)
+    # Turn of the youngest continuation, of those of other requests of its group too.
+    turn: int = -1
     # By position in the prompt, filled chunk by chunk while continuation 0 reads it.
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
@@ -118,21 +122,25 @@ class ServingEngine:
         per_token = sum(entries[pool] * count * layer_bytes for pool, count in self.layers.in_pool.items())
         return {pool: int(memory / per_token * entries[pool]) for pool in self.layers.in_pool}
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
         """Queue a prompt; see `Engine.add_request`."""
         self.check(prompt, params)
         self.num_requests += 1
         request = Request(params, secrets.randbits(63) if params.seed is None else params.seed)
         self.requests[self.num_requests] = request
+        # Groups take turns: the first sequence of a group that comes now stands behind the first of the others that
+        # still wait, and before their second. Later numbers than those of all residents, who keep what they have.
+        turn = max((sequence.number >> TURN_BITS for sequence in self.scheduler.residents), default=0)
+        leading = self.requests.get(group or self.num_requests, request)
         max_depth = min(params.max_depth or self.layers.num_recursions, self.layers.num_recursions)
         for index in range(params.n):
             self.num_sequences += 1
+            leading.turn = max(turn, leading.turn + 1)
+            number = (leading.turn << TURN_BITS) + self.num_sequences
             leader = request.open[0] if request.open else None
             reuse = params.prompt_logprobs is None or index > 0
             request.open.append(
-                SequenceState(
-                    self.num_sequences, [*prompt], len(prompt), max_depth, leader, reuse, self.num_requests, index
-                )
+                SequenceState(number, [*prompt], len(prompt), max_depth, leader, reuse, self.num_requests, index)
             )
             self.scheduler.add(request.open[-1])
         return self.num_requests
@@ -141,14 +149,16 @@ class ServingEngine:
         """Refuse what can't be served."""
         vocab = self.model.config.model.vocab_size
         if not prompt:
-            raise RequestError("the prompt is empty: give at least one token")
-        unknown = next((token for token in (*prompt, *params.stop_token_ids) if not 0 <= token < vocab), None)
-        if unknown is not None:
-            raise RequestError(f"token id {unknown} is not in the vocabulary of {vocab}")
+            raise RequestError("the prompt is empty: give at least one token", "prompt")
+        given = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
+        for name, tokens in given.items():
+            if (unknown := next((token for token in tokens if not 0 <= token < vocab), None)) is not None:
+                raise RequestError(f"{name}: token id {unknown} is not in the vocabulary of {vocab}", name)
         if len(prompt) + params.max_tokens > self.context_length:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the context of "
-                f"{self.context_length}: shorten the prompt or lower max_tokens"
+                f"{self.context_length}: shorten the prompt or lower max_tokens",
+                "max_tokens" if len(prompt) < self.context_length else "prompt",
             )
         # The last token is never read: nothing has to be predicted after it.
         num_read = len(prompt) + max(0, params.max_tokens - 1)
@@ -156,7 +166,8 @@ class ServingEngine:
         if not self.scheduler.fits(num_read, params.max_depth or self.layers.num_recursions):
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the memory for keys and values: "
-                "lower max_tokens, or start the server with a larger --kv-memory"
+                "lower max_tokens, or start the server with a larger --kv-memory",
+                "max_tokens",
             )
 
     def abort(self, request: int, index: int | None = None) -> None:

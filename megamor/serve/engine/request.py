@@ -18,48 +18,78 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
 from megamor.errors import MegamorError
 
 FinishReason = Literal["stop", "length"]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+LEAST_TEMPERATURE = 1e-5
 # Maps the tokens so far (prompt and continuation) and logits [vocab] to other logits; called before anything else.
 LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
 
 
 class RequestError(MegamorError):
-    """A request that can't be served as it is. The client can fix it."""
+    """A request that can't be served as it is. The client can fix it, mostly by another value of the field `param`."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
-class SamplingFields(BaseModel):
+class Fields(BaseModel):
+    """The fields of a request. An unknown one is refused; null means the default."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {n: value for n, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+class SamplingFields(Fields):
     """How to continue a prompt. Names and meanings are those of the OpenAI and vLLM APIs.
 
-    `temperature` 0 takes the most likely token. With a `seed`, a continuation is reproducible whatever it is batched
+    `temperature` 0 takes the most likely token, and so does one that is almost 0. `logit_bias` is added to the logits
+    of tokens, by id. With a `seed`, a continuation is reproducible whatever it is batched
     with; without one, the engine draws one. Each of `n` continuations has its own noise. `logprobs` is the number of
     alternatives to report beside each chosen token; 0 reports the chosen one alone. With `max_tokens` 0 the prompt is
     only read. `min_tokens` and `ignore_eos` suppress the stop tokens: the engine's end of text and `stop_token_ids`.
     `max_depth` bounds the recursions of every token, the prompt's included: less compute for less quality.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
     max_tokens: int = Field(16, ge=0)
     min_tokens: int = Field(0, ge=0)
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100)
     top_k: int = Field(0, ge=-1)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = Field(None, ge=0)
     max_depth: int | None = Field(None, ge=1)
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy(cls, value: float) -> float:
+        # Logits divided by such a number overflow.
+        return value if value >= LEAST_TEMPERATURE else 0.0
 
 
 class SamplingParams(SamplingFields):
@@ -80,22 +110,48 @@ class SamplingParams(SamplingFields):
         try:
             params = handler(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RequestError(describe_invalid(".".join(map(str, first["loc"])), first)) from error
+            raise describe_invalid(error.errors()[0]) from error
         if params.min_tokens > params.max_tokens:
-            raise RequestError(f"min_tokens = {params.min_tokens} must be at most max_tokens = {params.max_tokens}")
+            message = f"min_tokens = {params.min_tokens} must be at most max_tokens = {params.max_tokens}"
+            raise RequestError(message, "min_tokens")
         return params
 
 
-_PLAIN_WORDS = {"extra_forbidden": "unknown field", "json_invalid": "not valid JSON"}
-"""What is wrong, by the type of pydantic's error, where its own message is unclear."""
+_FAULTS = {
+    "extra_forbidden": "unknown field, or one that is not served here",
+    "json_invalid": "not valid JSON",
+    "missing": "is needed",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+}
+_KINDS = {"int": "a whole number", "float": "a number", "finite": "a number", "bool": "true or false"}
+_KINDS |= {"string": "a string", "list": "a list", "tuple": "a list", "dict": "an object", "model": "an object"}
+_FORMS = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of parts of type text",
+}
+"""Fields that have one of several types: pydantic reports what each of them would need."""
 
 
-def describe_invalid(name: str, error: Mapping[str, Any]) -> str:
-    """A message about the field `name` for one of pydantic's errors, with the value where that is short."""
-    value = error.get("input")
+def describe_invalid(error: Mapping[str, Any], place: Sequence[int | str] | None = None) -> RequestError:
+    """One of pydantic's errors in plain words, about the field at `place`, with the value where that is short."""
+    place, kind, value = error["loc"] if place is None else place, error["type"], error.get("input")
+    union = next((index for index, part in enumerate(place[:-1], 1) if part in _FORMS), None)
+    name = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[:union] if part != "[key]"
+    ).removeprefix(".")
+    if union and kind not in ("missing", "extra_forbidden"):
+        return RequestError(f"{name} must be {_FORMS[str(place[union - 1])]}", name)
     shown = f" = {value!r}" if isinstance(value, int | float | str) and len(repr(value)) < 40 else ""
-    return f"{name}{shown}: {_PLAIN_WORDS.get(error['type'], error['msg'])}"
+    fault = (
+        _FAULTS.get(kind, "").format(**error.get("ctx", {}))
+        or f"must be {_KINDS.get(kind.split('_')[0], error['msg'])}"
+    )
+    return RequestError(f"{name or 'the body'}{shown}: {fault}", name or None)
 
 
 @dataclass(frozen=True)
@@ -183,8 +239,10 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queue a prompt; returns the request's number.
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
+        """Queue a prompt; returns the request's number. `group` is that of an earlier request of the same client call.
+
+        Groups take turns, so that one of many sequences doesn't hold up the others.
 
         Raises:
             RequestError: the prompt is empty, has unknown token ids, or with `max_tokens` more exceeds the context or

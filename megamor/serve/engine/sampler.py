@@ -43,7 +43,7 @@ class Draw:
         """Whether logits are changed before sampling."""
         p = self.params
         penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        return bool(self.banned or p.logits_processor or penalties)
+        return bool(self.banned or p.logits_processor or p.logit_bias or penalties)
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -68,6 +68,9 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         params = draw.params
         if params.logits_processor:
             logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
+        if params.logit_bias:
+            biased = to_device([*params.logit_bias], logits.device)
+            logits[row, biased] += to_device([*params.logit_bias.values()], logits.device, np.float64).to(logits.dtype)
         if draw.banned:
             logits[row].index_fill_(0, to_device(draw.banned, logits.device), float("-inf"))
         if params.repetition_penalty != 1:

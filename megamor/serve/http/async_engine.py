@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from megamor.errors import MegamorError
-from megamor.serve.engine.request import Engine, EngineStats, RequestOutput, SamplingParams
+from megamor.serve.engine.request import Engine, EngineStats, RequestError, RequestOutput, SamplingParams
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
@@ -30,23 +30,28 @@ class StatusError(MegamorError):
     """Ends a request with an HTTP status: 429 if too much is waiting, 499 if the client has left (nginx's number),
     503 if the server is shutting down or the engine has failed, 504 at the time limit."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.param = status, param
 
 
 class Generation:
     """The prompts of one HTTP request in progress; belongs to the event loop.
 
-    `open` [prompt] are the continuations that are neither finished nor dropped. `waiting` [prompt] is the length of a
-    prompt without any output yet. `queue` gets everything the request can wait for: outputs, each with the number of
-    its prompt, and whatever ends the request early.
+    `open` [prompt] are the continuations that are neither finished nor dropped. `waiting` are those without any output
+    yet: by prompt and index the tokens to read, counted once for each prompt. With `fit`, `max_tokens` shrinks to what
+    the context has room for. `queue` gets everything the request can wait for: outputs, each with the number of its
+    prompt, and whatever ends the request early.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        self.prompts, self.params = prompts, params
+    def __init__(self, prompts: Sequence[Sequence[int]], params: SamplingParams, fit: bool = False) -> None:
+        self.prompts, self.params, self.fit = prompts, params, fit
         self.open = {number: set(range(params.n)) for number in range(len(prompts))}
-        self.waiting = {number: len(prompt) for number, prompt in enumerate(prompts)}
+        self.waiting = {
+            (number, index): 0 if index else len(prompt)
+            for number, prompt in enumerate(prompts)
+            for index in range(params.n)
+        }
         self.queue: asyncio.Queue[Item] = asyncio.Queue()
         # Number of each prompt in the engine; used by the engine's thread only.
         self.numbers: dict[int, int] = {}
@@ -63,7 +68,7 @@ class Generation:
             if isinstance(item, MegamorError):
                 raise item
             prompt, output = item
-            self.waiting.pop(prompt, None)
+            self.waiting.pop((prompt, output.index), None)
             # Outputs of a dropped continuation may have been in the queue when it was dropped.
             if output.index in self.open.get(prompt, ()):
                 if output.finish_reason is not None:
@@ -72,6 +77,7 @@ class Generation:
 
     def forget(self, prompt: int, index: int) -> None:
         """A continuation has ended."""
+        self.waiting.pop((prompt, index), None)
         self.open[prompt].remove(index)
         if not self.open[prompt]:
             del self.open[prompt]
@@ -104,33 +110,40 @@ class AsyncEngine:
 
     @property
     def num_running(self) -> int:
-        """Prompts that are not completely answered."""
+        """Sequences that are not completely answered: every continuation of every prompt."""
         # A request counts until it is closed, so that draining waits for an answer that is still being sent.
-        return sum(max(1, len(generation.open)) for generation in self._generations)
+        return sum(max(1, sum(map(len, generation.open.values()))) for generation in self._generations)
 
     @property
     def waiting(self) -> list[int]:
-        """Lengths of the prompts without any output yet."""
+        """Of each sequence without any output yet, the tokens to read; see `Generation`."""
         return [length for generation in self._generations for length in generation.waiting.values()]
 
     @contextmanager
-    def generation(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Generation]:
-        """Continue `prompts`; at the end of the context, whatever is still open is aborted.
+    def generation(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, fit: bool = False
+    ) -> Iterator[Generation]:
+        """Continue `prompts`; at the end of the context, whatever is still open is aborted. `fit`: see `Generation`.
 
         Raises:
+            RequestError: it asks for more sequences than may wait.
             StatusError: too much is waiting, or no new requests are accepted.
         """
         self.check_accepting()
-        limits, waiting = self._options, self.waiting
-        for prompt in prompts:
-            if len(waiting) >= limits.max_queued_requests:
-                raise StatusError(429, f"{len(waiting)} requests are waiting already; try again soon")
-            # With nothing waiting, even a prompt over the limit is accepted: it could never be served otherwise.
-            if waiting and sum(waiting) + len(prompt) > limits.max_queued_tokens:
-                busy = f"{sum(waiting)} prompt tokens are waiting already, {len(prompt)} more are too many"
-                raise StatusError(429, f"{busy}; try again soon")
-            waiting.append(len(prompt))
-        generation, seconds = Generation(prompts, params), limits.request_timeout
+        limits, waiting, seconds = self._options, self.waiting, self._options.request_timeout
+        count, length = len(prompts) * params.n, sum(map(len, prompts))
+        if count > limits.max_queued_requests:
+            fault = f"n = {params.n} continuations of {len(prompts)} prompts are {count} sequences"
+            raise RequestError(f"{fault}; this server takes up to {limits.max_queued_requests} at a time", "n")
+        if len(waiting) + count > limits.max_queued_requests:
+            raise StatusError(
+                429, f"{len(waiting)} sequences are waiting already, {count} more are too many; try again soon"
+            )
+        # With nothing waiting, even a prompt over the limit is accepted: it could never be served otherwise.
+        if waiting and sum(waiting) + length > limits.max_queued_tokens:
+            busy = f"{sum(waiting)} prompt tokens are waiting already, {length} more are too many"
+            raise StatusError(429, f"{busy}; try again soon")
+        generation = Generation(prompts, params, fit)
         late = StatusError(504, f"not finished within {seconds:g} s, the limit of this server")
         # One timer for the request. A timeout around every wait for an output would cost a task for each token.
         timer = asyncio.get_running_loop().call_later(seconds, generation.queue.put_nowait, late)
@@ -152,7 +165,13 @@ class AsyncEngine:
     async def stats(self) -> EngineStats:
         """The engine's statistics, taken between two steps."""
         answer: Future[EngineStats] = Future()
-        self._commands.put(lambda: answer.set_result(self._engine.stats()))
+
+        def take() -> None:
+            # False if the caller was cancelled meanwhile: a result would be an error then, in the engine's thread.
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(self._engine.stats())
+
+        self._commands.put(take)
         return await asyncio.wrap_future(answer)
 
     def check_accepting(self) -> None:
@@ -192,7 +211,10 @@ class AsyncEngine:
             for prompt, tokens in enumerate(generation.prompts):
                 if self.failure is not None:
                     raise StatusError(503, ENGINE_FAILED)
-                generation.numbers[prompt] = self._engine.add_request(tokens, generation.params)
+                params, room = generation.params, max(1, self._engine.context_length - len(tokens))
+                if generation.fit and params.max_tokens > room:
+                    params = params.model_copy(update={"max_tokens": room})
+                generation.numbers[prompt] = self._engine.add_request(tokens, params, generation.numbers.get(0))
                 self._active[generation.numbers[prompt]] = generation, prompt
         except MegamorError as error:
             self._send([(generation, error)])

@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pydantic import BaseModel
+
 from megamor.codec import Detokenizer, TextCodec
 from megamor.serve.engine.request import FinishReason, RequestOutput, TokenLogprob
 from megamor.serve.http.async_engine import AsyncEngine, Generation
 from megamor.serve.http.text import TextStream
-from megamor.serve.http.wire import Choice, Completion, CompletionRequest, Logprobs, Usage
+from megamor.serve.http.wire import Choice, Completion, GenerationRequest, Logprobs, Usage
 
 
 @dataclass
@@ -35,29 +37,28 @@ class CompletionRun:
 
     Raises (from the constructor):
         RequestError: the body asks for something that can't be served.
-        TextError: the tokenizer can't represent a prompt.
     """
 
-    def __init__(self, body: CompletionRequest, codec: TextCodec, runner: AsyncEngine, model: str) -> None:
-        self.body, self.codec, self.runner = body, codec, runner
-        self.params = body.sampling()
-        given: Sequence[str | list[int]] = body.prompts()
-        names = ["prompt"] if len(given) == 1 else [f"prompt {number}" for number in range(len(given))]
-        self.prompts = [
-            codec.encode(each, name) if isinstance(each, str) else each for each, name in zip(given, names, strict=True)
-        ]
-        self.id, self.created, self.model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
+    prefix = "cmpl"
+
+    def __init__(
+        self, body: GenerationRequest, codec: TextCodec, runner: AsyncEngine, model: str, prompts: list[list[int]]
+    ) -> None:
+        self.body, self.codec, self.runner, self.prompts = body, codec, runner, prompts
+        self.params, self.echo = body.sampling(), getattr(body, "echo", False)
+        self.id, self.created, self.model = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()), model
         self.arrived = time.monotonic()
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in self.prompts))
+        self.cached: dict[int, int] = {}
         stops = body.stops()
         self.early: dict[int, list[RequestOutput]] = {}
         self.choices: list[ChoiceState] = []
         for prompt in self.prompts:
             # An echo begins with the prompt. Otherwise the prompt decides how the text begins, such as with a space.
-            context = () if body.echo else prompt
+            context = () if self.echo else prompt
             for _ in range(body.n):
                 decoder, measure = (Detokenizer(codec, context, body.skip_special_tokens) for _ in range(2))
-                stream = TextStream(decoder, stops, body.include_stop_str_in_output)
+                stream = TextStream(decoder, stops, body.include_stop_str_in_output, self.params.min_tokens)
                 self.choices.append(ChoiceState(len(self.choices), stream, prompt, measure))
 
     async def next_choices(self, generation: Generation) -> list[Choice]:
@@ -67,11 +68,11 @@ class CompletionRun:
             MegamorError: as `Generation.next`.
         """
         prompt, output = await generation.next()
-        self._count(output)
+        self._count(prompt, output)
         states = self.choices[prompt * self.body.n : (prompt + 1) * self.body.n]
         found: list[Choice] = []
         outputs = [output]
-        if self.body.echo and not states[0].started:
+        if self.echo and not states[0].started:
             # The prompt's log-probabilities come with continuation 0 and hold for all. Others may be faster, and wait.
             outputs = [*self.early.setdefault(prompt, []), output]
             if self.params.prompt_logprobs is not None and output.index != 0:
@@ -88,7 +89,7 @@ class CompletionRun:
                 self.runner.drop(generation, prompt, each.index)
         return found
 
-    async def complete(self, generation: Generation) -> Completion:
+    async def complete(self, generation: Generation) -> BaseModel:
         """The whole answer; raises as `next_choices`."""
         whole = [Choice(index=state.index, text="") for state in self.choices]
         while generation.open:
@@ -104,16 +105,16 @@ class CompletionRun:
                         getattr(choice.logprobs, name).extend(getattr(new.logprobs, name))
         return self.answer(whole, self.usage)
 
-    def answer(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+    def answer(self, choices: list[Choice], usage: Usage | None = None) -> BaseModel:
         """`choices` in the frame that every answer and every event of this request has."""
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
-    def _count(self, output: RequestOutput) -> None:
+    def _count(self, prompt: int, output: RequestOutput) -> None:
         self.usage.completion_tokens += len(output.tokens)
         self.usage.total_tokens = self.usage.prompt_tokens + self.usage.completion_tokens
-        if output.cached_tokens:
-            cached = self.usage.prompt_tokens_details.get("cached_tokens", 0) + output.cached_tokens
-            self.usage.prompt_tokens_details["cached_tokens"] = cached
+        if output.index == 0:  # other continuations find what this one has read
+            self.cached[prompt] = output.cached_tokens
+            self.usage.prompt_tokens_details["cached_tokens"] = sum(self.cached.values())
 
     def _echo(self, state: ChoiceState, entries: Sequence[TokenLogprob | None] | None) -> Choice:
         state.started = True
@@ -141,10 +142,17 @@ class CompletionRun:
     def _logprobs(self, state: ChoiceState, tokens: Sequence[int], entries: Sequence[TokenLogprob | None]) -> Logprobs:
         result = Logprobs()
         for token, entry in zip(tokens, entries, strict=True):
-            result.tokens.append(self.codec.name(token))
+            name = self.codec.name(token)
+            result.tokens.append(name)
             result.token_logprobs.append(None if entry is None else entry.logprob)
-            top = None if entry is None else {self.codec.name(other): value for other, value in entry.top}
-            result.top_logprobs.append(top)
-            result.text_offset.append(state.offset)
+            top: dict[str, float] = {}
+            # The chosen one is always there. Of different tokens with one text the most likely counts.
+            for other, value in () if entry is None else (*entry.top, (token, entry.logprob)):
+                top.setdefault(self.codec.name(other), value)
+            result.top_logprobs.append(None if entry is None else top)
+            before = state.offset
             state.offset += len(state.measure.push([token]))
+            # Its text ends where the text ends now. Bytes before it that form no character are known only now, too.
+            own = len(self.codec.decode([token]) if name.startswith("token_id:") else name)
+            result.text_offset.append(max(before, state.offset + len(state.measure.finish()) - own))
         return result

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from megamor import __version__
 from megamor.codec import TextCodec
@@ -35,7 +35,9 @@ from megamor.errors import MegamorError, TextError
 from megamor.serve.engine.request import Engine, RequestError, describe_invalid
 from megamor.serve.http import wire
 from megamor.serve.http.async_engine import ENGINE_FAILED, AsyncEngine, Generation, StatusError
+from megamor.serve.http.chat import ChatCompletion, ChatRequest, ChatRun, ChatTemplate
 from megamor.serve.http.completions import CompletionRun
+from megamor.serve.http.middleware import JsonBodies
 from megamor.serve.http.monitoring import Monitoring
 from megamor.serve.http.pages import add_pages, startup_message
 from megamor.serve.options import ServerOptions
@@ -56,8 +58,10 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 class Server:
     """State behind the endpoints; `create_app` makes one."""
 
-    def __init__(self, engine: Engine, codec: TextCodec, name: str, options: ServerOptions) -> None:
-        self.codec, self.options = codec, options
+    def __init__(
+        self, engine: Engine, codec: TextCodec, name: str, options: ServerOptions, chat: ChatTemplate | None
+    ) -> None:
+        self.codec, self.options, self.chat = codec, options, chat
         self.model = wire.Model(id=name, created=int(time.time()), max_model_len=engine.context_length)
         self.runner = AsyncEngine(engine, options)
         self.monitoring = Monitoring()
@@ -65,7 +69,7 @@ class Server:
     def check_model(self, name: str | None) -> None:
         """404 for the name of another model."""
         if name not in (None, "", self.model.id):
-            raise HTTPException(404, f"model {name!r} is not served here; {self.model.id!r} is")
+            raise StatusError(404, f"model {name!r} is not served here; {self.model.id!r} is", "model")
 
     def check_key(self, request: Request) -> None:
         """401 without one of the keys."""
@@ -73,27 +77,43 @@ class Server:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # All keys are compared, each in constant time: otherwise response times would tell how much of a key is right.
-        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.options.api_keys]
+        # A header arrives as the characters of its bytes.
+        found = given.strip().encode("latin-1")
+        matches = [hmac.compare_digest(found, key.encode()) for key in self.options.api_keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise HTTPException(401, "a valid key is needed: send 'Authorization: Bearer KEY'")
 
-    async def complete(self, body: wire.CompletionRequest, request: Request) -> Response:
-        """`POST /v1/completions`."""
+    def run_of(self, body: wire.CompletionRequest | ChatRequest) -> CompletionRun:
+        """What answers a body.
+
+        Raises:
+            RequestError, TextError: it can't be served.
+        """
+        if isinstance(body, wire.CompletionRequest):
+            return CompletionRun(body, self.codec, self.runner, self.model.id, body.prompts(self.codec))
+        if self.chat is None:
+            raise RequestError("this is a base model without a chat template; use POST /v1/completions", "messages")
+        return ChatRun(self.chat, body, self.codec, self.runner, self.model.id)
+
+    async def complete(self, body: wire.CompletionRequest | ChatRequest, request: Request) -> Response:
+        """`POST /v1/completions` and `POST /v1/chat/completions`."""
         self.check_model(body.model)
         self.runner.check_accepting()
         # In a thread: tokenizing a long prompt would hold up the streams of all other clients.
-        run = await run_in_threadpool(CompletionRun, body, self.codec, self.runner, self.model.id)
+        run = await run_in_threadpool(self.run_of, body)
         if not body.stream:
             with self._generation(run, request) as generation:
                 return JSONResponse((await run.complete(generation)).model_dump())
         events = self._events(run, request)
         # What is wrong with a request shows before its first output, when a status can still be sent.
         await anext(events)
-        return StreamingResponse(events, media_type="text/event-stream")
+        # Proxies such as nginx would hold events back until their buffer is full.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def _events(self, run: CompletionRun, request: Request) -> AsyncIterator[str]:
         """Server-sent events. The first one is empty and comes with the first output; an error before it is raised."""
-        started = False
+        started, options = False, run.body.stream_options or wire.StreamOptions()
         try:
             with self._generation(run, request) as generation:
                 while generation.open:
@@ -102,13 +122,14 @@ class Server:
                         started = True
                         yield ""
                     for choice in choices:
-                        yield _event(run.answer([choice]))
-                if run.body.stream_options is not None and run.body.stream_options.include_usage:
+                        continuous = options.include_usage and options.continuous_usage_stats
+                        yield _event(run.answer([choice], run.usage if continuous else None))
+                if options.include_usage:
                     yield _event(run.answer([], run.usage))
         except MegamorError as error:
             if not started:
                 raise
-            yield _event(error_body(_status_of(error), str(error)))
+            yield _event(error_body(_status_of(error), str(error), getattr(error, "param", None)))
         yield "data: [DONE]\n\n"
 
     @contextmanager
@@ -116,7 +137,7 @@ class Server:
         """Submit `run` to the engine. However it ends, it is counted and logged."""
         status = CLIENT_LEFT  # if the handler is cancelled, which happens when the client of a stream leaves
         try:
-            with self.runner.generation(run.prompts, run.params) as generation:
+            with self.runner.generation(run.prompts, run.params, run.body.fits) as generation:
                 watcher = asyncio.ensure_future(_wait_until_client_leaves(request, generation))
                 try:
                     yield generation
@@ -148,9 +169,11 @@ class Server:
         requests_log.info(json.dumps(record))
 
 
-def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptions) -> FastAPI:
+def create_app(
+    engine: Engine, codec: TextCodec, name: str, options: ServerOptions, chat: ChatTemplate | None = None
+) -> FastAPI:
     """The ASGI application that serves `engine` as model `name`. `app.state.server` is the `Server` behind it."""
-    server = Server(engine, codec, name, options)
+    server = Server(engine, codec, name, options, chat)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -165,6 +188,9 @@ def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptio
     )
     app.state.server = server
     app.add_middleware(JsonBodies, max_bytes=options.max_body_bytes)
+    if options.cors_origins:
+        allowed = options.cors_origins.split(",")
+        app.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
     _handle_errors(app)
     _add_inference(app, server)
     _add_operations(app, server)
@@ -194,9 +220,9 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     async def completions(body: wire.CompletionRequest, request: Request) -> Response:
         return await server.complete(body, request)
 
-    @app.post("/v1/chat/completions", dependencies=guarded, status_code=400, response_model=wire.ErrorBody)
-    async def chat() -> None:
-        raise HTTPException(400, "this is a base model without a chat template; use POST /v1/completions")
+    @app.post("/v1/chat/completions", dependencies=guarded, response_model=ChatCompletion)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await server.complete(body, request)
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> wire.ModelList:
@@ -207,16 +233,33 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         server.check_model(name)
         return server.model
 
+    @app.get("/tokenizer_info", dependencies=guarded)
+    async def tokenizer_info() -> dict[str, Any]:
+        end = server.codec.end_of_text.token if server.codec.end_of_text else None
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": server.model.max_model_len,
+            "bos_token": server.codec.begin_of_text or None,
+            "eos_token": end,
+            "pad_token": end,
+            "chat_template": server.chat.source if server.chat else None,
+        }
+
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens)
+        # Clients ask for the id of a special token so. In a longer text it would be plain text.
+        alone = server.codec.tokenizer.token_to_id(body.prompt) is not None
+        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens, special_tokens=alone)
         tokens = await run_in_threadpool(encode, body.prompt, "prompt")
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)
     async def detokenize(body: wire.DetokenizeRequest) -> dict[str, str]:
         server.check_model(body.model)
+        unknown = next((token for token in body.tokens if server.codec.tokenizer.id_to_token(token) is None), None)
+        if unknown is not None:
+            raise RequestError(f"tokens: the tokenizer has no token with id {unknown}", "tokens")
         return {"prompt": server.codec.decode(body.tokens, skip_special_tokens=False)}
 
 
@@ -264,12 +307,18 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, int)) or "the body"
-        return answer(400, describe_invalid(name, first), name)
+        # The place in a body that is no JSON is a number of characters.
+        place = () if first["type"] == "json_invalid" else first["loc"][1:]
+        described = describe_invalid(first, place)
+        return answer(400, str(described), described.param)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return answer(500, f"an error of this server, whose log has more: {type(error).__name__}")
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MegamorError)
-        return answer(_status_of(error), str(error))
+        return answer(_status_of(error), str(error), getattr(error, "param", None))
 
     app.add_exception_handler(MegamorError, ours)
 
@@ -287,44 +336,14 @@ def error_body(status: int, message: str, param: str | None = None) -> wire.Erro
 
 
 def _event(content: BaseModel) -> str:
-    return f"data: {content.model_dump_json()}\n\n"
+    # ASCII: some clients take U+2028 and U+0085 for the end of a line.
+    return f"data: {content.model_dump_json(ensure_ascii=True)}\n\n"
 
 
 async def _wait_until_client_leaves(request: Request, generation: Generation) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     generation.queue.put_nowait(StatusError(CLIENT_LEFT, "the client has left"))
-
-
-class JsonBodies:
-    """ASGI middleware that treats every body as JSON, and answers 413 to one of more than `max_bytes`.
-
-    `curl -d` calls everything a form, so the content type says nothing about what clients mean.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-        scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes or (announced.isdigit() and int(announced) > self.max_bytes):
-                # Close the connection, or the server would have to read the rest before the next request.
-                reason = f"the body is longer than {self.max_bytes} bytes, the limit of this server"
-                raise HTTPException(413, reason, {"Connection": "close"})
-            return message
-
-        await self.app(scope, counted, send)
 
 
 class DrainingServer(uvicorn.Server):

@@ -13,20 +13,26 @@ class TextStream:
     """Decodes one continuation token by token, into whole characters before the first stop string.
 
     `stopped` says that a stop string was found. Everything that `push` and `finish` return, put together, is the
-    continuation up to there, with the stop string itself if `include_stop`.
+    continuation up to there, with the stop string itself if `include_stop`. A stop string that is complete within the
+    first `min_tokens` tokens is text like any other.
     """
 
     detokenizer: Detokenizer
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    min_tokens: int = 0
     stopped: bool = False
     # Text that may be the beginning of a stop string.
     _held: str = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens; returns the text that can no longer become part of a stop string."""
-        self._held += self.detokenizer.push(tokens)
-        return self._release(final=False)
+        text = ""
+        for token in tokens:
+            self.min_tokens -= 1
+            self._held += self.detokenizer.push([token])
+            text += self._release(final=False)
+        return text
 
     def finish(self) -> str:
         """The rest of the text, after the last token."""
@@ -36,7 +42,8 @@ class TextStream:
     def _release(self, final: bool) -> str:
         if self.stopped:
             return ""
-        found = [(start, stop) for stop in self.stop if (start := self._held.find(stop)) >= 0]
+        stops = self.stop if self.min_tokens < 0 else ()
+        found = [(start, stop) for stop in stops if (start := self._held.find(stop)) >= 0]
         if found:
             start, stop = min(found)
             self.stopped = True

@@ -4,49 +4,63 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from megamor.serve.engine.request import FinishReason, RequestError, SamplingFields, SamplingParams, TokenId
+from megamor.codec import TextCodec
+from megamor.serve.engine.request import Fields, FinishReason, RequestError, SamplingFields, SamplingParams, TokenId
 
 MAX_PROMPTS, MAX_STOPS, MAX_N, MAX_LOGPROBS = 256, 16, 128, 20
+# Values of further fields of OpenAI and vLLM that ask for nothing, or for what this server always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "spaces_between_special_tokens": (True,),
+}
 
 
-class StreamOptions(BaseModel):
-    """`include_usage` asks for a last event with the token counts."""
+class StreamOptions(Fields):
+    """`include_usage` asks for a last event with the token counts; `continuous_usage_stats` for them in all events."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class CompletionRequest(SamplingFields):
-    """Body of `POST /v1/completions`. An unknown field is refused: ignoring it would answer another question."""
+class GenerationRequest(SamplingFields):
+    """What completions and chat completions have in common.
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    An unknown field is refused: ignoring it would answer another question. `user` and what follows it is for logs.
+    """
+
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_N)
-    best_of: int | None = None
     stop: str | list[str] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    suffix: str | None = None
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list.
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value not in NEUTRAL.get(name, ())}
 
-        Raises:
-            RequestError: there is none, or there are too many.
-        """
-        given: Any = self.prompt
-        single = isinstance(given, str) or (given and isinstance(given[0], int))
-        prompts: list[str] | list[list[int]] = [given] if single else given
-        if not 0 < len(prompts) <= MAX_PROMPTS:
-            raise RequestError(f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}")
-        return prompts
+    @property
+    def fits(self) -> bool:
+        """Whether `max_tokens` is a default, which the end of the context may shorten."""
+        return "max_tokens" not in self.model_fields_set
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings.
@@ -56,23 +70,59 @@ class CompletionRequest(SamplingFields):
         """
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > MAX_STOPS or not all(stops):
-            raise RequestError(f"stop must be at most {MAX_STOPS} strings, none of them empty")
+            raise RequestError(f"stop must be at most {MAX_STOPS} strings, none of them empty", "stop")
         return stops
 
-    def sampling(self) -> SamplingParams:
+    def sampling(self, **changes: Any) -> SamplingParams:
         """What the engine is told.
 
         Raises:
             RequestError: fields contradict each other, or ask for something that isn't served.
         """
-        if self.suffix:
-            raise RequestError("suffix is not served: the model continues text and can't fill gaps")
-        if self.best_of not in (None, self.n):
-            raise RequestError(f"best_of = {self.best_of} must be left out or equal n = {self.n}")
         if self.stream_options and not self.stream:
-            raise RequestError("stream_options need stream = true")
-        fields = self.model_dump(include=set(SamplingFields.model_fields))
-        return SamplingParams(**fields, prompt_logprobs=self.logprobs if self.echo else None)
+            raise RequestError("stream_options need stream = true", "stream_options")
+        return SamplingParams(**self.model_dump(include=set(SamplingFields.model_fields)) | changes)
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of `POST /v1/completions`. `logprobs` true is 1, and false is null."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    best_of: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    suffix: str | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return None if value is False else value
+
+    def prompts(self, codec: TextCodec) -> list[list[int]]:
+        """The tokens of each prompt.
+
+        Raises:
+            RequestError: there is none, or there are too many.
+            TextError: the tokenizer can't represent a prompt.
+        """
+        given: Any = self.prompt
+        single = isinstance(given, str) or (given and isinstance(given[0], int))
+        prompts: list[Any] = [given] if single else given
+        if not 0 < len(prompts) <= MAX_PROMPTS:
+            raise RequestError(f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}", "prompt")
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{number}]" for number in range(len(prompts))]
+        return [
+            codec.encode(each, name) if isinstance(each, str) else each
+            for each, name in zip(prompts, names, strict=True)
+        ]
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """As in `GenerationRequest`."""
+        if self.suffix:
+            raise RequestError("suffix is not served: the model continues text and can't fill gaps", "suffix")
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of = {self.best_of} must be left out or equal n = {self.n}", "best_of")
+        return super().sampling(prompt_logprobs=self.logprobs if self.echo else None, **changes)
 
 
 class Logprobs(BaseModel):
@@ -101,7 +151,7 @@ class Usage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    prompt_tokens_details: dict[str, int] = {}
+    prompt_tokens_details: dict[str, int] = {"cached_tokens": 0}
 
 
 class Completion(BaseModel):
@@ -132,19 +182,17 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Fields):
     """Body of `POST /tokenize`. The default is how prompts of completions are read."""
 
-    model_config = ConfigDict(extra="forbid")
     prompt: str
     model: str | None = None
     add_special_tokens: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Fields):
     """Body of `POST /detokenize`."""
 
-    model_config = ConfigDict(extra="forbid")
     tokens: list[TokenId]
     model: str | None = None
 

@@ -1,0 +1,574 @@
+"""What clients of other servers rely on: fields, defaults, errors, log-probabilities, counts, chat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tokenizers import AddedToken, processors
+
+from megamor.cli.serve import read_keys
+from megamor.codec import EndOfText, TextCodec
+from megamor.errors import ConfigError
+from megamor.serve.engine.engine import ServingEngine
+from megamor.serve.engine.request import SamplingParams
+from megamor.serve.http.async_engine import AsyncEngine
+from megamor.serve.http.chat import ChatTemplate
+from megamor.serve.options import EngineOptions, ServerOptions
+from tests.combinations import ROUTERS, lively_model, tiny_config
+from tests.serve.fake import CONTEXT, MODEL, FakeEngine, Running, byte_tokenizer, serving
+from tests.serve.reference import forward, log_softmax
+from tests.serve.test_server import error_of, events, post
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif -%}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def chat_codec() -> TextCodec:
+    """Bytes and three special tokens, one of which begins every text."""
+    tokenizer = byte_tokenizer()
+    names = ["<|im_start|>", "<|im_end|>", "<|begin|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    begin = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    return TextCodec(tokenizer, end_of_text=EndOfText("<|im_end|>", tokenizer.token_to_id("<|im_end|>")))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    codec = chat_codec()
+    engine = FakeEngine(lambda prompt, index: f"né{index}", codec=codec)
+    with serving(engine, chat=ChatTemplate(TEMPLATE, codec)) as running:
+        yield running
+
+
+def first(server: Running, **body: Any) -> dict[str, Any]:
+    """The first choice of an answer."""
+    response = post(server, **body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]  # type: ignore[no-any-return]
+
+
+def test_null_is_the_default(server: Running) -> None:
+    from megamor.serve.http.wire import CompletionRequest
+
+    nulls = dict.fromkeys(set(CompletionRequest.model_fields) - {"prompt"})
+    assert first(server, prompt="a", **nulls) == first(server, prompt="a")
+    assert server.engine.params[-1].model_dump() == server.engine.params[-2].model_dump()
+    assert post(server, prompt="a", stream=True, stream_options={"include_usage": None}).status_code == 200
+    assert error_of(post(server, prompt=None), 400)["param"] == "prompt"
+    assert post(server, "/tokenize", prompt="a", model=None, add_special_tokens=None).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"temperature": "hot"}, "temperature", "temperature = 'hot': must be a number"),
+        ({"n": 1.5}, "n", "n = 1.5: must be a whole number"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens = -1: must be at least 0"),
+        ({"top_p": 0}, "top_p", "top_p = 0: must be more than 0"),
+        ({"echo": "maybe"}, "echo", "echo = 'maybe': must be true or false"),
+        ({"prompt": 5}, "prompt", "prompt must be a string, a list of strings, a list of token ids, or a list of such"),
+        ({"prompt": [True]}, "prompt", "prompt must be a string"),
+        ({"prompt": [[1], "a"]}, "prompt", "prompt must be a string"),
+        ({"prompt": ["a"] * 300}, "prompt", "prompt has 300 prompts; give 1 to 256"),
+        ({"stop": [1]}, "stop", "stop must be a string or a list of strings"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop_token_ids": [1, "2"]}, "stop_token_ids[1]", "must be a whole number"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "must be a whole number"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "must be at most 100"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty", "repetition_penalty = 1e-40: must be at least 0.01"),
+        ({"temperature": 1e30}, "temperature", "must be at most 100"),
+        ({"presence_penalty": 3}, "presence_penalty", "must be at most 2"),
+        ({"best_of": 2}, "best_of", "best_of = 2"),
+        ({"suffix": "b"}, "suffix", "suffix is not served"),
+        ({"tools": [{}]}, "tools", "tools: unknown field"),
+        ({"model": "other"}, "model", "not served here"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
+        ({"stream": True, "stream_options": {"nonsense": 1}}, "stream_options.nonsense", "unknown field"),
+        ({"min_tokens": 20}, "min_tokens", "min_tokens = 20 must be at most max_tokens = 16"),
+        ({"n": 128, "prompt": ["a"] * 9}, "n", "1152 sequences; this server takes up to 1024"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_field_in_plain_words(server: Running, body: dict[str, Any], param: str, message: str) -> None:
+    for stream in (False, True):
+        if "stream_options" in body and stream != body.get("stream", False):
+            continue
+        error = error_of(post(server, **{"prompt": "a", "stream": stream} | body), 404 if "model" in body else 400)
+        assert error["param"] == param
+        assert message in error["message"]
+        assert "Input" not in error["message"], "the words of pydantic"
+
+
+def test_bodies_that_are_no_object(server: Running) -> None:
+    for content, message in (
+        ("[1]", "the body: must be an object"),
+        ('{"a" 1}', "the body: not valid JSON"),
+        ("", "is needed"),
+    ):
+        error = error_of(httpx.post(server.url + "/v1/completions", content=content), 400)
+        assert (error["param"], message in error["message"]) == (None, True), error
+
+
+def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
+    neutral = {
+        "suffix": "",
+        "best_of": 1,
+        "user": "me",
+        "logit_bias": {},
+        "tools": [],
+        "response_format": {"type": "text"},
+    }
+    neutral |= {"use_beam_search": False, "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
+    assert first(server, prompt="a", **neutral)["text"] == "né0"
+
+
+@pytest.mark.parametrize(("given", "count"), [(None, None), (False, None), (True, 1), (0, 0), (1, 1), (5, 5)], ids=str)
+def test_logprobs_may_be_a_bool(server: Running, given: Any, count: int | None) -> None:
+    assert (first(server, prompt="a", logprobs=given)["logprobs"] is None) == (count is None)
+    assert server.engine.params[-1].logprobs == count
+
+
+def test_sampling_at_the_edges_reaches_the_engine(server: Running) -> None:
+    first(server, prompt="a", temperature=1e-38, logit_bias={"50": -100, "7": 2.5})
+    got = server.engine.params[-1]
+    assert (got.temperature, got.logit_bias) == (0.0, {50: -100.0, 7: 2.5})
+
+
+def test_the_default_length_is_what_fits(server: Running) -> None:
+    for length, tokens in ((CONTEXT - 20, 16), (CONTEXT - 16, 16), (CONTEXT - 5, 5), (CONTEXT - 1, 1)):
+        assert post(server, prompt=[97] * length).status_code == 200
+        assert server.engine.params[-1].max_tokens == tokens
+    # As in vLLM, a prompt that fills the context leaves no room for a token; with echo it can be scored.
+    assert error_of(post(server, prompt=[97] * CONTEXT), 400)["param"] == "prompt"
+    error_of(post(server, prompt=[97] * (CONTEXT - 5), max_tokens=6), 400)
+    assert post(server, prompt=[97] * CONTEXT, max_tokens=0, echo=True, logprobs=0).status_code == 200
+
+
+def test_usage_in_every_event(server: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = [json.loads(event)["usage"] for event in events(server, prompt="ab", stream_options=options)[:-1]]
+    assert [usage["completion_tokens"] for usage in found] == [1, 2, 3, 4, 4]
+    assert {usage["prompt_tokens"] for usage in found} == {2}
+    found = [
+        json.loads(event)["usage"] for event in events(server, prompt="ab", stream_options={"include_usage": True})[:-1]
+    ]
+    assert [usage is None for usage in found] == [True] * (len(found) - 1) + [False]
+
+
+def test_tokenizer_info_and_unknown_ids(server: Running) -> None:
+    info = httpx.get(server.url + "/tokenizer_info").json()
+    names = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": TEMPLATE}
+    assert names.items() <= info.items()
+    assert info["model_max_length"] == CONTEXT
+    # Alone it is the token, as lm-eval's remote tokenizer expects; in a text it is text.
+    assert post(server, "/tokenize", prompt="<|im_end|>").json()["tokens"] == [257]
+    assert post(server, "/tokenize", prompt="a<|im_end|>").json()["count"] == 11
+    assert post(server, "/tokenize", prompt="a", add_special_tokens=True).json()["tokens"] == [258, 64]
+    error = error_of(post(server, "/detokenize", tokens=[97, 259]), 400)
+    assert (error["param"], "259" in error["message"]) == ("tokens", True)
+
+
+def test_head(server: Running) -> None:
+    for path in ("/health", "/v1/models", "/metrics", "/dashboard"):
+        response = httpx.head(server.url + path)
+        assert (response.status_code, response.content) == (200, b"")
+    assert httpx.head(server.url + "/v1/completions").status_code == 405
+
+
+def test_cross_origin_requests_by_option() -> None:
+    preflight = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST"}
+    preflight["Access-Control-Request-Headers"] = "authorization, content-type"
+    for allowed, wanted in (
+        ("", None),
+        ("http://other.example", None),
+        ("http://page.example,http://b", preflight["Origin"]),
+        ("*", "*"),
+    ):
+        engine = FakeEngine(lambda *_: "x")
+        with serving(engine, cors_origins=allowed, api_keys=("key",)) as server:
+            answer = httpx.options(server.url + "/v1/completions", headers=preflight)
+            assert answer.headers.get("access-control-allow-origin") == wanted
+            assert (answer.status_code == 200) == (wanted is not None)
+            refused = httpx.post(server.url + "/v1/completions", headers={"Origin": preflight["Origin"]}, json={})
+            assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (401, wanted)
+
+
+# Log-probabilities
+
+
+def check_offsets(text: str, logprobs: dict[str, Any]) -> None:
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if token.startswith("token_id:"):
+            assert offset < len(text)
+        else:
+            assert text[offset : offset + len(token)] == token, (text, logprobs)
+
+
+@pytest.mark.parametrize("prompt", ["xyz", "é漢👩‍🚀x", [195, 97, 98], [195, 195, 169 % 256, 98]], ids=str)
+def test_offsets_count_characters(server: Running, prompt: Any) -> None:
+    choice = first(server, prompt=prompt, logprobs=1, echo=True)
+    check_offsets(choice["text"], choice["logprobs"])
+    assert choice["logprobs"]["text_offset"] == sorted(choice["logprobs"]["text_offset"])
+
+
+def test_offsets_of_broken_characters() -> None:
+    """Bytes that form no character are one character of the text each, also for the tokens after them."""
+    codec = TextCodec(byte_tokenizer())
+    letters = {bytes([number]): codec.tokenizer.token_to_id(letter) for letter, number in byte_letters().items()}
+    text = b"a\xc3b\xc3\xc3\xa9c\xf0\x9f\x91d \xe6\xbc\xa2e\xffz"
+    prompt = [letters[bytes([byte])] for byte in text]
+    with serving(FakeEngine(lambda *_: "x")) as server:
+        choice = first(server, prompt=prompt, logprobs=0, echo=True, max_tokens=1)
+        assert choice["text"] == text.decode(errors="replace") + "x"
+        check_offsets(choice["text"], choice["logprobs"])
+        starts = [len(text[:end].decode(errors="ignore")) for end in range(len(text))]
+        assert choice["logprobs"]["text_offset"][:2] == starts[:2]
+
+
+def byte_letters() -> dict[str, int]:
+    """The byte that each letter of the byte-level alphabet stands for."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in kept}
+    return letters | {chr(256 + number): byte for number, byte in enumerate(b for b in range(256) if b not in kept)}
+
+
+def real_engine(**options: Any) -> FakeEngine:
+    """A real engine of a small model, in the place of a scripted one."""
+    engine: Any = ServingEngine(
+        lively_model(tiny_config(ROUTERS["expert_choice"])).eval(), EngineOptions(kv_memory=1 << 22, **options)
+    )
+    engine.codec, engine.gate = TextCodec(byte_tokenizer()), threading.Event()
+    return engine  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_prompt_logprobs_of_several_continuations(prefix_caching: bool) -> None:
+    """All prompts and all continuations have them, and the chosen token is always among the alternatives."""
+    engine = real_engine(prefix_caching=prefix_caching, max_resident=3, chunk_size=4, page_size=4)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8], [60, 2, 3]]
+    with serving(engine) as server:
+        body = {"prompt": prompts, "n": 5, "echo": True, "logprobs": 2, "max_tokens": 3, "seed": 3}
+        answers = [post(server, **body).json() for _ in range(2)]
+    model = engine.model  # type: ignore[attr-defined]
+    for answer in answers:
+        for number, choice in enumerate(answer["choices"]):
+            prompt, logprobs = prompts[number // 5], choice["logprobs"]
+            tokens = choice["token_ids"]
+            assert tokens[: len(prompt)] == prompt
+            table = [log_softmax(row) for row in forward(model, tokens, None)[0]]
+            assert logprobs["token_logprobs"][0] is None
+            wanted = [row[token] for row, token in zip(table, tokens[1:], strict=False)]
+            assert logprobs["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-9)
+            for row, name, top in zip(table, logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=False):
+                assert name in top
+                assert 2 <= len(top) <= 3
+                assert sorted(top.values(), reverse=True)[:2] == pytest.approx(sorted(row, reverse=True)[:2], abs=1e-9)
+        usage = answer["usage"]
+        assert usage["prompt_tokens"] == 16
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0, (
+            "every prompt token was read for its log-probability"
+        )
+
+
+def test_cached_tokens_count_prompt_tokens_once() -> None:
+    with serving(real_engine(page_size=4)) as server:
+        body = {"prompt": [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 9]], "n": 2, "max_tokens": 6}
+        first_time, again = (post(server, **body).json()["usage"] for _ in range(2))
+    assert first_time["prompt_tokens"] == again["prompt_tokens"] == 14
+    # Of the second prompt the last token must be read, and so must the block that it is in.
+    assert first_time["prompt_tokens_details"]["cached_tokens"] in (0, 4)
+    assert again["prompt_tokens_details"]["cached_tokens"] == 8 + 4
+
+
+def test_min_tokens_hold_back_stop_strings(server: Running) -> None:
+    """A stop string that is complete within the first tokens is text; one that is complete later ends the text."""
+    engine = FakeEngine(lambda *_: "abcabcabc")
+    with serving(engine) as running:
+        for least, text in ((0, "a"), (2, "a"), (3, "abca"), (4, "abca"), (6, "abcabca"), (9, "abcabcabc")):
+            body = {"prompt": "x", "stop": "bc", "min_tokens": least, "max_tokens": 20}
+            assert first(running, **body)["text"] == text, least
+            assert "".join(json.loads(e)["choices"][0]["text"] for e in events(running, **body)[:-1]) == text
+
+
+# Chat
+
+
+def test_chat(server: Running) -> None:
+    messages = [
+        {"role": "system", "content": " be brief "},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    answer = post(server, "/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=1, n=2).json()
+    assert answer["object"] == "chat.completion"
+    assert "delta" not in answer["choices"][0]
+    assert [choice["message"] for choice in answer["choices"]] == [
+        {"role": "assistant", "content": f"né{index}"} for index in range(2)
+    ]
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in content] == [[110], None, None, [48]]
+    assert content[0]["top_logprobs"] == [{"token": "n", "logprob": -0.5, "bytes": [110]}]
+    assert server.engine.params[-1].max_tokens == CONTEXT - answer["usage"]["prompt_tokens"], "all that fits"
+    text = "<|begin|><|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    # The special tokens are single tokens, not their spelling.
+    assert (
+        answer["usage"]["prompt_tokens"]
+        == len(text) - len("<|begin|>") - 3 * len("<|im_start|>") - 2 * len("<|im_end|>") + 6
+    )
+    found = [json.loads(event) for event in chat_events(server, messages=messages, max_completion_tokens=2)[:-1]]
+    assert {chunk["object"] for chunk in found} == {"chat.completion.chunk"}
+    deltas = [chunk["choices"][0]["delta"] for chunk in found]
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert found[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def chat_events(server: Running, **body: Any) -> list[str]:
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json={"stream": True, **body}) as response:
+        assert response.status_code == 200
+        return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": "hi"}, "messages", "must be a list"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "is needed"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+            "parts of type text",
+        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools"),
+        ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs", "logprobs = true"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools", "unknown field"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "prompt", "context"),
+    ],
+    ids=str,
+)
+def test_bad_chats(server: Running, body: dict[str, Any], param: str, message: str) -> None:
+    error = error_of(post(server, "/v1/chat/completions", **body), 400)
+    assert message in error["message"]
+    assert error["param"] == param
+
+
+def test_the_template_renders_as_in_transformers(server: Running, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    codec, tricky = chat_codec(), TEMPLATE + "{% for x in [1, 2] %}{% break %}{% endfor %}{{ {'k': '<é>'} | tojson }}"
+    tricky += "{% generation %}\n  x\n{%- endgeneration %}\n\n"
+    theirs = PreTrainedTokenizerFast(tokenizer_object=codec._recognizing, bos_token="<|begin|>", eos_token="<|im_end|>")
+    messages = [{"role": "user", "content": "a <|im_end|> b\n"}, {"role": "assistant", "content": "ok"}]
+    wanted = theirs.apply_chat_template(messages, chat_template=tricky, add_generation_prompt=True, return_dict=False)
+    engine = FakeEngine(lambda *_: "x", codec=codec)
+    with serving(engine, chat=ChatTemplate(tricky, codec)) as running:
+        engine.gate.clear()
+        thread = threading.Thread(target=post, args=(running, "/v1/chat/completions"), kwargs={"messages": messages})
+        thread.start()
+        running.wait_until(lambda: bool(engine.running))
+        assert engine.running[0].prompt == wanted
+        engine.gate.set()
+        thread.join()
+    with pytest.raises(ConfigError, match="chat template"):
+        ChatTemplate("{% if %}", codec)
+    assert ChatTemplate.read(tmp_path / "none.jinja", codec) is None
+    escape = ChatTemplate("{{ messages.__class__.__mro__ }}", codec)
+    with serving(FakeEngine(lambda *_: "x", codec=codec), chat=escape) as running:
+        error_of(post(running, "/v1/chat/completions", messages=messages), 400)
+
+
+def test_chat_with_the_openai_client(server: Running) -> None:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client:
+        messages: Any = [{"role": "user", "content": "hi"}]
+        answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=None, logprobs=True)
+        assert answer.choices[0].message.content == "né0"
+        assert answer.choices[0].logprobs is not None
+        chunks = client.chat.completions.create(model=MODEL, messages=messages, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "né0"
+
+
+def test_events_are_single_lines_for_every_client() -> None:
+    """httpx, among others, ends lines at U+2028 and U+0085 too."""
+    text = "a\u2028b\x85c\x0bd\u2029é\r\n"
+    with serving(FakeEngine(lambda *_: text)) as server:
+        found = [json.loads(event)["choices"][0]["text"] for event in events(server, prompt="x", max_tokens=99)[:-1]]
+        assert "".join(found) == text
+        with httpx.stream("POST", server.url + "/v1/completions", json={"prompt": "x", "stream": True}) as response:
+            assert response.headers["x-accel-buffering"] == "no"
+            assert response.headers["cache-control"] == "no-cache"
+
+
+def test_an_error_of_the_server_has_openais_form(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine.codec, "encode", lambda *_, **__: 1 / 0)
+    error = error_of(post(server, prompt="a"), 500)
+    assert (error["type"], "ZeroDivisionError" in error["message"]) == ("server_error", True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '\ufeff{"prompt": "a"}'.encode(),
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "a", "temperature": "0.5", "stream": "false", "max_tokens": 3.0}',
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": ["a"], "stop": [], "model": ""}',
+        b'{"prompt": "a", "top_k": 99999999999999999999, "max_depth": 99}',
+        b'{"prompt": "a", "max_tokens": 0}',
+    ],
+)
+def test_unusual_bodies_that_are_right(server: Running, content: bytes) -> None:
+    response = httpx.post(server.url + "/v1/completions", content=content, timeout=20)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "max_tokens": 1e999}',
+        b'{"prompt": "a", "max_tokens": 99999999999999999999}',
+        b'{"prompt": "a", "seed": 9223372036854775808}',
+        b'{"prompt": [[]]}',
+        b'{"prompt": [["a"]]}',
+        b'{"prompt": [null]}',
+        b'{"prompt": [1, 99999999999]}',
+        b'{"prompt": {"text": "a"}}',
+        b'{"prompt": "a", "logit_bias": [1]}',
+        b'{"prompt": "a", "logprobs": 21}',
+        b'{"prompt": "a", "stop": {"a": 1}}',
+        b'{"prompt": "a", "response_format": {"type": "json_object"}}',
+        b"\x1f\x8b\x08",
+        b'{"prompt": "a"} {"prompt": "b"}',
+    ],
+)
+def test_wrong_bodies_get_a_readable_error(server: Running, content: bytes) -> None:
+    error = error_of(httpx.post(server.url + "/v1/completions", content=content, timeout=20), 400)
+    for word in ("Input", "pydantic", "Traceback", "constrained"):
+        assert word not in error["message"]
+
+
+# Clients that leave, and many sequences at once
+
+
+def test_a_client_that_leaves_a_stream_leaves_no_traceback(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.WARNING), serving(FakeEngine(lambda *_: "x" * 400, seconds=0.005)) as server:
+        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/completions", {"prompt": ["a", "b"], "n": 3})):
+            for events_read in (1, 3):
+                with httpx.stream(
+                    "POST", server.url + path, json={**body, "stream": True, "max_tokens": 300}
+                ) as response:
+                    lines = response.iter_lines()
+                    for _ in range(events_read):
+                        next(lines)
+        server.wait_until(lambda: not server.engine.running and not server.uvicorn._runner.num_running)
+    assert [record.getMessage() for record in caplog.records] == []
+    assert capfd.readouterr().err == "", "uvicorn has a handler of its own"
+
+
+def test_a_cancelled_wait_harms_nobody() -> None:
+    """Whatever the callers of the Python interface cancel, the engine goes on for the others."""
+
+    async def abandoned(runner: AsyncEngine) -> None:
+        with runner.generation([[98]], SamplingParams()) as generation:
+            await generation.next()
+
+    async def main() -> None:
+        engine = FakeEngine(lambda *_: "x" * 50, seconds=0.005)
+        runner = AsyncEngine(engine, ServerOptions())
+        runner.start()
+        engine.gate.clear()
+        with runner.generation([[97]], SamplingParams(max_tokens=50)) as generation:
+            await asyncio.sleep(0.02)
+            for waiting in (runner.stats(), generation.next()):
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(waiting, 0.01)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(abandoned(runner), 0.01)
+            engine.gate.set()
+            while generation.open:
+                await asyncio.wait_for(generation.next(), 5)
+        assert (await runner.stats()).generated_tokens >= 50
+        assert runner.failure is None
+        assert not engine.running
+        await asyncio.to_thread(runner.close)
+
+    asyncio.run(main())
+
+
+def test_requests_take_turns() -> None:
+    """One with many sequences doesn't hold up the next: it gets the next free place, not the last."""
+    engine = real_engine(max_resident=4, prefix_caching=False)
+    params = SamplingParams(max_tokens=4, temperature=0)
+    many = [engine.add_request([5, 6], params.model_copy(update={"n": 10}))]
+    many += [engine.add_request([7, 8], params, many[0]) for _ in range(10)]  # type: ignore[call-arg]
+    ended: list[int] = []
+    others: list[int] = []
+    while engine.has_work:
+        ended += [output.request for output in engine.step() if output.finish_reason]
+        if len(others) < 3 and len(ended) >= 4 * (len(others) + 1):
+            others.append(engine.add_request([9], params))
+    counts = Counter(ended)
+    assert (counts[many[0]], sum(counts[name] for name in many[1:])) == (10, 10)
+    # Each of the others came when at most four of the request were resident, and was admitted as soon as one had ended.
+    for number, name in enumerate(others):
+        assert ended.index(name) <= 4 * (number + 1) + 8
+
+
+def test_limits_count_sequences() -> None:
+    engine = FakeEngine(lambda *_: "x")
+    engine.gate.clear()
+    with serving(engine, max_queued_requests=6) as server, httpx.Client(timeout=20) as client:
+        runner = server.uvicorn._runner
+        thread = threading.Thread(target=post, args=(server,), kwargs={"prompt": ["a", "b"], "n": 2})
+        thread.start()
+        server.wait_until(lambda: len(runner.waiting) == 4)
+        assert runner.num_running == 4
+        error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "n": 3}), 429)
+        error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "n": 7}), 400)
+        engine.gate.set()
+        thread.join()
+        assert (runner.waiting, runner.num_running) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbffirst\r\nsecond \xc3\xa9\r\n", "first\nsecond é".encode()], ids=["BOM", "plain"]
+)
+def test_files_of_keys(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    assert read_keys(path) == ("first", "second é")
+    with serving(FakeEngine(lambda *_: "x"), api_keys=read_keys(path)) as server:
+        for key, status in (
+            (b"first", 200),
+            ("second é".encode(), 200),
+            (b"second e", 401),
+            (b"\xe9", 401),
+        ):
+            headers = {b"Authorization": b"Bearer " + key}
+            assert httpx.get(server.url + "/v1/models", headers=headers).status_code == status  # type: ignore[arg-type]
+    for bad, message in (
+        (b"a\x00b", "no header"),
+        ("key".encode("utf-16"), "can't be read"),
+        (b"\xef\xbb\xbf\n", "no key"),
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ConfigError, match=message):
+            read_keys(path)
