@@ -48,10 +48,10 @@ class GigatokenEncoder:
 
     def __init__(self, reference: TextEncoder) -> None:
         self._reference = reference
-        # Special tokens aren't recognised: in a corpus they are text.
-        spec = msgspec.json.decode(reference.tokenizer.to_str())
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-        self._spec = msgspec.json.encode(spec | {"post_processor": None})
+        # Special tokens aren't recognised: in a corpus they are text. Vocabulary and merges stay as they are written.
+        spec = msgspec.json.decode(reference.json, type=dict[str, msgspec.Raw])
+        added = [token for token in msgspec.json.decode(spec["added_tokens"]) if not token["special"]]
+        self._spec = msgspec.json.encode({**spec, "added_tokens": added, "post_processor": None})
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
         self._checked_sources: set[int] = set()
