@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Load:
     output_tokens: int = 64
     vocab_size: int = 256
     seed: int = 0
+    ignore_eos: bool = True
     api_key: str | None = None
 
     def prompts(self) -> list[list[int]]:
@@ -96,8 +97,9 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         DataError: no such server, or no request was answered.
     """
     limits = parse_limits(args.goodput)
-    names = ("num_requests", "rate", "max_concurrency", "input_tokens", "output_tokens", "vocab_size", "api_key")
-    load = Load(args.url, **{name: getattr(args, name) for name in names})
+    if args.seed is None:  # the same prompts once more would be found in the server's prefix cache
+        args.seed = random.getrandbits(32)
+    load = Load(**{field.name: getattr(args, field.name) for field in fields(Load)})
     report["served_model"] = asyncio.run(served_model(load))
     report["load"] = asdict(load) | {"api_key": None}
     report["result"] = summarise(asyncio.run(send(load)), limits)
@@ -134,12 +136,14 @@ async def served_model(load: Load) -> str:
 
 async def send(load: Load) -> list[Record]:
     """Send everything; returns a record per request in the order of sending."""
-    from rich.progress import Progress
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     gate = asyncio.Semaphore(load.max_concurrency or load.num_requests)
     async with _session(load) as client:
-        with Progress(transient=True) as bar:
-            task = bar.add_task("requests", total=load.num_requests)
+        columns = (BarColumn(), MofNCompleteColumn(), "requests,", TimeElapsedColumn())
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=load.num_requests)
             start = time.perf_counter()
 
             async def one(prompt: list[int], after: float) -> Record:
@@ -160,7 +164,7 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
         "prompt": prompt,
         "max_tokens": load.output_tokens,
         "temperature": 0.0,
-        "ignore_eos": True,
+        "ignore_eos": load.ignore_eos,
         "stream": True,
         "stream_options": {"include_usage": True},
     }

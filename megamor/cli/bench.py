@@ -9,6 +9,7 @@ examples:
   megamor bench save --config configs/mor_360m.yaml --directory /scratch data.seq_len=512
   megamor bench serve --config configs/bench/serve_cpu.yaml --threads 1
   megamor bench serve --checkpoint runs/x/checkpoints/latest --residents 16,64
+  megamor bench serving --vanilla configs/bench/serve_360m_vanilla.yaml --peer vllm --peer-python vllm-env/bin/python
   megamor bench load --url http://localhost:8000 --rate 8 --goodput ttft:500
 
 Every report ends as tables in the terminal and, with --json, as a file. Absolute times suffer from other load on the
@@ -35,7 +36,7 @@ from megamor.cli import command_parser, output_file, positive
 from megamor.errors import user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
-CONFIGURED = ("train", "save", "serve")
+CONFIGURED = ("train", "save", "serve", "serving")
 """Subcommands that measure a configuration, which key=value arguments change."""
 
 
@@ -168,19 +169,52 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
 def load_options(parser: argparse.ArgumentParser) -> None:
     """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
-    add("--url", required=True, help="of a running server")
-    counts = {"num_requests": "how many", "input_tokens": "of a prompt", "output_tokens": "of an answer"}
-    for name, meaning in {**counts, "vocab_size": "prompts are ids below this"}.items():
-        default, option = getattr(Load, name), f"--{name.replace('_', '-')}"
-        add(option, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
-    add("--rate", type=float, default=Load.rate, metavar="R", help="mean arrivals per second (default: all at once)")
+    add("--url", "--base-url", required=True, help="of a running server")
+    counts = {
+        ("--num-prompts", "--num-requests"): "how many requests",
+        ("--random-input-len", "--input-tokens"): "of a prompt of random tokens",
+        ("--random-output-len", "--output-tokens"): "of an answer",
+        ("--vocab-size",): "prompts are ids below this",
+    }
+    for options, meaning in counts.items():
+        name = options[-1][2:].replace("-", "_")
+        default = getattr(Load, name)
+        add(*options, dest=name, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    rate = "mean arrivals per second (default: all at once)"
+    add("--request-rate", "--rate", dest="rate", type=float, default=Load.rate, metavar="R", help=rate)
     add("--max-concurrency", type=positive, metavar="N", help="requests under way at once (default: no limit)")
+    add("--seed", type=int, metavar="N", help="of prompts and arrivals (default: another one each time)")
+    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="always as long as asked for")
     add("--goodput", nargs="+", default=[], metavar="NAME:MS", help="limits, such as ttft:500 tpot:50")
     add("--api-key", help="sent as a bearer token; never written to the report")
 
 
+def serving_options(parser: argparse.ArgumentParser) -> None:
+    """Our server beside another engine's: the same dense model and requests, in turns, over HTTP."""
+    add = parser.add_argument
+    add("--peer", choices=("vllm",), default="vllm", help="the other engine (default: vllm)")
+    add("--peer-python", metavar="FILE", help="Python of its own environment; without it: how to make one")
+    add("--vanilla", metavar="FILE", required=True, help="the dense model, with random weights, that both serve")
+    add("--config", metavar="FILE", help="a recursive model of the same effective depth, that ours serves too")
+    add("--dtypes", type=names, default=["fp32", "bf16"], metavar="A,B", help="default: fp32,bf16")
+    add("--concurrency", type=numbers, default=[1, 8, 32], metavar="N,M", help="requests at once (default: 1,8,32)")
+    add("--tokens", type=positive, default=64, metavar="N", help="of each prompt and of each answer (default: 64)")
+    add("--rounds", type=positive, default=3, metavar="N", help="turns of each server (default: 3)")
+    add("--cores", default=f"0-{(os.cpu_count() or 1) - 1}", metavar="N-M", help="of each server (default: all)")
+    add("--directory", type=Path, metavar="DIR", help="for the models (default: the system's temporary one)")
+
+
 # The docstring of each is the summary that --help shows.
-DECLARE = (train_options, gpu_options, loader_options, preprocess_options, save_options, serve_options, load_options)
+DECLARE = (
+    train_options,
+    gpu_options,
+    loader_options,
+    preprocess_options,
+    save_options,
+    serve_options,
+    load_options,
+    serving_options,
+)
 SUBCOMMANDS = {declare.__name__.removesuffix("_options"): declare for declare in DECLARE}
 
 

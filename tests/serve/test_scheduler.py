@@ -107,6 +107,8 @@ class Memory:
             assert page not in self.scheduler.book.pools[pool].free, "a page of the running batch was freed"
         kept = None
         if batch.kind == "entry":
+            prompts = sum(chunk.length for chunk in batch.chunks if chunk.sequence.unread > 1)
+            assert prompts <= (self.options.prefill_budget or prompts)
             for chunk in batch.chunks:
                 self.enter(chunk)
             kept = [self.depth_of(slot) > 0 for slot in batch.slots.tolist()]
@@ -272,6 +274,7 @@ def memories(draw: st.DrawFn) -> Memory:
         max_resident=draw(st.integers(1, 6)),
         max_rows=draw(st.integers(1, 12)),
         chunk_size=draw(st.integers(1, 7)),
+        prefill_budget=draw(st.integers(0, 9)),
         prefix_caching=draw(st.booleans()),
     )
     return Memory(options, tables, {spec.pool: draw(st.integers(4, 60)) for spec in TABLES[tables]})
@@ -433,6 +436,24 @@ def test_decoding_comes_before_prompts() -> None:
 
     alone, beside = entries([]), entries([[0] * 40])
     assert max(beside) <= max(alone) + 4  # the batches of one prompt chunk at most
+
+
+def test_prompts_enter_a_budget_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = EngineOptions("shrink", prefill_budget=6, chunk_size=5)
+    memory, chunks = Memory(options, "recursion_wise", {"edge": 99, "core": 299}), list[tuple[int, int, int]]()
+    enter = memory.enter
+    monkeypatch.setattr(memory, "enter", lambda c: (chunks.append((c.sequence.number, c.start, c.length)), enter(c)))
+    for number in range(3):
+        memory.submit([number] * 8, 1, 3)
+    memory.finish()
+    # The oldest first: a row for each batch.
+    assert chunks == [
+        *((0, 0, 5), (1, 0, 1)),
+        *((0, 5, 3), (1, 1, 3)),
+        *((1, 4, 4), (2, 0, 2)),
+        (2, 2, 5),
+        (2, 7, 1),
+    ]
 
 
 def test_newcomers_leave_the_residents_their_next_page() -> None:

@@ -98,6 +98,8 @@ class Scheduler:
         # With hold 0 in the options, the engine changes it as it learns what batches cost.
         self.hold = options.hold or 1
         self.since_boundary = 0
+        # Prompt tokens that may still enter in this batch.
+        self.budget = 0
         self.num_preempted = 0
 
     @property
@@ -172,13 +174,14 @@ class Scheduler:
     def enter(self) -> ScheduledBatch | None:
         """New chunks: first for residents, decoding before prompts, then for waiting sequences while there is room."""
         entered, copies = list[Chunk](), list[PageCopy]()
+        self.budget = self.options.prefill_budget or self.options.num_slots
         idle = [sequence for sequence in self.residents if sequence.chunk is None]
         # Decoding before prompts: a long prompt may take all slots, and answers that are being streamed would stall.
         # Then by age, as the oldest must make progress.
         for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
             if self.free_slots and sequence.state == "resident" and (count := self.reserve(sequence)):
                 entered.append(self.begin(sequence, count))
-        while self.waiting and self.free_slots and len(self.residents) < self.options.max_resident:
+        while self.waiting and self.free_slots and self.budget and len(self.residents) < self.options.max_resident:
             sequence = self.waiting[0]
             # Continuations of one request would all read its prompt at the same time. If they wait for the first of
             # them, they find it in the prefix cache.
@@ -189,7 +192,7 @@ class Scheduler:
                 # Strictly in order of arrival. If smaller requests could overtake a large one, it might never start.
                 break
             copies += fresh
-            entered.append(self.begin(sequence, self.chunk_length(sequence)))
+            entered.append(self.begin(sequence, self.chunk_length(sequence.unread)))
         # A sequence that was given a chunk above may have been preempted for an older one afterwards.
         chunks = [chunk for chunk in entered if chunk.sequence.chunk is chunk]
         return ScheduledBatch("entry", self.place(chunks), chunks, copies) if chunks else None
@@ -210,7 +213,7 @@ class Scheduler:
         # Adopted before room is made: the references keep `make_room` from freeing the chain's own pages.
         partial = self.prefixes.adopt(chain, sequence.tables)
         read = len(chain) * self.options.page_size
-        count = min(len(sequence.tokens) - read, self.options.chunk_size, len(self.free_slots))
+        count = self.chunk_length(len(sequence.tokens) - read)
         # A spare page of each pool for every resident. Otherwise newcomers and residents would preempt each other in
         # turns, and prompts would be read again and again.
         needed = self.book.missing(sequence.tables, count, sequence.max_depth)
@@ -251,7 +254,9 @@ class Scheduler:
 
         Returns the number of tokens there is room for, 0 if the sequence must wait for older ones to finish.
         """
-        count = self.chunk_length(sequence)
+        count = self.chunk_length(sequence.unread)
+        if not any(self.book.missing(sequence.tables, count, sequence.max_depth).values()):
+            return count
         while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
@@ -261,12 +266,14 @@ class Scheduler:
             self.flight.set_pages(number, sequence.seat, sequence.tables[number].pages, first)
         return count
 
-    def chunk_length(self, sequence: SequenceState) -> int:
-        """Tokens in the next chunk."""
-        return min(sequence.unread, self.options.chunk_size, len(self.free_slots))
+    def chunk_length(self, unread: int) -> int:
+        """Tokens in the next chunk of a sequence."""
+        return min(unread, self.options.chunk_size, len(self.free_slots), self.budget if unread > 1 else 1)
 
     def begin(self, sequence: SequenceState, count: int) -> Chunk:
         """A chunk of the next `count` tokens, for which there are pages."""
+        # Other answers wait for the rows of a prompt in the same batch. The token of an answer is not on the budget.
+        self.budget -= count if sequence.unread > 1 else 0
         slots = [self.free_slots.pop() for _ in range(count)]
         sequence.chunk = Chunk(sequence, sequence.num_read, count, slots)
         return sequence.chunk
