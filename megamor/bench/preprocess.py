@@ -40,6 +40,7 @@ def clock(): return time.perf_counter(), sum(os.times()[:4])  # child processes 
 def show(begun): print(*(end - start for start, end in zip(begun, clock())))
 """
 _COMMAND = f"""{_CLOCK}
+import awkward, gigatoken, megamor.corpus.array, megamor.corpus.dedup, megamor.corpus.preprocess, megamor.progress
 from megamor.cli.preprocess import main
 begun = clock()
 main(sys.argv[1:])
@@ -62,6 +63,19 @@ import awkward, gigatoken
 tokenizer = gigatoken.Tokenizer(sys.argv[2])
 begun = clock()
 tokenizer.encode_batch(texts)
+show(begun)
+"""
+# What Megatron-LM's preprocess_data_fast does: the library reads and encodes the whole file in one call. The ids stay
+# in memory, nothing is checked, hashed or synced.
+_WHOLE_FILE = f"""{_CLOCK}
+import awkward, gigatoken, numpy
+begun = clock()
+tokenizer = gigatoken.Tokenizer(sys.argv[2])
+ids = tokenizer.encode_files(gigatoken.JsonlFileSource([sys.argv[1]]))
+ids = awkward.concatenate([ids, awkward.unflatten(numpy.full(len(ids), 0, numpy.uint32), 1)], axis=1)
+dtype = numpy.uint16 if tokenizer.vocab_size < 65500 else numpy.int32
+awkward.to_numpy(awkward.flatten(ids)).astype(dtype).tofile(sys.argv[3] + ".bin")
+numpy.cumsum(awkward.to_numpy(awkward.num(ids))).tofile(sys.argv[3] + ".idx")
 show(begun)
 """
 
@@ -91,6 +105,10 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         some, some_bytes = write_plain(folder / "some.jsonl", paths, args.slow_megabytes * 1e6 / len(paths))
         cases = [
             command(args, folder, "gigatoken", paths, num_bytes, args.workers),
+            command(args, folder, "gigatoken", [plain], num_bytes, args.workers, ", plain lines"),
+            Program(
+                "whole file at once, plain lines", _WHOLE_FILE, [plain, tokenizer, str(folder / "whole")], num_bytes
+            ),
             Program("gigatoken alone", _GIGATOKEN, [plain, tokenizer], num_bytes),
             command(args, folder, "none", [some], some_bytes, args.workers),
             Program("tokenizers alone (encode_batch_fast)", _TOKENIZERS, [some, tokenizer], some_bytes),
@@ -124,12 +142,18 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
 
 
 def command(
-    args: argparse.Namespace, folder: Path, accelerator: str, paths: Sequence[str], text_bytes: int, workers: int
+    args: argparse.Namespace,
+    folder: Path,
+    accelerator: str,
+    paths: Sequence[str],
+    text_bytes: int,
+    workers: int,
+    form: str = "",
 ) -> Program:
-    """`megamor preprocess` on `paths`, which writes its shards into `folder`."""
+    """`megamor preprocess` on `paths`, which writes its shards into `folder`. `form` of the input is for the label."""
     arguments = ["--input", *paths, "--tokenizer", args.tokenizer, "--append-eod", "--workers", str(workers)]
     arguments += ["--output-prefix", str(folder / "out"), "--accelerator", accelerator]
-    label = f"megamor preprocess, {'tokenizers' if accelerator == 'none' else accelerator}"
+    label = f"megamor preprocess, {'tokenizers' if accelerator == 'none' else accelerator}{form}"
     return Program(label, _COMMAND, arguments, text_bytes)
 
 

@@ -42,20 +42,36 @@ _PATTERNS = {
 _PRE_TOKENIZERS = {"Digits", "Whitespace", "BertPreTokenizer"}
 
 
-def find_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """The boundaries at which texts for `tokenizer` may be cut, after each match; None if none are known."""
-    spec = msgspec.json.decode(tokenizer.to_str())
-    normalizer, pre_tokenizer, model = spec["normalizer"], spec["pre_tokenizer"], spec["model"]
+class _Model(msgspec.Struct):
+    dropout: float | None = None
+
+
+class _Spec(msgspec.Struct):
+    """What matters here of a tokenizer's JSON. The vocabulary and the merges, nearly all of it, aren't decoded."""
+
+    normalizer: Any
+    pre_tokenizer: Any
+    added_tokens: list[dict[str, Any]]
+    model: _Model
+
+
+def find_cuts(tokenizer: Tokenizer, text: str | None = None) -> re.Pattern[str] | None:
+    """The boundaries at which texts for `tokenizer` may be cut, after each match; None if none are known.
+
+    `text` is the tokenizer's JSON, if it is at hand.
+    """
+    spec = msgspec.json.decode(text or tokenizer.to_str(), type=_Spec)
+    normalizer, pre_tokenizer = spec.normalizer, spec.pre_tokenizer
     specials_are_text = tokenizer.encode_special_tokens
     steps = pre_tokenizer["pretokenizers"] if (pre_tokenizer or {}).get("type") == "Sequence" else [pre_tokenizer]
     harmless = (
         (normalizer is None or normalizer["type"] == "NFC")
-        and all(_is_plain(each) or (each["special"] and specials_are_text) for each in spec["added_tokens"])
+        and all(_is_plain(each) or (each["special"] and specials_are_text) for each in spec.added_tokens)
         and all(step is not None and _allows_cuts(step) for step in steps)
         # Digits and a byte-level step without a pattern don't end words, and the latter hides spaces from later steps.
         and any(_ends_words(step) for step in steps)
         and all(step["type"] != "ByteLevel" for step in steps[:-1])
-        and not model.get("dropout")
+        and not spec.model.dropout
     )
     return _BOUNDARY if harmless else None
 

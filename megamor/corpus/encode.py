@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -48,10 +49,10 @@ class GigatokenEncoder:
 
     def __init__(self, reference: TextEncoder) -> None:
         self._reference = reference
-        # Special tokens aren't recognised: in a corpus they are text.
-        spec = msgspec.json.decode(reference.tokenizer.to_str())
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-        self._spec = msgspec.json.encode(spec | {"post_processor": None})
+        # Special tokens aren't recognised: in a corpus they are text. Vocabulary and merges stay as they are written.
+        spec = msgspec.json.decode(reference.json, type=dict[str, msgspec.Raw])
+        added = [token for token in msgspec.json.decode(spec["added_tokens"]) if not token["special"]]
+        self._spec = msgspec.json.encode({**spec, "added_tokens": added, "post_processor": None})
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
         self._checked_sources: set[int] = set()
@@ -68,7 +69,7 @@ class GigatokenEncoder:
         # would each have a table of known words.
         with self._lock:
             self._renew_if_large(sum(map(len, documents.encoded)))
-            ids = [self._tokenizer.encode(data) for data in documents.encoded]
+            ids = self._ids_of(documents.encoded)
             first = bool(ids) and source not in self._checked_sources
             if first:
                 self._checked_sources.add(source)
@@ -78,6 +79,7 @@ class GigatokenEncoder:
 
     def _load(self) -> Any:
         try:
+            import awkward  # noqa: F401 (what `encode_batch` returns; slow, so before the threads start)
             import gigatoken
         except ImportError as error:
             raise ConfigError(
@@ -88,6 +90,13 @@ class GigatokenEncoder:
         except Exception as error:  # the library raises RuntimeError, ValueError and its own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"--accelerator gigatoken doesn't support this tokenizer: {reason}") from error
+
+    def _ids_of(self, encoded: list[bytes]) -> list[NDArray[Any]]:
+        """Ids of each document, as views of one array. Other threads run meanwhile, unlike during `encode`."""
+        if not encoded:
+            return []
+        found = self._tokenizer.encode_batch(encoded, parallel=False).layout
+        return [found.content.data[begin:end] for begin, end in pairwise(found.offsets.data.tolist())]
 
     def _renew_if_large(self, size: int) -> None:
         self._bytes_since_renewal += size
@@ -102,7 +111,7 @@ class GigatokenEncoder:
             if len(compared) < len(text):
                 # The ids of a long document's beginning aren't the beginning of its ids: encode it on its own.
                 with self._lock:
-                    found = self._tokenizer.encode(compared.encode())
+                    found = self._ids_of([compared.encode()])[0]
             if not np.array_equal(found, self._reference.encode([compared])[0]):
                 raise DataError(
                     "gigatoken and tokenizers give different ids for the document that begins "

@@ -84,9 +84,14 @@ class TextEncoder:
         return dtype_for_vocab(self.vocab_size)
 
     @cached_property
+    def json(self) -> str:
+        """The tokenizer as JSON, as it is set up here."""
+        return self.tokenizer.to_str()
+
+    @cached_property
     def cuts(self) -> re.Pattern[str] | None:
         """Boundaries at which long texts may be cut; see `megamor.corpus.cuts`."""
-        return find_cuts(self.tokenizer)
+        return find_cuts(self.tokenizer, self.json)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of each text [n] in `dtype`. Uses one thread if TOKENIZERS_PARALLELISM is false.

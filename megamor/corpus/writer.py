@@ -82,7 +82,9 @@ class ShardWriter:
                 f"a document of {lengths.max()} tokens is too long for {self.prefix}.idx (at most "
                 f"{MAX_SEQUENCE_TOKENS}); split it"
             )
-        mask = None if prompts is None else ranges(0 * lengths, lengths)[1] >= np.repeat(prompts, lengths)
+        mask = None
+        if prompts is not None and self._mask is not None:  # computing it takes as long as writing the tokens
+            mask = ranges(0 * lengths, lengths)[1] >= np.repeat(prompts, lengths)
         self.add_tokens(tokens, mask)
         self.add_lengths(lengths)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import awkward
 import numpy as np
 import pytest
 import zstandard
@@ -271,9 +272,14 @@ def test_difference_in_any_file_stops_the_run(
         def __init__(self, right: Any) -> None:
             self.right = right
 
-        def encode(self, data: bytes) -> np.ndarray:
-            ids = self.right.encode(data)
-            return ids[:-1] if data == TEXTS[marks[wrong]].encode() else ids
+        def encode_batch(self, texts: list[bytes], *, parallel: bool) -> Any:
+            ids = self.right.encode_batch(texts, parallel=parallel).to_list()
+            return awkward.Array(
+                [
+                    own[: -1 if text == TEXTS[marks[wrong]].encode() else None]
+                    for own, text in zip(ids, texts, strict=True)
+                ]
+            )
 
     monkeypatch.setattr(GigatokenEncoder, "_load", lambda self: Wrong(original(self)))
     assert run(corpus / "*", tokenizer, tmp_path / "out" / "x", "--accelerator", "gigatoken") == 2
