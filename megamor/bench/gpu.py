@@ -141,17 +141,17 @@ def isolated(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, An
         process.kill()
         process.join(10.0)  # one that waits for a broken driver can't be killed
         if answer.exists():
-            found: dict[str, Any] = json.loads(answer.read_text())
+            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return found
         code = process.exitcode or 0
         ended = signal.Signals(-code).name if code < 0 else f"status {code}"
         reason = f"no result within {seconds:.0f} s" if late else f"the process ended with {ended}"
-        return {"error": reason, "log": log.read_text(errors="replace")[-2000:] if log.exists() else ""}
+        return {"error": reason, "log": log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""}
 
 
 def _answer(work: Callable[[], dict[str, Any]], answer: Path, log: Path) -> None:
     os.setsid()
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - until the process ends
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 - until the process ends
     for descriptor in (1, 2):  # of libraries that don't go through Python
         os.dup2(sys.stderr.fileno(), descriptor)
     torch.set_num_threads(1)  # threads of this process's parent don't survive the fork
@@ -160,7 +160,7 @@ def _answer(work: Callable[[], dict[str, Any]], answer: Path, log: Path) -> None
     except BaseException as error:  # SystemExit too
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:2000]
-        write_report(answer, {"error": reason, "log": log.read_text(errors="replace")[-2000:]})
+        write_report(answer, {"error": reason, "log": log.read_text(encoding="utf-8", errors="replace")[-2000:]})
     os._exit(0)  # with a device in an error state the interpreter's exit may hang or crash
 
 

@@ -79,7 +79,7 @@ def peer_version(python: str | None) -> str:
     if python is None:
         raise ConfigError(ENVIRONMENT)
     try:
-        found = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, check=False)
+        found = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, encoding="utf-8", check=False)
     except OSError as error:
         raise ConfigError(f"--peer-python {python} can't be run ({error}).\n{ENVIRONMENT}") from error
     spare, _, version = found.stdout.strip().rpartition(" ")
@@ -149,7 +149,7 @@ def server(command: Sequence[str], args: argparse.Namespace, directory: Path) ->
         deadline = time.monotonic() + START_SECONDS
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                end = log.read_text(errors="replace")[-2000:]
+                end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
                 raise DataError(f"{' '.join(command)} doesn't serve; the end of what it wrote:\n{end}")
             time.sleep(0.5)
         yield url

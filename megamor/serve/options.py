@@ -116,7 +116,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
         shown = f"{default:g}" if kind is float else default if default != "" else "none"
         if KV_SIZE in extra:
             shown = f"{GPU_SHARE:.0%}, {CPU_BYTES // 2**30}GiB on a CPU"
-        group.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **settings)
+        help_text = f"{text} (default: {shown})".replace("%", "%%")
+        group.add_argument(f"--{flag}", default=default, help=help_text, **settings)
 
 
 def chosen(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
