@@ -25,6 +25,7 @@ exit first."""
 
 # What a failing disk or a refused request looks like; any other exception is a bug and keeps its traceback.
 _EXPECTED = (OSError, RuntimeError, MegamorError, CheckpointException)
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 # What gloo, NCCL and the store say on a rank when another one has exited.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|Socket Timeout|remote process exited"
@@ -63,11 +64,13 @@ class Ranks:
 
         Raises:
             CheckpointError: on every rank; names `what`, the ranks that failed and why. A rank with a bug raises its
-                own exception instead.
+                own exception instead; so does one without memory, at once, and the others lose it.
         """
         result, failure = None, None
         try:
             result = action() if action else None
+        except OUT_OF_MEMORY:
+            raise  # the others may be in a collective of `action`, and would take this rank's message for its
         except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
             failure = error
         answers = self.gather((result, describe(failure) if failure else None))

@@ -111,7 +111,7 @@ class Device(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if attn_mask is None:
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
             return found[0]  # type: ignore[no-any-return]
-        assert not torch.backends.cuda.cudnn_sdp_enabled(), "cuDNN plans anew for each shape"
+        assert not torch._C._get_cudnn_sdp_enabled(), "cuDNN plans anew for each shape"
         assert not enable_gqa
         self.masks.add((q.shape[2], *attn_mask.shape))
         found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)

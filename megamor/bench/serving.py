@@ -206,7 +206,7 @@ def case(
     own, theirs = runs[key], runs[peer, key[1]]
 
     def middle(measure: str, percentile: str) -> float:
-        return median(figures[measure][percentile] for figures in own)
+        return float(median(figures[measure][percentile] for figures in own))
 
     speeds = [[figures["output_tokens_per_second"] for figures in some] for some in (own, theirs)]
     depth = None
@@ -263,8 +263,9 @@ def tables(report: Row) -> Iterator[Table]:
         model = setting["config"]["model"]
         title = (
             f"{setting['dtype']}; {model['num_layers']} layers of width {model['dim']}, vocabulary "
-            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens; {setting['equal_greedy_tokens']} of "
-            f"{setting['greedy_tokens']} greedy tokens equal. {device_name(report)}, cores {work['cores']}; medians of "
+            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens; "
+            f"{setting['equal_greedy_tokens']} of {setting['greedy_tokens']} greedy tokens equal. "
+            f"{device_name(report)}, cores {work['cores']}; medians of "
             f"{work['rounds']} rounds; {provenance(report, 'torch', 'vllm')}."
         )
         yield Table(COLUMNS, setting["cases"], title)

@@ -30,7 +30,7 @@ from megamor.checkpoint.set_aside import restore_links, set_aside_after
 from megamor.checkpoint.trainer_state import TrainerState
 from megamor.errors import CheckpointError, MegamorError
 from megamor.files import sync_tree, write_durably
-from megamor.ranks import Ranks, describe
+from megamor.ranks import OUT_OF_MEMORY, Ranks, describe
 
 log = logging.getLogger("megamor.checkpoint")
 
@@ -101,6 +101,8 @@ class CheckpointManager:
             self._write(draft, writers, files)
             self.on_stage("written")
             final = self._commit(draft, step)
+        except OUT_OF_MEMORY:
+            raise  # of this rank alone
         except Exception:
             # All ranks agreed on the failure before it was raised, so none of them is still writing to `draft`.
             self._on_first_rank("clearing away a failed save", self._clear)

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megamor.bench.gpu_check import CHECKS, FOUND, run_check
     from megamor.devices import check_computes, usable_device
+    from megamor.parallel.device import prepare_device
 
     names = arguments.only.split(",") if arguments.only else [*CHECKS]
     if unknown := [name for name in names if name not in CHECKS]:
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.run:
         if device.type == "cuda" and not CHECKS[names[0]].ranks:
             check_computes(device)
+            prepare_device(device)
         print(FOUND + CHECKS[names[0]].run(device))
         return
     if device.type == arguments.device == "cpu":

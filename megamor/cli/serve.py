@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from megamor.serve.options import EngineOptions, ServerOptions, add_options, cho
 
 if TYPE_CHECKING:
     import torch
+    from fastapi import FastAPI
+    from ray.serve.deployment import Application
 
     from megamor.load import LoadedModel
     from megamor.serve.engine.engine import ServingEngine
@@ -42,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     auto = "bf16 on a GPU; on a CPU bf16 if a short measurement finds it faster, otherwise fp32"
     add("--dtype", choices=("auto", *DTYPES), default="auto", help=f"of weights and activations (default auto: {auto})")
     add_exit_options(parser)
+    add("--replicas", metavar="N", help="servers behind one address, on Ray Serve: a number, or a range such as 1-4")
     add("--api-key-file", type=Path, metavar="FILE", help="keys that clients must send one of, one per line")
     add("--log-level", choices=("debug", "info", "warning"), default="info", help="default: info")
     add_options(parser, "server", ServerOptions)
@@ -102,21 +106,16 @@ def chosen_dtype(arguments: argparse.Namespace) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, "a GPU") if on_gpu else fastest_dtype()
 
 
-@user_errors()
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C, then return when the running requests have finished."""
-    arguments = parse_arguments(argv)
-    rule = chosen_exit(arguments)
+def load_server(arguments: argparse.Namespace) -> FastAPI:
+    """The application that `arguments` describe, with its engine."""
     # torch reads it when it first allocates. Weights in huge pages are read 5 to 10 % faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from megamor.load import load_model
-    from megamor.serve.http.server import serve
+    from megamor.serve.http.server import create_app
 
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    options = ServerOptions(**chosen(arguments, ServerOptions), api_keys=read_keys(arguments.api_key_file))
-    check_port(options.host, options.port)
+    rule = chosen_exit(arguments)
     dtype, reason = chosen_dtype(arguments)
     loaded = load_model(arguments.checkpoint, arguments.device, dtype)
     loaded.model.set_exit(rule)
@@ -129,7 +128,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"serving {loaded.origin} as {name!r}{suffix}; Ctrl-C stops", file=sys.stderr)
     codec = loaded.codec()
     del loaded  # with the weights that are prepacked now
-    serve(engine, codec, name, options, arguments.log_level)
+    return create_app(engine, codec, name, server_options(arguments))
+
+
+def server_options(arguments: argparse.Namespace) -> ServerOptions:
+    """The server's part of `arguments`."""
+    return ServerOptions(**chosen(arguments, ServerOptions), api_keys=read_keys(arguments.api_key_file))
+
+
+def replicated(arguments: argparse.Namespace) -> Application:
+    """Replicas of the server that `arguments` describe, for Ray Serve."""
+    from megamor.devices import usable_device
+
+    try:
+        from megamor.serve.replicas import Scale, application
+    except ImportError as error:
+        raise ConfigError(f"--replicas needs Ray ({error}): pip install 'megamor[replicas]'") from error
+    gpus = int(usable_device(arguments.device).type == "cuda")
+    ongoing = 2 * arguments.max_resident  # as many again may wait, so that a step never lacks rows
+    build = partial(load_server, arguments)
+    return application(build, Scale.parse(arguments.replicas), server_options(arguments), ongoing, gpus)
+
+
+def deployment(options: dict[str, str]) -> Application:
+    """For `serve run` and `serve deploy`: import path megamor.cli.serve:deployment, with the options of this command.
+
+    `{"checkpoint": "/models/mor", "replicas": "2-8", "max-resident": "128"}` are --checkpoint, --replicas ….
+    """
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return replicated(parse_arguments(["--replicas", "1", *words]))
+
+
+@user_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C, then return when the running requests have finished."""
+    arguments = parse_arguments(argv)
+    chosen_exit(arguments)
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options = server_options(arguments)
+    check_port(options.host, options.port)
+    if arguments.replicas:
+        app = replicated(arguments)
+        from megamor.serve import replicas
+
+        replicas.run(app, options)
+        return
+    from megamor.serve.http.server import serve
+
+    serve(load_server(arguments), arguments.log_level)
 
 
 if __name__ == "__main__":

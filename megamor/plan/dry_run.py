@@ -41,7 +41,7 @@ def describe_run(config: Config, world_size: int, per_node: int | None = None) -
         assert own == 0, f"the model has {own} parameters more than the formula"
     flops = nominal_flops(config)
     seq_len = config.data.seq_len
-    backend = resolve_backend(config.parallel, world_size, torch.cuda.is_available())
+    backend = resolve_backend(config.parallel, world_size, config.run.device != "cpu" and torch.cuda.is_available())
     if backend == "fsdp2":
         degree = shard_degree(config.parallel, world_size, per_node or world_size, counted)
         config = replace(config, parallel=replace(config.parallel, shard_degree=degree))

@@ -40,6 +40,8 @@ def to_device(
     # NumPy reads Python lists several times faster than torch does. A copy from pageable memory would wait until the
     # GPU has finished everything before it; from pinned memory it is queued like a kernel.
     tensor = torch.from_numpy(np.array(numbers, dtype))
+    if device.type == "cpu":
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

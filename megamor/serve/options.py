@@ -14,6 +14,8 @@ from megamor.errors import ConfigError
 
 Policy = Literal["full", "shrink", "depthwise"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+GPU_SHARE, CPU_BYTES = 0.8, 2**30
+"""Memory for keys and values by default: of what a GPU has free once the model is loaded, and on a CPU."""
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -25,13 +27,23 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-SIZE = {"type": parse_bytes, "metavar": "SIZE"}
+def parse_share(text: str) -> float:
+    """A fraction below 1 from `80%`, or bytes as in `parse_bytes`."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)%", text)
+    if match and not 0 < float(match[1]) < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0% and 100%")
+    return float(match[1]) / 100 if match else parse_bytes(text)
+
+
+KV_SIZE = {"type": parse_share, "metavar": "SIZE"}
 SECONDS = {"metavar": "SECONDS"}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """How the engine schedules and what memory it may use.
+
+    `kv_memory` is in bytes, or a fraction below 1 of what a GPU has free (0: `GPU_SHARE`; on a CPU `CPU_BYTES`).
 
     The fields without a line of help are not on the command line. `num_pages` by pool replaces what `kv_memory` would
     give; `max_rows` bounds the tokens in flight (default: room for every resident and two prompt chunks); `end_token`
@@ -48,7 +60,7 @@ class EngineOptions:
     chunk_size: Annotated[int, "prompt tokens of one sequence read together"] = 128
     prefill_budget: Annotated[int, "prompt tokens that enter in one batch, beside decoding; 0: no limit"] = 128
     page_size: Annotated[int, "tokens per page of the KV cache"] = 16
-    kv_memory: Annotated[int, "memory for keys and values, such as 8GiB", SIZE] = 2**30
+    kv_memory: Annotated[float, "memory for keys and values: 8GiB, or 80% of what a GPU has free", KV_SIZE] = 0.0
     prefix_caching: Annotated[bool, "read every prompt from its first token"] = True
     cuda_graphs: Annotated[bool, "launch kernels one by one on a GPU"] = True
     prepacked: Annotated[bool, "on a CPU, multiply with the weights as they are stored, which takes less memory"] = True
@@ -60,8 +72,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy = {self.policy} is not one of {', '.join(POLICIES)}")
-        positive = ("max_resident", "chunk_size", "page_size", "kv_memory")
-        for name, least in (("hold", 0), ("prefill_budget", 0), *((name, 1) for name in positive)):
+        positive = ("max_resident", "chunk_size", "page_size")
+        for name, least in (("hold", 0), ("prefill_budget", 0), ("kv_memory", 0), *((name, 1) for name in positive)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least {least}")
 
@@ -101,8 +113,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: type) -> N
             continue
         settings: dict[str, Any] = {"choices": POLICIES} if kind is Policy else {"type": kind, **dict(*extra)}
         shown = f"{default:g}" if kind is float else default
-        if SIZE in extra:
-            shown = next(f"{default // size}{unit}" for unit, size in reversed(_UNITS.items()) if default % size == 0)
+        if KV_SIZE in extra:
+            shown = f"{GPU_SHARE:.0%}, {CPU_BYTES // 2**30}GiB on a CPU"
         group.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **settings)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +230,8 @@ def launch_here(arguments: list[str]) -> tuple[Any, str]:
     """Exit status and stderr of this rank."""
     pretrain.SECONDS_BEFORE_SILENT_EXIT = 0.0
     printed = io.StringIO()
-    with contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", sys.exit)  # how one of several ranks ends
         try:
             pretrain.main(["--config", *arguments])
         except SystemExit as leaving:

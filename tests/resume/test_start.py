@@ -21,6 +21,7 @@ from megamor.config import (
     CheckpointConfig,
     Config,
     EmaThresholdConfig,
+    ExpertChoiceConfig,
     FixedDepthConfig,
     OptimConfig,
     RecursionConfig,
@@ -34,6 +35,8 @@ from megamor.model import build_model
 from megamor.parallel import init_world
 from megamor.session import Session
 from megamor.train import Trainer, build_trainer
+from megamor.train.start import select
+from tests.combinations import lively_model, tiny_config
 from tests.commands import status
 from tests.distributed.runs import stored_tensors
 from tests.resume.runs import assert_same_run, directory_of, fit, fit_to_failure, named, tiny_run, trace, until
@@ -242,6 +245,17 @@ def test_more_recursions_begin_as_copies_of_the_last(source: Config, capsys: pyt
     assert "  copied from the recursion before: " in capsys.readouterr().out
 
 
+def test_heads_of_the_inference_rule_are_copied_too() -> None:
+    config = tiny_config(ExpertChoiceConfig(sampling="aux_router"))
+    model = lively_model(config, dtype=torch.float32)
+    weights, last = dict(model.state_dict()), "stage.router.aux_router.2."
+    fewer = {name: weight for name, weight in weights.items() if not name.startswith(last)}
+    taken, _ = select(fewer, config, model, config)
+    for name in weights.keys() - fewer.keys():
+        assert torch.equal(taken[name], weights[name.replace("aux_router.2", "aux_router.1")])
+    assert taken.keys() == weights.keys() != fewer.keys()
+
+
 def test_norms_of_their_own_begin_as_the_shared_ones(tmp_path: Path) -> None:
     """So the function is the source's."""
     plain = named(tiny_run(tmp_path), "plain", max_steps=1)
@@ -321,6 +335,11 @@ def test_another_tokenizer_is_refused_unless_it_gives_the_same_ids(source: Confi
         state(replace(warm(based), data=replace(based.data, tokenizer=tokenizer and str(tokenizer))))
     changed = replace(warm(based), data=replace(based.data, tokenizer=str(other)))
     assert "isn't the tokenizer that the weights were trained with" in refusal(changed)
+    added = {**same, "added_tokens": [{"id": 2, "content": "<|im_end|>", "single_word": False, "lstrip": False,
+                                       "rstrip": False, "normalized": False, "special": True}]}  # fmt: skip
+    (tmp_path / "added.json").write_text(json.dumps(added))
+    longer = replace(warm(based), data=replace(based.data, tokenizer=str(tmp_path / "added.json")))
+    assert ": added_tokens differ." in refusal(longer)
     assert "allow it: checkpoint.allow_changes=[data.tokenizer]" in refusal(changed)
     state(replace(changed, checkpoint=CheckpointConfig(allow_changes=("data.tokenizer",))))
 

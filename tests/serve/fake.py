@@ -58,6 +58,7 @@ class FakeEngine:
     gate: threading.Event = field(default_factory=threading.Event)
 
     context_length: int = CONTEXT
+    description: dict[str, str] = field(default_factory=lambda: {"scheduling policy": "scripted </script>"})
 
     def __post_init__(self) -> None:
         self.gate.set()

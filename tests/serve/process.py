@@ -75,7 +75,7 @@ class Process:
 
 
 @contextmanager
-def server_process(checkpoint: Path, directory: Path, *options: str) -> Iterator[Process]:
+def server_process(checkpoint: Path, directory: Path, *options: str, seconds: float = 60) -> Iterator[Process]:
     """Start `megamor serve` on a free port and wait until it answers."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "megamor.serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
@@ -83,7 +83,7 @@ def server_process(checkpoint: Path, directory: Path, *options: str) -> Iterator
     with log.open("wb") as output:
         popen = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + seconds
         while not (found := re.search(r"running on (http://[\d.]+:\d+)", log.read_text())):
             assert popen.poll() is None and time.monotonic() < end, log.read_text()  # noqa: PT018
             time.sleep(0.1)

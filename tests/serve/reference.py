@@ -42,7 +42,8 @@ def replayed_logprobs(model: Transformer, tokens: Sequence[int], depths: Sequenc
     exact = torch.tensor(list(depths))
     with torch.no_grad():
         out = model(torch.tensor([list(tokens)]), mode="causal", bounds=DepthBounds(exact, exact))
-    return out.logits[0].log_softmax(-1).tolist()
+    logprobs: list[list[float]] = out.logits[0].log_softmax(-1).tolist()
+    return logprobs
 
 
 def answer(model: Transformer, prompt: Sequence[int], params: SamplingParams, index: int, end: int | None) -> Answer:

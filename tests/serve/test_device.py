@@ -18,6 +18,7 @@ from megamor.model import build_model
 from megamor.routing import token_choice
 from megamor.serve.engine import attention, paged_kernel
 from megamor.serve.engine.engine import ServingEngine
+from megamor.serve.engine.flight import RECURSION
 from megamor.serve.engine.request import SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, tiny_config
@@ -86,7 +87,7 @@ def test_the_host_waits_only_for_rows_and_tokens(
     outputs, depths = [], set[int]()
     while engine.has_work:
         before = looks.count
-        depths.add(len({chunk.recursion for chunk in engine.scheduler.in_core}))
+        depths.add(len({*engine.scheduler.flight.rows[RECURSION, engine.scheduler.core].tolist()}))
         launches = engine.accounting.total.launches["core"]
         outputs += engine.step()
         if engine.accounting.total.launches["core"] > launches:

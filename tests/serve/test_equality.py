@@ -23,8 +23,8 @@ from megamor.model import Transformer, build_model
 from megamor.routing import RoutingSession, TokenSet
 from megamor.routing.expert_choice import ExpertChoiceSession
 from megamor.serve.engine.engine import ServingEngine
+from megamor.serve.engine.flight import SequenceState
 from megamor.serve.engine.request import RequestError, RequestOutput, SamplingParams
-from megamor.serve.engine.scheduler import SequenceState
 from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.exits import median_rule

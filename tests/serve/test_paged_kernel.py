@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from megamor.serve.engine.paged_kernel import attend_row
+from megamor.serve.engine.paged_kernel import attend_row, combine_splits
 
 POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "head_dim": 64, "page_size": 16}
 
@@ -33,20 +33,53 @@ def test_interpreted() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("name", "total", "slides"), [("bf16", tl.float32, True), ("fp32", tl.float32, False), ("fp64", tl.float64, True)]
+    ("name", "total", "slides", "splits"),
+    [
+        ("bf16", tl.float32, True, 8),
+        ("bf16", tl.float32, False, 1),
+        ("fp16", tl.float32, False, 4),
+        ("fp32", tl.float32, False, 1),
+        ("fp64", tl.float64, True, 2),
+    ],
 )
 def test_compiles(
-    name: str, total: tl.dtype, slides: bool, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    total: tl.dtype,
+    slides: bool,
+    splits: int,
+    capability: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The interpreter accepts code that the compiler refuses."""
+    """The interpreter accepts code that the compiler refuses. In 16 bits, the products are those of tensor cores."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {**SIZES, "GROUP": 4, "DIMS": 64, "ENTRIES": 16, "SUM": total, "slides": slides}
+    matrix, sums = name in ("bf16", "fp16"), "*fp64" if name == "fp64" else "*fp32"
+    constants = {
+        **SIZES,
+        **({"GROUP": 16, "ENTRIES": 64} if matrix else {"GROUP": 4, "ENTRIES": 16}),
+        "DIMS": 64,
+        "SPLITS": splits,
+        "MATRIX": matrix,
+        "FACTOR": tl.float16 if name == "fp16" else tl.bfloat16,
+        "SUM": total,
+        "slides": slides,
+    }
     signature = {
         **dict.fromkeys(POINTERS, f"*{name}"),
-        **dict.fromkeys(("tables", "owners", "ends", "begins"), "*i64"),
+        **({"out": sums} if splits > 1 else {}),
+        "sums": sums,
+        "tables": "*i32",
+        **dict.fromkeys(("owners", "ends", "begins"), "*i64"),
         **dict.fromkeys(("table_stride", "page_stride"), "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }
-    kernel = compile(ASTSource(attend_row, signature, constants), target=GPUTarget("cuda", capability, 32))
+    target = GPUTarget("cuda", capability, 32)
+    kernel = compile(ASTSource(attend_row, signature, constants), target=target)
     assert len(kernel.asm["cubin"]) > 1000
     assert f"sm_{capability}" in kernel.asm["ptx"]
+    assert ("mma" in kernel.asm["ptx"]) == (name in ("bf16", "fp16"))
+    if splits > 1:
+        own = {"head_dim": 64, "DIMS": 64, "SPLITS": splits}
+        pointers = {"parts": sums, "sums": sums, "out": f"*{name}"}
+        source = ASTSource(combine_splits, pointers | dict.fromkeys(own, "constexpr"), own)
+        assert len(compile(source, target=target).asm["cubin"]) > 1000

@@ -65,7 +65,9 @@ def log_of(config: Config) -> str:
 @pytest.mark.promise("R4", backend="slurm")
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Config, launcher: str) -> None:
-    config = replace(base, parallel=ParallelConfig(backend="deepspeed")) if launcher == "deepspeed" else base
+    # One group: by default each node would be one, and `straight` runs on one node.
+    parallel = ParallelConfig(backend="deepspeed") if launcher == "deepspeed" else ParallelConfig(shard_degree=2)
+    config = replace(base, parallel=parallel)
     job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
     wait_for_steps(config, 3)
     cluster.signal(job, "USR1")

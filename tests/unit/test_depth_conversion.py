@@ -158,6 +158,15 @@ def test_low_rank_updates_are_the_nearest() -> None:
         torch.testing.assert_close((layer - shared - up @ down).norm(), left)
 
 
+def test_updates_that_are_drawn_have_the_scale_of_new_weights() -> None:
+    config = target(lora_rank=16, separate_norms=True)
+    dense, model = dense_of(config)
+    found = convert_depth(dense, model.state_dict(), config, "stepwise")
+    down, up = (found[f"stage.blocks.0.ffn.up_proj.{name}.1.weight"] for name in ("down", "up"))
+    assert float(down.std()) == pytest.approx(config.model.init_std, rel=0.15)
+    assert not up.any()
+
+
 def test_own_norms() -> None:
     config = target(separate_norms=True)
     dense, model = dense_of(config)
@@ -178,6 +187,10 @@ def test_the_check_finds_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(depth, "mean_of", forgets_norms)
     with pytest.raises(AssertionError, match="layer 1 isn't the original's"):
+        convert_depth(dense, model.state_dict(), config, "average")
+    monkeypatch.undo()
+    model.state_dict()["prelude.2.ffn.up_proj.weight"].fill_(torch.nan)
+    with pytest.raises(AssertionError, match="layer 2 isn't the original's: differs by nan"):
         convert_depth(dense, model.state_dict(), config, "average")
 
 
@@ -221,8 +234,9 @@ def test_sliding_windows() -> None:
     dense, model = dense_of(config)
     assert_same(logits(built(config, convert_depth(dense, model.state_dict(), config, "svd_lora"))), logits(model))
     uneven = replace(dense, model=replace(sliding, sliding_layers=(0, 2)))
-    with pytest.raises(ConfigError, match=r"blocks.0 attends to a sliding window, and the layers \[4\] to the whole"):
-        convert_depth(uneven, model.state_dict(), config, "average")
+    for method in ("average", "stepwise"):  # stepwise takes layer 0 alone, which slides
+        with pytest.raises(ConfigError, match=r"blocks.0 attends to a sliding window, and the layers \[4\] to the"):
+            convert_depth(uneven, model.state_dict(), config, method)
 
 
 @pytest.mark.parametrize(

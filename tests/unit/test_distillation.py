@@ -29,6 +29,7 @@ from megamor.model.loss import Teacher, linear_cross_entropy
 from megamor.parallel import init_world
 from megamor.session import Session
 from megamor.train import build_trainer
+from megamor.train.distill import Distillation
 from tests.combinations import lively_model
 from tests.distributed.harness import run_ranks
 from tests.resume.runs import STEPS, assert_same_run, directory_of, fit, named, tiny_run, trace, until
@@ -216,8 +217,11 @@ def test_bf16(backend: str, tmp_path: Path) -> None:
 def test_a_resumed_run_tells_of_another_teacher(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = taught_run(tmp_path)
     world = init_world(config.parallel)
-    build_trainer(until(config, 1), world).fit()
-    assert "another teacher" not in capsys.readouterr().out
+    plain = replace(config, train=replace(config.train, loss_kernel="reference"))
+    build_trainer(until(plain, 1), world).fit()
+    told = capsys.readouterr().out
+    assert "another teacher" not in told
+    assert "\nloss: plain operations (as configured)\n" in told
     other = build_model(dense_config(config), seed=1).state_dict()
     shutil.rmtree(config.distill.from_)
     stored = {MODEL_PREFIX + name: weight for name, weight in other.items()}
@@ -231,9 +235,29 @@ def test_flops_of_the_teacher_are_executed(tmp_path: Path) -> None:
     plain = named(replace(config, distill=DistillConfig()), "plain")
     for each in (config, plain):
         fit(until(each, 1), world_size=1)
-    # Expert choice selects as many tokens in either run, so the difference is the teacher.
-    more = records(config)[0]["throughput/executed_flops"] - records(plain)[0]["throughput/executed_flops"]
-    assert more == pytest.approx(executed_flops(dense_config(config), 4, (), 32).forward, rel=1e-3)
+    fixed = replace(config, router=FixedDepthConfig())
+    recursive = named(taught_by(config, write_teacher(fixed, tmp_path / "fixed")), "recursive")
+    fit(until(recursive, 1), world_size=1)
+    # Expert choice selects as many tokens in each run, so the difference is the teacher.
+    base, *flops = (records(each)[0]["throughput/executed_flops"] for each in (plain, config, recursive))
+    every = (4 * 32, 4 * 32 * 33 / 2)  # tokens and pairs of each recursion of four windows
+    for found, (teacher, work) in zip(flops, ((dense_config(config), ()), (fixed, (every,) * 3)), strict=True):
+        assert found - base == pytest.approx(executed_flops(teacher, 4, work, 32).forward, rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_teacher_reads_each_document_alone_and_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    config, cpu = taught_run(tmp_path), torch.device("cpu")
+    teacher = Distillation.load(config, cpu)
+    assert teacher is not None
+    tokens = torch.randint(128, (1, 32), generator=torch.Generator().manual_seed(0))
+    packed = {"inputs": tokens, "documents": (torch.arange(32) >= 20).long()[None], "lengths": None}
+    model = load_model(str(config.distill.from_), "cpu").model
+    alone = [model(part, mode="causal", predict=False).hidden for part in tokens.split((20, 12), 1)]
+    torch.testing.assert_close(teacher.teach(packed).hidden, torch.cat(alone), rtol=0, atol=1e-5)
+    half = Distillation.load(replace(config, train=replace(config.train, precision="bf16")), cpu)
+    assert half is not None
+    assert half.model.embed.weight.dtype == torch.bfloat16
 
 
 def test_a_session_learns_from_a_teacher(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def with_recursion(config: Config, **changes: Any) -> Config:
 
 
 GEMMA = {"qk_norm": True, "sandwich_norms": True, "scale_embedding": True, "ffn_activation": "gelu_tanh"}
+SLIDING = {"sliding_window": 3, "sliding_layers": (0, 2), "sliding_rope_theta": 50.0}
 CASES: dict[str, tuple[Config, int | None, str]] = {
     "vanilla": (with_model(vanilla_config(3), tied_head=False, head_width=12), None, "LlamaForCausalLM"),
     "scaled": (with_model(vanilla_config(3), rope_scaling=SCALING), None, "LlamaForCausalLM"),
@@ -46,7 +47,12 @@ CASES: dict[str, tuple[Config, int | None, str]] = {
     "shallow": (tiny_config(ROUTERS["fixed"], sharing="middle_sequence"), 2, "LlamaForCausalLM"),
     "fixed_2_of_3": (with_model(tiny_config(ROUTERS["fixed_2_of_3"]), qk_norm=True), None, "Qwen3ForCausalLM"),
     "forward": (tiny_config(SkipForwardRecurseConfig(hidden=16)), 2, "LlamaForCausalLM"),
-    "gemma": (with_model(with_recursion(FIXED, residual_scaling="inverse"), **GEMMA), None, "Gemma3ForCausalLM"),
+    # The prelude and the second block slide, the latter in each of its recursions.
+    "gemma": (
+        with_model(with_recursion(FIXED, residual_scaling="inverse"), **GEMMA, **SLIDING),
+        None,
+        "Gemma3ForCausalLM",
+    ),
 }
 
 
@@ -111,7 +117,7 @@ def test_the_card_says_what_the_checkpoint_records(tmp_path: Path) -> None:
         flops=3e12,
         started_from={**origin, "started_from": converted},
         data_fingerprints={"/home/me/a/train": "f00d", "/home/me/b/train": "beef"},
-        versions={"torch": "2.13.0"},
+        versions={"torch": "2.9.1"},
     )
     (tmp_path / "trainer.json").write_text(state.to_json())
     report = {"schema": "megamor-evaluation/1", "sets": {"val": {"data": "/home/me/val", "loss_causal": 3.25}}}
@@ -137,7 +143,7 @@ def test_the_card_says_what_the_checkpoint_records(tmp_path: Path) -> None:
         "Started from `first` | init at step 70, SHA-256 `abc`",
         "Started from `mor` | init at step 0, SHA-256 `345`",
         "Started from `llama` | convert-depth at step 0, SHA-256 `012`; import, SHA-256 `def`",
-        "torch 2.13.0",
+        "torch 2.9.1,",  # with which it was trained
         "| val | loss_causal | 3.25 |",
         "| sst2 | acc,none | 0.75 |",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -90,6 +91,14 @@ def test_defaults_are_those_of_transformers() -> None:
         assert config_of(*explicit, family) == config_of(*known_settings({"model_type": family}, family), family)
 
 
+def test_layers_with_a_window_are_those_of_transformers() -> None:
+    given = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}
+    theirs = transformers.Qwen3Config(**given).layer_types
+    sliding = tuple(layer for layer, kind in enumerate(theirs) if kind == "sliding_attention")
+    assert translated(model_type="qwen3", **given).sliding_layers == sliding == (1, 2)
+    assert translated(model_type="qwen3", **{**given, "use_sliding_window": False}).sliding_layers == ()
+
+
 def test_stored_types_shards_and_files_of_torch(saved: Path, tmp_path: Path) -> None:
     half = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
@@ -101,6 +110,9 @@ def test_stored_types_shards_and_files_of_torch(saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", tmp_path / "torch")
     torch.save(half.state_dict(), tmp_path / "torch" / "pytorch_model.bin")
     assert torch.equal(logits_after_import(tmp_path / "torch", tmp_path / "b", TOKENS), found)
+    last, before = max((tmp_path / "sharded").glob("*.safetensors")), read_dense(tmp_path / "sharded").origin["sha256"]
+    save_file({name: weight + 1 for name, weight in load_file(last).items()}, last)
+    assert read_dense(tmp_path / "sharded").origin["sha256"] != before  # provenance has the hash of every shard
     next((tmp_path / "sharded").glob("*3-of*")).unlink()
     with pytest.raises(CheckpointError, match="00003-of"):
         read_dense(tmp_path / "sharded")
@@ -118,6 +130,9 @@ def test_names_of_older_files(saved: Path, tmp_path: Path) -> None:
     assert (model.sliding_layers, model.sliding_rope_theta, model.rope_theta) == ((0, 1, 3, 4, 6, 7), 5e3, 7e5)
     assert model.rope_scaling == RopeScalingConfig(8.0, original_max_seq_len=1)
     assert model.tied_head
+    both = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}
+    assert transformers.LlamaConfig(**copy.deepcopy(both)).rope_parameters["rope_type"] == "linear"
+    assert translated(**both).rope_scaling.factor == 2
     assert translated(head_dim=None, num_key_value_heads=None).num_kv_heads == SIZES["num_attention_heads"]
     nested = {"model_type": "gemma3", "text_config": {**SIZES, "model_type": "gemma3_text"}, "image_token_index": 9}
     family, known = known_settings(nested, "config.json")
@@ -150,6 +165,7 @@ def test_names_of_older_files(saved: Path, tmp_path: Path) -> None:
         ({"model_type": "gemma3_text", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
         ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": "x"}}, "rope_parameters = "),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "sliding_window = None.*3 layers need one"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
@@ -170,6 +186,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(saved: Path, tmp_path: Path
     for changed, message in (
         ({key: state[key][1:].clone()}, f"{key} has shape"),
         ({key: state[key].to(torch.int8)}, f"{key} has type torch.int8"),
+        ({key: state[key].to(torch.float8_e4m3fn)}, f"{key} has type torch.float8_e4m3fn"),
         ({"score.weight": state[key].clone()}, "score.weight is not in the model"),
         ({key: None}, f"{key} is missing"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from megamor.parallel import World, build_backend
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.trainer import StepBatch, Trainer
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config, vanilla_config
+from tests.distributed.harness import run_ranks
 from tests.fake_cuda import CUDA, Device, fake_cuda
 
 TOKENS = BATCH * SEQ_LEN
@@ -46,8 +48,17 @@ def batch_of(documents: bool) -> MicroBatch:
     return MicroBatch(ones, ones, ids, torch.full((BATCH,), SEQ_LEN))
 
 
-def step(config: Config, documents: bool, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """One optimizer step of `ACCUMULATED` micro-batches as the trainer does it, and what the device saw of it."""
+def step(config: Config, documents: bool) -> Device:
+    """One optimizer step of `ACCUMULATED` micro-batches as the trainer does it, and what the device saw of it.
+
+    In a process of its own, since autograd's threads for a device keep later tests from forking.
+    """
+    waits, masks = run_ranks(step_here, config, documents, world_size=1)[0]
+    return Device(waits=waits, masks=masks)
+
+
+def step_here(config: Config, documents: bool) -> tuple[Counter[str], set[tuple[int, ...]]]:
+    monkeypatch = pytest.MonkeyPatch()
     batch = batch_of(documents)
     given = batch.arguments(torch.device("cpu"))
     monkeypatch.setattr(
@@ -70,31 +81,31 @@ def step(config: Config, documents: bool, monkeypatch: pytest.MonkeyPatch) -> De
         model.update_routers(figures.totals)
         assert not device.waits["events"]
         figures._arrived.synchronize()
-    return device
+    return device.waits, device.masks
 
 
-def check_waits(router: str, kv_policy: str, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = step(config_of(router, kv_policy), documents, monkeypatch)
+def check_waits(router: str, kv_policy: str, documents: bool) -> None:
+    device = step(config_of(router, kv_policy), documents)
     assert device.waits["events"] == 1
     reads = next((count for name, count in READS.items() if router.startswith(name)), 2)
     assert device.waits["sizes"] == ACCUMULATED * reads, "sizes that only the device knows are read, and nothing else"
 
 
 @pytest.mark.parametrize("router", ["vanilla", "expert_choice", "token_choice", "ema_threshold"])
-def test_a_step_waits_for_its_figures_alone(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_waits(router, "share_first", True, monkeypatch)
+def test_a_step_waits_for_its_figures_alone(router: str) -> None:
+    check_waits(router, "share_first", True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_no_combination_waits(router: str, kv_policy: str, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_waits(router, kv_policy, documents, monkeypatch)
+def test_no_combination_waits(router: str, kv_policy: str, documents: bool) -> None:
+    check_waits(router, kv_policy, documents)
 
 
-def test_muon_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert step(config_of("fixed", "recursion_wise", "muon"), False, monkeypatch).waits == {"events": 1}
+def test_muon_does_not_wait() -> None:
+    assert step(config_of("fixed", "recursion_wise", "muon"), False).waits == {"events": 1}
 
 
 @pytest.mark.parametrize("kv_policy", ["share_first", pytest.param("hybrid", marks=pytest.mark.slow)])
@@ -103,7 +114,6 @@ def test_masked_shapes_are_few(kv_policy: str, monkeypatch: pytest.MonkeyPatch) 
     config, masks = config_of("ema_threshold", kv_policy), set[tuple[int, ...]]()
     for longest in (1, 12, 23):
         monkeypatch.setitem(SIZES, (2,), [BATCH * longest - 1, longest])
-        with monkeypatch.context() as patch:
-            masks |= step(config, False, patch).masks
+        masks |= step(config, False).masks
     assert len(masks) == 1, masks
     assert {queries for queries, *_ in masks} <= {SEQ_LEN, LENGTH_MULTIPLE}, masks

@@ -8,6 +8,7 @@ the pages are gathered into dense tensors for torch's scaled dot-product attenti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 from megamor.model.blocks import KeysValues, KeyValue
 from megamor.routing.plan import to_device
 from megamor.serve.engine.flight import Ints, PageIds
+
+# Pages up to which the texts of single rows are padded to the longest.
+FEW_PAGES = 4
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class PagedKeysValues(KeysValues):
 
 @dataclass(frozen=True)
 class GatherGroup:
-    """G runs of n rows each: `rows` [G·n], `pages` [G·P] and an additive `mask` [G, 1, n, entries]."""
+    """G runs of n rows each: `rows` [G·n] (None: all, in order), `pages` [G·P], additive `mask` [G, 1, n, entries]."""
 
-    rows: Tensor
+    rows: Tensor | None
     pages: Tensor
     mask: Tensor
 
@@ -80,43 +84,66 @@ class GatherLayout:
 
         tables [M, P]; owners, ends and begins [N]. Pages have `size` entries. Rows of one owner are neighbours.
         """
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        lengths = np.diff(starts, append=len(owners))
+
+        def group(rows: Ints | slice, runs: Ints | slice, count: int, own: Tensor | None) -> GatherGroup:
+            first = None if begins is None else to_device(begins[rows], device)
+            last = to_device(ends[rows], device)
+            if isinstance(rows, slice):
+                first, last = None if first is None else first.unsqueeze(1), last.unsqueeze(1)
+            pages = tables[owners[runs], :count].ravel()
+            return GatherGroup(own, to_device(pages, device), entry_mask(first, last, count * size, dtype))
+
+        borders = owners[1:] != owners[:-1]
+        count = -(-int(ends.max()) // size)
+        if count <= FEW_PAGES and borders.all():
+            # Short texts that are all being decoded: the usual batch of a small machine, built in half the time.
+            return GatherLayout([group(slice(None), slice(None), count, None)], None)
+        starts = np.concatenate(([0], borders.nonzero()[0] + 1))
+        lengths = np.concatenate((starts[1:], [len(owners)])) - starts
         num_pages = -(-np.maximum.reduceat(ends, starts) // size)
         # Single rows (decoding) are padded to the longest of their group, so a group spans a factor of two in pages at
-        # most: for texts of 20 to 2,000 tokens that halves the time. The rows of a prompt chunk read the same pages and
-        # are a group of their own: as single rows, each would gather its own copy of the whole prompt (128 rows of a
-        # 512-token prompt: 240 ms instead of 6). One call per run takes 3.6 times as long for 32 short texts.
-        # (Measured on one x86 core, fp32, 8 heads of 64.)
-        keys = np.where(lengths == 1, np.frexp(num_pages - 1)[1], -starts - 1)
-        groups = []
-        for key in dict.fromkeys(keys.tolist()):
+        # most: for texts of 20 to 2,000 tokens that halves the time. For few pages another group costs more than it
+        # saves. The rows of a prompt chunk read the same pages and are a group of their own: as single rows, each would
+        # gather its own copy of the whole prompt (128 rows of a 512-token prompt: 240 ms instead of 6). One call per
+        # run takes 3.6 times as long for 32 short texts. (Measured on one x86 core, fp32, 8 heads of 64.)
+        keys = np.where(lengths == 1, np.frexp(np.maximum(num_pages, FEW_PAGES) - 1)[1], -starts - 1)
+        groups, order = [], []
+        different = dict.fromkeys(keys.tolist())
+        for key in different:
             chosen = np.flatnonzero(keys == key)
             rows = starts[chosen, None] + np.arange(lengths[chosen[0]])
-            count = num_pages[chosen].max()
-            first = None if begins is None else to_device(begins[rows], device)
-            mask = entry_mask(first, to_device(ends[rows], device), count * size, dtype)
-            pages = tables[owners[rows[:, 0]], :count].ravel()
-            groups.append(GatherGroup(to_device(rows.ravel(), device), to_device(pages, device), mask))
-        back = torch.cat([group.rows for group in groups]).argsort() if len(groups) > 1 else None
-        return GatherLayout(groups, back)
+            order.append(rows.ravel())
+            own = None if len(different) == 1 else to_device(order[-1], device)
+            groups.append(group(rows, rows[:, 0], int(num_pages[chosen].max()), own))
+        return GatherLayout(groups, None if len(groups) == 1 else to_device(np.concatenate(order).argsort(), device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, heads, head_dim] and pages of keys and values to [N, heads · head_dim]."""
         if self.back is None:
             return attend_group(q, k, v, self.groups[0])
-        outs = [attend_group(q.index_select(0, group.rows), k, v, group) for group in self.groups]
+        outs = [
+            attend_group(q if group.rows is None else q.index_select(0, group.rows), k, v, group)
+            for group in self.groups
+        ]
         return torch.cat(outs).index_select(0, self.back)
 
 
 def entry_mask(begins: Tensor | None, ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
     """Additive mask [G, 1, n, num_entries] of rows that see the entries from `begins` (None: 0) to `ends`, [G, n]."""
     # Additive, as attention adds it in the same kernel. Entries of unused pages are zeros or old values, never NaN.
-    entries = torch.arange(num_entries, device=ends.device)
-    hidden = entries >= ends.unsqueeze(-1)
+    length = 1 << num_entries.bit_length()
+    steps = hiding_steps(length, dtype, ends.device)
+    # Row i of these windows [length, num_entries] shows the first length - i entries.
+    mask = steps.unfold(0, num_entries, 1)[length - ends]
     if begins is not None:
-        hidden |= entries < begins.unsqueeze(-1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
+        mask = mask + steps.flip(0).unfold(0, num_entries, 1)[length - begins]
+    return mask.unsqueeze(1)
+
+
+@cache
+def hiding_steps(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[2 · length]: first zeros, then -inf."""
+    return torch.tensor([0.0, float("-inf")], dtype=dtype, device=device).repeat_interleave(length)
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
@@ -168,8 +195,7 @@ def fixed_layout(
     # What a graph of the CPU would be, if there were any: tests run it in place of one.
     first, last = None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1)
     mask = entry_mask(first, last, tables.shape[1] * size, dtype)
-    rows = torch.arange(len(owners), device=tables.device)
-    return GatherLayout([GatherGroup(rows, tables.index_select(0, owners).flatten(), mask)], None)
+    return GatherLayout([GatherGroup(None, tables.index_select(0, owners).flatten(), mask)], None)
 
 
 def reads_in_place(device: torch.device) -> bool:

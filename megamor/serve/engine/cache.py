@@ -14,7 +14,8 @@ from megamor.model import Transformer
 from megamor.model.blocks import RotaryAngles, rotary_angles
 from megamor.routing import DepthBounds, RoutingContext
 from megamor.routing.plan import to_device
-from megamor.serve.engine.attention import GatherLayout, Layout, PagedKeysValues, fixed_layout, reads_in_place
+from megamor.serve.engine import attention
+from megamor.serve.engine.attention import GatherLayout, Layout, PagedKeysValues, fixed_layout
 from megamor.serve.engine.flight import (
     ADDRESS,
     BEGIN,
@@ -24,7 +25,6 @@ from megamor.serve.engine.flight import (
     OWNER,
     POSITION,
     SLOT,
-    TEXT,
     Flight,
     Ints,
     Marks,
@@ -34,9 +34,9 @@ from megamor.serve.engine.prefix import PageCopy
 
 
 class Rows(NamedTuple):
-    """The rows of `Flight.launch` on the device, [N] each. Only if `bounded` may depths have bounds."""
+    """`Flight.launch` on the device: `numbers` [NUM_COLUMNS, N]. Only if `bounded` may depths have bounds."""
 
-    numbers: Sequence[Tensor]
+    numbers: Tensor
     bounded: bool
 
     @property
@@ -47,9 +47,8 @@ class Rows(NamedTuple):
     def context(self) -> RoutingContext:
         """What the router is told."""
         # Without bounds where no row has any, which is the rule: routers skip the comparison then.
-        bounds = DepthBounds(self.numbers[LEAST], self.numbers[MOST]) if self.bounded else None
-        positions, text = self.numbers[POSITION], self.numbers[TEXT]
-        return RoutingContext(len(self.slots), 1, "causal", 0, positions, bounds, text=text)
+        bounds = DepthBounds(*self.numbers[LEAST : MOST + 1]) if self.bounded else None
+        return RoutingContext(self.numbers.shape[1], 1, "causal", 0, self.numbers[POSITION], bounds)
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,11 @@ class PagedCache:
 
     def block_call(self, rows: Rows, numbers: Ints | None = None, nowhere: int = -1) -> BlockCall:
         """How blocks are called on `rows`, whose `numbers` may depend on the batch. In a graph (None) they may not."""
-        sights, addresses, writers = [], rows.numbers[ADDRESS], None
+        sights, addresses, writers, positions = [], rows.numbers[ADDRESS], None, rows.numbers[POSITION]
         for slides, (cos, sin) in zip(self.sights, self.angles, strict=True):
-            positions = rows.numbers[POSITION]
             angles = RotaryAngles(cos.index_select(0, positions), sin.index_select(0, positions))
             sights.append((angles, self.layout(rows, numbers, slides)))
-        if numbers is not None and (writes := numbers[ADDRESS] != nowhere).sum() < len(writes):
+        if numbers is not None and not (writes := numbers[ADDRESS] != nowhere).all():
             writers = self.tensor(writes.nonzero()[0])
             addresses = addresses.index_select(0, writers)
         return BlockCall(sights, addresses, writers)
@@ -136,7 +134,7 @@ class PagedCache:
     def layout(self, rows: Rows, numbers: Ints | None, slides: bool) -> Layout:
         """What `rows` see in blocks with a sliding window (`slides`) or without."""
         size, chosen = self.flight.page_size, (OWNER, END, BEGIN) if slides else (OWNER, END)
-        if numbers is None or reads_in_place(self.device):
+        if numbers is None or attention.reads_in_place(self.device):
             return fixed_layout(self.tables, *(rows.numbers[column] for column in chosen), size=size, dtype=self.dtype)
         seen = (numbers[column] for column in chosen)
         return GatherLayout.of(self.flight.pages, *seen, size=size, dtype=self.dtype, device=self.device)
@@ -144,8 +142,8 @@ class PagedCache:
     def rows(self, numbers: Ints) -> Rows:
         """`numbers` on the device, in one transfer."""
         most = self.num_recursions
-        bounded = bool((numbers[LEAST] > 0).any() or (numbers[MOST] < most).any())
-        return Rows(self.tensor(numbers).unbind(), bounded)
+        bounded = bool(numbers[LEAST].any() or numbers[MOST].min() < most)
+        return Rows(self.tensor(numbers), bounded)
 
     def tensor(self, numbers: Sequence[Any] | Ints | Marks) -> Tensor:
         """Integers on the device."""

@@ -27,7 +27,7 @@ from megamor.serve.engine.request import (
 from megamor.serve.engine.runner import Runner
 from megamor.serve.engine.sampler import Draw, logprobs_of, sample
 from megamor.serve.engine.scheduler import Scheduler
-from megamor.serve.options import EngineOptions
+from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 
 # Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
@@ -61,13 +61,14 @@ class ServingEngine:
         self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
         """Why the products take the weights as they are stored; None if they are prepacked."""
         self.model = model = model.eval() if self.unpacked else packed(model.eval())
-        num_pages = self.options.num_pages or self.split_memory()
+        memory = kv_bytes(self.options.kv_memory, model.embed.weight.device)
+        num_pages = self.options.num_pages or self.split_memory(memory)
         tables, context = self.layers.tables, self.context_length
         self.scheduler = Scheduler(self.options, self.layers.num_recursions, tables, num_pages, context)
         if self.options.num_pages is None and not self.scheduler.fits(self.context_length, self.layers.num_recursions):
             raise ConfigError(
-                f"kv_memory = {self.options.kv_memory} bytes doesn't hold one context of {self.context_length} tokens: "
-                "give more, or a smaller page_size"
+                f"kv_memory = {memory} bytes doesn't hold one context of {self.context_length} tokens: give more, or a "
+                "smaller page_size"
             )
         self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
@@ -81,6 +82,19 @@ class ServingEngine:
         return self.model.config.model.max_seq_len
 
     @property
+    def description(self) -> dict[str, str]:
+        config, options, weight = self.model.config, self.options, self.model.embed.weight
+        recursions = self.layers.num_recursions
+        return {
+            "context": f"{self.context_length:,} tokens",
+            "recursions": f"up to {recursions}, chosen by the router {config.router.kind}",
+            "KV policy": config.recursion.kv_policy,
+            "scheduling policy": options.policy,
+            "hold": "automatic" if not options.hold else f"{options.hold} core batches",
+            "weights": f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+        }
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -88,8 +102,8 @@ class ServingEngine:
         """From now on replay batches of up to `max_resident` rows as graphs."""
         self.runner.record_graphs(min(self.options.max_resident, self.options.num_slots), record)
 
-    def split_memory(self) -> dict[str, int]:
-        """Pages of each pool, such that both run out after about the same number of tokens.
+    def split_memory(self, memory: int) -> dict[str, int]:
+        """Pages of each pool in `memory` bytes, such that both run out after about the same number of tokens.
 
         A token needs one entry in the edge's table, and in the table of a recursion one with the probability that it
         gets there. A router without capacities may send all tokens to every recursion.
@@ -102,7 +116,7 @@ class ServingEngine:
         for spec in self.layers.tables:
             entries[spec.pool] += capacity[spec.recursion] if capacity and spec.recursion >= 0 else 1.0
         per_token = sum(entries[pool] * count * layer_bytes for pool, count in self.layers.in_pool.items())
-        return {pool: int(self.options.kv_memory / per_token * entries[pool]) for pool in self.layers.in_pool}
+        return {pool: int(memory / per_token * entries[pool]) for pool in self.layers.in_pool}
 
     def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt; see `Engine.add_request`."""
@@ -281,3 +295,21 @@ class ServingEngine:
 
     def stats(self) -> EngineStats:
         return self.accounting.snapshot()
+
+
+def kv_bytes(asked: float, device: torch.device) -> int:
+    """Bytes for keys and values on `device`, where the model is already; `asked` as in `EngineOptions.kv_memory`.
+
+    Raises:
+        ConfigError: a fraction for a device that isn't a GPU.
+    """
+    if device.type == "cuda" and asked < 1:
+        # What the model's loading has cached for good counts as free: the allocator gives it back or uses it again.
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * (asked or GPU_SHARE))
+    if 0 < asked < 1:
+        raise ConfigError(
+            f"kv_memory = {asked:.0%} is a share of a GPU's free memory: on {device.type} give bytes, as 8GiB"
+        )
+    return int(asked) or CPU_BYTES

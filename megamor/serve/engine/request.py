@@ -176,6 +176,10 @@ class Engine(Protocol):
         """Most tokens of a prompt and its continuation together."""
 
     @property
+    def description(self) -> dict[str, str]:
+        """Facts about the model and how it is served, by name, for people to read."""
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 

@@ -119,12 +119,21 @@ class Runner:
 
     @torch.inference_mode()
     def record_graphs(self, widest: int, record: Record) -> None:
-        """From now on replay batches of up to `widest` rows as graphs."""
+        """From now on replay batches of up to `widest` rows as graphs.
+
+        Raises:
+            ConfigError: a batch can't be recorded.
+        """
         nowhere: dict[Kind, int] = dict.fromkeys(("entry", "exit"), self.cache.nowhere.get("edge", 0))
         if self.layers.uniform and self.layers.num_recursions:
             nowhere["core"] = self.cache.nowhere["core"]
         spare = self.flight.num_slots, len(self.flight.pages) - 1
-        self.graphs = BatchGraphs(self.recorded, nowhere, *spare, widest, self.device, record)
+        try:
+            self.graphs = BatchGraphs(self.recorded, nowhere, *spare, widest, self.device, record)
+        except RuntimeError as error:  # such as a router that reads from the device
+            raise ConfigError(
+                f"batches can't be recorded as CUDA graphs; start with --no-cuda-graphs: {error}"
+            ) from error
 
     # Batches.
 
@@ -189,7 +198,7 @@ class Runner:
 
     def recorded(self, kind: Kind, numbers: Tensor) -> Tensor:
         """What a graph computes for the rows with these `numbers` [NUM_COLUMNS, width] on the device."""
-        rows = Rows(numbers.unbind(), bounded=True)
+        rows = Rows(numbers, bounded=True)
         call = self.cache.block_call(rows)
         if kind == "exit":
             return self.exit_rows(rows, call)
@@ -226,7 +235,8 @@ class Runner:
         # Emitted outputs add up over the recursions, and the slot still has the sum of the token before.
         if "emitted" in self.state:
             self.put("emitted", rows.slots, torch.zeros_like(x))
-        session = self.session = stage.begin(x, rows.context)
+        context = replace(rows.context, text=rows.numbers[TEXT]) if stage.router.reads_text else rows.context
+        session = self.session = stage.begin(x, context)
         return self.route(session, 0, x, rows, None)
 
     def exit_rows(self, rows: Rows, call: BlockCall) -> Tensor:
@@ -275,8 +285,7 @@ class Runner:
         if len(batch.depths) == 1:
             return [DepthGroup(batch.depths[0], rows, stream, marks)]
         sizes = [end - first for first, end in pairwise(batch.bounds) if end > first]
-        columns = zip(*(torch.split(column, sizes) for column in rows.numbers), strict=True)
-        parts = zip(batch.depths, columns, torch.split(stream, sizes), strict=True)
+        parts = zip(batch.depths, torch.split(rows.numbers, sizes, 1), torch.split(stream, sizes), strict=True)
         # Only under the policy full are there rows that don't take their recursion, and there all have the same.
         return [DepthGroup(recursion, Rows(own, rows.bounded), x, None) for recursion, own, x in parts]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TypeVar
@@ -15,6 +17,7 @@ from megamor.serve.http.completions import CompletionRun
 
 PREFIX = "megamor"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+WINDOW_SECONDS, SLOT_SECONDS = 120, 5
 _TOKENS = tuple(2**power for power in range(16))
 
 F = TypeVar("F", GaugeMetricFamily, CounterMetricFamily)
@@ -27,9 +30,13 @@ class Monitoring(Collector):
         self.stats, self.queued, self.running = EngineStats(), 0, 0
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
-        self._between = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS)
-        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS)
+        self._latencies = {
+            "TTFT": self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS),
+            "ITL": self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS),
+            "E2E": self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _SECONDS),
+        }
+        # The newest slots of time, the oldest first: its number, and by measure how many were of about so many seconds.
+        self._recent: deque[tuple[int, dict[str, Counts[float]]]] = deque(maxlen=WINDOW_SECONDS // SLOT_SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._generated = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
         self._success = self._counter("request_success", "Finished choices, by finish reason.", "finished_reason")
@@ -37,16 +44,32 @@ class Monitoring(Collector):
 
     def finished(self, run: CompletionRun, ended: float) -> None:
         """Count a request that was answered at `ended` (monotonic seconds)."""
-        for choice in run.choices:
-            if choice.times:
-                self._first.observe(choice.times[0] - run.arrived)
-            for before, after in pairwise(choice.times):
-                self._between.observe(after - before)
-        self._whole.observe(ended - run.arrived)
+        times = [choice.times for choice in run.choices]
+        measured = {
+            "TTFT": [each[0] - run.arrived for each in times if each],
+            "ITL": [after - before for each in times for before, after in pairwise(each)],
+            "E2E": [ended - run.arrived],
+        }
+        slot = int(ended // SLOT_SECONDS)
+        if not self._recent or self._recent[-1][0] != slot:
+            self._recent.append((slot, {name: Counts() for name in measured}))
+        for name, values in measured.items():
+            for seconds in values:
+                self._latencies[name].observe(seconds)
+            self._recent[-1][1][name].update(float(f"{seconds:.2g}") for seconds in values)
         self._prompt.observe(run.usage.prompt_tokens)
         self._generated.observe(run.usage.completion_tokens)
         for choice in run.choices:
             self._success.labels(choice.finish_reason or "abort").inc()
+
+    def recent_latencies(self, now: float) -> dict[str, Counts[float]]:
+        """By measure, how many took about so many seconds, to two digits, in requests that ended in the last minutes.
+
+        Counts of several servers can be added, which percentiles can't.
+        """
+        oldest = (now - WINDOW_SECONDS) // SLOT_SECONDS
+        slots = [counts for slot, counts in self._recent if slot > oldest]
+        return {name: sum((counts[name] for counts in slots), Counts()) for name in self._latencies}
 
     def failed(self, status: int) -> None:
         """Count a request that was refused, failed or abandoned by its client (499)."""

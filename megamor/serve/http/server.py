@@ -11,18 +11,19 @@ import asyncio
 import hmac
 import json
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from importlib import resources
+from socket import socket
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -36,6 +37,7 @@ from megamor.serve.http import wire
 from megamor.serve.http.async_engine import ENGINE_FAILED, AsyncEngine, Generation, StatusError
 from megamor.serve.http.completions import CompletionRun
 from megamor.serve.http.monitoring import Monitoring
+from megamor.serve.http.pages import add_pages, startup_message
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
@@ -106,7 +108,7 @@ class Server:
         except MegamorError as error:
             if not started:
                 raise
-            yield _event(_error_body(_status_of(error), str(error)))
+            yield _event(error_body(_status_of(error), str(error)))
         yield "data: [DONE]\n\n"
 
     @contextmanager
@@ -158,18 +160,21 @@ def create_app(engine: Engine, codec: TextCodec, name: str, options: ServerOptio
         finally:
             await run_in_threadpool(server.runner.close)
 
-    app = FastAPI(title="megamor", version=__version__, lifespan=lifespan, responses=_ANSWERS)
+    app = FastAPI(
+        title="megamor", version=__version__, lifespan=lifespan, responses=_ANSWERS, docs_url=None, redoc_url=None
+    )
     app.state.server = server
     app.add_middleware(JsonBodies, max_bytes=options.max_body_bytes)
     _handle_errors(app)
     _add_inference(app, server)
     _add_operations(app, server)
+    add_pages(app, {"model": name, **engine.description})
     return app
 
 
-def serve(engine: Engine, codec: TextCodec, name: str, options: ServerOptions, log_level: str) -> None:
+def serve(app: FastAPI, log_level: str) -> None:
     """Run the application until a signal."""
-    app = create_app(engine, codec, name, options)
+    options = app.state.server.options
     config = uvicorn.Config(
         app,
         options.host,
@@ -241,17 +246,14 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         figures = vars(await runner.stats())
-        return {**figures, "requests_running": runner.num_running, "requests_queued": len(runner.waiting)}
-
-    @app.get("/dashboard", response_class=HTMLResponse)
-    async def dashboard() -> str:
-        return resources.files("megamor.serve.http").joinpath("dashboard.html").read_text(encoding="utf-8")
+        requests = {"requests_running": runner.num_running, "requests_queued": len(runner.waiting)}
+        return {**figures, **requests, "recent_latencies": server.monitoring.recent_latencies(time.monotonic())}
 
 
 def _handle_errors(app: FastAPI) -> None:
     def answer(status: int, message: str, param: str | None = None) -> JSONResponse:
         headers = {"Retry-After": "1"} if status in (429, 503) else None
-        return JSONResponse(_error_body(status, message, param).model_dump(), status, headers)
+        return JSONResponse(error_body(status, message, param).model_dump(), status, headers)
 
     @app.exception_handler(StarletteHTTPException)
     async def known(_: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -278,7 +280,8 @@ def _status_of(error: MegamorError) -> int:
     return 400 if isinstance(error, RequestError | TextError) else 500
 
 
-def _error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:
+def error_body(status: int, message: str, param: str | None = None) -> wire.ErrorBody:
+    """OpenAI's form of an error."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return wire.ErrorBody(error=wire.ErrorDetail(message=message, type=kind, param=param, code=status))
 
@@ -334,6 +337,14 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._runner, self._drain_seconds = runner, drain_seconds
         self._drain_until: float | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Called by uvicorn; when it returns, the port accepts connections."""
+        await super().startup(sockets)
+        if self.started:
+            # With --port 0 the system has chosen one.
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(startup_message(self.config.host, port), file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: end."""

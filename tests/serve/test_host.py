@@ -1,0 +1,163 @@
+"""What the host does for a core launch: dispatched operations, and seconds of scheduling, building and reading."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megamor.errors import ConfigError
+from megamor.model import build_model
+from megamor.serve.engine import runner
+from megamor.serve.engine.engine import ServingEngine, kv_bytes
+from megamor.serve.engine.flight import Marks, ScheduledBatch
+from megamor.serve.engine.request import SamplingParams
+from megamor.serve.options import CPU_BYTES, EngineOptions
+from tests.combinations import ROUTERS, SERVED_ROUTERS, tiny_config
+from tests.serve.test_equality import SERVED
+
+MOST_OPERATIONS = 12
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that are dispatched, except in `ignored` calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.depth = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += self.depth == 0
+        return op(*args, **(kwargs or {}))
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+
+def engine_of(router: str, kv_policy: str, residents: int) -> ServingEngine:
+    """All residents decode long texts."""
+    config = tiny_config(ROUTERS[router], kv_policy)
+    config = replace(config, model=replace(config.model, max_seq_len=128), data=replace(config.data, seq_len=128))
+    options = EngineOptions(max_resident=residents, hold=1, kv_memory=1 << 26, prefix_caching=False)
+    engine = ServingEngine(build_model(config), options)
+    for seed in range(residents):
+        engine.add_request([seed % 97] * 8, SamplingParams(max_tokens=100, seed=seed, ignore_eos=True))
+    return engine
+
+
+def decodes(engine: ServingEngine, width: int, step: Callable[[], object]) -> bool:
+    """Run `step`, which takes one step of `engine`; whether it was a core launch of `width` rows."""
+    before = engine.accounting.total.width_counts[width]
+    step()
+    return engine.accounting.total.width_counts[width] > before
+
+
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
+def test_a_replayed_launch_dispatches_few_operations(router: str) -> None:
+    """Whatever the router does is in the graph, whose replay is one launch."""
+    counter, counts = Counter(), list[int]()
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        out = run()
+
+        def replay() -> None:
+            with counter.ignored():
+                out.copy_(run())
+
+        return out, replay
+
+    engine = engine_of(router, SERVED[SERVED_ROUTERS.index(router) % 2], 5)
+    engine.record_graphs(record)
+
+    def step() -> None:
+        counter.count = 0
+        with counter:
+            engine.step()
+
+    while len(counts) < 20:
+        if decodes(engine, 5, step):
+            counts.append(counter.count)
+    assert 0 < max(counts) <= MOST_OPERATIONS
+
+
+def fastest(function: Callable[[], object], times: int = 300) -> float:
+    """Seconds of the fastest of several calls."""
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+@pytest.mark.slow
+def test_microseconds_of_a_launch_on_the_host() -> None:
+    """64 rows that decode: what isn't a block or the router, each part at its fastest.
+
+    On a quiet x86 core this takes 110 to 150 µs; the bound leaves room for neighbours. Between the blocks of a real
+    launch the caches are cold, and the same work takes two to three times as long.
+    """
+    engine, completed, threads = (
+        engine_of("expert_choice", "recursion_wise", 64),
+        list[float](),
+        torch.get_num_threads(),
+    )
+    scheduler, cache, complete = engine.scheduler, engine.runner.cache, engine.scheduler.complete
+
+    def timed(batch: ScheduledBatch, kept: Marks | None = None) -> None:
+        begin = time.perf_counter()
+        complete(batch, kept)
+        if batch.kind == "core" and len(batch.slots) == 64:
+            completed.append(time.perf_counter() - begin)
+
+    scheduler.complete = timed  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    try:
+        while len(completed) < 60 or scheduler.at_boundary() or len(scheduler.core) < 64:
+            engine.step()
+        batch = scheduler.next()
+        assert batch is not None
+
+        def build() -> None:
+            numbers = engine.runner.core_numbers(batch.slots, 0)
+            rows = cache.rows(numbers)
+            engine.runner.group_by_depth(batch, rows, numbers)
+            cache.block_call(rows, numbers, cache.nowhere["core"])
+
+        def schedule() -> None:
+            scheduler.running = None
+            scheduler.next()
+            engine.accounting.count(batch, 1.0)
+
+        with torch.inference_mode():
+            parts = [fastest(build), fastest(schedule), min(completed)]
+            parts.append(fastest(lambda: runner.marks_of([(40, torch.ones(40) > 0), (20, torch.ones(20) > 0)])))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(batch.depths) == 3
+    assert sum(parts) <= 250e-6, parts
+
+
+def test_memory_for_keys_and_values() -> None:
+    cpu = torch.device("cpu")
+    assert kv_bytes(0.0, cpu) == CPU_BYTES
+    assert kv_bytes(12345, cpu) == 12345
+    with pytest.raises(ConfigError, match=r"kv_memory = 80% .* give bytes"):
+        kv_bytes(0.8, cpu)
+
+
+def test_a_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gpu = torch.device("cuda")
+    assert (kv_bytes(0.0, gpu), kv_bytes(0.5, gpu), kv_bytes(300, gpu)) == (800, 500, 300)
