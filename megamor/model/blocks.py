@@ -9,7 +9,7 @@ same block code therefore serves every KV policy, activation checkpointing, cach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,8 +23,6 @@ from megamor.model.elementwise import rms_norm, rotate
 from megamor.model.recompute import Recomputation
 
 KeyValue = tuple[Tensor, Tensor]
-# x [N, in] and a recursion to several projections of x, [N, out] each.
-FusedProjection = Callable[[Tensor, int], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, recursion: int = 0) -> Tensor:
         """x [..., dim] to the same shape and type."""
-        weight = self.others[recursion - 1] if recursion and len(self.others) else self.weight
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.weight_of(recursion), self.eps)
+
+    def weight_of(self, recursion: int) -> Tensor:
+        """The weight [dim] of `recursion`."""
+        return self.others[recursion - 1] if recursion and len(self.others) else self.weight
 
 
 class ZeroLinear(nn.Linear):
@@ -178,30 +179,20 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             RMSNorm(config.head_dim, config.norm_eps, differences.num_norms) if config.qk_norm else None for _ in "qk"
         )
-        # All three projections at once, where the serving engine has such a product.
-        self.fused: FusedProjection | None = None
 
     def forward(
         self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int
     ) -> tuple[Tensor, KeyValue | None]:
         """x [N, dim] to [N, dim], and keys and values as merged with fresh ones (None if none were projected)."""
         # Keys are stored rotated: their positions are those of the tokens, whatever later attends to them.
-        projected = self.project(x, recursion, keys_values.needs_fresh)
-        q = angles.rotate(self.heads(projected[0], self.q_norm, recursion))
+        q = angles.rotate(self.heads(self.q_proj(x, recursion), self.q_norm, recursion))
         fresh = None
         if keys_values.needs_fresh:
-            k = angles.rotate(self.heads(projected[1], self.k_norm, recursion))
-            fresh = k, self.heads(projected[2])
+            k = angles.rotate(self.heads(self.k_proj(x, recursion), self.k_norm, recursion))
+            fresh = k, self.heads(self.v_proj(x, recursion))
         merged = keys_values.merge(fresh)
         k, v = keys_values.resolve(merged)
         return self.o_proj(layout.attend(q, k, v), recursion), merged
-
-    def project(self, x: Tensor, recursion: int, keys: bool) -> Sequence[Tensor]:
-        """Queries of x [N, dim], and with `keys` also keys and values, [N, heads · head_dim] each."""
-        if self.fused is not None:
-            return self.fused(x, recursion)
-        chosen = (self.q_proj, self.k_proj, self.v_proj) if keys else (self.q_proj,)
-        return [projection(x, recursion) for projection in chosen]
 
     def heads(self, x: Tensor, norm: RMSNorm | None = None, recursion: int = 0) -> Tensor:
         """[N, heads · head_dim] to [N, heads, head_dim], each head normalised by `norm`."""
@@ -219,13 +210,9 @@ class FeedForward(nn.Module):
         self.gate_proj = SharedLinear(config.dim, config.ffn_dim, differences)
         self.up_proj = SharedLinear(config.dim, config.ffn_dim, differences)
         self.down_proj = SharedLinear(config.ffn_dim, config.dim, differences)
-        self.fused: FusedProjection | None = None
 
     def forward(self, x: Tensor, recursion: int) -> Tensor:
         """x [N, dim] to [N, dim]."""
-        if self.fused is not None:
-            gate, up = self.fused(x, recursion)
-            return self.down_proj(self.activation(gate) * up, recursion)  # type: ignore[no-any-return]
         hidden = self.activation(self.gate_proj(x, recursion)) * self.up_proj(x, recursion)
         return self.down_proj(hidden, recursion)  # type: ignore[no-any-return]
 

@@ -23,6 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """RoPE in half-split layout: x [N, heads, head_dim], cos and signed_sin [N, 1, head_dim] (first half negative)."""
     if _by_hand(x, cos):
+        if torch.is_inference_mode_enabled():  # bookkeeping for the gradient takes as long as rotating a few rows
+            return (x * cos).addcmul_(swap_halves(x), signed_sin)
         return _Rotation.apply(x, cos, signed_sin)  # type: ignore[no-any-return, no-untyped-call]
     return (x * cos + swap_halves(x) * signed_sin).to(x.dtype)
 

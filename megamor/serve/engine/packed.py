@@ -12,13 +12,15 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megamor.model import Transformer
-from megamor.model.blocks import Block, SharedLinear
+from megamor.model.attention import AttentionLayout
+from megamor.model.blocks import Block, KeysValues, KeyValue, RMSNorm, RotaryAngles, SharedLinear
 
 # How many rows the order of the weights is chosen for. Orders for 32 to 256 rows are alike and multiply one row as fast
 # as the plain weight does; the one for a single row is the plain order.
@@ -34,29 +36,72 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight = weights[0] if len(weights) == 1 else torch.cat([*weights])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-        self.sizes = [len(each) for each in weights]
         self.down, self.up = (nn.ModuleList(getattr(each, name) for each in maps) for name in ("down", "up"))
+        self.updated = len(maps) > 0
 
     @classmethod
     def of(cls, *maps: SharedLinear) -> Self:
         """The product with the weights of `maps`, which have updates all or not at all."""
         return cls([each.weight for each in maps], [each for each in maps if len(each.up)])
 
-    def forward(self, x: Tensor, recursion: int = 0) -> Any:
+    def forward(self, x: Tensor, recursion: int = 0) -> Tensor:
         """x [N, in] to [N, sum of out]."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        if len(self.up):
+        if self.updated:
             pairs = zip(self.down, self.up, strict=True)
             y = y + torch.cat([up[recursion](down[recursion](x)) for down, up in pairs], dim=-1)  # type: ignore[index]
         return y
 
 
-class FusedLinear(PackedLinear):
-    """A `PackedLinear` whose result is split again."""
+class PackedBlock(nn.Module):
+    """A `Block` for inference: prepacked products, and few other operations.
 
-    def forward(self, x: Tensor, recursion: int = 0) -> Any:
-        """x [N, in] to [N, out] for each weight."""
-        return super().forward(x, recursion).split(self.sizes, dim=-1)
+    Python and the dispatch of small operations cost as much as the products of a few rows: the weights of each layer
+    displace both from the caches.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attention, ffn = block.attention, block.ffn
+        self.head_dim, self.num_heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
+        self.num_rotated = self.num_heads + attention.k_proj.out_features // self.head_dim
+        self.qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj, self.down_proj = PackedLinear.of(attention.o_proj), PackedLinear.of(ffn.down_proj)
+        self.gate_up = PackedLinear.of(ffn.gate_proj, ffn.up_proj)
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+        self.attention_out_norm, self.ffn_out_norm = block.attention_out_norm, block.ffn_out_norm
+        self.activation, self.branch_scale = ffn.activation, block.branch_scale
+
+    def forward(
+        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int = 0
+    ) -> tuple[Tensor, KeyValue | None]:
+        """As `Block.forward`."""
+        heads = self.qkv(normed(self.attention_norm, x, recursion), recursion).unflatten(-1, (-1, self.head_dim))
+        rotated, v = heads[:, : self.num_rotated], heads[:, self.num_rotated :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            rotated = torch.cat((normed(self.q_norm, q, recursion), normed(self.k_norm, k, recursion)), dim=1)
+        rotated = angles.rotate(rotated)
+        q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        merged = keys_values.merge((k, v) if keys_values.needs_fresh else None)
+        attended = layout.attend(q, *keys_values.resolve(merged))
+        x = self.added(x, self.o_proj, attended, self.attention_out_norm, recursion)
+        gate, up = self.gate_up(normed(self.ffn_norm, x, recursion), recursion).chunk(2, dim=-1)
+        return self.added(x, self.down_proj, self.activation(gate).mul_(up), self.ffn_out_norm, recursion), merged
+
+    def added(self, x: Tensor, product: PackedLinear, y: Tensor, norm: RMSNorm | None, recursion: int) -> Tensor:
+        """The stream x [N, dim] plus the branch that ends with `product` of y."""
+        if norm is None and self.branch_scale == 1 and not product.updated:
+            return torch.ops.mkldnn._linear_pointwise.binary(y, x, product.weight, None, "add")  # type: ignore[no-any-return]
+        y = product(y, recursion)
+        return torch.add(x, y if norm is None else normed(norm, y, recursion), alpha=self.branch_scale)
+
+
+def normed(norm: RMSNorm, x: Tensor, recursion: int) -> Tensor:
+    """As `norm(x, recursion)`, in fewer operations."""
+    weight = norm.weight_of(recursion)
+    return F.rms_norm(x, weight.shape, weight, norm.eps)
 
 
 def why_not_packed(model: Transformer) -> str | None:
@@ -101,18 +146,9 @@ def packed(model: Transformer) -> Transformer:
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
-    for block in result.modules():
-        if isinstance(block, Block):
-            pack_block(block)
+    for parent in [*result.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, Block):
+                setattr(parent, name, PackedBlock(child))
     result.head = PackedLinear([model.head_weight])  # type: ignore[assignment]
     return result
-
-
-def pack_block(block: Block) -> None:
-    """Replace the projections of `block`."""
-    attention, ffn = block.attention, block.ffn
-    attention.fused = FusedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj)
-    attention.o_proj = PackedLinear.of(attention.o_proj)  # type: ignore[assignment]
-    ffn.fused = FusedLinear.of(ffn.gate_proj, ffn.up_proj)
-    ffn.down_proj = PackedLinear.of(ffn.down_proj)  # type: ignore[assignment]
-    del attention.q_proj, attention.k_proj, attention.v_proj, ffn.gate_proj, ffn.up_proj
