@@ -125,7 +125,9 @@ def make_deterministic() -> None:
 
 def _ask_driver(*options: str) -> str:
     try:
-        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, encoding="utf-8", timeout=60).stdout
+        return subprocess.run(
+            ["nvidia-smi", *options], capture_output=True, text=True, encoding="utf-8", timeout=60
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -146,7 +146,10 @@ def isolated(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, An
         code = process.exitcode or 0
         ended = signal.Signals(-code).name if code < 0 else f"status {code}"
         reason = f"no result within {seconds:.0f} s" if late else f"the process ended with {ended}"
-        return {"error": reason, "log": log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""}
+        return {
+            "error": reason,
+            "log": log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else "",
+        }
 
 
 def _answer(work: Callable[[], dict[str, Any]], answer: Path, log: Path) -> None:
