@@ -22,8 +22,8 @@ quickstart: install ## train, interrupt, resume, evaluate and sample a small mod
 serve-demo: quickstart ## serve the quickstart's model on port 8000
 	@echo
 	@echo "in another terminal:"
-	@echo "  curl localhost:8000/v1/completions -d '{\"prompt\": \"def \", \"max_tokens\": 48, \"stream\": true}'"
-	@echo "  and http://localhost:8000/dashboard shows the engine at work"
+	@echo "  curl localhost:8000/v1/completions -d '{\"prompt\": \"def main():\", \"max_tokens\": 48, \"temperature\": 0.5}'"
+	@echo "  and http://localhost:8000 shows the engine at work; for a load on it: megamor bench load --url http://localhost:8000"
 	@echo
 	@$(BIN)/megamor serve --checkpoint runs/quickstart/checkpoints/latest
 

@@ -93,14 +93,16 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Send requests to the server at `--url`.
 
     Raises:
-        ConfigError: a malformed limit.
+        ConfigError: a malformed limit, or another model's name.
         DataError: no such server, or no request was answered.
     """
     limits = parse_limits(args.goodput)
     if args.seed is None:  # the same prompts once more would be found in the server's prefix cache
         args.seed = random.getrandbits(32)
     load = Load(**{field.name: getattr(args, field.name) for field in fields(Load)})
-    report["served_model"] = asyncio.run(served_model(load))
+    report["served_model"] = served = asyncio.run(served_model(load))
+    if args.model not in (None, served):
+        raise ConfigError(f"--model {args.model} isn't served at {load.url}; give {served}, or leave the option out")
     report["load"] = asdict(load) | {"api_key": None}
     report["result"] = summarise(asyncio.run(send(load)), limits)
     save()

@@ -170,6 +170,9 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
     add("--url", "--base-url", required=True, help="of a running server")
+    add("--model", metavar="NAME", help="stop if the server has another model (default: any)")
+    for option, only in {"--backend": ("openai", "vllm"), "--dataset-name": ("random",)}.items():
+        add(option, choices=only, help="as in `vllm bench serve`; changes nothing")
     counts = {
         ("--num-prompts", "--num-requests"): "how many requests",
         ("--random-input-len", "--input-tokens"): "of a prompt of random tokens",

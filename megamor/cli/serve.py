@@ -2,7 +2,7 @@
 
 example:
   megamor serve --checkpoint runs/quickstart/checkpoints/latest
-  curl localhost:8000/v1/completions -d '{"prompt": "def ", "max_tokens": 32, "stream": true}'
+  curl localhost:8000/v1/completions -d '{"prompt": "def main():", "max_tokens": 48, "temperature": 0.5}'
 
 The API is OpenAI's completions API. /docs describes it, /dashboard shows the engine at work, /metrics is for
 Prometheus. SIGTERM or Ctrl-C refuses new requests and lets the running ones finish; a second signal exits at once.

@@ -36,6 +36,7 @@ from starlette.types import ASGIApp, Message
 
 from megamor.errors import ConfigError
 from megamor.serve.http.middleware import JsonBodies
+from megamor.serve.http.pages import startup_message
 from megamor.serve.http.server import KEEP_ALIVE_SECONDS, error_body
 from megamor.serve.options import ServerOptions
 
@@ -318,7 +319,7 @@ def run(app: Application, options: ServerOptions) -> None:
     stop = Event()
     for each in (signal.SIGTERM, signal.SIGINT):  # now, since Ray sets its own
         signal.signal(each, lambda *_: stop.set())
-    print(f"running on http://{options.host}:{port}", flush=True)
+    print(f"running on http://{options.host}:{port}\n{startup_message(options.host, port)}", flush=True)
     stop.wait()
     log.info("finishing the running requests")
     serve.delete(APPLICATION)  # shutting down ends the process that holds the connections at once

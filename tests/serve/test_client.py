@@ -13,6 +13,7 @@ from megamor.bench import tables
 from megamor.bench.load import Load, Record, parse_limits, send, served_model, summarise
 from megamor.cli import bench
 from megamor.errors import ConfigError, DataError
+from tests.commands import refusal
 from tests.serve.fake import MODEL, FakeEngine, serving
 
 
@@ -54,12 +55,15 @@ def test_errors_are_counted_not_hidden() -> None:
     assert "ClientConnectorError" in records[0].error
 
 
-def test_a_result_becomes_a_row_of_a_table(tmp_path: Path) -> None:
+def test_a_result_becomes_a_row_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The key isn't written anywhere."""
     out = tmp_path / "serve_load_here.json"
     with serving(FakeEngine(lambda *_: "abc"), api_keys=("it's hidden",)) as server:
-        options = ["--num-requests", "3", "--input-tokens", "2", "--output-tokens", "3", "--api-key", "it's hidden"]
-        bench.main(["load", "--url", server.url, *options, "--json", str(out)])
+        # Words of `vllm bench serve`.
+        options = ["--backend", "openai", "--dataset-name", "random", "--base-url", server.url, "--num-prompts", "3"]
+        options += ["--random-input-len", "2", "--random-output-len", "3", "--api-key", "it's hidden"]
+        assert "--model large isn't served" in refusal(capsys, bench.main, "load", *options, "--model", "large")
+        bench.main(["load", *options, "--model", MODEL, "--json", str(out)])
     assert "hidden" not in out.read_text()
     table = tables.regenerate("<!-- generated: bench-load -->\n<!-- /generated -->\n", tmp_path)
     assert f"| {MODEL} | 3 | all | 2 + 3 | " in table
