@@ -533,6 +533,21 @@ def test_requests_take_turns() -> None:
         assert ended.index(name) <= 4 * (number + 1) + 8
 
 
+def test_a_request_of_many_sequences_finishes_under_steady_traffic() -> None:
+    """Those that come later take turns with it; they don't all go first."""
+    engine = real_engine(max_resident=4, prefix_caching=False)
+    params = SamplingParams(max_tokens=2, temperature=0)
+    many, left = engine.add_request([5, 6], params.model_copy(update={"n": 10})), 10
+    single = [engine.add_request([9], params) for _ in range(8)]
+    while left:
+        for output in engine.step():
+            if output.finish_reason:
+                left -= output.request == many
+                if output.request in single:
+                    single.append(engine.add_request([9], params))
+        assert len(single) < 200, "it waits while others that came later are served"
+
+
 def test_limits_count_sequences() -> None:
     engine = FakeEngine(lambda *_: "x")
     engine.gate.clear()

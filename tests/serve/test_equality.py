@@ -266,21 +266,22 @@ def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
     engine, random = ServingEngine(model, options), torch.Generator().manual_seed(number)
     greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=0)
     outputs = dict[SequenceState, list[RequestOutput]]()
-    for length, changes in ((13, {}), (13, {"n": 2}), (10, {}), (14, {"prompt_logprobs": 0}), (13, {"n": 2}), (15, {})):
+    names = dict[tuple[int, int], SequenceState]()
+    together = ((13, {}), (13, {"n": 2}), (10, {}), (14, {"prompt_logprobs": 0}), (13, {"n": 2}), (15, {}))
+    for step, (length, changes) in enumerate((*together, (13, {}))):
         name = engine.add_request(TEXT[:length], greedy.model_copy(update=changes))
         for sequence in engine.requests[name].open:
             # As after a preemption: these depths must be taken again.
-            count = sequence.number % 3 * 5
+            count = (len(outputs) + 1) % 3 * 5
             sequence.depths += torch.randint(1, FORCED.get(router, 3) + 1, (count,), generator=random).tolist()
-            outputs[sequence] = []
-    names = {(sequence.request, sequence.index): sequence for sequence in outputs}
-    for step in range(10**4):
-        for output in engine.step():
-            outputs[names[output.request, output.index]].append(output)
-        if step == 9:
-            engine.abort(2, 0)
-        if not engine.has_work:
-            break
+            outputs[sequence], names[name, sequence.index] = [], sequence
+        # The last request comes when the others have ended and finds what they have left.
+        steps = 0
+        while step + 1 >= len(together) and engine.has_work:
+            for output in engine.step():
+                outputs[names[output.request, output.index]].append(output)
+            if (steps := steps + 1) == 10:
+                engine.abort(2, 0)
     for sequence, parts in outputs.items():
         tokens, depths, length = sequence.tokens, sequence.depths, sequence.prompt_length
         table = replayed_logprobs(model, tokens[: len(depths)], depths)

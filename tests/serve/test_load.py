@@ -90,6 +90,8 @@ def test_disconnects_free_everything(process: Process) -> None:
     check_nothing_is_held(process)
     figures = load(process, 16, input_tokens=8, output_tokens=8)
     assert figures["failed"] == 0
+    log = process.log.read_text(encoding="utf-8")
+    assert "Traceback" not in log, log
 
 
 def test_slow_readers_delay_no_other_client(process: Process) -> None:

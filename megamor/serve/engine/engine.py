@@ -128,9 +128,9 @@ class ServingEngine:
         self.num_requests += 1
         request = Request(params, secrets.randbits(63) if params.seed is None else params.seed)
         self.requests[self.num_requests] = request
-        # Groups take turns: the first sequence of a group that comes now stands behind the first of the others that
-        # still wait, and before their second. Later numbers than those of all residents, who keep what they have.
-        turn = max((sequence.number >> TURN_BITS for sequence in self.scheduler.residents), default=0)
+        # Groups take turns: a new one comes into the next round, behind those that wait for that round already. Its
+        # number is higher than those of all residents, who keep what they have.
+        turn = 1 + max((sequence.number >> TURN_BITS for sequence in self.scheduler.residents), default=-1)
         leading = self.requests.get(group or self.num_requests, request)
         max_depth = min(params.max_depth or self.layers.num_recursions, self.layers.num_recursions)
         for index in range(params.n):
