@@ -55,7 +55,7 @@ class GigatokenEncoder:
         self._spec = msgspec.json.encode({**spec, "added_tokens": added, "post_processor": None})
         self._tokenizer: Any = self._load()
         self._bytes_since_renewal = 0
-        self._checked_sources: set[int] = set()
+        self._checked: dict[int, int] = {}  # by source, the record of the earliest document that was compared
         self._lock = threading.Lock()
 
     def encode(self, source: int, documents: Documents) -> list[NDArray[Any]]:
@@ -70,9 +70,10 @@ class GigatokenEncoder:
         with self._lock:
             self._renew_if_large(sum(map(len, documents.encoded)))
             ids = self._ids_of(documents.encoded)
-            first = bool(ids) and source not in self._checked_sources
+            # A later chunk may come here before the first one, which is checked all the same.
+            first = bool(ids) and documents.numbers[0] < self._checked.get(source, documents.numbers[0] + 1)
             if first:
-                self._checked_sources.add(source)
+                self._checked[source] = documents.numbers[0]
         if first:
             self._check(documents.texts, ids)
         return ids

@@ -203,7 +203,8 @@ class Geometry:
             # least j keys before it, and in K keys at most K - Q + j, because Q - j more must follow it.
             before, needed = ends[:-1], [most - (0 if ragged else length - end) for end in ends[1:]]
         # Keys that lie so many keys before the first query lie at least as many positions before it.
-        spans = [(max(0, first - back), end) for first, end in zip(before, needed, strict=True)]
+        # Lengths that were rounded up leave chunks of padding alone, which see a key all the same (`visibility_mask`).
+        spans = [(max(0, min(first - back, end - 1)), max(1, end)) for first, end in zip(before, needed, strict=True)]
         return list(zip(pairwise(ends), spans, strict=True))
 
     def segments(self, tokens: TokenSet, bounds: Tensor) -> Segments:

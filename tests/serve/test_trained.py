@@ -83,7 +83,9 @@ def test_commands_obey_an_exit_rule(
     assert 0 < sum(expected.depths) < sum(free.depths)
 
     engines: list[ServingEngine] = []
-    monkeypatch.setattr("megamor.serve.http.server.serve", lambda engine, *_: engines.append(engine))
+    monkeypatch.setattr(
+        "megamor.serve.http.server.serve", lambda app, *_: engines.append(app.state.server.runner._engine)
+    )
     serve_command.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--port", "0", *option])
     assert f"with exit {rule}" in capsys.readouterr().err
     engines[0].add_request(prompt, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))

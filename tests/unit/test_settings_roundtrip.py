@@ -105,7 +105,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file to override. Rules between settings aren't what is tested here."""
-    monkeypatch.setattr("megamor.config.load.validate", lambda config, world_size: None)
+    monkeypatch.setattr("megamor.config.load.validate", lambda config, world_size, run: None)
     (tmp_path / "base.yaml").write_text(LENGTH)
     return tmp_path / "base.yaml"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +22,6 @@ from megamor.parallel import World, build_backend
 from megamor.train.diagnosis import Diagnosis
 from megamor.train.trainer import StepBatch, Trainer
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config, vanilla_config
-from tests.distributed.harness import run_ranks
 from tests.fake_cuda import CUDA, Device, fake_cuda
 
 TOKENS = BATCH * SEQ_LEN
@@ -51,36 +53,43 @@ def batch_of(documents: bool) -> MicroBatch:
 def step(config: Config, documents: bool) -> Device:
     """One optimizer step of `ACCUMULATED` micro-batches as the trainer does it, and what the device saw of it.
 
-    In a process of its own, since autograd's threads for a device keep later tests from forking.
+    In a process of its own: autograd starts its threads for the devices there are once, and they forbid to fork.
     """
-    waits, masks = run_ranks(step_here, config, documents, world_size=1)[0]
+    waits, masks = elsewhere().submit(step_here, config, documents, SIZES).result(300)
     return Device(waits=waits, masks=masks)
 
 
-def step_here(config: Config, documents: bool) -> tuple[Counter[str], set[tuple[int, ...]]]:
-    monkeypatch = pytest.MonkeyPatch()
-    batch = batch_of(documents)
-    given = batch.arguments(torch.device("cpu"))
-    monkeypatch.setattr(
-        MicroBatch,
-        "arguments",
-        lambda *_: {k: torch.empty_like(v, device=CUDA) if torch.is_tensor(v) else v for k, v in given.items()},
-    )
-    monkeypatch.setattr(MicroBatch, "num_tokens", TOKENS)
-    monkeypatch.setattr(Transformer, "to", lambda model, *_: model)  # it is there, and fake tensors can't be moved
-    with fake_cuda(SIZES) as device:
-        with CUDA:
-            model = Transformer(config)
-        backend = build_backend(model, config, World(0, 1, 0, CUDA), lambda module: build_optimizer(module, config))
-        trainer: Any = object.__new__(Trainer)
-        diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, CUDA)
-        parts = {"config": config, "backend": backend, "distillation": None, "diagnosis": diagnosis}
-        trainer.__dict__.update(parts, progress=SimpleNamespace(step=50))
-        device.operations.clear()
-        figures = trainer.run_micro_batches(StepBatch([batch] * ACCUMULATED, TOKENS, TOKENS), 1e-3)
-        model.update_routers(figures.totals)
-        assert not device.waits["events"]
-        figures._arrived.synchronize()
+@cache
+def elsewhere() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def step_here(
+    config: Config, documents: bool, sizes: dict[tuple[int, ...], list[Any]]
+) -> tuple[Counter[str], set[tuple[int, ...]]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        batch = batch_of(documents)
+        given = batch.arguments(torch.device("cpu"))
+        monkeypatch.setattr(
+            MicroBatch,
+            "arguments",
+            lambda *_: {k: torch.empty_like(v, device=CUDA) if torch.is_tensor(v) else v for k, v in given.items()},
+        )
+        monkeypatch.setattr(MicroBatch, "num_tokens", TOKENS)
+        monkeypatch.setattr(Transformer, "to", lambda model, *_: model)  # it is there, and fake tensors can't be moved
+        with fake_cuda(sizes) as device:
+            with CUDA:
+                model = Transformer(config)
+            backend = build_backend(model, config, World(0, 1, 0, CUDA), lambda module: build_optimizer(module, config))
+            trainer: Any = object.__new__(Trainer)
+            diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, CUDA)
+            parts = {"config": config, "backend": backend, "distillation": None, "diagnosis": diagnosis}
+            trainer.__dict__.update(parts, progress=SimpleNamespace(step=50))
+            device.operations.clear()
+            figures = trainer.run_micro_batches(StepBatch([batch] * ACCUMULATED, TOKENS, TOKENS), 1e-3)
+            model.update_routers(figures.totals)
+            assert not device.waits["events"]
+            figures._arrived.synchronize()
     return device.waits, device.masks
 
 
