@@ -267,14 +267,8 @@ def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
     greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=0)
     outputs = dict[SequenceState, list[RequestOutput]]()
     names = dict[tuple[int, int], SequenceState]()
-    together: tuple[tuple[int, dict[str, int]], ...] = (
-        (13, {}),
-        (13, {"n": 2}),
-        (10, {}),
-        (14, {"prompt_logprobs": 0}),
-        (13, {"n": 2}),
-        (15, {}),
-    )
+    together: tuple[tuple[int, dict[str, int]], ...]
+    together = ((13, {}), (13, {"n": 2}), (10, {}), (14, {"prompt_logprobs": 0}), (13, {"n": 2}), (15, {}))
     for step, (length, changes) in enumerate((*together, (13, {}))):
         name = engine.add_request(TEXT[:length], greedy.model_copy(update=changes))
         for sequence in engine.requests[name].open:
