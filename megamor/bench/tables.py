@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
-from megamor.bench import gpu, load, loader, preprocess, save, scaling, serve, train
+from megamor.bench import gpu, load, loader, preprocess, save, scaling, serve, serving, train
 from megamor.bench.report import Column, Row, Table, number, provenance, read_report, text
 from megamor.errors import DataError, user_errors
 
@@ -253,6 +253,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-save": partial(measured, "save_*.json", save),
     "bench-serve": partial(measured, "serve_offline_*.json", serve),
     "bench-load": partial(measured, "serve_load_*.json", load),
+    "bench-serving": partial(measured, "serving_*.json", serving),
     "quickstart": quickstart,
     **{f"study-{name}": partial(study, name) for name in FINDINGS},
     "reliability": reliability,
