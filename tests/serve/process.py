@@ -79,7 +79,9 @@ def server_process(checkpoint: Path, directory: Path, *options: str, seconds: fl
     """Start `megamor serve` on a free port and wait until it answers."""
     log = directory / "server.log"
     command = [sys.executable, "-m", "megamor.serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # oneDNN keeps up to 1,024 compiled shapes, which would look like a leak.
+    caches = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32", "MALLOC_ARENA_MAX": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **caches}
     with log.open("wb") as output:
         popen = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
