@@ -125,7 +125,7 @@ def test_records_are_whole_however_the_file_is_read(
     assert [chunk.first_record for chunk in found] == counted
 
 
-def test_a_separator_at_the_end_of_a_block_before_half_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separator_ends_a_block_and_half_of_one_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab\n\n\ncde")
     monkeypatch.setattr(text, "CHUNK_BYTES", 4)
     assert [chunk.data for chunk in find_files([str(tmp_path / "a.txt")], separator="\n\n").chunks()] == [
