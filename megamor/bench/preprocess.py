@@ -103,8 +103,16 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         paths = [path for path, *_ in find_files(args.input).identity]
         plain, num_bytes = write_plain(folder / "all.jsonl", paths, float("inf"))
         some, some_bytes = write_plain(folder / "some.jsonl", paths, args.slow_megabytes * 1e6 / len(paths))
+        copies = [
+            str(shutil.copy(path, folder / f"{index}-{Path(path).name}"))
+            for index in range(args.copies)
+            for path in paths
+        ]
         cases = [
             command(args, folder, "gigatoken", paths, num_bytes, args.workers),
+            command(
+                args, folder, "gigatoken", copies, args.copies * num_bytes, args.workers, f", {args.copies} copies"
+            ),
             command(args, folder, "gigatoken", [plain], num_bytes, args.workers, ", plain lines"),
             Program(
                 "whole file at once, plain lines", _WHOLE_FILE, [plain, tokenizer, str(folder / "whole")], num_bytes
@@ -118,11 +126,6 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
             for program in rotated(cases, index):
                 output, _ = execute(program, args.workers, watch=False)
                 times[program.label].append([float(word) for word in output.splitlines()[-1].split()])
-        copies = [
-            str(shutil.copy(path, folder / f"{index}-{Path(path).name}"))
-            for index in range(args.copies)
-            for path in paths
-        ]
         watched = [
             command(args, folder, "gigatoken", copies, args.copies * num_bytes, workers),
             command(args, folder, "none", [some], some_bytes, workers),

@@ -340,12 +340,13 @@ def _whole_records(path: str, blocks: Iterator[bytes], separator: bytes | None) 
         size += len(block)
         # Joined only if there is a separator: joining a long line for every block would take quadratic time. `tail`
         # is the end of the previous block, for a separator that straddles two blocks.
-        if separator and size >= CHUNK_BYTES and separator in tail + block:
-            data = b"".join(pending)
-            end = data.rindex(separator) + len(separator)
-            yield first, data[:end]
-            first += data.count(separator, 0, end)
-            pending, size = [data[end:]], len(data) - end
+        if separator and size >= CHUNK_BYTES and (found := (tail + block).rfind(separator)) >= 0:
+            end = found + len(separator) - len(tail)
+            data = b"".join([*pending[:-1], block[:end]])
+            yield first, data
+            first += data.count(separator)
+            block, tail = block[end:], b""
+            pending, size = [block], len(block)
         tail = (tail + block)[1 - len(separator) :] if separator and len(separator) > 1 else b""
         if size > MAX_DOCUMENT_BYTES:
             what = f"record {first} or one soon after it" if separator else "the file"

@@ -24,15 +24,15 @@ def test_report_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report["schema"] == SCHEMA
     assert {"tokenizers", "gigatoken"} <= set(report["versions"])
     sizes = [case["text_bytes"] for case in report["cases"]]
-    assert sizes[:4] == [sum(map(len, texts))] * 4
-    assert 10_000 <= sizes[4] == sizes[5] < 10_500
+    assert sizes[:5] == [sum(map(len, texts)) * copies for copies in (1, 2, 1, 1, 1)]
+    assert 10_000 <= sizes[5] == sizes[6] < 10_500
     for case in report["cases"]:
         assert 0 < case["seconds"]["median"] < 60
         assert case["bytes_per_second"] == pytest.approx(case["text_bytes"] / case["seconds"]["median"])
-    assert [memory["text_bytes"] for memory in report["memory"]] == [2 * sizes[0], sizes[4]]
+    assert [memory["text_bytes"] for memory in report["memory"]] == [2 * sizes[0], sizes[5]]
     assert all(20e6 < memory["peak_bytes"] < 400e6 for memory in report["memory"])
     block = "<!-- generated: bench-preprocess -->\n<!-- /generated -->\n"
     table = tables.regenerate(block, out.parent)
-    assert table.count("\n| ") == 7 + 3
+    assert table.count("\n| ") == 8 + 3
     assert "| tokenizers alone (encode_batch_fast) |" in table
     assert report["command"] in table

@@ -22,11 +22,12 @@ from megamor.cli import merge_data, preprocess
 from megamor.corpus import encode, text
 from megamor.corpus.cuts import cut, find_cuts, longest_fragment
 from megamor.corpus.dedup import SeenHashes
-from megamor.corpus.documents import document_hash
+from megamor.corpus.documents import document_hash, parse_chunk
 from megamor.corpus.encode import GigatokenEncoder
 from megamor.corpus.text import InputRange, find_files
 from megamor.corpus.tokenizer import MAX_FRAGMENT, TextEncoder, byte_tokenizer, char_tokenizer
 from megamor.data.shard import TokenShard
+from megamor.errors import DataError
 from tests.commands import status
 from tests.unit.test_data_format import meta_of
 from tests.unit.test_data_preprocess import EOD, TEXTS, corpus, documents, leftovers, run, tokenizer
@@ -122,6 +123,28 @@ def test_records_are_whole_however_the_file_is_read(
         assert chunk.data[-len(separator) :] == separator.encode()
         counted.append(counted[-1] + chunk.data.count(separator.encode()))  # type: ignore[arg-type]
     assert [chunk.first_record for chunk in found] == counted
+
+
+def test_a_separator_ends_a_block_and_half_of_one_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ab\n\n\ncde")
+    monkeypatch.setattr(text, "CHUNK_BYTES", 4)
+    assert [chunk.data for chunk in find_files([str(tmp_path / "a.txt")], separator="\n\n").chunks()] == [
+        b"ab\n\n",
+        b"\ncde",
+    ]
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"} {"text": "b"}', '{"text":\n"a"}', '{"text": "a", "\udcff": 1}', ""])
+def test_lines_decoded_in_place_are_checked_like_others(line: str) -> None:
+    """What msgspec would accept in a whole chunk, or doesn't look at, is an error or a blank line all the same."""
+    data = b'{"text": "one"}\n' + line.encode(errors="surrogateescape") + b'\n{"text": " "}\n{"text": "two"}'
+    chunk = text.TextChunk(text.FIRST, "a.jsonl", 1, "jsonl", data, len(data), len(data))
+    if not line:
+        found = parse_chunk(chunk, "text")
+        assert (found.texts, found.numbers, found.counts.blank, found.counts.empty) == (["one", "two"], [1, 4], 1, 1)
+        return
+    with pytest.raises(DataError, match="a.jsonl, line 2: "):
+        parse_chunk(chunk, "text")
 
 
 def test_line_of_100_megabytes(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
