@@ -143,7 +143,7 @@ def test_lines_decoded_in_place_are_checked_like_others(line: str) -> None:
         found = parse_chunk(chunk, "text")
         assert (found.texts, found.numbers, found.counts.blank, found.counts.empty) == (["one", "two"], [1, 4], 1, 1)
         return
-    with pytest.raises(DataError, match="a.jsonl, line 2: "):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: "):
         parse_chunk(chunk, "text")
 
 
