@@ -84,7 +84,9 @@ def peer_version(python: str | None) -> str:
     if python is None:
         raise ConfigError(ENVIRONMENT)
     try:
-        found = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, check=False).stdout.strip()
+        found = subprocess.run(
+            [python, "-c", CHECK], capture_output=True, text=True, encoding="utf-8", check=False
+        ).stdout.strip()
     except OSError as error:
         raise ConfigError(f"--peer-python {python} can't be run ({error}).\n{ENVIRONMENT}") from error
     spare, _, version = found.rpartition(" ")
@@ -155,7 +157,7 @@ def running(command: Sequence[str], cores: str, directory: Path) -> Iterator[str
         deadline = time.monotonic() + START_SECONDS
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                end = log.read_text(errors="replace")[-2000:]
+                end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
                 raise DataError(f"{' '.join(command)} doesn't serve; the end of what it wrote:\n{end}")
             time.sleep(0.5)
         yield url
