@@ -68,7 +68,7 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.running)
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
         if not prompt:
             raise RequestError("the prompt is empty")
         if len(prompt) + params.max_tokens > CONTEXT:

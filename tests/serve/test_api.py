@@ -115,6 +115,12 @@ def test_errors_name_the_field_in_plain_words(server: Running, body: dict[str, A
         assert "Input" not in error["message"], "the words of pydantic"
 
 
+def test_errors_of_texts_name_the_field(server: Running) -> None:
+    content = b'{"prompt": ["a", "\\ud800"]}'
+    error = error_of(httpx.post(server.url + "/v1/completions", content=content, timeout=20), 400)
+    assert (error["param"], error["message"][:30]) == ("prompt", "prompt 1: character 0 is half ")
+
+
 def test_bodies_that_are_no_object(server: Running) -> None:
     for content, message in (
         ("[1]", "the body: must be an object"),
@@ -176,8 +182,6 @@ def test_tokenizer_info_and_unknown_ids(server: Running) -> None:
     names = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": TEMPLATE}
     assert names.items() <= info.items()
     assert info["model_max_length"] == CONTEXT
-    # Alone it is the token, as lm-eval's remote tokenizer expects; in a text it is text.
-    assert post(server, "/tokenize", prompt="<|im_end|>").json()["tokens"] == [257]
     assert post(server, "/tokenize", prompt="a<|im_end|>").json()["count"] == 11
     assert post(server, "/tokenize", prompt="a", add_special_tokens=True).json()["tokens"] == [258, 64]
     error = error_of(post(server, "/detokenize", tokens=[97, 259]), 400)
@@ -514,12 +518,25 @@ def test_a_cancelled_wait_harms_nobody() -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_fails_to_add_a_request_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(lambda *_: "x" * 400, seconds=0.01)
+    with serving(engine) as server, httpx.Client(timeout=20) as client:
+        body = {"prompt": "a", "max_tokens": 400, "stream": True}
+        with client.stream("POST", server.url + "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            monkeypatch.setattr(engine, "add_request", lambda *_: 1 / 0)
+            error_of(post(server, prompt="b"), 503)
+            assert json.loads([line for line in lines if line][-2].removeprefix("data: "))["error"]["code"] == 503
+
+
 def test_requests_take_turns() -> None:
     """One with many sequences doesn't hold up the next: it gets the next free place, not the last."""
     engine = real_engine(max_resident=4, prefix_caching=False)
     params = SamplingParams(max_tokens=4, temperature=0)
-    many = [engine.add_request([5, 6], params.model_copy(update={"n": 10}))]
-    many += [engine.add_request([7, 8], params, many[0]) for _ in range(10)]  # type: ignore[call-arg]
+    grouped = params.model_copy(update={"group": 7})
+    many = [engine.add_request([5, 6], grouped.model_copy(update={"n": 10}))]
+    many += [engine.add_request([7, 8], grouped) for _ in range(10)]
     ended: list[int] = []
     others: list[int] = []
     while engine.has_work:

@@ -42,7 +42,7 @@ class Request:
     params: SamplingParams
     seed: int
     open: list[SequenceState] = field(default_factory=list)
-    # Turn of the youngest continuation, of those of other requests of its group too.
+    # Of its last continuation.
     turn: int = -1
     # By position in the prompt, filled chunk by chunk while continuation 0 reads it.
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
@@ -122,21 +122,23 @@ class ServingEngine:
         per_token = sum(entries[pool] * count * layer_bytes for pool, count in self.layers.in_pool.items())
         return {pool: int(memory / per_token * entries[pool]) for pool in self.layers.in_pool}
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt; see `Engine.add_request`."""
         self.check(prompt, params)
         self.num_requests += 1
         request = Request(params, secrets.randbits(63) if params.seed is None else params.seed)
+        if params.group is not None:
+            others = (other.turn for other in reversed(self.requests.values()) if other.params.group == params.group)
+            request.turn = next(others, -1)
         self.requests[self.num_requests] = request
-        # Groups take turns: a new one comes into the next round, behind those that wait for that round already. Its
-        # number is higher than those of all residents, who keep what they have.
+        # A new request comes into the next round, behind those that wait for that round already. Its number is higher
+        # than those of all residents, who keep what they have.
         turn = 1 + max((sequence.number >> TURN_BITS for sequence in self.scheduler.residents), default=-1)
-        leading = self.requests.get(group or self.num_requests, request)
         max_depth = min(params.max_depth or self.layers.num_recursions, self.layers.num_recursions)
         for index in range(params.n):
             self.num_sequences += 1
-            leading.turn = max(turn, leading.turn + 1)
-            number = (leading.turn << TURN_BITS) + self.num_sequences
+            request.turn = max(turn, request.turn + 1)
+            number = (request.turn << TURN_BITS) + self.num_sequences
             leader = request.open[0] if request.open else None
             reuse = params.prompt_logprobs is None or index > 0
             request.open.append(

@@ -95,6 +95,9 @@ class SamplingFields(Fields):
 class SamplingParams(SamplingFields):
     """What the engine is told. `prompt_logprobs` is like `logprobs`, for the tokens of the prompt.
 
+    Requests take turns, sequence by sequence, so that one of many doesn't hold up the others. Those of one `group`
+    count as one request.
+
     Raises:
         RequestError: a value is out of range.
     """
@@ -103,6 +106,7 @@ class SamplingParams(SamplingFields):
 
     prompt_logprobs: int | None = Field(None, ge=0)
     logits_processor: LogitsProcessor | None = None
+    group: int | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -239,10 +243,8 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything."""
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams, group: int | None = None) -> int:
-        """Queue a prompt; returns the request's number. `group` is that of an earlier request of the same client call.
-
-        Groups take turns, so that one of many sequences doesn't hold up the others.
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a prompt; returns the request's number.
 
         Raises:
             RequestError: the prompt is empty, has unknown token ids, or with `max_tokens` more exceeds the context or

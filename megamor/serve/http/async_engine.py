@@ -8,6 +8,7 @@ event loop in one call, and from there to the queue of each `Generation`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
@@ -92,6 +93,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._generations: set[Generation] = set()
+        self._groups = itertools.count()
         # By the engine's number of the request; used by the engine's thread only.
         self._active: dict[int, tuple[Generation, int]] = {}
         self.draining = False
@@ -143,6 +145,8 @@ class AsyncEngine:
         if waiting and sum(waiting) + length > limits.max_queued_tokens:
             busy = f"{sum(waiting)} prompt tokens are waiting already, {length} more are too many"
             raise StatusError(429, f"{busy}; try again soon")
+        if len(prompts) > 1:
+            params = params.model_copy(update={"group": next(self._groups)})
         generation = Generation(prompts, params, fit)
         late = StatusError(504, f"not finished within {seconds:g} s, the limit of this server")
         # One timer for the request. A timeout around every wait for an output would cost a task for each token.
@@ -190,8 +194,7 @@ class AsyncEngine:
         except Exception as error:  # of any kind: the clients that wait must be told
             log.exception("the engine has failed")
             self.failure = error
-            failed = StatusError(503, ENGINE_FAILED)
-            self._send([(generation, failed) for generation in {generation for generation, _ in self._active.values()}])
+            self._call_in_loop(self._fail_all)
             self._run_commands()
 
     def _run_commands(self) -> bool:
@@ -214,7 +217,7 @@ class AsyncEngine:
                 params, room = generation.params, max(1, self._engine.context_length - len(tokens))
                 if generation.fit and params.max_tokens > room:
                     params = params.model_copy(update={"max_tokens": room})
-                generation.numbers[prompt] = self._engine.add_request(tokens, params, generation.numbers.get(0))
+                generation.numbers[prompt] = self._engine.add_request(tokens, params)
                 self._active[generation.numbers[prompt]] = generation, prompt
         except MegamorError as error:
             self._send([(generation, error)])
@@ -241,7 +244,15 @@ class AsyncEngine:
             for generation, item in items:
                 generation.queue.put_nowait(item)
 
+        # One call for all outputs of a step: each call costs a system call to wake the event loop.
+        self._call_in_loop(put)
+
+    def _fail_all(self) -> None:
+        # In the event loop, which knows those too that the engine failed to add.
+        for generation in self._generations:
+            generation.queue.put_nowait(StatusError(503, ENGINE_FAILED))
+
+    def _call_in_loop(self, call: Callable[[], None]) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
-            # One call for all outputs of a step: each call costs a system call to wake the event loop.
-            self._loop.call_soon_threadsafe(put)
+            self._loop.call_soon_threadsafe(call)

@@ -152,7 +152,8 @@ class CompletionRun:
             result.top_logprobs.append(None if entry is None else top)
             before = state.offset
             state.offset += len(state.measure.push([token]))
-            # Its text ends where the text ends now. Bytes before it that form no character are known only now, too.
-            own = len(self.codec.decode([token]) if name.startswith("token_id:") else name)
-            result.text_offset.append(max(before, state.offset + len(state.measure.finish()) - own))
+            # A whole token ends where the text ends now: bytes before it that form no character are certain only now. A
+            # part of a character has the place of that character.
+            own = state.offset if name.startswith("token_id:") else len(name)
+            result.text_offset.append(max(before, state.offset - own))
         return result

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -129,7 +130,7 @@ class Server:
         except MegamorError as error:
             if not started:
                 raise
-            yield _event(error_body(_status_of(error), str(error), getattr(error, "param", None)))
+            yield _event(error_body(_status_of(error), str(error), _param_of(error)))
         yield "data: [DONE]\n\n"
 
     @contextmanager
@@ -248,9 +249,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        # Clients ask for the id of a special token so. In a longer text it would be plain text.
-        alone = server.codec.tokenizer.token_to_id(body.prompt) is not None
-        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens, special_tokens=alone)
+        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens)
         tokens = await run_in_threadpool(encode, body.prompt, "prompt")
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
@@ -318,9 +317,14 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MegamorError)
-        return answer(_status_of(error), str(error), getattr(error, "param", None))
+        return answer(_status_of(error), str(error), _param_of(error))
 
     app.add_exception_handler(MegamorError, ours)
+
+
+def _param_of(error: MegamorError) -> str | None:
+    """The field that an error is about. The message of a TextError begins with it, as in `prompt 1: ...`."""
+    return re.split(r"\W", str(error))[0] if isinstance(error, TextError) else getattr(error, "param", None)
 
 
 def _status_of(error: MegamorError) -> int:

@@ -110,7 +110,7 @@ class CompletionRequest(GenerationRequest):
         prompts: list[Any] = [given] if single else given
         if not 0 < len(prompts) <= MAX_PROMPTS:
             raise RequestError(f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}", "prompt")
-        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{number}]" for number in range(len(prompts))]
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
         return [
             codec.encode(each, name) if isinstance(each, str) else each
             for each, name in zip(prompts, names, strict=True)
