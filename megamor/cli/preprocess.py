@@ -99,12 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input",
-        nargs="+",
-        metavar="FILE",
-        help=INPUT_KINDS,
-    )
+    source.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_KINDS)
     source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
     group.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
     group.add_argument("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")

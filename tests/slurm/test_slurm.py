@@ -12,15 +12,7 @@ from pathlib import Path
 import pytest
 
 from megamor.config import Config, ParallelConfig, config_to_yaml
-from tests.resume.runs import (
-    assert_same_run,
-    checkpoint_names,
-    fit,
-    named,
-    tiny_run,
-    trace,
-    wait_for_steps,
-)
+from tests.resume.runs import assert_same_run, checkpoint_names, fit, named, tiny_run, trace, wait_for_steps
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]

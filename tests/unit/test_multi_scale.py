@@ -23,16 +23,7 @@ from megamor.routing import TokenSet
 from megamor.serve.engine.engine import ServingEngine
 from tests.causality.test_causality import CUT, change_future, logits, modes
 from tests.causality.test_documents import check as check_documents
-from tests.combinations import (
-    BATCH,
-    KV_POLICIES,
-    ROUTERS,
-    SEQ_LEN,
-    lively_model,
-    tiny_config,
-    tokens,
-    vanilla_config,
-)
+from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import fresh_run, relative_differences
