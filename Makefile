@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 # The parts of the test suite, of which JOBS run at a time, the longest first; `others` is what has no part of its own.
 JOBS ?= 2
-PARTS := $(addprefix tests-,others unit slurm resume distributed)
+PARTS := $(addprefix tests-,others contract unit slurm resume distributed serve)
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo yes)
 # DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
 DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)

@@ -35,7 +35,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.config.schema import Sharing
-from megamor.model import ModelOutput, Transformer, build_model
+from megamor.model import Transformer, build_model
 
 VOCAB, SEQ_LEN, BATCH = 97, 24, 3
 
@@ -131,8 +131,8 @@ def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
     return model
 
 
-def fitted(model: Transformer, steps: int, lr: float = 3e-3, batch: int = 8) -> ModelOutput:
-    """Train on one batch, with Adam and all losses; returns the output of the last step, before its update."""
+def fitted(model: Transformer, steps: int, lr: float = 3e-3, batch: int = 8) -> Any:
+    """Train on one batch, with Adam and all losses; returns the `ModelOutput` of the last step, before its update."""
     ids, optimizer = tokens(batch=batch, length=SEQ_LEN + 1), torch.optim.Adam(model.parameters(), lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
