@@ -35,7 +35,7 @@ from megamor.config import (
     TrainConfig,
 )
 from megamor.config.schema import Sharing
-from megamor.model import Transformer, build_model
+from megamor.model import ModelOutput, Transformer, build_model
 
 VOCAB, SEQ_LEN, BATCH = 97, 24, 3
 
@@ -129,6 +129,17 @@ def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
             if name.endswith("router.shift"):
                 buffer.fill_(0.5)  # of a target
     return model
+
+
+def fitted(model: Transformer, steps: int, lr: float = 3e-3, batch: int = 8) -> ModelOutput:
+    """Train on one batch, with Adam and all losses; returns the output of the last step, before its update."""
+    ids, optimizer = tokens(batch=batch, length=SEQ_LEN + 1), torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        out = model(ids[:, :-1], ids[:, 1:], step=step)
+        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+        optimizer.step()
+    return out
 
 
 def tokens(seed: int = 0, batch: int = BATCH, length: int = SEQ_LEN) -> Tensor:

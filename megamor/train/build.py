@@ -98,16 +98,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
     components |= {} if distillation is None else {"distillation": distillation}
-    checkpoints = RunCheckpoints(
-        config,
-        manager,
-        backend,
-        inputs.loader,
-        shapes,
-        files,
-        inputs.origin,
-        components,
-    )
+    checkpoints = RunCheckpoints(config, manager, backend, inputs.loader, shapes, files, inputs.origin, components)
     restored = checkpoints.resume()
     progress, resumption, told = restored or (RunProgress(started_from=started_from), None, started)
     told = told if distillation is None else [*told, *distillation.told]
