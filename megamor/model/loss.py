@@ -76,9 +76,10 @@ def describe_loss(config: Config, device: str, kernel: str, why: str) -> list[st
         why = "as configured"
     elif device == "cpu":
         return []
+    elif config.distill.from_ is not None:
+        why = "with a teacher"
     if kernel == "reference":
-        cause = "with a teacher" if config.distill.from_ is not None else why
-        return [f"loss: plain operations ({cause})"]
+        return [f"loss: plain operations ({why})"]
     rows = config.train.micro_batch_size * config.data.seq_len
     return [f"loss: {kernel} ({why}), {logits_at_once(config):,} of {rows:,} rows of logits at once"]
 
