@@ -13,6 +13,7 @@ import torch
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.engine.accounting import Accounting
+from megamor.serve.engine.cpu_kernels import Kernels, kernels_for
 from megamor.serve.engine.flight import Chunk, ScheduledBatch, SequenceState
 from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
@@ -66,7 +67,10 @@ class ServingEngine:
         self.layers = Layers.of(model)
         self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
         """Why the products take the weights as they are stored; None if they are prepacked."""
-        self.model = model = model.eval() if self.unpacked else packed(model.eval())
+        self.kernels = self.unpacked or kernels_of(model, self.options.page_size)
+        """What attends on a CPU, or why torch does."""
+        kernels = None if isinstance(self.kernels, str) else self.kernels
+        self.model = model = model.eval() if self.unpacked else packed(model.eval(), kernels)
         memory = kv_bytes(self.options.kv_memory, model.embed.weight.device)
         num_pages = self.options.num_pages or self.split_memory(memory)
         tables, context = self.layers.tables, self.context_length
@@ -76,7 +80,7 @@ class ServingEngine:
                 f"kv_memory = {memory} bytes doesn't hold one context of {self.context_length} tokens: give more, or a "
                 "smaller page_size"
             )
-        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages)
+        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, kernels is not None)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
             self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
@@ -317,6 +321,13 @@ class ServingEngine:
 
     def stats(self) -> EngineStats:
         return self.accounting.snapshot()
+
+
+def kernels_of(model: Transformer, page_size: int) -> Kernels | str:
+    """The kernels for `model` on a CPU, or why there are none."""
+    config = model.config.model
+    grouped = config.num_heads // config.num_kv_heads
+    return kernels_for(model.embed.weight.dtype, config.head_dim, grouped, page_size)
 
 
 def kv_bytes(asked: float, device: torch.device) -> int:

@@ -67,10 +67,12 @@ class Runner:
     The state of tokens has one slot more than the scheduler knows, for the padding rows of `graphs`.
     """
 
-    def __init__(self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int]) -> None:
+    def __init__(
+        self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int], transposed: bool = False
+    ) -> None:
         self.model, self.layers, self.flight = model, layers, flight
         self.device = model.embed.weight.device
-        self.cache = PagedCache(model, layers, flight, num_pages)
+        self.cache = PagedCache(model, layers, flight, num_pages, transposed)
         # [index][recursion]: the table that the block at `index` reads, and whether it writes to it.
         by_index = list(zip(*layers.access, strict=True))
         self.reads = [np.array([layers.table_of[access.table] for access in row]) for row in by_index]
