@@ -124,17 +124,8 @@ def command(args: argparse.Namespace, name: str, model: Path, dtype: str) -> lis
         own += ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "64"]
     else:
         own = [sys.executable, "-m", "megamor", "serve", "--checkpoint", str(model), "--device", "cpu"]
-        own += [
-            "--dtype",
-            dtype,
-            "--no-prefix-caching",
-            "--kv-memory",
-            "1GiB",
-            "--max-resident",
-            "64",
-            "--log-level",
-            "warning",
-        ]
+        own += ["--dtype", dtype, "--no-prefix-caching", "--kv-memory", "1GiB", "--max-resident", "64"]
+        own += ["--log-level", "warning"]
     return ["taskset", "-c", args.cores, *own]
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -46,6 +47,11 @@ def token_range(text: str) -> tuple[int, int]:
     if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
         raise argparse.ArgumentTypeError(f"{text} is not a range such as 40-60")
     return int(low), int(high or low)
+
+
+def result_file(directory: str) -> Path:
+    """A new file for a report in a directory, as an argument's type."""
+    return output_file(str(Path(directory, f"load-{time.strftime('%Y%m%d-%H%M%S')}.json")))
 
 
 def fraction(text: str) -> float:
@@ -159,10 +165,15 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
 def load_options(parser: argparse.ArgumentParser) -> None:
     """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
-    add("--url", "--base-url", required=True, help="of a running server")
+    add("--url", "--base-url", help="of a running server (default: that of --host and --port)")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    add("--port", type=positive, default=8000, metavar="N", help="default: 8000")
     add("--model", metavar="NAME", help="stop if the server has another model (default: any)")
-    for option, only in {"--backend": ("openai", "vllm"), "--dataset-name": ("random",)}.items():
+    known = {"--backend": ("openai", "vllm"), "--dataset-name": ("random",), "--endpoint": ("/v1/completions",)}
+    for option, only in known.items():
         add(option, choices=only, help="as in `vllm bench serve`; changes nothing")
+    add("--save-result", action="store_true", help="write the report to a new file in --result-dir")
+    add("--result-dir", type=result_file, dest="json", metavar="DIR", help="default: the working directory")
     counts = {
         ("--num-prompts", "--num-requests"): "how many requests",
         ("--random-input-len", "--input-tokens"): "of a prompt of random tokens",
@@ -171,8 +182,9 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     }
     for options, meaning in counts.items():
         name = options[-1][2:].replace("-", "_")
-        default = getattr(Load, name)
-        add(*options, dest=name, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
+        default, told = getattr(Load, name), name == "vocab_size"
+        shown = f"{meaning} (default: {'what the server says' if told else default})"
+        add(*options, dest=name, type=positive, default=None if told else default, metavar="N", help=shown)
     rate = "mean arrivals per second (default: all at once)"
     add("--request-rate", "--rate", dest="rate", type=float, default=Load.rate, metavar="R", help=rate)
     add("--max-concurrency", type=positive, metavar="N", help="requests under way at once (default: no limit)")
@@ -220,6 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(given)
+    if args.what == "load":
+        args.url = args.url or f"http://{args.host}:{args.port}"
+        args.json = args.json or (result_file("") if args.save_result else None)
     import torch
 
     from megamor.devices import usable_device

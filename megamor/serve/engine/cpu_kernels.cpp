@@ -178,6 +178,11 @@ inline void add_values(const float* weights, const T* values, int64_t stride, in
     }
 }
 
+// Pages are in no order, so the processor doesn't foresee which memory comes next.
+inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 // f.template operator()<N>(first) for groups of N of `count`, with sizes that the compiler knows.
 template <typename F>
 inline void in_groups(int64_t count, F f) {
@@ -224,14 +229,21 @@ void attend(const T* qkv, const T* k_pages, const T* v_pages, const int32_t* tab
                 begin = std::min(begin, sights[n].begin);
                 end = std::max(end, sights[n].end);
             }
+            const auto keys_at = [&](int64_t key) {
+                return k_pages + ((pages[key / page_size] * kv_heads + head) * page_size + key % page_size) * dim;
+            };
+            const auto values_at = [&](int64_t key) {
+                return v_pages + ((pages[key / page_size] * page_size + key % page_size) * kv_heads + head) * dim;
+            };
             std::fill_n(o.begin(), count * dim, 0.0f);
             std::fill_n(top.begin(), count, -INFINITY);
             std::fill_n(total.begin(), count, 0.0f);
             for (int64_t base = begin / LANES * LANES; base < end; base += SPAN) {
                 const int64_t parts = std::min<int64_t>(SPAN, end - base + LANES - 1) / LANES;
                 for (int64_t part = 0; part < parts; part++) {
-                    const int64_t key = base + part * LANES, page = pages[key / page_size];
-                    const T* keys = k_pages + ((page * kv_heads + head) * page_size + key % page_size) * dim;
+                    const int64_t key = base + part * LANES;
+                    const T *keys = keys_at(key), *values = values_at(key);
+                    for (int64_t i = 0; i < LANES; i++) fetch(values + i * kv_heads * dim, dim * sizeof(T));
                     in_groups(count, [&](auto size, int64_t n) {
                         score<size()>(&q[n * dim], keys, &p[n * SPAN + part * LANES], dim);
                     });
@@ -264,8 +276,9 @@ void attend(const T* qkv, const T* k_pages, const T* v_pages, const int32_t* tab
                     top[n] = now;
                 }
                 for (int64_t part = 0; part < parts; part++) {
-                    const int64_t key = base + part * LANES, page = pages[key / page_size];
-                    const T* values = v_pages + ((page * page_size + key % page_size) * kv_heads + head) * dim;
+                    const int64_t key = base + part * LANES;
+                    if (key + SPAN < end) fetch(keys_at(key + SPAN), LANES * dim * sizeof(T));
+                    const T* values = values_at(key);
                     in_groups(count, [&](auto size, int64_t n) {
                         add_values<size()>(&p[n * SPAN + part * LANES], values, kv_heads * dim,
                                            std::min<int64_t>(LANES, end - key), &o[n * dim], dim);
