@@ -116,6 +116,7 @@ class SkipForwardRecurseSession(RoutingSession):
         self.reach = torch.ones((), dtype=dtype, device=rows.device)
         self.expected_depth, self.decisions = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
         self.sizes: Incoming | None = None
+        self.selected: TokenSet | None = None
         self.means: Tensor | None = None
         if router.config.granularity == "sequence":
             everything, begins = context.everything, context.begins

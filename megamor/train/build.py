@@ -101,16 +101,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     components |= {} if distillation is None else {"distillation": distillation}
     loss = LossChoice(config, world.device, kernels)
     components |= {"loss": loss} if world.device.type == "cuda" else {}
-    checkpoints = RunCheckpoints(
-        config,
-        manager,
-        backend,
-        inputs.loader,
-        shapes,
-        files,
-        inputs.origin,
-        components,
-    )
+    checkpoints = RunCheckpoints(config, manager, backend, inputs.loader, shapes, files, inputs.origin, components)
     restored = checkpoints.resume()
     about_loss, model.loss_kernel = loss.settle(), loss.kernel
     progress, resumption, told = restored or (RunProgress(started_from=started_from), None, started)

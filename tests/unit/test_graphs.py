@@ -135,8 +135,7 @@ def test_auto_compiles_on_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("major", "broken", "expected"),
-    [(9, "", "FA3"), (9, "FA3", "FA3"), (10, "", "FA4"), (8, "", "")],
+    ("major", "broken", "expected"), [(9, "", "FA3"), (9, "FA3", "FA3"), (10, "", "FA4"), (8, "", "")]
 )
 def test_the_newest_flash_attention_is_activated(major: int, broken: str, expected: str) -> None:
     module, tried = ModuleType("attention"), list[str]()

@@ -55,12 +55,7 @@ def test_compiles(name: str, vocab: int, sm: int, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"ignore": IGNORE, "vocab": vocab, "z_coeff": 1e-4, "gradients": True, "BLOCK": BLOCK}
     constants["SUM"] = tl.float32
-    signature = {
-        "logits": f"*{name}",
-        "labels": "*i64",
-        "nll": "*fp32",
-        "z_loss": "*fp32",
-    }
+    signature = {"logits": f"*{name}", "labels": "*i64", "nll": "*fp32", "z_loss": "*fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(4)}
     source = ASTSource(softmax_row, signature, constants, aligned)

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 
 import torch
 
@@ -26,10 +27,11 @@ from megamor.serve.engine.request import (
     TokenLogprob,
 )
 from megamor.serve.engine.runner import Runner
-from megamor.serve.engine.sampler import Draw, logprobs_of, sample
+from megamor.serve.engine.sampler import NO_TOKEN, Draw, logprobs_of, sample
 from megamor.serve.engine.scheduler import Scheduler
 from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 
+NUMERIC_ERROR = "no next token: the logits are not numbers, or a logits_processor failed or excluded every token"
 # Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
 # A sequence's number has its turn above these bits, and its order of arrival in them.
@@ -231,7 +233,7 @@ class ServingEngine:
         wanted = [request.params.logprobs for _, request in ends]
         logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)
         if any(count is not None for count in wanted):
-            logprobs = logprobs_of(logits, tokens, [count or 0 for count in wanted])
+            logprobs = logprobs_of(logits, [max(token, 0) for token in tokens], [count or 0 for count in wanted])
         return {
             chunk: (token, None if count is None else logprob)
             for (chunk, _), token, logprob, count in zip(ends, tokens, logprobs, wanted, strict=True)
@@ -268,11 +270,18 @@ class ServingEngine:
         outputs, total = [], self.accounting.total
         for chunk in chunks:
             sequence = chunk.sequence
-            request = self.requests[sequence.request]
+            request = self.requests.get(sequence.request)
+            if request is None:
+                continue  # another continuation has failed in this batch
             if chunk not in sampled and sequence.unread:
                 continue  # in the middle of the prompt, or of a text that is read again after a preemption
             new, logprob = sampled.get(chunk, (None, None))
             reason: FinishReason | None = None
+            read = request.prompt_logprobs.values() if sequence.num_new == 0 else ()
+            if new == NO_TOKEN or any(isnan(each.logprob) for each in read):
+                outputs.append(RequestOutput(sequence.request, sequence.index, (), error=NUMERIC_ERROR))
+                self.abort(sequence.request)
+                continue
             if new is not None:
                 sequence.tokens.append(new)
                 total.generated_tokens += 1

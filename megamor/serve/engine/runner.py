@@ -358,8 +358,12 @@ def marks_of(outcomes: Sequence[tuple[int, Tensor | None]]) -> Marks:
     """The marks [n] of all `outcomes`, each with their number; None marks all."""
     # The only place where a batch waits for the device: one transfer, however many depths share the batch.
     asked = [kept for _, kept in outcomes if kept is not None]
-    marks = iter(torch.cat(asked).tolist() if asked else ())
-    return np.array([True if kept is None else next(marks) for count, kept in outcomes for _ in range(count)], np.bool_)
+    found = np.array(torch.cat(asked).tolist() if asked else (), np.bool_)
+    if len(asked) == len(outcomes):
+        return found
+    marks = np.ones(sum(count for count, _ in outcomes), np.bool_)
+    marks[np.concatenate([np.full(count, kept is not None) for count, kept in outcomes])] = found
+    return marks
 
 
 def text_column(chunks: Sequence[Chunk]) -> Ints:
