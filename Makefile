@@ -6,11 +6,14 @@ TORCH_VERSION := 2.13.0
 TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/installed
+# The parts of the test suite, of which JOBS run at a time, the longest first; `others` is what has no part of its own.
+JOBS ?= 2
+PARTS := $(addprefix tests-,others contract unit slurm resume distributed serve)
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo yes)
 # DeepSpeed compiles nothing at installation; without a GPU it is told so, which also silences its search for one.
 DEEPSPEED_ENV := DS_BUILD_OPS=0 $(if $(HAS_GPU),,DS_ACCELERATOR=cpu)
 
-.PHONY: help install quickstart serve-demo test lint types unit combinations reliability test-slow docs clean
+.PHONY: help install quickstart serve-demo test lint types unit combinations reliability test-slow docs clean $(PARTS)
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -27,7 +30,8 @@ serve-demo: quickstart ## serve the quickstart's model on port 8000
 	@echo
 	@$(BIN)/megamor serve --checkpoint runs/quickstart/checkpoints/latest
 
-test: install lint types unit ## lint, types and the test suite
+test: install lint ## lint, types and the test suite without its slow cases
+	@$(MAKE) --no-print-directory --keep-going -j$(JOBS) types $(PARTS)
 
 lint: install ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -37,7 +41,11 @@ types: install ## mypy
 	$(BIN)/mypy
 
 unit: install ## the test suite without its slow cases
-	$(DEEPSPEED_ENV) $(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --keep-going -j$(JOBS) $(PARTS)
+
+$(PARTS): tests-%: install
+	@log=$$(mktemp); trap 'cat $$log; rm $$log' EXIT; echo "testing: $*"; $(DEEPSPEED_ENV) OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest $(or $(wildcard tests/$*),$(PARTS:tests-%=--ignore=tests/%)) >$$log 2>&1
 
 combinations: install ## run the tests of all combinations and write docs/combinations.md from their outcomes
 	$(BIN)/python -m pytest -q -m '' tests/causality tests/decoding tests/learning tests/unit/test_model.py \

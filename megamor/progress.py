@@ -197,16 +197,9 @@ def format_duration(seconds: float | None) -> str:
 
 def format_count(value: float) -> str:
     """`0.42`, `9.5`, `950`, `14.2k`, `3.10M`, `1.25G`, up to E (1e18)."""
-    for limit, suffix, digits in (
-        (1e18, "E", 2),
-        (1e15, "P", 2),
-        (1e12, "T", 2),
-        (1e9, "G", 2),
-        (1e6, "M", 2),
-        (1e3, "k", 1),
-    ):
-        if value >= limit:
-            return f"{value / limit:.{digits}f}{suffix}"
+    for power, suffix in zip(range(18, 0, -3), "EPTGMk", strict=True):
+        if value >= 10**power:
+            return f"{value / 10**power:.{1 if suffix == 'k' else 2}f}{suffix}"
     return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
 
 

@@ -131,6 +131,17 @@ def lively_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
     return model
 
 
+def fitted(model: Transformer, steps: int, lr: float = 3e-3, batch: int = 8) -> Any:
+    """Train on one batch, with Adam and all losses; returns the `ModelOutput` of the last step, before its update."""
+    ids, optimizer = tokens(batch=batch, length=SEQ_LEN + 1), torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        out = model(ids[:, :-1], ids[:, 1:], step=step)
+        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
+        optimizer.step()
+    return out
+
+
 def tokens(seed: int = 0, batch: int = BATCH, length: int = SEQ_LEN) -> Tensor:
     """Random token ids [batch, length]."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

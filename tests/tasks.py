@@ -21,11 +21,7 @@ CONTEXT = 48
 QUESTIONS = [
     {"question": "Which animal barks?", "choices": ["the cat", "a dog", "fish"], "gold": 1},
     {"question": "Two and two are", "choices": ["five", "three", "four"], "gold": 2},
-    {
-        "question": "The sky on a day without any clouds at all, they say, is",
-        "choices": ["a", "b"],
-        "gold": 0,
-    },
+    {"question": "The sky on a day without any clouds at all, they say, is", "choices": ["a", "b"], "gold": 0},
 ]
 TEXTS = [
     {"text": "one two", "last": " three"},

@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,10 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     if args.seed is None:  # the same prompts once more would be found in the server's prefix cache
         args.seed = random.getrandbits(32)
     load = Load(**{field.name: getattr(args, field.name) for field in fields(Load)})
+    if not load.rate > 0:
+        raise ConfigError(f"--request-rate {load.rate:g} must be more than 0; inf sends everything at once")
     report["served_model"] = served = asyncio.run(served_model(load))
+    load = replace(load, vocab_size=load.vocab_size or asyncio.run(served_vocabulary(load)))
     if args.model not in (None, served):
         raise ConfigError(f"--model {args.model} isn't served at {load.url}; give {served}, or leave the option out")
     report["load"] = asdict(load) | {"api_key": None}
@@ -134,6 +137,12 @@ async def served_model(load: Load) -> str:
         raise DataError(f"no server answers at {load.url} ({cause}): start it, or correct --url") from error
     except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{load.url}/v1/models names no model: {type(error).__name__}: {error}") from error
+
+
+async def served_vocabulary(load: Load) -> int:
+    """Number of token ids of the server's tokenizer; the default of `Load` where the server doesn't tell."""
+    async with _session(load) as client, client.get("tokenizer_info") as response:
+        return int((await response.json()).get("vocab_size", Load.vocab_size)) if response.ok else Load.vocab_size
 
 
 async def send(load: Load) -> list[Record]:
@@ -176,20 +185,27 @@ async def _stream(client: aiohttp.ClientSession, load: Load, prompt: list[int]) 
             if response.status != 200:
                 record.error = f"{response.status}: {(await response.text(errors='replace'))[:200]}"
                 return record
-            async for line in response.content:
-                event = line.strip().removeprefix(b"data: ")
-                if not event or event == b"[DONE]":
-                    continue
-                content = json.loads(event)
-                if "error" in content:
-                    record.error = content["error"]["message"]
-                    return record
-                # The last event has the usage alone and is not a token.
-                if content["choices"]:
-                    record.arrivals.append(time.perf_counter())
-                if content.get("usage"):
-                    record.tokens = content["usage"]["completion_tokens"]
-    except aiohttp.ClientError as error:
+            rest = b""
+            async for read in response.content.iter_any():
+                *lines, rest = (rest + read).split(b"\n")
+                now, new = time.perf_counter(), 0
+                for line in lines:
+                    # Proxies send comments, which keep the connection open.
+                    event = line.removeprefix(b"data:").strip()
+                    if event in (line.strip(), b"[DONE]"):
+                        continue
+                    content = json.loads(event)
+                    if "error" in content:
+                        record.error = content["error"]["message"]
+                        return record
+                    # The last event has the usage alone and is not a token.
+                    new += bool(content["choices"])
+                    if content.get("usage"):
+                        record.tokens = content["usage"]["completion_tokens"]
+                # What comes in one read shares the time since the one before: gaps of zero would be this client's.
+                begin = record.arrivals[-1] if record.arrivals else now
+                record.arrivals += [begin + (now - begin) * (number + 1) / new for number in range(new)]
+    except (aiohttp.ClientError, ValueError, LookupError) as error:
         record.error = f"{type(error).__name__}: {error}"
     if record.error is None and not record.arrivals:
         record.error = "the stream ended without a token"

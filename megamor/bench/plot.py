@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("report", type=Path, help="written by `megamor bench train --json`")
     parser.add_argument("picture", type=Path, help="SVG file to write")
     arguments = parser.parse_args(argv)
-    draw(read_report(arguments.report, train.SCHEMA, train.OLD_SCHEMA), arguments.picture)
+    draw(read_report(arguments.report, train.SCHEMA), arguments.picture)
 
 
 def draw(report: Row, picture: Path) -> None:

@@ -128,8 +128,8 @@ def write_report(path: Path, report: Row) -> None:
     replace_file(path, json.dumps(report, indent=1) + "\n")
 
 
-def read_report(path: Path, *schemas: str) -> dict[str, Any]:
-    """A result file of one of the given schemas.
+def read_report(path: Path, schema: str) -> dict[str, Any]:
+    """A result file of the given schema.
 
     Raises:
         DataError: the file isn't JSON or has another schema.
@@ -139,7 +139,6 @@ def read_report(path: Path, *schemas: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read as JSON: {error}") from error
     found = report.get("schema") if isinstance(report, dict) else None
-    if found not in schemas:
-        expected = " or ".join(dict.fromkeys(schemas))
-        raise DataError(f"{path}: schema is {found!r}, expected {expected}; measure again with megamor bench")
+    if found != schema:
+        raise DataError(f"{path}: schema is {found!r}, expected {schema}; measure again with megamor bench")
     return report

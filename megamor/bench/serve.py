@@ -31,8 +31,6 @@ from megamor.serve.engine.request import SamplingParams
 from megamor.serve.options import POLICIES, EngineOptions
 
 SCHEMA = "megamor-bench-serve-offline/2"
-OLD_SCHEMA = "megamor-bench-serve-offline/1"
-"""Files with a single setting."""
 EQUAL_BYTES = "depthwise, equal KV bytes"
 """The case with as many residents as fit into the keys and values of `residents` sequences at full depth."""
 VANILLA = "vanilla"
@@ -261,7 +259,7 @@ COLUMNS = (
 
 def tables(report: Row) -> Iterator[Table]:
     """One table for each model and number of residents."""
-    for setting in report["settings"] if report["schema"] == SCHEMA else [report]:
+    for setting in report["settings"]:
         work, config, costs = setting["workload"], setting["config"], setting["costs"]
         model, recursion, (fixed, row) = config["model"], config["recursion"], costs["core"]
         title = (

@@ -123,19 +123,9 @@ def command(args: argparse.Namespace, name: str, model: Path, dtype: str) -> lis
         own = [args.peer_python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--dtype", TYPES[dtype]]
         own += ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "64"]
     else:
-        own = [
-            sys.executable,
-            "-m",
-            "megamor",
-            "serve",
-            "--checkpoint",
-            str(model),
-            "--device",
-            "cpu",
-            "--dtype",
-            dtype,
-        ]
-        own += ["--no-prefix-caching", "--kv-memory", "1GiB", "--max-resident", "64", "--log-level", "warning"]
+        own = [sys.executable, "-m", "megamor", "serve", "--checkpoint", str(model), "--device", "cpu"]
+        own += ["--dtype", dtype, "--no-prefix-caching", "--kv-memory", "1GiB", "--max-resident", "64"]
+        own += ["--log-level", "warning"]
     return ["taskset", "-c", args.cores, *own]
 
 

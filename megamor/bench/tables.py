@@ -16,13 +16,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from types import ModuleType
 from typing import Any
 
 from megamor.bench import gpu, load, loader, preprocess, save, scaling, serve, serving, train
 from megamor.bench.report import Column, Row, Table, number, provenance, read_report, text
 from megamor.errors import DataError, user_errors
+from megamor.study.collect import SCHEMA, table_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,19 +37,11 @@ MARK = re.compile(r"^<!-- (?:generated: (\S+)|/generated) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- generated: (\S+) -->\n(?:(?!<!-- (?:/|generated: )).*\n)*<!-- /generated -->$", re.MULTILINE)
 QUICKSTART_SCHEMA = "megamor-quickstart/1"
 FINETUNING_SCHEMA = "megamor-finetuning/1"
-STUDY_SCHEMA = "megamor-study/1"
-STUDY_COLUMNS = ("arm", "loss, nats/token", "accuracy", "depth", "forward FLOPs/token", "tokens", "learning rate")
-FINDINGS = (
-    "routing",
-    "routing_code",
-    "seed002_exp1",
-    "seed002_exp2",
-    "isoflop_cpu",
-    "growth",
-    "uptrain_small",
-    "uptrain",
-)
-"""Studies whose results docs/findings.md tells."""
+STUDIES = [path.stem for path in sorted((RESULTS / "studies").glob("*.json"))]
+STUDY_COLUMNS = {
+    "arm": "arm", "loss": "loss, nats/token", "accuracy": "accuracy", "depth": "depth",
+    "FLOPs/token": "forward FLOPs/token", "tokens": "tokens", "lr": "learning rate",
+}  # fmt: skip
 RELIABILITY_SCHEMA = "megamor-reliability/1"
 IMPORTS_SCHEMA = "megamor-imports/1"
 
@@ -116,8 +108,7 @@ def measured(pattern: str, bench: ModuleType, results: Path) -> Iterator[str]:
     if not paths:
         raise DataError(f"{results} holds no {pattern}; write one with megamor bench … --json")
     for path in paths:
-        # Reports are measurements that can't be repeated at will, so those of former schemas stay readable.
-        report = read_report(path, bench.SCHEMA, getattr(bench, "OLD_SCHEMA", bench.SCHEMA))
+        report = read_report(path, bench.SCHEMA)
         try:
             for table in bench.tables(report):
                 yield from table.markdown()
@@ -157,31 +148,13 @@ def quickstart(results: Path) -> Iterator[str]:
 
 def study(name: str, results: Path) -> Iterator[str]:
     """Markdown of a study: its arms at each budget, its floors, what its intervals allow to say, and where it ran."""
-    report = read_report(results / "studies" / f"{name}.json", STUDY_SCHEMA)
-    columns = [Column(header, text(header), left=header == "arm") for header in STUDY_COLUMNS]
-    yield from Table(columns, [*_study_rows(report)]).markdown()
+    report = read_report(results / "studies" / f"{name}.json", SCHEMA)
+    columns = [Column(header, text(key), left=key == "arm") for key, header in STUDY_COLUMNS.items()]
+    yield from Table(columns, [*table_rows(report)]).markdown()
     yield from ("", *(f"- {sentence}" for sentence in report["statements"]), "")
     minutes, machine = report["seconds"] / 60, report["origin"]["machine"]
     where = f"one of {machine['cores']} cores of {machine['cpu']}; {provenance(report['origin'], 'torch')}"
     yield f"`{report['command']}` ({minutes:.0f} minutes of training, without the tuning of rates, on {where})"
-
-
-def _study_rows(report: Row) -> Iterator[dict[str, str]]:
-    for budget in report["budgets"]:
-        for arm in report["arms"]:
-            runs = [run for run in report["runs"] if run["arm"] == arm["name"] and run["budget"] == budget]
-            mean = {key: fmean(run[key] for run in runs) for key in ("mean_depth", "flops_per_token", "tokens")}
-            losses = [run["loss"] for run in runs]
-            spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-            accuracy = "" if runs[0]["accuracy"] is None else f"{fmean(run['accuracy'] for run in runs):.2%}"
-            at = f", {budget:.3g}" if len(report["budgets"]) > 1 else ""
-            cells = [f"{fmean(losses):.4f}{spread}", accuracy, f"{mean['mean_depth']:.2f}"]
-            cells += [f"{mean['flops_per_token']:.3g}", f"{mean['tokens']:,.0f}", f"{arm['lr']:g}"]
-            yield dict(zip(STUDY_COLUMNS, (arm["label"] + at, *cells), strict=True))
-    for floor in report["floors"]:
-        loss, accuracy = floor["loss"], floor["accuracy"]
-        shown = "" if loss is None else f"{loss:.4f}", "" if accuracy is None else f"{accuracy:.2%}"
-        yield dict(zip(STUDY_COLUMNS, (floor["name"], *shown, *[""] * 4), strict=True))
 
 
 def reliability(results: Path) -> Iterator[str]:
@@ -255,7 +228,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "bench-load": partial(measured, "serve_load_*.json", load),
     "bench-serving": partial(measured, "serving_*.json", serving),
     "quickstart": quickstart,
-    **{f"study-{name}": partial(study, name) for name in FINDINGS},
+    **{f"study-{name}": partial(study, name) for name in STUDIES},
     "reliability": reliability,
     "imports": imports,
     "finetuning": finetuning,

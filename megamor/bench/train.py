@@ -34,8 +34,6 @@ from megamor.parallel import World, close_world, compiles
 from megamor.plan.memory import step_memory
 
 SCHEMA = "megamor-bench-train/1"
-OLD_SCHEMA = "megamor-bench-checkpointing/1"
-"""Files of a former subcommand, which compared policies."""
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], None]) -> None:
@@ -185,7 +183,7 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
 
 def tables(report: Row) -> Iterator[Table]:
     """One table for each comparison."""
-    for setting in report["settings"] if report["schema"] == SCHEMA else [_setting_of_policies(report)]:
+    for setting in report["settings"]:
         config, first = setting.get("config") or report["config"], setting["cases"][0]
         title = (
             f"Training step of {setting['batch_size']} × {setting['seq_len']} tokens, {config['model']['num_layers']} "
@@ -212,15 +210,3 @@ def tables(report: Row) -> Iterator[Table]:
             Column("mean depth", number("mean_depth", ".2f", null="")),
         )
         yield Table(columns, setting["cases"], title)
-
-
-def _setting_of_policies(report: Row) -> dict[str, Any]:
-    config = report["config"]
-    ratios = [case["estimated_memory_bytes"] / case["peak_memory_bytes"] for case in report["policies"]]
-    return {
-        "seq_len": config["data"]["seq_len"],
-        "batch_size": config["train"]["micro_batch_size"],
-        "precision": config["train"]["precision"],
-        "rounds": report["rounds"],
-        "cases": [{**case, "estimate_over_peak": r} for case, r in zip(report["policies"], ratios, strict=True)],
-    }

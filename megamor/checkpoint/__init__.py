@@ -6,13 +6,7 @@ from megamor.checkpoint.manifest import find_damage, verify
 from megamor.checkpoint.reader import Checkpoint, open_checkpoint, stored_file
 from megamor.checkpoint.rng import reseed, restore_rng, rng_states, write_rng
 from megamor.checkpoint.state import check_same_model, iterate_state, load_weights, state_shapes, weight_shapes
-from megamor.checkpoint.trainer_state import (
-    TrainerState,
-    code_revision,
-    describe_origin,
-    library_versions,
-    origin_of,
-)
+from megamor.checkpoint.trainer_state import TrainerState, code_revision, describe_origin, library_versions, origin_of
 
 __all__ = [
     "BackgroundSave",

@@ -81,13 +81,13 @@ class TrainerState:
         return cls(**content)
 
 
-def origin_of(kind: str, directory: Path, source: str | None = None) -> dict[str, Any]:
-    """What `TrainerState.started_from` says of weights from `directory`, known to the user as `source`.
+def origin_of(kind: str, directory: Path) -> dict[str, Any]:
+    """What `TrainerState.started_from` says of weights from `directory`.
 
     Raises:
         CheckpointError: `trainer.json` is damaged.
     """
-    found: dict[str, Any] = {"kind": kind, "source": source or str(directory), "sha256": identity_sha256(directory)}
+    found: dict[str, Any] = {"kind": kind, "source": str(directory), "sha256": identity_sha256(directory)}
     if (directory / TRAINER_FILE).is_file():
         state = TrainerState.read(directory)
         found |= {"step": state.step} | ({"started_from": state.started_from} if state.started_from else {})

@@ -132,6 +132,11 @@ def output_file(text: str) -> Path:
     return path
 
 
+def words(text: str) -> list[str]:
+    """Words with commas between them, as an argument's type."""
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
 def integers(text: str) -> list[int]:
     """Positive integers with commas between them, as an argument's type."""
     return [positive(number) for number in text.split(",")]

@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,22 +33,12 @@ from pathlib import Path
 from megamor.bench.cases import BASELINES, CASES, POLICIES
 from megamor.bench.load import Load
 from megamor.bench.report import write_report
-from megamor.cli import command_parser, output_file, positive
+from megamor.cli import command_parser, integers, output_file, positive, words
 from megamor.errors import user_errors
 from megamor.serve.options import POLICIES as SCHEDULING
 
 CONFIGURED = ("train", "save", "serve", "serving")
 """Subcommands that measure a configuration, which key=value arguments change."""
-
-
-def names(text: str) -> list[str]:
-    """Comma-separated words."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    """Comma-separated positive integers."""
-    return [positive(word) for word in names(text)]
 
 
 def token_range(text: str) -> tuple[int, int]:
@@ -56,6 +47,11 @@ def token_range(text: str) -> tuple[int, int]:
     if not (low.isdigit() and (high or low).isdigit() and 0 < int(low) <= int(high or low)):
         raise argparse.ArgumentTypeError(f"{text} is not a range such as 40-60")
     return int(low), int(high or low)
+
+
+def result_file(directory: str) -> Path:
+    """A new file for a report in a directory, as an argument's type."""
+    return output_file(str(Path(directory, f"load-{time.strftime('%Y%m%d-%H%M%S')}.json")))
 
 
 def fraction(text: str) -> float:
@@ -92,12 +88,12 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     """Time, memory and FLOPs of a training step, for models or checkpointing policies."""
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a recursive model; key=value changes settings of all cases")
-    add("--cases", type=names, metavar="A,B", help=f"{', '.join(CASES)} (default: all)")
-    add("--policies", type=names, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
+    add("--cases", type=words, metavar="A,B", help=f"{', '.join(CASES)} (default: all)")
+    add("--policies", type=words, metavar="A,B", help=f"compare activation checkpointing: {','.join(POLICIES)}")
     add("--fill", type=fraction, metavar="F", help="windows that are F full (0.5): padding computed against left out")
     add("--baseline", action="append", default=[], choices=BASELINES, help="another implementation of vanilla")
-    add("--seq-len", type=numbers, metavar="N,M", help="sequence lengths (default: the configuration's)")
-    add("--micro-batch", type=numbers, metavar="N,M", help="sequences of a step (default: the configuration's)")
+    add("--seq-len", type=integers, metavar="N,M", help="sequence lengths (default: the configuration's)")
+    add("--micro-batch", type=integers, metavar="N,M", help="sequences of a step (default: the configuration's)")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: as configured")
     add("--backend", default="single", choices=["single", "fsdp2"], help="of one rank (default: single)")
     add("--seconds", type=float, default=60.0, metavar="T", help="per sequence length (default: 60)")
@@ -153,9 +149,9 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--config", metavar="FILE", help="a model with random weights; key=value changes its settings")
     models.add_argument("--checkpoint", help="a checkpoint, `latest`, the directory of a run or of an export")
     add("--vanilla", metavar="FILE", help="configuration of a model without recursions, to compare with")
-    add("--policies", type=names, default=list(SCHEDULING), metavar="A,B", help=f"default: {','.join(SCHEDULING)}")
-    add("--kv-policies", type=names, metavar="A,B", help="with --config: recursion_wise, share_first … in turn")
-    add("--residents", type=numbers, default=[32], metavar="N,M", help="sequences at work at once (default: 32)")
+    add("--policies", type=words, default=list(SCHEDULING), metavar="A,B", help=f"default: {','.join(SCHEDULING)}")
+    add("--kv-policies", type=words, metavar="A,B", help="with --config: recursion_wise, share_first … in turn")
+    add("--residents", type=integers, default=[32], metavar="N,M", help="sequences at work at once (default: 32)")
     add("--turns", type=positive, default=30, metavar="N", help="of each engine (default: 30)")
     add("--prompt-tokens", type=positive, default=4, metavar="N", help="of each request (default: 4)")
     add("--new-tokens", type=token_range, default=(40, 60), metavar="A-B", help="of each request (default: 40-60)")
@@ -169,10 +165,15 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
 def load_options(parser: argparse.ArgumentParser) -> None:
     """Send requests to a running server and measure what its users would experience."""
     add = parser.add_argument
-    add("--url", "--base-url", required=True, help="of a running server")
+    add("--url", "--base-url", help="of a running server (default: that of --host and --port)")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    add("--port", type=positive, default=8000, metavar="N", help="default: 8000")
     add("--model", metavar="NAME", help="stop if the server has another model (default: any)")
-    for option, only in {"--backend": ("openai", "vllm"), "--dataset-name": ("random",)}.items():
+    known = {"--backend": ("openai", "vllm"), "--dataset-name": ("random",), "--endpoint": ("/v1/completions",)}
+    for option, only in known.items():
         add(option, choices=only, help="as in `vllm bench serve`; changes nothing")
+    add("--save-result", action="store_true", help="write the report to a new file in --result-dir")
+    add("--result-dir", type=result_file, dest="json", metavar="DIR", help="default: the working directory")
     counts = {
         ("--num-prompts", "--num-requests"): "how many requests",
         ("--random-input-len", "--input-tokens"): "of a prompt of random tokens",
@@ -181,8 +182,9 @@ def load_options(parser: argparse.ArgumentParser) -> None:
     }
     for options, meaning in counts.items():
         name = options[-1][2:].replace("-", "_")
-        default = getattr(Load, name)
-        add(*options, dest=name, type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})")
+        default, told = getattr(Load, name), name == "vocab_size"
+        shown = f"{meaning} (default: {'what the server says' if told else default})"
+        add(*options, dest=name, type=positive, default=None if told else default, metavar="N", help=shown)
     rate = "mean arrivals per second (default: all at once)"
     add("--request-rate", "--rate", dest="rate", type=float, default=Load.rate, metavar="R", help=rate)
     add("--max-concurrency", type=positive, metavar="N", help="requests under way at once (default: no limit)")
@@ -199,8 +201,8 @@ def serving_options(parser: argparse.ArgumentParser) -> None:
     add("--peer-python", metavar="FILE", help="Python of its own environment; without it: how to make one")
     add("--vanilla", metavar="FILE", required=True, help="the dense model, with random weights, that both serve")
     add("--config", metavar="FILE", help="a recursive model of the same effective depth, that ours serves too")
-    add("--dtypes", type=names, default=["fp32", "bf16"], metavar="A,B", help="default: fp32,bf16")
-    add("--concurrency", type=numbers, default=[1, 8, 32], metavar="N,M", help="requests at once (default: 1,8,32)")
+    add("--dtypes", type=words, default=["fp32", "bf16"], metavar="A,B", help="default: fp32,bf16")
+    add("--concurrency", type=integers, default=[1, 8, 32], metavar="N,M", help="requests at once (default: 1,8,32)")
     add("--tokens", type=positive, default=64, metavar="N", help="of each prompt and of each answer (default: 64)")
     add("--rounds", type=positive, default=3, metavar="N", help="turns of each server (default: 3)")
     add("--cores", default=f"0-{(os.cpu_count() or 1) - 1}", metavar="N-M", help="of each server (default: all)")
@@ -228,8 +230,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: status 1 if a case failed, 2 for a mistake in the arguments.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(words)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(given)
+    if args.what == "load":
+        args.url = args.url or f"http://{args.host}:{args.port}"
+        args.json = args.json or (result_file("") if args.save_result else None)
     import torch
 
     from megamor.devices import check_computes, usable_device
@@ -242,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     bench = import_module(f"megamor.bench.{args.what}")
     # The key is replaced before quoting, which may change how it is spelt.
-    shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in words]
+    shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in given]
     report = {"schema": bench.SCHEMA, "command": shlex.join(["megamor", "bench", *shown])}
     report |= describe_origin(device)
     if args.revision:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamor import __version__
-from megamor.cli import positive
+from megamor.cli import positive, words
 from megamor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,23 +21,12 @@ BOOTSTRAP_SAMPLES = 1000
 """For standard errors of metrics that aren't means; the harness's 100,000 would take longer than the tasks."""
 
 
-def task_names(text: str) -> list[str]:
-    """Names with commas between them, as an argument's type."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """The options of downstream tasks."""
     add = parser.add_argument
     names = "downstream tasks: names, groups and tags of lm-evaluation-harness (`glue`, `mmlu`, `wikitext` …), YAML "
     names += "files, or the sets `paper`, `superglue` and `ptb`"
-    add(
-        "--tasks",
-        type=lambda text: [name for part in text.split(",") if (name := part.strip())],
-        default=[],
-        metavar="TASK,TASK",
-        help=names,
-    )
+    add("--tasks", type=words, default=[], metavar="TASK,TASK", help=names)
     add("--task-path", type=Path, metavar="DIR", help="where YAML files of further tasks are")
     add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (default: what the task says)")
     add("--limit", type=positive, metavar="N", help="documents of each task to use, the first ones (default: all)")

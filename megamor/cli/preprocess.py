@@ -57,32 +57,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("preprocess", __doc__)
     _add_input_arguments(parser.add_argument_group("input"))
     _add_document_arguments(parser.add_argument_group("documents"))
-    output = parser.add_argument_group("output and run")
-    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
-    output.add_argument(
+    add = parser.add_argument_group("output and run").add_argument
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .meta.json")
+    add(
         "--split",
         metavar="FRACTIONS",
         help="2 or 3 fractions adding up to 1, such as 0.99,0.01: writes PREFIX_train, PREFIX_val and PREFIX_test; the "
         "split of a document depends on its text alone, so adding files moves no document",
     )
-    output.add_argument(
+    add(
         "--shard",
         metavar="I/N",
         help="process only the I-th of N equal ranges of the input, I from 0: writes PREFIX_shard_I_of_N",
     )
-    output.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
-    )
-    output.add_argument(
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)")
+    add(
         "--accelerator",
         choices=ACCELERATORS,
         default="auto",
         help="gigatoken gives the ids of the tokenizers library much faster, and is checked against it at the start of "
         "every file; auto (default) uses it if it is installed and supports the tokenizer, and prints which is used",
     )
-    output.add_argument(
-        "--restart", action="store_true", help="start over, even if an interrupted run could be resumed"
-    )
+    add("--restart", action="store_true", help="start over, even if an interrupted run could be resumed")
     args = parser.parse_args(argv)
     if args.eod_token == "":
         parser.error("argument --eod-token: the token is empty; leave the option out for the default")
@@ -98,36 +94,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input",
-        nargs="+",
-        metavar="FILE",
-        help=INPUT_KINDS,
-    )
+    add, source = group.add_argument, group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_KINDS)
     source.add_argument("--hf-dataset", metavar="NAME_OR_PATH", help="dataset of the Hugging Face hub, or a local one")
-    group.add_argument("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
-    group.add_argument("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")
-    group.add_argument("--hf-split", default="train", metavar="NAME", help="split of --hf-dataset (default: train)")
-    group.add_argument("--hf-streaming", action="store_true", help="read --hf-dataset without downloading it first")
-    group.add_argument(
+    add("--hf-config", metavar="X", help="configuration of --hf-dataset, if it has several")
+    add("--hf-revision", metavar="X", help="branch or commit of --hf-dataset on the hub")
+    add("--hf-split", default="train", metavar="NAME", help="split of --hf-dataset (default: train)")
+    add("--hf-streaming", action="store_true", help="read --hf-dataset without downloading it first")
+    add(
         "--tokenizer",
         required=True,
         metavar="X",
         help="tokenizer.json of the tokenizers library, a directory with one, a name on the Hugging Face hub, or "
         f"{' or '.join(BUILT_IN_TOKENIZERS)}: built from the input, and written to PREFIX.tokenizer.json",
     )
-    group.add_argument(
+    add(
         "--json-key", default="text", metavar="KEY", help="key or column of the text, such as meta.text (default: text)"
     )
-    group.add_argument(
+    add(
         "--prompt-key",
         metavar="KEY",
         help="for supervised fine-tuning: key of the prompt in JSON lines. It is joined with the answer as it is, and "
         "only the answer's tokens count in the loss, which PREFIX.loss_mask says (docs/finetuning.md)",
     )
-    group.add_argument("--answer-key", metavar="KEY", help="key of the answer, with the space that it begins with")
-    group.add_argument(
+    add("--answer-key", metavar="KEY", help="key of the answer, with the space that it begins with")
+    add(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
@@ -137,13 +128,10 @@ def _add_input_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
-    )
-    group.add_argument(
-        "--eod-token", metavar="TOKEN", help=f"that token (default: the model's, {', else '.join(DEFAULT_EOD_TOKENS)})"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)")
+    add("--eod-token", metavar="TOKEN", help=f"that token (default: the model's, {', else '.join(DEFAULT_EOD_TOKENS)})")
+    add(
         "--document-separator",
         "--separator",
         type=parse_separator,
@@ -151,13 +139,9 @@ def _add_document_arguments(group: argparse._ArgumentGroup) -> None:
         help="split every text into several documents at this string ('\\n\\n': two line feeds); without it, "
         "'<|endoftext|>' in a text is text",
     )
-    group.add_argument(
-        "--min-length", type=int, default=0, metavar="N", help="leave out documents of fewer than N tokens"
-    )
-    group.add_argument(
-        "--deduplicate", action="store_true", help="keep only the first of documents with the same text (by hash)"
-    )
-    group.add_argument(
+    add("--min-length", type=int, default=0, metavar="N", help="leave out documents of fewer than N tokens")
+    add("--deduplicate", action="store_true", help="keep only the first of documents with the same text (by hash)")
+    add(
         "--holdout",
         metavar="FILE",
         help="leave out the documents in this file: texts in any form of --input, or one hash per line (docs/data.md)",

@@ -13,20 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megamor.cli import command_parser
-from megamor.errors import ConfigError, user_errors
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    from megamor.files import parse_json
-
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}); make it again") from error
+from megamor.errors import user_errors
 
 
 @user_errors()
@@ -37,18 +26,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|STUDY|FILE.json", help=text)
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
     parser.add_argument("--metric", help="what is ranked and compared (default: loss); tasks/<name>, too")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each figure to an SVG file in DIR")
     arguments = parser.parse_args(argv)
+    from megamor.files import read_json
     from megamor.report.build import build_page
     from megamor.report.runs import read_results
     from megamor.study.collect import SCHEMA
 
     known = {path: read_json(path) for path in arguments.paths if path.suffix == ".json"}
-    extras = {path: read for path, read in known.items() if not isinstance(read, dict) or read.get("schema") != SCHEMA}
+    extras = {path: read for path, read in known.items() if read.get("schema") != SCHEMA}
     results = read_results([path for path in arguments.paths if path not in extras])
     page = build_page(results, arguments.metric, list(extras.values()))
     first = arguments.paths[0]
     output = arguments.output or (first if first.is_dir() else first.parent) / "report.html"
     page.write(output)
-    files = page.save_figures(arguments.figures) if arguments.figures else []
-    print(f"wrote {output}" + (f" and {len(files)} figures in {arguments.figures}" if files else ""))
+    print(f"wrote {output}")

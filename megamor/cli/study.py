@@ -56,29 +56,17 @@ def show_plan(study: Study) -> None:
 
 def show_results(results: dict[str, Any]) -> None:
     """Print means over the seeds, and the statements."""
-    from statistics import fmean, stdev
-
     from rich.table import Table
 
     from megamor.progress import plain_console
+    from megamor.study.collect import table_rows
 
     table = Table(title=results["name"])
-    for column in ("arm", "loss", "± seeds", "accuracy", "depth", "FLOPs/token", "tokens", "FLOPs", "lr"):
+    columns = ("arm", "loss", "accuracy", "depth", "FLOPs/token", "tokens", "FLOPs", "lr")
+    for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for budget in results["budgets"]:
-        for arm in results["arms"]:
-            runs = [run for run in results["runs"] if run["arm"] == arm["name"] and run["budget"] == budget]
-            loss, *rest = (fmean(r[k] for r in runs) for k in ("loss", "mean_depth", "flops_per_token", "tokens"))
-            spread = f"{stdev(run['loss'] for run in runs):.4f}" if len(runs) > 1 else "–"
-            accuracy = "–" if runs[0]["accuracy"] is None else f"{fmean(run['accuracy'] for run in runs):.2%}"
-            depth, flops, tokens = rest
-            executed = fmean(run["executed_flops"] for run in runs)
-            cells = f"{depth:.2f}", f"{flops:.3g}", f"{tokens:,.0f}", f"{executed:.3g}", f"{arm['lr']:g}"
-            table.add_row(arm["name"], f"{loss:.4f}", spread, accuracy, *cells)
-    for floor in results["floors"]:
-        loss, accuracy = floor["loss"], floor["accuracy"]
-        shown = "–" if loss is None else f"{loss:.4f}", "–", "–" if accuracy is None else f"{accuracy:.2%}"
-        table.add_row(floor["name"], *shown)
+    for row in table_rows(results):
+        table.add_row(*(row.get(column, "") for column in columns))
     plain_console().print(table)
     for statement in results["statements"]:
         print(f"- {statement}")

@@ -377,7 +377,8 @@ class TrainConfig:
     """Weight of the loss that keeps the logits' normaliser small: mean squared logsumexp (arXiv 2204.02311)."""
     loss_kernel: Literal["auto", "reference", "triton", "torch"] = "auto"
     """Code of the cross-entropy: plain operations (`reference`), a kernel for GPUs (`triton`), or torch's
-    `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` is `triton` on a GPU and `reference` elsewhere."""
+    `linear_cross_entropy` (`torch`, from 2.13 on; no z-loss). `auto` measures `triton` and `torch` at the start on a
+    GPU, keeps the choice when the run is resumed, and is `reference` elsewhere."""
     compile: Literal["auto", True, False] = False
     """Compile each block with torch.compile; `auto`: on GPUs."""
     deterministic: bool = False

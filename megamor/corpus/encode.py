@@ -247,11 +247,7 @@ class ChunkEncoder:
             raise DataError(f"{chunk.name}, in the records from {chunk.first_record} on: {error}") from error
 
     def _split(
-        self,
-        ids: Sequence[NDArray[Any]],
-        prompts: NDArray[np.int64],
-        hashes: NDArray[np.uint64],
-        result: EncodedChunk,
+        self, ids: Sequence[NDArray[Any]], prompts: NDArray[np.int64], hashes: NDArray[np.uint64], result: EncodedChunk
     ) -> None:
         everything = np.arange(len(ids))
         # A hash divided by 2^64 is uniform in [0, 1), and the same for all copies of a text.

@@ -37,7 +37,7 @@ from megamor.config import Config, CustomRouterConfig, config_from_dict, config_
 from megamor.config.segments import stages
 from megamor.errors import CheckpointError, ConfigError
 from megamor.files import parse_json
-from megamor.interop.weights import read_state_dict
+from megamor.interop.weights import read_state_dict, refuse_occupied
 from megamor.lock import WriteLock
 from megamor.model import Transformer
 
@@ -78,8 +78,7 @@ def export_huggingface(
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with WriteLock(directory, str(directory), "give another output"):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ConfigError(f"{directory} exists and is not an empty directory: give another output")
+        refuse_occupied(directory)
         # Before anything is written: this finds what is wrong with the tokenizer.
         codec = None if tokenizer is None else TextCodec.load(tokenizer, record=end_of_text)
         end_of_text = codec.end_of_text if codec else end_of_text

@@ -158,10 +158,7 @@ def refuse_occupied(directory: Path) -> None:
 
 
 def save_weights(
-    directory: Path,
-    weights: Mapping[str, Tensor],
-    files: Mapping[str, str | bytes | Path],
-    **record: Any,
+    directory: Path, weights: Mapping[str, Tensor], files: Mapping[str, str | bytes | Path], **record: Any
 ) -> Path:
     """Write a checkpoint for evaluation, generation, serving and export: weights without optimizer state.
 

@@ -4,8 +4,9 @@ The logits of a 49k vocabulary are the largest tensor of a training step. Here t
 time: the forward pass computes the chunk's loss and, if gradients are wanted, its gradients as well. Nothing is
 recomputed and no logits are kept.
 
-Which code does it is decided by `choose_loss`: plain operations, which are the reference for the others and the only
-ones for CPUs and distillation; a Triton kernel on GPUs (`loss_kernel.py`); or torch's own function.
+Which code does it is decided by `loss_kernels` and, between several, by a measurement (`train/loss_choice.py`): plain
+operations, which are the reference for the others and the only ones for CPUs and distillation; a Triton kernel on GPUs
+(`loss_kernel.py`); or torch's own function.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def choose_loss(device: str, wanted: str = "auto", distills: bool = False) -> st
     return "triton" if device == "cuda" and HAS_TRITON and not distills else "reference"
 
 
-def describe_loss(config: Config, device: str) -> list[str]:
-    """What computes the loss of a run, in a line if there was a choice.
+def loss_kernels(config: Config, device: str) -> list[str]:
+    """What may compute the loss of a run on this type of device, the preferred first.
 
     Raises:
         ConfigError: this machine doesn't have what `train.loss_kernel` wants.
@@ -56,17 +57,31 @@ def describe_loss(config: Config, device: str) -> list[str]:
     if wanted == "triton" and not (device == "cuda" and HAS_TRITON):
         found = f"{device} {'with' if HAS_TRITON else 'without'} triton"
         raise ConfigError(f"train.loss_kernel = triton needs a CUDA device and the package, here is {found}: use auto")
-    if wanted == "torch" and not hasattr(F, "linear_cross_entropy"):
+    has_torchs = hasattr(F, "linear_cross_entropy")
+    if wanted == "torch" and not has_torchs:
         raise ConfigError(f"train.loss_kernel = torch needs torch 2.13, this is {torch.__version__}: use auto")
-    if device == "cpu" and wanted == "auto":
-        return []
-    chosen = choose_loss(device, wanted, distills)
-    if chosen == "reference":
-        why = "as configured" if wanted != "auto" else "with a teacher" if distills else "the package triton is missing"
-        return [f"loss: plain operations ({why})"]
+    others = has_torchs and wanted == "auto" and device == "cuda" and not distills and not config.train.z_loss_coeff
+    return [choose_loss(device, wanted, distills), *(["torch"] if others else [])]
+
+
+def logits_at_once(config: Config) -> int:
+    """Rows of logits of a run that are in memory at once on a GPU."""
     rows, element = config.train.micro_batch_size * config.data.seq_len, 2 if config.train.precision == "bf16" else 4
-    chunk = min(rows, gpu_chunk(rows, config.model.vocab_size, element))
-    return [f"loss: {chosen}, {chunk:,} of {rows:,} rows of logits at once"]
+    return min(rows, gpu_chunk(rows, config.model.vocab_size, element))
+
+
+def describe_loss(config: Config, device: str, kernel: str, why: str) -> list[str]:
+    """That `kernel` computes the loss of a run, and why, in a line if there was a choice."""
+    if config.train.loss_kernel != "auto":
+        why = "as configured"
+    elif device == "cpu":
+        return []
+    elif config.distill.from_ is not None:
+        why = "with a teacher"
+    if kernel == "reference":
+        return [f"loss: plain operations ({why})"]
+    rows = config.train.micro_batch_size * config.data.seq_len
+    return [f"loss: {kernel} ({why}), {logits_at_once(config):,} of {rows:,} rows of logits at once"]
 
 
 @dataclass(frozen=True)
@@ -190,10 +205,14 @@ class _InPlaceCrossEntropy(_LinearCrossEntropy):
 def _torch_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with torch's function, which rounds the loss to the type of `hidden` and has no z-loss."""
     chunk = gpu_chunk(len(hidden), len(weight), hidden.element_size())
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None, acc_policy="balanced")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    # By default it would compute the softmax, and sum over rows, in the type of `hidden`.
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=chunk, chunking_method=None, acc_policy="balanced", acc_dtype=wide
+    )
     loss = F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORE, options=options)
-    zero = torch.zeros_like(loss, dtype=torch.promote_types(loss.dtype, torch.float32))
-    return loss.to(zero.dtype), zero, zero
+    zero = torch.zeros_like(loss, dtype=wide)
+    return loss.to(wide), zero, zero
 
 
 def linear_cross_entropy(

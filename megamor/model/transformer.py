@@ -115,6 +115,7 @@ class Transformer(nn.Module):
         own_head = None if config.model.tied_head else nn.Linear(config.model.dim, config.model.vocab_size, bias=False)
         self.head: nn.Linear | None = own_head
         self.recomputation = Recomputation()
+        self.loss_kernel: str = config.train.loss_kernel
         self.exit: ExitRule | None = None
         self.depth_bounds: tuple[int, int] | None = None
         """In the causal mode, fewest and most recursions of a token in each stage, unless `bounds` are given."""
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
                 scores = TokenScores(*map(window.pad, token_scores(x, self.head_weight, labels)))
             z_coeff = self.config.train.z_loss_coeff if mode == "train" else 0.0
             # A model may be evaluated where the kernel of its training doesn't exist.
-            wanted = self.config.train.loss_kernel if mode == "train" else "auto"
+            wanted = self.loss_kernel if mode == "train" else "auto"
             kernel = choose_loss(x.device.type, wanted, teacher is not None)
             loss_sum, z_loss, distill_loss = linear_cross_entropy(x, self.head_weight, labels, z_coeff, teacher, kernel)
             z_loss_sum = z_loss if z_coeff else None

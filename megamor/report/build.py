@@ -74,7 +74,7 @@ def build_page(results: Results, metric: str | None = None, extras: Sequence[Map
 
 def add_extra(page: Page, extra: Mapping[str, Any]) -> None:
     """Add the figures of a sweep or an analysis."""
-    schema = extra.get("schema") if isinstance(extra, Mapping) else None
+    schema = extra.get("schema")
     if schema == "megamor-sweep/1":
         page.section(f"Other depths than its own: {extra['checkpoint']}")
         page.figures([sweep_figure(extra["entries"], what) for what in (LOSS, *extra["entries"][0].get("tasks", ()))])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megamor.files import replace_file
-from megamor.report.figures import save, variables
+from megamor.report.figures import variables
 
 CSS = """
 * { box-sizing: border-box; }
@@ -111,15 +110,6 @@ class Page:
         content = "\n".join(self.parts)
         head += f"<style>{variables()}{CSS}</style>"
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
-
-    def save_figures(self, directory: Path) -> list[Path]:
-        """Write every figure to an SVG file of its own, named after its title; returns the files."""
-        found = []
-        for svg in re.findall(r"<svg.*?</svg>", "\n".join(self.parts), re.DOTALL):
-            title = re.search(r'aria-label="([^"]*)"', svg)
-            found.append(directory / (re.sub(r"\W+", "_", title[1] if title else "figure").strip("_").lower() + ".svg"))
-            save(svg, found[-1])
-        return found
 
     def write(self, path: Path) -> None:
         """Write the page to a file, all of it or nothing."""

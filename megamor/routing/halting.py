@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megamor.config import HaltingConfig, PonderNetConfig
 from megamor.routing.control import DepthControl
 from megamor.routing.heads import RouterLinear, full_precision
-from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Incoming, Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 INITIAL_BIAS = 1.0
@@ -73,12 +73,14 @@ class HaltingSession(RoutingSession):
         self.spent = torch.zeros(len(rows), dtype=dtype, device=rows.device)
         self.halted = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         self.ponder = torch.zeros((), dtype=dtype, device=rows.device)
+        self.sizes: Incoming | None = None
 
     def route(self, recursion: int, rows: Tensor, candidates: TokenSet) -> RoutingPlan:
         """All tokens in soft mode; in hard mode those that have not halted. Weights follow in `mix`."""
         if self.router.config.mode == "soft" or recursion == 0:
             return RoutingPlan(*self.take_all(recursion, candidates), Mix())
-        tokens, indices = candidates.where(~candidates.gather(self.halted))
+        size = self.sizes.tolist()[0] if self.sizes is not None and candidates is self.took else None
+        tokens, indices = candidates.where(~candidates.gather(self.halted), size)
         return RoutingPlan(tokens, indices, Mix())
 
     def mix(self, recursion: int, plan: RoutingPlan, core_output: Tensor) -> Mix:
@@ -103,6 +105,9 @@ class HaltingSession(RoutingSession):
         weight = torch.where(halted, 0.0, torch.where(ends, 1 - spent, halting))
         self.spent = tokens.scatter(self.spent, spent + weight)
         self.halted = tokens.scatter(self.halted, halted | ends)
+        if self.router.config.mode == "hard" and not last:
+            # On its way to the host while the device combines the output with the stream.
+            self.took, self.sizes = tokens, tokens.sizes(~(halted | ends).unsqueeze(1))
         if prior is None:
             # The sum over all tokens of the number of updates (a constant) plus the remainder.
             cost = (~halted).sum() + (weight * ends).sum()

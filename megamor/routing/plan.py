@@ -82,7 +82,17 @@ class TokenSet:
         index = indices if self.index is None else self.index[indices]
         return replace(self, max_length=chosen.shape[1], index=index)
 
-    def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
+    def sizes(self, keep: Tensor) -> Incoming | None:
+        """The `size` that `where` needs for each column of `keep` [N, K]: [K, 2], for one wait.
+
+        None where sequences are single tokens, as in serving: nothing is hidden there, and a graph can't record a copy.
+        """
+        if self.seq_len == 1:
+            return None
+        numbers = self.number_in(keep)
+        return Incoming(torch.stack((numbers.sum(0), numbers.amax(0)), dim=1))
+
+    def where(self, keep: Tensor, size: Sequence[int] | None = None) -> tuple[TokenSet, Tensor]:
         """The ragged set of the rows for which `keep` [N] is true, and their indices [n] in this set.
 
         `size` is the number of kept rows, in total and at most in one sequence. If the caller does not know it, it is
@@ -187,7 +197,7 @@ class MarkedSet(TokenSet):
         """Every row as a sequence of one token; `indices` is 0, 1, …, N - 1, allocated by the caller."""
         return MarkedSet(len(indices), 1, 1, indices=indices)
 
-    def where(self, keep: Tensor, size: tuple[int, int] | None = None) -> tuple[TokenSet, Tensor]:
+    def where(self, keep: Tensor, size: Sequence[int] | None = None) -> tuple[TokenSet, Tensor]:
         """As `TokenSet.where`, but no row is removed: the indices are those of all rows."""
         assert self.indices is not None
         return replace(self, kept=keep if self.kept is None else self.kept & keep), self.indices

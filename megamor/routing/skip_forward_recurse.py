@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from megamor.config import SkipForwardRecurseConfig
 from megamor.routing.control import DepthControl, taken_shares
 from megamor.routing.heads import HistoryAttention, MLPHead, full_precision
-from megamor.routing.plan import Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Incoming, Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 
 SKIP, FORWARD, RECURSE = 0, 1, 2
@@ -115,6 +115,8 @@ class SkipForwardRecurseSession(RoutingSession):
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.reach = torch.ones((), dtype=dtype, device=rows.device)
         self.expected_depth, self.decisions = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
+        self.sizes: Incoming | None = None
+        self.selected: TokenSet | None = None
         self.means: Tensor | None = None
         if router.config.granularity == "sequence":
             everything, begins = context.everything, context.begins
@@ -141,7 +143,9 @@ class SkipForwardRecurseSession(RoutingSession):
         """Decide for the candidates that chose to recurse; select those that do not skip."""
         deciding, deciding_indices = candidates, None
         if recursion > 0:
-            deciding, deciding_indices = candidates.where(candidates.gather(self.recursing))
+            # An exit rule may have taken some out.
+            size = self.sizes.tolist()[1] if self.sizes is not None and candidates is self.selected else None
+            deciding, deciding_indices = candidates.where(candidates.gather(self.recursing), size)
             rows = rows.index_select(0, deciding_indices)
         logits = self.logits(recursion, rows, deciding)
         sampled = self.router.shifted(logits, SAMPLED)
@@ -161,7 +165,11 @@ class SkipForwardRecurseSession(RoutingSession):
             last = recursion == self.router.num_recursions - 1  # where recursing is another word for stopping
             self.leaving = relaxed[:, FORWARD] + (relaxed[:, RECURSE] if last else 0.0)
 
-        tokens, indices = deciding.where(choice != SKIP)
+        # Who decides again is known now too: one wait for both sizes, instead of another one before the next decision.
+        self.sizes = deciding.sizes(torch.stack((choice != SKIP, choice == RECURSE), dim=1))
+        size = None if self.sizes is None else self.sizes.tolist()[0]
+        tokens, indices = deciding.where(choice != SKIP, size)
+        self.selected = tokens
         if self.noise is not None:
             self.leaving = self.leaving.index_select(0, indices)
         self.recursing = deciding.scatter(self.recursing, choice == RECURSE)

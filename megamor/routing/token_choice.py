@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from megamor.config import TokenChoiceConfig
 from megamor.routing.control import DepthControl
 from megamor.routing.heads import build_head
-from megamor.routing.plan import Incoming, Mix, RoutingPlan, TokenSet
+from megamor.routing.plan import Mix, RoutingPlan, TokenSet
 from megamor.routing.router import InferenceRule, Router, RoutingContext, RoutingSession
 from megamor.routing.scored import capacity_of
 
@@ -89,10 +89,7 @@ class TokenChoiceSession(RoutingSession):
         # All sizes are known now: the tokens of each recursion, in total and at most in one sequence. Their copy to the
         # host starts before the device is given recursion 0, which hides the wait that selecting for recursion 1 would
         # otherwise cause.
-        self.sizes: Incoming | None = None
-        if context.seq_len > 1:  # with single tokens as in serving nothing is hidden, and a graph can't record the copy
-            lengths = context.everything.number_in(reaching)
-            self.sizes = Incoming(torch.stack((lengths.sum(0), lengths.amax(0)), dim=1))
+        self.sizes = context.everything.sizes(reaching)
         if context.mode == "train" and config.z_coeff:
             self.add_loss("z_loss", config.z_coeff * torch.logsumexp(self.z, dim=-1).square().mean())
         if not warming_up:

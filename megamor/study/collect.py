@@ -6,8 +6,9 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,30 @@ def statements(study: Study, results: Mapping[str, Any]) -> Iterator[str]:
             )
         else:
             yield f"phi of {family} is {law['phi']:.2f} ({interval}; residual {law['residual']:.3f} nats)."
+
+
+def table_rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Cells of each arm at each budget, means over the seeds, and of each floor; an arm's loss with its deviation."""
+    budgets = results["budgets"]
+    for budget, arm in product(budgets, results["arms"]):
+        runs = [run for run in results["runs"] if run["arm"] == arm["name"] and run["budget"] == budget]
+        keys = ("loss", "mean_depth", "flops_per_token", "tokens", "executed_flops")
+        loss, depth, forward, tokens, executed = (fmean(run[key] for run in runs) for key in keys)
+        spread = f" ± {stdev(run['loss'] for run in runs):.4f}" if len(runs) > 1 else ""
+        yield {
+            "arm": arm["label"] + (f", {budget:.3g}" if len(budgets) > 1 else ""),
+            "loss": f"{loss:.4f}{spread}",
+            "accuracy": "" if runs[0]["accuracy"] is None else f"{fmean(run['accuracy'] for run in runs):.2%}",
+            "depth": f"{depth:.2f}",
+            "FLOPs/token": f"{forward:.3g}",
+            "tokens": f"{tokens:,.0f}",
+            "FLOPs": f"{executed:.3g}",
+            "lr": f"{arm['lr']:g}",
+        }
+    for floor in results["floors"]:
+        loss, accuracy = floor["loss"], floor["accuracy"]
+        shown = {} if loss is None else {"loss": f"{loss:.4f}"}
+        yield {"arm": floor["name"], **shown, **({} if accuracy is None else {"accuracy": f"{accuracy:.2%}"})}
 
 
 def read_results(path: Path) -> dict[str, Any]:

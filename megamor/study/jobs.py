@@ -94,12 +94,8 @@ def read_result(root: Path, name: str) -> dict[str, Any] | None:
 def executed_so_far(root: Path, job: Job) -> float:
     """FLOPs that the unfinished runs of `job` have executed."""
     found = 0.0
-    for directory in root.glob(f"{job.name}_lr*" if job.is_tuning else job.name):
-        with (
-            (directory / METRICS_FILE).open("rb")
-            if (directory / METRICS_FILE).exists()
-            else open("/dev/null", "rb") as f
-        ):
+    for metrics in root.glob(f"{job.name}{'_lr*' if job.is_tuning else ''}/{METRICS_FILE}"):
+        with metrics.open("rb") as f:
             f.seek(max(0, f.seek(0, 2) - 2**17))
             for line in reversed(f.read().splitlines()):
                 if line.startswith(b'{"step"') and b"executed_flops" in line and line.endswith(b"}"):

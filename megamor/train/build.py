@@ -36,7 +36,7 @@ from megamor.metrics import (
 from megamor.model import build_model
 from megamor.model.attention import describe_kernels
 from megamor.model.flops import expected_steps
-from megamor.model.loss import describe_loss
+from megamor.model.loss import loss_kernels
 from megamor.optim import build_optimizer
 from megamor.parallel import World, build_backend, compiles, share_compiled_code
 from megamor.parallel.zero_config import engine_config
@@ -46,6 +46,7 @@ from megamor.train.diagnosis import Diagnosis
 from megamor.train.distill import Distillation
 from megamor.train.evaluations import TASKS, Evaluations
 from megamor.train.guard import Guard
+from megamor.train.loss_choice import LossChoice
 from megamor.train.run_state import Origin, RunCheckpoints, RunProgress, Stateful, checkpoint_files
 from megamor.train.start import warm_start
 from megamor.train.stop import StopRequest
@@ -73,7 +74,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
     if config.train.deterministic:
         make_deterministic()
     # Whatever can fail on one rank alone (a missing shard, a full disk) is agreed on before the first real collective.
-    loss = run_on_all_ranks(lambda: describe_loss(config, world.device.type))
+    kernels = run_on_all_ranks(lambda: loss_kernels(config, world.device.type))
     expanded = run_on_all_ranks(lambda: expand_paths(config))
     expanded = replace(expanded, train=replace(expanded.train, compile=compiles(config.train, world.device)))
     if expanded.train.compile:
@@ -98,17 +99,11 @@ def build_trainer(config: Config, world: World) -> Trainer:
     diagnosis = Diagnosis(config, {prefix: stage.router for prefix, stage in model.stages.items()}, world.device)
     components: dict[str, Stateful] = {"guard": guard, "diagnosis": diagnosis}
     components |= {} if distillation is None else {"distillation": distillation}
-    checkpoints = RunCheckpoints(
-        config,
-        manager,
-        backend,
-        inputs.loader,
-        shapes,
-        files,
-        inputs.origin,
-        components,
-    )
+    loss = LossChoice(config, world.device, kernels)
+    components |= {"loss": loss} if world.device.type == "cuda" else {}
+    checkpoints = RunCheckpoints(config, manager, backend, inputs.loader, shapes, files, inputs.origin, components)
     restored = checkpoints.resume()
+    about_loss, model.loss_kernel = loss.settle(), loss.kernel
     progress, resumption, told = restored or (RunProgress(started_from=started_from), None, started)
     told = told if distillation is None else [*told, *distillation.told]
     budget = Budget(config)
@@ -120,7 +115,7 @@ def build_trainer(config: Config, world: World) -> Trainer:
             told = [*told, describe_kernels(config.model, dtype, world.device)]
         for warning in announce_shared_data(expanded.data):
             log.warning(warning)
-        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps), *loss])
+        begin = "\n".join([*told, derived.describe(), *inputs.loader.describe(total_steps), *about_loss])
         print(f"{config.run.name}: {begin}", flush=True)
     if progress.step < config.optim.warmup_steps and not budget.open_ended:
         validate_length(config, total_steps)  # another batch may have made the run shorter

@@ -129,8 +129,8 @@ class Trainer:
                     self.roll_back()
                 # After a rollback the old weights are saved with the new position in the data. Otherwise a restart
                 # would resume before the samples that made the loss spike, and meet them again.
-                is_last = self.is_over()
-                if is_last or verdict is Verdict.SPIKE or self.is_time(self.config.checkpoint.every_steps):
+                is_last, every = self.is_over(), self.config.checkpoint.every_steps
+                if is_last or verdict is Verdict.SPIKE or self.progress.step % every == 0:
                     self.save(finish=is_last)
                 if self.due_evaluations() and verdict is not Verdict.SPIKE:
                     self.evaluate()
@@ -411,10 +411,6 @@ class Trainer:
         ends += [] if self.budget.open_ended else [self.budget.total_steps(self.progress)]
         known = [end for end in ends if end is not None]
         return f"the last one asked for is {min(known)}" if known else f"reaches {self.budget.describe()}"
-
-    def is_time(self, every_steps: int) -> bool:
-        """Whether something that happens every so many steps is due."""
-        return self.progress.step % every_steps == 0
 
     def due_evaluations(self) -> list[str]:
         """What is to be evaluated after the steps done so far, and hasn't been."""

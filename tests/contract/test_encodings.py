@@ -42,11 +42,7 @@ def calls_by_locale(tree: ast.AST) -> list[int]:
 
 def test_every_file_is_opened_as_utf_8() -> None:
     wrong = []
-    for path in [
-        *ROOT.glob("megamor/**/*.py"),
-        *ROOT.glob("tools/*.py"),
-        ROOT / "pretrain.py",
-    ]:
+    for path in [*ROOT.glob("megamor/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "pretrain.py"]:
         wrong += [f"{path.relative_to(ROOT)}:{line}" for line in calls_by_locale(ast.parse(path.read_text("utf-8")))]
     assert not wrong
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from megamor.config import Config, RecursionConfig, RouterConfig
 from megamor.errors import CheckpointError
 from megamor.model import build_model
 from megamor.parallel import resolve_backend
+from megamor.parallel.fsdp2 import Fsdp2Backend
 from tests.distributed.harness import RankFailed, run_ranks
 from tests.distributed.runs import (
     EXPERT_CHOICE,
@@ -120,6 +123,46 @@ def test_bf16_backends_stay_close() -> None:
     for backend in ("ddp", "fsdp2"):
         results = run(tiny(backend, precision="bf16", router=FIXED_DEPTH), fresh_run)[0]
         assert relative_differences(reference, results)[0] < 1e-3
+
+
+def in_bf16(config: Config) -> tuple[list[StepResult], dict[str, set[torch.dtype]]]:
+    """Results of some steps, and the types of weights, moments, gradients, and gradients between micro-batches."""
+    backend, types = start(config), {"accumulated": set[torch.dtype](), "gradients": set[torch.dtype]()}
+    update, backward = backend.optimizer.step, backend.backward
+
+    def recorded() -> None:
+        types["gradients"] |= {p.grad.dtype for p in backend.module.parameters() if p.grad is not None}
+        update()
+
+    def watched(loss: Tensor, *, last_micro_batch: bool) -> None:
+        backward(loss, last_micro_batch=last_micro_batch)
+        if not last_micro_batch:
+            gradients = [parameter.grad for parameter in backend.module.parameters()]
+            if isinstance(backend, Fsdp2Backend):
+                units: list[Any] = [module for module in backend.module.modules() if isinstance(module, FSDPModule)]
+                held = [param for unit in units for param in unit._get_fsdp_state()._fsdp_param_group.fsdp_params]
+                gradients = [param.unsharded_accumulated_grad for param in held]
+            types["accumulated"] |= {gradient.dtype for gradient in gradients if gradient is not None}
+
+    backend.optimizer.step, backend.backward = recorded, watched  # type: ignore[method-assign, assignment]
+    results = [run_step(backend, step, config) for step in range(12)]
+    types["weights"] = {parameter.dtype for parameter in backend.module.parameters()}
+    types["moments"] = {value.dtype for state in backend.optimizer.state.values() for value in state.values()}
+    return results, types
+
+
+def test_one_process_in_bf16_trains_as_fsdp2_does() -> None:
+    """`auto` is FSDP2 on one GPU. Two micro-batches; routers choose alike, or the losses would jump."""
+    single, fsdp2 = (tiny(name, precision="bf16", micro_batch_size=2) for name in ("single", "fsdp2"))
+    expected, types = run_ranks(in_bf16, single, world_size=1)[0]
+    alone, sharded = run_ranks(in_bf16, fsdp2, world_size=1)[0]
+    assert types == sharded == {name: {torch.float32} for name in types}
+    # Autocast and FSDP2 round the same weights and products to 8 bits, but autocast keeps the stream in fp32. So they
+    # differ no more than either does from fp32 (`test_bf16_backends_stay_close`).
+    assert relative_differences(expected, alone)[0] < 1e-3
+    assert expected[-1][0] < 0.95 * expected[0][0]  # something was learned
+    # Two ranks reduce the same gradients that one adds up, in another order of one fp32 sum.
+    assert relative_differences(alone, run_ranks(in_bf16, fsdp2)[0][0])[0] < 1e-4
 
 
 @pytest.mark.slow

@@ -32,10 +32,7 @@ from tests.resume.runs import directory_of, tiny_run
 STOCK = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
     "bf16": {"enabled": "auto"},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-    },
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
     "scheduler": {
         "type": "WarmupLR",
         "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
@@ -124,32 +121,17 @@ def test_reduction_overlaps_with_the_backward_pass_unless_a_file_says_otherwise(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (
-            {"zero_optimization": {"stage": 2}},
-            "stage: the file has 2, the run 3; change it, or parallel.zero_stage",
-        ),
+        ({"zero_optimization": {"stage": 2}}, "stage: the file has 2, the run 3; change it, or parallel.zero_stage"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu: the file has 8, the run 4"),
-        (
-            {"train_batch_size": 8},
-            "the file has 8, the run 64; change it, or train.global_batch_size",
-        ),
+        ({"train_batch_size": 8}, "the file has 8, the run 64; change it, or train.global_batch_size"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: the file has 1, the run 8"),
         ({"gradient_clipping": 0.5}, "the file has 0.5, the run 1.0; change it, or optim.grad_clip"),
         ({"bf16": {"enabled": False}}, "the file has False, the run True; change it, or train.precision"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: the file has True, the run False"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: the file has 'Lamb', the run 'AdamW' or 'Adam'"),
-        (
-            {"optimizer": {"params": {"lr": 1}}},
-            "lr: the file has 1, the run 0.001; change it, or optim.lr",
-        ),
-        (
-            {"optimizer": {"params": {"amsgrad": True}}},
-            "amsgrad = True: the optimizer is set in optim",
-        ),
-        (
-            {"scheduler": {"params": {"warmup_num_steps": 5}}},
-            "scheduler.params.warmup_num_steps = 5",
-        ),
+        ({"optimizer": {"params": {"lr": 1}}}, "lr: the file has 1, the run 0.001; change it, or optim.lr"),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad = True: the optimizer is set in optim"),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "scheduler.params.warmup_num_steps = 5"),
         ({"communication_data_type": "bf16"}, "communication_data_type: the file has 'bf16', the run 'fp32'"),
         ({"amp": {"opt_level": "O1"}}, "amp: use train.precision; remove it from the file"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use train.activation_checkpointing"),

@@ -15,7 +15,17 @@ from megamor.config import Config, ExpertChoiceConfig
 from megamor.model import ModelOutput, Transformer, build_model
 from megamor.model.buckets import Buckets
 from megamor.model.flops import executed_flops
-from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, STRUCTURES, tiny_config, tokens, vanilla_config
+from tests.combinations import (
+    BATCH,
+    KV_POLICIES,
+    ROUTERS,
+    SEQ_LEN,
+    STRUCTURES,
+    fitted,
+    tiny_config,
+    tokens,
+    vanilla_config,
+)
 
 TRAINED = {name: config for name, config in ROUTERS.items() if config.kind != "fixed"}
 
@@ -64,14 +74,7 @@ def test_auxiliary_loss_teaches_every_predictor(router: str) -> None:
 def test_training_makes_the_causal_rule_agree_with_top_k() -> None:
     """The auxiliary loss trains the predictor: agreement rises clearly above chance on a fixed batch."""
     config = tiny_config(ExpertChoiceConfig(aux_coeff=1.0))
-    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        out = model(ids[:, :-1], ids[:, 1:])
-        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
-        optimizer.step()
-    ratio = out.ratios["topk_causal_agreement"]
+    ratio = fitted(build_model(config), 60, lr=1e-2, batch=BATCH).ratios["topk_causal_agreement"]
     assert ratio.numerator / ratio.denominator > 0.9
 
 

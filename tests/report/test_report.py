@@ -152,7 +152,7 @@ def test_sweeps_and_analyses_are_added(tmp_path: Path, capsys: pytest.CaptureFix
     assert headings(page)[-2:] == ["Other depths than its own: runs/x", "What the router of x has learned: stage"]
     for text in ("at most n recursions", "exit: entropy", "Left out: exit kl: no recursion", "One document."):
         assert text in page
-    for wrong, told in (("[1]", "has the schema None"), ("{", "can't be read")):
+    for wrong, told in (("[1]", "contains a list"), ("{}", "has the schema None"), ("{", "can't read")):
         files[0].write_text(wrong)
         assert told in refusal(capsys, report.main, run, files[0])
     assert "no run or study" in refusal(capsys, report.main, files[1])

@@ -15,16 +15,7 @@ import pytest
 
 from megamor.config import Config, OptimConfig, config_to_yaml
 from tests.distributed.harness import free_port
-from tests.resume.runs import (
-    assert_same_run,
-    checkpoint_names,
-    fit,
-    named,
-    tiny_run,
-    trace,
-    until,
-    wait_for_steps,
-)
+from tests.resume.runs import assert_same_run, checkpoint_names, fit, named, tiny_run, trace, until, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 120.0

@@ -9,20 +9,24 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from megamor.cli.serve import read_keys
 from megamor.codec import EndOfText, TextCodec
 from megamor.errors import ConfigError
 from megamor.serve.engine.engine import ServingEngine
-from megamor.serve.engine.request import SamplingParams
+from megamor.serve.engine.request import RequestOutput, SamplingParams, TokenLogprob
 from megamor.serve.http.async_engine import AsyncEngine
 from megamor.serve.http.chat import ChatTemplate
+from megamor.serve.http.completions import CompletionRun
+from megamor.serve.http.text import TextStream
+from megamor.serve.http.wire import Choice, CompletionRequest
 from megamor.serve.options import EngineOptions, ServerOptions
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.fake import CONTEXT, MODEL, FakeEngine, Running, byte_tokenizer, serving
@@ -64,8 +68,6 @@ def first(server: Running, **body: Any) -> dict[str, Any]:
 
 
 def test_null_is_the_default(server: Running) -> None:
-    from megamor.serve.http.wire import CompletionRequest
-
     nulls = dict.fromkeys(set(CompletionRequest.model_fields) - {"prompt"})
     assert first(server, prompt="a", **nulls) == first(server, prompt="a")
     assert server.engine.params[-1].model_dump() == server.engine.params[-2].model_dump()
@@ -95,6 +97,7 @@ def test_null_is_the_default(server: Running) -> None:
         ({"temperature": 1e30}, "temperature", "must be at most 100"),
         ({"presence_penalty": 3}, "presence_penalty", "must be at most 2"),
         ({"best_of": 2}, "best_of", "best_of = 2"),
+        ({"best_of": 1, "n": 2}, "best_of", "best_of = 1 must be left out or equal n = 2"),
         ({"suffix": "b"}, "suffix", "suffix is not served"),
         ({"tools": [{}]}, "tools", "tools: unknown field"),
         ({"model": "other"}, "model", "not served here"),
@@ -119,6 +122,9 @@ def test_errors_of_texts_name_the_field(server: Running) -> None:
     content = b'{"prompt": ["a", "\\ud800"]}'
     error = error_of(httpx.post(server.url + "/v1/completions", content=content, timeout=20), 400)
     assert (error["param"], error["message"][:30]) == ("prompt", "prompt 1: character 0 is half ")
+    for prompts, number in ((["a", "b", ""], 2), ([[5], [5] * (CONTEXT + 1)], 1)):
+        error = error_of(post(server, prompt=prompts), 400)
+        assert error["message"].startswith(f"prompt {number}: ")
 
 
 def test_bodies_that_are_no_object(server: Running) -> None:
@@ -141,7 +147,10 @@ def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
         "response_format": {"type": "text"},
     }
     neutral |= {"use_beam_search": False, "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
+    neutral |= {"priority": 0, "bad_words": [], "return_token_ids": True, "detokenize": True}
+    neutral |= {"add_special_tokens": False, "return_tokens_as_token_ids": False}
     assert first(server, prompt="a", **neutral)["text"] == "né0"
+    assert first(server, prompt="a", n=2, best_of=2)["text"] == "né0"
 
 
 @pytest.mark.parametrize(("given", "count"), [(None, None), (False, None), (True, 1), (0, 0), (1, 1), (5, 5)], ids=str)
@@ -175,6 +184,8 @@ def test_usage_in_every_event(server: Running) -> None:
         json.loads(event)["usage"] for event in events(server, prompt="ab", stream_options={"include_usage": True})[:-1]
     ]
     assert [usage is None for usage in found] == [True] * (len(found) - 1) + [False]
+    found = events(server, prompt="ab", stream_options={"continuous_usage_stats": True})
+    assert {json.loads(event)["usage"] for event in found[:-1]} == {None}, "it says how often, not whether"
 
 
 def test_tokenizer_info_and_unknown_ids(server: Running) -> None:
@@ -183,6 +194,12 @@ def test_tokenizer_info_and_unknown_ids(server: Running) -> None:
     assert names.items() <= info.items()
     assert info["model_max_length"] == CONTEXT
     assert post(server, "/tokenize", prompt="a<|im_end|>").json()["count"] == 11
+    assert info["vocab_size"] == 259
+    # The name of a token that begins or ends texts, alone, is that token: lm-eval's remote tokenizer asks for its id.
+    for name, number in {"<|im_end|>": 257, "<|begin|>": 258}.items():
+        assert post(server, "/tokenize", prompt=name, add_special_tokens=False).json()["tokens"] == [number]
+        assert post(server, prompt=name).json()["usage"]["prompt_tokens"] == 1
+    assert post(server, "/tokenize", prompt="<|im_start|>").json()["count"] == 12
     assert post(server, "/tokenize", prompt="a", add_special_tokens=True).json()["tokens"] == [258, 64]
     error = error_of(post(server, "/detokenize", tokens=[97, 259]), 400)
     assert (error["param"], "259" in error["message"]) == ("tokens", True)
@@ -310,6 +327,47 @@ def test_min_tokens_hold_back_stop_strings(server: Running) -> None:
             assert "".join(json.loads(e)["choices"][0]["text"] for e in events(running, **body)[:-1]) == text
 
 
+def test_the_earliest_stop_string_of_a_token_counts() -> None:
+    whole: Any = SimpleNamespace(push=lambda _: "a b c", finish=lambda: "")
+    for stops, text in ((("c", "b"), "a "), (("b c", "b"), "a "), (("c", "x"), "a b ")):
+        assert TextStream(whole, stops).push([1]) == text
+
+
+def test_a_text_begins_as_its_prompt_ends() -> None:
+    """Decoders drop the space of the first word of a text, which a continuation isn't."""
+    words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    with serving(FakeEngine(lambda *_: "b a", codec=TextCodec(words))) as server:
+        assert first(server, prompt="a")["text"] == " b a"
+        assert first(server, prompt="a", echo=True)["text"] == "a b a"
+
+
+def test_a_continuation_that_stops_before_the_echo() -> None:
+    """The log-probabilities of the prompt come with continuation 0. What others have meanwhile waits for them."""
+    codec = TextCodec(byte_tokenizer())
+    letters = codec.encode("axyz")
+    one = tuple(TokenLogprob(token, -0.5, 1) for token in letters)
+    coming = [
+        *(RequestOutput(0, 1, (letters[n],), (1,), one[n : n + 1]) for n in (1, 2, 3)),
+        RequestOutput(0, 0, (letters[3],), (1,), one[3:], (None,), finish_reason="length"),
+    ]
+    dropped: list[int] = []
+
+    async def following() -> tuple[int, RequestOutput]:
+        return 0, coming.pop(0)
+
+    async def main() -> list[Choice]:
+        body = CompletionRequest(prompt="a", n=2, echo=True, logprobs=1, stop="y")
+        runner: Any = SimpleNamespace(drop=lambda _, prompt, index: dropped.append(index))
+        run, generation = CompletionRun(body, codec, runner, MODEL, [letters[:1]]), SimpleNamespace(next=following)
+        return [choice for _ in range(4) for choice in await run.next_choices(generation)]  # type: ignore[arg-type]
+
+    found = asyncio.run(main())
+    texts = ["".join(choice.text for choice in found if choice.index == index) for index in (0, 1)]
+    assert texts == ["az", "ax"]
+    assert dropped == [1]
+
+
 # Chat
 
 
@@ -339,6 +397,19 @@ def test_chat(server: Running) -> None:
     deltas = [chunk["choices"][0]["delta"] for chunk in found]
     assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert found[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_chats_report_as_many_alternatives_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In completions the chosen token is always among them, one more than asked for if it is unlikely."""
+    codec = chat_codec()
+    engine = FakeEngine(lambda *_: "x", codec=codec)
+    (likely,) = codec.encode("y")
+    monkeypatch.setattr(engine, "_logprob", lambda token: TokenLogprob(token, -2.0, 5, ((likely, -0.1),)))
+    with serving(engine, chat=ChatTemplate(TEMPLATE, codec)) as running:
+        assert first(running, prompt="a", logprobs=1)["logprobs"]["top_logprobs"] == [{"y": -0.1, "x": -2.0}]
+        body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1}
+        (entry,) = post(running, "/v1/chat/completions", **body).json()["choices"][0]["logprobs"]["content"]
+        assert (entry["token"], [top["token"] for top in entry["top_logprobs"]]) == ("x", ["y"])
 
 
 def chat_events(server: Running, **body: Any) -> list[str]:
@@ -510,6 +581,7 @@ def test_a_cancelled_wait_harms_nobody() -> None:
             engine.gate.set()
             while generation.open:
                 await asyncio.wait_for(generation.next(), 5)
+            assert runner.num_running == 1, "its answer may still be on its way"
         assert (await runner.stats()).generated_tokens >= 50
         assert runner.failure is None
         assert not engine.running
@@ -574,6 +646,7 @@ def test_limits_count_sequences() -> None:
         thread.start()
         server.wait_until(lambda: len(runner.waiting) == 4)
         assert runner.num_running == 4
+        assert sorted(runner.waiting) == [0, 0, 1, 1], "a prompt is read once for all its continuations"
         error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "n": 3}), 429)
         error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "n": 7}), 400)
         engine.gate.set()

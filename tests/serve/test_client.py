@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 from megamor.bench import tables
-from megamor.bench.load import Load, Record, parse_limits, send, served_model, summarise
+from megamor.bench.load import Load, Record, parse_limits, send, served_model, served_vocabulary, summarise
 from megamor.cli import bench
 from megamor.errors import ConfigError, DataError
 from tests.commands import refusal
@@ -40,6 +41,8 @@ def test_definitions() -> None:
     assert (figures["failed"], figures["first_error"]) == (1, "429: full")
     assert figures["seconds"] == pytest.approx(3.0)
     assert figures["goodput_per_second"] == pytest.approx(1 / 3)
+    assert figures["requests_per_second"] == pytest.approx(2 / 3), "of those that were answered"
+    assert figures["tpot_ms"]["mean"] == pytest.approx(200), "a single token has none"
     with pytest.raises(DataError, match="429: full"):
         summarise([Record(0.0, error="429: full")], {})
 
@@ -70,6 +73,65 @@ def test_a_result_becomes_a_row_of_a_table(tmp_path: Path, capsys: pytest.Captur
     assert table.count("| 0 |") == 1, "none failed"
 
 
+def record_of(*sent: bytes, pause: float = 0.0) -> Record:
+    """What the client records of a server that answers with these bytes, one after the other."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for each in sent:
+            writer.write(each)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        writer.close()
+
+    async def main() -> Record:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            (record,) = await send(Load(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", num_requests=1))
+        return record
+
+    return asyncio.run(main())
+
+
+def test_tokens_of_one_read_share_its_time() -> None:
+    """The network or a busy client may deliver several events at once, which doesn't make the server faster."""
+    event = b'data: {"choices": [{"text": "a"}]}\n\n'
+    usage = b'data: {"choices": [], "usage": {"completion_tokens": 8}}\n\ndata: [DONE]\n\n'
+    record = record_of(event, b": ping\n\n" + 4 * event, event[:9], event[9:] + 2 * event + usage, pause=0.08)
+    assert (record.error, record.tokens, len(record.arrivals)) == (None, 8, 8)
+    first, second = record.itl[:4], record.itl[4:]
+    assert first == pytest.approx([sum(first) / 4] * 4)
+    assert second == pytest.approx([sum(second) / 3] * 3), "half an event is no event"
+    assert sum(first) > 0.07
+    assert sum(second) > 0.15
+    assert record.e2el - record.ttft == pytest.approx(sum(record.itl))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(b"data: {oh\n\n", "JSONDecodeError"), (b"data: {}\n\n", "KeyError"), (b"<html>", "without a token")],
+)
+def test_an_answer_that_is_no_stream_of_events_is_an_error(body: bytes, said: str) -> None:
+    assert said in str(record_of(body).error)
+
+
+def test_prompts_have_ids_of_the_servers_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the range that /tokenizer_info tells; the report goes where `vllm bench serve` would write it."""
+    monkeypatch.chdir(tmp_path)
+    engine = FakeEngine(lambda *_: "ab")
+    engine.codec.tokenizer.add_tokens(["<one>", "<two>"])
+    with serving(engine) as server:
+        port = server.url.rsplit(":", 1)[1]
+        where = ["--host", "127.0.0.1", "--port", port, "--endpoint", "/v1/completions", "--save-result"]
+        shape = ["--num-prompts", "2", "--random-input-len", "200", "--random-output-len", "2"]
+        bench.main(["load", *where, *shape])
+        bench.main(["load", *where, *shape, "--result-dir", str(tmp_path / "results"), "--vocab-size", "9"])
+        reports = [json.loads(next(path.glob("load-*.json")).read_text()) for path in (tmp_path, tmp_path / "results")]
+        assert [report["load"]["vocab_size"] for report in reports] == [258, 9]
+        assert max(map(max, Load("", 2, input_tokens=200, vocab_size=9).prompts())) == 8
+        assert asyncio.run(served_vocabulary(Load(server.url + "/none"))) == 256, "it doesn't tell"
+
+
 def test_what_is_no_server_is_named() -> None:
     with pytest.raises(DataError, match=r"no server answers at http://127\.0\.0\.1:9 .*Connect call failed"):
         asyncio.run(served_model(Load("http://127.0.0.1:9", num_requests=1)))
@@ -85,6 +147,11 @@ def test_arrivals_are_poisson_and_reproducible() -> None:
     assert deviation == pytest.approx(mean, rel=0.1), "an exponential distribution"
     assert times == Load("", num_requests=4000, rate=50.0).arrivals()
     assert set(Load("", num_requests=9).arrivals()) == {0.0}
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_rates_that_send_nothing(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be more than 0" in refusal(capsys, bench.main, "load", "--request-rate", rate)
 
 
 def test_limits() -> None:

@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from transformers import PreTrainedTokenizerFast
 
 from megamor.cli.serve import build_engine, parse_arguments
+from megamor.codec import EndOfText, TextCodec
 from megamor.evaluate.scoring import Scorer
 from megamor.evaluate.tasks import load_tasks, run_tasks
 from megamor.interop.export import export_huggingface
@@ -85,6 +86,22 @@ def test_lm_eval_scores_continuations(lm_eval_client: LocalCompletionsAPI) -> No
     scores = lm_eval_client.loglikelihood(requests, disable_tqdm=True)
     assert [score for score, _ in scores] == [-0.5 * len(text) for text in (" blue", " b", " length")]
     assert all(is_greedy for _, is_greedy in scores)
+
+
+def test_lm_eval_with_the_servers_tokenizer() -> None:
+    """`tokenizer_backend=remote`: ids of texts and of the end of text, which is the context of a text without one."""
+    codec = TextCodec(byte_tokenizer())
+    codec.tokenizer.add_tokens(["<|endoftext|>"])
+    codec = TextCodec(codec.tokenizer, end_of_text=EndOfText("<|endoftext|>", 256))
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    with serving(FakeEngine(lambda *_: "ok", codec=codec)) as running:
+        client = LocalCompletionsAPI(
+            base_url=running.url + "/v1/completions", model=MODEL, tokenizer_backend="remote", max_length=256
+        )
+        assert client.eot_token_id == 256
+        assert client.tokenizer.decode(client.tokenizer.encode("né")) == "né"
+        scores = client.loglikelihood(instances("loglikelihood", [("", "abc")]), disable_tqdm=True)
+        assert [score for score, _ in scores] == [-0.5 * 3]
 
 
 def test_lm_eval_generates(lm_eval_client: LocalCompletionsAPI) -> None:

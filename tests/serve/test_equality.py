@@ -7,6 +7,7 @@ suite covers every router with every KV policy and cycles through the other choi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +30,7 @@ from megamor.serve.options import POLICIES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, SHARINGS, lively_model, tiny_config, tokens, vanilla_config
 from tests.exits import median_rule
 from tests.serve.reference import Answer, answer, replayed_logprobs
+from tests.serve.test_scheduler import add_noise
 
 END, AMPLE = 11, 1 << 22
 SERVED = ("recursion_wise", "share_first")
@@ -263,7 +265,7 @@ def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
         max_resident=5,
         num_pages={pool: 2 * count for pool, count in small_pools(model, 3).items()},
     )
-    engine, random = ServingEngine(model, options), torch.Generator().manual_seed(number)
+    engine, draw = ServingEngine(model, options), torch.Generator().manual_seed(number)
     greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=0)
     outputs = dict[SequenceState, list[RequestOutput]]()
     names = dict[tuple[int, int], SequenceState]()
@@ -274,7 +276,7 @@ def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
         for sequence in engine.requests[name].open:
             # As after a preemption: these depths must be taken again.
             count = (len(outputs) + 1) % 3 * 5
-            sequence.depths += torch.randint(1, FORCED.get(router, 3) + 1, (count,), generator=random).tolist()
+            sequence.depths += torch.randint(1, FORCED.get(router, 3) + 1, (count,), generator=draw).tolist()
             outputs[sequence], names[name, sequence.index] = [], sequence
         # The last request comes when the others have ended and finds what they have left.
         steps = 0
@@ -284,15 +286,101 @@ def test_near_ties_poison_no_prefix(router: str, kv_policy: str) -> None:
             if (steps := steps + 1) == 10:
                 engine.abort(2, 0)
     for sequence, parts in outputs.items():
-        tokens, depths, length = sequence.tokens, sequence.depths, sequence.prompt_length
-        table = replayed_logprobs(model, tokens[: len(depths)], depths)
-        wanted = [row[token] for row, token in zip(table, tokens[1:], strict=False)]
-        found = [one.logprob for part in parts for one in part.logprobs or ()]
-        assert found == pytest.approx(wanted[length - 1 :], abs=1e-9), sequence.number
-        given = [one.logprob for part in parts for one in part.prompt_logprobs or () if one is not None]
-        assert given == pytest.approx(wanted[: len(given)], abs=1e-9)
+        check_replay(model, sequence, parts)
     assert engine.stats().cached_prompt_tokens > 0
     assert len({tuple(sequence.depths[:9]) for sequence in outputs}) > 1
+
+
+def noisy_traffic(model: Transformer, options: EngineOptions, deepest: int, seed: int) -> int:
+    """Requests that begin alike come, are aborted and preempted by chance; the router decides some tokens by chance.
+
+    Every log-probability must be the one of a full forward pass with the depths that the sequence has recorded.
+    Returns the number of prompt tokens that were found in the prefix cache.
+    """
+    rng = random.Random(seed)
+    engine = ServingEngine(model, options)
+    add_noise(engine.scheduler, rng, deepest)
+    outputs: dict[SequenceState, list[RequestOutput]] = {}
+    names: dict[tuple[int, int], SequenceState] = {}
+    coming = 9
+    while coming or engine.has_work:
+        if coming and rng.random() < 0.3:
+            coming -= 1
+            # Often a prefix that ends where a page does, or beside it.
+            length = rng.choice([options.page_size * rng.randint(1, 4) + rng.randint(-1, 1), 13])
+            params = SamplingParams(
+                max_tokens=rng.randint(1, 6),
+                temperature=0,
+                logprobs=0,
+                n=rng.choice([1, 1, 3]),
+                max_depth=rng.choice([None, None, 2]),
+                prompt_logprobs=rng.choice([None, None, 0]),
+            )
+            name = engine.add_request(TEXT[: max(1, min(length, 16))], params)
+            for sequence in engine.requests[name].open:
+                outputs[sequence], names[name, sequence.index] = [], sequence
+        for output in engine.step():
+            outputs[names[output.request, output.index]].append(output)
+        if engine.requests and rng.random() < 0.02:
+            engine.abort(rng.choice([*engine.requests]), rng.choice([None, 0]))
+        if len(engine.scheduler.residents) > 1 and rng.random() < 0.05:
+            engine.scheduler.preempt(max(engine.scheduler.residents, key=lambda sequence: sequence.number))
+        if rng.random() < 0.05:
+            engine.scheduler.prefixes.drop_oldest()
+    for sequence, parts in outputs.items():
+        check_replay(model, sequence, parts)
+    assert len(engine.scheduler.free_slots) == engine.options.num_slots
+    return engine.stats().cached_prompt_tokens
+
+
+def check_replay(model: Transformer, sequence: SequenceState, parts: Sequence[RequestOutput]) -> None:
+    """The log-probabilities of an answer are those of one full forward pass with its depths."""
+    tokens, depths, length = sequence.tokens, sequence.depths, sequence.prompt_length
+    table = replayed_logprobs(model, tokens[: len(depths)], depths) if depths else []
+    wanted = [row[token] for row, token in zip(table, tokens[1:], strict=False)]
+    found = [one.logprob for part in parts for one in part.logprobs or ()]
+    assert found == pytest.approx(wanted[length - 1 :][: len(found)], abs=1e-9), sequence.number
+    assert len(found) == len(tokens) - length
+    given = [one.logprob for part in parts for one in part.prompt_logprobs or () if one is not None]
+    assert given == pytest.approx(wanted[: len(given)], abs=1e-9)
+
+
+def noisy_options(router: str, policy: str, number: int, kv_policy: str) -> tuple[Transformer, EngineOptions]:
+    """A model, and an engine with little memory."""
+    size = (1, 2, 3, 5)[number % 4]
+    model = model_of(router, kv_policy, SHARINGS[number % len(SHARINGS)])
+    pages = {pool: count + 24 // size for pool, count in small_pools(model, size).items()}
+    return model, EngineOptions(
+        policy,  # type: ignore[arg-type]
+        hold=1 + number % 2,
+        page_size=size,
+        chunk_size=(1, size, size + 1, 7)[number // 2 % 4],
+        max_resident=2 + number % 4,
+        num_pages=pages,
+    )
+
+
+@pytest.mark.promise("R15")
+@pytest.mark.parametrize(
+    ("router", "policy"),
+    zip(["fixed", "expert_choice", "token_choice", "skip_forward_recurse", "act_hard"], 2 * POLICIES, strict=False),
+)
+def test_noisy_traffic(router: str, policy: str) -> None:
+    number = list(ROUTERS).index(router)
+    model, options = noisy_options(router, policy, number, SERVED[number % 2])
+    assert noisy_traffic(model, options, FORCED.get(router, 3), number) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.promise("R15")
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kv_policy", SERVED)
+@pytest.mark.parametrize("router", SERVED_ROUTERS)
+def test_noisy_traffic_of_every_router(router: str, kv_policy: str, policy: str) -> None:
+    number = 3 * list(ROUTERS).index(router) + POLICIES.index(policy)
+    for seed in range(8):
+        model, options = noisy_options(router, policy, number + seed, kv_policy)
+        noisy_traffic(model, options, FORCED.get(router, 3), seed)
 
 
 @pytest.mark.parametrize("kv_policy", SERVED)

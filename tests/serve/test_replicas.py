@@ -19,7 +19,11 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs the extra replicas")
 
+from fastapi import FastAPI  # noqa: E402
+
 from megamor.errors import ConfigError  # noqa: E402
+from megamor.serve import replicas  # noqa: E402
+from megamor.serve.options import ServerOptions  # noqa: E402
 from megamor.serve.replicas import LOST, SLACK, PrefixRouter, Scale, _added, _labelled, _prefix  # noqa: E402
 from tests.serve.process import Process, server_process, trained_checkpoint  # noqa: E402
 
@@ -76,6 +80,20 @@ def test_prefixes_of_bodies() -> None:
     assert _prefix(b'{"messages": [{"role": "user", "content": "hi"}]}') is not None
     assert _prefix(b'{"prompt": [1, 2]}') == "[1, 2]"
     assert [_prefix(body) for body in (b"", b"{", b"[]", b"3", b"{}", b"\xff")] == [None] * 6
+
+
+def test_autoscaling_aims_at_full_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replica accepts as many requests again as it decodes at a time."""
+    declared: list[dict[str, Any]] = []
+    make = replicas.serve.deployment
+    monkeypatch.setattr(replicas.serve, "deployment", lambda **options: declared.append(options) or make(**options))
+    replicas.application(FastAPI, Scale(1, 4), ServerOptions(max_queued_requests=9), 128, 1)
+    assert (declared[0]["max_ongoing_requests"], declared[0]["max_queued_requests"]) == (128, 9)
+    assert declared[0]["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 64}
+    replicas.application(FastAPI, Scale(2, 2), ServerOptions(), 128, 0)
+    assert "autoscaling_config" not in declared[2]
+    assert declared[2]["num_replicas"] == 2
+    assert declared[2]["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0}
 
 
 def test_figures_of_replicas_add_up() -> None:
@@ -220,6 +238,53 @@ def test_a_rolling_restart_fails_no_request(process: Process, checkpoint: Path) 
     wait_for(lambda: not {each.pid for each in replicas_of(process)} & before)
     assert set(statuses) == {200}
     assert httpx.get(process.url + "/v1/models").json()["data"][0]["id"] == "renamed"
+
+
+@pytest.mark.slow
+def test_the_number_of_replicas_follows_the_load(
+    process: Process, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one to two under load and back without it; no request is lost on the way."""
+    from ray import serve
+
+    from megamor.cli.serve import deployment
+
+    make, quick = serve.deployment, {"upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 2}
+
+    def impatient(**options: Any) -> Any:
+        # Ray's own delays are 30 seconds up and 10 minutes down.
+        if "autoscaling_config" in options:
+            assert options["autoscaling_config"]["target_ongoing_requests"] == 4, "as many as are resident"
+            options["autoscaling_config"] |= quick
+        return make(**options)
+
+    monkeypatch.setattr(serve, "deployment", impatient)
+    options = {"checkpoint": str(checkpoint), "replicas": "1-2", "dtype": "fp32", "max-resident": "4"}
+    before, statuses, stop = {each.pid for each in replicas_of(process)}, list[int](), threading.Event()
+
+    def count() -> int:
+        return len({each.pid for each in replicas_of(process)} - before)
+
+    def client(number: int) -> None:
+        while not stop.is_set():
+            statuses.append(ask(process, f"{number} the dog", 100).status_code)
+
+    ray.init(address="auto", log_to_driver=False)
+    try:
+        serve.run(deployment(options), name="megamor", route_prefix="/")
+        wait_for(lambda: count() == 1 and len(replicas_of(process)) == 1)
+        with ThreadPoolExecutor(12) as pool:
+            clients = [pool.submit(client, number) for number in range(12)]
+            wait_for(lambda: count() == 2 and process.stats()["replicas"] == 2)
+            stop.set()
+            for each in clients:
+                each.result()
+        wait_for(lambda: count() == 1)
+        assert ask(process, "the dog").status_code == 200
+    finally:
+        stop.set()
+        ray.shutdown()
+    assert set(statuses) == {200}
 
 
 @pytest.mark.slow

@@ -56,12 +56,35 @@ def chosen_depth(tokens: Sequence[int], max_depth: int) -> int:
     return min(max_depth, hash(tuple(tokens)) % (NUM_RECURSIONS + 1))
 
 
-class Memory:
-    """A symbolic model: runs the batches of a scheduler and checks the entries that they read."""
+def add_noise(scheduler: Scheduler, rng: random.Random, deepest: int = NUM_RECURSIONS) -> None:
+    """Near ties: some tokens that nobody has a record of take another depth, up to `deepest`, by chance."""
+    place = scheduler.place
 
-    def __init__(self, options: EngineOptions, tables: str, num_pages: dict[str, int]) -> None:
-        self.options, self.tables = options, TABLES[tables]
+    def noisy(chunks: Sequence[Chunk]) -> Ints:
+        slots = place(chunks)
+        for chunk in chunks:
+            for slot in chunk.slots[max(0, len(chunk.sequence.depths) - chunk.start) :]:
+                if rng.random() < 0.4:
+                    depth = rng.randint(1, min(deepest, chunk.sequence.max_depth))
+                    scheduler.flight.rows[LEAST : MOST + 1, slot] = depth
+        return slots
+
+    scheduler.place = noisy  # type: ignore[method-assign]
+
+
+class Memory:
+    """A symbolic model: runs the batches of a scheduler and checks the entries that they read.
+
+    With `noise`, its router decides some tokens by chance.
+    """
+
+    def __init__(
+        self, options: EngineOptions, tables: str, num_pages: dict[str, int], noise: random.Random | None = None
+    ) -> None:
+        self.options, self.tables, self.noise = options, TABLES[tables], noise
         self.scheduler = Scheduler(options, NUM_RECURSIONS, self.tables, num_pages, CONTEXT)
+        if noise is not None:
+            add_noise(self.scheduler, noise)
         self.pages: dict[tuple[str, int, int], tuple[Any, ...]] = {}
         self.everyone: list[SequenceState] = []
         self.targets: dict[int, int] = {}
@@ -138,9 +161,10 @@ class Memory:
 
     def depth(self, chunk: Chunk, row: int) -> int:
         position = chunk.start + row
-        least, most = self.scheduler.flight.rows[LEAST : MOST + 1, chunk.slots[row]].tolist()
+        least, most = map(int, self.scheduler.flight.rows[LEAST : MOST + 1, chunk.slots[row]])
         known = chunk.sequence.depths[position : position + 1]
-        assert (least, most) == ((known[0], known[0]) if known else (0, chunk.sequence.max_depth))
+        if known or self.noise is None:
+            assert (least, most) == ((known[0], known[0]) if known else (0, chunk.sequence.max_depth))
         return max(least, min(most, chosen_depth(chunk.sequence.tokens[: position + 1], chunk.sequence.max_depth)))
 
     def depth_of(self, slot: int) -> int:
@@ -149,10 +173,11 @@ class Memory:
 
     def stored(self, sequence: SequenceState, recursion: int) -> Iterator[tuple[Any, ...]]:
         """What each token that takes `recursion` stores: it depends on the tokens before and their depths."""
-        tokens, depths = sequence.tokens, list[int]()
-        for end in range(1, len(tokens) + 1):
+        tokens, depths, chunk = sequence.tokens, list[int](), sequence.chunk
+        for end in range(1, sequence.num_read + (chunk.length if chunk else 0) + 1):
             known = sequence.depths[end - 1 : end]
-            depth = known[0] if known else chosen_depth(tokens[:end], sequence.max_depth)
+            assert known or chunk is not None
+            depth = known[0] if known or chunk is None else self.depth(chunk, end - 1 - chunk.start)
             yield (recursion, *tokens[:end], *depths) if depth > recursion else ()
             depths.append(depth)
 
@@ -243,8 +268,10 @@ class Memory:
         assert all(chunk.length > 1 for chunk in scheduler.long)
         assert {*scheduler.long} == {chunk for chunk in scheduler.in_core if chunk.length > 1}
         assert len(scheduler.residents) <= self.options.max_resident
-        if scheduler.residents and scheduler.waiting:
-            assert max(s.number for s in scheduler.residents) < min(s.number for s in scheduler.waiting)
+        # Only those that wait for their leader are overtaken.
+        waiting = [sequence.number for sequence in scheduler.waiting if sequence.leader is None]
+        if scheduler.residents and waiting:
+            assert max(sequence.number for sequence in scheduler.residents) < min(waiting)
 
     def finish_all(self) -> None:
         """Run until there is nothing to do, and keep the prefix cache."""
@@ -277,7 +304,8 @@ def memories(draw: st.DrawFn) -> Memory:
         prefill_budget=draw(st.integers(0, 9)),
         prefix_caching=draw(st.booleans()),
     )
-    return Memory(options, tables, {spec.pool: draw(st.integers(4, 60)) for spec in TABLES[tables]})
+    noise = draw(st.none() | st.builds(random.Random, st.integers(0, 99)))
+    return Memory(options, tables, {spec.pool: draw(st.integers(4, 60)) for spec in TABLES[tables]}, noise)
 
 
 @settings(max_examples=150, deadline=None)
@@ -328,6 +356,29 @@ def test_shared_prompts_are_read_once() -> None:
     assert [sequence.cached_tokens for sequence in memory.everyone] == [0, 8, 8, 8, 0]
 
 
+def test_a_leader_is_waited_for_by_its_followers_alone() -> None:
+    """While it reads a long prompt, requests that came after them start; then they are the first to start."""
+    options = EngineOptions(page_size=4, chunk_size=4, max_resident=3)
+    memory = Memory(options, "recursion_wise", {"edge": 99, "core": 299})
+    memory.submit([0, 1, 2] * 9, 6, 3)
+    leader = memory.everyone[0]
+    for _ in range(2):
+        memory.submit([0, 1, 2] * 9, 2, 3, leader=leader)
+    for number in range(5):
+        memory.submit([number % 3, 2], 1 if number < 4 else 9, 3)
+    started: dict[int, int] = {}
+    while memory.step():
+        for sequence in memory.everyone:
+            if sequence.state != "waiting":
+                started.setdefault(sequence.number, leader.num_read)
+    assert started[3] == started[4] == 0
+    assert max(started[5], started[6]) < 27 <= min(started[1], started[2])
+    order = list(started)
+    assert order.index(1) < order.index(2)
+    assert [sequence.cached_tokens for sequence in memory.everyone[:3]] == [0, 24, 24]
+    memory.finish()
+
+
 @pytest.mark.parametrize("place", range(8))
 def test_a_prefix_belongs_to_its_depths(place: int) -> None:
     """Two sequences read one prefix at the same time and differ in the depth of one token: both are kept.
@@ -351,6 +402,144 @@ def test_a_prefix_belongs_to_its_depths(place: int) -> None:
     assert memory.everyone[2].depths[:8] in (depths, other)
     assert memory.everyone[2].cached_tokens == 8
     memory.finish()
+
+
+SHARED = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 2, 0, 1]
+
+
+class Traffic:
+    """Sequences that begin alike."""
+
+    def __init__(self, memory: Memory, rng: random.Random) -> None:
+        self.memory, self.rng, self.scheduler = memory, rng, memory.scheduler
+
+    def submit(
+        self, count: int = 1, length: int = 13, new: int = 4, max_depth: int = 3, leader: SequenceState | None = None
+    ) -> None:
+        for _ in range(count):
+            self.memory.submit(SHARED[:length], new, max_depth, leader)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.memory.step()
+
+    def preempt(self) -> None:
+        """The youngest, as the scheduler does it."""
+        if self.scheduler.residents:
+            self.scheduler.preempt(max(self.scheduler.residents, key=lambda sequence: sequence.number))
+
+    def read(self, number: int, count: int) -> SequenceState:
+        """Run until a sequence has read so many tokens."""
+        sequence = self.memory.everyone[number]
+        while sequence.num_read < count and sequence.state != "gone":
+            assert self.memory.step()
+        return sequence
+
+
+class Scenarios(Traffic):
+    """What happens to them while a noisy router fills the prefix cache."""
+
+    def followers_of_an_aborted_leader(self) -> None:
+        self.submit()
+        self.submit(3, leader=self.memory.everyone[0])
+        self.scheduler.remove(self.read(0, 5))
+        self.submit(2)
+
+    def preempted_again_and_again(self) -> None:
+        self.submit(4)
+        for _ in range(8):
+            self.run(3)
+            self.preempt()
+        self.submit(2)
+
+    def the_variant_in_use_is_dropped(self) -> None:
+        self.submit(3, new=9)
+        self.read(2, 13)
+        for _ in range(self.rng.randint(1, 4)):
+            self.scheduler.prefixes.drop_oldest()
+        self.submit(2)
+
+    def a_dropped_parent_is_made_again(self) -> None:
+        self.submit(new=20)
+        self.read(0, 13)
+        while self.scheduler.prefixes.drop_oldest():
+            pass
+        self.submit(2)
+        self.read(2, 13)
+        self.preempt()
+
+    def other_bounds(self) -> None:
+        for _ in range(2):
+            for max_depth in (1, 2, 3):
+                self.submit(max_depth=max_depth)
+            self.run(9)
+
+    def every_length_around_a_page(self) -> None:
+        for _ in range(2):
+            for length in range(1, 13):
+                self.submit(length=length, new=2)
+            self.run(20)
+            self.preempt()
+
+    def an_answer_becomes_a_prompt(self) -> None:
+        self.submit(2, length=8, new=9)
+        first = self.read(0, 14)
+        self.memory.submit(first.tokens[:14], 3, 3)
+        self.preempt()
+        self.memory.submit(first.tokens[:12], 5, 3)
+
+    def preempted_inside_a_block(self) -> None:
+        self.submit(2)
+        self.read(1, 6)
+        self.preempt()
+        self.submit(2)
+        self.read(3, 11)
+        self.preempt()
+
+    def aborts_inside_batches(self) -> None:
+        self.submit(3)
+        self.submit(3, leader=self.memory.everyone[1])
+        for number in (0, 1, 3):
+            self.run(4)
+            self.memory.step(abort_inside=self.memory.everyone[number])
+            self.submit()
+
+    def a_replay_beside_newcomers(self) -> None:
+        self.submit(new=9)
+        self.read(0, 15)
+        self.preempt()
+        while self.scheduler.prefixes.drop_oldest():
+            pass
+        self.submit(3, length=12)
+
+
+SCENARIOS = [name for name in vars(Scenarios) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_noise_poisons_no_prefix(scenario: str) -> None:
+    """Whatever a router decides by chance, a sequence reads what was stored for its own tokens and their depths."""
+    cached, variants = 0, 0
+    for number in range(18):
+        rng = random.Random(number)
+        size = 1 + number % 5
+        options = EngineOptions(
+            POLICIES[number % 3],
+            hold=1 + number % 2,
+            page_size=size,
+            chunk_size=(1, size, size + 1, 7)[number % 4],
+            max_resident=2 + number % 5,
+            max_rows=14,
+        )
+        few = {"edge": 40 // size + 6, "core": 120 // size + 9}
+        memory = Memory(options, sorted(TABLES)[number // 3 % 3], few if number % 2 else {"edge": 99, "core": 299}, rng)
+        getattr(Scenarios(memory, rng), scenario)()
+        memory.finish_all()
+        variants = max([variants, *map(len, memory.scheduler.prefixes.variants.values())])
+        cached += sum(sequence.cached_tokens or 0 for sequence in memory.everyone)
+        memory.finish()
+    assert cached > 0
+    assert variants > 1
 
 
 def test_depths_share_launches_only_where_they_should() -> None:
@@ -442,7 +631,12 @@ def test_prompts_enter_a_budget_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     options = EngineOptions("shrink", prefill_budget=6, chunk_size=5)
     memory, chunks = Memory(options, "recursion_wise", {"edge": 99, "core": 299}), list[tuple[int, int, int]]()
     enter = memory.enter
-    monkeypatch.setattr(memory, "enter", lambda c: (chunks.append((c.sequence.number, c.start, c.length)), enter(c)))
+
+    def noted(chunk: Chunk) -> None:
+        chunks.append((chunk.sequence.number, chunk.start, chunk.length))
+        enter(chunk)
+
+    monkeypatch.setattr(memory, "enter", noted)
     for number in range(3):
         memory.submit([number] * 8, 1, 3)
     memory.finish()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
+from megamor.serve.engine.request import EngineStats
+from megamor.serve.http.monitoring import Monitoring
+from megamor.serve.http.server import DrainingServer, Server
+from megamor.serve.http.wire import Usage
+from megamor.serve.options import ServerOptions
 from tests.serve.fake import CONTEXT, MODEL, FakeEngine, Running, serving
 
 TEXT = "naïve café, 漢字 and 👩‍🚀 done"
@@ -184,6 +193,8 @@ def test_long_bodies_are_refused() -> None:
         chunks = (b" " * 100 for _ in range(11))
         error_of(httpx.post(server.url + "/v1/completions", content=chunks, timeout=20), 413)
         assert post(server, prompt="a").status_code == 200
+        exactly = b'{"prompt": "a"}'.ljust(1000)
+        assert httpx.post(server.url + "/v1/completions", content=exactly, timeout=20).status_code == 200
 
 
 def test_other_endpoints(server: Running) -> None:
@@ -193,6 +204,7 @@ def test_other_endpoints(server: Running) -> None:
     models = httpx.get(server.url + "/v1/models").json()
     assert [model["id"] for model in models["data"]] == [MODEL]
     assert models["data"][0]["max_model_len"] == CONTEXT
+    assert httpx.get(server.url + "/v1/models/").json() == models
     assert httpx.get(f"{server.url}/v1/models/{MODEL}").json() == models["data"][0]
     error_of(httpx.get(server.url + "/v1/models/other"), 404)
     error_of(post(server, prompt="a", model="other"), 404)
@@ -236,6 +248,7 @@ def test_a_full_queue_says_so_and_empties() -> None:
             error_of(client.post(server.url + "/v1/completions", json={"prompt": "a", "stream": True}), 429)
             engine.gate.set()
             assert [future.result().status_code for future in waiting] == [200, 200]
+        assert post(server, prompt="a" * 11).status_code == 200, "over the limit, but nothing else waits"
         assert (runner.waiting, runner.num_running) == ([], 0)
 
 
@@ -271,7 +284,9 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             lines = response.iter_lines()
             next(lines)
             server.uvicorn.handle_exit(signal.SIGTERM, None)
-            error_of(httpx.get(server.url + "/ready"), 503)
+            refused = httpx.get(server.url + "/ready")
+            error_of(refused, 503)
+            assert refused.headers["retry-after"] == "1"
             assert httpx.get(server.url + "/health").status_code == 200
             error_of(post(server, prompt="a"), 503)
             rest = [line for line in lines if line]
@@ -279,6 +294,42 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         assert len(rest) == 100
         server.thread.join(10)
         assert not server.thread.is_alive(), "the server exited"
+
+
+def test_draining_has_a_limit_and_a_second_signal() -> None:
+    def draining(seconds: float) -> DrainingServer:
+        runner: Any = SimpleNamespace(num_running=1, draining=False)
+        server = DrainingServer(uvicorn.Config("none"), runner, seconds)
+        server.handle_exit(signal.SIGTERM, None)
+        assert runner.draining
+        return server
+
+    assert asyncio.run(draining(0.0).on_tick(1)), "the time is over"
+    patient = draining(60.0)
+    assert not asyncio.run(patient.on_tick(1))
+    assert not patient.should_exit
+    patient.handle_exit(signal.SIGTERM, None)
+    assert patient.should_exit
+
+
+def test_latencies_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    """Two continuations of one request: each has a time to its first token, and times between its tokens."""
+    choices = [SimpleNamespace(times=times, finish_reason="stop") for times in ([101.5, 101.75], [101.25], [])]
+    run: Any = SimpleNamespace(choices=choices, arrived=101.0, usage=Usage(), id="x")
+    monitoring = Monitoring()
+    monitoring.finished(run, 103.0)
+    families = {f.name: f for f in text_string_to_metric_families(monitoring.exposition(EngineStats(), 0, 0).decode())}
+    for name, total, count in (
+        ("time_to_first_token", 0.75, 2),
+        ("inter_token_latency", 0.25, 1),
+        ("e2e_request_latency", 2, 1),
+    ):
+        samples = {s.name.rsplit("_", 1)[1]: s.value for s in families[f"megamor_{name}_seconds"].samples}
+        assert (samples["sum"], samples["count"]) == (total, count)
+    server = Server(FakeEngine(lambda *_: ""), FakeEngine(lambda *_: "").codec, MODEL, ServerOptions(), None)
+    with caplog.at_level(logging.INFO):
+        server._record(run, 499)
+    assert json.loads(caplog.messages[-1])["first_token_seconds"] == 0.25
 
 
 def test_an_engine_failure_is_reported_to_every_client() -> None:

@@ -12,15 +12,7 @@ from pathlib import Path
 import pytest
 
 from megamor.config import Config, ParallelConfig, config_to_yaml
-from tests.resume.runs import (
-    assert_same_run,
-    checkpoint_names,
-    fit,
-    named,
-    tiny_run,
-    trace,
-    wait_for_steps,
-)
+from tests.resume.runs import assert_same_run, checkpoint_names, fit, named, tiny_run, trace, wait_for_steps
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +31,10 @@ def base(tmp_path: Path) -> Config:
 
 
 def variables(config: Config, **more: str) -> dict[str, str]:
-    """The environment that a user would set for two nodes without GPUs, and none of this test's own variables."""
+    """The environment that a user would set for two nodes without GPUs, and none of this test's own variables.
+
+    By default without the check before the queue, whose tests are in tests/contract/test_slurm.py.
+    """
     file = Path(config.run.dir) / f"{config.run.name}.yaml"
     file.write_text(config_to_yaml(config))
     return {
@@ -53,6 +48,7 @@ def variables(config: Config, **more: str) -> dict[str, str]:
         "CLUSTER_VENV": sys.prefix,
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        "CHECK": "0",
         **more,
     }
 
@@ -68,7 +64,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(cluster: Cluster, base: Con
     # One group: by default each node would be one, and `straight` runs on one node.
     parallel = ParallelConfig(backend="deepspeed") if launcher == "deepspeed" else ParallelConfig(shard_degree=2)
     config = replace(base, parallel=parallel)
-    job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher))
+    job = cluster.submit([SCRIPT], variables(config, LAUNCHER=launcher, CHECK="1"))
     wait_for_steps(config, 3)
     cluster.signal(job, "USR1")
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job is requeued")
@@ -117,7 +113,7 @@ def test_srun_alone_starts_one_world_and_a_batch_script_trains_alone(cluster: Cl
 
 
 def test_a_users_error_is_not_retried(cluster: Cluster, base: Config) -> None:
-    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base, CHECK="0"))
+    job = cluster.submit([SCRIPT, "optim.learning_rate=1"], variables(base))
     ended = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
     assert "optim.learning_rate" in log_of(base)
@@ -133,7 +129,7 @@ def test_plain_sbatch_from_the_directory_of_the_scripts(cluster: Cluster, base: 
 
 
 def test_missing_data_ends_a_job_before_it_starts_processes(cluster: Cluster, base: Config) -> None:
-    job = cluster.submit([SCRIPT, "data.train=[nowhere]"], variables(base, CHECK="0"))
+    job = cluster.submit([SCRIPT, "data.train=[nowhere]"], variables(base))
     assert cluster.wait_for(job, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
     assert "(node 0 of the job): the run can't start here: see above" in log_of(base)
     assert "nowhere.idx doesn't exist" in log_of(base)

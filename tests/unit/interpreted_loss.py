@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamor.model import loss as loss_module
-from megamor.model import loss_kernel, transformer
+from megamor.model import loss_kernel as loss_kernel
+from megamor.model import transformer
 from megamor.model.loss import IGNORE, linear_cross_entropy
 from tests.combinations import ROUTERS, lively_model, tiny_config, tokens
 

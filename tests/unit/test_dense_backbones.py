@@ -33,7 +33,8 @@ from megamor.parallel import zero_config
 from megamor.plan.memory import step_memory
 from megamor.routing import TokenSet
 from megamor.serve.options import POLICIES
-from tests.causality.test_causality import CUT, change_future, logits, modes
+from tests.causality.test_causality import PACKED
+from tests.causality.test_causality import check as check_causality
 from tests.causality.test_documents import check as check_documents
 from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
@@ -47,8 +48,9 @@ from tests.serve.test_equality import check as check_serving
 from tests.unit.test_backbone_options import shaken
 from tests.unit.test_memory_model import POLICIES as STEP_POLICIES
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
-from tests.unit.test_model import gradients
+from tests.unit.test_model import check_recomputation
 from tests.unit.test_multi_scale import check_layouts
+from tests.unit.test_padding import check_padding
 
 SCALING = RopeScalingConfig(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 GEMMA: dict[str, Any] = {"ffn_activation": "gelu_tanh", "scale_embedding": True, "sandwich_norms": True}
@@ -154,13 +156,10 @@ def config_of(router: str, kv_policy: str, sharing: str) -> Config:
 @pytest.mark.parametrize(("router", "kv_policy", "sharing"), BATTERIES)
 def test_batteries(router: str, kv_policy: str, sharing: str) -> None:
     """Causal, with documents too; packed documents equal documents alone; decoding equals the full pass."""
-    config, ids = config_of(router, kv_policy, sharing), tokens()
+    config = config_of(router, kv_policy, sharing)
     model = shaken(lively_model(config))
-    for documents in (None, (torch.arange(SEQ_LEN) // 9).expand_as(ids)):
-        for mode in modes(model):
-            before, after = (logits(model, x, mode, documents) for x in (ids, change_future(ids)))
-            torch.testing.assert_close(after[:, :CUT], before[:, :CUT], atol=1e-12, rtol=0)
-            assert (after[:, CUT:] - before[:, CUT:]).abs().max() > 1e-3
+    for documents in (None, PACKED):
+        check_causality(model, documents)
     check_documents(config)
     check_decoding(model, [10] + [1] * (SEQ_LEN - 10))
     check_decoding(shaken(lively_model(config, dtype=torch.float32)), [5, 1, 7, 11])
@@ -168,23 +167,12 @@ def test_batteries(router: str, kv_policy: str, sharing: str) -> None:
 
 @pytest.mark.parametrize(("router", "kv_policy", "sharing"), BATTERIES)
 def test_checkpointing(router: str, kv_policy: str, sharing: str) -> None:
-    model, ids = build_model(config_of(router, kv_policy, sharing)), tokens(length=SEQ_LEN + 1)
-    plain = gradients(model, ids, "none")
-    for mode in ("recursion", "block", "selective"):
-        again = gradients(model, ids, mode)
-        assert plain.keys() == again.keys()
-        assert all(torch.equal(plain[name], again[name]) for name in plain)
+    check_recomputation(build_model(config_of(router, kv_policy, sharing)))
 
 
 @pytest.mark.parametrize("router", ["vanilla", "expert_choice"])
 def test_padding_has_no_influence(router: str) -> None:
-    model, ids = shaken(lively_model(config_of(router, "recursion_wise", "middle_cycle"))), tokens()
-    lengths = (24, 9, 17)
-    with torch.no_grad():
-        padded = model(ids, mode="causal", lengths=lengths).logits
-        for number, length in enumerate(lengths):
-            alone = model(ids[number : number + 1, :length], mode="causal").logits
-            torch.testing.assert_close(padded[number : number + 1, :length], alone, atol=1e-10, rtol=0)
+    check_padding(shaken(lively_model(config_of(router, "recursion_wise", "middle_cycle"))))
 
 
 SERVED = [

@@ -13,14 +13,7 @@ from torch.nn import functional as F
 from megamor.config import Config
 from megamor.interop.export import model_settings
 from megamor.load import load_model
-from tests.combinations import (
-    KV_POLICIES,
-    ROUTERS,
-    lively_model,
-    tiny_config,
-    tokens,
-    vanilla_config,
-)
+from tests.combinations import KV_POLICIES, ROUTERS, lively_model, tiny_config, tokens, vanilla_config
 
 pytest.importorskip("transformers")
 

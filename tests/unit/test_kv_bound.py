@@ -18,16 +18,7 @@ from megamor.model import CacheBound, KVCache, Transformer
 from megamor.model.blocks import rotary_angles
 from megamor.model.kv_cache import CacheStore
 from megamor.model.multi_scale import BEYOND
-from tests.combinations import (
-    BATCH,
-    KV_POLICIES,
-    ROUTERS,
-    SEQ_LEN,
-    lively_model,
-    tiny_config,
-    tokens,
-    vanilla_config,
-)
+from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.unit.test_multi_scale import multi_scale
 
 KEEPS = ("score", "depth", "recent")

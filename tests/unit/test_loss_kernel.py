@@ -26,7 +26,7 @@ from megamor.config.schema import DistillConfig
 from megamor.config.validate import validate
 from megamor.errors import ConfigError
 from megamor.model import loss as loss_module
-from megamor.model.loss import IGNORE, choose_loss, describe_loss, gpu_chunk, linear_cross_entropy
+from megamor.model.loss import IGNORE, choose_loss, describe_loss, gpu_chunk, linear_cross_entropy, loss_kernels
 from megamor.model.loss_kernel import BLOCK, WARPS, in_place_cross_entropy, softmax_row
 from megamor.plan.activations import ElementSizes, loss_bytes
 from megamor.plan.mfu import FUSED_LOSS, REFERENCE_LOSS
@@ -55,12 +55,7 @@ def test_compiles(name: str, vocab: int, sm: int, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"ignore": IGNORE, "vocab": vocab, "z_coeff": 1e-4, "gradients": True, "BLOCK": BLOCK}
     constants["SUM"] = tl.float32
-    signature = {
-        "logits": f"*{name}",
-        "labels": "*i64",
-        "nll": "*fp32",
-        "z_loss": "*fp32",
-    }
+    signature = {"logits": f"*{name}", "labels": "*i64", "nll": "*fp32", "z_loss": "*fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(4)}
     source = ASTSource(softmax_row, signature, constants, aligned)
@@ -199,19 +194,20 @@ def test_the_plan_knows_the_memory(tokens: int) -> None:
 def test_the_loss_is_chosen_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(device: str, kernel: Any = "auto", teacher: str | None = None) -> str:
         train = TrainConfig(max_steps=10, loss_kernel=kernel)
-        return "".join(describe_loss(Config(train=train, distill=DistillConfig(from_=teacher)), device))
+        config = Config(train=train, distill=DistillConfig(from_=teacher))
+        return "".join(describe_loss(config, device, loss_kernels(config, device)[0], "the fastest"))
 
     assert choose_loss("cuda") == "triton"
     assert choose_loss("cpu") == choose_loss("cuda", distills=True) == "reference"
     assert choose_loss("cuda", "torch") == "torch"
     assert told("cpu") == ""
-    assert told("cuda") == "loss: triton, 11,008 of 32,768 rows of logits at once"
+    assert told("cuda") == "loss: triton (the fastest), 11,008 of 32,768 rows of logits at once"
     assert told("cuda", teacher="runs/x") == "loss: plain operations (with a teacher)"
     assert told("cuda", "reference") == "loss: plain operations (as configured)"
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         told("cpu", "triton")
     monkeypatch.setattr(loss_module, "HAS_TRITON", False)
-    assert told("cuda") == "loss: plain operations (the package triton is missing)"
+    assert told("cuda") == "loss: plain operations (the fastest)"
     with pytest.raises(ConfigError, match="cuda without triton"):
         told("cuda", "triton")
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
@@ -234,7 +230,8 @@ def test_torchs_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(50, (30,), generator=generator)
     labels[::5] = IGNORE
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
+    # In bf16 the roundings of two results, of which the reference has the larger ones.
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
         hidden, weight = (torch.randn(n, 16, generator=generator, dtype=dtype, requires_grad=True) for n in (30, 50))
         results = []
         for kernel in ("reference", "torch"):

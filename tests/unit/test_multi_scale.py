@@ -21,24 +21,17 @@ from megamor.model.layouts import Geometry
 from megamor.plan.memory import step_memory
 from megamor.routing import TokenSet
 from megamor.serve.engine.engine import ServingEngine
-from tests.causality.test_causality import CUT, change_future, logits, modes
+from tests.causality.test_causality import PACKED
+from tests.causality.test_causality import check as check_causality
 from tests.causality.test_documents import check as check_documents
-from tests.combinations import (
-    BATCH,
-    KV_POLICIES,
-    ROUTERS,
-    SEQ_LEN,
-    lively_model,
-    tiny_config,
-    tokens,
-    vanilla_config,
-)
+from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens, vanilla_config
 from tests.decoding.test_cached_decoding import check as check_decoding
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import fresh_run, relative_differences
 from tests.distributed.runs import tiny as tiny_run
 from tests.unit.test_memory_model import assert_close, measured_peak, step_config
-from tests.unit.test_model import gradients
+from tests.unit.test_model import check_recomputation
+from tests.unit.test_padding import check_padding
 
 WINDOW, BLOCK = 4, 2
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24, [0] + [1] * 11 + [2] * 12])
@@ -160,12 +153,9 @@ def test_equal_keys_in_a_block_give_full_attention() -> None:
 def test_batteries(router: str, kv_policy: str, sharing: str) -> None:
     """Causal, with documents too; packed documents equal documents alone; decoding equals the full pass."""
     config = multi_scale(tiny_config(ROUTERS[router], kv_policy, sharing))
-    model, ids = lively_model(config), tokens()
-    for documents in (None, (torch.arange(SEQ_LEN) // 9).expand_as(ids)):
-        for mode in modes(model):
-            before, after = (logits(model, x, mode, documents) for x in (ids, change_future(ids)))
-            torch.testing.assert_close(after[:, :CUT], before[:, :CUT], atol=1e-12, rtol=0)
-            assert (after[:, CUT:] - before[:, CUT:]).abs().max() > 1e-3
+    model = lively_model(config)
+    for documents in (None, PACKED):
+        check_causality(model, documents)
     check_documents(config)
     check_decoding(model, [10] + [1] * (SEQ_LEN - 10))
     check_decoding(model, [5, 1, 7, 11])
@@ -173,13 +163,7 @@ def test_batteries(router: str, kv_policy: str, sharing: str) -> None:
 
 @pytest.mark.parametrize(("router", "kv_policy", "sharing"), COMBINATIONS)
 def test_checkpointing(router: str, kv_policy: str, sharing: str) -> None:
-    config = multi_scale(tiny_config(ROUTERS[router], kv_policy, sharing))
-    model, ids = build_model(config), tokens(length=SEQ_LEN + 1)
-    plain = gradients(model, ids, "none")
-    for mode in ("recursion", "block", "selective"):
-        again = gradients(model, ids, mode)
-        assert plain.keys() == again.keys()
-        assert all(torch.equal(plain[name], again[name]) for name in plain)
+    check_recomputation(build_model(multi_scale(tiny_config(ROUTERS[router], kv_policy, sharing))))
 
 
 def test_vanilla() -> None:
@@ -187,19 +171,12 @@ def test_vanilla() -> None:
     check_documents(config)
     model = lively_model(config)
     check_decoding(model, [10] + [1] * (SEQ_LEN - 10))
-    before, after = (logits(model, x, "causal") for x in (tokens(), change_future(tokens())))
-    torch.testing.assert_close(after[:, :CUT], before[:, :CUT], atol=1e-12, rtol=0)
+    check_causality(model, None)
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
 def test_padding_has_no_influence(router: str) -> None:
-    model, ids = lively_model(multi_scale(tiny_config(ROUTERS[router]))), tokens()
-    lengths = (24, 9, 17)
-    with torch.no_grad():
-        padded = model(ids, mode="causal", lengths=lengths).logits
-        for number, length in enumerate(lengths):
-            alone = model(ids[number : number + 1, :length], mode="causal").logits
-            torch.testing.assert_close(padded[number : number + 1, :length], alone, atol=1e-10, rtol=0)
+    check_padding(lively_model(multi_scale(tiny_config(ROUTERS[router]))))
 
 
 def test_flops_count_fine_and_coarse_pairs() -> None:

@@ -69,6 +69,16 @@ def modes(model: Transformer, router: str) -> list[str]:
     return ["causal", "topk"] + ["train"] * (not pooled)
 
 
+def check_padding(model: Transformer) -> None:
+    """By the inference rule, each of three padded sequences has the logits that it has alone."""
+    ids, lengths = tokens(), (24, 9, 17)
+    with torch.no_grad():
+        padded = model(ids, mode="causal", lengths=lengths).logits
+        for number, length in enumerate(lengths):
+            alone = model(ids[number : number + 1, :length], mode="causal").logits
+            torch.testing.assert_close(padded[number : number + 1, :length], alone, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_padded_window_is_its_document(router: str) -> None:
     """One sequence: everything is as without padding, gradients included, in every mode."""

@@ -27,7 +27,7 @@ from megamor.routing.expert_choice import warmed_up_capacity
 from megamor.routing.plan import MarkedSet, Mix
 from megamor.routing.random import text_keys
 from megamor.train.step_statistics import StepStatistics
-from tests.combinations import BATCH, ROUTERS, SEQ_LEN, lively_model, tiny_config, tokens
+from tests.combinations import BATCH, ROUTERS, SEQ_LEN, fitted, lively_model, tiny_config, tokens
 
 
 def long_tokens(batch: int = 8, length: int = 96) -> Tensor:
@@ -142,15 +142,7 @@ def test_soft_and_hard_halting_differ_only_in_what_attention_sees() -> None:
 
 def trained_depth(config: SkipForwardRecurseConfig | HaltingConfig | LearnedThresholdConfig, steps: int = 150) -> float:
     torch.manual_seed(0)
-    model, ids = build_model(tiny_config(config)), tokens(batch=8, length=SEQ_LEN + 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(steps):
-        optimizer.zero_grad()
-        out = run(model, ids, step=step)
-        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return run(model, ids).depth.float().mean().item()
+    return fitted(build_model(tiny_config(config)), steps).depth.float().mean().item()
 
 
 def test_depth_penalty_lowers_the_depth() -> None:

@@ -174,15 +174,7 @@ def test_names_are_strings_whatever_they_look_like(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "!!timestamp 2001-01-01",
-        "!!python/name:os.system",
-        "!!binary aGk=",
-        "&a [*a]",
-        "9" * 5000,
-        "[" * 3000,
-    ],
+    "text", ["!!timestamp 2001-01-01", "!!python/name:os.system", "!!binary aGk=", "&a [*a]", "9" * 5000, "[" * 3000]
 )
 def test_values_that_json_has_not_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(LENGTH)

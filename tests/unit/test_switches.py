@@ -15,7 +15,7 @@ from megamor.errors import ConfigError
 from megamor.model import KVCache, build_model
 from megamor.routing import RoutingContext, RoutingSession, TokenSet, build_router
 from megamor.routing.skip_forward_recurse import RECURSE, prefix_means
-from tests.combinations import lively_model, tiny_config, tokens
+from tests.combinations import fitted, lively_model, tiny_config, tokens
 
 DIM, RECURSIONS = 8, 3
 PROBABILITIES = (0.5, 0.1, 0.4)  # skip, forward, recurse
@@ -94,14 +94,7 @@ def test_the_rate_loss_is_on_the_expected_rate() -> None:
 def test_the_recursion_rate_follows_its_target(target: float) -> None:
     torch.manual_seed(0)
     config = SkipForwardRecurseConfig(hidden=16, depth_coeff=10.0, recursion_rate=target)
-    model, ids = build_model(tiny_config(config)), tokens(batch=8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(100):
-        out = model(ids[:, :-1], ids[:, 1:], step=step)
-        (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ratio = out.ratios["recurse_rate"]
+    ratio = fitted(build_model(tiny_config(config)), 100).ratios["recurse_rate"]
     assert (ratio.numerator / ratio.denominator).item() == pytest.approx(target, abs=0.06)
 
 
@@ -277,14 +270,7 @@ def test_monotone_depth_falls_with_its_coefficient() -> None:
     for coefficient in (1e-4, 1.0):
         torch.manual_seed(0)
         config = tiny_config(MonotoneConfig(depth_coeff=coefficient), "halted_reuse")
-        model, ids = build_model(config), tokens(batch=8)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for step in range(60):
-            out = model(ids[:, :-1], ids[:, 1:], step=step)
-            (out.loss_sum / out.num_tokens + sum(out.router_losses.values())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        depths.append(out.depth.double().mean().item())
+        depths.append(fitted(build_model(config), 60).depth.double().mean().item())
     assert depths[1] < depths[0] - 0.5, depths
 
 

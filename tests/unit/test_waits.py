@@ -25,9 +25,14 @@ from tests.combinations import BATCH, KV_POLICIES, ROUTERS, SEQ_LEN, tiny_config
 from tests.fake_cuda import CUDA, Device, fake_cuda
 
 TOKENS = BATCH * SEQ_LEN
-SIZES: dict[tuple[int, ...], list[Any]] = {(2,): [30, 15], (3, 2): [[TOKENS, SEQ_LEN], [40, 20], [10, 5]]}
+SIZES: dict[tuple[int, ...], list[Any]] = {
+    (2,): [30, 15],
+    (1, 2): [[30, 15]],
+    (2, 2): [[30, 15], [20, 10]],
+    (3, 2): [[TOKENS, SEQ_LEN], [40, 20], [10, 5]],
+}
 """What the host is told: tokens in total and at most in one sequence, of one recursion or of each."""
-READS = {"vanilla": 0, "fixed": 0, "expert": 0, "act_soft": 0, "token": 1, "monotone": 3, "skip": 5}
+READS = {"vanilla": 0, "fixed": 0, "expert": 0, "act_soft": 0, "token": 1, "monotone": 3, "skip": 3}
 """Numbers of tokens that a micro-batch reads from the device, by the beginning of the router's name; by default one for
 each recursion but the first. All but token-choice, which knows its depths at the start, decide between recursions."""
 ACCUMULATED = 3

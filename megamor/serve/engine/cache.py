@@ -16,6 +16,7 @@ from megamor.routing import DepthBounds, RoutingContext
 from megamor.routing.plan import to_device
 from megamor.serve.engine import attention
 from megamor.serve.engine.attention import GatherLayout, Layout, PagedKeysValues, fixed_layout
+from megamor.serve.engine.cpu_kernels import LANES, Sight
 from megamor.serve.engine.flight import (
     ADDRESS,
     BEGIN,
@@ -56,7 +57,7 @@ class BlockCall:
     """What a block is told about its rows: angles and what they see, without a sliding window and with one; and which
     `rows` (None: all) write to `addresses`."""
 
-    sights: list[tuple[RotaryAngles, Layout]]
+    sights: list[tuple[RotaryAngles, Layout | Sight]]
     addresses: Tensor
     rows: Tensor | None
 
@@ -70,19 +71,26 @@ class BlockCall:
 class PagedCache:
     """The pages of all layers, and the page tables of `flight`. Each pool has one page more than the scheduler knows.
 
-    The padding rows of graphs write to it.
+    The padding rows of graphs write to it, and with `transposed` keys, for the kernels of a CPU, rows that don't write.
     """
 
-    def __init__(self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int]) -> None:
-        self.flight, self.num_recursions = flight, layers.num_recursions
+    def __init__(
+        self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int], transposed: bool = False
+    ) -> None:
+        self.flight, self.num_recursions, self.transposed = flight, layers.num_recursions, transposed
         weight, config = model.embed.weight, model.config.model
         self.device, self.dtype = weight.device, weight.dtype
         self.sliding = {segment.name: segment.sliding for segment in model.segments}
         self.window = config.sliding_window or 0 if any(self.sliding.values()) else 0
-        shape = (flight.page_size, config.num_kv_heads, config.head_dim)
+        size, heads = flight.page_size, config.num_kv_heads
+        values = size, heads, config.head_dim
+        keys = (heads, size // LANES, config.head_dim, LANES) if transposed else values
         self.pages = {
             pool: [
-                tuple(torch.zeros(num_pages[pool] + 1, *shape, dtype=self.dtype, device=self.device) for _ in range(2))
+                tuple(
+                    torch.zeros(num_pages[pool] + 1, *shape, dtype=self.dtype, device=self.device)
+                    for shape in (keys, values)
+                )
                 for _ in range(count)
             ]
             for pool, count in layers.in_pool.items()
@@ -126,18 +134,22 @@ class PagedCache:
         for slides, (cos, sin) in zip(self.sights, self.angles, strict=True):
             angles = RotaryAngles(cos.index_select(0, positions), sin.index_select(0, positions))
             sights.append((angles, self.layout(rows, numbers, slides)))
-        if numbers is not None and not (writes := numbers[ADDRESS] != nowhere).all():
+        if not self.transposed and numbers is not None and not (writes := numbers[ADDRESS] != nowhere).all():
             writers = self.tensor(writes.nonzero()[0])
             addresses = addresses.index_select(0, writers)
         return BlockCall(sights, addresses, writers)
 
-    def layout(self, rows: Rows, numbers: Ints | None, slides: bool) -> Layout:
+    def layout(self, rows: Rows, numbers: Ints | None, slides: bool) -> Layout | Sight:
         """What `rows` see in blocks with a sliding window (`slides`) or without."""
         size, chosen = self.flight.page_size, (OWNER, END, BEGIN) if slides else (OWNER, END)
+        if self.transposed:
+            own = rows.numbers.numpy() if numbers is None else numbers
+            return Sight.of(self.flight.pages, own[ADDRESS], *(own[column] for column in chosen))
         if numbers is None or attention.reads_in_place(self.device):
-            return fixed_layout(self.tables, *(rows.numbers[column] for column in chosen), size=size, dtype=self.dtype)
-        seen = (numbers[column] for column in chosen)
-        return GatherLayout.of(self.flight.pages, *seen, size=size, dtype=self.dtype, device=self.device)
+            seen, known = (rows.numbers[column] for column in chosen), None if numbers is None else numbers[OWNER]
+            return fixed_layout(self.tables, *seen, size=size, dtype=self.dtype, known=known)
+        columns = (numbers[column] for column in chosen)
+        return GatherLayout.of(self.flight.pages, *columns, size=size, dtype=self.dtype, device=self.device)
 
     def rows(self, numbers: Ints) -> Rows:
         """`numbers` on the device, in one transfer."""

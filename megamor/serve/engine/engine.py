@@ -6,12 +6,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 
 import torch
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.serve.engine.accounting import Accounting
+from megamor.serve.engine.cpu_kernels import Kernels, kernels_for
 from megamor.serve.engine.flight import Chunk, ScheduledBatch, SequenceState
 from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
@@ -25,10 +27,11 @@ from megamor.serve.engine.request import (
     TokenLogprob,
 )
 from megamor.serve.engine.runner import Runner
-from megamor.serve.engine.sampler import Draw, logprobs_of, sample
+from megamor.serve.engine.sampler import NO_TOKEN, Draw, logprobs_of, sample
 from megamor.serve.engine.scheduler import Scheduler
 from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 
+NUMERIC_ERROR = "no next token: the logits are not numbers, or a logits_processor failed or excluded every token"
 # Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
 # A sequence's number has its turn above these bits, and its order of arrival in them.
@@ -64,7 +67,10 @@ class ServingEngine:
         self.layers = Layers.of(model)
         self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
         """Why the products take the weights as they are stored; None if they are prepacked."""
-        self.model = model = model.eval() if self.unpacked else packed(model.eval())
+        self.kernels = self.unpacked or kernels_of(model, self.options.page_size)
+        """What attends on a CPU, or why torch does."""
+        kernels = None if isinstance(self.kernels, str) else self.kernels
+        self.model = model = model.eval() if self.unpacked else packed(model.eval(), kernels)
         memory = kv_bytes(self.options.kv_memory, model.embed.weight.device)
         num_pages = self.options.num_pages or self.split_memory(memory)
         tables, context = self.layers.tables, self.context_length
@@ -74,7 +80,7 @@ class ServingEngine:
                 f"kv_memory = {memory} bytes doesn't hold one context of {self.context_length} tokens: give more, or a "
                 "smaller page_size"
             )
-        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages)
+        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, kernels is not None)
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
             self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
@@ -227,7 +233,7 @@ class ServingEngine:
         wanted = [request.params.logprobs for _, request in ends]
         logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)
         if any(count is not None for count in wanted):
-            logprobs = logprobs_of(logits, tokens, [count or 0 for count in wanted])
+            logprobs = logprobs_of(logits, [max(token, 0) for token in tokens], [count or 0 for count in wanted])
         return {
             chunk: (token, None if count is None else logprob)
             for (chunk, _), token, logprob, count in zip(ends, tokens, logprobs, wanted, strict=True)
@@ -264,11 +270,18 @@ class ServingEngine:
         outputs, total = [], self.accounting.total
         for chunk in chunks:
             sequence = chunk.sequence
-            request = self.requests[sequence.request]
+            request = self.requests.get(sequence.request)
+            if request is None:
+                continue  # another continuation has failed in this batch
             if chunk not in sampled and sequence.unread:
                 continue  # in the middle of the prompt, or of a text that is read again after a preemption
             new, logprob = sampled.get(chunk, (None, None))
             reason: FinishReason | None = None
+            read = request.prompt_logprobs.values() if sequence.num_new == 0 else ()
+            if new == NO_TOKEN or any(isnan(each.logprob) for each in read):
+                outputs.append(RequestOutput(sequence.request, sequence.index, (), error=NUMERIC_ERROR))
+                self.abort(sequence.request)
+                continue
             if new is not None:
                 sequence.tokens.append(new)
                 total.generated_tokens += 1
@@ -308,6 +321,13 @@ class ServingEngine:
 
     def stats(self) -> EngineStats:
         return self.accounting.snapshot()
+
+
+def kernels_of(model: Transformer, page_size: int) -> Kernels | str:
+    """The kernels for `model` on a CPU, or why there are none."""
+    config = model.config.model
+    grouped = config.num_heads // config.num_kv_heads
+    return kernels_for(model.embed.weight.dtype, config.head_dim, grouped, page_size)
 
 
 def kv_bytes(asked: float, device: torch.device) -> int:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from megamor.model import Transformer
 from megamor.model.attention import AttentionLayout
 from megamor.model.blocks import Block, KeysValues, KeyValue, RMSNorm, RotaryAngles, SharedLinear
+from megamor.serve.engine.attention import PagedKeysValues
+from megamor.serve.engine.cpu_kernels import Kernels, Sight
 
 # How many rows the order of the weights is chosen for. Orders for 32 to 256 rows are alike and multiply one row as fast
 # as the plain weight does; the one for a single row is the plain order.
@@ -57,11 +59,12 @@ class PackedBlock(nn.Module):
     """A `Block` for inference: prepacked products, and few other operations.
 
     Python and the dispatch of small operations cost as much as the products of a few rows: the weights of each layer
-    displace both from the caches.
+    displace both from the caches. With `kernels` even fewer.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, kernels: Kernels | None = None) -> None:
         super().__init__()
+        self.kernels = kernels
         attention, ffn = block.attention, block.ffn
         self.head_dim, self.num_heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
         self.num_rotated = self.num_heads + attention.k_proj.out_features // self.head_dim
@@ -74,28 +77,54 @@ class PackedBlock(nn.Module):
         self.activation, self.branch_scale = ffn.activation, block.branch_scale
 
     def forward(
-        self, x: Tensor, angles: RotaryAngles, layout: AttentionLayout, keys_values: KeysValues, recursion: int = 0
+        self,
+        x: Tensor,
+        angles: RotaryAngles,
+        layout: AttentionLayout | Sight,
+        keys_values: KeysValues,
+        recursion: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """As `Block.forward`."""
-        heads = self.qkv(normed(self.attention_norm, x, recursion), recursion).unflatten(-1, (-1, self.head_dim))
-        rotated, v = heads[:, : self.num_rotated], heads[:, self.num_rotated :]
+        heads = self.qkv(self.normed(self.attention_norm, x, recursion), recursion).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-            rotated = torch.cat((normed(self.q_norm, q, recursion), normed(self.k_norm, k, recursion)), dim=1)
-        rotated = angles.rotate(rotated)
+            q, k, v = heads.tensor_split((self.num_heads, self.num_rotated), dim=1)
+            heads = torch.cat((normed(self.q_norm, q, recursion), normed(self.k_norm, k, recursion), v), dim=1)
+        attended, merged = self.attend(heads, angles, layout, keys_values)
+        x = self.added(x, self.o_proj, attended, self.attention_out_norm, recursion)
+        hidden = self.activated(self.gate_up(self.normed(self.ffn_norm, x, recursion), recursion))
+        return self.added(x, self.down_proj, hidden, self.ffn_out_norm, recursion), merged
+
+    def attend(
+        self, heads: Tensor, angles: RotaryAngles, layout: AttentionLayout | Sight, keys_values: KeysValues
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Attention's result [N, heads · head_dim] for queries, keys and values in `heads` [N, all heads, head_dim]."""
+        if self.kernels and isinstance(layout, Sight) and isinstance(keys_values, PagedKeysValues):
+            return self.kernels.attend(heads, angles, layout, keys_values.k, keys_values.v), None
+        assert not isinstance(layout, Sight)
+        rotated, v = angles.rotate(heads[:, : self.num_rotated]), heads[:, self.num_rotated :]
         q, k = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         merged = keys_values.merge((k, v) if keys_values.needs_fresh else None)
-        attended = layout.attend(q, *keys_values.resolve(merged))
-        x = self.added(x, self.o_proj, attended, self.attention_out_norm, recursion)
-        gate, up = self.gate_up(normed(self.ffn_norm, x, recursion), recursion).chunk(2, dim=-1)
-        return self.added(x, self.down_proj, self.activation(gate).mul_(up), self.ffn_out_norm, recursion), merged
+        return layout.attend(q, *keys_values.resolve(merged)), merged
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """The feed-forward's hidden units [N, ffn_dim] for gate_up [N, 2 · ffn_dim]."""
+        if self.kernels and self.activation is F.silu:
+            return self.kernels.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate).mul_(up)
 
     def added(self, x: Tensor, product: PackedLinear, y: Tensor, norm: RMSNorm | None, recursion: int) -> Tensor:
         """The stream x [N, dim] plus the branch that ends with `product` of y."""
         if norm is None and self.branch_scale == 1 and not product.updated:
             return torch.ops.mkldnn._linear_pointwise.binary(y, x, product.weight, None, "add")  # type: ignore[no-any-return]
         y = product(y, recursion)
-        return torch.add(x, y if norm is None else normed(norm, y, recursion), alpha=self.branch_scale)
+        return torch.add(x, y if norm is None else self.normed(norm, y, recursion), alpha=self.branch_scale)
+
+    def normed(self, norm: RMSNorm, x: Tensor, recursion: int) -> Tensor:
+        """As `norm(x, recursion)`."""
+        if self.kernels is None:
+            return normed(norm, x, recursion)
+        return self.kernels.rms_norm(x, norm.weight_of(recursion), norm.eps)
 
 
 def normed(norm: RMSNorm, x: Tensor, recursion: int) -> Tensor:
@@ -137,8 +166,10 @@ def fastest_dtype(rows: int = 8, width: int = 1024, repeats: int = 10) -> tuple[
     return (torch.bfloat16 if ratio < BF16_RATIO else torch.float32), phrase
 
 
-def packed(model: Transformer) -> Transformer:
+def packed(model: Transformer, kernels: Kernels | None = None) -> Transformer:
     """A copy of `model` for inference that multiplies with prepacked weights, or `model` if they can't be prepacked.
+
+    Its blocks use `kernels` for what isn't a product.
 
     The copy shares all other parameters, such as the embedding. The weights of the projections are freed with `model`.
     """
@@ -149,6 +180,6 @@ def packed(model: Transformer) -> Transformer:
     for parent in [*result.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, Block):
-                setattr(parent, name, PackedBlock(child))
+                setattr(parent, name, PackedBlock(child, kernels))
     result.head = PackedLinear([model.head_weight])  # type: ignore[assignment]
     return result

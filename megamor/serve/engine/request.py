@@ -178,7 +178,8 @@ class RequestOutput:
     `tokens` are new token ids. `depths` are, for each, the recursions taken at the position that predicted it: by the
     token before it. A stop token is the last of `tokens`, with finish reason "stop". `prompt_logprobs`, if requested,
     come with the first output of continuation 0: one entry per prompt token, None for the first, which nothing
-    predicts. `cached_tokens` of the prompt were found in the prefix cache.
+    predicts. `cached_tokens` of the prompt were found in the prefix cache. An `error` ends the request, with all its
+    continuations: no output of it follows.
     """
 
     request: int
@@ -189,6 +190,7 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
+    error: str | None = None
 
 
 @dataclass

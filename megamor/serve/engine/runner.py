@@ -67,10 +67,12 @@ class Runner:
     The state of tokens has one slot more than the scheduler knows, for the padding rows of `graphs`.
     """
 
-    def __init__(self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int]) -> None:
+    def __init__(
+        self, model: Transformer, layers: Layers, flight: Flight, num_pages: dict[str, int], transposed: bool = False
+    ) -> None:
         self.model, self.layers, self.flight = model, layers, flight
         self.device = model.embed.weight.device
-        self.cache = PagedCache(model, layers, flight, num_pages)
+        self.cache = PagedCache(model, layers, flight, num_pages, transposed)
         # [index][recursion]: the table that the block at `index` reads, and whether it writes to it.
         by_index = list(zip(*layers.access, strict=True))
         self.reads = [np.array([layers.table_of[access.table] for access in row]) for row in by_index]
@@ -356,8 +358,12 @@ def marks_of(outcomes: Sequence[tuple[int, Tensor | None]]) -> Marks:
     """The marks [n] of all `outcomes`, each with their number; None marks all."""
     # The only place where a batch waits for the device: one transfer, however many depths share the batch.
     asked = [kept for _, kept in outcomes if kept is not None]
-    marks = iter(torch.cat(asked).tolist() if asked else ())
-    return np.array([True if kept is None else next(marks) for count, kept in outcomes for _ in range(count)], np.bool_)
+    found = np.array(torch.cat(asked).tolist() if asked else (), np.bool_)
+    if len(asked) == len(outcomes):
+        return found
+    marks = np.ones(sum(count for count, _ in outcomes), np.bool_)
+    marks[np.concatenate([np.full(count, kept is not None) for count, kept in outcomes])] = found
+    return marks
 
 
 def text_column(chunks: Sequence[Chunk]) -> Ints:

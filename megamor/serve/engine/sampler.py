@@ -8,6 +8,7 @@ that advances from draw to draw would depend on all of them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from torch import Tensor
 from megamor.routing.plan import to_device
 from megamor.routing.random import uniform_hash
 from megamor.serve.engine.request import SamplingParams, TokenLogprob
+
+log = logging.getLogger("megamor.serve")
+
+NO_TOKEN = -1
+"""Instead of a token: the logits are NaN, or -inf for every token, or the request's processor has failed."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,16 @@ class Draw:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token for each row of logits [M, vocab], fp32 or fp64. The logits themselves are not changed."""
+    """A token for each row of logits [M, vocab], fp32 or fp64, or `NO_TOKEN`. The logits themselves are not changed."""
     logits = adjusted(logits, draws)
-    noisy = [row for row, draw in enumerate(draws) if draw.params.temperature > 0]
-    if not noisy:
-        return logits.argmax(-1).tolist()
-    rows = to_device(noisy, logits.device)
-    chosen = truncated(logits[rows], [draws[row].params for row in noisy])
-    chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
-    tokens = logits.argmax(-1).index_copy(0, rows, chosen.argmax(-1))
-    return tokens.tolist()
+    best, tokens = logits.max(-1)
+    if noisy := [row for row, draw in enumerate(draws) if draw.params.temperature > 0]:
+        rows = to_device(noisy, logits.device)
+        chosen = truncated(logits[rows], [draws[row].params for row in noisy])
+        chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
+        best, tokens = (all_.index_copy(0, rows, own) for all_, own in zip((best, tokens), chosen.max(-1), strict=True))
+    # The maximum of a row with NaN is NaN, which is not greater either.
+    return tokens.where(best > float("-inf"), NO_TOKEN).tolist()
 
 
 def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -67,7 +73,11 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     for row, draw in special:
         params = draw.params
         if params.logits_processor:
-            logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
+            try:
+                logits[row] = params.logits_processor(draw.tokens, logits[row]).to(logits)
+            except Exception:  # whatever it raises, the other rows are served
+                log.exception("a logits_processor has failed; its request ends")
+                logits[row] = float("nan")
         if params.logit_bias:
             biased = to_device([*params.logit_bias], logits.device)
             logits[row, biased] += to_device([*params.logit_bias.values()], logits.device, np.float64).to(logits.dtype)

@@ -181,12 +181,13 @@ class Scheduler:
         for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
             if self.free_slots and sequence.state == "resident" and (count := self.reserve(sequence)):
                 entered.append(self.begin(sequence, count))
-        while self.waiting and self.free_slots and self.budget and len(self.residents) < self.options.max_resident:
-            sequence = self.waiting[0]
-            # Continuations of one request would all read its prompt at the same time. If they wait for the first of
-            # them, they find it in the prefix cache.
-            if sequence.leader is not None and self.is_reading_prompt(sequence.leader):
+        for sequence in list(self.waiting):
+            if not (self.free_slots and self.budget and len(self.residents) < self.options.max_resident):
                 break
+            # Continuations of one request would all read its prompt at the same time. If they wait for the first of
+            # them, they find it in the prefix cache. Others may start meanwhile: only the leader is waited for.
+            if sequence.leader is not None and self.is_reading_prompt(sequence.leader):
+                continue
             fresh = self.admit(sequence)
             if fresh is None:
                 # Strictly in order of arrival. If smaller requests could overtake a large one, it might never start.
@@ -202,7 +203,7 @@ class Scheduler:
         return self.options.prefix_caching and leader.state != "gone" and leader.num_read < leader.prompt_length
 
     def admit(self, sequence: SequenceState) -> list[PageCopy] | None:
-        """Make the first waiting sequence a resident, starting from what the prefix cache has of its tokens.
+        """Make a waiting sequence a resident, starting from what the prefix cache has of its tokens.
 
         Returns the page copies to make, or None if there are too few pages.
         """
@@ -229,7 +230,7 @@ class Scheduler:
             return None
         size = self.options.page_size
         copies = [PageCopy(pool, source, table.pages[table.length // size]) for pool, source, table in partial]
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         self.residents.append(sequence)
         sequence.state, sequence.seat = "resident", self.free_seats.pop()
         sequence.num_read, sequence.block = read, chain[-1] if chain else None

@@ -29,7 +29,8 @@ ENGINE_FAILED = "the engine has failed; the server must be restarted"
 
 class StatusError(MegamorError):
     """Ends a request with an HTTP status: 429 if too much is waiting, 499 if the client has left (nginx's number),
-    503 if the server is shutting down or the engine has failed, 504 at the time limit."""
+    500 if there is no next token, 503 if the server is shutting down or the engine has failed, 504 at the time
+    limit."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -69,6 +70,8 @@ class Generation:
             if isinstance(item, MegamorError):
                 raise item
             prompt, output = item
+            if output.error is not None:
+                raise StatusError(500, output.error)
             self.waiting.pop((prompt, output.index), None)
             # Outputs of a dropped continuation may have been in the queue when it was dropped.
             if output.index in self.open.get(prompt, ()):
@@ -220,6 +223,8 @@ class AsyncEngine:
                 generation.numbers[prompt] = self._engine.add_request(tokens, params)
                 self._active[generation.numbers[prompt]] = generation, prompt
         except MegamorError as error:
+            if isinstance(error, RequestError) and len(generation.prompts) > 1:
+                error = RequestError(f"prompt {prompt}: {error}", error.param)
             self._send([(generation, error)])
 
     def _abort(self, generation: Generation, prompt: int, index: int) -> None:

@@ -225,6 +225,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await server.complete(body, request)
 
+    @app.get("/v1/models/", dependencies=guarded, include_in_schema=False)
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> wire.ModelList:
         return wire.ModelList(data=[server.model])
@@ -240,6 +241,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": server.model.max_model_len,
+            "vocab_size": server.codec.tokenizer.get_vocab_size(),
             "bos_token": server.codec.begin_of_text or None,
             "eos_token": end,
             "pad_token": end,
@@ -249,8 +251,8 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        encode = partial(server.codec.encode, add_special_tokens=body.add_special_tokens)
-        tokens = await run_in_threadpool(encode, body.prompt, "prompt")
+        encode = partial(wire.encode_prompt, server.codec, add_special_tokens=body.add_special_tokens)
+        tokens = await run_in_threadpool(encode, body.prompt)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)

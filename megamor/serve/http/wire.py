@@ -23,6 +23,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "spaces_between_special_tokens": (True,),
 }
+NEUTRAL |= {"priority": (0,), "bad_words": ([],), "return_token_ids": (True, False), "detokenize": (True,)}
+NEUTRAL |= {"add_special_tokens": (False,), "return_tokens_as_token_ids": (False,)}
 
 
 class StreamOptions(Fields):
@@ -84,6 +86,12 @@ class GenerationRequest(SamplingFields):
         return SamplingParams(**self.model_dump(include=set(SamplingFields.model_fields)) | changes)
 
 
+def encode_prompt(codec: TextCodec, text: str, name: str = "prompt", **options: bool) -> list[int]:
+    """As `TextCodec.encode`; but a text that is nothing but the name of the beginning or end of text is that token."""
+    special = text in (codec.begin_of_text, codec.end_of_text and codec.end_of_text.token)
+    return codec.encode(text, name, special_tokens=special, **options)
+
+
 class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`. `logprobs` true is 1, and false is null."""
 
@@ -112,7 +120,7 @@ class CompletionRequest(GenerationRequest):
             raise RequestError(f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}", "prompt")
         names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
         return [
-            codec.encode(each, name) if isinstance(each, str) else each
+            encode_prompt(codec, each, name) if isinstance(each, str) else each
             for each, name in zip(prompts, names, strict=True)
         ]
 

@@ -1,0 +1,101 @@
+"""What is wrong with one request ends this request and no other: processors that fail, logits that aren't numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from megamor.serve.engine.engine import NUMERIC_ERROR, ServingEngine
+from megamor.serve.engine.request import RequestOutput, SamplingParams
+from megamor.serve.engine.sampler import NO_TOKEN, Draw, sample
+from megamor.serve.options import EngineOptions
+from tests.combinations import ROUTERS, lively_model, tiny_config
+from tests.serve.reference import answer
+from tests.serve.test_api import real_engine
+from tests.serve.test_server import error_of, post, serving
+
+PROMPT = (5, 6, 7, 8, 9)
+PARAMS = SamplingParams(max_tokens=6, temperature=0.8, seed=3, n=2)
+
+
+def fails(message: str) -> Callable[..., Tensor]:
+    def process(tokens: Any, logits: Tensor) -> Tensor:
+        logits[0] = 3.0
+        if len(tokens) > len(PROMPT) + 1:
+            raise ValueError(message)
+        return logits
+
+    return process
+
+
+BROKEN: dict[str, Callable[..., Any]] = {
+    "raises": fails("on purpose"),
+    "returns nothing": lambda tokens, logits: None,
+    "returns another size": lambda tokens, logits: logits[:-1],
+    "returns NaN": lambda tokens, logits: logits.index_fill(0, torch.tensor([4]), math.nan),
+    "leaves no token": lambda tokens, logits: logits.fill_(-math.inf),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_processor_ends_only_its_own_request(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = lively_model(tiny_config(ROUTERS["expert_choice"])).eval()
+    engine = ServingEngine(model, EngineOptions(kv_memory=1 << 22, page_size=4))
+    good = [engine.add_request(PROMPT, PARAMS) for _ in range(2)]
+    bad = PARAMS.model_copy(update={"logits_processor": BROKEN[name], "logprobs": 2})
+    bad_number = engine.add_request(PROMPT, bad)
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    wrong = [output for output in outputs if output.request == bad_number]
+    assert [output.error for output in wrong if output.error] == [NUMERIC_ERROR]
+    assert wrong[-1].error, "nothing follows"
+    assert (wrong[-1].tokens, wrong[-1].finish_reason) == ((), None)
+    assert any("logits_processor" in record.message for record in caplog.records) == name.startswith(("rai", "ret")) & (
+        name != "returns NaN"
+    )
+    for number in good:
+        for index in range(2):
+            found = [t for o in outputs if (o.request, o.index) == (number, index) for t in o.tokens]
+            assert tuple(found) == answer(model, PROMPT, PARAMS, index, None).tokens
+    assert not engine.requests
+    assert len(engine.scheduler.free_slots) == engine.options.num_slots
+
+
+def test_rows_without_a_token() -> None:
+    logits = torch.zeros(5, 9, dtype=torch.float64)
+    logits[1, 7], logits[2], logits[3, 2] = math.nan, -math.inf, math.inf
+    for settings in ({"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
+        params = SamplingParams(seed=1, **settings)
+        found = sample(logits, [Draw(params, 1, 0, [1, 2], 1, banned=(4,))] * 5)
+        assert found[1:4] == [NO_TOKEN, NO_TOKEN, 2], settings
+        assert found[0] == found[4] != NO_TOKEN
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"temperature": 0, "n": 2}, {"echo": True, "logprobs": 1, "max_tokens": 0}], ids=str
+)
+def test_logits_that_are_no_numbers_are_an_error(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the request whose logits they are. The server goes on, in a stream with an event that says so."""
+    engine: Any = real_engine(page_size=4)
+    readout = engine.model.readout
+    with serving(engine) as server:
+        wanted = post(server, prompt=list(PROMPT), seed=1).json()["choices"]
+        monkeypatch.setattr(engine.model, "readout", lambda x: readout(x).index_fill_(1, torch.tensor([3]), math.nan))
+        error = error_of(post(server, prompt=list(PROMPT), **body), 500)
+        assert (error["type"], error["message"]) == ("server_error", NUMERIC_ERROR)
+        streamed = httpx.post(
+            server.url + "/v1/completions", json={"prompt": list(PROMPT), "stream": True, **body}, timeout=20
+        )
+        assert streamed.status_code == 500, "nothing was sent yet"
+        monkeypatch.setattr(engine.model, "readout", readout)
+        assert post(server, prompt=list(PROMPT), seed=1).json()["choices"] == wanted
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert json.loads(httpx.get(server.url + "/stats").text)["resident"] == 0
