@@ -31,10 +31,9 @@ def usable_device(name: str | None = None) -> torch.device:
     """
     if name in (None, "auto"):
         name = "cuda" if count_gpus() else "cpu"
-    try:
-        device = torch.device(str(name))
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:1") from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(name)):
+        raise ConfigError(f"device {name!r} is unknown: give cpu, cuda or cuda:1")
+    device = torch.device(str(name))
     if device.type == "cuda" and (device.index or 0) >= (gpus := count_gpus()):
         raise ConfigError(f"device {name!r}: torch sees {gpus} CUDA devices; give another or cpu")
     return device
@@ -50,8 +49,7 @@ def count_gpus() -> int:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return torch.cuda.device_count()
-    found = signs_of_gpus()
-    if not found:
+    if not (found := signs_of_gpus()):
         return 0
     driver, build = driver_version(), torch.version.cuda
     said = "".join(f" torch says: {' '.join(str(reason.message).split())}." for reason in reasons[:1])
@@ -63,8 +61,8 @@ def count_gpus() -> int:
         cause = f"the driver is {driver or 'unknown'}, and torch {torch.__version__} is built for CUDA {build}{needs}."
     raise ConfigError(
         f"there are GPUs ({'; '.join(found)}), but torch can't use them: {cause}{said} Install torch from PyTorch's "
-        f"index {CUDA_INDEX} (TORCH_INDEX=<that index> make install) or update the driver. To train on the CPU, set "
-        "run.device=cpu (other commands: --device cpu)"
+        f"index {CUDA_INDEX} (TORCH_INDEX=<that index> make install) or update the driver. To use the CPU, set "
+        "run.device=cpu, give --device cpu where a command has it, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
     )
 
 
@@ -73,7 +71,8 @@ def signs_of_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.split(",")[0].strip().lower() in _HIDDEN:
         return []  # somebody wants the CPU
-    signs = [f"CUDA_VISIBLE_DEVICES is {visible}"] if visible else []
+    # DeepSpeed's launcher, which sets CROSS_SIZE, numbers processes on CPUs with that variable too.
+    signs = [f"CUDA_VISIBLE_DEVICES is {visible}"] if visible and "CROSS_SIZE" not in os.environ else []
     # A number may have a type: h100:8. A list holds indices, so that 0 is a GPU.
     counts = {name: os.environ.get(name, "") for name in _COUNTS}
     signs += [f"{name} is {value}" for name, value in counts.items() if value.split(":")[-1] not in ("", "0")]
@@ -126,7 +125,7 @@ def make_deterministic() -> None:
 def _ask_driver(*options: str) -> str:
     try:
         return subprocess.run(
-            ["nvidia-smi", *options], capture_output=True, text=True, encoding="utf-8", timeout=60
+            ["nvidia-smi", *options], capture_output=True, encoding="utf-8", errors="replace", timeout=60
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -20,7 +20,7 @@ from megamor.checkpoint.layout import TEXT_FILES, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec, read_end_of_text
 from megamor.config import Config, RandomConfig, SkipForwardRecurseConfig, config_from_yaml
 from megamor.config.depth import final_recursions, grows, most_recursions, with_recursions
-from megamor.devices import usable_device
+from megamor.devices import check_computes, usable_device
 from megamor.errors import CheckpointError
 from megamor.interop.dense import HUB, is_dense, read_dense
 from megamor.interop.export import ORIGINAL_TOKENIZER_FILE, is_export, read_export
@@ -112,10 +112,10 @@ def load_model(path: str | Path, device: str | None = None, dtype: torch.dtype =
 
     Raises:
         CheckpointError: there is no intact checkpoint, or its weights don't fit the model that its config describes.
-        ConfigError: torch doesn't know the device, or doesn't see it; or the config names a custom router that the user
-            hasn't allowed.
+        ConfigError: torch can't use the device; or the config names a custom router that the user hasn't allowed.
     """
     target = usable_device(device)
+    check_computes(target)
     config, weights, directory, step = read_weights(path)
     return LoadedModel(build_loaded(config, weights, directory, target, dtype), config, directory, step, target)
 

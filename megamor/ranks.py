@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megamor.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, CheckpointError, MegamorError, print_error
+from megamor.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_USER_ERROR, CheckpointError, MegamorError, print_error
 
 T = TypeVar("T")
 
@@ -181,8 +181,8 @@ def report_errors_once() -> Iterator[None]:
         # The launcher kills all ranks when one exits, so nobody exits before the ranks that print have printed.
         _exchange("printed", "", rank, size)
         raise SystemExit(EXIT_USER_ERROR) from error
-    except (Exception, CheckpointException) as error:
-        if size == 1:
+    except BaseException as error:  # SystemExit too, which would say nothing
+        if size == 1 or exit_status(error) == EXIT_INTERRUPTED:
             raise
         print_failure(error, rank)
         raise SystemExit(exit_status(error)) from error
@@ -202,7 +202,7 @@ def exit_status(error: BaseException) -> int:
     """The status with which a rank ends after `error`: 2 for a MegamorError, 76 if another rank's loss is the first
     cause, else 1."""
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+        return error.code & 255 if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, MegamorError):

@@ -88,13 +88,16 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Measure as many cases as fit into `args.minutes`; see the module docstring.
 
     Raises:
-        ConfigError: there is a GPU, but it can't be used.
+        ConfigError: there is a GPU, but it can't be used; or there is no time.
     """
+    if not args.minutes > 0:
+        raise ConfigError(f"--minutes is {args.minutes}: give a number above 0")
     deadline = time.monotonic() + 60 * args.minutes
     share_compiled_code(Path(tempfile.gettempdir(), f"megamor_inductor_{os.getuid()}"))
     found = {} if args.toy else isolated(probe, LIMIT)
     if "error" in found:
-        raise ConfigError(f"the GPU can't be used ({found['error']}); --toy tries the cases on the CPU\n{found['log']}")
+        log = "" if found["error"].startswith("ConfigError") else f"\n{found['log']}"
+        raise ConfigError(f"the GPU can't be used ({found['error']}); --toy tries the cases on the CPU{log}")
     report |= {"cuda": torch.version.cuda, "probe": found, "toy": "name" not in found, "settings": []}
     report["machine"]["accelerator"] = found.get("name")
     measure_all(tasks(report["toy"], args.profile), deadline, report, save)
@@ -133,23 +136,23 @@ def isolated(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, An
         log, answer = Path(directory, "log"), Path(directory, "answer.json")
         process = multiprocessing.get_context("fork").Process(target=_answer, args=(work, answer, log))
         process.start()
-        process.join(seconds)
-        late = process.is_alive()
         assert process.pid
-        with suppress(ProcessLookupError):  # also the processes that it started to compile
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join(10.0)  # one that waits for a broken driver can't be killed
+        try:
+            process.join(seconds)
+        finally:  # Ctrl-C too
+            late = process.is_alive()
+            with suppress(ProcessLookupError):  # also the processes that it started to compile
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join(10.0)  # one that waits for a broken driver can't be killed
         if answer.exists():
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return found
         code = process.exitcode or 0
         ended = signal.Signals(-code).name if code < 0 else f"status {code}"
         reason = f"no result within {seconds:.0f} s" if late else f"the process ended with {ended}"
-        return {
-            "error": reason,
-            "log": log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else "",
-        }
+        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
+        return {"error": reason, "log": tail}
 
 
 def _answer(work: Callable[[], dict[str, Any]], answer: Path, log: Path) -> None:
@@ -218,7 +221,7 @@ def fitting_micro_batch(case: Case, memory: float) -> int:
 
 def train_case(case: Case, toy: bool, profile: bool) -> dict[str, Any]:
     """Steps of a model that has the device to itself, with the largest micro-batch that fits."""
-    world = init_world(case.config(1).parallel)
+    world = init_world(case.config(1).parallel, "cpu" if toy else None)
     largest = 2
     if world.device.type == "cuda":
         largest = fitting_micro_batch(case, torch.cuda.get_device_properties(world.device).total_memory)
@@ -267,7 +270,7 @@ def trainer_case(name: str, toy: bool) -> dict[str, Any]:
         settings += (f"train.global_batch_size={batch}", f"run.dir={directory}", "metrics.progress=false")
         settings += (f"data.train=[{{prefix: {prefix}, weight: 1.0}}]", f"train.max_steps={steps}")
         config = replace(case_of_size(size, name, settings), documents=True).config()
-        world = init_world(config.parallel)
+        world = init_world(config.parallel, "cpu" if toy else None)
         build_trainer(config, world).fit()
         metrics = [row for row in read_jsonl(Path(directory, config.run.name, "metrics.jsonl")) if "train/loss" in row]
     # The second half: what is compiled has been, and the caches of files are warm.
@@ -285,7 +288,7 @@ def trainer_case(name: str, toy: bool) -> dict[str, Any]:
 def serve_case(toy: bool) -> dict[str, Any]:
     """Depth-wise decoding beside vanilla, and the rate that the costs of its batches predict."""
     bench = MODELS.parent / "bench"
-    device = init_world(ParallelConfig(backend="single")).device
+    device = init_world(ParallelConfig(backend="single"), "cpu" if toy else None).device
     args = argparse.Namespace(
         policies=["depthwise"], config=str(bench / "serve_360m.yaml"), vanilla=str(bench / "serve_360m_vanilla.yaml"),
         kv_policies=None, hold=1, page_size=16, no_cuda_graphs=False, device=str(device),

@@ -255,7 +255,8 @@ def run_check(name: str, device: str, gpus: int, port: int) -> Outcome:
     cause = next((rank for rank, code in enumerate(codes) if code not in (0, EXIT_LOST_RANK, -9)), 0)
     results = [line.removeprefix(FOUND) for line in texts[0].splitlines() if line.startswith(FOUND)]
     if name == "failure":
-        good = codes[1] == 1 and "injected" in texts[1] and {*codes[:1], *codes[2:]} <= {EXIT_LOST_RANK, -9}
+        # NCCL's own watchdog ends its process with SIGABRT (-6).
+        good = codes[1] == 1 and "injected" in texts[1] and {*codes[:1], *codes[2:]} <= {EXIT_LOST_RANK, -6, -9}
         ended = "had to be killed" if -9 in codes else "ended"
         results = [f"rank 1 had status 1, the others {ended} {max(ends) - ends[1]:.1f} s later ({device})"]
     else:

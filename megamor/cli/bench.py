@@ -237,19 +237,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json = args.json or (result_file("") if args.save_result else None)
     import torch
 
-    from megamor.devices import usable_device
+    from megamor.devices import check_computes, usable_device
     from megamor.origin import describe_origin
 
-    if getattr(args, "device", None) is None:
-        args.device = "auto" if args.what == "serve" else "cpu"
-    args.device = str(usable_device(args.device))
+    device = usable_device(getattr(args, "device", None) or ("auto" if args.what == "serve" else "cpu"))
+    check_computes(device)
+    args.device = str(device)
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     bench = import_module(f"megamor.bench.{args.what}")
     # The key is replaced before quoting, which may change how it is spelt.
     shown = [word.replace(getattr(args, "api_key", None) or "\0", "KEY") for word in given]
     report = {"schema": bench.SCHEMA, "command": shlex.join(["megamor", "bench", *shown])}
-    report |= describe_origin(torch.device(args.device))
+    report |= describe_origin(device)
     if args.revision:
         report["commit"] = {"revision": args.revision, "dirty": None}
     bench.run(args, report, partial(write_report, args.json, report) if args.json else lambda: None)

@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("gpu-check", __doc__)
     parser.add_argument("--only", metavar="NAMES", help="these checks, with commas between them (default: all)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="cpu: those that run there")
-    parser.add_argument(
-        "--run", action="store_true", help=argparse.SUPPRESS
-    )  # the one check of --only, in this process
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)  # the check of --only, in this process
     arguments = parser.parse_args(argv)
 
     import torch
@@ -44,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megamor.devices import check_computes, usable_device
     from megamor.parallel.device import prepare_device
 
-    names = arguments.only.split(",") if arguments.only else [*CHECKS]
-    if unknown := [name for name in names if name not in CHECKS]:
-        raise ConfigError(f"there is no check {unknown[0]!r}: give {', '.join(CHECKS)}")
+    known = [name for name, check in CHECKS.items() if check.on_cpu or arguments.run or arguments.device != "cpu"]
+    names = [name.strip() for name in arguments.only.split(",")] if arguments.only else known
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"there is no check {unknown[0]!r} on {arguments.device}: give {', '.join(known)}")
     try:
         device = usable_device(arguments.device)
     except ConfigError as error:
@@ -58,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_device(device)
         print(FOUND + CHECKS[names[0]].run(device))
         return
-    if device.type == arguments.device == "cpu":
-        names = [name for name in names if CHECKS[name].on_cpu]
-    elif device.type == "cpu":
+    if device.type == "cpu" != arguments.device:
         print(*(f"would check {name}: {CHECKS[name].what}" for name in names), "verdict: no GPU", sep="\n")
         return
     with socket.socket() as probe:

@@ -237,7 +237,7 @@ def train(study: Study, job: Job, root: Path, world: World) -> dict[str, Any]:
     source = job.name if job.arm.of is None else weights_job(study, job)
     if job.arm.of is None:
         fit(run_config(study, job, tuning["lr"], root, source), world)
-    loaded = load_model(root / source)
+    loaded = load_model(root / source, str(world.device))
     if job.arm.exit is not None:
         loaded.model.set_exit(job.arm.exit)
     prefix = next(iter(loaded.config.data.validation.values()))

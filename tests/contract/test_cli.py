@@ -349,6 +349,10 @@ def test_an_unknown_command_names_the_nearest(word: str, says: str, capsys: pyte
         ([75, -9], 75),
         ([-6, 76], 134),
         ([-6, 2], 2),
+        ([1, 2], 2),  # what a user can mend is said first
+        ([134, 75, 76], 75),
+        ([75, 100], 100),
+        ([137, 76], 137),
         ([0, -9], 137),  # killed by a signal, as a shell reports it
         ([0, 3], 3),
         ([0, 0], 0),

@@ -24,6 +24,7 @@ from megamor.ranks import Ranks, exit_status, report_errors_once
 from megamor.train import Trainer
 from megamor.train.evaluations import Evaluations
 from megamor.train.run_state import RunCheckpoints
+from megamor.train.watchdog import Watchdog
 from tests.distributed.harness import run_ranks, start_ranks
 from tests.resume.runs import directory_of, tiny_run
 
@@ -186,14 +187,40 @@ def test_ranks_that_notice_nothing_are_ended_too(tmp_path: Path) -> None:
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
         (dist.DistBackendError("NCCL error: unhandled cuda error"), 1),
         (ValueError("Connection closed by peer"), 1),
+        (ConnectionResetError("Connection reset by peer"), 1),
         (DataError("x"), 2),
         (SystemExit(75), 75),
         (SystemExit("text"), 1),
+        (SystemExit(), 0),
+        (SystemExit(-1), 255),
+        (SystemExit(2**40 + 3), 3),
         (KeyboardInterrupt(), 130),
     ],
 )
 def test_statuses(error: BaseException, status: int) -> None:
     assert exit_status(error) == status
+
+
+def test_a_rank_that_lost_another_one_does_not_say_that_it_failed(tmp_path: Path) -> None:
+    for error, says in ((RuntimeError("Connection closed by peer"), False), (ValueError("boom"), True)):
+        watchdog = Watchdog(tmp_path, 3, timeout=600.0)
+        watchdog.fail(error)
+        assert watchdog._exit_timer is not None
+        watchdog.__exit__(None, None, None)
+        assert (tmp_path / "heartbeats" / "failed.txt").exists() == says
+    assert (tmp_path / "heartbeats" / "failed.txt").read_text() == "rank 3: ValueError: boom"
+
+
+def test_a_failure_of_an_earlier_launch_ends_nobody(tmp_path: Path) -> None:
+    watchdog, failed = Watchdog(tmp_path, 0, timeout=600.0), tmp_path / "heartbeats" / "failed.txt"
+    watchdog._write_heartbeat(0.0)
+    began = (tmp_path / "heartbeats" / "rank_0.json").stat().st_mtime
+    assert watchdog._failure_elsewhere() is None
+    failed.write_text("rank 1: ValueError: boom")
+    for later, found in ((-1, None), (0, failed.read_text()), (1, failed.read_text())):
+        os.utime(failed, (began + later, began + later))
+        watchdog._write_heartbeat(0.0)
+        assert watchdog._failure_elsewhere() == found
 
 
 def test_the_first_cause_decides() -> None:

@@ -135,15 +135,22 @@ def test_auto_compiles_on_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("major", "broken", "expected"), [(9, "", "FA3"), (9, "FA3", "FA3"), (10, "", "FA4"), (8, "", "")]
+    ("major", "broken", "expected"),
+    [
+        (9, None, "FA3"),
+        *((9, kind, "FA3") for kind in (ImportError, RuntimeError, ValueError)),
+        (10, None, "FA4"),
+        (8, None, ""),
+        (12, None, ""),
+    ],
 )
-def test_the_newest_flash_attention_is_activated(major: int, broken: str, expected: str) -> None:
+def test_the_newest_flash_attention_is_activated(major: int, broken: type[Exception] | None, expected: str) -> None:
     module, tried = ModuleType("attention"), list[str]()
 
     def activate(name: str) -> None:
         tried.append(name)
-        if name in broken:
-            raise ImportError(name)
+        if broken is not None:
+            raise broken(name)
 
     activate_newest_flash(major, module)  # a torch that has none
     module.activate_flash_attention_impl = activate  # type: ignore[attr-defined]

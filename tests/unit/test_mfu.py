@@ -13,6 +13,7 @@ from megamor.bench.cases import case_of_size
 from megamor.bench.scaling import estimated_case
 from megamor.model import build_model
 from megamor.model.flops import nominal_flops
+from megamor.plan.estimate import ADAMW_BYTES
 from megamor.plan.mfu import BANDWIDTH, EAGER_POINTWISE, GEMM, PEAK, WAYS, block_bytes, expected, seconds
 
 NOT_POINTWISE = ("mm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")
@@ -61,10 +62,23 @@ def test_parts_by_hand() -> None:
     # norms 10, residuals 12, three gradients of one input and two of another 9, rotations of 20 heads of 64; SwiGLU 8
     row = 2 * ((10 + 12 + 9) * 960 + 4 * 20 * 64 + 8 * 2560)
     assert found["pointwise"] == pytest.approx(32 * tokens * row / BANDWIDTH)
+    assert found["routing"] == 0
+    (forward, backward), attention = WAYS[3].attention, nominal_flops(config, 64).attention
+    assert found["attention"] == pytest.approx(attention / forward + 2 * attention / backward)
+    parameters = build_model(config, device="meta").num_parameters()
+    assert found["update"] == pytest.approx((ADAMW_BYTES + 12 * 4) * parameters / BANDWIDTH)
     mfu, rate = expected(config, WAYS[3], 16)
     total = sum(found.values())
     assert mfu == pytest.approx(nominal_flops(config, 64).training / total / PEAK)
     assert rate == pytest.approx(tokens / total)
+
+
+def test_rows_that_a_router_moves() -> None:
+    """Those of a recursion that a router selects: gathered, scaled, added and scattered, forward and backward."""
+    for name, passes in (("mor3_expert", 1 + 2 / 3 + 1 / 3), ("rec3", 0)):
+        config = case_of_size("360m", name).config(16)
+        found = seconds(config, WAYS[3], micro_batch=16, accumulation=1)["routing"]
+        assert found == pytest.approx(passes * 16 * 2048 * 24 * 960 / BANDWIDTH, rel=1e-3)
 
 
 def test_each_way_is_faster_than_the_one_before() -> None:

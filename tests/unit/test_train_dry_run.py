@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megamor.config import Config, DataConfig, ModelConfig, OptimConfig, RecursionConfig, TrainConfig, load_config
+from megamor.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RecursionConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+)
 from megamor.errors import ConfigError
 from megamor.model import build_model
 from megamor.model.flops import nominal_flops
@@ -41,11 +51,14 @@ def test_the_description_counts_the_real_model() -> None:
     assert "10 of 512 tokens = 5,120 tokens" in text
 
 
-def test_the_backend_follows_the_number_of_processes() -> None:
+def test_the_backend_follows_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     text = describe_run(replace(config()), 2)
     assert "with fsdp2" in text
     assert "4 per rank and step, 2 in parallel" in text
     assert "fsdp2 in groups of 2 (HSDP)" in describe_run(config(), 4, per_node=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, backend in (("auto", "fsdp2"), ("cuda", "fsdp2"), ("cpu", "single")):
+        assert f"per device with {backend}: " in describe_run(replace(config(), run=RunConfig(device=device)), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 512])

@@ -14,7 +14,7 @@ from megamor.parallel import init_world
 from megamor.ranks import from_first_rank, report_errors_once, run_on_all_ranks
 from tests.distributed.harness import run_ranks
 
-Failures = tuple[MegamorError | None, ...]
+Failures = tuple[BaseException | None, ...]
 
 
 def raise_mine(by_rank: Failures) -> str:
@@ -75,6 +75,21 @@ def print_mine(by_rank: Failures) -> tuple[object, str]:
         except SystemExit as leaving:
             status = leaving.code
     return status, printed.getvalue()
+
+
+def test_what_is_no_exception_is_printed_too() -> None:
+    """The process ends by `os._exit`, so nobody else would."""
+    for error, status, last in (
+        (SystemExit("the tracker says no"), 1, "SystemExit: the tracker says no\n"),
+        (SystemExit(3), 3, "SystemExit: 3\n"),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt\n"),
+    ):
+        (nothing, said) = run_ranks(print_mine, (None, error))
+        assert nothing == (None, "")
+        assert said[0] == status
+        assert said[1].startswith("rank 1: Traceback")
+        assert said[1].endswith(last)
+    assert run_ranks(print_mine, (None, SystemExit(75)))[1] == (75, ""), "which is no failure"
 
 
 @pytest.mark.parametrize(
