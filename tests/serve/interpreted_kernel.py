@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from megamor.bench.gpu_check import paged
 from megamor.serve.engine import attention
-from megamor.serve.engine.attention import GatherLayout, KernelLayout
+from megamor.serve.engine.attention import CHUNK_ROWS, GatherLayout, KernelLayout, chunk_starts
 from megamor.serve.engine.paged_kernel import paged_attention
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import Schedule, check, expected
@@ -47,11 +47,36 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
     for layout, splits in ((tables.int(), None if few else 1), (tables.T.contiguous().T, 8 if few else 1)):
         found = paged_attention(q, k, v, layout, torch.tensor(owners), torch.tensor(ends), None, splits)
         torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+    starts = torch.from_numpy(chunk_starts(np.array(owners), 2))
+    assert starts.tolist() == [0, 2, 3, 4, 5, 7]
+    found = paged_attention(q, k, v, tables, torch.tensor(owners), torch.tensor(ends), None, 2, starts)
+    torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
     begins = [0, 1, page_size, 2 * page_size + 1, 2, 1, 0]  # of sliding windows
     wanted = by_row(q, k, v, tables, owners, ends, begins)
     rows = torch.tensor(owners), torch.tensor(ends), torch.tensor(begins)
+    found = paged_attention(q, k, v, tables, rows[0], rows[1], rows[2], 1, starts)
+    torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
     found = paged_attention(q, k, v, tables, rows[0], rows[1], rows[2], 4 if page_size > 16 else 2)
     torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_chunks_of_prompts_beside_decoding(window: int | None) -> None:
+    """Texts of 37, 1, 16 and 1 rows, whose tensors are read as a batch of a GPU would be."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(20, 16, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv")
+    tables = torch.randperm(20, generator=generator).view(4, 5).int()
+    owners = [0] * 37 + [1] + [2] * 16 + [3]
+    ends = [*range(4, 41), 70, *range(60, 76), 1]
+    q = torch.randn(len(owners), 6, 8, generator=generator, dtype=torch.float64)
+    begins = [max(0, end - window) if window else 0 for end in ends]
+    starts = chunk_starts(np.array(owners), CHUNK_ROWS)
+    assert starts is not None
+    assert starts.tolist() == [0, 16, 32, 37, 38, 54, 55]
+    rows = [torch.tensor(numbers) for numbers in (owners, ends, *((begins,) if window else ()))]
+    found = KernelLayout(tables, *rows, starts=torch.from_numpy(starts)).attend(q, k, v)
+    wanted = by_row(q, k, v, tables, owners, ends, begins).flatten(1)
+    torch.testing.assert_close(found, wanted, atol=1e-14, rtol=0)
 
 
 def test_the_check_of_a_new_machine() -> None:

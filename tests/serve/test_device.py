@@ -50,13 +50,25 @@ class Looks:
 
 
 def kernel(
-    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, owners: Tensor, ends: Tensor, begins: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tensor,
+    owners: Tensor,
+    ends: Tensor,
+    begins: Tensor | None,
+    splits: int | None,
+    starts: Tensor | None,
 ) -> Tensor:
     """Replaces the paged kernel; checks what the kernel relies on."""
     assert {tensor.device.type for tensor in (q, k, v, tables, owners, ends)} == {"meta"}
     assert (tables.dtype, owners.dtype, ends.dtype) == (torch.int32, torch.int64, torch.int64)
     assert tables.is_contiguous()
     assert begins is None  # without a sliding window
+    assert splits is None
+    if starts is not None:
+        assert (starts.device.type, starts.dtype) == ("meta", torch.int64)
+        assert 1 < len(starts) <= len(owners)
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16
     assert k.is_contiguous()
     assert v.is_contiguous()

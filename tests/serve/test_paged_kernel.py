@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from megamor.serve.engine.paged_kernel import attend_row, combine_splits
+from megamor.serve.engine.paged_kernel import attend_rows, combine_splits
 
 POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "head_dim": 64, "page_size": 16}
 
@@ -33,13 +33,13 @@ def test_interpreted() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("name", "total", "slides", "splits"),
+    ("name", "total", "slides", "splits", "rows"),
     [
-        ("bf16", tl.float32, True, 8),
-        ("bf16", tl.float32, False, 1),
-        ("fp16", tl.float32, False, 4),
-        ("fp32", tl.float32, False, 1),
-        ("fp64", tl.float64, True, 2),
+        ("bf16", tl.float32, True, 8, 1),
+        ("bf16", tl.float32, True, 1, 16),
+        ("fp16", tl.float32, False, 4, 16),
+        ("fp32", tl.float32, False, 1, 1),
+        ("fp64", tl.float64, True, 2, 1),
     ],
 )
 def test_compiles(
@@ -47,6 +47,7 @@ def test_compiles(
     total: tl.dtype,
     slides: bool,
     splits: int,
+    rows: int,
     capability: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -56,7 +57,8 @@ def test_compiles(
     matrix, sums = name in ("bf16", "fp16"), "*fp64" if name == "fp64" else "*fp32"
     constants = {
         **SIZES,
-        **({"GROUP": 16, "ENTRIES": 64} if matrix else {"GROUP": 4, "ENTRIES": 16}),
+        **({"QUERIES": 64 if rows > 1 else 16, "ENTRIES": 64} if matrix else {"QUERIES": 4, "ENTRIES": 16}),
+        "ROWS": rows,
         "DIMS": 64,
         "SPLITS": splits,
         "MATRIX": matrix,
@@ -69,12 +71,12 @@ def test_compiles(
         **({"out": sums} if splits > 1 else {}),
         "sums": sums,
         "tables": "*i32",
-        **dict.fromkeys(("owners", "ends", "begins"), "*i64"),
+        **dict.fromkeys(("owners", "ends", "begins", "starts"), "*i64"),
         **dict.fromkeys(("table_stride", "page_stride"), "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     target = GPUTarget("cuda", capability, 32)
-    kernel = compile(ASTSource(attend_row, signature, constants), target=target)
+    kernel = compile(ASTSource(attend_rows, signature, constants), target=target)
     assert len(kernel.asm["cubin"]) > 1000
     assert f"sm_{capability}" in kernel.asm["ptx"]
     assert ("mma" in kernel.asm["ptx"]) == (name in ("bf16", "fp16"))

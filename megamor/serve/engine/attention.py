@@ -21,6 +21,8 @@ from megamor.serve.engine.flight import Ints, PageIds
 
 # Pages up to which the texts of single rows are padded to the longest.
 FEW_PAGES = 4
+# Rows of a prompt's chunk in one program of a GPU. (FlashAttention 2 reads pages too, but of multiples of 256 entries.)
+CHUNK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -167,31 +169,56 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
 class KernelLayout:
     """An `AttentionLayout` for the kernel that reads pages in place: row i sees ends[i] entries of tables[owners[i]].
 
-    tables [M, pages] int32; owners and ends [N] int64. With `begins` [N] it sees only those from begins[i] on.
+    tables [M, pages] int32; owners and ends [N] int64. With `begins` [N] it sees only those from begins[i] on. `starts`
+    as in `paged_attention`.
     """
 
     tables: Tensor
     owners: Tensor
     ends: Tensor
     begins: Tensor | None = None
+    starts: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `GatherLayout.attend`."""
         # Here, because it needs Triton, which torch brings along for GPUs only.
         from megamor.serve.engine.paged_kernel import paged_attention
 
-        return paged_attention(q, k, v, self.tables, self.owners, self.ends, self.begins).flatten(1)
+        return paged_attention(q, k, v, self.tables, self.owners, self.ends, self.begins, None, self.starts).flatten(1)
 
 
 Layout = GatherLayout | KernelLayout
 
 
+def chunk_starts(owners: Ints, most: int) -> Ints | None:
+    """Where up to `most` neighbours of one owner begin, and the end of all; None if no row has such a neighbour."""
+    borders = np.flatnonzero(owners[1:] != owners[:-1]) + 1
+    if len(borders) + 1 == len(owners):
+        return None
+    firsts, ends = np.append(0, borders), np.append(borders, len(owners))
+    starts = [np.arange(first, end, most) for first, end in zip(firsts, ends, strict=True)]
+    return np.append(np.concatenate(starts), len(owners))
+
+
 def fixed_layout(
-    tables: Tensor, owners: Tensor, ends: Tensor, begins: Tensor | None = None, *, size: int, dtype: torch.dtype
+    tables: Tensor,
+    owners: Tensor,
+    ends: Tensor,
+    begins: Tensor | None = None,
+    *,
+    size: int,
+    dtype: torch.dtype,
+    known: Ints | None = None,
 ) -> Layout:
-    """As `GatherLayout.of`, for tensors of any order whose values are on the device and may change between calls."""
+    """As `GatherLayout.of`, for tensors of any order whose values are on the device and may change between calls.
+
+    `known` are the owners on the host, if they stay as they are.
+    """
     if reads_in_place(tables.device):
-        return KernelLayout(tables, owners, ends, begins)
+        # With 32 bits there are no tensor cores, for which several rows make a wider matrix.
+        wide = None if known is None or dtype.itemsize > 2 else chunk_starts(known, CHUNK_ROWS)
+        starts = None if wide is None else to_device(wide, tables.device)
+        return KernelLayout(tables, owners, ends, begins, starts)
     # What a graph of the CPU would be, if there were any: tests run it in place of one.
     first, last = None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1)
     mask = entry_mask(first, last, tables.shape[1] * size, dtype)

@@ -143,12 +143,13 @@ class PagedCache:
         """What `rows` see in blocks with a sliding window (`slides`) or without."""
         size, chosen = self.flight.page_size, (OWNER, END, BEGIN) if slides else (OWNER, END)
         if self.transposed:
-            columns = rows.numbers.numpy() if numbers is None else numbers
-            return Sight.of(self.flight.pages, columns[ADDRESS], *(columns[column] for column in chosen))
+            own = rows.numbers.numpy() if numbers is None else numbers
+            return Sight.of(self.flight.pages, own[ADDRESS], *(own[column] for column in chosen))
         if numbers is None or attention.reads_in_place(self.device):
-            return fixed_layout(self.tables, *(rows.numbers[column] for column in chosen), size=size, dtype=self.dtype)
-        seen = (numbers[column] for column in chosen)
-        return GatherLayout.of(self.flight.pages, *seen, size=size, dtype=self.dtype, device=self.device)
+            seen, known = (rows.numbers[column] for column in chosen), None if numbers is None else numbers[OWNER]
+            return fixed_layout(self.tables, *seen, size=size, dtype=self.dtype, known=known)
+        columns = (numbers[column] for column in chosen)
+        return GatherLayout.of(self.flight.pages, *columns, size=size, dtype=self.dtype, device=self.device)
 
     def rows(self, numbers: Ints) -> Rows:
         """`numbers` on the device, in one transfer."""
