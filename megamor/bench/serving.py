@@ -35,6 +35,8 @@ SPREAD = "model.init_std=0.07"
 """A tied model with smaller weights repeats one token, by which greedy answers can't be compared."""
 TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 START_SECONDS = 600.0
+PAUSE_SECONDS = 5.0
+"""Between turns: after its last answer, vLLM waits awake for some seconds, and slows whatever comes next."""
 CHECK = """
 import importlib.util, importlib.metadata as metadata
 print([n for n in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(n)], metadata.version("vllm"))
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         raise ConfigError(f"--dtypes {','.join(unknown)}: choose from {', '.join(TYPES)}")
     dense = load_config(args.vanilla, [*args.overrides, SPREAD])
     report["versions"][args.peer] = peer_version(args.peer_python)
-    report["workload"] = {name: getattr(args, name) for name in ("concurrency", "tokens", "rounds", "cores")}
+    report["workload"] = {name: getattr(args, name) for name in ("concurrency", "tokens", "waves", "rounds", "cores")}
     report["settings"] = []
     # The servers are ended in `finally`, which the default action of the signal would skip.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -173,8 +175,9 @@ def measure(args: argparse.Namespace, urls: dict[str, str], dtype: str, vocab: i
     load = Load("", input_tokens=args.tokens, output_tokens=args.tokens, vocab_size=vocab)
     for turn in range(args.rounds + 1):
         for name in rotated([*urls], turn):
+            time.sleep(PAUSE_SECONDS)
             for count in args.concurrency:
-                sent = replace(load, url=urls[name], num_requests=2 * count, max_concurrency=count, seed=turn)
+                sent = replace(load, url=urls[name], num_requests=args.waves * count, max_concurrency=count, seed=turn)
                 figures = summarise(asyncio.run(send(sent)), {})
                 if figures["failed"]:
                     raise DataError(f"{name} failed {figures['failed']} requests: {figures['first_error']}")

@@ -204,6 +204,7 @@ def serving_options(parser: argparse.ArgumentParser) -> None:
     add("--dtypes", type=words, default=["fp32", "bf16"], metavar="A,B", help="default: fp32,bf16")
     add("--concurrency", type=integers, default=[1, 8, 32], metavar="N,M", help="requests at once (default: 1,8,32)")
     add("--tokens", type=positive, default=64, metavar="N", help="of each prompt and of each answer (default: 64)")
+    add("--waves", type=positive, default=4, metavar="N", help="requests for each that runs at a time (default: 4)")
     add("--rounds", type=positive, default=3, metavar="N", help="turns of each server (default: 3)")
     add("--cores", default=f"0-{(os.cpu_count() or 1) - 1}", metavar="N-M", help="of each server (default: all)")
     add("--directory", type=Path, metavar="DIR", help="for the models (default: the system's temporary one)")

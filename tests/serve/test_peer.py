@@ -20,8 +20,9 @@ from tests.combinations import vanilla_config
 from tests.serve.fake import FakeEngine, serving
 
 
-def test_servers_take_turns_and_are_compared_within_a_round(tmp_path: Path) -> None:
-    args = argparse.Namespace(peer="vllm", rounds=2, concurrency=[1, 2], tokens=7)
+def test_servers_take_turns_and_are_compared_within_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argparse.Namespace(peer="vllm", rounds=2, waves=2, concurrency=[1, 2], tokens=7)
+    monkeypatch.setattr(bench, "PAUSE_SECONDS", 0.0)
     with ExitStack() as stack:
         slow = stack.enter_context(serving(FakeEngine(lambda *_: "a b c d", seconds=0.01)))
         fast = stack.enter_context(serving(FakeEngine(lambda *_: "a b d d", seconds=0.002)))
@@ -41,7 +42,7 @@ def test_servers_take_turns_and_are_compared_within_a_round(tmp_path: Path) -> N
         "versions": {"torch": "2", "vllm": "0.32.0+cpu"},
         "commit": {"revision": "abc", "dirty": False},
         "machine": {"cpu": "X", "threads": 2, "accelerator": None},
-        "workload": {"tokens": 7, "cores": "0-1", "rounds": 2},
+        "workload": {"tokens": 7, "cores": "0-1", "waves": 2, "rounds": 2},
         "settings": [{"dtype": "fp32", "config": config_to_dict(vanilla_config()), **measured}],
     }
     write_report(tmp_path / "serving_x.json", report)
