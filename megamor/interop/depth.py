@@ -25,6 +25,7 @@ from megamor.config import Config, FixedDepthConfig, RecursionConfig
 from megamor.config.segments import segments
 from megamor.errors import ConfigError
 from megamor.model import Transformer, build_model
+from megamor.model.blocks import Block
 
 METHODS = ("stepwise", "average", "lower", "upper", "svd_lora")
 MAY_DIFFER = {"num_layers", "head_width", "sliding_layers", "max_seq_len", "init_std", "document_positions"}
@@ -278,7 +279,7 @@ def check_before_sharing(
         streams[model].append(output[0])
 
     for model in (dense, target):
-        for module in model.parallel_plan().compile_targets:
+        for module in (module for module in model.modules() if isinstance(module, Block)):
             module.register_forward_hook(partial(keep, model))
             if model is target:
                 module.register_forward_pre_hook(take_own_weights)

@@ -85,6 +85,7 @@ class RecursionStage(nn.Module):
             self.router.control.costs = recursion_costs(segment)
         self.adds_in_fp32 = config.train.add_shared_gradients_in_fp32
         self.recomputation = Recomputation()
+        self.combination = Combination()
         self.exit: Exit | None = None
 
     def forward(
@@ -120,11 +121,11 @@ class RecursionStage(nn.Module):
             y, keys = self.run_recursion(recursion, entering, plan.tokens, geometry, policy, blocks[recursion])
             # Halting decides here, after the core has run; the other routers return the plan's own weights.
             mix = session.mix(recursion, plan, y)
-            if mix.emit is not None:
-                emitted = torch.zeros_like(stream) if emitted is None else emitted
-                emitted = plan.tokens.scatter_add(emitted, weighted(mix.emit, y))
-            rows = combine(mix, x, y, stage_input, plan)
-            stream = plan.tokens.scatter(stream, rows)
+            if mix.emit is not None and emitted is None:
+                emitted = torch.zeros_like(stream)
+            # A graph is for one size, or for any from 2 on.
+            combination = self.combination if len(plan.tokens) > 1 else self.combination.forward
+            rows, stream, emitted = combination(plan, mix, x, y, stage_input, stream, emitted)
             if len(plan.tokens) == 0 and torch.is_grad_enabled():
                 # `len` is known to the host: the router has already read the size where the set is ragged.
                 unused.append(recursion)
@@ -259,6 +260,19 @@ def add_stream_norm(session: RoutingSession, recursion: int, rows: Tensor) -> No
         dtype = torch.promote_types(rows.dtype, torch.float32)
         norms = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)
         session.add_ratio(f"stream_rms_{recursion}", norms.sum() / rows.shape[-1] ** 0.5, len(rows))
+
+
+class Combination(nn.Module):
+    """The core's output y [N, dim] into the rows x [N, dim], the stream, and what is emitted, [T, dim] each; returns
+    these three. A region for the compiler."""
+
+    def forward(
+        self, plan: RoutingPlan, mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, stream: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if out is not None and mix.emit is not None:
+            out = plan.tokens.scatter_add(out, weighted(mix.emit, y))
+        rows = combine(mix, x, y, stage_input, plan)
+        return rows, plan.tokens.scatter(stream, rows), out
 
 
 def combine(mix: Mix, x: Tensor, y: Tensor, stage_input: Tensor, plan: RoutingPlan) -> Tensor:

@@ -31,7 +31,7 @@ from megamor.model.kv_cache import KVCache
 from megamor.model.layouts import Geometry
 from megamor.model.loss import IGNORE, Teacher, TokenScores, choose_loss, linear_cross_entropy, token_scores
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import RecursionStage, StageOutput, add_state
+from megamor.model.recursion import Combination, RecursionStage, StageOutput, add_state
 from megamor.routing import DepthBounds, Mode, Ratio, Router, RoutingContext
 from megamor.routing.confidence import PROBES
 from megamor.routing.random import text_keys
@@ -369,9 +369,9 @@ class Transformer(nn.Module):
         for segment in self.segments:
             module = self.get_submodule(segment.name)
             units += [module] if segment.schedule else [*module.children()]
-        # One block at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
-        blocks: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block)]
-        return ParallelPlan(units, [*stages], blocks, [stage.router for stage in stages], uses_everything(self.config))
+        # One at a time: the loop over recursions depends on the routing, which the compiler cannot trace.
+        targets: list[nn.Module] = [module for module in self.modules() if isinstance(module, Block | Combination)]
+        return ParallelPlan(units, [*stages], targets, [stage.router for stage in stages], uses_everything(self.config))
 
     def num_parameters(self) -> int:
         """Unique parameters, embedding and head included."""

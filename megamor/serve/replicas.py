@@ -37,7 +37,7 @@ from starlette.types import ASGIApp, Message
 from megamor.errors import ConfigError
 from megamor.serve.http.middleware import JsonBodies
 from megamor.serve.http.pages import startup_message
-from megamor.serve.http.server import KEEP_ALIVE_SECONDS, error_body
+from megamor.serve.http.server import KEEP_ALIVE_SECONDS, error_body, handle_errors
 from megamor.serve.options import ServerOptions
 
 log = logging.getLogger("megamor.serve")
@@ -154,6 +154,7 @@ def front() -> ASGIApp:
     """The application that clients talk to; runs in a deployment of its own."""
     app = FastAPI(title=APPLICATION, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(JsonBodies, max_bytes=ServerOptions.max_body_bytes)
+    handle_errors(app)
     replicas = serve.get_deployment_handle(Replica.__name__).options(stream=True)
 
     @app.get("/metrics")

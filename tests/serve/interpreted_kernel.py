@@ -73,8 +73,8 @@ def test_chunks_of_prompts_beside_decoding(window: int | None) -> None:
     starts = chunk_starts(np.array(owners), CHUNK_ROWS)
     assert starts is not None
     assert starts.tolist() == [0, 16, 32, 37, 38, 54, 55]
-    rows = [torch.tensor(numbers) for numbers in (owners, ends, *((begins,) if window else ()))]
-    found = KernelLayout(tables, *rows, starts=torch.from_numpy(starts)).attend(q, k, v)
+    own, until, since, where = (torch.tensor(numbers) for numbers in (owners, ends, begins, starts))
+    found = KernelLayout(tables, own, until, since if window else None, where).attend(q, k, v)
     wanted = by_row(q, k, v, tables, owners, ends, begins).flatten(1)
     torch.testing.assert_close(found, wanted, atol=1e-14, rtol=0)
 

@@ -147,8 +147,7 @@ def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
         "response_format": {"type": "text"},
     }
     neutral |= {"use_beam_search": False, "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
-    neutral |= {"priority": 0, "bad_words": [], "return_token_ids": True, "detokenize": True}
-    neutral |= {"add_special_tokens": False, "return_tokens_as_token_ids": False}
+    neutral |= {"priority": 0, "bad_words": [], "return_token_ids": True, "add_special_tokens": False}
     assert first(server, prompt="a", **neutral)["text"] == "né0"
     assert first(server, prompt="a", n=2, best_of=2)["text"] == "né0"
 
@@ -157,6 +156,7 @@ def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
 def test_logprobs_may_be_a_bool(server: Running, given: Any, count: int | None) -> None:
     assert (first(server, prompt="a", logprobs=given)["logprobs"] is None) == (count is None)
     assert server.engine.params[-1].logprobs == count
+    assert server.engine.params[-1].prompt_logprobs is None, "only with echo"
 
 
 def test_sampling_at_the_edges_reaches_the_engine(server: Running) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megamor.load import cast
 from megamor.model import build_model
-from megamor.routing import token_choice
+from megamor.routing import plan
 from megamor.serve.engine import attention, paged_kernel
 from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.flight import RECURSION
@@ -86,7 +86,7 @@ def test_the_host_waits_only_for_rows_and_tokens(
     looks = Looks()
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: looks.at(tensor))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no support for the meta device
-    monkeypatch.setattr(token_choice, "Incoming", lambda numbers: None)  # its copy is never waited for
+    monkeypatch.setattr(plan, "Incoming", lambda numbers: None)  # its copy is never waited for
     monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     monkeypatch.setattr(paged_kernel, "paged_attention", kernel)
     kv_policy = SERVED[POLICIES.index(policy) % 2]

@@ -363,7 +363,7 @@ def noisy_options(router: str, policy: str, number: int, kv_policy: str) -> tupl
 @pytest.mark.promise("R15")
 @pytest.mark.parametrize(
     ("router", "policy"),
-    zip(["fixed", "expert_choice", "token_choice", "skip_forward_recurse", "act_hard"], 2 * POLICIES, strict=False),
+    [*zip(["fixed", "expert_choice", "token_choice", "skip_forward_recurse", "act_hard"], 2 * POLICIES, strict=False)],
 )
 def test_noisy_traffic(router: str, policy: str) -> None:
     number = list(ROUTERS).index(router)
@@ -378,7 +378,7 @@ def test_noisy_traffic(router: str, policy: str) -> None:
 @pytest.mark.parametrize("router", SERVED_ROUTERS)
 def test_noisy_traffic_of_every_router(router: str, kv_policy: str, policy: str) -> None:
     number = 3 * list(ROUTERS).index(router) + POLICIES.index(policy)
-    for seed in range(8):
+    for seed in range(4):
         model, options = noisy_options(router, policy, number + seed, kv_policy)
         noisy_traffic(model, options, FORCED.get(router, 3), seed)
 

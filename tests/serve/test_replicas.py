@@ -169,6 +169,8 @@ def test_requests_are_spread_and_prefixes_stay_together(process: Process) -> Non
     assert max(by_replica(process, "megamor_prefix_cache_hits_total").values()) > 0
     assert httpx.get(process.url + "/v1/models").json()["data"][0]["id"] == "tiny"
     assert ask(process, "x", 10_000).status_code == 400
+    for refused in (httpx.delete(process.url + "/v1/models"), httpx.post(process.url, content=b" " * (2**24 + 1))):
+        assert refused.json()["error"]["code"] == refused.status_code, "errors of the front too"
 
 
 def stream(process: Process, prompt: str, begun: threading.Semaphore) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from megamor.serve.engine import sampler
 from megamor.serve.engine.request import SamplingParams
-from megamor.serve.engine.sampler import Draw, adjusted, logprobs_of, sample
+from megamor.serve.engine.sampler import Draw, adjusted, gumbel, logprobs_of, sample, truncated
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9, -3.0, 1.9, 0.0], dtype=torch.float64)
 COUNT = 20_000
@@ -83,3 +84,12 @@ def test_logprobs() -> None:
     assert found.logprob == pytest.approx(table[3].item())
     assert found.rank == 3
     assert [token for token, _ in found.top] == [1, 6]
+
+
+def test_every_token_stays_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With top_p = 1 also those behind a sum that rounds to 1, beside a row with less; and whatever the hash is."""
+    logits = torch.tensor([[60.0, 0.0, -60.0]] * 2, dtype=torch.float32)
+    kept = truncated(logits, [SamplingParams(), SamplingParams(top_p=0.5)]) > -math.inf
+    assert kept.tolist() == [[True, True, True], [True, False, False]]
+    monkeypatch.setattr(sampler, "uniform_hash", lambda keys: torch.zeros(keys.shape, dtype=torch.float64))
+    assert bool(gumbel([1, 2], logits).isfinite().all())

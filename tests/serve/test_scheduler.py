@@ -268,6 +268,9 @@ class Memory:
         assert all(chunk.length > 1 for chunk in scheduler.long)
         assert {*scheduler.long} == {chunk for chunk in scheduler.in_core if chunk.length > 1}
         assert len(scheduler.residents) <= self.options.max_resident
+        blocks = scheduler.prefixes.blocks.values()
+        assert not any(block.parent is not None and block.parent.dropped for block in blocks), "nobody can find it"
+        assert {*scheduler.prefixes.leaves} == {block.number for block in blocks if not block.num_children}
         # Only those that wait for their leader are overtaken.
         waiting = [sequence.number for sequence in scheduler.waiting if sequence.leader is None]
         if scheduler.residents and waiting:
@@ -377,6 +380,18 @@ def test_a_leader_is_waited_for_by_its_followers_alone() -> None:
     assert order.index(1) < order.index(2)
     assert [sequence.cached_tokens for sequence in memory.everyone[:3]] == [0, 24, 24]
     memory.finish()
+
+
+def test_what_is_read_again_was_not_cached() -> None:
+    memory = Memory(EngineOptions(page_size=4), "recursion_wise", {"edge": 99, "core": 299})
+    memory.submit([0, 1, 2, 2, 1, 0, 0, 2, 1], 5, 3)
+    while memory.everyone[0].num_new < 2:
+        assert memory.step()
+    memory.scheduler.preempt(memory.everyone[0])
+    memory.step()
+    assert memory.everyone[0].num_read == 8, "it found its own blocks"
+    memory.finish()
+    assert memory.everyone[0].cached_tokens == 0, "as the client was told at first"
 
 
 @pytest.mark.parametrize("place", range(8))
@@ -520,7 +535,7 @@ SCENARIOS = [name for name in vars(Scenarios) if not name.startswith("_")]
 def test_noise_poisons_no_prefix(scenario: str) -> None:
     """Whatever a router decides by chance, a sequence reads what was stored for its own tokens and their depths."""
     cached, variants = 0, 0
-    for number in range(18):
+    for number in range(15):
         rng = random.Random(number)
         size = 1 + number % 5
         options = EngineOptions(
@@ -648,6 +663,23 @@ def test_prompts_enter_a_budget_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         (2, 2, 5),
         (2, 7, 1),
     ]
+
+
+def test_answers_are_not_on_the_budget_of_prompts() -> None:
+    """A prompt enters as many tokens at a time, whatever is decoded beside it."""
+    options = EngineOptions("shrink", prefill_budget=2, chunk_size=5)
+    memory = Memory(options, "recursion_wise", {"edge": 99, "core": 299})
+    for number in range(3):
+        memory.submit([number], 20, 3)
+    while any(sequence.num_new < 2 for sequence in memory.everyone):
+        assert memory.step()
+    memory.submit([2] * 7, 3, 3)
+    read = [0]
+    while read[-1] < 7:
+        assert memory.step()
+        read += [memory.everyone[3].num_read] if memory.everyone[3].num_read > read[-1] else []
+    assert read == [0, 2, 4, 6, 7]
+    memory.finish()
 
 
 def test_newcomers_leave_the_residents_their_next_page() -> None:

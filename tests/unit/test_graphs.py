@@ -92,12 +92,12 @@ def graphs(backend: Backend, step: int, documents: bool, shape: tuple[int, int] 
 
 
 GRAPHS = {
-    # Without documents, and with those with documents too. In half of them the number of tokens is a symbol, which
-    # serves all later recursions.
+    # Without documents, and with those with documents too. In half of the blocks' the number of tokens is a symbol,
+    # which serves all later recursions. Three are of the combination: for all tokens, for one number of them, for any.
     "vanilla": (vanilla_config(), 1, 2),
-    "expert": (tiny_config(ROUTERS["expert_choice"]), 2, 4),
-    "token": (tiny_config(ROUTERS["token_choice"]), 2, 4),
-    "share-first": (tiny_config(ROUTERS["expert_choice"], "share_first"), 3, 4),
+    "expert": (tiny_config(ROUTERS["expert_choice"]), 2 + 3, 4 + 3),
+    "token": (tiny_config(ROUTERS["token_choice"]), 2 + 3, 4 + 3),
+    "share-first": (tiny_config(ROUTERS["expert_choice"], "share_first"), 3 + 3, 4 + 3),
 }
 
 

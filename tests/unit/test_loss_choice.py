@@ -127,6 +127,7 @@ def test_a_chunk_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["triton"] == math.inf
     assert seen == [(name, 128, 8, 300, 8, torch.float32) for name in ["torch", "triton"] * 2]
     assert fastest_loss(config, CPU, ["torch", "triton"]) == ("torch", "triton ran out of memory")
+    assert chunk_seconds(config, CPU, ["triton"], repeats=1) == {"triton": math.inf}
     in_bf16 = replace(config, train=replace(train, precision="bf16"))
     chunk_seconds(in_bf16, CPU, ["torch"], repeats=1)
     assert seen[-1][-1] == torch.bfloat16

@@ -152,6 +152,6 @@ class PrefixCache:
             self.book.pools[spec.pool].release(pages)
         if block.parent is not None:
             block.parent.num_children -= 1
-            if block.parent.num_children == 0 and not block.parent.dropped:
+            if block.parent.num_children == 0:
                 self.leaves[block.parent.number] = block.parent
         return True

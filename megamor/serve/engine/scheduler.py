@@ -391,4 +391,4 @@ class Scheduler:
                 if chunk in chunks:
                     chunks.remove(chunk)
         # The tokens and their depths stay. A preempted sequence is read again from what the prefix cache still has.
-        sequence.num_read, sequence.block = 0, None
+        sequence.num_read = 0

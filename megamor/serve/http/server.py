@@ -192,7 +192,7 @@ def create_app(
     if options.cors_origins:
         allowed = options.cors_origins.split(",")
         app.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
-    _handle_errors(app)
+    handle_errors(app)
     _add_inference(app, server)
     _add_operations(app, server)
     add_pages(app, {"model": name, **engine.description})
@@ -294,7 +294,9 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         return {**figures, **requests, "recent_latencies": server.monitoring.recent_latencies(time.monotonic())}
 
 
-def _handle_errors(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
+    """Every error is answered in OpenAI's form."""
+
     def answer(status: int, message: str, param: str | None = None) -> JSONResponse:
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return JSONResponse(error_body(status, message, param).model_dump(), status, headers)

@@ -23,8 +23,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "spaces_between_special_tokens": (True,),
 }
-NEUTRAL |= {"priority": (0,), "bad_words": ([],), "return_token_ids": (True, False), "detokenize": (True,)}
-NEUTRAL |= {"add_special_tokens": (False,), "return_tokens_as_token_ids": (False,)}
+NEUTRAL |= {"priority": (0,), "bad_words": ([],), "return_token_ids": (True, False), "add_special_tokens": (False,)}
 
 
 class StreamOptions(Fields):
