@@ -72,7 +72,7 @@ def test_on_a_cpu_those_run_that_can(capsys: pytest.CaptureFixture, monkeypatch:
     ran = list[str]()
     monkeypatch.setattr(gpu_check, "run_check", lambda name, *rest: ran.append(name) or Outcome(True, "", 1.0))
     command.main(["--device", "cpu"])
-    assert ran == [name for name, check in CHECKS.items() if check.on_cpu]
+    assert {*ran} == {name for name, check in CHECKS.items() if check.on_cpu}, "in threads, and so in any order"
     command.main(["--device", "cpu", "--only", "loss, sdpa"])
     assert capsys.readouterr().out.splitlines()[-1] == "verdict: 2 checks are good on cpu"
 
