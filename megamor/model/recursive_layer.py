@@ -13,7 +13,7 @@ from megamor.model.attention import Grid
 from megamor.model.kv_policy import KVPolicy
 from megamor.model.layouts import Geometry
 from megamor.model.recompute import Recomputation
-from megamor.model.recursion import Blocks, RecursionStage, StageOutput
+from megamor.model.recursion import Blocks, Combination, RecursionStage, StageOutput
 from megamor.routing import Mode, RoutingContext, TokenSet, build_router
 
 
@@ -35,6 +35,7 @@ class RecursiveLayer(RecursionStage):
             self.router.control.costs = [(1.0, 0.0)] * num_recursions  # the layer's own are unknown
         self.blocks, self.recursion_embedding, self.injection, self.exit = nn.ModuleList(), None, None, None
         self.adds_in_fp32, self.recomputation, self.backprop_recursions = False, Recomputation(), num_recursions
+        self.combination = Combination()
         for module in self.router.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)

@@ -251,8 +251,11 @@ def _add_inference(app: FastAPI, server: Server) -> None:
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(body: wire.TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
-        encode = partial(wire.encode_prompt, server.codec, add_special_tokens=body.add_special_tokens)
-        tokens = await run_in_threadpool(encode, body.prompt)
+        encode = partial(server.codec.encode, what="prompt")
+        if "add_special_tokens" in body.model_fields_set:
+            # lm-eval asks so for the ids of texts, and for that of the end of text by its name.
+            encode = partial(wire.encode_name, server.codec)
+        tokens = await run_in_threadpool(encode, body.prompt, add_special_tokens=body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.model.max_model_len}
 
     @app.post("/detokenize", dependencies=guarded)

@@ -85,10 +85,10 @@ class GenerationRequest(SamplingFields):
         return SamplingParams(**self.model_dump(include=set(SamplingFields.model_fields)) | changes)
 
 
-def encode_prompt(codec: TextCodec, text: str, name: str = "prompt", **options: bool) -> list[int]:
+def encode_name(codec: TextCodec, text: str, add_special_tokens: bool) -> list[int]:
     """As `TextCodec.encode`; but a text that is nothing but the name of the beginning or end of text is that token."""
     special = text in (codec.begin_of_text, codec.end_of_text and codec.end_of_text.token)
-    return codec.encode(text, name, special_tokens=special, **options)
+    return codec.encode(text, "prompt", special_tokens=special, add_special_tokens=add_special_tokens)
 
 
 class CompletionRequest(GenerationRequest):
@@ -119,7 +119,7 @@ class CompletionRequest(GenerationRequest):
             raise RequestError(f"prompt has {len(prompts)} prompts; give 1 to {MAX_PROMPTS}", "prompt")
         names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
         return [
-            encode_prompt(codec, each, name) if isinstance(each, str) else each
+            codec.encode(each, name) if isinstance(each, str) else each
             for each, name in zip(prompts, names, strict=True)
         ]
 
