@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,8 +130,11 @@ def process(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def replicas_of(process: Process) -> list[psutil.Process]:
     """The processes of the replicas."""
-    children = psutil.Process(process.popen.pid).children(recursive=True)
-    return [child for child in children if "ServeReplica:megamor:Replica" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.popen.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ends at this moment, or has ended and nobody has waited for it
+            found += [child] if "ServeReplica:megamor:Replica" in " ".join(child.cmdline()) else []
+    return found
 
 
 def ask(process: Process, prompt: str, max_tokens: int = 16) -> httpx.Response:
