@@ -36,7 +36,7 @@ SPREAD = "model.init_std=0.07"
 TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 START_SECONDS = 600.0
 PAUSE_SECONDS = 5.0
-"""Between turns: after its last answer, vLLM waits awake for some seconds, and slows whatever comes next."""
+"""Between turns: the server that came right after vLLM's had two thirds of its speed at first."""
 CHECK = """
 import importlib.util, importlib.metadata as metadata
 print([n for n in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(n)], metadata.version("vllm"))
