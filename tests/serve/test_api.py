@@ -334,7 +334,7 @@ def test_the_earliest_stop_string_of_a_token_counts() -> None:
 
 
 def test_a_text_begins_as_its_prompt_ends() -> None:
-    """Decoders drop the space of the first word of a text, which a continuation isn't."""
+    """Decoders drop the leading space of a text; a continuation keeps its own."""
     words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     with serving(FakeEngine(lambda *_: "b a", codec=TextCodec(words))) as server:
@@ -560,7 +560,7 @@ def test_a_client_that_leaves_a_stream_leaves_no_traceback(
 
 
 def test_a_cancelled_wait_harms_nobody() -> None:
-    """Whatever the callers of the Python interface cancel, the engine goes on for the others."""
+    """A caller of the Python interface that cancels doesn't stop the engine for the others."""
 
     async def abandoned(runner: AsyncEngine) -> None:
         with runner.generation([[98]], SamplingParams()) as generation:

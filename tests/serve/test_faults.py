@@ -83,7 +83,7 @@ def test_rows_without_a_token() -> None:
     "body", [{}, {"temperature": 0, "n": 2}, {"echo": True, "logprobs": 1, "max_tokens": 0}], ids=str
 )
 def test_logits_that_are_no_numbers_are_an_error(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the request whose logits they are. The server goes on, in a stream with an event that says so."""
+    """NaN logits end their own request only; a stream is told in an event, and the server keeps running."""
     engine: Any = real_engine(page_size=4)
     readout = engine.model.readout
     with serving(engine) as server:

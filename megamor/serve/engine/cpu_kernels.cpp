@@ -183,7 +183,7 @@ inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-// f.template operator()<N>(first) for groups of N of `count`, with sizes that the compiler knows.
+// f(N, first) for groups of N among `count` queries; N is a type's constant, so that loops over a group are unrolled.
 template <typename F>
 inline void in_groups(int64_t count, F f) {
     int64_t first = 0;

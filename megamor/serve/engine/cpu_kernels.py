@@ -26,7 +26,7 @@ from megamor.serve.engine.flight import Ints, PageIds
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Keys and values are stored in blocks of as many as a vector of the kernels has lanes.
 LANES = 16
-# Query heads of one key head. The kernels need room for the scores of all.
+# Query heads that share a key head: MOST_QUERIES of the kernels, which hold the scores of all.
 MOST_GROUPED = 32
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -51,6 +51,7 @@ class Kernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [N, dim] normalised, times weight [dim]."""
+        assert x.dtype == weight.dtype, "the kernels are told addresses, not types"
         out, (rows, dim) = torch.empty_like(x), x.shape
         pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         self._rms_norm(*pointers, rows, dim, eps, torch.get_num_threads())

@@ -24,7 +24,7 @@ from megamor.serve.engine.request import SamplingParams, TokenLogprob
 log = logging.getLogger("megamor.serve")
 
 NO_TOKEN = -1
-"""Instead of a token: the logits are NaN, or -inf for every token, or the request's processor has failed."""
+"""Returned in place of a token when there is none: NaN logits, all of them -inf, or a logits processor that failed."""
 
 
 @dataclass(frozen=True)
