@@ -28,7 +28,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megamor.bench import serve
-from megamor.bench.cases import MODELS, REFERENCE, SIZES, Case, case_of_size
+from megamor.bench.cases import MODELS, REFERENCE, SIZES, Case, case_of_size, check_names
 from megamor.bench.loader import write_documents
 from megamor.bench.measure import Training, within_memory
 from megamor.bench.report import Column, Row, Table, number, provenance, text, write_report
@@ -88,10 +88,11 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
     """Measure as many cases as fit into `args.minutes`; see the module docstring.
 
     Raises:
-        ConfigError: there is a GPU, but it can't be used; or there is no time.
+        ConfigError: there is a GPU, but it can't be used; there is no time; or a case is unknown.
     """
     if not args.minutes > 0:
         raise ConfigError(f"--minutes is {args.minutes}: give a number above 0")
+    check_names(args.cases or (), [task.label for task in tasks(args.toy, args.profile)], "case")
     deadline = time.monotonic() + 60 * args.minutes
     share_compiled_code(Path(tempfile.gettempdir(), f"megamor_inductor_{os.getuid()}"))
     found = {} if args.toy else isolated(probe, LIMIT)
@@ -100,7 +101,8 @@ def run(args: argparse.Namespace, report: dict[str, Any], save: Callable[[], Non
         raise ConfigError(f"the GPU can't be used ({found['error']}); --toy tries the cases on the CPU{log}")
     report |= {"cuda": torch.version.cuda, "probe": found, "toy": "name" not in found, "settings": []}
     report["machine"]["accelerator"] = found.get("name")
-    measure_all(tasks(report["toy"], args.profile), deadline, report, save)
+    planned = tasks(report["toy"], args.profile)
+    measure_all((task for task in planned if args.cases is None or task.label in args.cases), deadline, report, save)
 
 
 def measure_all(

@@ -107,6 +107,7 @@ def gpu_options(parser: argparse.ArgumentParser) -> None:
     """Training and serving of the published sizes on this GPU, decisive cases first, within a time limit."""
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, metavar="T", help="for all cases; others are skipped (default: 9)")
+    add("--cases", nargs="+", metavar="CASE", help="these alone, as in `360m vanilla, eager` (default: all)")
     add("--profile", action="store_true", help="also record which kernels take most of a step")
     add("--toy", action="store_true", help="every case with a tiny model on the CPU; without a GPU always")
 

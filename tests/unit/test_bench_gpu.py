@@ -113,6 +113,15 @@ def test_every_case_with_a_tiny_model(
     assert "None yet" in tables.regenerate("<!-- generated: bench-gpu -->\n<!-- /generated -->\n", tmp_path / "none")
 
 
+def test_the_named_cases_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu_toy.json"
+    bench.main(["gpu", "--toy", "--cases", "135m vanilla", "360m vanilla, eager", "--json", str(out)])
+    cases = json.loads(out.read_text())["settings"][0]["cases"]
+    assert [case["label"] for case in cases] == ["135m vanilla", "360m vanilla, eager"]
+    said = refusal(capsys, bench.main, "gpu", "--toy", "--cases", "135m")
+    assert "unknown case '135m'; choose from 360m vanilla, 360m mor3_expert," in said
+
+
 def test_a_gpu_that_cannot_be_used_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
