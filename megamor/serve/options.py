@@ -48,7 +48,8 @@ class EngineOptions:
     The fields without a line of help are not on the command line. `num_pages` by pool replaces what `kv_memory` would
     give; `max_rows` bounds the tokens in flight (default: room for every resident and two prompt chunks); `end_token`
     ends a continuation unless the request ignores it; `synchronize` waits for the GPU after each batch, so that
-    measured seconds belong to that batch.
+    measured seconds belong to that batch; `read_late` queues the next batches before it reads the tokens that an exit
+    has drawn (default: on a GPU).
 
     Raises:
         ConfigError: a value is out of range.
@@ -68,6 +69,7 @@ class EngineOptions:
     max_rows: int | None = None
     end_token: int | None = None
     synchronize: bool = False
+    read_late: bool | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

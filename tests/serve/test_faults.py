@@ -74,7 +74,7 @@ def test_rows_without_a_token() -> None:
     logits[1, 7], logits[2], logits[3, 2] = math.nan, -math.inf, math.inf
     for settings in ({"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
         params = SamplingParams(seed=1, **settings)
-        found = sample(logits, [Draw(params, 1, 0, [1, 2], 1, banned=(4,))] * 5)
+        found = sample(logits, [Draw(params, 1, 0, [1, 2], 1, banned=(4,))] * 5).tolist()
         assert found[1:4] == [NO_TOKEN, NO_TOKEN, 2], settings
         assert found[0] == found[4] != NO_TOKEN
 

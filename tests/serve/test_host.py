@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamor.errors import ConfigError
 from megamor.model import build_model
-from megamor.serve.engine import runner
+from megamor.routing.plan import Incoming
 from megamor.serve.engine.engine import ServingEngine, kv_bytes
 from megamor.serve.engine.flight import Marks, ScheduledBatch
 from megamor.serve.engine.request import SamplingParams
+from megamor.serve.engine.runner import IncomingMarks
 from megamor.serve.options import CPU_BYTES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, tiny_config
 from tests.serve.test_equality import SERVED
@@ -44,11 +45,13 @@ class Counter(TorchDispatchMode):
         self.depth -= 1
 
 
-def engine_of(router: str, kv_policy: str, residents: int) -> ServingEngine:
+def engine_of(router: str, kv_policy: str, residents: int, read_late: bool | None = None) -> ServingEngine:
     """All residents decode long texts."""
     config = tiny_config(ROUTERS[router], kv_policy)
     config = replace(config, model=replace(config.model, max_seq_len=128), data=replace(config.data, seq_len=128))
-    options = EngineOptions(max_resident=residents, hold=1, kv_memory=1 << 26, prefix_caching=False)
+    options = EngineOptions(
+        max_resident=residents, hold=1, kv_memory=1 << 26, prefix_caching=False, read_late=read_late
+    )
     engine = ServingEngine(build_model(config), options)
     for seed in range(residents):
         engine.add_request([seed % 97] * 8, SamplingParams(max_tokens=100, seed=seed, ignore_eos=True))
@@ -88,6 +91,37 @@ def test_a_replayed_launch_dispatches_few_operations(router: str) -> None:
         if decodes(engine, 5, step):
             counts.append(counter.count)
     assert 0 < max(counts) <= MOST_OPERATIONS
+
+
+@pytest.mark.parametrize(("router", "entry_reads"), [("token_choice", []), ("skip_forward_recurse", ["read"])])
+def test_the_host_queues_a_cycle_before_it_reads_its_tokens(
+    router: str, entry_reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are read while the next core batch runs. Only routers that decide about the first recursion make it wait
+    sooner."""
+    events = list[str]()
+
+    def noted(owner: Any, name: str, event: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (events.append(event), function(*args))[1])
+
+    noted(Incoming, "tolist", "read")
+    engine = engine_of(router, "recursion_wise", 5, read_late=True)
+    engine.record_graphs(lambda run: (out := run(), lambda: out.copy_(run())))
+    for kind in ("enter", "core", "exit"):
+        noted(engine.runner, kind, kind)
+    while engine.accounting.total.launches["core"] < 40:
+        engine.step()
+    cycle = ["exit", "enter", *entry_reads, "core", "read", "read"]
+    after = events[events.index("exit") :][: 8 * len(cycle)]
+    assert after == 8 * cycle
+    # Read at once, the tokens of an exit are known before anything else begins.
+    engine = engine_of(router, "recursion_wise", 5, read_late=False)
+    events.clear()
+    while not engine.accounting.total.generated_tokens:
+        events.append("step")
+        engine.step()
+    assert events[-2:] == ["step", "read"]
 
 
 def fastest(function: Callable[[], object], times: int = 300) -> float:
@@ -141,7 +175,8 @@ def test_microseconds_of_a_launch_on_the_host() -> None:
 
         with torch.inference_mode():
             parts = [fastest(build), fastest(schedule), min(completed)]
-            parts.append(fastest(lambda: runner.marks_of([(40, torch.ones(40) > 0), (20, torch.ones(20) > 0)])))
+            outcomes = [(40, torch.ones(40) > 0), (20, torch.ones(20) > 0)]
+            parts.append(fastest(lambda: IncomingMarks(64, outcomes).read()))
     finally:
         torch.set_num_threads(threads)
     assert len(batch.depths) == 3

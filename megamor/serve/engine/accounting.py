@@ -20,8 +20,8 @@ class Accounting:
         self.core, self.boundary = LineFit(), LineFit()
         self.last_exit = (0, 0.0)
 
-    def count(self, batch: ScheduledBatch, seconds: float) -> None:
-        """Count a batch that has run and isn't completed yet."""
+    def count(self, batch: ScheduledBatch, seconds: float, timed: bool = True) -> None:
+        """Count a batch that has run and isn't completed yet. `timed`: nothing else ran in these seconds."""
         kind, total, rows = batch.kind, self.total, len(batch.slots)
         total.launches[kind] += 1
         total.rows[kind] += rows
@@ -29,7 +29,8 @@ class Accounting:
         if kind == "core":
             total.width_counts[rows] += 1
             total.mixed_depths[len(batch.depths)] += 1
-            self.core.add(rows, seconds)
+            if timed:
+                self.core.add(rows, seconds)
         elif kind == "exit":
             for depth in self.scheduler.flight.rows[DEPTH, batch.slots].tolist():
                 total.depth_counts[depth] += 1
@@ -39,7 +40,7 @@ class Accounting:
             # The prediction is about decoding, where as many tokens enter as have left. A boundary with a prompt chunk
             # in its entry batch is wider on one side and would distort the line.
             left, before = self.last_exit
-            if left == rows:
+            if left == rows and timed:
                 self.boundary.add(rows, before + seconds)
             self.last_exit = 0, 0.0
 

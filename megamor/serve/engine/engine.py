@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -12,9 +12,10 @@ import torch
 
 from megamor.errors import ConfigError
 from megamor.model import Transformer
+from megamor.routing.plan import Incoming
 from megamor.serve.engine.accounting import Accounting
 from megamor.serve.engine.cpu_kernels import Kernels, kernels_for
-from megamor.serve.engine.flight import Chunk, ScheduledBatch, SequenceState
+from megamor.serve.engine.flight import UNREAD_TOKEN, Chunk, Marks, ScheduledBatch, SequenceState
 from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.packed import packed, why_not_packed
@@ -34,6 +35,8 @@ from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 NUMERIC_ERROR = "no next token: the logits are not numbers, or a logits_processor failed or excluded every token"
 # Core batches after which the engine decides again how long to hold exits.
 ADAPT_EVERY = 256
+# Where the host runs ahead of a GPU, one in so many core batches and the boundary after it are timed, waiting for each.
+TIME_EVERY = 32
 # A sequence's number has its turn above these bits, and its order of arrival in them.
 TURN_BITS = 40
 
@@ -51,8 +54,13 @@ class Request:
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
 
 
-# A token that was drawn, and its log-probability if the request asks for it.
-Sampled = tuple[int, TokenLogprob | None]
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens drawn after `chunks`, on their way to the host, and log-probabilities where requests ask for them."""
+
+    chunks: Sequence[Chunk]
+    tokens: Incoming
+    logprobs: Sequence[TokenLogprob | None]
 
 
 class ServingEngine:
@@ -81,6 +89,11 @@ class ServingEngine:
                 "smaller page_size"
             )
         self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, kernels is not None)
+        self.reads_late = self.can_read_late()
+        if self.reads_late:
+            self.runner.drawn = torch.zeros(self.options.max_resident, dtype=torch.int64, device=self.runner.device)
+        self.drawn: Drawn | None = None
+        """Tokens that the host hasn't read yet, from the last exit."""
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
             self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
@@ -108,9 +121,17 @@ class ServingEngine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def can_read_late(self) -> bool:
+        """Whether batches are queued before the tokens of the last exit are read."""
+        asked = self.options.read_late
+        stage = self.model.stage
+        # A router that hashes the text needs the tokens on the host.
+        reads_text = stage is not None and stage.router.reads_text
+        return not reads_text and (self.runner.device.type == "cuda" if asked is None else asked)
+
     def record_graphs(self, record: Record) -> None:
-        """From now on replay batches of up to `max_resident` rows as graphs."""
-        self.runner.record_graphs(min(self.options.max_resident, self.options.num_slots), record)
+        """From now on replay batches as graphs."""
+        self.runner.record_graphs(self.options.num_slots, record)
 
     def split_memory(self, memory: int) -> dict[str, int]:
         """Pages of each pool in `memory` bytes, such that both run out after about the same number of tokens.
@@ -187,57 +208,96 @@ class ServingEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Run one batch and return its outputs."""
-        begin = time.perf_counter()
+        """Run one batch and return what is known of its outputs, and of earlier ones."""
+        begin, total = time.perf_counter(), self.accounting.total
+        # What is drawn next depends on the tokens before, and so does who has ended.
+        outputs = self.read_drawn() if self.scheduler.exits_next else []
         batch = self.scheduler.next()
         if batch is None:
-            return []
+            return outputs + self.read_drawn()
         scheduled = time.perf_counter()
-        kept, sampled = None, dict[Chunk, Sampled]()
+        kept: Marks | None = None
         if batch.kind == "entry":
-            kept = self.runner.enter(batch)
+            kept = self.runner.enter(batch).read()
         elif batch.kind == "core":
-            kept = self.runner.core(batch)
+            incoming = self.runner.core(batch)
+            # Meanwhile the device computes.
+            outputs += self.read_drawn()
+            kept = incoming.read()
         else:
-            sampled = self.leave(batch)
-        if self.options.synchronize and self.runner.device.type == "cuda":
+            self.drawn = self.leave(batch)
+        timed = self.synchronizes
+        if timed and self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
-        # The host may be ahead of a GPU here: only a batch that had to know which rows continue, or which tokens were
-        # drawn, has waited for it.
         ran = time.perf_counter()
-        self.accounting.count(batch, ran - scheduled)
+        self.accounting.count(batch, ran - scheduled, timed)
         self.scheduler.complete(batch, kept)
-        outputs = self.answer(batch.chunks, sampled) if batch.kind == "exit" else []
-        total = self.accounting.total
+        if batch.kind == "exit":
+            outputs += self.answer_exit(batch)
         if self.options.hold == 0 and batch.kind == "core" and total.launches["core"] % ADAPT_EVERY == 0:
             self.scheduler.hold = self.accounting.best_hold()
         total.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
         return outputs
 
-    def leave(self, batch: ScheduledBatch) -> dict[Chunk, Sampled]:
+    @property
+    def synchronizes(self) -> bool:
+        """Whether a batch now has its seconds to itself: where the host may be ahead of the device, few have."""
+        return (
+            self.options.synchronize or not self.reads_late or self.accounting.total.launches["core"] % TIME_EVERY == 0
+        )
+
+    def leave(self, batch: ScheduledBatch) -> Drawn | None:
         """Run the exit, and draw a token after each chunk that ends its text."""
         x, chunks = self.runner.exit(batch), batch.chunks
         self.read_prompts(chunks, x)
-        ends, rows, first = [], [], 0
+        ends, requests, rows, first = [], [], [], 0
         for chunk in chunks:
             first += chunk.length
             request = self.requests[chunk.sequence.request]
             if chunk.start + chunk.length == len(chunk.sequence.tokens) and request.params.max_tokens > 0:
-                ends.append((chunk, request))
+                ends.append(chunk)
+                requests.append(request)
                 rows.append(first - 1)
         if not ends:
-            return {}
+            return None
         # Norm and head for these rows only: those inside a prompt predict tokens that are known.
         logits = self.model.readout(x[self.runner.cache.tensor(rows)])
-        tokens = sample(logits, [self.draw(chunk.sequence, request) for chunk, request in ends])
-        wanted = [request.params.logprobs for _, request in ends]
-        logprobs: Sequence[TokenLogprob | None] = [None] * len(ends)
+        tokens = sample(
+            logits, [self.draw(chunk.sequence, request) for chunk, request in zip(ends, requests, strict=True)]
+        )
+        if self.runner.drawn is not None:
+            # Where there is none, the sequence ends, but it may enter once more before the host knows.
+            seats = self.runner.cache.tensor([chunk.sequence.seat for chunk in ends])
+            self.runner.drawn.index_copy_(0, seats, tokens.clamp(min=0))
+        incoming, logprobs = Incoming(tokens), list[TokenLogprob | None]([None] * len(ends))
+        wanted = [request.params.logprobs for request in requests]
         if any(count is not None for count in wanted):
-            logprobs = logprobs_of(logits, [max(token, 0) for token in tokens], [count or 0 for count in wanted])
-        return {
-            chunk: (token, None if count is None else logprob)
-            for (chunk, _), token, logprob, count in zip(ends, tokens, logprobs, wanted, strict=True)
-        }
+            found = logprobs_of(
+                logits, [max(token, 0) for token in incoming.tolist()], [count or 0 for count in wanted]
+            )
+            logprobs = [None if count is None else own for own, count in zip(found, wanted, strict=True)]
+        return Drawn(ends, incoming, logprobs)
+
+    def answer_exit(self, batch: ScheduledBatch) -> list[RequestOutput]:
+        """Answer a completed exit, or where tokens are read late, what doesn't depend on them."""
+        ends = self.drawn.chunks if self.drawn else ()
+        drawn_after = {*ends}
+        outputs = [out for chunk in batch.chunks if chunk not in drawn_after for out in self.answer(chunk, None, None)]
+        if not self.reads_late:
+            return outputs + self.read_drawn()
+        for chunk in ends:
+            sequence, request = chunk.sequence, self.requests.get(chunk.sequence.request)
+            if request is not None and sequence.num_new + 1 < request.params.max_tokens:
+                sequence.tokens.append(UNREAD_TOKEN)
+        return outputs
+
+    def read_drawn(self) -> list[RequestOutput]:
+        """Wait for the tokens that were drawn last, if they weren't read yet, and answer."""
+        drawn, self.drawn = self.drawn, None
+        if drawn is None:
+            return []
+        read = zip(drawn.chunks, drawn.tokens.tolist(), drawn.logprobs, strict=True)
+        return [out for chunk, token, logprob in read for out in self.answer(chunk, token, logprob)]
 
     def read_prompts(self, chunks: Sequence[Chunk], x: torch.Tensor) -> None:
         """Log-probabilities of prompt tokens, where requested; x [N, dim] has the rows of `chunks`."""
@@ -265,51 +325,47 @@ class ServingEngine:
         end = self.options.end_token
         return params.stop_token_ids if end is None or params.ignore_eos else (*params.stop_token_ids, end)
 
-    def answer(self, chunks: Sequence[Chunk], sampled: dict[Chunk, Sampled]) -> list[RequestOutput]:
-        """Append the sampled tokens, and finish the continuations that have ended."""
-        outputs, total = [], self.accounting.total
-        for chunk in chunks:
-            sequence = chunk.sequence
-            request = self.requests.get(sequence.request)
-            if request is None:
-                continue  # another continuation has failed in this batch
-            if chunk not in sampled and sequence.unread:
-                continue  # in the middle of the prompt, or of a text that is read again after a preemption
-            new, logprob = sampled.get(chunk, (None, None))
-            reason: FinishReason | None = None
-            read = request.prompt_logprobs.values() if sequence.num_new == 0 else ()
-            if new == NO_TOKEN or any(isnan(each.logprob) for each in read):
-                outputs.append(RequestOutput(sequence.request, sequence.index, (), error=NUMERIC_ERROR))
-                self.abort(sequence.request)
-                continue
-            if new is not None:
-                sequence.tokens.append(new)
-                total.generated_tokens += 1
-                if new in self.stop_tokens(request.params):
-                    reason = "stop"
-            if reason is None and sequence.num_new >= request.params.max_tokens:
-                reason = "length"
-            prompt_logprobs = None
-            if first := sequence.num_new == (new is not None):
-                total.prompt_tokens += sequence.prompt_length
-                total.cached_prompt_tokens += sequence.cached_tokens or 0
-            if first and request.params.prompt_logprobs is not None and sequence.index == 0:
-                prompt_logprobs = None, *(request.prompt_logprobs[row] for row in range(1, sequence.prompt_length))
-            outputs.append(
-                RequestOutput(
-                    sequence.request,
-                    sequence.index,
-                    tokens=() if new is None else (new,),
-                    depths=() if new is None else (sequence.depths[-1],),
-                    logprobs=None if logprob is None else (logprob,),
-                    prompt_logprobs=prompt_logprobs,
-                    cached_tokens=sequence.cached_tokens or 0,
-                    finish_reason=reason,
-                )
-            )
-            if reason is not None:
-                self.release(sequence)
-        return outputs
+    def answer(self, chunk: Chunk, new: int | None, logprob: TokenLogprob | None) -> Iterator[RequestOutput]:
+        """Append the token `new` drawn after a chunk, if there is one, and finish the continuation if it has ended."""
+        sequence, total = chunk.sequence, self.accounting.total
+        request = self.requests.get(sequence.request)
+        if request is None or sequence not in request.open:
+            return  # given up, or another continuation has failed
+        if new is None and sequence.unread:
+            return  # in the middle of the prompt, or of a text that is read again after a preemption
+        if sequence.tokens[-1] == UNREAD_TOKEN:
+            sequence.tokens.pop()
+        read = request.prompt_logprobs.values() if sequence.num_new == 0 else ()
+        if new == NO_TOKEN or any(isnan(each.logprob) for each in read):
+            self.abort(sequence.request)
+            yield RequestOutput(sequence.request, sequence.index, (), error=NUMERIC_ERROR)
+            return
+        reason: FinishReason | None = None
+        if new is not None:
+            sequence.tokens.append(new)
+            total.generated_tokens += 1
+            if new in self.stop_tokens(request.params):
+                reason = "stop"
+        if reason is None and sequence.num_new >= request.params.max_tokens:
+            reason = "length"
+        prompt_logprobs = None
+        if first := sequence.num_new == (new is not None):
+            total.prompt_tokens += sequence.prompt_length
+            total.cached_prompt_tokens += sequence.cached_tokens or 0
+        if first and request.params.prompt_logprobs is not None and sequence.index == 0:
+            prompt_logprobs = None, *(request.prompt_logprobs[row] for row in range(1, sequence.prompt_length))
+        if reason is not None:
+            self.release(sequence)
+        yield RequestOutput(
+            sequence.request,
+            sequence.index,
+            tokens=() if new is None else (new,),
+            depths=() if new is None else (sequence.depths[-1],),
+            logprobs=None if logprob is None else (logprob,),
+            prompt_logprobs=prompt_logprobs,
+            cached_tokens=sequence.cached_tokens or 0,
+            finish_reason=reason,
+        )
 
     def release(self, sequence: SequenceState) -> None:
         """Free what a finished or aborted continuation holds."""

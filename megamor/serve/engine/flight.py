@@ -24,6 +24,8 @@ PageIds = NDArray[np.int32]
 # The rows of `Flight.rows`, and of `Flight.launch` with those that say where a row writes and what it reads.
 SLOT, POSITION, SEAT, RECURSION, LEAST, MOST, TOKEN, DEPTH, ACTIVE, OWNER, ADDRESS, END, BEGIN, TEXT = range(14)
 NUM_KEPT, NUM_COLUMNS = OWNER, TEXT + 1
+# In place of a token that was drawn but not read from the device yet.
+UNREAD_TOKEN = -1
 
 
 @dataclass(eq=False)

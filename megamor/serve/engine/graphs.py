@@ -26,12 +26,43 @@ NO_RECURSION = -1
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 
 
-class RecordedGraph(NamedTuple):
-    """A recorded batch of fixed width: its `numbers` [NUM_COLUMNS, width] and its result `out`, a row for each."""
+class SentNumbers:
+    """The numbers [NUM_COLUMNS, width] of a batch in memory that a graph reads."""
 
-    numbers: Tensor
+    def __init__(self, numbers: Ints, device: torch.device) -> None:
+        self.there = to_device(numbers, device)
+        # Pinned, and used again for each batch: allocating it and copying twice took longer than launching the graph.
+        self.here = torch.empty(self.there.shape, dtype=self.there.dtype, pin_memory=device.type == "cuda")
+        self.array: Ints = self.here.numpy()
+        self.sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def send(self, numbers: Ints, padding: Ints) -> None:
+        """Copy `numbers` [NUM_COLUMNS, N], and `padding` in the columns behind them."""
+        if self.sent is not None:
+            self.sent.synchronize()  # the host may be ahead of the copy before
+        count = numbers.shape[1]
+        self.array[:, :count], self.array[:, count:] = numbers, padding[:, count : self.array.shape[1]]
+        self.there.copy_(self.here, non_blocking=True)
+        if self.sent is not None:
+            self.sent.record()
+
+
+class RecordedGraph(NamedTuple):
+    """A recorded batch of fixed width: its `numbers` and its result `out`, a row for each."""
+
+    numbers: SentNumbers
     out: Tensor
     replay: Callable[[], object]
+
+
+def graph_widths(widest: int) -> list[int]:
+    """Widths of graphs for batches of up to `widest` rows: 1, 2, 4, multiples of 8, and from 64 on steps of a quarter
+    to an eighth."""
+    # Rows of padding cost little. More widths would take more GPU memory and more time to record.
+    widths = [1, 2, 4, 8]
+    while widths[-1] < widest:
+        widths.append(widths[-1] + max(8, (1 << widths[-1].bit_length() - 1) // 4))
+    return sorted({min(width, widest) for width in widths})
 
 
 class BatchGraphs:
@@ -50,8 +81,7 @@ class BatchGraphs:
         device: torch.device,
         record: Record,
     ) -> None:
-        # Steps of 8 keep padding small. More widths would take more GPU memory and more time to record.
-        self.widths: list[int] = sorted({min(width, widest) for width in (1, 2, 4, *range(8, widest + 8, 8))})
+        self.widths = graph_widths(widest)
         self.padding = {kind: np.zeros((NUM_COLUMNS, self.widths[-1]), np.int64) for kind in nowhere}
         self.recorded: dict[tuple[Kind, int], RecordedGraph] = {}
         for kind, numbers in self.padding.items():
@@ -61,10 +91,10 @@ class BatchGraphs:
             compute(kind, to_device(numbers[:, :1], device))
         for width in reversed(self.widths):  # The widest first: the others fit into the memory it needs.
             for kind, numbers in self.padding.items():
-                buffer = to_device(numbers[:, :width], device)
+                sent = SentNumbers(numbers[:, :width], device)
                 self.recorded[kind, width] = RecordedGraph(
-                    buffer,
-                    *record(lambda kind=kind, buffer=buffer: compute(kind, buffer)),  # type: ignore[misc]
+                    sent,
+                    *record(lambda kind=kind, buffer=sent.there: compute(kind, buffer)),  # type: ignore[misc]
                 )
 
     def fits(self, num_rows: int) -> bool:
@@ -76,8 +106,7 @@ class BatchGraphs:
         count = numbers.shape[1]
         width = next(width for width in self.widths if width >= count)
         graph = self.recorded[kind, width]
-        padded = np.concatenate((numbers, self.padding[kind][:, count:width]), 1)
-        graph.numbers.copy_(to_device(padded, graph.numbers.device))
+        graph.numbers.send(numbers, self.padding[kind])
         graph.replay()
         return graph.out[:count]
 

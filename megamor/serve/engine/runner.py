@@ -24,13 +24,16 @@ from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.model.recursion import combine, weighted
 from megamor.routing import MarkedSet, Mix, RoutingPlan, RoutingSession
+from megamor.routing.plan import Incoming
 from megamor.routing.random import text_keys
 from megamor.serve.engine.cache import BlockCall, PagedCache, Rows
 from megamor.serve.engine.flight import (
     ACTIVE,
     RECURSION,
+    SEAT,
     TEXT,
     TOKEN,
+    UNREAD_TOKEN,
     Chunk,
     Flight,
     Ints,
@@ -90,6 +93,10 @@ class Runner:
         self.mixes: dict[int, Mix] = {}
         # The session of the last entry batch. It serves as the pattern for sessions of other rows.
         self.session: RoutingSession | None = None
+        # Whether the router decides who takes the first recursion.
+        self.asks_first = True
+        # By seat, the last token of each sequence, if the host may not have read it when the sequence enters again.
+        self.drawn: Tensor | None = None
         self.graphs: BatchGraphs | None = None
 
     def chain(self, name: str) -> Iterator[tuple[nn.Module, Sequence[Tensor], bool]]:
@@ -139,37 +146,35 @@ class Runner:
 
     # Batches.
 
-    def enter(self, batch: ScheduledBatch) -> Marks:
+    def enter(self, batch: ScheduledBatch) -> IncomingMarks:
         """Embedding, prelude and routing; returns which rows take the first recursion."""
         self.cache.send_tables()
         self.cache.copy(batch.copies)
         numbers, stage = self.edge_numbers(batch.slots), self.model.stage
         if stage is not None and stage.router.reads_text:
             numbers[TEXT] = text_column(batch.chunks)
-        kept = self.run("entry", numbers)
+        kept, count = self.run("entry", numbers), len(batch.slots)
         if stage is None:
-            return np.zeros(len(batch.slots), np.bool_)
-        return marks_of([(len(batch.slots), kept)])
+            return IncomingMarks(count, [])
+        # A graph has an answer for every row, also where the router doesn't ask.
+        return IncomingMarks(count, [(count, kept if self.asks_first else None)])
 
-    def core(self, batch: ScheduledBatch) -> Marks:
+    def core(self, batch: ScheduledBatch) -> IncomingMarks:
         """One recursion for every row; returns which rows take the next."""
-        kept = np.zeros(len(batch.slots), np.bool_)
+        count = len(batch.slots)
         # Nobody has to ask who takes a recursion after the last.
         ends = batch.bounds[self.layers.num_recursions - 1]
         numbers = self.core_numbers(batch.slots, 0)
-        if self.layers.uniform and self.graphs is not None and self.graphs.fits(len(kept)):
+        if self.layers.uniform and self.graphs is not None and self.graphs.fits(count):
             # Stopped rows (policy full) belong to no recursion here.
             numbers[RECURSION, numbers[ACTIVE] == 0] = NO_RECURSION
             found = self.graphs.run("core", numbers)
-            if ends:
-                kept[:ends] = marks_of([(ends, found[:ends])])
-            return kept
+            return IncomingMarks(count, [(ends, found[:ends])] if ends else [])
         rows = self.cache.rows(numbers)
         groups = self.group_by_depth(batch, rows, numbers)
         parts = torch.split(self.run_core(groups, batch, rows, numbers), [len(group.stream) for group in groups])
         outcomes = [(len(y), self.finish_recursion(group, y)) for group, y in zip(groups, parts, strict=True)]
-        kept[:ends] = marks_of(outcomes if ends == len(kept) else outcomes[:-1])
-        return kept
+        return IncomingMarks(count, outcomes if ends == count else outcomes[:-1])
 
     def exit(self, batch: ScheduledBatch) -> Tensor:
         """The coda: [rows of all chunks, dim]."""
@@ -228,7 +233,10 @@ class Runner:
 
     def enter_rows(self, rows: Rows, call: BlockCall) -> Tensor | None:
         """Which rows [N] take the first recursion; None for all, and for a model without a core."""
-        x = self.run_blocks("prelude", self.model.embedded(rows.numbers[TOKEN]), call)
+        tokens = rows.numbers[TOKEN]
+        if self.drawn is not None:
+            tokens = tokens.where(tokens != UNREAD_TOKEN, self.drawn.index_select(0, rows.numbers[SEAT]))
+        x = self.run_blocks("prelude", self.model.embedded(tokens), call)
         self.put("stream", rows.slots, x)
         stage = self.model.stage
         if stage is None:
@@ -239,7 +247,9 @@ class Runner:
             self.put("emitted", rows.slots, torch.zeros_like(x))
         context = replace(rows.context, text=rows.numbers[TEXT]) if stage.router.reads_text else rows.context
         session = self.session = stage.begin(x, context)
-        return self.route(session, 0, x, rows, None)
+        kept = self.route(session, 0, x, rows, None)
+        self.asks_first = kept is not None
+        return kept
 
     def exit_rows(self, rows: Rows, call: BlockCall) -> Tensor:
         """The coda's result [N, dim]."""
@@ -354,16 +364,26 @@ class Runner:
         return replace(MarkedSet.of(self.all_rows[:count]), kept=marks)
 
 
-def marks_of(outcomes: Sequence[tuple[int, Tensor | None]]) -> Marks:
-    """The marks [n] of all `outcomes`, each with their number; None marks all."""
-    # The only place where a batch waits for the device: one transfer, however many depths share the batch.
-    asked = [kept for _, kept in outcomes if kept is not None]
-    found = np.array(torch.cat(asked).tolist() if asked else (), np.bool_)
-    if len(asked) == len(outcomes):
-        return found
-    marks = np.ones(sum(count for count, _ in outcomes), np.bool_)
-    marks[np.concatenate([np.full(count, kept is not None) for count, kept in outcomes])] = found
-    return marks
+class IncomingMarks:
+    """Which of the `count` rows of a batch take the next recursion: the marks of `outcomes`, each with their number, in
+    order. None marks all; rows beyond the last outcome are not marked.
+    """
+
+    # A batch waits for the device in `read` only: for one transfer, however many depths share the batch.
+    def __init__(self, count: int, outcomes: Sequence[tuple[int, Tensor | None]]) -> None:
+        self.count, self.sizes = count, [(size, kept is not None) for size, kept in outcomes]
+        asked = [kept for _, kept in outcomes if kept is not None]
+        self.incoming = Incoming(torch.cat(asked) if len(asked) > 1 else asked[0]) if asked else None
+
+    def read(self) -> Marks:
+        """The marks [count], once they have arrived."""
+        marks = np.zeros(self.count, np.bool_)
+        found = np.array(self.incoming.tolist() if self.incoming else (), np.bool_)
+        first = taken = 0
+        for size, asked in self.sizes:
+            marks[first : first + size] = found[taken : taken + size] if asked else True
+            first, taken = first + size, taken + size * asked
+        return marks
 
 
 def text_column(chunks: Sequence[Chunk]) -> Ints:

@@ -52,8 +52,11 @@ class Draw:
         return bool(self.banned or p.logits_processor or p.logit_bias or penalties)
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token for each row of logits [M, vocab], fp32 or fp64, or `NO_TOKEN`. The logits themselves are not changed."""
+def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """A token for each row of logits [M, vocab], fp32 or fp64, or `NO_TOKEN`: [M], without waiting for the device.
+
+    The logits themselves are not changed.
+    """
     logits = adjusted(logits, draws)
     best, tokens = logits.max(-1)
     if noisy := [row for row, draw in enumerate(draws) if draw.params.temperature > 0]:
@@ -62,7 +65,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
         best, tokens = (all_.index_copy(0, rows, own) for all_, own in zip((best, tokens), chosen.max(-1), strict=True))
     # The maximum of a row with NaN is NaN, which is not greater either.
-    return tokens.where(best > float("-inf"), NO_TOKEN).tolist()
+    return tokens.where(best > float("-inf"), NO_TOKEN)
 
 
 def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -44,6 +44,7 @@ from megamor.serve.engine.flight import (
     POSITION,
     RECURSION,
     SEAT,
+    UNREAD_TOKEN,
     Chunk,
     Flight,
     Ints,
@@ -125,9 +126,11 @@ class Scheduler:
         """The next batch; None when there is nothing to do."""
         assert self.running is None, "complete one batch before the next"
         batch = None
-        if self.at_boundary():
-            # Exits first: they free slots and pages, and their sampled tokens can enter in the next step.
-            batch = ScheduledBatch("exit", slots_of(self.leaving), list(self.leaving)) if self.leaving else self.enter()
+        # Exits first: they free slots and pages, and their sampled tokens can enter in the next step.
+        if self.exits_next:
+            batch = ScheduledBatch("exit", slots_of(self.leaving), list(self.leaving))
+        elif self.at_boundary():
+            batch = self.enter()
         if batch is None and len(self.core):
             recursions = self.flight.rows[RECURSION, self.core]
             bounds = recursions.searchsorted(np.arange(self.num_recursions + 1)).tolist()
@@ -139,6 +142,11 @@ class Scheduler:
         """Whether tokens may leave and enter now."""
         # An empty core always is one: nothing else could run.
         return not len(self.core) or (self.options.policy == "depthwise" and self.since_boundary >= self.hold)
+
+    @property
+    def exits_next(self) -> bool:
+        """Whether the next batch is an exit."""
+        return bool(self.leaving) and self.at_boundary()
 
     def complete(self, batch: ScheduledBatch, kept: Marks | None = None) -> None:
         """Record that a batch has run.
@@ -175,7 +183,8 @@ class Scheduler:
         """New chunks: first for residents, decoding before prompts, then for waiting sequences while there is room."""
         entered, copies = list[Chunk](), list[PageCopy]()
         self.budget = self.options.prefill_budget or self.options.num_slots
-        idle = [sequence for sequence in self.residents if sequence.chunk is None]
+        # One that has nothing to read has ended, which the engine will know once it has read the last token.
+        idle = [sequence for sequence in self.residents if sequence.chunk is None and sequence.unread]
         # Decoding before prompts: a long prompt may take all slots, and answers that are being streamed would stall.
         # Then by age, as the oldest must make progress.
         for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
@@ -184,6 +193,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not (self.free_slots and self.budget and len(self.residents) < self.options.max_resident):
                 break
+            if sequence.tokens[-1] == UNREAD_TOKEN:
+                break  # preempted just now; without its token, the prefix cache can't be asked
             # Continuations of one request would all read its prompt at the same time. If they wait for the first of
             # them, they find it in the prefix cache. Others may start meanwhile: only the leader is waited for.
             if sequence.leader is not None and self.is_reading_prompt(sequence.leader):
