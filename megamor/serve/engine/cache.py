@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from megamor.serve.engine.flight import (
     Flight,
     Ints,
     Marks,
+    integers,
 )
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.prefix import PageCopy
@@ -100,7 +100,7 @@ class PagedCache:
         # On a CPU this is the scheduler's own memory; elsewhere a copy, to which only changes are sent.
         self.tables = torch.from_numpy(flight.pages)
         if self.device.type != "cpu":
-            self.tables = torch.zeros_like(self.tables, device=self.device)
+            self.tables = torch.zeros_like(self.tables, dtype=torch.int64, device=self.device)
         positions = torch.arange(config.max_seq_len, device=self.device)
         angles = [rotary_angles(positions, config, self.dtype, slides) for slides in self.sights]
         self.angles = [(own.cos, own.signed_sin) for own in angles]
@@ -119,14 +119,10 @@ class PagedCache:
 
     def send_tables(self) -> None:
         """Send the changes of the page tables to the device."""
-        changes, self.flight.changes = self.flight.changes, []
+        changes, self.flight.changes = self.flight.changes, {}
         if self.device.type != "cpu" and changes:
-            columns = np.concatenate([np.arange(first, end) for _, first, end in changes])
-            rows = np.repeat([row for row, *_ in changes], [end - first for _, first, end in changes])
-            # A place may be among them twice, and copies are in no order: so each gets the latest page.
-            pages = self.flight.pages[rows, columns]
-            places, new = self.tensor(np.stack((rows * self.tables.shape[1] + columns, pages)))
-            self.tables.view(-1).index_copy_(0, places, new.to(self.tables.dtype))
+            places, pages = self.tensor(integers((changes.keys(), changes.values())).reshape(2, -1))
+            self.tables.view(-1).index_copy_(0, places, pages)
 
     def block_call(self, rows: Rows, numbers: Ints | None = None, nowhere: int = -1) -> BlockCall:
         """How blocks are called on `rows`, whose `numbers` may depend on the batch. In a graph (None) they may not."""

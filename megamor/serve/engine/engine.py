@@ -261,14 +261,15 @@ class ServingEngine:
         if not ends:
             return None
         # Norm and head for these rows only: those inside a prompt predict tokens that are known.
-        logits = self.model.readout(x[self.runner.cache.tensor(rows)])
+        seats = [chunk.sequence.seat for chunk in ends]
+        places = self.runner.cache.tensor([rows, seats])
+        logits = self.model.readout(x if len(rows) == len(x) else x[places[0]])
         tokens = sample(
             logits, [self.draw(chunk.sequence, request) for chunk, request in zip(ends, requests, strict=True)]
         )
         if self.runner.drawn is not None:
             # Where there is none, the sequence ends, but it may enter once more before the host knows.
-            seats = self.runner.cache.tensor([chunk.sequence.seat for chunk in ends])
-            self.runner.drawn.index_copy_(0, seats, tokens.clamp(min=0))
+            self.runner.drawn.index_copy_(0, places[1], tokens.clamp(min=0))
         incoming, logprobs = Incoming(tokens), list[TokenLogprob | None]([None] * len(ends))
         wanted = [request.params.logprobs for request in requests]
         if any(count is not None for count in wanted):

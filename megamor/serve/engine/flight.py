@@ -100,7 +100,7 @@ class ScheduledBatch:
         return [r for r, (first, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)) if first < end]
 
 
-def integers(parts: Iterable[Sequence[int]]) -> Ints:
+def integers(parts: Iterable[Iterable[int]]) -> Ints:
     """The integers of all `parts`, in order."""
     return np.fromiter(chain.from_iterable(parts), np.int64)
 
@@ -136,8 +136,8 @@ class Flight:
         for table, spec in enumerate(specs):
             if spec.recursion >= 0:
                 self.table_of[spec.recursion] = table
-        # Rows of `pages` and the columns (first, end) that have changed, for a copy on a device.
-        self.changes: list[tuple[int, int, int]] = []
+        # What has changed in `pages`, by place in the flattened array, for a copy on a device.
+        self.changes: dict[int, int] = {}
 
     def seat(self, seat: int, tables: Sequence[PageTable], depths: Sequence[int]) -> None:
         """A sequence takes `seat`; `depths` are those of the tokens in its `tables`."""
@@ -150,7 +150,8 @@ class Flight:
         """Take over the pages of a table from index `first` on."""
         row = table * self.num_seats + seat
         self.pages[row, first : len(pages)] = pages[first:]
-        self.changes.append((row, first, len(pages)))
+        begin = row * self.pages.shape[1]
+        self.changes.update(zip(range(begin + first, begin + len(pages)), pages[first:], strict=True))
 
     def enter(self, slots: Ints, seats: Ints, starts: Ints, positions: Ints, tokens: Ints, most: Ints) -> None:
         """Tokens without a lower bound enter, in chunks that begin at `starts`; nothing says yet what they take."""

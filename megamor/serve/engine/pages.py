@@ -86,6 +86,11 @@ class PageBook:
         """Pages of each pool for a sequence of `num_tokens` that all take `max_depth` recursions."""
         return self.missing([PageTable() for _ in self.specs], num_tokens, max_depth)
 
+    def holds(self, tables: Sequence[PageTable], num_tokens: int) -> bool:
+        """Whether `tables` have pages for `num_tokens` more tokens, whatever these take."""
+        size = self.page_size
+        return all(len(table.pages) * size >= table.length + num_tokens for table in tables)
+
     def missing(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> dict[str, int]:
         """Pages of each pool that `tables` lack for `num_tokens` more tokens, if all took `max_depth` recursions."""
         needed = dict.fromkeys(self.pools, 0)
@@ -112,9 +117,10 @@ class PageBook:
     def trim(self, tables: Sequence[PageTable]) -> None:
         """Give back the reserved pages that turned out not to be needed."""
         # At once, rather than keeping them for the next chunk: others may be waiting for pages.
+        size = self.page_size
         for spec, table in zip(self.specs, tables, strict=True):
-            kept = self.pages_for(table.length)
-            if kept < len(table.pages):
+            if len(table.pages) * size >= table.length + size:  # rarely
+                kept = self.pages_for(table.length)
                 self.pools[spec.pool].release(table.pages[kept:])
                 del table.pages[kept:]
 

@@ -267,8 +267,8 @@ class Scheduler:
         Returns the number of tokens there is room for, 0 if the sequence must wait for older ones to finish.
         """
         count = self.chunk_length(sequence.unread)
-        if not any(self.book.missing(sequence.tables, count, sequence.max_depth).values()):
-            return count
+        if self.book.holds(sequence.tables, count):
+            return count  # the usual case: one token, and room in the last page of each table
         while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
