@@ -169,7 +169,7 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
 class KernelLayout:
     """An `AttentionLayout` for the kernel that reads pages in place: row i sees ends[i] entries of tables[owners[i]].
 
-    tables [M, pages] int32; owners and ends [N] int64. With `begins` [N] it sees only those from begins[i] on. `starts`
+    tables [M, pages], owners and ends [N] are int64. With `begins` [N] it sees only those from begins[i] on. `starts`
     as in `paged_attention`.
     """
 
