@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megamor import __version__
 from megamor.checkpoint.layout import CHAT_TEMPLATE_FILE, END_OF_TEXT_FILE, TOKENIZER_FILE
 from megamor.codec import EndOfText, TextCodec
 from megamor.config import Config, CustomRouterConfig, config_from_dict, config_to_dict
@@ -233,7 +233,7 @@ def code_files() -> dict[str, str]:
     transformers follows relative imports only within one directory, so `megamor.model.blocks` becomes
     `model_blocks.py` and its imports from megamor become relative ones.
     """
-    note = f"# Copied by megamor {metadata.version('megamor')} from %s. Change it there and export again.\n"
+    note = f"# Copied by megamor {__version__} from %s. Change it there and export again.\n"
     files: dict[str, str] = {}
     waiting = [CODE_MODULE]
     while waiting:
