@@ -86,11 +86,6 @@ class PageBook:
         """Pages of each pool for a sequence of `num_tokens` that all take `max_depth` recursions."""
         return self.missing([PageTable() for _ in self.specs], num_tokens, max_depth)
 
-    def holds(self, tables: Sequence[PageTable], num_tokens: int) -> bool:
-        """Whether `tables` have pages for `num_tokens` more tokens, whatever these take."""
-        size = self.page_size
-        return all(len(table.pages) * size >= table.length + num_tokens for table in tables)
-
     def missing(self, tables: Sequence[PageTable], num_tokens: int, max_depth: int) -> dict[str, int]:
         """Pages of each pool that `tables` lack for `num_tokens` more tokens, if all took `max_depth` recursions."""
         needed = dict.fromkeys(self.pools, 0)

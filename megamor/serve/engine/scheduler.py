@@ -31,7 +31,7 @@ sequence finishes.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -184,12 +184,14 @@ class Scheduler:
         entered, copies = list[Chunk](), list[PageCopy]()
         self.budget = self.options.prefill_budget or self.options.num_slots
         # One that has nothing to read has ended, which the engine will know once it has read the last token.
-        idle = [sequence for sequence in self.residents if sequence.chunk is None and sequence.unread]
         # Decoding before prompts: a long prompt may take all slots, and answers that are being streamed would stall.
         # Then by age, as the oldest must make progress.
-        for sequence in sorted(idle, key=lambda sequence: (sequence.unread > 1, sequence.number)):
-            if self.free_slots and sequence.state == "resident" and (count := self.reserve(sequence)):
-                entered.append(self.begin(sequence, count))
+        idle = sorted((s.unread > 1, s.number, s) for s in self.residents if s.chunk is None and s.unread)
+        for (reads_prompt, _, sequence), roomy in zip(idle, self.with_room(s for _, _, s in idle), strict=True):
+            if self.free_slots and sequence.state == "resident":
+                count = 1 if roomy and not reads_prompt else self.reserve(sequence)
+                if count:
+                    entered.append(self.begin(sequence, count))
         for sequence in list(self.waiting):
             if not (self.free_slots and self.budget and len(self.residents) < self.options.max_resident):
                 break
@@ -208,6 +210,13 @@ class Scheduler:
         # A sequence that was given a chunk above may have been preempted for an older one afterwards.
         chunks = [chunk for chunk in entered if chunk.sequence.chunk is chunk]
         return ScheduledBatch("entry", self.place(chunks), chunks, copies) if chunks else None
+
+    def with_room(self, sequences: Iterable[SequenceState]) -> Marks:
+        """Of residents whose tables were trimmed: whether all tables have room for a token without another page."""
+        seats, reads = integers((s.seat, s.num_read) for s in sequences).reshape(-1, 2).T
+        filled = self.flight.before[:-1, seats, reads] % self.options.page_size
+        roomy: Marks = np.all(filled > 0, axis=0)
+        return roomy
 
     def is_reading_prompt(self, leader: SequenceState) -> bool:
         """Whether the prompt of `leader` is not in the prefix cache yet, but soon will be."""
@@ -267,8 +276,8 @@ class Scheduler:
         Returns the number of tokens there is room for, 0 if the sequence must wait for older ones to finish.
         """
         count = self.chunk_length(sequence.unread)
-        if self.book.holds(sequence.tables, count):
-            return count  # the usual case: one token, and room in the last page of each table
+        if not any(self.book.missing(sequence.tables, count, sequence.max_depth).values()):
+            return count
         while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
@@ -294,13 +303,16 @@ class Scheduler:
         """Note the tokens of `chunks` in `flight`, and return their slots."""
         slots, lengths = slots_of(chunks), [chunk.length for chunk in chunks]
         tokens = integers(c.sequence.tokens[c.start : c.start + c.length] for c in chunks)
-        numbers = np.array([(c.sequence.seat, c.start, c.sequence.max_depth) for c in chunks]).repeat(lengths, 0).T
-        offsets = np.concatenate([np.arange(length) for length in lengths]) if len(slots) > len(chunks) else 0
+        numbers = integers((c.sequence.seat, c.start, c.sequence.max_depth) for c in chunks).reshape(-1, 3).T
+        offsets: Ints | int = 0
+        if len(slots) > len(chunks):
+            numbers, offsets = numbers.repeat(lengths, 1), np.concatenate([np.arange(length) for length in lengths])
         self.flight.enter(slots, numbers[0], numbers[1], numbers[1] + offsets, tokens, numbers[2])
         for chunk in chunks:
             for slot in chunk.slots:
                 self.chunk_of[slot] = chunk
-            if known := chunk.sequence.depths[chunk.start : chunk.start + chunk.length]:
+            if len(chunk.sequence.depths) > chunk.start:
+                known = chunk.sequence.depths[chunk.start : chunk.start + chunk.length]
                 # These tokens were read before. Their keys and their continuation were computed at these depths, and
                 # another batch could decide a near tie differently.
                 self.flight.rows[LEAST : MOST + 1, chunk.slots[: len(known)]] = known
@@ -357,10 +369,10 @@ class Scheduler:
             for table, length in zip(sequence.tables, lengths, strict=True):
                 table.length = length
             self.book.trim(sequence.tables)
-            known = max(0, len(sequence.depths) - chunk.start)
-            for row, (depth, least) in enumerate(zip(taken, sequence.depths[chunk.start :], strict=False)):
-                if depth < least:
-                    raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
+            if known := len(sequence.depths) - chunk.start:  # after a preemption
+                for row, (depth, least) in enumerate(zip(taken, sequence.depths[chunk.start :], strict=False)):
+                    if depth < least:
+                        raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
             sequence.depths += taken[known:]
             before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
             if self.options.prefix_caching:
