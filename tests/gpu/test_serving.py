@@ -1,4 +1,4 @@
-"""Serving on a GPU: kernels agree with gathered pages and the model's own blocks, replayed graphs with the reference."""
+"""Serving on a GPU: kernels agree with gathered pages and with blocks, and replayed graphs with the reference."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from megamor.load import cast
 from megamor.model import build_model
 from megamor.serve.engine import attention
 from megamor.serve.engine.engine import ServingEngine
-from megamor.serve.engine.gpu_kernels import GpuKernels, gate_row, norm_row, rotate_and_store
+from megamor.serve.engine.gpu_kernels import gate_row, norm_row, rotate_and_store
 from megamor.serve.engine.packed import PackedBlock, PackedLinear, packed
 from megamor.serve.options import EngineOptions
 from tests.combinations import ROUTERS, lively_model, tiny_config, tokens
@@ -64,7 +64,7 @@ def test_a_gpu_has_stacked_weights_once(monkeypatch: pytest.MonkeyPatch) -> None
     ids = tokens(seed=1, batch=1, length=19)
     with torch.no_grad():
         before = model(ids, mode="causal").logits
-        other = packed(model, GpuKernels())
+        other = packed(model)
         torch.testing.assert_close(other(ids, mode="causal").logits, before, rtol=1e-10, atol=1e-10)
         assert torch.equal(model(ids, mode="causal").logits, before)
     products = [module for module in other.modules() if isinstance(module, PackedLinear)]
