@@ -138,13 +138,14 @@ def loaded_server(arguments: argparse.Namespace) -> FastAPI:
     name = arguments.name or loaded.name
     suffix = f" with exit {rule}" if rule else ""
     weights = next(short for short, long in DTYPES.items() if getattr(torch, long) == dtype)
-    products = f"as stored ({unpacked})" if (unpacked := engine.unpacked) else "prepacked"
+    packing = "stacked" if loaded.model.embed.weight.is_cuda else "prepacked"
+    products = f"as stored ({unpacked})" if (unpacked := engine.unpacked) else packing
     attention = f"; attention by torch ({engine.kernels})" if isinstance(engine.kernels, str) and not unpacked else ""
     print(f"weights in {weights} ({reason}), {products}{attention}", file=sys.stderr)
     print(f"serving {loaded.origin} as {name!r}{suffix}; Ctrl-C stops", file=sys.stderr)
     codec = loaded.codec()
     chat = ChatTemplate.read(loaded.directory / CHAT_TEMPLATE_FILE, codec)
-    del loaded  # with the weights that are prepacked now
+    del loaded  # with the weights that are stored anew
     return create_app(engine, codec, name, server_options(arguments), chat)
 
 

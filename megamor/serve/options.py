@@ -64,7 +64,7 @@ class EngineOptions:
     kv_memory: Annotated[float, "memory for keys and values: 8GiB, or 80% of what a GPU has free", KV_SIZE] = 0.0
     prefix_caching: Annotated[bool, "read every prompt from its first token"] = True
     cuda_graphs: Annotated[bool, "launch kernels one by one on a GPU"] = True
-    prepacked: Annotated[bool, "on a CPU, multiply with the weights as they are stored, which takes less memory"] = True
+    prepacked: Annotated[bool, "multiply with the weights as they are stored: slower, less memory on a CPU"] = True
     num_pages: dict[str, int] | None = None
     max_rows: int | None = None
     end_token: int | None = None

@@ -1,4 +1,4 @@
-"""Serving on a GPU: the paged kernel agrees with gathered pages, and replayed graphs with the reference."""
+"""Serving on a GPU: kernels agree with gathered pages and with blocks, and replayed graphs with the reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from megamor.serve.engine.attention import GatherLayout, fixed_layout
+from megamor.serve.engine.gpu_kernels import GpuKernels
+from megamor.serve.engine.graphs import cuda_recorder
 from megamor.serve.options import POLICIES
 from tests.combinations import ROUTERS, lively_model, tiny_config
+from tests.serve.gpu_blocks import BLOCKS, EXACT, BlockCase, check_norms_and_activations
 from tests.serve.test_equality import SERVED, Schedule, check, expected
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -32,6 +35,23 @@ def test_the_kernel_reads_pages(dtype: torch.dtype, tolerance: float, kv_heads: 
     torch.testing.assert_close(found.attend(q, k, v), wanted, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_norms_and_activations(dtype: torch.dtype) -> None:
+    check_norms_and_activations(dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_packed_block(name: str, dtype: torch.dtype) -> None:
+    BlockCase(name, dtype, torch.device("cuda")).check()
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_a_packed_block_as_a_graph(dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    BlockCase("plain", dtype, device).check_replay(cuda_recorder(device))
+
+
 @pytest.mark.parametrize("kv_policy", SERVED)
 def test_graphs_answer_as_the_reference(kv_policy: str) -> None:
     model = lively_model(tiny_config(ROUTERS["token_choice"], kv_policy, "middle_cycle")).eval()
@@ -39,5 +59,6 @@ def test_graphs_answer_as_the_reference(kv_policy: str) -> None:
     model.to("cuda")
     for policy in POLICIES:
         engine = check(model, Schedule(policy, 3, 4), wanted)
+        assert isinstance(engine.kernels, GpuKernels)
         assert engine.runner.graphs is not None
         assert engine.runner.graphs.recorded

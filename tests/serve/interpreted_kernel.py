@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from megamor.bench.gpu_check import paged
 from megamor.serve.engine import attention
 from megamor.serve.engine.attention import CHUNK_ROWS, GatherLayout, KernelLayout, chunk_starts
+from megamor.serve.engine.gpu_kernels import GpuKernels
+from megamor.serve.engine.packed import PackedBlock
 from megamor.serve.engine.paged_kernel import paged_attention
 from tests.combinations import ROUTERS, lively_model, tiny_config
 from tests.serve.test_equality import Schedule, check, expected
@@ -99,7 +101,7 @@ def test_layouts_agree() -> None:
     ("kv_policy", "recorded"), [("recursion_wise", False), ("share_first", True)], ids=["alone", "as a graph"]
 )
 def test_the_engine_answers_as_the_reference(kv_policy: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole schedule, batch by batch and through the buffers of CUDA graphs."""
+    """A whole schedule, batch by batch and through the buffers of CUDA graphs, with the packed blocks of a GPU."""
     calls = list[int]()
 
     def counted(layout: KernelLayout, *tensors: Tensor) -> Tensor:
@@ -110,6 +112,8 @@ def test_the_engine_answers_as_the_reference(kv_policy: str, recorded: bool, mon
     monkeypatch.setattr(KernelLayout, "attend", counted)
     monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     model = lively_model(tiny_config(ROUTERS["token_choice"], kv_policy, "middle_cycle")).eval()
-    check(model, Schedule("depthwise", 3, 4, recorded=recorded), expected(model))
+    engine = check(model, Schedule("depthwise", 3, 4, recorded=recorded), expected(model))
+    assert isinstance(engine.kernels, GpuKernels)
+    assert any(isinstance(module, PackedBlock) for module in engine.model.modules())
     assert max(calls) > 4
     assert min(calls) == 1

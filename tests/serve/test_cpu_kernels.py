@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from megamor.model.blocks import RotaryAngles
 from megamor.serve.engine import cpu_kernels
+from megamor.serve.engine.attention import PagedKeysValues
 from megamor.serve.engine.cpu_kernels import LANES, Kernels, Sight, compiled, kernels_for
 from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.request import RequestOutput, SamplingParams
@@ -57,6 +58,7 @@ class Cache:
         self.kernels = kernels(dtype, head_dim, heads // kv_heads, page_size)
         self.k_pages = torch.zeros(num_pages, kv_heads, page_size // LANES, head_dim, LANES, dtype=dtype)
         self.v_pages = torch.zeros(num_pages, page_size, kv_heads, head_dim, dtype=dtype)
+        self.pages = PagedKeysValues(self.k_pages, self.v_pages, torch.empty(0), None)
         self.k, self.v = (torch.zeros(num_pages * page_size, kv_heads, head_dim) for _ in "kv")
         self.tables = torch.randperm(num_pages).view(3, -1).int().numpy()
 
@@ -75,7 +77,7 @@ class Cache:
         rotated = angles.rotate(qkv[:, : -self.kv_heads].float()).to(qkv.dtype).float()
         self.k[where], self.v[where] = rotated[:, self.heads :], qkv[:, -self.kv_heads :].float()
         sight = Sight.of(self.tables, where, np.array(owners), np.array(ends), np.array(begins) if window else None)
-        out = self.kernels.attend(qkv, angles, sight, self.k_pages, self.v_pages)
+        out = self.kernels.attend(qkv, angles, sight, self.pages)
         for row, (owner, begin, end) in enumerate(zip(owners, begins, ends, strict=True)):
             seen = self.addresses(owner, np.arange(begin, end))
             keys, values = (store[seen].transpose(0, 1) for store in (self.k, self.v))
@@ -115,7 +117,7 @@ def test_a_row_does_not_depend_on_its_company() -> None:
     def outs(cache: Cache, rows: slice) -> Tensor:
         sight = Sight.of(cache.tables, ends[rows] - 1, np.zeros(40, np.int64)[rows], ends[rows])
         own = RotaryAngles(angles.cos[rows], angles.signed_sin[rows])
-        return cache.kernels.attend(qkv[rows].clone(), own, sight, cache.k_pages, cache.v_pages)
+        return cache.kernels.attend(qkv[rows].clone(), own, sight, cache.pages)
 
     want = torch.cat([outs(alone, slice(row, row + 1)) for row in range(40)])
     assert torch.equal(outs(together, slice(None)), want)

@@ -6,6 +6,7 @@ rows continue, which tokens were sampled) are invented.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megamor.load import cast
 from megamor.model import build_model
 from megamor.routing import plan
-from megamor.serve.engine import attention, paged_kernel, runner
+from megamor.serve.engine import attention, gpu_kernels, paged_kernel, runner
 from megamor.serve.engine import engine as engine_module
 from megamor.serve.engine.engine import ServingEngine
 from megamor.serve.engine.flight import RECURSION
@@ -77,6 +78,23 @@ def kernel(
     return torch.empty_like(q)
 
 
+class Launches:
+    """Replaces a kernel that is launched as `kernel[grid](...)`; checks where its tensors are, and counts launches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        return self.launch
+
+    def launch(self, *arguments: Any, **constants: Any) -> None:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        self.count += 1
+
+
 @pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("router", SERVED_ROUTERS)
@@ -102,6 +120,9 @@ def test_the_host_waits_only_for_rows_and_tokens(
         monkeypatch.setattr(module, "Incoming", Arrived)
     monkeypatch.setattr(attention, "reads_in_place", lambda device: True)
     monkeypatch.setattr(paged_kernel, "paged_attention", kernel)
+    launches = {name: Launches() for name in ("norm_row", "gate_row", "rotate_and_store")}
+    for name, launch in launches.items():
+        monkeypatch.setattr(gpu_kernels, name, launch)
     kv_policy = SERVED[POLICIES.index(policy) % 2]
     model = cast(build_model(tiny_config(ROUTERS[router], kv_policy), device="meta"), torch.bfloat16)
     options = EngineOptions(policy, max_resident=3, chunk_size=4, kv_memory=1 << 22, read_late=recorded)  # type: ignore[arg-type]
@@ -114,11 +135,14 @@ def test_the_host_waits_only_for_rows_and_tokens(
     while engine.has_work:
         before = looks.count
         depths.add(len({*engine.scheduler.flight.rows[RECURSION, engine.scheduler.core].tolist()}))
-        launches = engine.accounting.total.launches["core"]
+        batches = engine.accounting.total.launches["core"]
         outputs += engine.step()
-        if engine.accounting.total.launches["core"] > launches:
+        if engine.accounting.total.launches["core"] > batches:
             assert looks.count - before <= 1 + engine.reads_late
     assert sum(len(output.tokens) for output in outputs) == 5 * 6
+    blocks = launches["gate_row"].count
+    assert (launches["norm_row"].count, launches["rotate_and_store"].count) == (2 * blocks, blocks)
+    assert blocks > 0
     looks.continues = False  # invented rows don't respect bounds
     engine.add_request(PROMPT, SamplingParams(max_tokens=6, temperature=0, max_depth=2))
     while engine.has_work:

@@ -18,12 +18,16 @@ POINTERS, SIZES = ("q", "k", "v", "out"), {"kv_heads": 5, "num_queries": 3, "hea
 
 
 def test_interpreted() -> None:
-    """Run `interpreted_kernel.py` in a new process, because `triton.jit` picks the interpreter at import.
+    interpret("interpreted_kernel.py")
+
+
+def interpret(name: str) -> None:
+    """Run the cases of the file `name` in a new process, because `triton.jit` picks the interpreter at import.
 
     Before 3.7 the interpreter needs a NumPy before 2.4.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    cases = Path(__file__).with_name("interpreted_kernel.py")
+    cases = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(cases)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

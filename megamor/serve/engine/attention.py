@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from megamor.model.blocks import KeysValues, KeyValue
 from megamor.routing.plan import to_device
 from megamor.serve.engine.flight import Ints, PageIds
 
+TRITON = find_spec("triton") is not None
 # Pages up to which the texts of single rows are padded to the longest.
 FEW_PAGES = 4
 # Rows of a prompt's chunk in one program of a GPU. (FlashAttention 2 reads pages too, but of multiples of 256 entries.)
@@ -226,5 +228,5 @@ def fixed_layout(
 
 
 def reads_in_place(device: torch.device) -> bool:
-    """Whether `device` runs the kernel."""
-    return device.type == "cuda"
+    """Whether `device` runs the kernel: a GPU for which Triton is installed, as it is with torch for Linux."""
+    return device.type == "cuda" and TRITON

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megamor.model.blocks import RotaryAngles
+from megamor.serve.engine.attention import PagedKeysValues
 from megamor.serve.engine.flight import Ints, PageIds
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -64,21 +65,21 @@ class Kernels:
         self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, dim, torch.get_num_threads())
         return out
 
-    def attend(self, qkv: Tensor, angles: RotaryAngles, sight: Sight, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, angles: RotaryAngles, layout: Sight, pages: PagedKeysValues) -> Tensor:
         """Rotate queries and keys in qkv [N, heads + 2 · kv_heads, head_dim], store, attend: [N, heads · head_dim].
 
-        k_pages [pages, kv_heads, page_size / LANES, head_dim, LANES] and v_pages [pages, page_size, kv_heads,
-        head_dim]; qkv is changed.
+        k of the pages is [pages, kv_heads, page_size / LANES, head_dim, LANES]; all rows write, to the addresses of
+        `layout`. qkv is changed.
         """
         rows, width, head_dim = qkv.shape
-        page_size, kv_heads = v_pages.shape[1:3]
+        page_size, kv_heads = pages.v.shape[1:3]
         heads, threads = width - 2 * kv_heads, torch.get_num_threads()
-        k, v, sizes = k_pages.data_ptr(), v_pages.data_ptr(), (rows, heads, kv_heads, head_dim, page_size)
-        pointers = qkv.data_ptr(), angles.cos.data_ptr(), angles.signed_sin.data_ptr(), sight.addresses
+        k, v, sizes = pages.k.data_ptr(), pages.v.data_ptr(), (rows, heads, kv_heads, head_dim, page_size)
+        pointers = qkv.data_ptr(), angles.cos.data_ptr(), angles.signed_sin.data_ptr(), layout.addresses
         self._rotate_and_store(*pointers, k, v, *sizes, threads)
         out = qkv.new_empty(rows, heads * head_dim)
-        seen = sight.tables, sight.owners, sight.ends, sight.begins, out.data_ptr()
-        self._attend(qkv.data_ptr(), k, v, *seen, *sizes, sight.table_length, threads)
+        seen = layout.tables, layout.owners, layout.ends, layout.begins, out.data_ptr()
+        self._attend(qkv.data_ptr(), k, v, *seen, *sizes, layout.table_length, threads)
         return out
 
 

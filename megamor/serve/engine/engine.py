@@ -13,12 +13,13 @@ import torch
 from megamor.errors import ConfigError
 from megamor.model import Transformer
 from megamor.routing.plan import Incoming
+from megamor.serve.engine import attention
 from megamor.serve.engine.accounting import Accounting
 from megamor.serve.engine.cpu_kernels import Kernels, kernels_for
 from megamor.serve.engine.flight import UNREAD_TOKEN, Chunk, Marks, ScheduledBatch, SequenceState
 from megamor.serve.engine.graphs import Record, cuda_recorder
 from megamor.serve.engine.layers import Layers
-from megamor.serve.engine.packed import packed, why_not_packed
+from megamor.serve.engine.packed import BlockKernels, packed, why_not_packed
 from megamor.serve.engine.request import (
     EngineStats,
     FinishReason,
@@ -74,9 +75,9 @@ class ServingEngine:
         self.options = options or EngineOptions()
         self.layers = Layers.of(model)
         self.unpacked = why_not_packed(model) if self.options.prepacked else "--no-prepacked"
-        """Why the products take the weights as they are stored; None if they are prepacked."""
+        """Why the products take the weights as they are stored; None if they are prepacked, or stacked on a GPU."""
         self.kernels = self.unpacked or kernels_of(model, self.options.page_size)
-        """What attends on a CPU, or why torch does."""
+        """What computes all but the products, or why torch does."""
         kernels = None if isinstance(self.kernels, str) else self.kernels
         self.model = model = model.eval() if self.unpacked else packed(model.eval(), kernels)
         memory = kv_bytes(self.options.kv_memory, model.embed.weight.device)
@@ -88,7 +89,7 @@ class ServingEngine:
                 f"kv_memory = {memory} bytes doesn't hold one context of {self.context_length} tokens: give more, or a "
                 "smaller page_size"
             )
-        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, kernels is not None)
+        self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, isinstance(kernels, Kernels))
         self.reads_late = self.can_read_late()
         if self.reads_late:
             self.runner.drawn = torch.zeros(self.options.max_resident, dtype=torch.int64, device=self.runner.device)
@@ -380,11 +381,18 @@ class ServingEngine:
         return self.accounting.snapshot()
 
 
-def kernels_of(model: Transformer, page_size: int) -> Kernels | str:
-    """The kernels for `model` on a CPU, or why there are none."""
-    config = model.config.model
+def kernels_of(model: Transformer, page_size: int) -> BlockKernels | str:
+    """The kernels for `model`, or why there are none."""
+    config, weight = model.config.model, model.embed.weight
+    if attention.reads_in_place(weight.device):
+        # Here, because it needs Triton, which torch brings along for GPUs only.
+        from megamor.serve.engine.gpu_kernels import GpuKernels
+
+        return GpuKernels()
+    if weight.device.type != "cpu":
+        return f"none for {weight.device.type} without Triton"
     grouped = config.num_heads // config.num_kv_heads
-    return kernels_for(model.embed.weight.dtype, config.head_dim, grouped, page_size)
+    return kernels_for(weight.dtype, config.head_dim, grouped, page_size)
 
 
 def kv_bytes(asked: float, device: torch.device) -> int:
