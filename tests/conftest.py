@@ -37,7 +37,8 @@ ALLOWED: tuple[tuple[str, bool], ...] = (
     ("no browser", shutil.which("chromium") is None),
     ("slurm isn't installed", bool(missing_programs()) and not os.environ.get("MEGAMOR_NEEDS_SLURM")),
     ("needs a CUDA device", not torch.cuda.is_available()),
-    ("this torch has no linear_cross_entropy", not hasattr(torch.nn.functional, "linear_cross_entropy")),
+    ("torch has it from 2.13 on", not hasattr(torch.nn.functional, "linear_cross_entropy")),
+    ("oneDNN has no kernels for bfloat16", not torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     ("this system can't reset a process's peak memory", not os.access("/proc/self/clear_refs", os.W_OK)),
 )
 
