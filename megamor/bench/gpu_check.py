@@ -108,7 +108,7 @@ def graph(device: torch.device) -> str:
     from megamor.serve.engine.graphs import cuda_recorder
 
     x, weight = (torch.ones(64, 64, device=device) for _ in range(2))
-    out, replay = cuda_recorder(device)(lambda: x @ weight)
+    (out,), replay = cuda_recorder(device)(lambda: (x @ weight,))
     x.fill_(2.0)
     replay()
     assert float(out[0, 0]) == 128.0, f"the replay computed {float(out[0, 0])} instead of 128"

@@ -114,7 +114,7 @@ class BlockCase:
     def check_replay(self, record: Record) -> None:
         """A recording computes again what it finds in the tensors of the batch."""
         store = next(self.stores())
-        out, replay = record(lambda: self.run(self.packed, store))
+        (out,), replay = record(lambda: (self.run(self.packed, store),))
         self.x.neg_()
         # Rows 0 and 1 write where the other did, and see what it saw.
         for swapped in (self.addresses, self.layout.ends, self.angles.cos, self.angles.signed_sin):

@@ -104,10 +104,10 @@ def small_pools(model: Transformer, page_size: int) -> dict[str, int]:
     return {pool: count + 3 for pool, count in longest.items()}
 
 
-def call_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-    """Replaces `CudaRecorder`."""
-    out = run().clone()
-    return out, lambda: out.copy_(run())
+def call_again(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
+    """Replaces `cuda_recorder`: the function is called again, and its results go where they went before."""
+    kept = tuple(result.clone() for result in run())
+    return kept, lambda: [old.copy_(new) for old, new in zip(kept, run(), strict=True)]
 
 
 def serve(model: Transformer, schedule: Schedule) -> tuple[dict[tuple[int, int], list[RequestOutput]], ServingEngine]:

@@ -22,7 +22,7 @@ from megamor.serve.engine.request import SamplingParams
 from megamor.serve.engine.runner import IncomingMarks
 from megamor.serve.options import CPU_BYTES, EngineOptions
 from tests.combinations import ROUTERS, SERVED_ROUTERS, tiny_config
-from tests.serve.test_equality import SERVED
+from tests.serve.test_equality import SERVED, call_again
 
 MOST_OPERATIONS = 12
 
@@ -70,14 +70,14 @@ def test_a_replayed_launch_dispatches_few_operations(router: str) -> None:
     """Whatever the router does is in the graph, whose replay is one launch."""
     counter, counts = Counter(), list[int]()
 
-    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        out = run()
+    def record(run: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
+        kept, again = call_again(run)
 
         def replay() -> None:
             with counter.ignored():
-                out.copy_(run())
+                again()
 
-        return out, replay
+        return kept, replay
 
     engine = engine_of(router, SERVED[SERVED_ROUTERS.index(router) % 2], 5)
     engine.record_graphs(record)
@@ -107,7 +107,7 @@ def test_the_host_queues_a_cycle_before_it_reads_its_tokens(
 
     noted(Incoming, "tolist", "read")
     engine = engine_of(router, "recursion_wise", 5, read_late=True)
-    engine.record_graphs(lambda run: (out := run(), lambda: out.copy_(run())))
+    engine.record_graphs(call_again)
     for kind in ("enter", "core", "exit"):
         noted(engine.runner, kind, kind)
     while engine.accounting.total.launches["core"] < 40:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,9 @@ from megamor.serve.engine.flight import (
 )
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.prefix import PageCopy
+
+# Of page tables, sent in memory that is there already.
+MOST_CHANGES = 512
 
 
 class Rows(NamedTuple):
@@ -68,6 +72,28 @@ class BlockCall:
         return y
 
 
+class SentNumbers:
+    """Numbers [n, width] on a device, at a fixed place that a graph may read."""
+
+    def __init__(self, numbers: Ints, device: torch.device) -> None:
+        self.there = to_device(numbers, device)
+        # Pinned, and used again for each batch: allocating it and copying twice took longer than launching the graph.
+        self.here = torch.empty(self.there.shape, dtype=self.there.dtype, pin_memory=device.type == "cuda")
+        self.array: Ints = self.here.numpy()
+        self.sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def send(self, numbers: Ints, padding: Ints | int = 0) -> None:
+        """Copy `numbers` [n, N], and `padding` [n, width or more] in the columns behind them."""
+        if self.sent is not None:
+            self.sent.synchronize()  # the host may be ahead of the copy before
+        count = numbers.shape[1]
+        self.array[:, :count] = numbers
+        self.array[:, count:] = padding if isinstance(padding, int) else padding[:, count : self.array.shape[1]]
+        self.there.copy_(self.here, non_blocking=True)
+        if self.sent is not None:
+            self.sent.record()
+
+
 class PagedCache:
     """The pages of all layers, and the page tables of `flight`. Each pool has one page more than the scheduler knows.
 
@@ -101,6 +127,7 @@ class PagedCache:
         self.tables = torch.from_numpy(flight.pages)
         if self.device.type != "cpu":
             self.tables = torch.zeros_like(self.tables, dtype=torch.int64, device=self.device)
+        self.changes = SentNumbers(np.zeros((2, MOST_CHANGES), np.int64), self.device)
         positions = torch.arange(config.max_seq_len, device=self.device)
         angles = [rotary_angles(positions, config, self.dtype, slides) for slides in self.sights]
         self.angles = [(own.cos, own.signed_sin) for own in angles]
@@ -121,8 +148,12 @@ class PagedCache:
         """Send the changes of the page tables to the device."""
         changes, self.flight.changes = self.flight.changes, {}
         if self.device.type != "cpu" and changes:
-            places, pages = self.tensor(integers((changes.keys(), changes.values())).reshape(2, -1))
-            self.tables.view(-1).index_copy_(0, places, pages)
+            numbers, there = integers((changes.keys(), changes.values())).reshape(2, -1), self.changes.there
+            if len(changes) > MOST_CHANGES:  # long prompts
+                there = self.tensor(numbers)
+            else:
+                self.changes.send(numbers)
+            self.tables.view(-1).index_copy_(0, there[0, : len(changes)], there[1, : len(changes)])
 
     def block_call(self, rows: Rows, numbers: Ints | None = None, nowhere: int = -1) -> BlockCall:
         """How blocks are called on `rows`, whose `numbers` may depend on the batch. In a graph (None) they may not."""

@@ -48,6 +48,10 @@ class Request:
 
     params: SamplingParams
     seed: int
+    # Tokens that end a continuation.
+    stops: tuple[int, ...]
+    # Whether every token is the most likely one.
+    greedy: bool
     open: list[SequenceState] = field(default_factory=list)
     # Of its last continuation.
     turn: int = -1
@@ -92,7 +96,8 @@ class ServingEngine:
         self.runner = Runner(model, self.layers, self.scheduler.flight, num_pages, isinstance(kernels, Kernels))
         self.reads_late = self.can_read_late()
         if self.reads_late:
-            self.runner.drawn = torch.zeros(self.options.max_resident, dtype=torch.int64, device=self.runner.device)
+            # One more for the padding of graphs.
+            self.runner.drawn = torch.zeros(self.options.max_resident + 1, dtype=torch.int64, device=self.runner.device)
         self.drawn: Drawn | None = None
         """Tokens that the host hasn't read yet, from the last exit."""
         if self.options.cuda_graphs and self.runner.device.type == "cuda":
@@ -154,7 +159,10 @@ class ServingEngine:
         """Queue a prompt; see `Engine.add_request`."""
         self.check(prompt, params)
         self.num_requests += 1
-        request = Request(params, secrets.randbits(63) if params.seed is None else params.seed)
+        seed, end = secrets.randbits(63) if params.seed is None else params.seed, self.options.end_token
+        stops = params.stop_token_ids if end is None or params.ignore_eos else (*params.stop_token_ids, end)
+        changed = Draw(params, seed, 0, prompt, len(prompt), stops[: params.min_tokens]).changes_logits
+        request = Request(params, seed, stops, params.temperature == 0 and not changed)
         if params.group is not None:
             others = (other.turn for other in reversed(self.requests.values()) if other.params.group == params.group)
             request.turn = next(others, -1)
@@ -249,35 +257,28 @@ class ServingEngine:
 
     def leave(self, batch: ScheduledBatch) -> Drawn | None:
         """Run the exit, and draw a token after each chunk that ends its text."""
-        x, chunks = self.runner.exit(batch), batch.chunks
-        self.read_prompts(chunks, x)
-        ends, requests, rows, first = [], [], [], 0
-        for chunk in chunks:
-            first += chunk.length
-            request = self.requests[chunk.sequence.request]
-            if chunk.start + chunk.length == len(chunk.sequence.tokens) and request.params.max_tokens > 0:
+        ends, requests, rows, first = list[Chunk](), list[Request](), list[int](), 0
+        for chunk in batch.chunks:
+            sequence, first = chunk.sequence, first + chunk.length
+            request = self.requests[sequence.request]
+            if chunk.start + chunk.length == len(sequence.tokens) and request.params.max_tokens > 0:
                 ends.append(chunk)
                 requests.append(request)
                 rows.append(first - 1)
+        seats = [chunk.sequence.seat for chunk in ends]
+        found = self.runner.exit(batch, rows, seats)
+        self.read_prompts(batch.chunks, found.x)
         if not ends:
             return None
-        # Norm and head for these rows only: those inside a prompt predict tokens that are known.
-        seats = [chunk.sequence.seat for chunk in ends]
-        places = self.runner.cache.tensor([rows, seats])
-        logits = self.model.readout(x if len(rows) == len(x) else x[places[0]])
-        tokens = sample(
-            logits, [self.draw(chunk.sequence, request) for chunk, request in zip(ends, requests, strict=True)]
-        )
-        if self.runner.drawn is not None:
-            # Where there is none, the sequence ends, but it may enter once more before the host knows.
-            self.runner.drawn.index_copy_(0, places[1], tokens.clamp(min=0))
+        tokens, logits = found.tokens, found.logits
+        if not all(request.greedy for request in requests):
+            tokens = sample(logits, [self.draw(*each) for each in zip(ends, requests, strict=True)])
+            self.runner.note_drawn(self.runner.cache.tensor(seats), tokens)
         incoming, logprobs = Incoming(tokens), list[TokenLogprob | None]([None] * len(ends))
         wanted = [request.params.logprobs for request in requests]
         if any(count is not None for count in wanted):
-            found = logprobs_of(
-                logits, [max(token, 0) for token in incoming.tolist()], [count or 0 for count in wanted]
-            )
-            logprobs = [None if count is None else own for own, count in zip(found, wanted, strict=True)]
+            given = logprobs_of(logits, [max(token, 0) for token in incoming.tolist()], [n or 0 for n in wanted])
+            logprobs = [None if count is None else own for own, count in zip(given, wanted, strict=True)]
         return Drawn(ends, incoming, logprobs)
 
     def answer_exit(self, batch: ScheduledBatch) -> list[RequestOutput]:
@@ -316,16 +317,11 @@ class ServingEngine:
                 request.prompt_logprobs.update(zip(range(chunk.start + 1, end + 1), found, strict=True))
             first += chunk.length
 
-    def draw(self, sequence: SequenceState, request: Request) -> Draw:
-        """What the sampler must know to draw the next token of `sequence`."""
-        params = request.params
-        banned = self.stop_tokens(params) if sequence.num_new < params.min_tokens else ()
+    def draw(self, chunk: Chunk, request: Request) -> Draw:
+        """What the sampler must know to draw the token after `chunk`."""
+        params, sequence = request.params, chunk.sequence
+        banned = request.stops if sequence.num_new < params.min_tokens else ()
         return Draw(params, request.seed, sequence.index, sequence.tokens, sequence.prompt_length, banned)
-
-    def stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end a continuation."""
-        end = self.options.end_token
-        return params.stop_token_ids if end is None or params.ignore_eos else (*params.stop_token_ids, end)
 
     def answer(self, chunk: Chunk, new: int | None, logprob: TokenLogprob | None) -> Iterator[RequestOutput]:
         """Append the token `new` drawn after a chunk, if there is one, and finish the continuation if it has ended."""
@@ -346,7 +342,7 @@ class ServingEngine:
         if new is not None:
             sequence.tokens.append(new)
             total.generated_tokens += 1
-            if new in self.stop_tokens(request.params):
+            if new in request.stops:
                 reason = "stop"
         if reason is None and sequence.num_new >= request.params.max_tokens:
             reason = "length"

@@ -21,9 +21,11 @@ Ints = NDArray[np.int64]
 Marks = NDArray[np.bool_]
 PageIds = NDArray[np.int32]
 
-# The rows of `Flight.rows`, and of `Flight.launch` with those that say where a row writes and what it reads.
+# The rows of `Flight.rows`, and of `Flight.launch` with those that say where a row writes and what it reads. In exits,
+# ROW and DRAWER have the rows that predict a token, one after the other, and the seats it is drawn for.
 SLOT, POSITION, SEAT, RECURSION, LEAST, MOST, TOKEN, DEPTH, ACTIVE, OWNER, ADDRESS, END, BEGIN, TEXT = range(14)
-NUM_KEPT, NUM_COLUMNS = OWNER, TEXT + 1
+ROW, DRAWER = range(14, 16)
+NUM_KEPT, NUM_COLUMNS = OWNER, DRAWER + 1
 # In place of a token that was drawn but not read from the device yet.
 UNREAD_TOKEN = -1
 

@@ -18,40 +18,21 @@ import torch
 from torch import Tensor
 
 from megamor.routing.plan import to_device
-from megamor.serve.engine.flight import ADDRESS, END, NUM_COLUMNS, OWNER, RECURSION, SLOT, Ints
+from megamor.serve.engine.cache import SentNumbers
+from megamor.serve.engine.flight import ADDRESS, DRAWER, END, NUM_COLUMNS, OWNER, RECURSION, SLOT, Ints
 
 Kind = Literal["entry", "core", "exit"]
 NO_RECURSION = -1
-# Runs and records a function. Returns its result and a replay, which computes it again into the same memory.
-Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
-
-
-class SentNumbers:
-    """The numbers [NUM_COLUMNS, width] of a batch in memory that a graph reads."""
-
-    def __init__(self, numbers: Ints, device: torch.device) -> None:
-        self.there = to_device(numbers, device)
-        # Pinned, and used again for each batch: allocating it and copying twice took longer than launching the graph.
-        self.here = torch.empty(self.there.shape, dtype=self.there.dtype, pin_memory=device.type == "cuda")
-        self.array: Ints = self.here.numpy()
-        self.sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def send(self, numbers: Ints, padding: Ints) -> None:
-        """Copy `numbers` [NUM_COLUMNS, N], and `padding` in the columns behind them."""
-        if self.sent is not None:
-            self.sent.synchronize()  # the host may be ahead of the copy before
-        count = numbers.shape[1]
-        self.array[:, :count], self.array[:, count:] = numbers, padding[:, count : self.array.shape[1]]
-        self.there.copy_(self.here, non_blocking=True)
-        if self.sent is not None:
-            self.sent.record()
+Results = tuple[Tensor, ...]
+# Runs and records a function. Returns its results and a replay, which computes them again into the same memory.
+Record = Callable[[Callable[[], Results]], tuple[Results, Callable[[], object]]]
 
 
 class RecordedGraph(NamedTuple):
-    """A recorded batch of fixed width: its `numbers` and its result `out`, a row for each."""
+    """A recorded batch of fixed width: its `numbers` and its results `out`, up to a row for each."""
 
     numbers: SentNumbers
-    out: Tensor
+    out: Results
     replay: Callable[[], object]
 
 
@@ -68,15 +49,17 @@ def graph_widths(widest: int) -> list[int]:
 class BatchGraphs:
     """Graphs of `compute` for batches of each kind in `nowhere` and up to `widest` rows.
 
-    `nowhere` are the addresses that padding rows write to, `slot` and `owner` their state and page table.
+    `nowhere` are the addresses that padding rows write to; `slot`, `owner` and `seat` their state, page table and what
+    they draw a token for.
     """
 
     def __init__(
         self,
-        compute: Callable[[Kind, Tensor], Tensor],
+        compute: Callable[[Kind, Tensor], Results],
         nowhere: Mapping[Kind, int],
         slot: int,
         owner: int,
+        seat: int,
         widest: int,
         device: torch.device,
         record: Record,
@@ -85,7 +68,8 @@ class BatchGraphs:
         self.padding = {kind: np.zeros((NUM_COLUMNS, self.widths[-1]), np.int64) for kind in nowhere}
         self.recorded: dict[tuple[Kind, int], RecordedGraph] = {}
         for kind, numbers in self.padding.items():
-            numbers[[SLOT, OWNER, ADDRESS, END, RECURSION]] = [[slot], [owner], [nowhere[kind]], [1], [NO_RECURSION]]
+            padding = {SLOT: slot, OWNER: owner, ADDRESS: nowhere[kind], END: 1, RECURSION: NO_RECURSION, DRAWER: seat}
+            numbers[[*padding]] = np.array([*padding.values()])[:, None]
             # Once before anything is recorded: the first batch allocates the state of tokens, of which the graphs of
             # all kinds need to know.
             compute(kind, to_device(numbers[:, :1], device))
@@ -101,21 +85,21 @@ class BatchGraphs:
         """Whether there is a graph for so many rows."""
         return num_rows <= self.widths[-1]
 
-    def run(self, kind: Kind, numbers: Ints) -> Tensor:
-        """The result for the rows with these `numbers` [NUM_COLUMNS, N]. It lasts until the next batch of any kind."""
+    def run(self, kind: Kind, numbers: Ints) -> list[Tensor]:
+        """The results for the rows with these `numbers` [NUM_COLUMNS, N], which last until the next batch."""
         count = numbers.shape[1]
         width = next(width for width in self.widths if width >= count)
         graph = self.recorded[kind, width]
         graph.numbers.send(numbers, self.padding[kind])
         graph.replay()
-        return graph.out[:count]
+        return [result[:count] for result in graph.out]
 
 
 def cuda_recorder(device: torch.device) -> Record:
     """A `Record` of CUDA graphs on `device`, which share one memory pool for what they compute."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    def record(run: Callable[[], Results]) -> tuple[Results, Callable[[], object]]:
         with torch.cuda.device(device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())

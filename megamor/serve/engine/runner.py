@@ -29,7 +29,9 @@ from megamor.routing.random import text_keys
 from megamor.serve.engine.cache import BlockCall, PagedCache, Rows
 from megamor.serve.engine.flight import (
     ACTIVE,
+    DRAWER,
     RECURSION,
+    ROW,
     SEAT,
     TEXT,
     TOKEN,
@@ -44,6 +46,7 @@ from megamor.serve.engine.flight import (
 from megamor.serve.engine.graphs import NO_RECURSION, BatchGraphs, Kind, Record
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.pages import EVERY_TOKEN
+from megamor.serve.engine.sampler import most_likely
 
 FOREIGN_SET = (
     "the plan for recursion {recursion} (counted from 0) has tokens that aren't among the candidates: when serving, a "
@@ -62,6 +65,16 @@ class DepthGroup(NamedTuple):
     rows: Rows
     stream: Tensor
     marks: Tensor | None
+
+
+class Exit(NamedTuple):
+    """What an exit batch has computed: the coda's result `x` [N, dim], and of the n rows that predict a token, their
+    `logits` [n, vocab] and the most likely `tokens` [n].
+    """
+
+    x: Tensor
+    logits: Tensor
+    tokens: Tensor
 
 
 class Runner:
@@ -136,7 +149,7 @@ class Runner:
         nowhere: dict[Kind, int] = dict.fromkeys(("entry", "exit"), self.cache.nowhere.get("edge", 0))
         if self.layers.uniform and self.layers.num_recursions:
             nowhere["core"] = self.cache.nowhere["core"]
-        spare = self.flight.num_slots, len(self.flight.pages) - 1
+        spare = self.flight.num_slots, len(self.flight.pages) - 1, self.flight.num_seats
         try:
             self.graphs = BatchGraphs(self.recorded, nowhere, *spare, widest, self.device, record)
         except RuntimeError as error:  # such as a router that reads from the device
@@ -153,7 +166,12 @@ class Runner:
         numbers, stage = self.edge_numbers(batch.slots), self.model.stage
         if stage is not None and stage.router.reads_text:
             numbers[TEXT] = text_column(batch.chunks)
-        kept, count = self.run("entry", numbers), len(batch.slots)
+        count = len(batch.slots)
+        kept: Tensor | None
+        if self.graphs is not None and self.graphs.fits(count):
+            (kept,) = self.graphs.run("entry", numbers)
+        else:
+            kept = self.enter_rows(*self.edge_call(numbers))
         if stage is None:
             return IncomingMarks(count, [])
         # A graph has an answer for every row, also where the router doesn't ask.
@@ -168,7 +186,7 @@ class Runner:
         if self.layers.uniform and self.graphs is not None and self.graphs.fits(count):
             # Stopped rows (policy full) belong to no recursion here.
             numbers[RECURSION, numbers[ACTIVE] == 0] = NO_RECURSION
-            found = self.graphs.run("core", numbers)
+            (found,) = self.graphs.run("core", numbers)
             return IncomingMarks(count, [(ends, found[:ends])] if ends else [])
         rows = self.cache.rows(numbers)
         groups = self.group_by_depth(batch, rows, numbers)
@@ -176,11 +194,30 @@ class Runner:
         outcomes = [(len(y), self.finish_recursion(group, y)) for group, y in zip(groups, parts, strict=True)]
         return IncomingMarks(count, outcomes if ends == count else outcomes[:-1])
 
-    def exit(self, batch: ScheduledBatch) -> Tensor:
-        """The coda: [rows of all chunks, dim]."""
-        x = self.run("exit", self.edge_numbers(batch.slots))
-        assert x is not None
-        return x
+    def exit(self, batch: ScheduledBatch, predicting: Sequence[int], seats: Sequence[int]) -> Exit:
+        """The coda of all rows, norm and head of those that are `predicting` a token for the sequences in `seats`."""
+        numbers, count = self.edge_numbers(batch.slots), len(predicting)
+        if self.graphs is not None and self.graphs.fits(len(batch.slots)):
+            numbers[DRAWER] = self.flight.num_seats
+            numbers[ROW, :count], numbers[DRAWER, :count] = predicting, seats
+            x, logits, tokens = self.graphs.run("exit", numbers)
+            return Exit(x, logits[:count], tokens[:count])
+        x = self.exit_rows(*self.edge_call(numbers))
+        places = self.cache.tensor([predicting, seats])
+        return self.predict(x, None if count == len(x) else places[0], places[1])
+
+    def predict(self, x: Tensor, rows: Tensor | None, seats: Tensor) -> Exit:
+        """Norm and head of `rows` [n] of x (None: all); other rows, inside prompts, predict what is known."""
+        logits = self.model.readout(x if rows is None else x.index_select(0, rows))
+        tokens = most_likely(logits)
+        self.note_drawn(seats, tokens)
+        return Exit(x, logits, tokens)
+
+    def note_drawn(self, seats: Tensor, tokens: Tensor) -> None:
+        """Keep `tokens` [n] for the next entry, where the host may not have read them by then."""
+        if self.drawn is not None:
+            # Where there is none, the sequence ends, but it may enter once more before the host knows.
+            self.drawn.index_copy_(0, seats, tokens.clamp(min=0))
 
     def edge_numbers(self, slots: Ints) -> Ints:
         """What blocks outside the core are told of `slots`."""
@@ -195,23 +232,22 @@ class Runner:
             slots, self.reads[index][recursions], writes, self.cache.nowhere["core"], self.cache.window
         )
 
-    def run(self, kind: Kind, numbers: Ints) -> Tensor | None:
-        """An entry or exit batch, by a graph if there is one: as `enter_rows` or `exit_rows`."""
-        if self.graphs is not None and self.graphs.fits(numbers.shape[1]):
-            return self.graphs.run(kind, numbers)
+    def edge_call(self, numbers: Ints) -> tuple[Rows, BlockCall]:
+        """The rows with these `numbers`, and what blocks outside the core are told of them."""
         rows = self.cache.rows(numbers)
-        call = self.cache.block_call(rows, numbers, self.cache.nowhere.get("edge", 0))
-        return self.enter_rows(rows, call) if kind == "entry" else self.exit_rows(rows, call)
+        return rows, self.cache.block_call(rows, numbers, self.cache.nowhere.get("edge", 0))
 
-    def recorded(self, kind: Kind, numbers: Tensor) -> Tensor:
+    def recorded(self, kind: Kind, numbers: Tensor) -> tuple[Tensor, ...]:
         """What a graph computes for the rows with these `numbers` [NUM_COLUMNS, width] on the device."""
         rows = Rows(numbers, bounded=True)
         call = self.cache.block_call(rows)
         if kind == "exit":
-            return self.exit_rows(rows, call)
+            # A sequence predicts one token at a time.
+            predicting, seats = numbers[ROW : DRAWER + 1, : self.flight.num_seats]
+            return self.predict(self.exit_rows(rows, call), predicting, seats)
         if kind == "entry":
             kept = self.enter_rows(rows, call)
-            return rows.slots >= 0 if kept is None else kept
+            return (rows.slots >= 0 if kept is None else kept,)
         # The rows of a recursion aren't known when the graph is recorded. So every recursion is finished for all rows,
         # and changes its own.
         stream = self.get("stream", rows.slots)
@@ -229,7 +265,7 @@ class Runner:
             continues = self.finish_recursion(group, y)
             if continues is not None:
                 kept = kept | continues
-        return kept
+        return (kept,)
 
     def enter_rows(self, rows: Rows, call: BlockCall) -> Tensor | None:
         """Which rows [N] take the first recursion; None for all, and for a model without a core."""

@@ -58,12 +58,18 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     The logits themselves are not changed.
     """
     logits = adjusted(logits, draws)
-    best, tokens = logits.max(-1)
+    tokens = most_likely(logits)
     if noisy := [row for row, draw in enumerate(draws) if draw.params.temperature > 0]:
         rows = to_device(noisy, logits.device)
         chosen = truncated(logits[rows], [draws[row].params for row in noisy])
         chosen = chosen + gumbel([draws[row].noise_key for row in noisy], chosen)
-        best, tokens = (all_.index_copy(0, rows, own) for all_, own in zip((best, tokens), chosen.max(-1), strict=True))
+        tokens = tokens.index_copy(0, rows, most_likely(chosen))
+    return tokens
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The token with the highest of each row of logits [M, vocab], or `NO_TOKEN`, [M]."""
+    best, tokens = logits.max(-1)
     # The maximum of a row with NaN is NaN, which is not greater either.
     return tokens.where(best > float("-inf"), NO_TOKEN)
 
