@@ -215,9 +215,21 @@ class ServingEngine:
         return outputs
 
     def leave(self, batch: ScheduledBatch) -> dict[Chunk, Sampled]:
-        """Run the exit, and draw a token after each chunk that ends its text."""
+        """Run the exit, and draw a token after each chunk that ends its text; `NO_TOKEN` for one that is broken."""
         x, chunks = self.runner.exit(batch), batch.chunks
         self.read_prompts(chunks, x)
+        sampled = self.draw_tokens(chunks, x)
+        if any(chunk.length > 1 or chunk not in sampled for chunk in chunks):
+            # NaN reaches rows before its own in the same chunk: attention multiplies it by weights of 0. So others that
+            # begin alike must not find such rows in the prefix cache. In decoding the logits tell as much.
+            finite = torch.split(x.isfinite().all(1).cpu(), [chunk.length for chunk in chunks])
+            sampled |= {chunk: (NO_TOKEN, None) for chunk, own in zip(chunks, finite, strict=True) if not own.all()}
+        for chunk, (token, _) in sampled.items():
+            chunk.sequence.broken = token == NO_TOKEN
+        return sampled
+
+    def draw_tokens(self, chunks: Sequence[Chunk], x: torch.Tensor) -> dict[Chunk, Sampled]:
+        """A token after each chunk that ends a text, where one is wanted; x [N, dim] has the rows of `chunks`."""
         ends, rows, first = [], [], 0
         for chunk in chunks:
             first += chunk.length

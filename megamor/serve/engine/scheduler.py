@@ -352,7 +352,7 @@ class Scheduler:
                     raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
             sequence.depths += taken[known:]
             before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
-            if self.options.prefix_caching:
+            if self.options.prefix_caching and not sequence.broken:
                 self.remember(sequence, before)
 
     def remember(self, sequence: SequenceState, before: int) -> None:
