@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_a_processor_and_bans_come_first() -> None:
     params = SamplingParams(temperature=0, logits_processor=lambda tokens, logits: -logits)
     assert sample(LOGITS.unsqueeze(0), [Draw(params, 0, 0, [0], 1)]) == [5]
     assert sample(LOGITS.unsqueeze(0), [Draw(params, 0, 0, [0], 1, banned=(5,))]) == [2]
+
+
+def test_allowed_tokens() -> None:
+    draw = Draw(SamplingParams(temperature=0, allowed_token_ids=(2, 7, 0), logit_bias={7: 1.0}), 0, 0, [0], 1)
+    kept = adjusted(LOGITS.unsqueeze(0), [draw])[0].tolist()
+    assert kept == [0.3, -math.inf, -1.0, -math.inf, -math.inf, -math.inf, -math.inf, 1.0]
+    assert sample(LOGITS.unsqueeze(0), [draw]) == [7]
+    assert sample(LOGITS.unsqueeze(0), [replace(draw, banned=(7,))]) == [0]
+    found = frequencies(SamplingParams(allowed_token_ids=(3, 4)))
+    assert found[[3, 4]].tolist() == pytest.approx(LOGITS[[3, 4]].softmax(-1).tolist(), abs=0.015)
 
 
 def test_penalties_by_hand() -> None:

@@ -158,10 +158,14 @@ class ServingEngine:
         vocab = self.model.config.model.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty: give at least one token", "prompt")
-        given = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
+        names = ("stop_token_ids", "logit_bias", "allowed_token_ids")
+        given = {"prompt": prompt, **{name: getattr(params, name) or () for name in names}}
         for name, tokens in given.items():
             if (unknown := next((token for token in tokens if not 0 <= token < vocab), None)) is not None:
                 raise RequestError(f"{name}: token id {unknown} is not in the vocabulary of {vocab}", name)
+        allowed = {*(params.allowed_token_ids or ())}
+        if params.min_tokens and allowed and allowed <= {*self.stop_tokens(params)}:
+            raise RequestError("allowed_token_ids are all stop tokens, which min_tokens hold back", "allowed_token_ids")
         if len(prompt) + params.max_tokens > self.context_length:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the context of "

@@ -56,7 +56,7 @@ class Draw:
         """Whether logits are changed before sampling."""
         p = self.params
         penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        return bool(self.banned or p.logits_processor or p.logit_bias or penalties)
+        return bool(self.banned or p.logits_processor or p.logit_bias or p.allowed_token_ids or penalties)
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -88,6 +88,9 @@ def adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         if params.logit_bias:
             biased = to_device([*params.logit_bias], logits.device)
             logits[row, biased] += to_device([*params.logit_bias.values()], logits.device, np.float64).to(logits.dtype)
+        if params.allowed_token_ids:
+            allowed = to_device(params.allowed_token_ids, logits.device)
+            logits[row] = torch.full_like(logits[row], float("-inf")).index_copy(0, allowed, logits[row, allowed])
         if draw.banned:
             logits[row].index_fill_(0, to_device(draw.banned, logits.device), float("-inf"))
         if params.repetition_penalty != 1:
