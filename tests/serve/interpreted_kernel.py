@@ -62,6 +62,29 @@ def test_rows_of_every_shape(heads: int, kv_heads: int, head_dim: int, page_size
     torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nan_that_no_row_sees(dtype: torch.dtype) -> None:
+    """In the rest of a page, in pages that a table still names, and in page 0, which hidden lanes may read."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.full((20, 16, 2, 8), torch.nan, dtype=dtype) for _ in "kv")
+    tables = torch.arange(1, 13).view(4, 3)
+    owners, ends = [0, 0, 1, 2, 3], [16, 17, 1, 45, 32]
+    for owner, end in zip(owners, ends, strict=True):
+        entries = torch.arange(end)
+        for pages in (k, v):
+            fresh = torch.randn(end, 2, 8, generator=generator).to(dtype)
+            pages[tables[owner, entries // 16], entries % 16] = fresh
+    q = torch.randn(5, 6, 8, generator=generator).to(dtype)
+    begins = [3, 3, 0, 30, 0]
+    for since in (None, torch.tensor(begins)):
+        wanted = by_row(q, k, v, tables, owners, ends, begins if since is not None else [0] * 5)
+        assert wanted.isfinite().all()
+        for splits, starts in ((1, None), (4, None), (2, torch.tensor([0, 2, 3, 4, 5]))):
+            rows = torch.tensor(owners), torch.tensor(ends), since
+            found = paged_attention(q, k, v, tables, *rows, splits, starts)
+            torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_chunks_of_prompts_beside_decoding(window: int | None) -> None:
     """Texts of 37, 1, 16 and 1 rows, whose tensors are read as a batch of a GPU would be."""

@@ -68,7 +68,8 @@ def sample(
     logits: list[float], params: SamplingParams, index: int, tokens: list[int], prompt_length: int, banned: set[int]
 ) -> int:
     """Sample one token, with the steps in the order of docs/serving.md."""
-    z = [-math.inf if token in banned else value for token, value in enumerate(logits)]
+    allowed = range(len(logits)) if params.allowed_token_ids is None else params.allowed_token_ids
+    z = [value if token in allowed and token not in banned else -math.inf for token, value in enumerate(logits)]
     for token in set(tokens):
         z[token] = z[token] / params.repetition_penalty if z[token] > 0 else z[token] * params.repetition_penalty
     for token in set(tokens[prompt_length:]):

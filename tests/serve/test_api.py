@@ -103,6 +103,13 @@ def test_null_is_the_default(server: Running) -> None:
         ({"model": "other"}, "model", "not served here"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
         ({"stream": True, "stream_options": {"nonsense": 1}}, "stream_options.nonsense", "unknown field"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "= 0 must be -1, or 1 to the context of 512"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "= -2: must be at least -1"),
+        ({"truncate_prompt_tokens": 513}, "truncate_prompt_tokens", "= 513 must be -1, or 1 to the context"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "must not be empty"),
+        ({"allowed_token_ids": [1, -5]}, "allowed_token_ids[1]", "must be at least 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "must be at least 0"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "must be at most 20"),
         ({"min_tokens": 20}, "min_tokens", "min_tokens = 20 must be at most max_tokens = 16"),
         ({"n": 128, "prompt": ["a"] * 9}, "n", "1152 sequences; this server takes up to 1024"),
     ],
@@ -305,6 +312,63 @@ def test_prompt_logprobs_of_several_continuations(prefix_caching: bool) -> None:
         assert usage["prompt_tokens_details"]["cached_tokens"] == 0, (
             "every prompt token was read for its log-probability"
         )
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_prompt_logprobs_as_in_vllm(echo: bool) -> None:
+    engine = real_engine(max_resident=3, chunk_size=4, page_size=4)
+    prompts = [[5, 6, 7, 8, 9, 10], [60]]
+    body = {"prompt": prompts, "n": 2, "prompt_logprobs": 2, "max_tokens": 2, "seed": 3, "echo": echo}
+    with serving(engine) as server:
+        choices = post(server, **body).json()["choices"]
+        fewer = post(server, **body | {"prompt_logprobs": 0, "logprobs": 3}).json()["choices"]
+        error = error_of(post(server, **body, stream=True), 400)
+        assert (error["param"], "stream" in error["message"]) == ("prompt_logprobs", True)
+        assert "prompt_logprobs" not in post(server, prompt=[5]).json()["choices"][0]
+    table = [log_softmax(row) for row in forward(engine.model, prompts[0], None)[0]]  # type: ignore[attr-defined]
+    for place, choice in enumerate(choices):
+        assert (choice["logprobs"], choice["text"] != "") == (None, True)
+        none, *entries = choice["prompt_logprobs"]
+        assert none is None
+        assert len(entries) == len(prompts[place // 2]) - 1
+        for row, token, entry in zip(table, prompts[0][1:], entries, strict=False):
+            ranked = sorted(range(len(row)), key=lambda other: -row[other])
+            assert [*entry] == [*dict.fromkeys(map(str, [token, *ranked[:2]]))]
+            for name, found in entry.items():
+                assert found["logprob"] == pytest.approx(row[int(name)], abs=1e-9)
+                assert found["rank"] == ranked.index(int(name)) + 1
+                assert found["decoded_token"] == engine.codec.decode([int(name)])
+    assert [len(entry) for entry in fewer[0]["prompt_logprobs"][1:]] == [1] * 5
+    assert {len(top) for top in fewer[0]["logprobs"]["top_logprobs"] if top} <= {3, 4}
+    assert len(fewer[0]["logprobs"]["tokens"]) == (8 if echo else 2)
+
+
+def test_prompts_are_shortened_from_the_left(server: Running) -> None:
+    for kept, text in ((2, "yz"), (3, "xyz"), (50, "xyz"), (-1, "xyz")):
+        answer = post(server, prompt=["xyz", "z"], truncate_prompt_tokens=kept, echo=True).json()
+        assert [choice["text"] for choice in answer["choices"]] == [text + "né0", "zné0"]
+        assert answer["usage"]["prompt_tokens"] == len(text) + 1
+    long = [97] * (CONTEXT + 100)
+    for body, left in (({}, CONTEXT - 1), ({"max_tokens": 12}, CONTEXT - 12), ({"max_tokens": CONTEXT}, 1)):
+        response = post(server, prompt=long, truncate_prompt_tokens=-1, **body)
+        if left == 1:  # as without it: the answer alone takes the context
+            error_of(response, 400)
+            continue
+        assert response.json()["usage"]["prompt_tokens"] == left
+    messages = [{"role": "user", "content": "hi"}]
+    answer = post(server, "/v1/chat/completions", messages=messages, truncate_prompt_tokens=4, max_tokens=1).json()
+    assert answer["usage"]["prompt_tokens"] == 4
+
+
+def test_allowed_tokens_alone_are_chosen() -> None:
+    with serving(real_engine(end_token=11)) as server:
+        answer = post(server, prompt=[5, 6], allowed_token_ids=[3, 70], max_tokens=12, seed=1).json()
+        assert {*answer["choices"][0]["token_ids"]} <= {3, 70}
+        assert len(answer["choices"][0]["token_ids"]) == 12
+        error = error_of(post(server, prompt=[5], allowed_token_ids=[3, 97]), 400)
+        assert (error["param"], "97" in error["message"]) == ("allowed_token_ids", True)
+        error = error_of(post(server, prompt=[5], allowed_token_ids=[11], min_tokens=1), 400)
+        assert (error["param"], "min_tokens" in error["message"]) == ("allowed_token_ids", True)
 
 
 def test_cached_tokens_count_prompt_tokens_once() -> None:

@@ -51,6 +51,31 @@ def test_gathered_pages(slides: bool) -> None:
     torch.testing.assert_close(fixed.attend(q, k, v), wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("slides", [False, True])
+def test_nan_that_no_row_sees(slides: bool) -> None:
+    """In the rest of a page, in pages beyond it, and in pages of others that a table still names."""
+    q, k, v = tensors()
+    wanted = by_row(q, k, v, slides)
+    seen = torch.zeros(13, PAGE, dtype=torch.bool)
+    for owner, end in zip(OWNERS, ENDS, strict=True):
+        entries = np.arange(end)
+        seen[TABLES[owner][entries // PAGE], entries % PAGE] = True
+    k[~seen], v[~seen] = torch.nan, torch.nan
+    stale = TABLES.copy()
+    stale[:, 1:][TABLES[:, 1:] == 0] = 3
+    columns = (OWNERS, ENDS, BEGINS) if slides else (OWNERS, ENDS)
+    for rows in (slice(None), [0, 8], [0], [4, 5]):
+        chosen = [column[rows] for column in columns]
+        layout = GatherLayout.of(stale, *chosen, size=PAGE, dtype=torch.float64, device=CPU)
+        torch.testing.assert_close(layout.attend(q[rows], k, v), wanted[rows], atol=1e-12, rtol=0)
+        # Here each row is alone and sees less than the last of its text.
+        fixed = fixed_layout(*map(torch.from_numpy, (stale, *chosen)), size=PAGE, dtype=torch.float64)
+        torch.testing.assert_close(fixed.attend(q[rows], k, v), wanted[rows], atol=1e-12, rtol=0)
+    k[3], v[3] = torch.nan, torch.nan  # the page of the first text, which padding of others names
+    found = GatherLayout.of(stale, *columns, size=PAGE, dtype=torch.float64, device=CPU).attend(q, k, v)
+    assert found.isnan().all(1).tolist() == [True] + 9 * [False]
+
+
 def test_one_group_keeps_the_order() -> None:
     q, k, v = tensors()
     rows = [0, 8]  # of one page each

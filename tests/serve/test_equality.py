@@ -44,7 +44,7 @@ REQUESTS: tuple[tuple[tuple[int, ...], SamplingParams], ...] = (
         (3, *TEXT[:2]),
         SamplingParams(max_tokens=8, temperature=1.3, min_p=0.02, seed=-3, stop_token_ids=(1, 2, 3, 4, 5)),
     ),
-    (TEXT[:13], SamplingParams(max_tokens=4, temperature=0, max_depth=1)),
+    (TEXT[:13], SamplingParams(max_tokens=4, temperature=0, max_depth=1, allowed_token_ids=tuple(range(90)))),
     (
         TEXT[:12],
         SamplingParams(

@@ -110,8 +110,10 @@ def test_the_host_queues_a_cycle_before_it_reads_its_tokens(
     engine.record_graphs(call_again)
     for kind in ("enter", "core", "exit"):
         noted(engine.runner, kind, kind)
-    while engine.accounting.total.launches["core"] < 40:
+    while engine.accounting.total.launches["core"] < 60:
         engine.step()
+        if engine.accounting.total.launches["core"] < 10:
+            events.clear()  # while prompts are read
     cycle = ["exit", "enter", *entry_reads, "core", "read", "read"]
     after = events[events.index("exit") :][: 8 * len(cycle)]
     assert after == 8 * cycle
@@ -121,7 +123,51 @@ def test_the_host_queues_a_cycle_before_it_reads_its_tokens(
     while not engine.accounting.total.generated_tokens:
         events.append("step")
         engine.step()
-    assert events[-2:] == ["step", "read"]
+    assert events[-3:] == ["step", "read", "read"]  # a prompt, and whether its rows are numbers
+
+
+def idle_engine(read_late: bool) -> ServingEngine:
+    """With room for eight sequences."""
+    engine = engine_of("token_choice", "recursion_wise", 8, read_late)
+    for request in [*engine.requests]:
+        engine.abort(request)
+    return engine
+
+
+def test_tokens_that_are_read_late_cost_no_row() -> None:
+    """A sequence that has its last token doesn't enter again, although nobody has read the token yet."""
+    rows = []
+    for late in (False, True):
+        engine = idle_engine(late)
+        engine.add_request([1] * 8, SamplingParams(max_tokens=5, ignore_eos=True, temperature=0))
+        while engine.has_work:
+            engine.step()
+        rows.append(engine.stats().rows["entry"])
+    assert rows == [8 + 4] * 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_ends_while_its_token_is_on_the_way(late: bool) -> None:
+    """A continuation that is given up is not answered; one without a token (NaN) ends its request alone."""
+    engine = idle_engine(late)
+    failing = SamplingParams(
+        max_tokens=9, ignore_eos=True, logits_processor=lambda tokens, x: x if len(tokens) < 11 else x * float("nan")
+    )
+    both = SamplingParams(max_tokens=9, ignore_eos=True, temperature=0, n=2)
+    failed, given_up, other = (engine.add_request([5] * 8, p) for p in (failing, both, both))
+    answers = dict[tuple[int, int], int]()
+    while engine.has_work:
+        drawn = (
+            {chunk.sequence.request: chunk.sequence.num_new for chunk in engine.drawn.chunks} if engine.drawn else {}
+        )
+        if drawn.get(given_up) == 4 + late:  # with the place of the token that is on the way
+            engine.abort(given_up, 0)
+        for output in engine.step():
+            assert output.error is None or output.request == failed
+            answers[output.request, output.index] = answers.get((output.request, output.index), 0) + len(output.tokens)
+    assert answers[failed, 0] == 3
+    assert (answers[given_up, 0], answers[given_up, 1]) == (4 if late else 9, 9)
+    assert answers[other, 0] == answers[other, 1] == 9
 
 
 def fastest(function: Callable[[], object], times: int = 300) -> float:
@@ -148,9 +194,9 @@ def test_microseconds_of_a_launch_on_the_host() -> None:
     )
     scheduler, cache, complete = engine.scheduler, engine.runner.cache, engine.scheduler.complete
 
-    def timed(batch: ScheduledBatch, kept: Marks | None = None) -> None:
+    def timed(batch: ScheduledBatch, kept: Marks | None = None, checked: bool = True) -> None:
         begin = time.perf_counter()
-        complete(batch, kept)
+        complete(batch, kept, checked)
         if batch.kind == "core" and len(batch.slots) == 64:
             completed.append(time.perf_counter() - begin)
 

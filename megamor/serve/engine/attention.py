@@ -56,11 +56,15 @@ class PagedKeysValues(KeysValues):
 
 @dataclass(frozen=True)
 class GatherGroup:
-    """G runs of n rows each: `rows` [G·n] (None: all, in order), `pages` [G·P], additive `mask` [G, 1, n, entries]."""
+    """G runs of n rows each: `rows` [G·n] (None: all, in order), `pages` [G·P], additive `mask` [G, 1, n, entries].
+
+    `foreign` lists those of the G·entries that no row of their run sees and that another text may have left there.
+    """
 
     rows: Tensor | None
     pages: Tensor
     mask: Tensor
+    foreign: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,14 @@ class GatherLayout:
             last = to_device(ends[rows], device)
             if isinstance(rows, slice):
                 first, last = None if first is None else first.unsqueeze(1), last.unsqueeze(1)
-            pages = tables[owners[runs], :count].ravel()
-            return GatherGroup(own, to_device(pages, device), entry_mask(first, last, count * size, dtype))
+            seen = (ends[rows] if isinstance(rows, slice) else ends[rows[:, -1]])[:, None]
+            pages = tables[owners[runs], :count]
+            # Instead of pages that it doesn't see, which may be those of others by now, a run gathers its first again.
+            pages = np.where(np.arange(count) * size < seen, pages, pages[:, :1]).ravel()
+            places, until = np.arange(count * size), np.where(seen < size, count * size, seen + -seen % size)
+            foreign = np.flatnonzero((places >= seen) & (places < until))
+            mask = entry_mask(first, last, count * size, dtype)
+            return GatherGroup(own, to_device(pages, device), mask, to_device(foreign, device))
 
         borders = owners[1:] != owners[:-1]
         count = -(-int(ends.max()) // size)
@@ -134,7 +144,7 @@ class GatherLayout:
 
 def entry_mask(begins: Tensor | None, ends: Tensor, num_entries: int, dtype: torch.dtype) -> Tensor:
     """Additive mask [G, 1, n, num_entries] of rows that see the entries from `begins` (None: 0) to `ends`, [G, n]."""
-    # Additive, as attention adds it in the same kernel. Entries of unused pages are zeros or old values, never NaN.
+    # Additive, as attention adds it in the same kernel.
     length = 1 << num_entries.bit_length()
     steps = hiding_steps(length, dtype, ends.device)
     # Row i of these windows [length, num_entries] shows the first length - i entries.
@@ -157,8 +167,13 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, group: GatherGroup) -> Tensor:
     # Grouped-query attention: query heads that share a key head are treated as further queries of the same row, which
     # costs nothing; repeating keys and values for each of them would copy the gathered cache several times.
     q_GKHD = q.view(size, length, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    # What other texts have left may be NaN, which no mask hides: 0 · NaN is NaN.
     k_GKTD, v_GKTD = (
-        pages.index_select(0, group.pages).view(size, num_entries, kv_heads, head_dim).transpose(1, 2)
+        pages.index_select(0, group.pages)
+        .view(size * num_entries, -1)
+        .index_fill_(0, group.foreign, 0)
+        .view(size, num_entries, kv_heads, head_dim)
+        .transpose(1, 2)
         for pages in (k, v)
     )
     # One query head's mask for all those that share a key head, which are further queries here.
@@ -224,7 +239,8 @@ def fixed_layout(
     # What a graph of the CPU would be, if there were any: tests run it in place of one.
     first, last = None if begins is None else begins.unsqueeze(1), ends.unsqueeze(1)
     mask = entry_mask(first, last, tables.shape[1] * size, dtype)
-    return GatherLayout([GatherGroup(None, tables.index_select(0, owners).flatten(), mask)], None)
+    foreign = (torch.arange(mask.shape[-1], device=ends.device) >= last).flatten().nonzero().squeeze(1)
+    return GatherLayout([GatherGroup(None, tables.index_select(0, owners).flatten(), mask, foreign)], None)
 
 
 def reads_in_place(device: torch.device) -> bool:

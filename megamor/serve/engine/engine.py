@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -61,11 +61,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The tokens drawn after `chunks`, on their way to the host, and log-probabilities where requests ask for them."""
+    """What an exit of `chunks` has computed, on its way to the host.
+
+    `tokens` and `logprobs` (where requests ask for them) have one for each chunk that a token was drawn after, at its
+    place in `places`. `finite` says of each row whether it has numbers; None where the tokens tell it.
+    """
 
     chunks: Sequence[Chunk]
-    tokens: Incoming
+    places: Mapping[Chunk, int]
+    tokens: Incoming | None
     logprobs: Sequence[TokenLogprob | None]
+    finite: Incoming | None
 
 
 class ServingEngine:
@@ -159,8 +165,7 @@ class ServingEngine:
         """Queue a prompt; see `Engine.add_request`."""
         self.check(prompt, params)
         self.num_requests += 1
-        seed, end = secrets.randbits(63) if params.seed is None else params.seed, self.options.end_token
-        stops = params.stop_token_ids if end is None or params.ignore_eos else (*params.stop_token_ids, end)
+        seed, stops = secrets.randbits(63) if params.seed is None else params.seed, self.stop_tokens(params)
         changed = Draw(params, seed, 0, prompt, len(prompt), stops[: params.min_tokens]).changes_logits
         request = Request(params, seed, stops, params.temperature == 0 and not changed)
         if params.group is not None:
@@ -188,10 +193,14 @@ class ServingEngine:
         vocab = self.model.config.model.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty: give at least one token", "prompt")
-        given = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias}
+        names = ("stop_token_ids", "logit_bias", "allowed_token_ids")
+        given = {"prompt": prompt, **{name: getattr(params, name) or () for name in names}}
         for name, tokens in given.items():
             if (unknown := next((token for token in tokens if not 0 <= token < vocab), None)) is not None:
                 raise RequestError(f"{name}: token id {unknown} is not in the vocabulary of {vocab}", name)
+        allowed = {*(params.allowed_token_ids or ())}
+        if params.min_tokens and allowed and allowed <= {*self.stop_tokens(params)}:
+            raise RequestError("allowed_token_ids are all stop tokens, which min_tokens hold back", "allowed_token_ids")
         if len(prompt) + params.max_tokens > self.context_length:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} more exceed the context of "
@@ -240,9 +249,12 @@ class ServingEngine:
             torch.cuda.synchronize(self.runner.device)
         ran = time.perf_counter()
         self.accounting.count(batch, ran - scheduled, timed)
-        self.scheduler.complete(batch, kept)
-        if batch.kind == "exit":
-            outputs += self.answer_exit(batch)
+        self.scheduler.complete(batch, kept, checked=False)
+        if self.drawn is not None and batch.kind == "exit":
+            if self.reads_late:
+                self.expect_tokens(self.drawn)
+            else:
+                outputs += self.read_drawn()
         if self.options.hold == 0 and batch.kind == "core" and total.launches["core"] % ADAPT_EVERY == 0:
             self.scheduler.hold = self.accounting.best_hold()
         total.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
@@ -255,7 +267,7 @@ class ServingEngine:
             self.options.synchronize or not self.reads_late or self.accounting.total.launches["core"] % TIME_EVERY == 0
         )
 
-    def leave(self, batch: ScheduledBatch) -> Drawn | None:
+    def leave(self, batch: ScheduledBatch) -> Drawn:
         """Run the exit, and draw a token after each chunk that ends its text."""
         ends, requests, rows, first = list[Chunk](), list[Request](), list[int](), 0
         for chunk in batch.chunks:
@@ -268,8 +280,12 @@ class ServingEngine:
         seats = [chunk.sequence.seat for chunk in ends]
         found = self.runner.exit(batch, rows, seats)
         self.read_prompts(batch.chunks, found.x)
+        # NaN reaches rows before its own in the same chunk: attention multiplies it by weights of 0. So others that
+        # begin alike must not find such rows in the prefix cache. In decoding the logits tell as much.
+        prompts = len(ends) < len(batch.chunks) or first > len(batch.chunks)
+        finite = Incoming(found.finite) if prompts else None
         if not ends:
-            return None
+            return Drawn(batch.chunks, {}, None, (), finite)
         tokens, logits = found.tokens, found.logits
         if not all(request.greedy for request in requests):
             tokens = sample(logits, [self.draw(*each) for each in zip(ends, requests, strict=True)])
@@ -279,28 +295,33 @@ class ServingEngine:
         if any(count is not None for count in wanted):
             given = logprobs_of(logits, [max(token, 0) for token in incoming.tolist()], [n or 0 for n in wanted])
             logprobs = [None if count is None else own for own, count in zip(given, wanted, strict=True)]
-        return Drawn(ends, incoming, logprobs)
+        return Drawn(batch.chunks, {chunk: place for place, chunk in enumerate(ends)}, incoming, logprobs, finite)
 
-    def answer_exit(self, batch: ScheduledBatch) -> list[RequestOutput]:
-        """Answer a completed exit, or where tokens are read late, what doesn't depend on them."""
-        ends = self.drawn.chunks if self.drawn else ()
-        drawn_after = {*ends}
-        outputs = [out for chunk in batch.chunks if chunk not in drawn_after for out in self.answer(chunk, None, None)]
-        if not self.reads_late:
-            return outputs + self.read_drawn()
-        for chunk in ends:
-            sequence, request = chunk.sequence, self.requests.get(chunk.sequence.request)
-            if request is not None and sequence.num_new + 1 < request.params.max_tokens:
+    def expect_tokens(self, drawn: Drawn) -> None:
+        """Let sequences that don't end with the token just drawn enter again before it is read."""
+        for chunk in drawn.places:
+            sequence = chunk.sequence
+            if sequence.num_new + 1 < self.requests[sequence.request].params.max_tokens:
                 sequence.tokens.append(UNREAD_TOKEN)
-        return outputs
 
     def read_drawn(self) -> list[RequestOutput]:
-        """Wait for the tokens that were drawn last, if they weren't read yet, and answer."""
+        """Wait for what the last exit has computed, if it wasn't read yet, and answer."""
         drawn, self.drawn = self.drawn, None
         if drawn is None:
             return []
-        read = zip(drawn.chunks, drawn.tokens.tolist(), drawn.logprobs, strict=True)
-        return [out for chunk, token, logprob in read for out in self.answer(chunk, token, logprob)]
+        outputs, first = list[RequestOutput](), 0
+        tokens = [] if drawn.tokens is None else drawn.tokens.tolist()
+        finite = None if drawn.finite is None else drawn.finite.tolist()
+        for chunk in drawn.chunks:
+            place = drawn.places.get(chunk)
+            new, logprob = (None, None) if place is None else (tokens[place], drawn.logprobs[place])
+            if finite is not None and not all(finite[first : first + chunk.length]):
+                new = NO_TOKEN
+            first += chunk.length
+            if new != NO_TOKEN:
+                self.scheduler.remember(chunk)
+            outputs += self.answer(chunk, new, logprob)
+        return outputs
 
     def read_prompts(self, chunks: Sequence[Chunk], x: torch.Tensor) -> None:
         """Log-probabilities of prompt tokens, where requested; x [N, dim] has the rows of `chunks`."""
@@ -322,6 +343,11 @@ class ServingEngine:
         params, sequence = request.params, chunk.sequence
         banned = request.stops if sequence.num_new < params.min_tokens else ()
         return Draw(params, request.seed, sequence.index, sequence.tokens, sequence.prompt_length, banned)
+
+    def stop_tokens(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end a continuation."""
+        end = self.options.end_token
+        return params.stop_token_ids if end is None or params.ignore_eos else (*params.stop_token_ids, end)
 
     def answer(self, chunk: Chunk, new: int | None, logprob: TokenLogprob | None) -> Iterator[RequestOutput]:
         """Append the token `new` drawn after a chunk, if there is one, and finish the continuation if it has ended."""

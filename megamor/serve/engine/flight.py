@@ -51,7 +51,7 @@ class SequenceState:
     `num_read` of its tokens are in the tables. `depths` are those of all tokens that were ever read, which are more
     after a preemption. `leader` is an earlier sequence with the same prompt, which this one waits for in order to find
     the prompt in the prefix cache. `reuse` False means that every prompt token must be read here, because the client
-    wants to see what each predicts.
+    wants to see what each predicts. What it has read is numbers up to token `checked`.
     """
 
     number: int
@@ -69,6 +69,7 @@ class SequenceState:
     seat: int = -1
     block: PrefixBlock | None = None
     cached_tokens: int | None = None
+    checked: int = 0
     state: Literal["waiting", "resident", "doomed", "gone"] = "waiting"
 
     @property
@@ -173,12 +174,13 @@ class Flight:
         numbers = np.zeros((NUM_COLUMNS, len(slots)), np.int64)
         np.take(self.rows, slots, 1, numbers[:NUM_KEPT], "clip")
         seats, positions, before = numbers[SEAT], numbers[POSITION], self.before
-        # A stopped row (policy full) has no entry. What it reads doesn't matter, but attention needs one entry.
         entries = before[table, seats, positions]
         owners = numbers[OWNER] = table * self.num_seats + seats
         pages = self.pages[owners, entries // self.page_size]
         numbers[ADDRESS] = np.where(writes, pages * np.int64(self.page_size) + entries % self.page_size, nowhere)
-        numbers[END] = entries + 1
+        # A stopped row (policy full) has no entry. What it reads doesn't matter, but attention needs one, and one that
+        # its chunk has written: what was there before may be NaN, and would reach the chunk's other rows.
+        numbers[END] = np.maximum(before[table, seats, positions + 1], 1)
         if window:
             numbers[BEGIN] = before[table, seats, np.maximum(positions + 1 - window, 0)]
         return numbers

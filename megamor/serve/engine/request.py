@@ -61,11 +61,12 @@ class SamplingFields(Fields):
     """How to continue a prompt. Names and meanings are those of the OpenAI and vLLM APIs.
 
     `temperature` 0 takes the most likely token, and so does one that is almost 0. `logit_bias` is added to the logits
-    of tokens, by id. With a `seed`, a continuation is reproducible whatever it is batched
-    with; without one, the engine draws one. Each of `n` continuations has its own noise. `logprobs` is the number of
-    alternatives to report beside each chosen token; 0 reports the chosen one alone. With `max_tokens` 0 the prompt is
-    only read. `min_tokens` and `ignore_eos` suppress the stop tokens: the engine's end of text and `stop_token_ids`.
-    `max_depth` bounds the recursions of every token, the prompt's included: less compute for less quality.
+    of tokens, by id; with `allowed_token_ids` no others are chosen. With a `seed`, a continuation is reproducible
+    whatever it is batched with; without one, the engine draws one. Each of `n` continuations has its own noise.
+    `logprobs` is the number of alternatives to report beside each chosen token; 0 reports the chosen one alone. With
+    `max_tokens` 0 the prompt is only read. `min_tokens` and `ignore_eos` suppress the stop tokens: the engine's end of
+    text and `stop_token_ids`. `max_depth` bounds the recursions of every token, the prompt's included: less compute for
+    less quality.
     """
 
     max_tokens: int = Field(16, ge=0)
@@ -80,6 +81,7 @@ class SamplingFields(Fields):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = Field(None, ge=0)
@@ -125,6 +127,7 @@ _FAULTS = {
     "extra_forbidden": "unknown field, or one that is not served here",
     "json_invalid": "not valid JSON",
     "missing": "is needed",
+    "too_short": "must not be empty",
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",

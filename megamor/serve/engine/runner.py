@@ -69,10 +69,11 @@ class DepthGroup(NamedTuple):
 
 class Exit(NamedTuple):
     """What an exit batch has computed: the coda's result `x` [N, dim], and of the n rows that predict a token, their
-    `logits` [n, vocab] and the most likely `tokens` [n].
+    `logits` [n, vocab] and the most likely `tokens` [n]. `finite` [N] are the rows without NaN or infinity.
     """
 
     x: Tensor
+    finite: Tensor
     logits: Tensor
     tokens: Tensor
 
@@ -200,8 +201,8 @@ class Runner:
         if self.graphs is not None and self.graphs.fits(len(batch.slots)):
             numbers[DRAWER] = self.flight.num_seats
             numbers[ROW, :count], numbers[DRAWER, :count] = predicting, seats
-            x, logits, tokens = self.graphs.run("exit", numbers)
-            return Exit(x, logits[:count], tokens[:count])
+            x, finite, logits, tokens = self.graphs.run("exit", numbers)
+            return Exit(x, finite, logits[:count], tokens[:count])
         x = self.exit_rows(*self.edge_call(numbers))
         places = self.cache.tensor([predicting, seats])
         return self.predict(x, None if count == len(x) else places[0], places[1])
@@ -211,7 +212,7 @@ class Runner:
         logits = self.model.readout(x if rows is None else x.index_select(0, rows))
         tokens = most_likely(logits)
         self.note_drawn(seats, tokens)
-        return Exit(x, logits, tokens)
+        return Exit(x, x.isfinite().all(1), logits, tokens)
 
     def note_drawn(self, seats: Tensor, tokens: Tensor) -> None:
         """Keep `tokens` [n] for the next entry, where the host may not have read them by then."""

@@ -148,15 +148,18 @@ class Scheduler:
         """Whether the next batch is an exit."""
         return bool(self.leaving) and self.at_boundary()
 
-    def complete(self, batch: ScheduledBatch, kept: Marks | None = None) -> None:
+    def complete(self, batch: ScheduledBatch, kept: Marks | None = None, checked: bool = True) -> None:
         """Record that a batch has run.
 
-        After entry and core batches `kept` marks the rows that take the next recursion.
+        After entry and core batches `kept` marks the rows that take the next recursion. After an exit that isn't
+        `checked`, call `remember` for the chunks whose numbers turn out to be fine.
         """
         assert batch is self.running, "only the running batch can be completed"
         self.running = None
         if kept is None:
             self.leave(batch.chunks)
+            for chunk in batch.chunks if checked else ():
+                self.remember(chunk)
         else:
             self.since_boundary = self.since_boundary + 1 if batch.kind == "core" else 0
             self.advance(batch, kept)
@@ -220,7 +223,7 @@ class Scheduler:
 
     def is_reading_prompt(self, leader: SequenceState) -> bool:
         """Whether the prompt of `leader` is not in the prefix cache yet, but soon will be."""
-        return self.options.prefix_caching and leader.state != "gone" and leader.num_read < leader.prompt_length
+        return self.options.prefix_caching and leader.state != "gone" and leader.checked < leader.prompt_length
 
     def admit(self, sequence: SequenceState) -> list[PageCopy] | None:
         """Make a waiting sequence a resident, starting from what the prefix cache has of its tokens.
@@ -253,7 +256,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.residents.append(sequence)
         sequence.state, sequence.seat = "resident", self.free_seats.pop()
-        sequence.num_read, sequence.block = read, chain[-1] if chain else None
+        sequence.num_read = sequence.checked = read
+        sequence.block = chain[-1] if chain else None
         if sequence.cached_tokens is None:
             sequence.cached_tokens = read
         # After a preemption the depths are longer than the chain, and equal where both know a token.
@@ -374,15 +378,16 @@ class Scheduler:
                     if depth < least:
                         raise ConfigError(BOUND_BROKEN.format(position=chunk.start + row, depth=depth, bound=least))
             sequence.depths += taken[known:]
-            before, sequence.num_read = sequence.num_read, sequence.num_read + chunk.length
-            if self.options.prefix_caching:
-                self.remember(sequence, before)
+            sequence.num_read += chunk.length
 
-    def remember(self, sequence: SequenceState, before: int) -> None:
-        """Put the blocks into the prefix cache that were completed since `before` tokens were read."""
+    def remember(self, chunk: Chunk) -> None:
+        """Put the blocks into the prefix cache that a chunk has completed, which has left: its numbers are fine."""
+        sequence, size, end = chunk.sequence, self.options.page_size, chunk.start + chunk.length
+        if sequence.state != "resident" or sequence.num_read != end or not self.options.prefix_caching:
+            return
+        sequence.checked = end
         # From the beginning of a block that was only partly read before.
-        size = self.options.page_size
-        for start in range(before - before % size, sequence.num_read - size + 1, size):
+        for start in range(chunk.start - chunk.start % size, end - size + 1, size):
             parent = sequence.block if start else None
             if start and (parent is None or parent.dropped):
                 return  # a block can only be found through its parent
@@ -414,4 +419,4 @@ class Scheduler:
                 if chunk in chunks:
                     chunks.remove(chunk)
         # The tokens and their depths stay. A preempted sequence is read again from what the prefix cache still has.
-        sequence.num_read = 0
+        sequence.num_read = sequence.checked = 0

@@ -114,6 +114,11 @@ class AsyncEngine:
             self._thread.join()
 
     @property
+    def context_length(self) -> int:
+        """As of the engine."""
+        return self._engine.context_length
+
+    @property
     def num_running(self) -> int:
         """Sequences that are not completely answered: every continuation of every prompt."""
         # A request counts until it is closed, so that draining waits for an answer that is still being sent.

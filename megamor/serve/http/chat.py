@@ -174,7 +174,7 @@ class ChatRun(CompletionRun):
             ]
             fields: dict[str, Any] = {"delta" if stream else "message": {**role, "content": choice.text}}
             fields["logprobs"] = {"content": content} if choice.logprobs else None
-            found.append(ChatChoice(**choice.model_dump(exclude={"text", "logprobs"}), **fields))
+            found.append(ChatChoice(**choice.model_dump(exclude={"text", "logprobs", "prompt_logprobs"}), **fields))
         kind: Any = "chat.completion.chunk" if stream else "chat.completion"
         frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return ChatCompletion(**frame, choices=found, usage=usage)

@@ -13,7 +13,7 @@ from megamor.codec import Detokenizer, TextCodec
 from megamor.serve.engine.request import FinishReason, RequestOutput, TokenLogprob
 from megamor.serve.http.async_engine import AsyncEngine, Generation
 from megamor.serve.http.text import TextStream
-from megamor.serve.http.wire import Choice, Completion, GenerationRequest, Logprobs, Usage
+from megamor.serve.http.wire import Choice, Completion, GenerationRequest, Logprobs, PromptLogprob, Usage
 
 
 @dataclass
@@ -45,11 +45,15 @@ class CompletionRun:
         self, body: GenerationRequest, codec: TextCodec, runner: AsyncEngine, model: str, prompts: list[list[int]]
     ) -> None:
         self.body, self.codec, self.runner, self.prompts = body, codec, runner, prompts
+        if body.truncate_prompt_tokens is not None:
+            self.prompts = [body.shortened(prompt, runner.context_length) for prompt in prompts]
         self.params, self.echo = body.sampling(), getattr(body, "echo", False)
         self.id, self.created, self.model = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()), model
         self.arrived = time.monotonic()
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in self.prompts))
         self.cached: dict[int, int] = {}
+        # For vLLM's field of this name, by prompt.
+        self.prompt_logprobs: dict[int, list[dict[int, PromptLogprob] | None]] = {}
         stops = body.stops()
         self.early: dict[int, list[RequestOutput]] = {}
         self.choices: list[ChoiceState] = []
@@ -103,6 +107,8 @@ class CompletionRun:
                     choice.logprobs = choice.logprobs or Logprobs()
                     for name in Logprobs.model_fields:
                         getattr(choice.logprobs, name).extend(getattr(new.logprobs, name))
+        for choice in whole:
+            choice.prompt_logprobs = self.prompt_logprobs.get(choice.index // self.body.n)
         return self.answer(whole, self.usage)
 
     def answer(self, choices: list[Choice], usage: Usage | None = None) -> BaseModel:
@@ -115,11 +121,28 @@ class CompletionRun:
         if output.index == 0:  # other continuations find what this one has read
             self.cached[prompt] = output.cached_tokens
             self.usage.prompt_tokens_details["cached_tokens"] = sum(self.cached.values())
+        count = getattr(self.body, "prompt_logprobs", None)
+        if count is not None and output.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt] = [
+                None if entry is None else self._alternatives(entry, count) for entry in output.prompt_logprobs
+            ]
+
+    def _alternatives(self, entry: TokenLogprob, count: int) -> dict[int, PromptLogprob]:
+        """The token itself and the `count` most likely ones."""
+        ranked = [(token, value, rank) for rank, (token, value) in enumerate(entry.top[:count], 1)]
+        found = {token: (value, rank) for token, value, rank in [(entry.token, entry.logprob, entry.rank), *ranked]}
+        return {
+            token: PromptLogprob(
+                logprob=value, rank=rank, decoded_token=self.codec.decode([token], skip_special_tokens=False)
+            )
+            for token, (value, rank) in found.items()
+        }
 
     def _echo(self, state: ChoiceState, entries: Sequence[TokenLogprob | None] | None) -> Choice:
         state.started = True
         text = state.stream.detokenizer.push(state.prompt)
-        logprobs = None if entries is None else self._logprobs(state, state.prompt, entries)
+        wanted = entries is not None and self.params.logprobs is not None
+        logprobs = self._logprobs(state, state.prompt, entries or ()) if wanted else None
         return Choice(index=state.index, text=text, logprobs=logprobs, token_ids=list(state.prompt))
 
     def _continue(self, state: ChoiceState, output: RequestOutput) -> Choice:
@@ -147,7 +170,7 @@ class CompletionRun:
             result.token_logprobs.append(None if entry is None else entry.logprob)
             top: dict[str, float] = {}
             # The chosen one is always there. Of different tokens with one text the most likely counts.
-            for other, value in () if entry is None else (*entry.top, (token, entry.logprob)):
+            for other, value in () if entry is None else (*entry.top[: self.params.logprobs], (token, entry.logprob)):
                 top.setdefault(self.codec.name(other), value)
             result.top_logprobs.append(None if entry is None else top)
             before = state.offset

@@ -36,7 +36,8 @@ class StreamOptions(Fields):
 class GenerationRequest(SamplingFields):
     """What completions and chat completions have in common.
 
-    An unknown field is refused: ignoring it would answer another question. `user` and what follows it is for logs.
+    An unknown field is refused: ignoring it would answer another question. `truncate_prompt_tokens` keeps the last so
+    many of a prompt, -1 as many as the context has room for. `user` and what follows it is for logs.
     """
 
     model: str | None = None
@@ -44,6 +45,7 @@ class GenerationRequest(SamplingFields):
     stop: str | list[str] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -74,6 +76,20 @@ class GenerationRequest(SamplingFields):
             raise RequestError(f"stop must be at most {MAX_STOPS} strings, none of them empty", "stop")
         return stops
 
+    def shortened(self, prompt: list[int], context: int) -> list[int]:
+        """What `truncate_prompt_tokens` keeps of a prompt.
+
+        Raises:
+            RequestError: that would be nothing, or more than the context.
+        """
+        kept = self.truncate_prompt_tokens
+        if kept == -1:
+            kept = max(1, context - (1 if self.fits else self.sampling().max_tokens))
+        if kept == 0 or (kept or 0) > context:
+            fault = f"truncate_prompt_tokens = {kept} must be -1, or 1 to the context of {context}"
+            raise RequestError(fault, "truncate_prompt_tokens")
+        return prompt if kept is None else prompt[-kept:]
+
     def sampling(self, **changes: Any) -> SamplingParams:
         """What the engine is told.
 
@@ -92,11 +108,12 @@ def encode_name(codec: TextCodec, text: str, add_special_tokens: bool) -> list[i
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of `POST /v1/completions`. `logprobs` true is 1, and false is null."""
+    """Body of `POST /v1/completions`. `logprobs` true is 1, and false is null. `prompt_logprobs` is vLLM's."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     best_of: int | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     suffix: str | None = None
 
@@ -129,7 +146,10 @@ class CompletionRequest(GenerationRequest):
             raise RequestError("suffix is not served: the model continues text and can't fill gaps", "suffix")
         if self.best_of not in (None, self.n):
             raise RequestError(f"best_of = {self.best_of} must be left out or equal n = {self.n}", "best_of")
-        return super().sampling(prompt_logprobs=self.logprobs if self.echo else None, **changes)
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs are not available with stream = true", "prompt_logprobs")
+        asked = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return super().sampling(prompt_logprobs=max(asked, default=None), **changes)
 
 
 class Logprobs(BaseModel):
@@ -141,12 +161,24 @@ class Logprobs(BaseModel):
     text_offset: list[int] = []
 
 
+class PromptLogprob(BaseModel):
+    """Natural log-probability of a token at a position of the prompt, and its rank: 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class Choice(BaseModel):
-    """One continuation, or what is new of it in a stream. `token_ids` and `depths` are additions of this server."""
+    """One continuation, or what is new of it in a stream. `token_ids` and `depths` are additions of this server.
+
+    `prompt_logprobs` has by id each token of the prompt and the most likely ones in its place; null for the first.
+    """
 
     index: int
     text: str
     logprobs: Logprobs | None = None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = Field(None, exclude_if=lambda value: value is None)
     finish_reason: FinishReason | None = None
     token_ids: list[int] = []
     depths: list[int] = []
