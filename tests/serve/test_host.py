@@ -170,6 +170,11 @@ def test_what_ends_while_its_token_is_on_the_way(late: bool) -> None:
     assert answers[other, 0] == answers[other, 1] == 9
 
 
+def test_a_router_that_hashes_the_text_needs_the_tokens_at_once() -> None:
+    assert engine_of("token_choice", "recursion_wise", 1, read_late=True).reads_late
+    assert not engine_of("random", "recursion_wise", 1, read_late=True).reads_late
+
+
 def fastest(function: Callable[[], object], times: int = 300) -> float:
     """Seconds of the fastest of several calls."""
     seconds = []

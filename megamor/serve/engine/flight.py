@@ -30,7 +30,7 @@ NUM_KEPT, NUM_COLUMNS = OWNER, DRAWER + 1
 UNREAD_TOKEN = -1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """Tokens `start` to `start` + `length` of a sequence, in flight in `slots`. `stage` is the batch they wait for.
 
@@ -44,7 +44,7 @@ class Chunk:
     stage: Literal["entry", "core", "exit"] = "entry"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class SequenceState:
     """A prompt and one continuation: the one with `index` of `request`. `number` is its order of arrival.
 
@@ -135,6 +135,7 @@ class Flight:
         self.pages = np.zeros((len(specs) * num_seats + 1, -(-context // size)), np.int32)
         # Memory that was never written to costs nothing, and few texts are as long as the context.
         self.before = np.zeros((len(specs) + 1, num_seats, context + 1), np.int32)
+        self.every_token = [table for table, spec in enumerate(specs) if spec.recursion < 0]
         self.table_of = np.full(num_recursions + 1, len(specs))
         for table, spec in enumerate(specs):
             if spec.recursion >= 0:
@@ -158,12 +159,17 @@ class Flight:
 
     def enter(self, slots: Ints, seats: Ints, starts: Ints, positions: Ints, tokens: Ints, most: Ints) -> None:
         """Tokens without a lower bound enter, in chunks that begin at `starts`; nothing says yet what they take."""
-        rows = self.rows
-        rows[POSITION, slots], rows[SEAT, slots], rows[TOKEN, slots], rows[MOST, slots] = positions, seats, tokens, most
-        rows[RECURSION : LEAST + 1, slots] = rows[DEPTH:, slots] = 0
-        for table, spec in enumerate(self.specs):
-            every = spec.recursion < 0
-            self.before[table, seats, positions + 1] = positions + 1 if every else self.before[table, seats, starts]
+        rows = np.zeros((NUM_KEPT, len(slots)), np.int64)
+        rows[SLOT], rows[POSITION], rows[SEAT], rows[TOKEN], rows[MOST] = slots, positions, seats, tokens, most
+        self.rows[:, slots] = rows
+        self.before[:-1, seats, positions + 1] = self.before[:-1, seats, starts]
+        for table in self.every_token:
+            self.before[table, seats, positions + 1] = positions + 1
+
+    def places(self, table: int | Ints, seats: Ints, positions: Ints) -> Ints:
+        """Where `before` has these, as one index: NumPy takes one in a third of the time that it needs for three."""
+        found: Ints = (table * self.num_seats + seats) * self.before.shape[2] + positions
+        return found
 
     def launch(self, slots: Ints, table: int | Ints, writes: bool | Marks, nowhere: int, window: int) -> Ints:
         """The numbers [NUM_COLUMNS, N] of a batch of `slots` whose blocks read `table`, one for all or one for each.
@@ -173,14 +179,17 @@ class Flight:
         """
         numbers = np.zeros((NUM_COLUMNS, len(slots)), np.int64)
         np.take(self.rows, slots, 1, numbers[:NUM_KEPT], "clip")
-        seats, positions, before = numbers[SEAT], numbers[POSITION], self.before
-        entries = before[table, seats, positions]
+        seats, positions = numbers[SEAT], numbers[POSITION]
         owners = numbers[OWNER] = table * self.num_seats + seats
-        pages = self.pages[owners, entries // self.page_size]
-        numbers[ADDRESS] = np.where(writes, pages * np.int64(self.page_size) + entries % self.page_size, nowhere)
+        before, places = self.before.reshape(-1), self.places(table, seats, positions)
+        entries = before.take(places)
+        page, offset = np.divmod(entries, self.page_size)
+        pages = self.pages.reshape(-1).take(owners * self.pages.shape[1] + page)
+        addresses = pages * np.int64(self.page_size) + offset
+        numbers[ADDRESS] = addresses if writes is True else np.where(writes, addresses, nowhere)
         # A stopped row (policy full) has no entry. What it reads doesn't matter, but attention needs one, and one that
         # its chunk has written: what was there before may be NaN, and would reach the chunk's other rows.
-        numbers[END] = np.maximum(before[table, seats, positions + 1], 1)
+        numbers[END] = np.maximum(before.take(places + 1), 1)
         if window:
-            numbers[BEGIN] = before[table, seats, np.maximum(positions + 1 - window, 0)]
+            numbers[BEGIN] = before.take(places - positions + np.maximum(positions + 1 - window, 0))
         return numbers

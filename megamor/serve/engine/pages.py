@@ -28,7 +28,7 @@ class TableSpec:
         return depth > self.recursion
 
 
-@dataclass
+@dataclass(slots=True)
 class PageTable:
     """Where a virtual sequence is stored: entry i is at offset i % page_size of page pages[i // page_size].
 
