@@ -293,7 +293,7 @@ def serve_case(toy: bool) -> dict[str, Any]:
     device = init_world(ParallelConfig(backend="single"), "cpu" if toy else None).device
     args = argparse.Namespace(
         policies=["depthwise"], config=str(bench / "serve_360m.yaml"), vanilla=str(bench / "serve_360m_vanilla.yaml"),
-        kv_policies=None, hold=1, page_size=16, no_cuda_graphs=False, device=str(device),
+        kv_policies=None, hold=0, page_size=16, no_cuda_graphs=False, device=str(device),
         overrides=[], residents=[128], turns=30, prompt_tokens=64, new_tokens=(96, 160),
     )  # fmt: skip
     if toy:
@@ -301,7 +301,7 @@ def serve_case(toy: bool) -> dict[str, Any]:
         vars(args).update(small)
     report: dict[str, Any] = {}
     serve.run(args, report, lambda: None)
-    names = ("tokens_per_second", "of_prediction", "over_vanilla", "mean_depth", "predicted_tokens_per_second")
+    names = ("tokens_per_second", "of_prediction", "over_vanilla", "mean_depth", "predicted_tokens_per_second", "hold")
     return {name: report["settings"][0]["cases"][0].get(name) for name in names}
 
 

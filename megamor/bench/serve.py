@@ -45,7 +45,8 @@ WARMUP_TURNS = 8
 class Workload:
     """`residents` slots are kept busy for `turns`; prompts and continuations are random within their lengths.
 
-    `page_size` and `cuda_graphs` are the engines'; `hold` is that of `depthwise`, in core batches.
+    `page_size` and `cuda_graphs` are the engines'; `hold` is that of `depthwise`, in core batches
+    (0: the best for the costs that are measured).
     """
 
     residents: int
@@ -129,7 +130,7 @@ class Contestant:
         per_token = entries * 2 * config.num_kv_heads * config.head_dim * model.embed.weight.element_size()
         options = EngineOptions(
             policy=policy,  # type: ignore[arg-type]
-            hold=work.hold,
+            hold=work.hold or 1,
             max_resident=residents,
             page_size=work.page_size,
             # Twice what is needed: no case may be slowed down by a shortage of pages.
@@ -177,6 +178,11 @@ def measure(
             depth = cases["depthwise"].engine.accounting.mean_depth
             residents = residents_of_equal_bytes(model, work.residents, depth)
             cases[EQUAL_BYTES] = Contestant.of(model, "depthwise", residents, work)
+        if turn == WARMUP_TURNS // 2 and not work.hold:
+            costs = batch_costs([gauge.engine for gauge in gauges], work.residents)
+            for case in cases.values():
+                depth = case.engine.accounting.mean_depth or 1.0
+                case.engine.scheduler.hold = costs.best_hold(case.residents, case.engine.layers.num_recursions, depth)
         if turn == WARMUP_TURNS:
             for contestant in (*cases.values(), *gauges):
                 contestant.seconds.clear()
@@ -209,7 +215,7 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
 
     def predicted(other: Contestant) -> float:
         policy, depth = other.engine.options.policy, other.engine.accounting.mean_depth
-        return costs.token_seconds(policy, other.residents, num_recursions, depth, work.hold)
+        return costs.token_seconds(policy, other.residents, num_recursions, depth, other.engine.scheduler.hold)
 
     # The batches of vanilla were not timed, so nothing is predicted for it.
     seconds = None if name == VANILLA else predicted(case)
@@ -217,6 +223,7 @@ def summary(name: str, case: Contestant, costs: Costs, cases: dict[str, Contesta
         "case": name,
         "policy": engine.options.policy,
         "residents": case.residents,
+        "hold": engine.scheduler.hold,
         "tokens_per_second": 1 / median(case.seconds),
         "mean_depth": engine.accounting.mean_depth,
         "core_width": stats.rows.get("core", 0) / batches,

@@ -156,7 +156,8 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     add("--turns", type=positive, default=30, metavar="N", help="of each engine (default: 30)")
     add("--prompt-tokens", type=positive, default=4, metavar="N", help="of each request (default: 4)")
     add("--new-tokens", type=token_range, default=(40, 60), metavar="A-B", help="of each request (default: 40-60)")
-    add("--hold", type=positive, default=1, metavar="N", help="core batches to a boundary, depthwise (default: 1)")
+    hold = "core batches to a boundary, depthwise; 0: the best for the measured costs (default: 1)"
+    add("--hold", type=int, default=1, metavar="N", help=hold)
     add("--page-size", type=positive, default=16, metavar="N", help="tokens of a page (default: 16)")
     add("--no-cuda-graphs", action="store_true", help="launch every kernel separately")
     add("--threads", type=positive, metavar="N", help="threads of torch (default: torch's choice)")

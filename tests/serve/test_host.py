@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megamor.errors import ConfigError
 from megamor.model import build_model
 from megamor.routing.plan import Incoming
+from megamor.serve.engine.cache import MOST_CHANGES
 from megamor.serve.engine.engine import ServingEngine, kv_bytes
 from megamor.serve.engine.flight import Marks, ScheduledBatch
 from megamor.serve.engine.request import SamplingParams
@@ -124,6 +127,26 @@ def test_the_host_queues_a_cycle_before_it_reads_its_tokens(
         events.append("step")
         engine.step()
     assert events[-3:] == ["step", "read", "read"]  # a prompt, and whether its rows are numbers
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_page_tables_on_a_device_follow_the_hosts(in_graph: bool) -> None:
+    """Few changes and many, again and again, also where a graph applies the last ones twice."""
+    engine = engine_of("token_choice", "recursion_wise", 4)
+    cache, flight = engine.runner.cache, engine.scheduler.flight
+    cache.device = SimpleNamespace(type="a device")  # type: ignore[assignment]
+    cache.tables = torch.zeros(flight.pages.shape, dtype=torch.int64)
+    cache.tensor = lambda numbers: torch.from_numpy(numbers.copy())  # type: ignore[method-assign, union-attr]
+    draw = np.random.default_rng(0)
+    for count in (3, 1, MOST_CHANGES + 5, 2, MOST_CHANGES, MOST_CHANGES * 2, 0, 1):
+        for _ in range(count):
+            flight.set_pages(draw.integers(4), draw.integers(4), draw.integers(1, 9, 8).tolist(), draw.integers(8))
+        cache.send_tables(in_graph)
+        cache.apply_changes()
+        assert np.array_equal(cache.tables.numpy(), flight.pages)
+        cache.send_tables(in_graph)
+        cache.apply_changes()
+        assert np.array_equal(cache.tables.numpy(), flight.pages)
 
 
 def idle_engine(read_late: bool) -> ServingEngine:

@@ -34,8 +34,8 @@ from megamor.serve.engine.flight import (
 from megamor.serve.engine.layers import Layers
 from megamor.serve.engine.prefix import PageCopy
 
-# Of page tables, sent in memory that is there already.
-MOST_CHANGES = 512
+# Of page tables, in memory that is there already, from which a graph takes all of them.
+MOST_CHANGES = 256
 
 
 class Rows(NamedTuple):
@@ -127,7 +127,9 @@ class PagedCache:
         self.tables = torch.from_numpy(flight.pages)
         if self.device.type != "cpu":
             self.tables = torch.zeros_like(self.tables, dtype=torch.int64, device=self.device)
-        self.changes = SentNumbers(np.zeros((2, MOST_CHANGES), np.int64), self.device)
+        # Places and pages: by default, page 0 at the end of the table that belongs to no sequence.
+        self.no_changes = np.tile([[self.tables.numel() - 1], [0]], MOST_CHANGES)
+        self.changes = SentNumbers(self.no_changes, self.device)
         positions = torch.arange(config.max_seq_len, device=self.device)
         angles = [rotary_angles(positions, config, self.dtype, slides) for slides in self.sights]
         self.angles = [(own.cos, own.signed_sin) for own in angles]
@@ -144,16 +146,23 @@ class PagedCache:
                 for pages in layer:
                     pages[copy.target] = pages[copy.source]
 
-    def send_tables(self) -> None:
-        """Send the changes of the page tables to the device."""
+    def send_tables(self, in_graph: bool = False) -> None:
+        """Send the changes of page tables to the device; `in_graph`: the entry that is replayed next applies them."""
         changes, self.flight.changes = self.flight.changes, {}
-        if self.device.type != "cpu" and changes:
-            numbers, there = integers((changes.keys(), changes.values())).reshape(2, -1), self.changes.there
-            if len(changes) > MOST_CHANGES:  # long prompts
-                there = self.tensor(numbers)
-            else:
-                self.changes.send(numbers)
-            self.tables.view(-1).index_copy_(0, there[0, : len(changes)], there[1, : len(changes)])
+        if self.device.type == "cpu" or not changes:
+            return  # applied again, the last ones change nothing
+        numbers = integers((changes.keys(), changes.values())).reshape(2, -1)
+        if len(changes) > MOST_CHANGES:  # long prompts
+            self.tables.view(-1).index_copy_(0, *self.tensor(numbers))
+            numbers = numbers[:, :0]
+        self.changes.send(numbers, self.no_changes)
+        if not in_graph:
+            self.apply_changes()
+
+    def apply_changes(self) -> None:
+        """Write the changes that were sent last to the page tables on the device."""
+        if self.device.type != "cpu":
+            self.tables.view(-1).index_copy_(0, *self.changes.there)
 
     def block_call(self, rows: Rows, numbers: Ints | None = None, nowhere: int = -1) -> BlockCall:
         """How blocks are called on `rows`, whose `numbers` may depend on the batch. In a graph (None) they may not."""

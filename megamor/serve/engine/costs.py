@@ -60,8 +60,10 @@ class Costs:
         return (c + e * width) / (a + b * width)
 
     def token_seconds(self, policy: str, residents: int, num_recursions: int, depth: float, hold: int = 1) -> float:
-        """Predicted seconds per token; see the module docstring."""
+        """Predicted seconds per token; see the module docstring. Holding for all recursions is lock-step."""
         (a, b), (c, e) = self.core, self.boundary
+        if policy == "depthwise" and hold == num_recursions > 1:
+            policy = "shrink"
         if policy == "full":
             return num_recursions * (a / residents + b) + c / residents + e
         if policy == "shrink":
@@ -70,10 +72,6 @@ class Costs:
         return depth * (a / width + b) + depth / hold * c / width + e
 
     def best_hold(self, residents: int, num_recursions: int, depth: float) -> int:
-        """Core batches between boundaries with the least predicted time. Holding for Nr of them is lock-step."""
-        return min(
-            range(1, max(1, num_recursions) + 1),
-            key=lambda hold: self.token_seconds(
-                "shrink" if hold == num_recursions > 1 else "depthwise", residents, num_recursions, depth, hold
-            ),
-        )
+        """Core batches between boundaries with the least predicted time."""
+        holds = range(1, max(1, num_recursions) + 1)
+        return min(holds, key=lambda hold: self.token_seconds("depthwise", residents, num_recursions, depth, hold))

@@ -35,8 +35,8 @@ from megamor.serve.options import CPU_BYTES, GPU_SHARE, EngineOptions
 
 NUMERIC_ERROR = "no next token: the logits are not numbers, or a logits_processor failed or excluded every token"
 # Core batches after which the engine decides again how long to hold exits.
-ADAPT_EVERY = 256
-# Where the host runs ahead of a GPU, one in so many core batches and the boundary after it are timed, waiting for each.
+ADAPT_FIRST, ADAPT_EVERY = 64, 256
+# Where the host runs ahead of a GPU, of later core batches one in so many is timed, waiting for it, and a boundary.
 TIME_EVERY = 32
 # A sequence's number has its turn above these bits, and its order of arrival in them.
 TURN_BITS = 40
@@ -255,17 +255,19 @@ class ServingEngine:
                 self.expect_tokens(self.drawn)
             else:
                 outputs += self.read_drawn()
-        if self.options.hold == 0 and batch.kind == "core" and total.launches["core"] % ADAPT_EVERY == 0:
-            self.scheduler.hold = self.accounting.best_hold()
+        if self.options.hold == 0 and batch.kind == "core":
+            launches = total.launches["core"]
+            if launches == ADAPT_FIRST or launches % ADAPT_EVERY == 0:
+                self.scheduler.hold = self.accounting.best_hold()
         total.seconds["scheduler"] += scheduled - begin + time.perf_counter() - ran
         return outputs
 
     @property
     def synchronizes(self) -> bool:
         """Whether a batch now has its seconds to itself: where the host may be ahead of the device, few have."""
-        return (
-            self.options.synchronize or not self.reads_late or self.accounting.total.launches["core"] % TIME_EVERY == 0
-        )
+        launches = self.accounting.total.launches["core"]
+        timed = launches < ADAPT_FIRST or launches % TIME_EVERY == 0
+        return self.options.synchronize or not self.reads_late or timed
 
     def leave(self, batch: ScheduledBatch) -> Drawn:
         """Run the exit, and draw a token after each chunk that ends its text."""

@@ -162,14 +162,15 @@ class Runner:
 
     def enter(self, batch: ScheduledBatch) -> IncomingMarks:
         """Embedding, prelude and routing; returns which rows take the first recursion."""
-        self.cache.send_tables()
+        count = len(batch.slots)
+        replayed = self.graphs is not None and self.graphs.fits(count)
+        self.cache.send_tables(in_graph=replayed)
         self.cache.copy(batch.copies)
         numbers, stage = self.edge_numbers(batch.slots), self.model.stage
         if stage is not None and stage.router.reads_text:
             numbers[TEXT] = text_column(batch.chunks)
-        count = len(batch.slots)
         kept: Tensor | None
-        if self.graphs is not None and self.graphs.fits(count):
+        if self.graphs is not None and replayed:
             (kept,) = self.graphs.run("entry", numbers)
         else:
             kept = self.enter_rows(*self.edge_call(numbers))
@@ -247,6 +248,7 @@ class Runner:
             predicting, seats = numbers[ROW : DRAWER + 1, : self.flight.num_seats]
             return self.predict(self.exit_rows(rows, call), predicting, seats)
         if kind == "entry":
+            self.cache.apply_changes()
             kept = self.enter_rows(rows, call)
             return (rows.slots >= 0 if kept is None else kept,)
         # The rows of a recursion aren't known when the graph is recorded. So every recursion is finished for all rows,
