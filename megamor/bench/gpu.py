@@ -199,13 +199,13 @@ def tasks(toy: bool, profile: bool) -> Iterator[Task]:
             *(toy_settings(name) if toy else ()),
         )
         case = replace(case_of_size(size, name, settings), documents=variant == "documents", accumulation=ACCUMULATION)
-        return Task(size, name, partial(train_case, case, toy, profile), variant, 0 if toy else 60)
+        return Task(size, name, partial(train_case, case, toy, profile), variant, 0 if toy else 45)
 
     yield from (training(size, name) for size in SIZES for name in DECISIVE)
     yield from (training(SIZES[0], name, variant) for variant in VARIANTS for name in DECISIVE)
     for name in DECISIVE:
-        yield Task(SIZES[0], name, partial(trainer_case, name, toy), "whole trainer", 0 if toy else 70)
-    yield Task(SIZES[0], "serving", partial(serve_case, toy), seconds=0 if toy else 60)
+        yield Task(SIZES[0], name, partial(trainer_case, name, toy), "whole trainer", 0 if toy else 45)
+    yield Task(SIZES[0], "serving", partial(serve_case, toy), seconds=0 if toy else 30)
     yield from (training(SIZES[0], name) for name in OTHERS)
 
 
