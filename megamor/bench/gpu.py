@@ -346,11 +346,13 @@ def tables(report: Row) -> Iterator[Table]:
 
 
 def goals(cases: Sequence[Row]) -> Iterator[Row]:
-    """Each goal: the goal in words, what was found, and whether that reaches it."""
+    """Each goal of these cases: the goal in words, what was found, and whether that reaches it."""
     names = {"mfu": "MFU", "over_vanilla": "times vanilla's tokens/s", "of_prediction": "of the predicted tokens/s"}
     found = {case["label"]: case for case in cases}
     for label, (figure, goal) in GOALS.items():
-        form, value = ".2f" if figure == "over_vanilla" else ".0%", found.get(label, {}).get(figure)
+        if label not in found:
+            continue
+        form, value = ".2f" if figure == "over_vanilla" else ".0%", found[label].get(figure)
         known = {"found": "not measured", "met": ""} if value is None else {"found": format(value, form)}
         if value is not None:
             known["met"] = "yes" if value >= goal else "no"

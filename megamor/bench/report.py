@@ -119,7 +119,7 @@ def provenance(report: Row, *libraries: str) -> str:
     """Date, versions of `libraries` and revision of the code, as one phrase."""
     versions = [f"{name} {report['versions'][name]}" for name in libraries if name in report["versions"]]
     changed = " with changes" if report["commit"]["dirty"] else ""
-    return ", ".join([report["date"][:10], *versions, f"revision {report['commit']['revision']}{changed}"])
+    return ", ".join([report["date"][:10], *versions, f"revision {report['commit']['revision'][:9]}{changed}"])
 
 
 def write_report(path: Path, report: Row) -> None:

@@ -168,7 +168,7 @@ def test_goals_by_hand() -> None:
     met = {row["goal"]: row["met"] for row in goals(cases)}
     assert met["360m vanilla: MFU ≥ 50%"] == "yes"
     assert met["360m mor3_expert: times vanilla's tokens/s ≥ 1.35"] == "no"
-    assert met["135m vanilla: MFU ≥ 45%"] == ""
+    assert len(met) == 3, "nothing of other cases"
     assert met["recompilations after the warm-up: 0"] == "no"
 
 
