@@ -39,6 +39,8 @@ def test_holding_pays_when_boundaries_are_expensive() -> None:
     assert costs(0.1).best_hold(R, NR, D) == 1
     assert costs(1.2).best_hold(R, NR, D) == 2
     assert costs(9.0).best_hold(R, NR, D) == 3
+    predict = costs(9.0).token_seconds
+    assert predict("depthwise", R, NR, D, NR) == predict("shrink", R, NR, D), "lock-step"
 
 
 def test_a_line_through_medians() -> None:

@@ -209,7 +209,7 @@ def test_memory_that_runs_out_halves_the_micro_batch() -> None:
 def test_serving_beside_vanilla(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     models = ["--config", "configs/bench/serve_360m.yaml", "--vanilla", "configs/bench/serve_360m_vanilla.yaml"]
-    arguments = ["--residents", "2,4", "--turns", "2", "--prompt-tokens", "3", "--new-tokens", "4-9"]
+    arguments = ["--residents", "2,4", "--turns", "2", "--prompt-tokens", "3", "--new-tokens", "4-9", "--hold", "0"]
     policies = ["--kv-policies", "recursion_wise,share_first", "--device", "cpu", "--json", str(out)]
     bench.main(["serve", *models, *arguments, *policies, *TINY])
     settings = json.loads(out.read_text())["settings"]
@@ -220,4 +220,6 @@ def test_serving_beside_vanilla(tmp_path: Path) -> None:
         assert list(cases) == ["full", "shrink", "depthwise", "vanilla", "depthwise, equal KV bytes"]
         assert 1 < cases["depthwise"]["mean_depth"] < 3
         assert cases["depthwise"]["over_vanilla"] > 0
+        assert cases["depthwise"]["hold"] in (1, 2, 3), "as the costs of the first turns suggest"
+        assert cases["vanilla"]["hold"] == 1
         assert cases["vanilla"]["of_prediction"] is None

@@ -82,13 +82,12 @@ class SentNumbers:
         self.array: Ints = self.here.numpy()
         self.sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def send(self, numbers: Ints, padding: Ints | int = 0) -> None:
+    def send(self, numbers: Ints, padding: Ints) -> None:
         """Copy `numbers` [n, N], and `padding` [n, width or more] in the columns behind them."""
         if self.sent is not None:
             self.sent.synchronize()  # the host may be ahead of the copy before
         count = numbers.shape[1]
-        self.array[:, :count] = numbers
-        self.array[:, count:] = padding if isinstance(padding, int) else padding[:, count : self.array.shape[1]]
+        self.array[:, :count], self.array[:, count:] = numbers, padding[:, count : self.array.shape[1]]
         self.there.copy_(self.here, non_blocking=True)
         if self.sent is not None:
             self.sent.record()

@@ -1,4 +1,4 @@
-"""Runs batches on the training model's own modules: blocks, router sessions, norms and head.
+"""Runs batches on the model's modules: blocks (packed for inference, or the training model's own), routers, head.
 
 Tokens in flight keep their state between batches in tensors with one row per slot: the residual stream, what the router
 knows about them, how their next recursion will be combined. A batch gathers the rows of its slots, so it can bring
