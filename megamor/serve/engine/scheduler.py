@@ -280,9 +280,10 @@ class Scheduler:
         Returns the number of tokens there is room for, 0 if the sequence must wait for older ones to finish.
         """
         count = self.chunk_length(sequence.unread)
-        if not any(self.book.missing(sequence.tables, count, sequence.max_depth).values()):
+        needed = self.book.missing(sequence.tables, count, sequence.max_depth)
+        if not any(needed.values()):
             return count
-        while not self.make_room(self.book.missing(sequence.tables, count, sequence.max_depth)):
+        while not self.make_room(needed):
             youngest = max(self.residents, key=lambda other: other.number)
             if youngest is sequence:
                 return 0
