@@ -132,7 +132,7 @@ def test_the_boundary_is_that_of_lm_eval(
 ) -> None:
     pytest.importorskip("lm_eval")
     if name not in tokenizers:
-        pytest.skip("shared data: tokenizers/gpt2.json is absent")
+        pytest.skip("no tokenizers/gpt2.json beside the fixtures; set MEGAMOR_FIXTURES")
     harness = harness_model(Encoder(), TextCodec.load(tokenizers[name]))  # type: ignore[arg-type]
     expected = []
     pairs = []
