@@ -27,7 +27,7 @@ from tests.serve.test_paged_kernel import interpret
 
 
 def test_interpreted() -> None:
-    interpret("interpreted_blocks.py")
+    assert " passed" in interpret("interpreted_blocks.py")
 
 
 HEADS = {"heads": 15, "kv_heads": 5, "half": 40, "HALF": 64}
@@ -85,7 +85,7 @@ def test_without_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.reads_in_place(torch.device("cuda"))
     for name in ("megamor.serve.engine.gpu_kernels", "megamor.serve.engine.paged_kernel"):
         monkeypatch.setitem(sys.modules, name, None)  # an import is an error
-    # The meta device stands in for a GPU.
+    # In place of a GPU: the meta device.
     model = cast(build_model(tiny_config(ROUTERS["token_choice"]), device="meta"), torch.bfloat16)
     engine = ServingEngine(model, EngineOptions(kv_memory=1 << 22))
     assert engine.kernels == "none for meta without Triton"

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megamor.errors import ConfigError
 from megamor.model import build_model
 from megamor.routing.plan import Incoming
+from megamor.serve.engine import attention
 from megamor.serve.engine.cache import MOST_CHANGES
-from megamor.serve.engine.engine import ServingEngine, kv_bytes
+from megamor.serve.engine.engine import ServingEngine, can_record, kv_bytes
 from megamor.serve.engine.flight import Marks, ScheduledBatch
 from megamor.serve.engine.request import SamplingParams
 from megamor.serve.engine.runner import IncomingMarks
@@ -255,6 +256,13 @@ def test_microseconds_of_a_launch_on_the_host() -> None:
         torch.set_num_threads(threads)
     assert len(batch.depths) == 3
     assert sum(parts) <= 250e-6, parts
+
+
+def test_graphs_need_the_kernel_that_reads_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed in (True, False):
+        monkeypatch.setattr(attention, "TRITON", installed)
+        assert can_record(torch.device("cuda")) == installed
+        assert not can_record(torch.device("cpu"))
 
 
 def test_memory_for_keys_and_values() -> None:

@@ -106,7 +106,7 @@ class ServingEngine:
             self.runner.drawn = torch.zeros(self.options.max_resident + 1, dtype=torch.int64, device=self.runner.device)
         self.drawn: Drawn | None = None
         """Tokens that the host hasn't read yet, from the last exit."""
-        if self.options.cuda_graphs and self.runner.device.type == "cuda":
+        if self.options.cuda_graphs and can_record(self.runner.device):
             self.record_graphs(cuda_recorder(self.runner.device))
         self.requests: dict[int, Request] = {}
         self.num_sequences = self.num_requests = 0
@@ -417,6 +417,11 @@ def kernels_of(model: Transformer, page_size: int) -> BlockKernels | str:
         return f"none for {weight.device.type} without Triton"
     grouped = config.num_heads // config.num_kv_heads
     return kernels_for(weight.dtype, config.head_dim, grouped, page_size)
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether batches on `device` can be CUDA graphs: gathering pages, as without Triton, waits for the GPU."""
+    return device.type == "cuda" and attention.reads_in_place(device)
 
 
 def kv_bytes(asked: float, device: torch.device) -> int:

@@ -176,7 +176,7 @@ class Runner:
             kept = self.enter_rows(*self.edge_call(numbers))
         if stage is None:
             return IncomingMarks(count, [])
-        # A graph has an answer for every row, also where the router doesn't ask.
+        # A graph answers for every row, even if the router isn't asked.
         return IncomingMarks(count, [(count, kept if self.asks_first else None)])
 
     def core(self, batch: ScheduledBatch) -> IncomingMarks:
